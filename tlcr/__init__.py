@@ -1,0 +1,1 @@
+"""Token-Level Continuous Reward: dense preference rewards for RLHF."""
