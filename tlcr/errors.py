@@ -1,0 +1,42 @@
+"""One small exception tree. Every class is also the standard-library type that a caller would already catch.
+
+All of them carry nothing but their message, so they survive pickling between processes.
+"""
+
+__all__ = [
+    "BackendUnavailable",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "ShapeError",
+    "TlcrError",
+    "TrainingDiverged",
+]
+
+
+class TlcrError(Exception):
+    """Base of every error that tlcr raises on purpose; its message ends with what to do."""
+
+
+class ConfigError(TlcrError, ValueError):
+    """An option has a value that it cannot have, or does not apply where it was given."""
+
+
+class ShapeError(TlcrError, ValueError):
+    """A tensor has the wrong shape, dtype or device for the argument it was given as."""
+
+
+class DataError(TlcrError, ValueError):
+    """A record, a file or a label cannot be read as what it should be."""
+
+
+class BackendUnavailable(TlcrError, RuntimeError):
+    """An implementation was asked for by name and cannot run here."""
+
+
+class CheckpointError(TlcrError, RuntimeError):
+    """A checkpoint is missing, incomplete, or belongs to something else."""
+
+
+class TrainingDiverged(TlcrError, RuntimeError):
+    """Training met NaN, infinity or an exploding ratio and stopped, with its state saved."""
