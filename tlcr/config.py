@@ -1,0 +1,267 @@
+"""Every knob of tlcr, as frozen dataclasses: one typed config, read from YAML and from flags alike.
+
+The defaults are the vetted setting. Where each comes from is the ``source`` of its knob: "paper" is arXiv 2407.16574,
+"released code" its authors' training scripts, "PPO" Schulman et al. 2017 (arXiv 1707.06347) as practised by Stiennon
+et al. 2020, "ours" a choice of this project. Nothing here imports torch, so that ``tlcr --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tlcr.errors import ConfigError
+
+Dtype = Literal["float32", "bfloat16"]
+RewardKind = Literal[
+    "continuous",
+    "discrete",
+    "sign",
+    "positive_only",
+    "negative_only",
+    "random",
+    "sequence",
+    "sum_at_end",
+    "callable",
+]
+
+
+def knob(
+    default: Any,
+    help: str,
+    *,
+    source: str = "ours",
+    unit: str | None = None,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+) -> Any:
+    """A dataclass field that knows its meaning, its unit, its bounds and where its default comes from."""
+    metadata = {"help": help, "source": source, "unit": unit, "ge": ge, "gt": gt, "le": le}
+    if isinstance(default, (list, tuple)):
+        return field(default_factory=lambda: tuple(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Checked:
+    """Checks the bounds of every knob when a config is made, so that a bad value stops before any model loads."""
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            for name, holds, word in (
+                ("ge", lambda v, b: v >= b, "at least"),
+                ("gt", lambda v, b: v > b, "greater than"),
+                ("le", lambda v, b: v <= b, "at most"),
+            ):
+                bound = f.metadata.get(name)
+                if bound is not None and not holds(value, bound):
+                    raise ConfigError(f"{type(self).__name__}.{f.name} is {value!r}; it must be {word} {bound}")
+
+
+@dataclass(frozen=True)
+class ModelConfig(Checked):
+    """The language model that everything starts from."""
+
+    path: str = knob("embedded", "a model folder or hub name; 'embedded' makes the small model of the embedded task")
+    tokenizer: str | None = knob(None, "a tokenizer folder or hub name, where it is not the model's own")
+    gguf_file: str | None = knob(None, "the GGUF file in that folder, for models distributed so")
+    dtype: Dtype = knob("float32", "dtype of weights and activations; the optimiser keeps float32 masters of bfloat16")
+    pad_token: str | None = knob(None, "a token to pad with, for a tokenizer that names none")
+    chat_template: str | None = knob(None, "a Jinja template (text, or a file's path) for a tokenizer without one")
+    attn_implementation: str = knob("sdpa", "attention implementation of transformers")
+    trust_remote_code: bool = knob(False, "run code that comes with the model: only for sources you trust")
+    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
+
+
+@dataclass(frozen=True)
+class DataConfig(Checked):
+    """Where preferences, edits and prompts come from. A source is a local file, a folder or a hub dataset's name."""
+
+    preferences: str | None = knob(None, "preference pairs, for SFT and the sequence reward model")
+    preferences_format: Literal["auto", "preference", "hh"] = knob("auto", "how those records are written")
+    edits: str | None = knob(None, "edit pairs, for the discriminator")
+    edits_format: Literal["auto", "edits", "tlcr"] = knob("auto", "how those records are written")
+    prompts: str | None = knob(None, "prompts for PPO (a 'prompt' column); default: the prompts of the preferences")
+    embedded_pairs: int = knob(2000, "pairs that the embedded task generates, when no source is named", ge=1)
+    split: str = knob("train", "the split to read, for hub datasets")
+    limit: int | None = knob(None, "read at most this many records of each source", ge=1)
+    held_out: float = knob(0.1, "share of records, chosen by their id, kept for evaluation", ge=0, le=0.9)
+    max_prompt_tokens: int = knob(256, "longer prompts lose their beginning", source="released code", unit="tokens", ge=1)
+    max_answer_tokens: int = knob(256, "longer answers lose their end", source="released code", unit="tokens", ge=1)
+    on_malformed: Literal["skip", "raise"] = knob("raise", "a record that cannot be used: report and skip it, or stop")
+
+
+@dataclass(frozen=True)
+class LabelConfig(Checked):
+    """From edits to token labels."""
+
+    end_of_sequence: Literal["neutral", "ignore", "boundary"] = knob(
+        "neutral",
+        "label of the end-of-sequence token: always neutral; ignored in the loss (released code); or 'boundary', "
+        "negative where the reviser moved the end away from here and positive where it moved it here",
+    )
+    warn_edited_share: float = knob(0.6, "warn when more of the tokens than this were edited", ge=0, le=1)
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Checked):
+    """A supervised stage: SFT, the reward model, the discriminator."""
+
+    enabled: bool = knob(True, "run this stage; SFT off means that model.path is already fine-tuned")
+    epochs: int = knob(2, "passes over the data", source="released code", ge=1)
+    batch_size: int = knob(32, "examples in one optimiser step, over all processes", source="released code", ge=1)
+    micro_batch_size: int | None = knob(None, "examples in one forward pass of a process; default: all of its share", ge=1)
+    learning_rate: float = knob(1e-5, "peak learning rate", source="released code", gt=0)
+    weight_decay: float = knob(0.1, "AdamW weight decay", source="released code", ge=0)
+    warmup_share: float = knob(0.05, "share of the steps in which the rate rises linearly", ge=0, le=1)
+    schedule: Literal["cosine", "linear", "constant"] = knob("cosine", "decay after the warm-up", source="released code")
+    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm", gt=0)
+    evaluate_every: int = knob(0, "optimiser steps between evaluations; 0: at the end of each epoch", ge=0)
+    save_every: int = knob(100, "optimiser steps between checkpoints; 0: at the end only", ge=0)
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig(TrainingConfig):
+    """The token discriminator."""
+
+    targets: Literal["soft", "hard", "three_class"] = knob(
+        "soft", "soft: neutral is 0.5; hard: neutral tokens do not count; three_class: neutral is a class", source="paper"
+    )
+    bidirectional_layers: int = knob(0, "top layers that see the whole answer", source="released code", ge=0)
+    calibrate: bool = knob(True, "fit a temperature on held-out edits and store it with the model")
+    path: str | None = knob(None, "use this trained discriminator and skip its training")
+
+
+@dataclass(frozen=True)
+class RewardModelConfig(TrainingConfig):
+    """The sequence-level baseline: a Bradley-Terry reward model."""
+
+    path: str | None = knob(None, "use this trained reward model and skip its training")
+
+
+@dataclass(frozen=True)
+class RewardConfig(Checked):
+    """Which reward PPO maximises."""
+
+    kind: RewardKind = knob("continuous", "what a token earns", source="paper")
+    band: float = knob(0.2, "'discrete' pays nothing where |2p - 1| is at most this", source="released code", ge=0, le=1)
+    scale: float = knob(1.0, "factor on the token or sequence reward", ge=0)
+    clip: float | None = knob(5.0, "bound on |scaled token reward|", source="released code", gt=0)
+    centre: bool = knob(False, "subtract the running mean token reward, so that length alone earns nothing")
+    length_penalty: float = knob(0.0, "cost of every token", ge=0)
+    missing_eos_penalty: float = knob(0.0, "cost, at the last token, of an answer cut off by the length limit", ge=0)
+    sequence_coef: float = knob(0.0, "adds the sequence reward model's score, times this, at the last token", ge=0)
+    callable: str | None = knob(None, "'package.module:function', for kind 'callable'; runs that code")
+
+
+@dataclass(frozen=True)
+class KLConfig(Checked):
+    """The leash to the reference model."""
+
+    coef: float = knob(0.1, "coefficient, in reward per nat", source="released code", ge=0)
+    placement: Literal["reward", "loss"] = knob("reward", "taken off each action's reward, or added to the loss")
+    estimator: Literal["k1", "k2", "k3", "full"] = knob(
+        "k1",
+        "k1 log-ratio, k2 half its square, k3 exp(-k1) - 1 + k1, or the exact sum over the vocabulary. 'full' belongs in "
+        "the loss: in the reward it does not depend on the action",
+    )
+    target: float | None = knob(None, "adapt the coefficient to hold this KL", unit="nats per token", gt=0)
+    horizon: int = knob(10_000, "answers over which the coefficient adapts", source="Ziegler et al. 2019", ge=1)
+
+
+@dataclass(frozen=True)
+class RolloutConfig(Checked):
+    """How answers are sampled."""
+
+    max_new_tokens: int = knob(256, "length limit of an answer", source="released code", unit="tokens", ge=1)
+    temperature: float = knob(1.0, "sampling temperature; log-probabilities are taken at it too", gt=0)
+    top_p: float = knob(1.0, "nucleus sampling; below 1 the ratios are biased", gt=0, le=1)
+    top_k: int = knob(0, "sample among this many tokens; 0: all; above 0 the ratios are biased", ge=0)
+    batch_size: int = knob(64, "answers generated and scored at a time on a process", ge=1)
+
+
+@dataclass(frozen=True)
+class PPOConfig(Checked):
+    """Proximal policy optimisation with dense rewards."""
+
+    updates: int = knob(200, "rollout-and-update rounds", ge=1)
+    batch_size: int = knob(128, "answers per round, over all processes", ge=1)
+    minibatch_size: int = knob(64, "answers per optimiser step, over all processes", ge=1)
+    micro_batch_size: int | None = knob(None, "answers per forward pass of a process; default: all of its share", ge=1)
+    epochs: int = knob(1, "passes over each round's answers", source="released code", ge=1)
+    learning_rate: float = knob(1e-6, "policy learning rate", source="released code", gt=0)
+    value_learning_rate: float = knob(1e-6, "value learning rate", source="released code", gt=0)
+    weight_decay: float = knob(0.0, "AdamW weight decay", ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = knob("constant", "learning-rate decay over the updates")
+    warmup_updates: int = knob(0, "updates in which the learning rates rise linearly", ge=0)
+    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm", gt=0)
+    gamma: float = knob(1.0, "discount", source="released code", ge=0, le=1)
+    lam: float = knob(0.95, "lambda of the advantage estimate", source="released code", ge=0, le=1)
+    whiten: bool = knob(True, "advantages get zero mean and unit variance over all counted tokens of all processes")
+    clip: float = knob(0.2, "the ratio is clipped at 1 - clip", source="PPO, released code", gt=0, le=1)
+    clip_high: float | None = knob(None, "and at 1 + clip_high; default: clip", gt=0)
+    dual_clip: float | None = knob(None, "bound on the loss of negative advantages; above 1", gt=1)
+    value_clip: float | None = knob(0.2, "values move at most this far from the rollout's", source="released code", gt=0)
+    value_coef: float = knob(0.5, "weight of the value loss", source="PPO", ge=0)
+    entropy_coef: float = knob(0.0, "weight of the entropy bonus", source="released code", ge=0)
+    aggregate: Literal["token", "sequence"] = knob("token", "mean over tokens, or over answers of their token means")
+    target_kl: float | None = knob(None, "end a round's passes once KL(old || new) exceeds this", unit="nats", gt=0)
+    max_ratio: float = knob(1e4, "stop, with the state saved, when a probability ratio exceeds this", gt=1)
+    value_model: Literal["separate", "shared"] = knob(
+        "separate", "a backbone of its own, or a head on the policy's", source="released code"
+    )
+    value_init: Literal["reward_model", "discriminator", "policy"] = knob(
+        "policy", "weights that a separate value model starts from (released code: reward_model)"
+    )
+    value_warmup_updates: int = knob(0, "first updates that train the value model only", ge=0)
+    chunk_tokens: int | None = knob(None, "compute logits for this many tokens at a time: less memory, more time", ge=1)
+    save_every: int = knob(50, "updates between checkpoints; 0: at the end only", ge=0)
+    keep_checkpoints: int = knob(2, "older checkpoints are deleted", ge=1)
+    evaluate_every: int = knob(0, "updates between evaluations; 0: at the start and end only", ge=0)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Checked):
+    """How a policy is judged."""
+
+    prompts: int = knob(256, "held-out prompts", ge=1)
+    scorer: str | None = knob(
+        None, "'package.module:function' from texts to scores, unseen in training; the embedded task has its own"
+    )
+    samples: int = knob(12, "answers kept with per-token detail for the report", ge=0)
+
+
+@dataclass(frozen=True)
+class Arm(Checked):
+    """One policy of a comparison: a name, and what differs from the config around it."""
+
+    name: str
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    kl_coef: float | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig(Checked):
+    """The whole pipeline: SFT, reward model, labels, discriminator, PPO for every arm and seed, evaluation, report."""
+
+    output_dir: str = knob("runs/default", "everything a run writes goes here")
+    seed: int = knob(0, "seed of every stage before PPO", ge=0)
+    seeds: tuple[int, ...] = knob((0,), "one PPO run for each seed and arm")
+    tracker: Literal["tensorboard", "wandb", "none"] = knob("none", "also log through this tracker of accelerate")
+    parallel: int = knob(1, "PPO runs at a time, each a process of its own", ge=1)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    labels: LabelConfig = field(default_factory=LabelConfig)
+    sft: TrainingConfig = field(default_factory=lambda: TrainingConfig(batch_size=16, weight_decay=0.0))
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    arms: tuple[Arm, ...] = knob((), "policies to train and compare; none: one, with 'reward' as it stands")
