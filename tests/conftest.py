@@ -1,0 +1,109 @@
+"""Fixtures that many tests share: a real byte-level BPE tokenizer and tiny random models, made in memory.
+
+Libraries are imported inside the fixtures, so that collecting tests stays fast.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+CORPUS = (
+    "The food was good and the service was not bad at all.",
+    "I would never recommend this place; the waiter was rude, and the soup was cold!",
+    "Human: How do I bake bread?\n\nAssistant: Mix flour, water, salt and yeast, then wait.",
+    "A wonderful film with a dull ending, or a dull film with a wonderful ending?",
+    "Naïve café owners don't always know what 1,024 customers want.",
+)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Every test starts from the same random state, on one thread."""
+    import numpy as np
+    import torch
+
+    torch.set_num_threads(1)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained here, with distinct <bos>, <eos> and <pad>, and no template of special tokens."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        CORPUS, vocab_size=400, min_frequency=1, special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_causal_lm(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedModel]:
+    """A factory of random Llamas (2 layers, hidden 32) that speak ``tiny_tokenizer``; a seed fixes the weights.
+
+    Keyword arguments beyond ``seed`` replace values of the ``LlamaConfig``.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(seed: int = 0, **changes: object) -> PreTrainedModel:
+        values: dict = {
+            "vocab_size": len(tiny_tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "bos_token_id": tiny_tokenizer.bos_token_id,
+            "eos_token_id": tiny_tokenizer.eos_token_id,
+            "pad_token_id": tiny_tokenizer.pad_token_id,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return LlamaForCausalLM(LlamaConfig(**{**values, **changes})).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedModel]:
+    """The same for GPT-2: learned positions, tied embeddings, dropout in its config."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def make(seed: int = 0, **changes: object) -> PreTrainedModel:
+        values: dict = {
+            "vocab_size": len(tiny_tokenizer),
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 256,
+            "bos_token_id": tiny_tokenizer.bos_token_id,
+            "eos_token_id": tiny_tokenizer.eos_token_id,
+            "pad_token_id": tiny_tokenizer.pad_token_id,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return GPT2LMHeadModel(GPT2Config(**{**values, **changes})).eval()
+
+    return make
