@@ -8,6 +8,7 @@ et al. 2020, "ours" a choice of this project. Nothing here imports torch, so tha
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -90,7 +91,9 @@ class DataConfig(Checked):
     split: str = knob("train", "the split to read, for hub datasets")
     limit: int | None = knob(None, "read at most this many records of each source", ge=1)
     held_out: float = knob(0.1, "share of records, chosen by their id, kept for evaluation", ge=0, le=0.9)
-    max_prompt_tokens: int = knob(256, "longer prompts lose their beginning", source="released code", unit="tokens", ge=1)
+    max_prompt_tokens: int = knob(
+        256, "longer prompts lose their beginning", source="released code", unit="tokens", ge=1
+    )
     max_answer_tokens: int = knob(256, "longer answers lose their end", source="released code", unit="tokens", ge=1)
     on_malformed: Literal["skip", "raise"] = knob("raise", "a record that cannot be used: report and skip it, or stop")
 
@@ -114,11 +117,15 @@ class TrainingConfig(Checked):
     enabled: bool = knob(True, "run this stage; SFT off means that model.path is already fine-tuned")
     epochs: int = knob(2, "passes over the data", source="released code", ge=1)
     batch_size: int = knob(32, "examples in one optimiser step, over all processes", source="released code", ge=1)
-    micro_batch_size: int | None = knob(None, "examples in one forward pass of a process; default: all of its share", ge=1)
+    micro_batch_size: int | None = knob(
+        None, "examples in one forward pass of a process; default: all of its share", ge=1
+    )
     learning_rate: float = knob(1e-5, "peak learning rate", source="released code", gt=0)
     weight_decay: float = knob(0.1, "AdamW weight decay", source="released code", ge=0)
     warmup_share: float = knob(0.05, "share of the steps in which the rate rises linearly", ge=0, le=1)
-    schedule: Literal["cosine", "linear", "constant"] = knob("cosine", "decay after the warm-up", source="released code")
+    schedule: Literal["cosine", "linear", "constant"] = knob(
+        "cosine", "decay after the warm-up", source="released code"
+    )
     max_grad_norm: float = knob(1.0, "gradients are clipped to this norm", gt=0)
     evaluate_every: int = knob(0, "optimiser steps between evaluations; 0: at the end of each epoch", ge=0)
     save_every: int = knob(100, "optimiser steps between checkpoints; 0: at the end only", ge=0)
@@ -129,7 +136,9 @@ class DiscriminatorConfig(TrainingConfig):
     """The token discriminator."""
 
     targets: Literal["soft", "hard", "three_class"] = knob(
-        "soft", "soft: neutral is 0.5; hard: neutral tokens do not count; three_class: neutral is a class", source="paper"
+        "soft",
+        "soft: neutral is 0.5; hard: neutral tokens do not count; three_class: neutral is a class",
+        source="paper",
     )
     bidirectional_layers: int = knob(0, "top layers that see the whole answer", source="released code", ge=0)
     calibrate: bool = knob(True, "fit a temperature on held-out edits and store it with the model")
@@ -148,7 +157,9 @@ class RewardConfig(Checked):
     """Which reward PPO maximises."""
 
     kind: RewardKind = knob("continuous", "what a token earns", source="paper")
-    band: float = knob(0.2, "'discrete' pays nothing where |2p - 1| is at most this", source="released code", ge=0, le=1)
+    band: float = knob(
+        0.2, "'discrete' pays nothing where |2p - 1| is at most this", source="released code", ge=0, le=1
+    )
     scale: float = knob(1.0, "factor on the token or sequence reward", ge=0)
     clip: float | None = knob(5.0, "bound on |scaled token reward|", source="released code", gt=0)
     centre: bool = knob(False, "subtract the running mean token reward, so that length alone earns nothing")
@@ -166,8 +177,8 @@ class KLConfig(Checked):
     placement: Literal["reward", "loss"] = knob("reward", "taken off each action's reward, or added to the loss")
     estimator: Literal["k1", "k2", "k3", "full"] = knob(
         "k1",
-        "k1 log-ratio, k2 half its square, k3 exp(-k1) - 1 + k1, or the exact sum over the vocabulary. 'full' belongs in "
-        "the loss: in the reward it does not depend on the action",
+        "k1 log-ratio, k2 half its square, k3 exp(-k1) - 1 + k1, or the exact sum over the vocabulary. 'full' belongs "
+        "in the loss: in the reward it does not depend on the action",
     )
     target: float | None = knob(None, "adapt the coefficient to hold this KL", unit="nats per token", gt=0)
     horizon: int = knob(10_000, "answers over which the coefficient adapts", source="Ziegler et al. 2019", ge=1)
@@ -205,7 +216,9 @@ class PPOConfig(Checked):
     clip: float = knob(0.2, "the ratio is clipped at 1 - clip", source="PPO, released code", gt=0, le=1)
     clip_high: float | None = knob(None, "and at 1 + clip_high; default: clip", gt=0)
     dual_clip: float | None = knob(None, "bound on the loss of negative advantages; above 1", gt=1)
-    value_clip: float | None = knob(0.2, "values move at most this far from the rollout's", source="released code", gt=0)
+    value_clip: float | None = knob(
+        0.2, "values move at most this far from the rollout's", source="released code", gt=0
+    )
     value_coef: float = knob(0.5, "weight of the value loss", source="PPO", ge=0)
     entropy_coef: float = knob(0.0, "weight of the entropy bonus", source="released code", ge=0)
     aggregate: Literal["token", "sequence"] = knob("token", "mean over tokens, or over answers of their token means")
@@ -241,7 +254,12 @@ class Arm(Checked):
 
     name: str
     reward: RewardConfig = field(default_factory=RewardConfig)
-    kl_coef: float | None = None
+    kl_coef: float | None = knob(None, "kl.coef of this arm; default: that of the config around it", ge=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ConfigError(f"Arm.name is {self.name!r}; it names a folder: use letters, digits, '.', '_' and '-'")
 
 
 @dataclass(frozen=True)
@@ -265,3 +283,15 @@ class RunConfig(Checked):
     ppo: PPOConfig = field(default_factory=PPOConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     arms: tuple[Arm, ...] = knob((), "policies to train and compare; none: one, with 'reward' as it stands")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        named: dict[str, list[object]] = {"arms": [arm.name for arm in self.arms], "seeds": list(self.seeds)}
+        for path, values in named.items():
+            for value in values:
+                if values.count(value) > 1:
+                    raise ConfigError(
+                        f"RunConfig.{path} has {value!r} twice; each names the folder of a run of its own"
+                    )
+        if not self.seeds:
+            raise ConfigError("RunConfig.seeds is empty; name at least one seed, such as [0]")
