@@ -38,8 +38,8 @@ class TokenScores(NamedTuple):
 class PPOLoss(NamedTuple):
     """The loss of one batch and its statistics: scalar tensors on the device of the inputs.
 
-    Only `loss` carries a gradient. All means follow `aggregate` and `denominator`, so that with a global denominator the
-    statistics of the parts of a batch add up to those of the whole. A statistic whose input was not given is 0.
+    Only `loss` carries a gradient. All means follow `aggregate` and `denominator`, so that with a global denominator
+    the statistics of the parts of a batch add up to those of the whole. A statistic whose input was not given is 0.
     """
 
     loss: Tensor

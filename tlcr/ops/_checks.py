@@ -1,0 +1,115 @@
+"""Argument checks shared by every implementation of an op.
+
+They look at shapes, dtypes, devices and Python numbers only. Tensor values are never read on an accelerator: that would
+make the host wait for the device.
+"""
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+from tlcr.errors import ConfigError, DataError, ShapeError
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def floating(op: str, **tensors: Tensor | None) -> None:
+    """Each tensor that is given must be a float tensor."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ShapeError(f"{op}: {name} is a {type(tensor).__name__}, wanted a torch.Tensor")
+        if not tensor.is_floating_point():
+            raise ShapeError(f"{op}: {name} has dtype {tensor.dtype}, wanted a float dtype; pass {name}.float()")
+
+
+def integers(op: str, **tensors: Tensor | None) -> None:
+    """Each tensor that is given must be an integer tensor."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ShapeError(f"{op}: {name} is a {type(tensor).__name__}, wanted a torch.Tensor")
+        if tensor.dtype not in _INTEGERS:
+            raise ShapeError(f"{op}: {name} has dtype {tensor.dtype}, wanted integers; pass {name}.long()")
+
+
+def axes(op: str, name: str, tensor: Tensor, names: str) -> None:
+    """`tensor` must have as many axes as `names` says, as in "B, T"."""
+    wanted = len(names.split(","))
+    if tensor.ndim != wanted:
+        raise ShapeError(f"{op}: {name} has shape {tuple(tensor.shape)}, wanted {wanted} axes ({names})")
+
+
+def same_shape(op: str, shape: torch.Size, like: str, **tensors: Tensor | None) -> None:
+    """Each tensor that is given must have `shape`, which is that of the argument called `like`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ShapeError(
+                f"{op}: {name} has shape {tuple(tensor.shape)}, wanted {tuple(shape)} to match {like}; "
+                f"slice or pad {name} so that index t is the action that emitted token t"
+            )
+
+
+def same_device(op: str, **tensors: Tensor | None) -> torch.device:
+    """All tensors that are given must live on one device, which is returned."""
+    given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    (first, device), *rest = given.items()
+    for name, other in rest:
+        if other != device:
+            raise ShapeError(f"{op}: {name} is on {other} but {first} is on {device}; move one with .to(device)")
+    return device
+
+
+def bool_mask(op: str, mask: Tensor, shape: torch.Size, like: str) -> Tensor:
+    """`mask` as bool: True, or any integer but 0, counts."""
+    if not isinstance(mask, Tensor):
+        raise ShapeError(f"{op}: mask is a {type(mask).__name__}, wanted a bool torch.Tensor")
+    if mask.dtype != torch.bool and mask.dtype not in _INTEGERS:
+        raise ShapeError(f"{op}: mask has dtype {mask.dtype}, wanted bool (True counts); pass mask.bool()")
+    same_shape(op, shape, like, mask=mask)
+    return mask.bool()
+
+
+def number(
+    op: str,
+    name: str,
+    value: object,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    finite: bool = True,
+) -> float:
+    """`value` as a float, checked against `least <= value <= most` and `value > above`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ConfigError(f"{op}: {name} is a {type(value).__name__}, wanted a Python number")
+    result = float(value)
+    bounds = [f">= {least:g}"] * (least > -math.inf) + [f"> {above:g}"] * (above > -math.inf)
+    bounds += [f"<= {most:g}"] * (most < math.inf) + ["finite"] * finite
+    inside = least <= result <= most and (above == -math.inf or result > above)
+    if math.isnan(result) or not inside or (finite and math.isinf(result)):
+        raise ConfigError(f"{op}: {name} is {result:g}, wanted a number {' and '.join(bounds)}")
+    return result
+
+
+def choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+    """`value` must be one of `choices`."""
+    if value not in choices:
+        raise ConfigError(f"{op}: {name}={value!r} is unknown, choose from {', '.join(map(repr, choices))}")
+
+
+def vocabulary_ids(op: str, token_ids: Tensor, vocabulary: int) -> None:
+    """Ids must lie in [0, V). Read on the CPU only; elsewhere the device's own bounds check has to catch it."""
+    if token_ids.device.type != "cpu" or token_ids.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(token_ids))
+    if low < 0 or high >= vocabulary:
+        wrong = low if low < 0 else high
+        raise DataError(
+            f"{op}: token_ids holds {wrong}, wanted ids in [0, {vocabulary}); "
+            "put any valid id (0, say) where a position does not count and mask its result"
+        )

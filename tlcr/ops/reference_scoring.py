@@ -1,0 +1,282 @@
+"""The scoring ops, specified in plain torch, a chunk of tokens at a time.
+
+With x the logits over the temperature, p = softmax(x) for the policy and q for the reference, the gradient that reaches
+x from the gradients g of the three differentiable results is, for each token and each entry v of the vocabulary,
+
+    g_logprob (1[v = token] - p_v) - g_entropy p_v (log p_v + H) + g_kl p_v (log p_v - log q_v - KL)
+
+It is formed from the logits again in the backward pass, so that nothing of size V outlives a chunk. Every sum over the
+vocabulary is taken over log-probabilities, never over raw logits: those share a large offset that would cost digits.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tlcr.ops.reference import arithmetic_dtype, matmul
+from tlcr.ops.types import TokenScores
+
+# Logits held at a time, by device type: a few temporaries of this size exist at once. Small enough for the last-level
+# cache on the CPU, large enough to hide the launches of a dozen kernels on an accelerator.
+CHUNK_LOGITS = {"cpu": 1 << 20}
+CHUNK_LOGITS_ACCELERATOR = 1 << 26
+
+
+def score_tokens(
+    logits: Tensor, token_ids: Tensor, *, ref_logits: Tensor | None, temperature: float | Tensor
+) -> TokenScores:
+    dtype = arithmetic_dtype(logits, ref_logits)
+    ref_logits = None if ref_logits is None else ref_logits.detach()
+    ids_N1, temperature_N1 = _per_token(token_ids, temperature, dtype)
+    scores: tuple[Tensor | None, ...] = _ScoreTokens.apply(logits, ids_N1, ref_logits, temperature_N1, dtype)
+    return _token_scores(scores, token_ids.shape)
+
+
+def score_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    temperature: float | Tensor,
+    chunk_tokens: int | None,
+) -> TokenScores:
+    dtype = arithmetic_dtype(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    reference = tuple(None if x is None else x.detach() for x in (ref_hidden, ref_weight, ref_bias))
+    ids_N1, temperature_N1 = _per_token(token_ids, temperature, dtype)
+    rows = _chunk_rows(weight.shape[0], weight.device) if chunk_tokens is None else chunk_tokens
+    scores: tuple[Tensor | None, ...] = _ScoreHidden.apply(
+        hidden, weight, bias, ids_N1, *reference, temperature_N1, rows, dtype
+    )
+    return _token_scores(scores, token_ids.shape)
+
+
+class _ScoreTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        ids_N1: Tensor,
+        ref_logits: Tensor | None,
+        temperature_N1: Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor | None, ...]:
+        scores = _empty_scores(ids_N1, dtype, with_reference=ref_logits is not None)
+        for at, (logits_RV, ref_RV) in _row_blocks(_chunk_rows(logits.shape[-1], logits.device), logits, ref_logits):
+            log_p_RV = _log_softmax(logits_RV, temperature_N1[at], dtype)
+            log_q_RV = None if ref_RV is None else _log_softmax(ref_RV, temperature_N1[at], dtype)
+            _fill_scores(scores, at, log_p_RV, log_q_RV, ids_N1[at])
+        _finish(ctx, scores, logits, ids_N1, ref_logits, temperature_N1)
+        return tuple(scores)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, ids_N1, ref_logits, temperature_N1, entropy_N, kl_N = ctx.saved_tensors
+        grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        dtype = temperature_N1.dtype
+        # The reference takes no part unless the KL does.
+        ref_logits = ref_logits if grads[3] is not None else None
+        blocks = _row_blocks(_chunk_rows(logits.shape[-1], logits.device), logits, ref_logits, grad_logits)
+        for at, (logits_RV, ref_RV, grad_RV) in blocks:
+            assert grad_RV is not None
+            log_p_RV = _log_softmax(logits_RV, temperature_N1[at], dtype)
+            log_q_RV = None if ref_RV is None else _log_softmax(ref_RV, temperature_N1[at], dtype)
+            grad_x_RV = _grad_logits(log_p_RV, log_q_RV, ids_N1, entropy_N, kl_N, grads, at)
+            grad_RV.copy_(grad_x_RV / temperature_N1[at])
+        return grad_logits, None, None, None, None
+
+
+class _ScoreHidden(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids_N1: Tensor,
+        ref_hidden: Tensor | None,
+        ref_weight: Tensor | None,
+        ref_bias: Tensor | None,
+        temperature_N1: Tensor,
+        rows: int,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor | None, ...]:
+        scores = _empty_scores(ids_N1, dtype, with_reference=ref_hidden is not None)
+        head, ref_head = _Head(weight, bias, dtype), _Head(ref_weight, ref_bias, dtype)
+        for at, (hidden_RH, ref_RH) in _row_blocks(rows, hidden, ref_hidden):
+            log_p_RV = _log_softmax(head(hidden_RH), temperature_N1[at], dtype)
+            log_q_RV = None if ref_RH is None else _log_softmax(ref_head(ref_RH), temperature_N1[at], dtype)
+            _fill_scores(scores, at, log_p_RV, log_q_RV, ids_N1[at])
+        inputs = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+        _finish(ctx, scores, *inputs, ids_N1, temperature_N1)
+        ctx.rows = rows
+        return tuple(scores)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ids_N1, temperature_N1, entropy_N, kl_N = saved
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        dtype = temperature_N1.dtype
+        ref_hidden = ref_hidden if grads[3] is not None else None
+        ref_weight = ref_weight if ref_hidden is not None else None
+        head, ref_head = _Head(weight, bias, dtype), _Head(ref_weight, ref_bias, dtype)
+        counts_N1 = torch.zeros_like(ids_N1, dtype=torch.bool)
+        for grad_N in grads:
+            counts_N1 |= grad_N.unsqueeze(-1) != 0 if grad_N is not None else False
+
+        grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if wants_hidden else None
+        grad_weight_VH = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
+        grad_bias_V = torch.zeros_like(bias, dtype=dtype) if wants_bias else None
+        for at, (hidden_RH, ref_RH, grad_RH) in _row_blocks(ctx.rows, hidden, ref_hidden, grad_hidden):
+            assert hidden_RH is not None
+            # A row that takes no gradient must not reach the weight's either, where 0 * NaN would be NaN.
+            hidden_RH = torch.where(counts_N1[at], hidden_RH.to(dtype), 0.0)
+            log_p_RV = _log_softmax(head(hidden_RH), temperature_N1[at], dtype)
+            log_q_RV = None if ref_RH is None else _log_softmax(ref_head(ref_RH), temperature_N1[at], dtype)
+            grad_RV = _grad_logits(log_p_RV, log_q_RV, ids_N1, entropy_N, kl_N, grads, at) / temperature_N1[at]
+            if grad_RH is not None:
+                grad_RH.copy_(matmul(grad_RV, head.weight_VH))
+            if grad_weight_VH is not None:
+                grad_weight_VH += matmul(grad_RV.t(), hidden_RH)
+            if grad_bias_V is not None:
+                grad_bias_V += grad_RV.sum(dim=0)
+        grad_weight = None if grad_weight_VH is None else grad_weight_VH.to(weight.dtype)
+        grad_bias = None if grad_bias_V is None else grad_bias_V.to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None, None
+
+
+class _Head:
+    """logits = hidden @ weight^T + bias in `dtype`; a half-precision weight is widened once per pass, not per chunk."""
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.bias = bias
+        if weight is not None:
+            self.weight_VH = weight.to(dtype)
+
+    def __call__(self, hidden_RH: Tensor | None) -> Tensor:
+        assert hidden_RH is not None
+        logits_RV = matmul(hidden_RH.to(self.dtype), self.weight_VH.t())
+        return logits_RV if self.bias is None else logits_RV + self.bias.to(self.dtype)
+
+
+def _log_softmax(logits_RV: Tensor | None, temperature_R1: Tensor, dtype: torch.dtype) -> Tensor:
+    assert logits_RV is not None
+    return torch.log_softmax(logits_RV.to(dtype) / temperature_R1, dim=-1)
+
+
+def _fill_scores(
+    scores: Sequence[Tensor | None], at: slice, log_p_RV: Tensor, log_q_RV: Tensor | None, ids_R1: Tensor
+) -> None:
+    """Write logprobs, entropy, ref_logprobs and kl of the rows `at`."""
+    logprobs_N, entropy_N, ref_logprobs_N, kl_N = scores
+    assert logprobs_N is not None and entropy_N is not None
+    p_RV = log_p_RV.exp()
+    logprobs_N[at] = log_p_RV.gather(1, ids_R1).squeeze(1)
+    # A NaN row is not p == 0 and stays NaN.
+    entropy_N[at] = -torch.where(p_RV == 0, 0.0, p_RV * log_p_RV).sum(dim=-1)
+    if log_q_RV is not None and ref_logprobs_N is not None and kl_N is not None:
+        ref_logprobs_N[at] = log_q_RV.gather(1, ids_R1).squeeze(1)
+        kl_N[at] = torch.where(p_RV == 0, 0.0, p_RV * (log_p_RV - log_q_RV)).sum(dim=-1)
+
+
+def _grad_logits(
+    log_p_RV: Tensor,
+    log_q_RV: Tensor | None,
+    ids_N1: Tensor,
+    entropy_N: Tensor,
+    kl_N: Tensor | None,
+    grads: Sequence[Tensor | None],
+    at: slice,
+) -> Tensor:
+    """The module docstring's gradient. A result whose own gradient is 0 adds exactly 0, whatever stands in its row."""
+    p_RV = log_p_RV.exp()
+    g_logprob_R1, g_entropy_R1, _, g_kl_R1 = (None if g is None else g[at].unsqueeze(-1) for g in grads)
+    grad_RV = torch.zeros_like(p_RV)
+    if g_logprob_R1 is not None:
+        grad_RV -= torch.where(g_logprob_R1 == 0, 0.0, g_logprob_R1 * p_RV)
+        grad_RV.scatter_add_(1, ids_N1[at], g_logprob_R1)
+    if g_entropy_R1 is not None:
+        term_RV = g_entropy_R1 * p_RV * (log_p_RV + entropy_N[at].unsqueeze(-1))
+        grad_RV -= torch.where((g_entropy_R1 == 0) | (p_RV == 0), 0.0, term_RV)
+    if g_kl_R1 is not None and log_q_RV is not None and kl_N is not None:
+        term_RV = g_kl_R1 * p_RV * (log_p_RV - log_q_RV - kl_N[at].unsqueeze(-1))
+        grad_RV += torch.where((g_kl_R1 == 0) | (p_RV == 0), 0.0, term_RV)
+    return grad_RV
+
+
+def _finish(ctx: Any, scores: Sequence[Tensor | None], *inputs: Tensor | None) -> None:
+    """Keep the inputs and two numbers per token for the backward pass."""
+    _, entropy_N, ref_logprobs_N, kl_N = scores
+    ctx.save_for_backward(*inputs, entropy_N, kl_N)
+    if ref_logprobs_N is not None:
+        ctx.mark_non_differentiable(ref_logprobs_N)
+    ctx.set_materialize_grads(False)
+
+
+def _per_token(token_ids: Tensor, temperature: float | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    ids_N1 = token_ids.reshape(-1, 1).long()
+    if isinstance(temperature, Tensor):
+        return ids_N1, temperature.detach().to(dtype).reshape(-1, 1)
+    return ids_N1, torch.full_like(ids_N1, temperature, dtype=dtype)
+
+
+def _empty_scores(ids_N1: Tensor, dtype: torch.dtype, *, with_reference: bool) -> list[Tensor | None]:
+    n_fields = 4 if with_reference else 2
+    fields = [torch.empty(ids_N1.shape[0], dtype=dtype, device=ids_N1.device) for _ in range(n_fields)]
+    return [*fields, *[None] * (4 - n_fields)]
+
+
+def _token_scores(scores: Sequence[Tensor | None], shape: torch.Size) -> TokenScores:
+    logprobs, entropy, ref_logprobs, kl = (None if x is None else x.view(shape) for x in scores)
+    assert logprobs is not None and entropy is not None
+    return TokenScores(logprobs, entropy, ref_logprobs, kl)
+
+
+def _chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Tokens per chunk."""
+    return max(1, CHUNK_LOGITS.get(device.type, CHUNK_LOGITS_ACCELERATOR) // vocabulary)
+
+
+def _row_blocks(rows: int, *tensors: Tensor | None) -> Iterator[tuple[slice, tuple[Tensor | None, ...]]]:
+    """Cut tensors (..., K), with the same leading axes, into 2-D blocks of at most `rows` rows, in row-major order.
+
+    Blocks are views: flattening a slice such as logits[:, :-1] as a whole would copy all of it.
+    """
+    start = 0
+    for matrices in _matrices(tensors):
+        height = next(matrix.shape[0] for matrix in matrices if matrix is not None)
+        for begin in range(0, height, rows):
+            end = min(begin + rows, height)
+            yield (
+                slice(start + begin, start + end),
+                tuple(None if matrix is None else matrix[begin:end] for matrix in matrices),
+            )
+        start += height
+
+
+def _matrices(tensors: Sequence[Tensor | None]) -> Iterator[tuple[Tensor | None, ...]]:
+    given = [tensor for tensor in tensors if tensor is not None]
+    if all(_flattens(tensor) for tensor in given):
+        yield tuple(None if tensor is None else tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors)
+        return
+    for index in range(given[0].shape[0]):
+        yield from _matrices([None if tensor is None else tensor[index] for tensor in tensors])
+
+
+def _flattens(tensor: Tensor) -> bool:
+    """Whether all axes but the last merge into one without a copy."""
+    if tensor.ndim <= 2 or tensor.numel() == 0:
+        return True
+    leading = [(n, stride) for n, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if n != 1]
+    return all(outer[1] == inner[0] * inner[1] for outer, inner in itertools.pairwise(leading))
