@@ -119,11 +119,13 @@ class RewardSignal:
 
     logits_BTC: a discriminator's logits at each response token, [negative, positive] or [negative, neutral, positive].
     dense_BT: a reward for each response token. terminal_B: a score for the whole answer, paid at its last token.
+    sequence_B: a second such score, the sequence reward model's, weighted by ``reward.sequence_coef`` of its own.
     """
 
     logits_BTC: Tensor | None = None
     dense_BT: Tensor | None = None
     terminal_B: Tensor | None = None
+    sequence_B: Tensor | None = None
 
 
 @dataclass(frozen=True)
