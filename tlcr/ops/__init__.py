@@ -310,9 +310,9 @@ def score_hidden(
 ) -> TokenScores:
     """`score_tokens(hidden @ weight.T + bias, ...)` with logits present for `chunk_tokens` tokens at a time only.
 
-    The logits are formed in float32 (float64) whatever the inputs are, and again in the backward pass. Gradients flow to
-    `hidden`, `weight` and `bias`; the reference's tensors and the temperature are constants. What `score_tokens` says of
-    -inf, of KL and of tokens whose incoming gradient is 0 holds here too.
+    The logits are formed in float32 (float64) whatever the inputs are, and again in the backward pass. Gradients flow
+    to `hidden`, `weight` and `bias`; the reference's tensors and the temperature are constants. What `score_tokens`
+    says of -inf, of KL and of tokens whose incoming gradient is 0 holds here too.
 
     Args:
         hidden: (..., H), the policy's last hidden states.
@@ -350,7 +350,7 @@ def score_hidden(
         if head.shape[0] != weight.shape[0] or states.shape[:-1] != hidden.shape[:-1]:
             raise ShapeError(
                 f"{op}: ref_hidden {tuple(states.shape)} and ref_weight {tuple(head.shape)} do not match hidden "
-                f"{tuple(hidden.shape)} and weight {tuple(weight.shape)}: the tokens and the vocabulary must be the same"
+                f"{tuple(hidden.shape)} and weight {tuple(weight.shape)}; both need the same tokens and vocabulary"
             )
     _checks.same_shape(op, hidden.shape[:-1], "hidden without H", token_ids=token_ids)
     _checks.same_shape(op, weight.shape[:1], "weight's vocabulary", bias=bias, ref_bias=ref_bias)
