@@ -1,0 +1,1 @@
+"""Where preferences, edits and prompts come from."""

@@ -1,0 +1,291 @@
+"""A small dialogue language: its words, what they are worth in which context, and how people speak it.
+
+The language itself is fixed (it does not depend on any seed); seeds choose what is said in it. A user turn asks about a
+topic, and every topic belongs to one of four domains. An answer is a row of clauses of function words, neutral words and
+content words. Content words carry a graded value that depends on the domain of the topic and on negation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from typing import Literal
+
+from tlcr.errors import ConfigError, DataError
+
+LANGUAGE_SEED = 16574
+DOMAINS = 4
+TOPICS_PER_DOMAIN = 6
+CONTENT_PER_CATEGORY = 84
+CATEGORIES = ("adjective", "verb", "noun")
+Category = Literal["adjective", "verb", "noun"]
+
+FIRST_WORDS = 8
+"""Answers of the base distribution aim at a length from here ..."""
+LAST_WORDS = 28
+"""... to here, in words."""
+MISSPELT_SHARE = 0.02
+"""Share of content words that a speaker misspells."""
+NEGATED_SHARE = 0.3
+"""Share of the places for a negator that have one."""
+FRIEND_SHARE = 0.35
+"""Share of content words that are a favourite follower of the content word before."""
+HOME_WEIGHT = 3.0
+"""How much more often a word is said about its home domain than about another."""
+MOOD_TILT = 0.5
+"""Speakers differ in mood: a word's weight is multiplied by exp(mood * tilt * value), mood one of -2 ... 2."""
+MOODS = (-2, -1, 0, 1, 2)
+
+ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z")
+VOWELS = ("a", "e", "i", "o", "u")
+
+OPENERS = ("tell me about", "what of", "say something about", "how is", "is there news of", "please describe")
+TAILS = ("today", "in the north", "for a friend", "in winter", "at night", "after the feast", "by the sea", "for once")
+
+USER = "User: "
+ASSISTANT = "\nAssistant:"
+
+
+@dataclass(frozen=True)
+class ContentWord:
+    """A word with a value in each domain, and the words of each category that like to follow it."""
+
+    text: str
+    category: Category
+    home: int | None
+    """The domain where it is at home; None for a word that is worth the same everywhere."""
+    values: tuple[float, ...]
+    """Its value in each domain, without negation: strong .7 to 1, mild .05 to .3, or 0, of either sign."""
+    friends: dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """All words of the language."""
+
+    content: dict[str, ContentWord]
+    by_category: dict[str, tuple[str, ...]]
+    pronouns: tuple[str, ...]
+    determiners: tuple[str, ...]
+    copulas: tuple[str, ...]
+    connectives: tuple[str, ...]
+    fillers: tuple[str, ...]
+    negators: tuple[str, ...]
+    topics: dict[str, int]
+    """Topic to domain."""
+    aspects: tuple[str, ...]
+    """Neutral words of the user, between topic and tail."""
+
+    @property
+    def function_words(self) -> frozenset[str]:
+        return frozenset(self.pronouns + self.determiners + self.copulas + self.connectives + self.fillers)
+
+
+def _syllables(rng: random.Random, count: int) -> str:
+    return "".join(rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(count))
+
+
+def _graded_value(rng: random.Random) -> float:
+    """Strong good, mild good, neutral, mild bad, strong bad: a fifth of the words each."""
+    kind = rng.randrange(5)
+    if kind == 2:
+        return 0.0
+    size = rng.uniform(0.7, 1.0) if kind in (0, 4) else rng.uniform(0.05, 0.3)
+    return round(size if kind < 2 else -size, 2)
+
+
+@cache
+def lexicon() -> Lexicon:
+    """The words of the language, the same in every process and version of Python."""
+    rng = random.Random(LANGUAGE_SEED)
+    taken: set[str] = set(" ".join(OPENERS + TAILS).split())
+
+    def new_word(lengths: Sequence[int]) -> str:
+        while True:
+            word = _syllables(rng, rng.choice(lengths))
+            if word not in taken and len(word) > 1:
+                taken.add(word)
+                return word
+
+    def new_words(count: int, lengths: Sequence[int]) -> tuple[str, ...]:
+        return tuple(new_word(lengths) for _ in range(count))
+
+    pronouns, determiners, copulas = new_words(5, (1,)), new_words(4, (1,)), new_words(2, (1,))
+    connectives, fillers, negators = new_words(5, (1, 2)), new_words(8, (2,)), new_words(2, (1,))
+    topics = {new_word((2,)): domain for domain in range(DOMAINS) for _ in range(TOPICS_PER_DOMAIN)}
+    aspects = new_words(16, (2,))
+    by_category = {category: new_words(CONTENT_PER_CATEGORY, (2, 2, 2, 3)) for category in CATEGORIES}
+    content = {}
+    for category, words in by_category.items():
+        for word in words:
+            value = _graded_value(rng)
+            home = rng.choice((None, *range(DOMAINS)))
+            # Away from home a word means nothing, or the opposite, or something else again.
+            away = rng.choice((0.0, -value, _graded_value(rng)))
+            values = tuple(value if home in (None, domain) else away for domain in range(DOMAINS))
+            friends = {kind: tuple(rng.sample(by_category[kind], 6)) for kind in CATEGORIES}
+            content[word] = ContentWord(word, category, home, values, friends)  # type: ignore[arg-type]
+    return Lexicon(
+        content, by_category, pronouns, determiners, copulas, connectives, fillers, negators, topics, aspects
+    )
+
+
+@cache
+def content_weights(category: str, domain: int, mood: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """The words of a category with cumulative weights, for a speaker in a mood about a domain."""
+    # Weights are rounded, so that the last bit of exp on another machine cannot change what is said.
+    words = lexicon().by_category[category]
+    weights = []
+    for word in words:
+        entry = lexicon().content[word]
+        home = HOME_WEIGHT if entry.home == domain else 1.0
+        weights.append(round(home * 2.718281828 ** (mood * MOOD_TILT * entry.values[domain]), 6))
+    return words, tuple(accumulate(weights))
+
+
+def misspell(word: str, rng: random.Random) -> str:
+    """Change one vowel, so that the result is no word of the language."""
+    known = known_words()
+    places = [i for i, letter in enumerate(word) if letter in VOWELS]
+    while True:
+        place = rng.choice(places)
+        wrong = word[:place] + rng.choice(VOWELS) + word[place + 1 :]
+        if wrong not in known:
+            return wrong
+        if all(word[:i] + v + word[i + 1 :] in known for i in places for v in VOWELS):
+            return word + "x"
+
+
+@cache
+def known_words() -> frozenset[str]:
+    """Every word of the language that may stand in an answer."""
+    words = lexicon()
+    return words.function_words | frozenset(words.content) | frozenset(words.negators)
+
+
+def _clause(rng: random.Random, domain: int, mood: int, previous: str | None) -> Iterator[str]:
+    """One clause: pronoun verb determiner noun, noun verb, noun copula adjective, or filler pronoun verb adjective."""
+    words = lexicon()
+
+    def say(category: str) -> str:
+        nonlocal previous
+        if previous is not None and rng.random() < FRIEND_SHARE:
+            word = rng.choice(words.content[previous].friends[category])
+        else:
+            options, cumulative = content_weights(category, domain, mood)
+            word = rng.choices(options, cum_weights=cumulative)[0]
+        previous = word
+        return misspell(word, rng) if rng.random() < MISSPELT_SHARE else word
+
+    def maybe_negator() -> Iterator[str]:
+        if rng.random() < NEGATED_SHARE:
+            yield rng.choice(words.negators)
+
+    shape = rng.randrange(4)
+    if shape == 0:
+        yield rng.choice(words.pronouns)
+        yield from maybe_negator()
+        yield say("verb")
+        yield rng.choice(words.determiners)
+        if rng.random() < 0.5:
+            yield say("adjective")
+        yield say("noun")
+    elif shape == 1:
+        yield rng.choice(words.determiners)
+        if rng.random() < 0.5:
+            yield say("adjective")
+        yield say("noun")
+        yield from maybe_negator()
+        yield say("verb")
+    elif shape == 2:
+        yield rng.choice(words.determiners)
+        yield say("noun")
+        yield rng.choice(words.copulas)
+        yield from maybe_negator()
+        yield say("adjective")
+    else:
+        yield rng.choice(words.fillers)
+        yield rng.choice(words.pronouns)
+        yield from maybe_negator()
+        yield say("verb")
+        yield say("adjective")
+
+
+def speak(domain: int, rng: random.Random) -> list[str]:
+    """An answer of the base distribution, as a list of words and punctuation marks."""
+    target = round(rng.triangular(FIRST_WORDS, LAST_WORDS, 13))
+    mood = rng.choice(MOODS)
+    items: list[str] = []
+    count = 0
+    previous: str | None = None
+    while True:
+        clause = list(_clause(rng, domain, mood, previous))
+        items.extend(clause)
+        count += len(clause)
+        # A misspelt word has no favourites: the thread is lost there.
+        previous = clause[-1] if clause[-1] in lexicon().content else None
+        if count + 2 > target:
+            return [*items, "."]
+        if rng.random() < 0.5:
+            items.append(".")
+        else:
+            items.extend((",", rng.choice(lexicon().connectives)))
+            count += 1
+
+
+def render(items: Sequence[str]) -> str:
+    """Words and marks to text: a space before each word, none before a mark, so an answer begins with a space."""
+    return "".join(item if item in ".," else " " + item for item in items)
+
+
+def topic_of(prompt: str) -> str:
+    """The last topic that a prompt names. DataError where it names none."""
+    topics = lexicon().topics
+    for word in reversed(prompt.replace("?", " ").replace("\n", " ").split()):
+        if word in topics:
+            return word
+    raise DataError(f"the prompt {prompt[:80]!r} names no topic of the embedded language; use prompts made by prompts()")
+
+
+def domain_of(prompt: str) -> int:
+    """The domain of a prompt's topic."""
+    return lexicon().topics[topic_of(prompt)]
+
+
+def is_held_out(prompt: str) -> bool:
+    """True for the tenth of all prompts, chosen by their text, that training never sees."""
+    return hashlib.sha256(prompt.encode()).digest()[0] % 10 == 0
+
+
+def sample_prompt(rng: random.Random, split: Literal["train", "held_out"]) -> str:
+    """One prompt of a split, with repetition over calls."""
+    words = lexicon()
+    topics = tuple(words.topics)
+    while True:
+        question = (rng.choice(OPENERS), rng.choice(topics), rng.choice(words.aspects), rng.choice(TAILS))
+        prompt = f"{USER}{' '.join(question)}?{ASSISTANT}"
+        if is_held_out(prompt) == (split == "held_out"):
+            return prompt
+
+
+def prompts(n: int, seed: int, split: Literal["train", "held_out"] = "train") -> list[str]:
+    """`n` different prompts; those of the two splits never meet.
+
+    A prompt is text without a beginning-of-sequence token and without a chat template. Raises ConfigError for an unknown
+    split, or where the language has fewer than `n` prompts in it.
+    """
+    if split not in ("train", "held_out"):
+        raise ConfigError(f"split is {split!r}; the embedded task has 'train' and 'held_out'")
+    every = len(OPENERS) * DOMAINS * TOPICS_PER_DOMAIN * len(lexicon().aspects) * len(TAILS)
+    limit = every // 20 if split == "held_out" else every // 2
+    if n > limit:
+        raise ConfigError(f"{n} different {split} prompts were asked of the embedded task; ask for at most {limit}")
+    rng = random.Random(f"prompts {split} {seed}")
+    found: dict[str, None] = {}
+    while len(found) < n:
+        found[sample_prompt(rng, split)] = None
+    return list(found)
