@@ -1,0 +1,40 @@
+"""Advantages: dense rewards and values to generalised advantage estimates."""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from tlcr import ops
+from tlcr.types import Advantages, PolicyScores, Rewards
+
+
+def compute_advantages(
+    rewards: Rewards,
+    scores: PolicyScores,
+    mask_BT: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    whiten: bool,
+    accelerator: Accelerator | None = None,
+) -> Advantages:
+    """GAE over the reward of every token (Schulman et al. 2016), and the returns that the value model regresses to.
+
+    mask_BT (B, T) bool. whiten: the advantages get zero mean and unit variance over all counted tokens of all
+    processes; the returns are taken before. Both (B, T) float32 or float64, 0 where not counted; no gradient.
+
+    Whitening needs every process's tokens. They are gathered, and the op run on all of them, so that one formula
+    whitens whatever the number of processes; three (B, T) tensors are nothing next to a forward pass.
+    """
+    rewards_BT, values_BT = rewards.rewards_BT, scores.values_BT
+    if not whiten or accelerator is None or accelerator.num_processes == 1:
+        return Advantages(*ops.fused_gae(rewards_BT, values_BT, mask_BT, gamma=gamma, lam=lam, whiten=whiten))
+    B, T = mask_BT.shape
+    everyones = [
+        accelerator.gather(accelerator.pad_across_processes(mine_BT, dim=1))
+        for mine_BT in (rewards_BT, values_BT, mask_BT)
+    ]
+    advantages_AT, returns_AT = ops.fused_gae(*everyones, gamma=gamma, lam=lam, whiten=True)
+    mine = slice(accelerator.process_index * B, (accelerator.process_index + 1) * B)
+    return Advantages(advantages_AT[mine, :T], returns_AT[mine, :T])

@@ -1,0 +1,75 @@
+"""Rows of a rollout, sorted by length and cut to what they need, so that padding costs next to nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tlcr.types import Rollout
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some rows of a rollout, for one forward pass, with the columns that are padding in all of them left out."""
+
+    rows_B: Tensor
+    ids_BL: Tensor
+    attention_mask_BL: Tensor
+    mask_BT: Tensor
+
+    @property
+    def response_length(self) -> int:
+        return self.mask_BT.shape[1]
+
+    def take(self, x_BT: Tensor) -> Tensor:
+        """This micro-batch's part of a value of the whole rollout."""
+        return x_BT[self.rows_B, : self.response_length]
+
+    def put(self, x_BT: Tensor, into_BT: Tensor) -> None:
+        """Write this micro-batch's values to their places in a value of the whole rollout; the others stay."""
+        into_BT[self.rows_B, : self.response_length] = torch.where(self.mask_BT, x_BT, 0.0)
+
+
+class MicroBatches:
+    """Cuts a rollout into micro-batches. The lengths are read from the device once, here."""
+
+    def __init__(self, rollout: Rollout) -> None:
+        self._rollout = rollout
+        prompt_columns_P = torch.arange(rollout.prompt_mask_BP.shape[1], 0, -1, device=rollout.mask_BT.device)
+        answer_columns_T = torch.arange(1, rollout.mask_BT.shape[1] + 1, device=rollout.mask_BT.device)
+        self._lengths: list[tuple[int, int]] = [
+            (prompt, answer)
+            for prompt, answer in torch.stack(
+                [
+                    (rollout.prompt_mask_BP * prompt_columns_P).amax(dim=1),
+                    (rollout.mask_BT * answer_columns_T).amax(dim=1),
+                ],
+                dim=1,
+            ).tolist()
+        ]
+
+    def split(self, size: int | None, rows: Sequence[int] | None = None) -> list[MicroBatch]:
+        """All rows, or those named, in micro-batches of `size`, the longest first; None: in a single one."""
+        rows = range(len(self._lengths)) if rows is None else rows
+        by_length = sorted(rows, key=lambda row: sum(self._lengths[row]), reverse=True)
+        step = size or max(1, len(by_length))
+        return [self._cut(by_length[start : start + step]) for start in range(0, len(by_length), step)]
+
+    def _cut(self, rows: Sequence[int]) -> MicroBatch:
+        rollout = self._rollout
+        prompt_length = max(self._lengths[row][0] for row in rows)
+        response_length = max(self._lengths[row][1] for row in rows)
+        rows_B = torch.tensor(rows, device=rollout.mask_BT.device)
+        first = rollout.prompt_ids_BP.shape[1] - prompt_length
+        mask_BT = rollout.mask_BT[rows_B, :response_length]
+        return MicroBatch(
+            rows_B=rows_B,
+            ids_BL=torch.cat(
+                [rollout.prompt_ids_BP[rows_B, first:], rollout.response_ids_BT[rows_B, :response_length]], dim=1
+            ),
+            attention_mask_BL=torch.cat([rollout.prompt_mask_BP[rows_B, first:], mask_BT], dim=1),
+            mask_BT=mask_BT,
+        )

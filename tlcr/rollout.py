@@ -1,0 +1,241 @@
+"""Rollouts: prompts to sampled answers, and what policy, reference and value model say of them before the update."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from tlcr.actor_critic import ActorCritic, score_answers
+from tlcr.config import RolloutConfig
+from tlcr.errors import ConfigError, DataError
+from tlcr.microbatches import MicroBatches
+from tlcr.types import PolicyScores, Rollout
+
+
+class PromptStream:
+    """An endless walk through the prompts, each pass in a new order that only the seed and the pass decide.
+
+    Its whole state is `cursor`, the number of prompts handed out so far.
+    """
+
+    def __init__(self, prompts: Sequence[str], seed: int, cursor: int = 0) -> None:
+        if not prompts:
+            raise DataError("there are no prompts to roll out; name a source with data.prompts or data.preferences")
+        self._prompts = prompts
+        self._seed = seed
+        self._pass, self._order = -1, torch.empty(0, dtype=torch.long)
+        self.cursor = cursor
+
+    def take(self, count: int) -> list[str]:
+        """The next `count` prompts."""
+        taken = [self._at(position) for position in range(self.cursor, self.cursor + count)]
+        self.cursor += count
+        return taken
+
+    def _at(self, position: int) -> str:
+        number, place = divmod(position, len(self._prompts))
+        if number != self._pass:
+            generator = seeded_generator("prompts", self._seed, number)
+            self._pass, self._order = number, torch.randperm(len(self._prompts), generator=generator)
+        return self._prompts[int(self._order[place])]
+
+
+@torch.no_grad()
+def generate(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    cfg: RolloutConfig,
+    *,
+    max_prompt_tokens: int,
+    generator: torch.Generator | None = None,
+) -> Rollout:
+    """Sample one answer for each prompt, at cfg.temperature, until the end of sequence or cfg.max_new_tokens.
+
+    policy: the model itself, not a data-parallel wrapper. A prompt longer than max_prompt_tokens keeps its end.
+    generator: where the randomness comes from; None: torch's global state. Only the settings of `cfg` shape the
+    distribution: sampling defaults that came with the model (top-p, penalties) do not apply.
+
+    The end of sequence is the tokenizer's, or any that the model's generation config names; it is the last counted
+    action of an answer that ended. Raises DataError for a prompt with no token that is not padding.
+    """
+    _warn_of_truncated_sampling(cfg)
+    end_ids = _end_ids(policy, tokenizer)
+    prompt_ids = _encode_prompts(tokenizer, prompts, max_prompt_tokens)
+    sampling = GenerationConfig(
+        do_sample=True,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        top_k=cfg.top_k,
+        max_new_tokens=cfg.max_new_tokens,
+        eos_token_id=end_ids,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    answers: list[Tensor] = [torch.empty(0)] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda row: len(prompt_ids[row]))
+    with _only(policy, sampling), _seeded_by(generator, policy.device):
+        for start in range(0, len(prompts), cfg.batch_size):
+            rows = by_length[start : start + cfg.batch_size]
+            ids_BP, mask_BP = _pad_left([prompt_ids[row] for row in rows], tokenizer.pad_token_id, policy.device)
+            sampled_BL = policy.generate(input_ids=ids_BP, attention_mask=mask_BP.long())
+            for row, answer_T in zip(rows, sampled_BL[:, ids_BP.shape[1] :], strict=True):
+                answers[row] = answer_T
+    response_ids_BT, mask_BT, ended_B = _cut_at_end(answers, end_ids, tokenizer.pad_token_id)
+    prompt_ids_BP, prompt_mask_BP = _pad_left(prompt_ids, tokenizer.pad_token_id, policy.device)
+    return Rollout(
+        prompts=tuple(prompts),
+        responses=tuple(
+            tokenizer.decode(ids[:length], skip_special_tokens=True)
+            for ids, length in zip(response_ids_BT.tolist(), mask_BT.sum(dim=1).tolist(), strict=True)
+        ),
+        prompt_ids_BP=prompt_ids_BP,
+        prompt_mask_BP=prompt_mask_BP,
+        response_ids_BT=response_ids_BT,
+        mask_BT=mask_BT,
+        ended_B=ended_B,
+    )
+
+
+@torch.no_grad()
+def score_rollout(
+    actor_critic: ActorCritic,
+    reference: PreTrainedModel,
+    rollout: Rollout,
+    *,
+    temperature: float,
+    micro_batch_size: int | None,
+    exact_kl: bool,
+    chunk_tokens: int | None = None,
+) -> PolicyScores:
+    """Log-probs of every action under policy and reference at the sampling temperature, values and entropies.
+
+    Sampling does not report them: a forward pass with a key-value cache rounds differently from the one that the
+    update takes, and the ratio compares the two. exact_kl: also KL(policy || reference) over the vocabulary.
+    All (B, T) float32 (float64 for float64 models), nats, 0 where not counted; no gradient.
+    """
+    shape, device = rollout.mask_BT.shape, rollout.mask_BT.device
+    wide = next(actor_critic.parameters()).dtype == torch.float64
+    dtype = torch.float64 if wide else torch.float32
+    logprobs_BT, ref_logprobs_BT, values_BT, entropy_BT, kl_BT = (
+        torch.zeros(shape, dtype=dtype, device=device) for _ in range(5)
+    )
+    for batch in MicroBatches(rollout).split(micro_batch_size):
+        output = actor_critic(
+            batch.ids_BL,
+            batch.attention_mask_BL,
+            batch.response_length,
+            temperature=temperature,
+            reference=reference if exact_kl else None,
+        )
+        ref_scored_BT = output.ref_logprobs_BT
+        if ref_scored_BT is None:
+            ref_scored_BT = score_answers(
+                reference,
+                batch.ids_BL,
+                batch.attention_mask_BL,
+                batch.response_length,
+                temperature=temperature,
+                chunk_tokens=chunk_tokens,
+            ).logprobs
+        batch.put(output.logprobs_BT, logprobs_BT)
+        batch.put(ref_scored_BT, ref_logprobs_BT)
+        batch.put(output.values_BT, values_BT)
+        batch.put(output.entropy_BT, entropy_BT)
+        if exact_kl:
+            batch.put(output.kl_BT, kl_BT)
+    return PolicyScores(logprobs_BT, ref_logprobs_BT, values_BT, entropy_BT, kl_BT if exact_kl else None)
+
+
+def seeded_generator(purpose: str, *numbers: int) -> torch.Generator:
+    """A CPU generator that depends on its arguments only, so that a resumed run needs none of its history."""
+    state = 0
+    for part in (*purpose.encode(), *numbers):
+        # SplitMix64's finaliser: neighbouring seeds give unrelated streams (Steele, Lea and Flood 2014).
+        state = (state + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return torch.Generator().manual_seed(state >> 1)
+
+
+def _encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_prompt_tokens: int
+) -> list[list[int]]:
+    encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
+    meaningful = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    for index, ids in enumerate(encoded):
+        if all(token == tokenizer.pad_token_id and token not in meaningful for token in ids):
+            raise DataError(
+                f"prompt {index} is {prompts[index]!r}, which has no token but padding; there is nothing to answer: "
+                "drop it, or begin every prompt with the beginning-of-sequence token"
+            )
+    return [ids[-max_prompt_tokens:] for ids in encoded]
+
+
+def _end_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    named = policy.generation_config.eos_token_id if policy.generation_config is not None else None
+    ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    if not ids:
+        raise ConfigError("neither tokenizer nor model names an end-of-sequence token; set the tokenizer's eos_token")
+    return sorted(ids)
+
+
+def _pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max((len(ids) for ids in rows), default=0)
+    ids_BP = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in rows], dtype=torch.long)
+    lengths_B = torch.tensor([len(ids) for ids in rows], dtype=torch.long)
+    mask_BP = torch.arange(width) >= width - lengths_B.unsqueeze(1)
+    return ids_BP.reshape(len(rows), width).to(device), mask_BP.to(device)
+
+
+def _cut_at_end(answers: Sequence[Tensor], end_ids: Sequence[int], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, mask and `ended` of answers cut after their first end of sequence. Only that one is looked for by its id:
+    what follows it is padding whatever it holds, also where padding and end of sequence share an id."""
+    sampled_BT = torch.nn.utils.rnn.pad_sequence(list(answers), batch_first=True, padding_value=pad_id)
+    is_end_BT = torch.isin(sampled_BT, torch.tensor(end_ids, device=sampled_BT.device))
+    width_B = torch.tensor([len(answer) for answer in answers], device=sampled_BT.device)
+    columns_T = torch.arange(sampled_BT.shape[1], device=sampled_BT.device)
+    is_end_BT &= columns_T < width_B.unsqueeze(1)
+    ended_B = is_end_BT.any(dim=1)
+    length_B = torch.where(ended_B, is_end_BT.int().argmax(dim=1) + 1, width_B)
+    longest = int(length_B.max())
+    mask_BT = columns_T[:longest] < length_B.unsqueeze(1)
+    return torch.where(mask_BT, sampled_BT[:, :longest], pad_id), mask_BT, ended_B
+
+
+@contextmanager
+def _only(policy: PreTrainedModel, sampling: GenerationConfig) -> Iterator[None]:
+    """`generate` fills what a given config leaves open from the model's own; so that one has to step aside."""
+    own = policy.generation_config
+    policy.generation_config = sampling
+    try:
+        yield
+    finally:
+        policy.generation_config = own
+
+
+@contextmanager
+def _seeded_by(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
+    if generator is None:
+        yield
+        return
+    seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _warn_of_truncated_sampling(cfg: RolloutConfig) -> None:
+    if cfg.top_p < 1 or cfg.top_k > 0:
+        warnings.warn(
+            f"rollout.top_p={cfg.top_p} and rollout.top_k={cfg.top_k} sample from a truncated distribution, while the "
+            "log-probabilities are those of the full one: PPO's ratios and the KL estimates are biased; "
+            "top_p=1 and top_k=0 avoid it",
+            stacklevel=3,
+        )
