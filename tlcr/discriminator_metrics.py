@@ -59,8 +59,8 @@ def token_rewards(logits_NC: Tensor, temperature: float) -> Tensor:
 class Calibration:
     """A temperature, what it did to the loss on the tokens it was fitted on, and how many those were.
 
-    ``at_bound`` says that no temperature between the bounds is best: the logits tell nothing (upper), or separate the
-    labels perfectly (lower).
+    ``at_bound`` says that no temperature between the bounds is best: the logits mislead (upper), or separate the labels
+    perfectly (lower). Where no temperature is better than 1, it stays 1.
     """
 
     temperature: float
@@ -75,7 +75,7 @@ def fit_temperature(predictions: TokenPredictions, targets: Targets) -> Calibrat
 
         T = argmin over [0.05, 20] of  mean_n - sum_c q_nc log softmax(logits_n / T)_c
 
-    over the tokens that enter the training loss, each weighing the same; it is convex in 1 / T, so the search is exact.
+    over the tokens that enter the training loss, each weighing the same; it is convex in 1 / T, so there is one minimum.
     Raises DataError where there is no such token.
     """
     used = is_trained_on(predictions.labels_N, targets)
@@ -90,10 +90,11 @@ def fit_temperature(predictions: TokenPredictions, targets: Targets) -> Calibrat
     def nll(log_temperature: float) -> float:
         return float(-(targets_NC * log_softmax(logits_NC / math.exp(log_temperature), dim=-1)).sum(dim=-1).mean())
 
-    low, high = (math.log(bound) for bound in _TEMPERATURES)
-    found = minimize_scalar(nll, bounds=(low, high), method="bounded", options={"xatol": 1e-6})
-    at_bound = min(found.x - low, high - found.x) < 1e-3
-    return Calibration(math.exp(found.x), nll(0.0), float(found.fun), len(logits_NC), at_bound)
+    ends = [math.log(bound) for bound in _TEMPERATURES]
+    inside = minimize_scalar(nll, bounds=ends, method="bounded", options={"xatol": 1e-6})
+    # in this order, so that of equals 1 wins over an end, and an end over a point of the plain before it
+    best = min((0.0, *ends, float(inside.x)), key=lambda log_temperature: round(nll(log_temperature), 9))
+    return Calibration(math.exp(best), nll(0.0), nll(best), len(logits_NC), best in ends)
 
 
 def cross_fitted_confidence(predictions: TokenPredictions, targets: Targets) -> Tensor:
