@@ -168,6 +168,22 @@ class RewardConfig(Checked):
     sequence_coef: float = knob(0.0, "adds the sequence reward model's score, times this, at the last token", ge=0)
     callable: str | None = knob(None, "'package.module:function', for kind 'callable'; runs that code")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind == "callable" and self.callable is None:
+            raise ConfigError("RewardConfig.kind is 'callable'; name the function: callable: package.module:function")
+        if self.kind != "callable" and self.callable is not None:
+            raise ConfigError(
+                f"RewardConfig.callable is {self.callable!r}, but kind is {self.kind!r}; set kind: callable, or drop it"
+            )
+        if self.kind == "sequence" and self.centre:
+            raise ConfigError("RewardConfig.centre is for token rewards, but kind 'sequence' has none; drop it")
+        if self.kind == "sequence" and self.sequence_coef != 0:
+            raise ConfigError(
+                "RewardConfig.sequence_coef adds the sequence score to another reward, and kind 'sequence' is that "
+                "score; weigh it with scale"
+            )
+
 
 @dataclass(frozen=True)
 class KLConfig(Checked):
@@ -182,6 +198,21 @@ class KLConfig(Checked):
     )
     target: float | None = knob(None, "adapt the coefficient to hold this KL", unit="nats per token", gt=0)
     horizon: int = knob(10_000, "answers over which the coefficient adapts", source="Ziegler et al. 2019", ge=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.estimator == "full" and self.placement == "reward":
+            raise ConfigError(
+                "KLConfig.estimator is 'full' with placement 'reward': the exact KL of a state does not depend on the "
+                "action, so as a reward it holds no action back; set placement: loss, or estimator: k1"
+            )
+        if self.estimator == "k1" and self.placement == "loss":
+            raise ConfigError(
+                "KLConfig.estimator is 'k1' with placement 'loss': the gradient of log p - log q is zero on average, so "
+                "it holds nothing back; set estimator to k2, k3 or full, or placement: reward"
+            )
+        if self.target is not None and self.coef == 0:
+            raise ConfigError("KLConfig.target adapts coef by factors, which leave 0 at 0; set coef above 0")
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,7 @@ def _saved_coef(state: Mapping[str, float]) -> float:
     coef = state.get("coef")
     if not isinstance(coef, (int, float)) or not math.isfinite(coef) or coef < 0:
         raise CheckpointError(
-            f"the saved KL controller holds {dict(state)!r}, wanted a 'coef' of at least 0; resume from another checkpoint"
+            f"the saved KL controller holds {dict(state)!r}, wanted a 'coef' of at least 0; "
+            "resume from another checkpoint"
         )
     return float(coef)

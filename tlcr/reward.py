@@ -118,8 +118,8 @@ def compose_rewards(
     position that does not count never matters; a row where nothing counts earns nothing. float32, or float64 where the
     signal is; no gradient.
 
-    Raises ShapeError for tensors that do not fit, ConfigError for a kind whose signal is missing, DataError for a signal
-    that is not finite, TrainingDiverged for a KL that is not finite.
+    Raises ShapeError for tensors that do not fit, ConfigError for a kind whose signal is missing, DataError for a
+    signal that is not finite, TrainingDiverged for a KL that is not finite.
     """
     _check_shapes(signal, mask_BT, ended_B, kl_BT)
     _check_signal(signal, mask_BT, cfg)
@@ -331,7 +331,7 @@ def _check_signal(signal: RewardSignal, mask_BT: Tensor, cfg: RewardConfig) -> N
             first = bad.nonzero()[0].tolist()
             place = f"answer {first[0]}" + (f", token {first[1]}" if len(first) > 1 else "")
             raise DataError(
-                f"{source} gave {int(bad.sum())} of {int(counts.sum())} {name} values that are not finite, the first at "
+                f"{source} gave {int(bad.sum())} of {int(counts.sum())} {name} values that are not finite, first at "
                 f"{place} ({tensor[tuple(first)].tolist()}); return finite numbers, 0 where it has no opinion"
             )
 
@@ -341,6 +341,7 @@ def _check_kl(kl_BT: Tensor, mask_BT: Tensor) -> None:
     if bad_BT.any():
         row, token = bad_BT.nonzero()[0].tolist()
         raise TrainingDiverged(
-            f"the KL to the reference is not finite at {int(bad_BT.sum())} tokens, first at answer {row}, token {token} "
-            f"({kl_BT[row, token].item()}); lower ppo.learning_rate or raise kl.coef and resume from an earlier checkpoint"
+            f"the KL to the reference is not finite at {int(bad_BT.sum())} tokens, first at answer {row}, token "
+            f"{token} ({kl_BT[row, token].item()}); lower ppo.learning_rate or raise kl.coef, and resume from an earlier "
+            "checkpoint"
         )
