@@ -83,7 +83,7 @@ class DataConfig(Checked):
     """Where preferences, edits and prompts come from. A source is a local file, a folder or a hub dataset's name."""
 
     preferences: str | None = knob(None, "preference pairs, for SFT and the sequence reward model")
-    preferences_format: Literal["auto", "preference", "hh"] = knob("auto", "how those records are written")
+    preferences_format: Literal["auto", "preference", "hh", "tlcr"] = knob("auto", "how those records are written")
     edits: str | None = knob(None, "edit pairs, for the discriminator")
     edits_format: Literal["auto", "edits", "tlcr"] = knob("auto", "how those records are written")
     prompts: str | None = knob(None, "prompts for PPO (a 'prompt' column); default: the prompts of the preferences")

@@ -1,0 +1,261 @@
+"""How preference and edit records are written, and how each becomes a ``PreferencePair`` or an ``EditPair``.
+
+Every format is a function from the values of one record to a pair; what cannot be used raises ``Malformed`` with the
+reason. All prompts come out complete (``tokenization.render_prompt``), and every answer as it follows its prompt, so
+that ``prompt + answer`` is the text a model reads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tlcr.data.edit_codes import check_edit_codes
+from tlcr.tokenization import render_answer, render_prompt
+from tlcr.types import EditPair, PreferencePair
+
+__all__ = [
+    "ASSISTANT",
+    "EDIT_FORMATS",
+    "PREFERENCE_FORMATS",
+    "REVISION_MARKER",
+    "Malformed",
+    "Values",
+    "edit_pair",
+    "hh_preference",
+    "preference_pair",
+    "prompt_text",
+    "tlcr_edit",
+    "tlcr_preference",
+    "tlcr_revision",
+]
+
+Values = Mapping[str, Any]
+
+REVISION_MARKER = "<|Start Of Modified Response|>\n"
+"""In the published TLCR data a reviser's raw text is its reasoning, this marker, and the revision."""
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+class Malformed(Exception):
+    """This record cannot be used, for the reason given."""
+
+
+def preference_pair(id: str, values: Values, tokenizer: PreTrainedTokenizerBase) -> PreferencePair:
+    """``prompt``, ``chosen``, ``rejected``: texts, or conversations (see ``_answers``)."""
+    prompt, (chosen, rejected) = _answers(values, ("chosen", "rejected"), tokenizer)
+    return _preference(id, prompt, chosen, rejected)
+
+
+def hh_preference(id: str, values: Values, tokenizer: PreTrainedTokenizerBase) -> PreferencePair:
+    r"""``chosen`` and ``rejected`` as whole transcripts "\n\nHuman: ..\n\nAssistant: .." that differ in the last turn.
+
+    The prompt is the transcript they share, through the last "\n\nAssistant:"; answers keep their leading space.
+    """
+    (prompt, chosen), (other, rejected) = (_split_transcript(values, name) for name in ("chosen", "rejected"))
+    if prompt != other:
+        at = next(
+            (k for k, (a, b) in enumerate(zip(prompt, other, strict=False)) if a != b), min(len(prompt), len(other))
+        )
+        raise Malformed(f"the turns before the last answer differ between chosen and rejected, from character {at + 1}")
+    return _preference(id, render_prompt(tokenizer, prompt), chosen, rejected)
+
+
+def tlcr_preference(id: str, values: Values, tokenizer: PreTrainedTokenizerBase) -> PreferencePair:
+    """``context``, ``chosen_response`` and ``reject_response`` of the published TLCR data."""
+    prompt = render_prompt(tokenizer, _tlcr_context(values))
+    chosen, rejected = (_tlcr_answer(text_field(values, name)) for name in ("chosen_response", "reject_response"))
+    return _preference(id, prompt, chosen, rejected)
+
+
+def edit_pair(id: str, values: Values, tokenizer: PreTrainedTokenizerBase) -> EditPair:
+    """``prompt``, ``rejected``, ``revised`` and perhaps ``chosen``: texts, or conversations (see ``_answers``)."""
+    names = ("rejected", "revised", "chosen")
+    given = names if values.get("chosen") is not None else names[:2]
+    prompt, (rejected, revised, *chosen) = _answers(values, given, tokenizer)
+    return EditPair(id=id, prompt=prompt, rejected=rejected, revised=revised, chosen=chosen[0] if chosen else None)
+
+
+def tlcr_edit(id: str, values: Values, tokenizer: PreTrainedTokenizerBase) -> EditPair:
+    """The published TLCR data: ``context``, ``reject_response``, and ``response`` or ``raw_response`` with its marker.
+
+    Edit codes, where the record has them, must be consistent (``check_edit_codes``). They are not the source of the
+    labels: they speak of tokens of answers that were tokenised alone, and labels are of tokens in context.
+    """
+    prompt = render_prompt(tokenizer, _tlcr_context(values))
+    rejected = _tlcr_answer(text_field(values, "reject_response"))
+    revised = tlcr_revision(values)
+    chosen = values.get("chosen_response")
+    problem = check_edit_codes(values)
+    if problem:
+        raise Malformed(problem)
+    return EditPair(
+        id=id,
+        prompt=prompt,
+        rejected=rejected,
+        revised=_tlcr_answer(revised),
+        chosen=None if chosen is None else _tlcr_answer(text_field(values, "chosen_response")),
+    )
+
+
+def tlcr_revision(values: Values) -> str:
+    """The revised answer alone: ``response``, or what follows the marker in ``raw_response``."""
+    if values.get("response") is not None:
+        return text_field(values, "response")
+    raw = text_field(values, "raw_response")
+    if REVISION_MARKER not in raw:
+        raise Malformed(f"field 'raw_response' has no line {REVISION_MARKER.strip()!r} before the revision")
+    return _text(raw.rpartition(REVISION_MARKER)[2], "the revision in 'raw_response'")
+
+
+def prompt_text(values: Values, tokenizer: PreTrainedTokenizerBase) -> str:
+    """``prompt``: a text, or the messages before the answer."""
+    if isinstance(values.get("prompt"), list):
+        prompt = _messages(values["prompt"], "prompt")
+        _require_open(prompt)
+        return render_prompt(tokenizer, prompt)
+    return render_prompt(tokenizer, _complete_transcript(text_field(values, "prompt"))[0])
+
+
+def text_field(values: Values, name: str) -> str:
+    """A field's text, which must be there and not be blank."""
+    if name not in values:
+        raise Malformed(f"field {name!r} is missing")
+    return _text(values[name], f"field {name!r}")
+
+
+def _preference(id: str, prompt: str, chosen: str, rejected: str) -> PreferencePair:
+    if chosen == rejected:
+        raise Malformed("chosen and rejected are the same text")
+    return PreferencePair(id=id, prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def _text(value: object, what: str) -> str:
+    if value is None:
+        raise Malformed(f"{what} is null")
+    if not isinstance(value, str):
+        raise Malformed(f"{what} is a {type(value).__name__}, not text")
+    if not value.strip():
+        raise Malformed(f"{what} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise Malformed(
+            f"{what} is not valid Unicode (half of a surrogate pair at character {error.start + 1})"
+        ) from error
+    return value
+
+
+def _answers(values: Values, names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]]:
+    """The complete prompt, and each named answer as it follows it.
+
+    An answer is a text; or messages that end with the assistant's, after the whole conversation or only what follows
+    ``prompt``. Such conversations must share all turns but the last; a prompt that is a text is then the first user
+    message, unless the conversation has one itself.
+    """
+    for name in names:
+        if name not in values:
+            raise Malformed(f"field {name!r} is missing")
+    prompt = values.get("prompt")
+    if any(isinstance(values[name], list) for name in names):
+        conversations = [_conversation(prompt, values[name], name) for name in names]
+        context = conversations[0][:-1]
+        for name, conversation in zip(names, conversations, strict=True):
+            if conversation[:-1] != context:
+                raise Malformed(f"the messages before the last answer differ between {names[0]} and {name}")
+        answers = [conversation[-1]["content"] for conversation in conversations]
+    elif isinstance(prompt, list):
+        context = _messages(prompt, "prompt")
+        answers = [text_field(values, name) for name in names]
+    else:
+        text, completed = _complete_transcript(text_field(values, "prompt"))
+        answers = [text_field(values, name) for name in names]
+        if completed:
+            answers = [" " + answer.lstrip().removeprefix(ASSISTANT.strip()).lstrip() for answer in answers]
+        return render_prompt(tokenizer, text), answers
+    _require_open(context)
+    return render_prompt(tokenizer, context), [render_answer(tokenizer, context, answer) for answer in answers]
+
+
+def _conversation(prompt: object, answer: object, name: str) -> list[dict[str, str]]:
+    """All messages through the last answer."""
+    if isinstance(answer, str):
+        messages = [{"role": "assistant", "content": _text(answer, f"field {name!r}")}]
+    else:
+        messages = _messages(answer, name)
+    if messages[-1]["role"] != "assistant":
+        raise Malformed(f"the last message of {name!r} is of role {messages[-1]['role']!r}, not 'assistant'")
+    if isinstance(prompt, str) and all(message["role"] == "assistant" for message in messages):
+        return [{"role": "user", "content": _text(prompt, "field 'prompt'")}, *messages]
+    if isinstance(prompt, list):
+        before = _messages(prompt, "prompt")
+        return messages if messages[: len(before)] == before else before + messages
+    return messages
+
+
+def _messages(value: object, name: str) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise Malformed(f"field {name!r} is not a list of messages")
+    messages = []
+    for number, message in enumerate(value, start=1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise Malformed(f"message {number} of {name!r} has no 'role'")
+        content = _text(message.get("content"), f"the content of message {number} of {name!r}")
+        messages.append({"role": message["role"], "content": content})
+    return messages
+
+
+def _require_open(prompt: Sequence[Mapping[str, str]]) -> None:
+    if not prompt:
+        raise Malformed("the conversation has nothing before the answer")
+    if prompt[-1]["role"] == "assistant":
+        raise Malformed("the prompt ends with an assistant's message, so there is nothing left to answer")
+
+
+def _split_transcript(values: Values, name: str) -> tuple[str, str]:
+    text = text_field(values, name)
+    turns = list(_TURN.finditer(text))
+    if not turns or turns[-1].group(1) != "Assistant":
+        raise Malformed(f"field {name!r} is not a transcript whose last turn opens with {ASSISTANT!r}")
+    if len(turns) == 1:
+        raise Malformed(f"field {name!r} has no turn before its answer")
+    end = turns[-1].end()
+    _text(text[end:], f"the last answer of {name!r}")
+    return text[:end], text[end:]
+
+
+def _complete_transcript(prompt: str) -> tuple[str, bool]:
+    r"""An HH transcript that stops after the human's turn gets the "\n\nAssistant:" that the answer follows.
+
+    Returns the prompt and whether it was completed; every other text comes back as it is.
+    """
+    text = "\n\n" + prompt.lstrip()
+    turns = _TURN.findall(text)
+    if not text.startswith(HUMAN) or turns[-1] != "Human":
+        return prompt, False
+    return text.rstrip() + ASSISTANT, True
+
+
+def _tlcr_context(values: Values) -> str:
+    context = text_field(values, "context")
+    return context.replace("###Human:", HUMAN).replace("###Assistant:", ASSISTANT).rstrip()
+
+
+def _tlcr_answer(text: str) -> str:
+    return " " + text.lstrip()
+
+
+PreferenceReader = Callable[[str, Values, PreTrainedTokenizerBase], PreferencePair]
+EditReader = Callable[[str, Values, PreTrainedTokenizerBase], EditPair]
+
+PREFERENCE_FORMATS: dict[str, PreferenceReader] = {
+    "preference": preference_pair,
+    "hh": hh_preference,
+    "tlcr": tlcr_preference,
+}
+EDIT_FORMATS: dict[str, EditReader] = {"edits": edit_pair, "tlcr": tlcr_edit}

@@ -1,0 +1,266 @@
+"""Preferences, edits and prompts from files, folders and hub datasets, as typed records.
+
+Every record is either returned or reported with its file, row and reason; ``DataConfig.on_malformed`` says whether a
+report stops the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from tlcr.config import DataConfig
+from tlcr.data.edit_codes import compare_edit_codes
+from tlcr.data.formats import (
+    ASSISTANT,
+    EDIT_FORMATS,
+    PREFERENCE_FORMATS,
+    Malformed,
+    prompt_text,
+    text_field,
+    tlcr_revision,
+)
+from tlcr.data.sources import Row, read_rows
+from tlcr.errors import ConfigError, DataError
+from tlcr.types import EditPair, PreferencePair
+
+__all__ = ["MalformedRecord", "ReadResult", "read_edits", "read_preferences", "read_prompts", "split_held_out"]
+
+logger = logging.getLogger("tlcr")
+
+T = TypeVar("T")
+Identified = TypeVar("Identified", PreferencePair, EditPair, str)
+
+REPORTED = 20
+"""Malformed records that are logged one by one; ``ReadResult.malformed`` has them all."""
+
+
+@dataclass(frozen=True)
+class MalformedRecord:
+    """A record that cannot be used. ``row`` counts records from 1; ``line`` is its line, in text files."""
+
+    file: str
+    row: int
+    line: int | None
+    reason: str
+
+    def __str__(self) -> str:
+        where = f"record {self.row}" if self.line is None else f"record {self.row} (line {self.line})"
+        return f"{self.file}, {where}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class ReadResult(Generic[T]):
+    """What a source held: the records that can be used, in its order, and those that cannot."""
+
+    source: str
+    format: str
+    records: tuple[T, ...]
+    malformed: tuple[MalformedRecord, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What else a reader of the numbers should know, one line each."""
+
+    def summary(self) -> str:
+        """One line for people."""
+        skipped = f", {len(self.malformed)} malformed and skipped" if self.malformed else ""
+        return "; ".join((f"{self.source} ({self.format}): {len(self.records)} records{skipped}", *self.notes))
+
+
+def read_preferences(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadResult[PreferencePair]:
+    """``cfg.preferences`` as preference pairs.
+
+    Formats, told apart by their columns under "auto":
+    preference: ``prompt``, ``chosen``, ``rejected`` as texts or messages; conversations may hold the prompt themselves.
+    hh: ``chosen`` and ``rejected`` as transcripts.
+    tlcr: ``context``, ``chosen_response``, ``reject_response``.
+    An ``id`` column names the records; else the file and row do.
+
+    Raises:
+        ConfigError: no source is set, or its conversations meet a tokenizer without a chat template.
+        DataError: the source cannot be read, no record can be used, or one is malformed and that is fatal.
+    """
+    source = _required(cfg.preferences, "preferences")
+    rows = read_rows(source, split=cfg.split, limit=cfg.limit)
+    name = _preference_format(source, rows) if cfg.preferences_format == "auto" else cfg.preferences_format
+    read = PREFERENCE_FORMATS[name]
+    pairs, malformed, _ = _convert(source, rows, lambda row: read(_id(row), row.values, tokenizer), cfg)
+    notes = _glued([(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)])
+    return _reported(ReadResult(source, name, tuple(pairs), malformed, notes))
+
+
+def read_edits(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadResult[EditPair]:
+    """``cfg.edits`` as edit pairs.
+
+    Formats, told apart by their columns under "auto":
+    edits: ``prompt``, ``rejected``, ``revised`` and perhaps ``chosen``, as texts or messages.
+    tlcr: the published data, ``context``, ``reject_response``, and ``response`` or ``raw_response``.
+    A revision that changes nothing is kept, and noted: it says that the rejected answer has nothing to mend.
+
+    Raises:
+        as ``read_preferences``.
+    """
+    source = _required(cfg.edits, "edits")
+    rows = read_rows(source, split=cfg.split, limit=cfg.limit)
+    name = _edit_format(source, rows) if cfg.edits_format == "auto" else cfg.edits_format
+    read = EDIT_FORMATS[name]
+    pairs, malformed, used = _convert(source, rows, lambda row: read(_id(row), row.values, tokenizer), cfg)
+    notes = list(_glued([(pair.prompt, answer) for pair in pairs for answer in (pair.rejected, pair.revised)]))
+    unedited = sum(pair.rejected == pair.revised for pair in pairs)
+    if unedited:
+        notes.append(f"{unedited} of {len(pairs)} revisions change nothing, so all of their labels will be neutral")
+    if name == "tlcr":
+        answers = [(text_field(row.values, "reject_response"), tlcr_revision(row.values), row.values) for row in used]
+        agreement = compare_edit_codes(answers, tokenizer)
+        notes += [agreement] if agreement else []
+    return _reported(ReadResult(source, name, tuple(pairs), malformed, tuple(notes)))
+
+
+def read_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadResult[str]:
+    """``cfg.prompts`` (or the prompts of ``cfg.preferences``, where it is not set) as complete prompts, each once.
+
+    A source has a ``prompt`` column of texts or messages, or is in a format of ``read_preferences``.
+
+    Raises:
+        as ``read_preferences``.
+    """
+    source = _required(cfg.prompts or cfg.preferences, "prompts")
+    rows = read_rows(source, split=cfg.split, limit=cfg.limit)
+    if _columns(rows) >= {"prompt"}:
+        name = "prompts"
+        prompts, malformed, _ = _convert(source, rows, lambda row: prompt_text(row.values, tokenizer), cfg)
+    else:
+        name = _preference_format(source, rows, also="prompt (text, or a list of messages)")
+        read = PREFERENCE_FORMATS[name]
+        prompts, malformed, _ = _convert(source, rows, lambda row: read(_id(row), row.values, tokenizer).prompt, cfg)
+    once = tuple(dict.fromkeys(prompts))
+    notes = (f"{len(prompts) - len(once)} repeated prompts left out",) if len(once) < len(prompts) else ()
+    return _reported(ReadResult(source, name, once, malformed, notes))
+
+
+def split_held_out(records: Sequence[Identified], share: float) -> tuple[list[Identified], list[Identified]]:
+    """(training, held-out) records, each in the given order; a record's side depends on its id and the share alone.
+
+    A record is held out where the SHA-256 of its id (of the text itself, for prompts), read as a fraction of 1, is
+    below ``share``: more data, another order or another machine leave it where it was. Of two or more records and a
+    share above 0, the lowest fraction is held out and the highest is not, whatever the share.
+    """
+    if share <= 0 or not records:
+        return list(records), []
+    fractions = [_fraction(record if isinstance(record, str) else record.id) for record in records]
+    held_out = [fraction < share for fraction in fractions]
+    if len(records) >= 2 and not any(held_out):
+        held_out[fractions.index(min(fractions))] = True
+    if len(records) >= 2 and all(held_out):
+        held_out[fractions.index(max(fractions))] = False
+    return (
+        [record for record, out in zip(records, held_out, strict=True) if not out],
+        [record for record, out in zip(records, held_out, strict=True) if out],
+    )
+
+
+def _fraction(id: str) -> float:
+    return int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "big") / 2**64
+
+
+def _required(source: str | None, field: str) -> str:
+    if not source:
+        raise ConfigError(f"data.{field} is not set; name a file, a folder or a hub dataset")
+    return source
+
+
+def _id(row: Row) -> str:
+    given = row.values.get("id")
+    return f"{row.file}:{row.number}" if given is None or given == "" else str(given)
+
+
+def _convert(
+    source: str, rows: Sequence[Row], convert: Callable[[Row], T], cfg: DataConfig
+) -> tuple[list[T], tuple[MalformedRecord, ...], list[Row]]:
+    """The records, what is malformed, and the rows that the records came from."""
+    records, malformed, used = [], [], []
+    for row in rows:
+        try:
+            if row.problem:
+                raise Malformed(row.problem)
+            records.append(convert(row))
+            used.append(row)
+        except Malformed as reason:
+            malformed.append(MalformedRecord(row.file, row.number, row.line, str(reason)))
+    if malformed and cfg.on_malformed == "raise":
+        raise DataError(
+            f"{malformed[0]}; {len(malformed)} of {len(rows)} records of {source} are malformed: mend them, or set "
+            "data.on_malformed=skip to go on without them"
+        )
+    for record in malformed[:REPORTED]:
+        logger.warning("skipped %s", record)
+    if len(malformed) > REPORTED:
+        logger.warning("skipped %d more malformed records of %s", len(malformed) - REPORTED, source)
+    if not records:
+        raise DataError(f"none of the {len(rows)} records of {source} can be used; the first: {malformed[0]}")
+    return records, tuple(malformed), used
+
+
+def _reported(result: ReadResult[T]) -> ReadResult[T]:
+    logger.log(logging.WARNING if result.notes else logging.INFO, "%s", result.summary())
+    return result
+
+
+def _columns(rows: Sequence[Row]) -> set[str]:
+    """The columns of the rows that could be read."""
+    readable = [row for row in rows if row.problem is None]
+    if not readable:
+        first = rows[0]
+        raise DataError(f"{MalformedRecord(first.file, first.number, first.line, str(first.problem))}; mend the file")
+    return {name for row in readable for name in row.values}
+
+
+def _preference_format(source: str, rows: Sequence[Row], also: str | None = None) -> str:
+    columns = _columns(rows)
+    if columns >= {"chosen", "rejected"}:
+        texts = [row.values.get("chosen") for row in rows]
+        if "prompt" in columns or any(isinstance(text, list) for text in texts):
+            return "preference"
+        if any(isinstance(text, str) and ASSISTANT in text for text in texts):
+            return "hh"
+    if columns >= {"context", "chosen_response", "reject_response"}:
+        return "tlcr"
+    wanted = ["prompt, chosen, rejected", "chosen, rejected (transcripts or lists of messages)"]
+    wanted += ["context, chosen_response, reject_response", *([also] if also else [])]
+    raise _unknown_columns(source, columns, wanted)
+
+
+def _edit_format(source: str, rows: Sequence[Row]) -> str:
+    columns = _columns(rows)
+    if columns >= {"rejected", "revised"} and (
+        "prompt" in columns or any(isinstance(row.values.get("rejected"), list) for row in rows)
+    ):
+        return "edits"
+    if columns >= {"context", "reject_response"} and columns & {"response", "raw_response"}:
+        return "tlcr"
+    raise _unknown_columns(
+        source, columns, ["prompt, rejected, revised", "context, reject_response, response (or raw_response)"]
+    )
+
+
+def _unknown_columns(source: str, columns: Iterable[str], wanted: Sequence[str]) -> DataError:
+    return DataError(
+        f"{source} has the columns {', '.join(sorted(columns))}; wanted are {'; or '.join(wanted)}: rename the columns"
+    )
+
+
+def _glued(texts: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    """A note where answers run on inside the prompt's last word, which is never meant."""
+    glued = [text for text in texts if re.fullmatch("[A-Za-z0-9]{2}", text[0][-1:] + text[1][:1])]
+    if not glued:
+        return ()
+    prompt, answer = glued[0]
+    return (
+        f"{len(glued)} of {len(texts)} answers run on inside the prompt's last word "
+        f"(...{prompt[-12:]}{answer[:12]}...): end the prompt or begin the answer with white space",
+    )

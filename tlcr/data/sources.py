@@ -1,0 +1,231 @@
+"""Rows from a local file, a folder or a hub dataset, each with the place it came from.
+
+Text files are read by the standard library's json and csv, which know the line they are at and keep every value as it
+was written; Parquet, Arrow, folders and hub names by ``datasets``. Only hub datasets are cached; local sources are read
+where they lie, and nothing is downloaded for them.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import datasets
+import pyarrow
+
+from tlcr.errors import DataError
+
+__all__ = ["Row", "read_rows"]
+
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
+SUFFIXES = (*JSON_SUFFIXES, *SEPARATORS, *BUILDERS)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record as it was read. ``number`` counts records from 1; ``line`` is the record's line in a text file.
+
+    ``problem`` says why there are no values, where the record itself could not be read.
+    """
+
+    file: str
+    number: int
+    line: int | None
+    values: Mapping[str, Any]
+    problem: str | None = None
+
+
+def read_rows(source: str, *, split: str, limit: int | None) -> list[Row]:
+    """The first ``limit`` records (all, for None) of a file, a folder, or a hub dataset ("owner/name:configuration").
+
+    Files end in .jsonl, .ndjson, .json (one record a line, or a list of records), .csv, .tsv (with a header), each also
+    with .gz, or in .parquet or .arrow. Folders are what ``Dataset.save_to_disk`` wrote, or hold data files that
+    ``datasets`` recognises. ``split`` applies to folders and hub datasets.
+
+    Raises:
+        DataError: nothing is there under that name, it is empty or damaged, or its kind is not known.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        found = list(islice(_file_rows(path), limit))
+    elif path.is_dir():
+        found = _dataset_rows(source, lambda: _open_folder(path, split), limit)
+    elif _looks_like_a_path(source):
+        raise DataError(f"there is no file or folder {source!r}{_nearest(path)}; check the path")
+    else:
+        name, _, configuration = source.partition(":")
+        found = _dataset_rows(source, lambda: datasets.load_dataset(name, configuration or None, split=split), limit)
+    if not found:
+        raise DataError(f"{source} is empty: it holds no record; name a source with at least one")
+    return found
+
+
+def _file_rows(path: Path) -> Iterator[Row]:
+    inner = path.with_suffix("") if path.suffix == ".gz" else path
+    suffix = inner.suffix.lower()
+    if suffix not in SUFFIXES or (suffix in BUILDERS and inner != path):
+        raise DataError(
+            f"{path}: unknown kind of file {''.join(path.suffixes[-2:])!r}; known are {', '.join(SUFFIXES)}, and "
+            ".gz of text: convert the file or rename it"
+        )
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty (0 bytes); write or download it again")
+    if suffix in BUILDERS:
+        yield from _dataset_rows(
+            path.name,
+            lambda: datasets.load_dataset(BUILDERS[suffix], data_files=str(path), split="train", streaming=True),
+        )
+        return
+    try:
+        with _open_text(path) as file:
+            yield from (
+                _json_rows(path, file) if suffix in JSON_SUFFIXES else _table_rows(path, file, SEPARATORS[suffix])
+            )
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path} is not a whole gzip file ({error}); download or write it again") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error}); convert it to UTF-8") from error
+
+
+def _open_text(path: Path) -> IO[str]:
+    # utf-8-sig: a byte-order mark, which spreadsheets write, would become part of the first column's name.
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _json_rows(path: Path, file: IO[str]) -> Iterator[Row]:
+    number = 0
+    for line_number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        if number == 0 and line.lstrip().startswith("["):
+            yield from _json_list(path, line_number - 1, line + file.read())
+            return
+        number += 1
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            yield Row(path.name, number, line_number, {}, f"invalid JSON ({error}); a line holds one whole record")
+        else:
+            yield _json_row(path, number, line_number, value)
+
+
+def _json_list(path: Path, lines_before: int, text: str) -> Iterator[Row]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}, line {lines_before + error.lineno}: invalid JSON ({error.msg}, column {error.colno}); mend it"
+        ) from error
+    for number, value in enumerate(values, start=1):
+        yield _json_row(path, number, None, value)
+
+
+def _json_row(path: Path, number: int, line: int | None, value: object) -> Row:
+    if isinstance(value, dict):
+        return Row(path.name, number, line, value)
+    return Row(
+        path.name, number, line, {}, f"the record is a JSON {type(value).__name__}, not an object with named fields"
+    )
+
+
+def _table_rows(path: Path, file: IO[str], separator: str) -> Iterator[Row]:
+    reader = csv.reader(file, delimiter=separator, strict=True)
+    header: list[str] | None = None
+    number = 0
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise DataError(
+                f"{path}, line {line}: not readable as {path.suffix} ({error}); quote cells that hold quotes, "
+                "separators or line ends, or write the file as .jsonl"
+            ) from error
+        if cells is None:
+            return
+        if not cells:
+            continue
+        if header is None:
+            header = cells
+            continue
+        number += 1
+        if len(cells) != len(header):
+            problem = f"{len(cells)} cells, where the header names {len(header)} columns"
+            yield Row(path.name, number, line, {}, problem)
+        else:
+            yield Row(path.name, number, line, dict(zip(header, cells, strict=True)))
+
+
+def _dataset_rows(source: str, load: Callable[[], Any], limit: int | None = None) -> list[Row]:
+    try:
+        with _quiet_datasets():
+            return [Row(source, number, None, values) for number, values in enumerate(islice(load(), limit), start=1)]
+    except ConnectionError as error:
+        raise DataError(
+            f"{source!r} is neither a file nor a folder{_nearest(Path(source))}, and as a hub dataset it cannot be "
+            f"had: {_first_line(error)}; check the name, or download it first and name the folder"
+        ) from error
+    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(
+            f"cannot read {source}: {_first_line(error)}; check that the file is whole, the name and data.split"
+        ) from error
+
+
+def _open_folder(path: Path, split: str) -> Any:
+    if (path / "dataset_dict.json").is_file():
+        parts = datasets.load_from_disk(str(path))
+        if split not in parts:
+            raise DataError(f"{path} has no split {split!r}; set data.split to one of {', '.join(sorted(parts))}")
+        return parts[split]
+    if (path / "state.json").is_file():
+        return datasets.load_from_disk(str(path))
+    return datasets.load_dataset(str(path), split=split, streaming=True)
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """No progress bars and no log lines: what goes wrong is raised and reported here."""
+    verbosity, bars_were_off = datasets.utils.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.utils.logging.set_verbosity(verbosity)
+        if not bars_were_off:
+            datasets.enable_progress_bars()
+
+
+def _looks_like_a_path(source: str) -> bool:
+    path = Path(source)
+    return (
+        source.startswith((".", "/", "~"))
+        or len(path.parts) > 2
+        or path.suffix.lower() in (*SUFFIXES, ".gz")
+        or (len(path.parts) == 2 and path.parent.is_dir())
+    )
+
+
+def _nearest(path: Path) -> str:
+    """ " (nearest name: ...)", where the folder that is named holds something alike."""
+    if not path.parent.is_dir():
+        return ""
+    names = difflib.get_close_matches(path.name, sorted(entry.name for entry in path.parent.iterdir()), n=1)
+    return f" (nearest name: {str(path.parent / names[0])!r})" if names else ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
