@@ -208,8 +208,8 @@ class KLConfig(Checked):
             )
         if self.estimator == "k1" and self.placement == "loss":
             raise ConfigError(
-                "KLConfig.estimator is 'k1' with placement 'loss': the gradient of log p - log q is zero on average, so "
-                "it holds nothing back; set estimator to k2, k3 or full, or placement: reward"
+                "KLConfig.estimator is 'k1' with placement 'loss': the gradient of log p - log q is zero on average, "
+                "so it holds nothing back; set estimator to k2, k3 or full, or placement: reward"
             )
         if self.target is not None and self.coef == 0:
             raise ConfigError("KLConfig.target adapts coef by factors, which leave 0 at 0; set coef above 0")

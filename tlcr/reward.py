@@ -342,6 +342,6 @@ def _check_kl(kl_BT: Tensor, mask_BT: Tensor) -> None:
         row, token = bad_BT.nonzero()[0].tolist()
         raise TrainingDiverged(
             f"the KL to the reference is not finite at {int(bad_BT.sum())} tokens, first at answer {row}, token "
-            f"{token} ({kl_BT[row, token].item()}); lower ppo.learning_rate or raise kl.coef, and resume from an earlier "
-            "checkpoint"
+            f"{token} ({kl_BT[row, token].item()}); lower ppo.learning_rate or raise kl.coef, and resume from an "
+            "earlier checkpoint"
         )

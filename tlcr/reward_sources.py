@@ -359,7 +359,8 @@ class CallableSource(_Stateless):
             last = traceback.extract_tb(error.__traceback__)[-1]
             raise DataError(
                 f"reward.callable {self.path!r} raised {type(error).__name__}: {error} "
-                f"({last.filename}:{last.lineno}); it is called with the keywords prompts, responses, response_ids, mask and ended"
+                f"({last.filename}:{last.lineno}); it is called with the keywords prompts, responses, response_ids, "
+                "mask and ended"
             ) from error
         signal = self._signal(result, mask_BT)
         device = rollout.mask_BT.device
