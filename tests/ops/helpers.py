@@ -33,16 +33,17 @@ def to_device(values: dict[str, Any], device: str) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
-def assert_close(actual: Tensor, truth: Any, *, ulps: float = 64) -> None:
+def assert_close(actual: Tensor, truth: Any, *, ulps: float = 64, magnitude: float = 0.0) -> None:
     """`actual` equals `truth` to `ulps` rounding errors of its own dtype, relative to the largest finite true value.
 
-    NaN matches nothing, infinities match themselves.
+    `magnitude` is the size of the terms that were summed, where the sum may be smaller. NaN matches nothing, infinities
+    match themselves.
     """
     truth = torch.as_tensor(truth, dtype=torch.float64).cpu()
     got = actual.detach().double().cpu()
     assert got.shape == truth.shape, f"shape {tuple(got.shape)}, wanted {tuple(truth.shape)}"
     error, scale = _error(got, truth)
-    bound = ulps * torch.finfo(actual.dtype).eps * max(scale, torch.finfo(torch.float32).tiny)
+    bound = ulps * torch.finfo(actual.dtype).eps * max(scale, magnitude, torch.finfo(torch.float32).tiny)
     assert error <= bound, f"error {error:.3e} is above {bound:.3e}\ngot  {got}\nwant {truth}"
 
 

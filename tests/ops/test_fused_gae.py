@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.helpers import INF, NAN, Backend, assert_close, assert_no_worse_than_reference, backends, strided, to_device
+from tests.ops.helpers import (
+    INF,
+    NAN,
+    Backend,
+    assert_close,
+    assert_no_worse_than_reference,
+    backends,
+    strided,
+    to_device,
+)
 from tlcr import ops
 from tlcr.errors import ConfigError, ShapeError
 

@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.helpers import INF, NAN, Backend, assert_close, assert_no_worse_than_reference, backends, strided, to_device
+from tests.ops.helpers import (
+    INF,
+    NAN,
+    Backend,
+    assert_close,
+    assert_no_worse_than_reference,
+    backends,
+    strided,
+    to_device,
+)
 from tlcr import ops
 from tlcr.errors import ConfigError, ShapeError
 
@@ -89,7 +98,7 @@ def test_hand_worked(backend: Backend) -> None:
 
 @backends("fused_reward")
 def test_hand_worked_three_classes(backend: Backend) -> None:
-    # p = (1, 2, 5) / 8 and (5, 2, 1) / 8 and (3, 4, 1) / 8.
+    # The eighths below are the probabilities; c is the last less the first.
     p = torch.tensor([[[1.0, 2.0, 5.0], [5.0, 2.0, 1.0], [3.0, 4.0, 1.0]]], device=backend.device) / 8
     mask = torch.ones(1, 3, dtype=torch.bool, device=backend.device)
     assert_close(ops.fused_reward(p.log(), mask, impl=backend.impl), [[0.5, -0.5, -0.25]])
@@ -210,7 +219,11 @@ def test_from_hidden_shapes(backend: Backend, batch: int, length: int) -> None:
         ({"logits": torch.zeros(3, 7)}, ShapeError, r"logits has shape \(3, 7\), wanted 3 axes"),
         ({"logits": torch.zeros(3, 7, 2).long()}, ShapeError, r"logits has dtype torch.int64"),
         ({"mask": torch.ones(3, 6).bool()}, ShapeError, r"mask has shape \(3, 6\), wanted \(3, 7\)"),
-        ({"mask": torch.ones(3, 7)}, ShapeError, r"mask has dtype torch.float32, wanted bool \(True counts\); pass mask.bool\(\)"),
+        (
+            {"mask": torch.ones(3, 7)},
+            ShapeError,
+            r"mask has dtype torch.float32, wanted bool \(True counts\); pass mask.bool\(\)",
+        ),
         ({"kl": torch.zeros(3, 8)}, ShapeError, r"kl has shape \(3, 8\), wanted \(3, 7\) to match mask"),
         ({"terminal": torch.zeros(3, 1)}, ShapeError, r"terminal has shape \(3, 1\), wanted \(3,\)"),
         ({"kl": None, "kl_coef": 0.1}, ConfigError, r"kl_coef is 0.1 but kl is missing; pass kl"),
