@@ -14,6 +14,7 @@ import dataclasses
 import errno
 import json
 import logging
+import math
 import os
 import platform
 import random
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
+DONE = "done.json"
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -93,9 +95,18 @@ def write_aside(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON, atomically. Floats keep every bit; NaN and infinity are a ValueError."""
+    """Writes ``value`` as indented JSON, atomically. Floats keep every bit; NaN and infinity become null."""
     with write_aside(path) as aside:
-        aside.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """``value`` with every float in it that is not finite replaced by None, for JSON that every reader accepts."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sync_to_disk(path: Path) -> None:
@@ -299,6 +310,29 @@ def start_or_resume(folder: str | Path, *, resume: bool) -> Path | None:
             "another output_dir, or delete that folder to start again"
         )
     return latest
+
+
+def mark_done(folder: str | Path, *, config: Any, metrics: Mapping[str, Any], seconds: float) -> None:
+    """The last act of a stage: writes ``done.json`` and deletes the checkpoints, which nobody will resume from.
+
+    config: what the result depends on; ``is_done`` compares it. Every process calls it, once the model is saved.
+    """
+
+    def write() -> None:
+        record = {"config": as_plain(config), "metrics": dict(metrics), "seconds": seconds, "versions": versions()}
+        write_json(Path(folder) / DONE, record)
+        _remove(Path(folder) / "checkpoints")
+
+    on_main_process(write)
+
+
+def is_done(folder: str | Path, config: Any) -> bool:
+    """Whether the stage in ``folder`` has ended with this very config, so that it need not run again."""
+    path = Path(folder) / DONE
+    if not path.is_file():
+        return False
+    with _reading(path):
+        return json.loads(path.read_text(encoding="utf-8"))["config"] == as_plain(config)
 
 
 def as_plain(config: Any) -> Any:

@@ -1,0 +1,36 @@
+"""What a training loop tells those who watch it, and how they can end it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+
+class Callback(Protocol):
+    """Subclass it and override what you need. Every process calls its callbacks, at the same points.
+
+    A True from ``on_step`` or ``on_evaluate``, on any process, ends the training after this step: its state is saved
+    and the model is kept, as at the regular end. ``step`` counts the optimiser steps (PPO: the updates) done.
+    """
+
+    def on_step(self, step: int, metrics: Mapping[str, float]) -> bool | None:
+        """After each step, with everything that metrics.jsonl gets."""
+        return None
+
+    def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> bool | None:
+        """After each evaluation, with its figures alone."""
+        return None
+
+    def on_save(self, step: int, path: Path) -> None:
+        """After a checkpoint is complete at ``path``."""
+        return None
+
+    def on_end(self, step: int, metrics: Mapping[str, float]) -> None:
+        """After the last step, with its metrics. Not called where an error or Ctrl-C ended the loop."""
+        return None
+
+
+def asks_to_stop(answers: Iterable[bool | None]) -> bool:
+    """True if one of the callbacks' answers is."""
+    return any(answer is True for answer in answers)
