@@ -131,7 +131,7 @@ def _plain(value: Any) -> Any:
 def _load_arms(arms: Any, reward: RewardConfig, where: str) -> tuple[Arm, ...]:
     if isinstance(arms, str):
         arms = get_loader("yaml")(arms)
-    if not isinstance(arms, list) or not all(isinstance(arm, (Mapping, Arm)) for arm in arms):
+    if not isinstance(arms, (list, tuple)) or not all(isinstance(arm, (Mapping, Arm)) for arm in arms):
         raise ConfigError(f"arms is {arms!r}; it must be {describe_type(tuple[Arm, ...])}")
     loaded = []
     for index, arm in enumerate(arms):

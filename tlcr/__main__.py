@@ -1,0 +1,7 @@
+"""``python -m tlcr``, which is also what ``accelerate launch -m tlcr`` starts in every process."""
+
+import sys
+
+from tlcr.cli import main
+
+sys.exit(main())
