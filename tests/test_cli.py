@@ -192,11 +192,13 @@ def test_ctrl_c_says_how_to_go_on_and_exits_130(
     assert capsys.readouterr().err.strip().endswith(shown)
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_early_is_no_error(unbuffered: str) -> None:
     """`tlcr run --print-config | head -0`: the pipe breaks, and nobody complains."""
     read_end, write_end = os.pipe()
     os.close(read_end)
     command = [sys.executable, "-m", "tlcr", "run", "--print-config"]
-    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, timeout=60)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, timeout=60, env=environment)
     os.close(write_end)
     assert (done.returncode, done.stderr) == (0, b"")

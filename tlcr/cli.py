@@ -291,7 +291,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         parsed = _parse(arguments)
-        return HANDLERS[parsed["command"]](parsed[parsed["command"]])
+        code = HANDLERS[parsed["command"]](parsed[parsed["command"]])
+        sys.stdout.flush()
+        return code
     except TlcrError as error:
         sys.stderr.write(f"tlcr: error: {' '.join(str(error).split())}\n")
         return WRONG
