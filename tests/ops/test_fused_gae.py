@@ -113,11 +113,11 @@ def test_packed(backend: Backend, whiten: bool, lengths: list[int]) -> None:
     inputs = example()
     inputs["mask"][-1, ::2] = True
     padded = inputs | {"mask": inputs["mask"] & (torch.arange(9) < torch.tensor(lengths).unsqueeze(1))}
-    wanted = pack(dict(enumerate(truth(**padded, gamma=0.97, whiten=whiten))), lengths)  # type: ignore[arg-type]
+    wanted = pack(dict(enumerate(truth(**padded, gamma=0.97, whiten=whiten))), lengths)
     packed = pack(inputs, lengths)
     got = ops.fused_gae(**to_device(packed, backend.device), gamma=0.97, whiten=whiten, impl=backend.impl)
-    assert_close(got[0], wanted[0])  # type: ignore[index]
-    assert_close(got[1], wanted[1])  # type: ignore[index]
+    assert_close(got[0], wanted[0])
+    assert_close(got[1], wanted[1])
 
 
 @backends("fused_gae")

@@ -434,8 +434,8 @@ def ppo_loss(
 
     Gradients flow to logprobs, values, entropy and kl; everything else is a constant. At a tie of the two sides of a
     max the gradient is that of the unclipped side. A term whose coefficient is 0 is reported but takes no part in the
-    loss. r saturates at the largest float. Sources: Schulman et al. 2017, arXiv:1707.06347; dual clip: Ye et al. 2020,
-    arXiv:1912.09729; approx_kl: Schulman's k3.
+    loss. log r is capped at 40, so that an exploded ratio is large and not NaN. Sources: Schulman et al. 2017,
+    arXiv:1707.06347; dual clip: Ye et al. 2020, arXiv:1912.09729; approx_kl: Schulman's k3.
 
     Args:
         logprobs: (B, T), of the policy that is trained, nats.

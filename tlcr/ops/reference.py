@@ -5,8 +5,6 @@ the door, `tlcr.ops`; masks arrive as bool. Values at positions that do not coun
 because multiplying them by 0 afterwards keeps a NaN, in the result or in the gradient.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -14,6 +12,10 @@ from tlcr.ops.types import PPOLoss
 
 # A spread below this many rounding errors of the values' own size is rounding, not signal.
 WHITEN_FLOOR = 16
+
+# log r is capped here, far beyond any ratio that can be trained on: an infinite ratio times an advantage or a gradient
+# of 0 would be NaN.
+LOG_RATIO_MAX = 40.0
 
 # Tokens of a discriminator's hidden states that are held in float32 at a time.
 HIDDEN_ROWS = 4096
@@ -27,6 +29,8 @@ def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in the operands' own dtype: autocast would quietly round them to half precision."""
+    if not torch.amp.is_autocast_available(a.device.type):
+        return a @ b
     with torch.autocast(a.device.type, enabled=False):
         return a @ b
 
@@ -231,9 +235,8 @@ def ppo_loss(
             return total / torch.where(denominator == 0, 1.0, denominator.detach().to(dtype))
         return total / denominator
 
-    log_ratio_BT = counted(logprobs) - counted(old_logprobs.detach())
-    # Saturated at the largest float: an infinite ratio times an advantage or a gradient of 0 would be NaN.
-    ratio_BT = log_ratio_BT.clamp(max=math.log(torch.finfo(dtype).max)).exp()
+    log_ratio_BT = (counted(logprobs) - counted(old_logprobs.detach())).clamp(max=LOG_RATIO_MAX)
+    ratio_BT = log_ratio_BT.exp()
     advantages_BT = counted(advantages.detach())
     unclipped_BT = -advantages_BT * ratio_BT
     clipped_BT = -advantages_BT * ratio_BT.clamp(1 - clip, 1 + clip_high)
