@@ -160,14 +160,12 @@ def token_logits(
     positions are those of training whatever the architecture. Where the mask is False the logits mean nothing, but are
     finite. No gradient, no dropout.
     """
-    rows, columns = ids_BL.shape
-    # the first True column of each row; 0 for a row without one
-    start_B = attention_mask_BL.to(torch.uint8).argmax(dim=1)
-    column_BL = torch.arange(columns, device=ids_BL.device).expand(rows, -1)
-    source_BL = (column_BL + start_B[:, None]) % columns
+    rows = ids_BL.shape[0]
+    # counted columns first, in their order: a token masked inside a row leaves no gap either
+    source_BL = attention_mask_BL.bool().logical_not().to(torch.uint8).argsort(dim=1, stable=True)
     moved_ids_BL, moved_mask_BL = ids_BL.gather(1, source_BL), attention_mask_BL.bool().gather(1, source_BL)
     length_B = moved_mask_BL.sum(dim=1)
-    target_BT = (column_BL[:, answer] - start_B[:, None]) % columns
+    target_BT = source_BL.argsort(dim=1)[:, answer]
     logits_BTC = torch.zeros((*target_BT.shape, model.config.num_labels or 0), device=ids_BL.device)
     with _evaluating(model):
         lengths = length_B.tolist()
