@@ -6,14 +6,18 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from tlcr.checkpoint import unwritable, write_aside
+from tlcr.checkpoint import as_plain, unwritable, write_aside
+from tlcr.config import RunConfig
 from tlcr.distributed import is_main_process, on_main_process
+from tlcr.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +68,37 @@ class MetricsLog:
             self._reported.add(key)
             logger.warning("The metric %s is %s; it is written as null in %s", key, number, self.path)
         return None
+
+
+@contextmanager
+def tracking(cfg: RunConfig, folder: Path) -> Iterator[Accelerator]:
+    """An accelerator without autocast, with ``cfg.tracker`` running in ``folder/tracker`` until the block ends.
+
+    Raises ConfigError where the tracker's package is not installed.
+    """
+    if cfg.tracker == "none":
+        yield Accelerator(mixed_precision="no")
+        return
+    if find_spec(cfg.tracker) is None:
+        raise ConfigError(f"tracker: {cfg.tracker} is not installed: 'pip install {cfg.tracker}', or set tracker: none")
+    accelerator = Accelerator(mixed_precision="no", log_with=cfg.tracker, project_dir=str(folder / "tracker"))
+    accelerator.init_trackers("tlcr", config=_flat(as_plain(cfg)))
+    try:
+        yield accelerator
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names, for trackers that show a table."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return flat
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from tlcr.callbacks import Callback, asks_to_stop
 from tlcr.checkpoint import as_plain, load_checkpoint, save_checkpoint, start_or_resume
 from tlcr.config import TrainingConfig
-from tlcr.distributed import any_process, sum_over_processes
+from tlcr.distributed import any_process, process_count, process_index, sum_over_processes
 from tlcr.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from tlcr.interrupt import StopSignals
 from tlcr.metrics import MetricsLog
@@ -110,6 +110,32 @@ def fit(
         )
     run = _Run(model, examples, collate, loss, cfg, Path(folder), seed, accelerator, length, config or cfg)
     return run.train(resume, evaluate, callbacks)
+
+
+def mean_loss(
+    model: PreTrainedModel,
+    examples: Sequence[E],
+    *,
+    collate: Callable[[Sequence[E]], Batch],
+    loss: Loss,
+    batch_size: int,
+) -> dict[str, float]:
+    """The loss and its statistics over ``examples``, without gradients; the processes share the work.
+
+    Returns "loss" and each statistic's name. Every process must call it, and each gets the same figures.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    # every process needs the names of the statistics, so the first batch is everybody's and counts on one
+    for i in sorted({0, *range(process_index(), math.ceil(len(examples) / batch_size), process_count())}):
+        batch = collate(examples[i * batch_size : (i + 1) * batch_size])
+        with torch.no_grad():
+            parts = _flat(loss(model, {name: value.to(device) for name, value in batch.items()}))
+        _add(sums, parts, counts=i % process_count() == process_index())
+    model.train(training)
+    return _reduce(sums)[0]
 
 
 class _LossModule(nn.Module):
@@ -229,21 +255,13 @@ class _Run:
             with nullcontext() if last else self.accelerator.no_sync(self.module):
                 parts = self.module(batch)
                 self.accelerator.backward(parts.total if counts else parts.total * 0.0)
-            for name, value in _flat(parts).items():
-                value = value if counts else torch.zeros_like(value)
-                sums[name] = sums[name] + value if name in sums else value
-        names = list(sums)
-        totals = dict(zip(names, sum_over_processes(torch.stack([sums[name] for name in names])).tolist(), strict=True))
-        total, weight = totals.pop("total"), totals.pop("weight")
+            _add(sums, _flat(parts), counts=counts)
+        metrics, weight = _reduce(sums)
         # data parallelism has averaged the gradients of the processes' sums
         scale = self.accelerator.num_processes / weight if weight > 0 else 0.0
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
-        metrics = {"loss": total / weight if weight > 0 else 0.0}
-        for name, amount in totals.items():
-            if name.startswith(SUM) and (count := totals[COUNT + name.removeprefix(SUM)]) > 0:
-                metrics[name.removeprefix(SUM)] = amount / count
         return metrics
 
     # ---- data
@@ -338,6 +356,24 @@ def _flat(parts: LossParts) -> dict[str, Tensor]:
         flat[SUM + name], flat[COUNT + name] = amount, count
     device = parts.total.device
     return {name: torch.as_tensor(v, dtype=torch.float64, device=device).detach() for name, v in flat.items()}
+
+
+def _add(sums: dict[str, Tensor], parts: dict[str, Tensor], *, counts: bool) -> None:
+    for name, value in parts.items():
+        value = value if counts else torch.zeros_like(value)
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def _reduce(sums: dict[str, Tensor]) -> tuple[dict[str, float], float]:
+    """The loss and the statistics over all processes, and the weight. What nothing counted for: 0, or left out."""
+    totals = dict(zip(sums, sum_over_processes(torch.stack(list(sums.values()))).tolist(), strict=True))
+    total, weight = totals["total"], totals["weight"]
+    metrics = {"loss": total / weight if weight > 0 else 0.0}
+    for key, amount in totals.items():
+        name = key.removeprefix(SUM)
+        if name != key and totals[COUNT + name] > 0:
+            metrics[name] = amount / totals[COUNT + name]
+    return metrics, weight
 
 
 def _check_identity(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

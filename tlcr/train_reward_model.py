@@ -1,0 +1,93 @@
+"""Recipe: preference pairs to a sequence-level reward model, the baseline that token rewards are judged against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tlcr.callbacks import Callback
+from tlcr.config import RunConfig
+from tlcr.metrics import tracking
+from tlcr.models import load_sequence_classifier, save_model
+from tlcr.reward_model import EncodedComparison, bradley_terry_loss, collate_comparisons
+from tlcr.supervised import FitResult, fit, mean_loss
+from tlcr.tokenization import encode_answers
+from tlcr.types import PreferencePair
+
+__all__ = ["train_reward_model"]
+
+
+def train_reward_model(
+    cfg: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    causal_lm: PreTrainedModel,
+    pairs_train: Sequence[PreferencePair],
+    pairs_held_out: Sequence[PreferencePair],
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> FitResult:
+    """Trains a score on a copy of ``causal_lm``'s backbone (the SFT model's) and writes it to ``folder``.
+
+    ``load_sequence_classifier(folder, cfg.model)`` loads it; ``causal_lm`` stays as it is. The evaluation has the loss,
+    the pairwise accuracy and the margin on held-out pairs. Errors: see ``fit``.
+    """
+    # 1. both answers to each prompt, tokenised in context
+    train, held_out = (_encode(pairs, tokenizer, cfg) for pairs in (pairs_train, pairs_held_out))
+
+    # 2. the classifier: the causal LM's backbone under one output
+    model = load_sequence_classifier(causal_lm, cfg.model)
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+    # 3. maximise the likelihood of people's choices (Bradley-Terry), and watch the held-out pairs
+    collate = partial(collate_comparisons, pad_token_id=tokenizer.pad_token_id)
+
+    def held_out_ranking(model: PreTrainedModel) -> dict[str, float]:
+        return mean_loss(
+            model,
+            held_out,
+            collate=collate,
+            loss=bradley_terry_loss,
+            batch_size=cfg.reward_model.micro_batch_size or cfg.reward_model.batch_size,
+        )
+
+    with tracking(cfg, Path(folder)) as accelerator:
+        result = fit(
+            model=model,
+            examples=train,
+            collate=collate,
+            loss=bradley_terry_loss,
+            cfg=cfg.reward_model,
+            folder=folder,
+            seed=cfg.seed,
+            resume=resume,
+            evaluate=held_out_ranking if held_out else None,
+            callbacks=callbacks,
+            accelerator=accelerator,
+            length=lambda comparison: comparison.length,
+            config=cfg,
+        )
+
+    # 4. a model folder that loads anywhere
+    save_model(model, tokenizer, folder)
+    return result
+
+
+def _encode(
+    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, cfg: RunConfig
+) -> list[EncodedComparison]:
+    chosen, rejected = (
+        encode_answers(
+            tokenizer,
+            [pair.prompt for pair in pairs],
+            answers,
+            max_prompt_tokens=cfg.data.max_prompt_tokens,
+            max_answer_tokens=cfg.data.max_answer_tokens,
+        )
+        for answers in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
+    )
+    return [EncodedComparison(c, r) for c, r in zip(chosen, rejected, strict=True)]
