@@ -1,4 +1,4 @@
-"""Which tokens see which: later tokens reach earlier scores exactly where layers are bidirectional; padding never does."""
+"""Later tokens reach earlier scores exactly where layers are bidirectional; padding never does."""
 
 from __future__ import annotations
 

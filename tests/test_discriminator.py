@@ -1,4 +1,4 @@
-"""The discriminator's loss against hand-worked numbers and float64, and its logits against the column they belong to."""
+"""The discriminator's loss against hand-worked numbers and float64, its logits against each row read alone."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ all counted ones, or for hard targets the edited ones, where s means P(positive 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def fit_temperature(predictions: TokenPredictions, targets: Targets) -> Calibrat
 
         T = argmin over [0.05, 20] of  mean_n - sum_c q_nc log softmax(logits_n / T)_c
 
-    over the tokens that enter the training loss, each weighing the same; it is convex in 1 / T, so there is one minimum.
+    over the tokens that enter the training loss, each weighing the same; convex in 1 / T, so there is one minimum.
     Raises DataError where there is no such token.
     """
     used = is_trained_on(predictions.labels_N, targets)
@@ -143,7 +143,7 @@ def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float | None:
     return sum(b.tokens / total * abs(b.confidence - b.target) for b in bins if b.tokens)  # type: ignore[operator]
 
 
-def plot_reliability(curves: dict[str, Sequence[ReliabilityBin]], path: Path) -> None:
+def plot_reliability(curves: Mapping[str, Sequence[ReliabilityBin]], path: Path) -> None:
     """Mean target against mean confidence for each named list of bins, with the tokens per bin below, as a PNG file."""
     figure = Figure(figsize=(5, 6), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
