@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
-from tlcr.errors import ConfigError
+from tlcr.errors import ConfigError, DataError
 from tlcr.types import EncodedAnswer
 
 __all__ = [
@@ -120,6 +121,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mes
 
     Raises:
         ConfigError: messages, and a tokenizer without a chat template.
+        DataError: the chat template refuses the messages (their order of roles, say).
     """
     if not isinstance(prompt, str):
         return _apply_template(tokenizer, prompt, add_generation_prompt=True)
@@ -207,9 +209,12 @@ def _apply_template(
             f"the data hold conversations, but tokenizer {tokenizer.name_or_path!r} has no chat template; "
             "set model.chat_template to one, or give prompts as plain text"
         )
-    text = tokenizer.apply_chat_template(
-        [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        raise DataError(f"the tokenizer's chat template refuses this conversation: {error}") from error
     return str(text)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tlcr.data.edit_codes import check_edit_codes
+from tlcr.errors import DataError
 from tlcr.tokenization import render_answer, render_prompt
 from tlcr.types import EditPair, PreferencePair
 
@@ -42,7 +43,7 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
-class Malformed(Exception):
+class Malformed(DataError):
     """This record cannot be used, for the reason given."""
 
 

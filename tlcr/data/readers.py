@@ -190,7 +190,7 @@ def _convert(
                 raise Malformed(row.problem)
             records.append(convert(row))
             used.append(row)
-        except Malformed as reason:
+        except DataError as reason:
             malformed.append(MalformedRecord(row.file, row.number, row.line, str(reason)))
     if malformed and cfg.on_malformed == "raise":
         raise DataError(

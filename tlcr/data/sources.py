@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 import datasets
@@ -60,12 +61,12 @@ def read_rows(source: str, *, split: str, limit: int | None) -> list[Row]:
     if path.is_file():
         found = list(islice(_file_rows(path), limit))
     elif path.is_dir():
-        found = _dataset_rows(source, lambda: _open_folder(path, split), limit)
+        found = _dataset_rows(source, lambda cache: _open_folder(path, split, cache), limit)
     elif _looks_like_a_path(source):
         raise DataError(f"there is no file or folder {source!r}{_nearest(path)}; check the path")
     else:
         name, _, configuration = source.partition(":")
-        found = _dataset_rows(source, lambda: datasets.load_dataset(name, configuration or None, split=split), limit)
+        found = _dataset_rows(source, lambda _: datasets.load_dataset(name, configuration or None, split=split), limit)
     if not found:
         raise DataError(f"{source} is empty: it holds no record; name a source with at least one")
     return found
@@ -84,7 +85,9 @@ def _file_rows(path: Path) -> Iterator[Row]:
     if suffix in BUILDERS:
         yield from _dataset_rows(
             path.name,
-            lambda: datasets.load_dataset(BUILDERS[suffix], data_files=str(path), split="train", streaming=True),
+            lambda cache: datasets.load_dataset(
+                BUILDERS[suffix], data_files=str(path), split="train", streaming=True, cache_dir=cache
+            ),
         )
         return
     try:
@@ -169,10 +172,12 @@ def _table_rows(path: Path, file: IO[str], separator: str) -> Iterator[Row]:
             yield Row(path.name, number, line, dict(zip(header, cells, strict=True)))
 
 
-def _dataset_rows(source: str, load: Callable[[], Any], limit: int | None = None) -> list[Row]:
+def _dataset_rows(source: str, load: Callable[[str], Any], limit: int | None = None) -> list[Row]:
+    """Rows of what ``load`` opens, given a folder for its cache that lasts as long as the reading."""
     try:
-        with _quiet_datasets():
-            return [Row(source, number, None, values) for number, values in enumerate(islice(load(), limit), start=1)]
+        with _quiet_datasets(), TemporaryDirectory() as cache:
+            found = islice(load(cache), limit)
+            return [Row(source, number, None, values) for number, values in enumerate(found, start=1)]
     except ConnectionError as error:
         raise DataError(
             f"{source!r} is neither a file nor a folder{_nearest(Path(source))}, and as a hub dataset it cannot be "
@@ -184,7 +189,7 @@ def _dataset_rows(source: str, load: Callable[[], Any], limit: int | None = None
         ) from error
 
 
-def _open_folder(path: Path, split: str) -> Any:
+def _open_folder(path: Path, split: str, cache: str) -> Any:
     if (path / "dataset_dict.json").is_file():
         parts = datasets.load_from_disk(str(path))
         if split not in parts:
@@ -192,7 +197,7 @@ def _open_folder(path: Path, split: str) -> Any:
         return parts[split]
     if (path / "state.json").is_file():
         return datasets.load_from_disk(str(path))
-    return datasets.load_dataset(str(path), split=split, streaming=True)
+    return datasets.load_dataset(str(path), split=split, streaming=True, cache_dir=cache)
 
 
 @contextmanager
