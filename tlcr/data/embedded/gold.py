@@ -23,7 +23,7 @@ from tlcr.data.embedded.language import domain_of, lexicon
 from tlcr.errors import DataError
 
 WINDOW = 16
-LATE_COST = 0.1
+LATE_COST = 0.06
 UNKNOWN_VALUE = -0.5
 
 ITEM = re.compile(r"[^\s.,]+|[.,]")

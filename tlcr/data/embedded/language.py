@@ -1,7 +1,7 @@
 """A small dialogue language: its words, what they are worth in which context, and how people speak it.
 
 The language itself is fixed (it does not depend on any seed); seeds choose what is said in it. A user turn asks about a
-topic, and every topic belongs to one of four domains. An answer is a row of clauses of function words, neutral words and
+topic, and every topic belongs to one of three domains. An answer is a row of clauses of function words, neutral words and
 content words. Content words carry a graded value that depends on the domain of the topic and on negation.
 """
 
@@ -18,9 +18,11 @@ from typing import Literal
 from tlcr.errors import ConfigError, DataError
 
 LANGUAGE_SEED = 16574
-DOMAINS = 4
+DOMAINS = 3
 TOPICS_PER_DOMAIN = 6
-CONTENT_PER_CATEGORY = 84
+CONTENT_PER_CATEGORY = 45
+TOPICAL_SHARE = 0.4
+"""Share of content words whose value depends on the topic's domain."""
 CATEGORIES = ("adjective", "verb", "noun")
 Category = Literal["adjective", "verb", "noun"]
 
@@ -36,7 +38,7 @@ FRIEND_SHARE = 0.35
 """Share of content words that are a favourite follower of the content word before."""
 HOME_WEIGHT = 3.0
 """How much more often a word is said about its home domain than about another."""
-MOOD_TILT = 0.5
+MOOD_TILT = 0.8
 """Speakers differ in mood: a word's weight is multiplied by exp(mood * tilt * value), mood one of -2 ... 2."""
 MOODS = (-2, -1, 0, 1, 2)
 
@@ -90,12 +92,12 @@ def _syllables(rng: random.Random, count: int) -> str:
 
 
 def _graded_value(rng: random.Random) -> float:
-    """Strong good, mild good, neutral, mild bad, strong bad: a fifth of the words each."""
-    kind = rng.randrange(5)
-    if kind == 2:
+    """Strong (.7 to 1) for half of the words, mild (.05 to .3) for three tenths, of either sign, and 0 for the rest."""
+    kind = rng.random()
+    if kind < 0.2:
         return 0.0
-    size = rng.uniform(0.7, 1.0) if kind in (0, 4) else rng.uniform(0.05, 0.3)
-    return round(size if kind < 2 else -size, 2)
+    size = rng.uniform(0.7, 1.0) if kind < 0.7 else rng.uniform(0.05, 0.3)
+    return round(rng.choice((size, -size)), 2)
 
 
 @cache
@@ -123,9 +125,9 @@ def lexicon() -> Lexicon:
     for category, words in by_category.items():
         for word in words:
             value = _graded_value(rng)
-            home = rng.choice((None, *range(DOMAINS)))
-            # Away from home a word means nothing, or the opposite, or something else again.
-            away = rng.choice((0.0, -value, _graded_value(rng)))
+            home = rng.randrange(DOMAINS) if rng.random() < TOPICAL_SHARE else None
+            # Away from home a word means nothing or the opposite.
+            away = rng.choice((0.0, -value))
             values = tuple(value if home in (None, domain) else away for domain in range(DOMAINS))
             friends = {kind: tuple(rng.sample(by_category[kind], 6)) for kind in CATEGORIES}
             content[word] = ContentWord(word, category, home, values, friends)  # type: ignore[arg-type]
@@ -135,15 +137,18 @@ def lexicon() -> Lexicon:
 
 
 @cache
-def content_weights(category: str, domain: int, mood: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """The words of a category with cumulative weights, for a speaker in a mood about a domain."""
+def content_weights(category: str, domain: int, mood: int, negated: bool) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """The words of a category with cumulative weights, for a speaker in a mood about a domain.
+
+    Under a negator the mood turns: who wants to say something good negates something bad.
+    """
     # Weights are rounded, so that the last bit of exp on another machine cannot change what is said.
     words = lexicon().by_category[category]
     weights = []
     for word in words:
         entry = lexicon().content[word]
         home = HOME_WEIGHT if entry.home == domain else 1.0
-        weights.append(round(home * 2.718281828 ** (mood * MOOD_TILT * entry.values[domain]), 6))
+        weights.append(round(home * 2.718281828 ** ((-mood if negated else mood) * MOOD_TILT * entry.values[domain]), 6))
     return words, tuple(accumulate(weights))
 
 
@@ -170,19 +175,22 @@ def known_words() -> frozenset[str]:
 def _clause(rng: random.Random, domain: int, mood: int, previous: str | None) -> Iterator[str]:
     """One clause: pronoun verb determiner noun, noun verb, noun copula adjective, or filler pronoun verb adjective."""
     words = lexicon()
+    negated = False
 
     def say(category: str) -> str:
-        nonlocal previous
+        nonlocal previous, negated
         if previous is not None and rng.random() < FRIEND_SHARE:
             word = rng.choice(words.content[previous].friends[category])
         else:
-            options, cumulative = content_weights(category, domain, mood)
+            options, cumulative = content_weights(category, domain, mood, negated)
             word = rng.choices(options, cum_weights=cumulative)[0]
-        previous = word
+        previous, negated = word, False
         return misspell(word, rng) if rng.random() < MISSPELT_SHARE else word
 
     def maybe_negator() -> Iterator[str]:
+        nonlocal negated
         if rng.random() < NEGATED_SHARE:
+            negated = True
             yield rng.choice(words.negators)
 
     shape = rng.randrange(4)

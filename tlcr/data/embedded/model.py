@@ -9,12 +9,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tlcr.data.embedded.pairs import generate_pairs
 
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
-VOCABULARY = 512
+VOCABULARY = 640
 TOKENIZER_PAIRS = 400
 
 
 def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE of 512 tokens on generated dialogues. It adds no special token on its own."""
+    """Train a byte-level BPE of 640 tokens on generated dialogues. It adds no special token on its own."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

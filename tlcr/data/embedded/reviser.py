@@ -15,12 +15,11 @@ from itertools import accumulate
 from tlcr.data.embedded.gold import ITEM, WINDOW, GoldWord, gold
 from tlcr.data.embedded.language import CATEGORIES, domain_of, lexicon, render
 
-EDIT_RATE = 0.8
-"""A word of value -1 is edited with this probability; one of value -b with EDIT_RATE * b ** EDIT_POWER."""
-EDIT_POWER = 0.75
-MISTAKE_RATE = 0.03
+EDIT_RATE = 0.95
+"""A word of value -b is edited with probability EDIT_RATE * b."""
+MISTAKE_RATE = 0.02
 """A word that is not bad is edited with this probability."""
-TASTE = 0.35
+TASTE = 0.3
 """A replacement is drawn with weight exp(value / TASTE)."""
 TRIM_RATE = 0.08
 """For every word beyond WINDOW + 2, the probability that the reviser cuts the answer rises by this."""
@@ -49,7 +48,7 @@ def edit_probability(word: GoldWord) -> float:
     if word.kind in ("function", "negator"):
         return 0.0
     if word.value < 0:
-        return max(MISTAKE_RATE, EDIT_RATE * (-word.value) ** EDIT_POWER)
+        return max(MISTAKE_RATE, -EDIT_RATE * word.value)
     return MISTAKE_RATE
 
 
@@ -77,7 +76,7 @@ def revise(prompt: str, response: str, rng: random.Random) -> str:
         item = items[word.start]
         if word.kind == "unknown":
             item.text = better_word(rng.choice(CATEGORIES), domain, False, rng)
-        elif word.negated and rng.random() < 0.6:
+        elif word.negated and rng.random() < 0.25:
             assert last_negator is not None  # negated says that one stands before
             items[last_negator.start].text = None
             later = next((w for w in scored[index + 1 :] if w.kind == "content" and not w.negated and w.value < 0), None)
