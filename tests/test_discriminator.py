@@ -253,6 +253,14 @@ def test_logits_of_a_rollout_are_those_of_each_row_alone(
                 assert not torch.allclose(logits[b, 1 : len(response)], alone[:-1], rtol=1e-4, atol=1e-5)
 
 
+def test_tokens_masked_inside_an_answer_are_not_seen(classifier: PreTrainedModel) -> None:
+    ids = torch.tensor([[PAD, 7, 8, 30, 31, 32, 33, PAD]])
+    mask = torch.tensor([[False, True, True, True, False, True, True, False]])
+    logits = token_logits(classifier, ids, mask, slice(3, 8))
+    alone = classifier(input_ids=ids[mask][None]).logits[0, 2:]
+    torch.testing.assert_close(logits[0, [0, 2, 3]], alone, rtol=1e-4, atol=1e-5)
+
+
 def test_logits_of_no_rows_and_no_tokens(classifier: PreTrainedModel) -> None:
     empty = torch.zeros(0, 5, dtype=torch.long)
     assert token_logits(classifier, empty, empty.bool(), slice(2, 5)).shape == (0, 3, 2)

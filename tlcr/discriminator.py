@@ -17,13 +17,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax, one_hot, pad
+from torch.nn.functional import log_softmax, one_hot
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr import ops
 from tlcr.bidirectional import make_top_layers_bidirectional
 from tlcr.config import ModelConfig
 from tlcr.models import THREE_CLASSES, TWO_CLASSES, load_token_classifier, load_tokenizer
+from tlcr.padding import pad_right
 from tlcr.tokenization import encode_answers, token_pieces
 from tlcr.types import LabelledAnswer, LabelledPair
 
@@ -81,24 +82,15 @@ def collate_pairs(pairs: Sequence[LabelledPair], *, pad_token_id: int, targets: 
 
 def collate_answers(answers: Sequence[LabelledAnswer], *, pad_token_id: int, targets: Targets) -> dict[str, Tensor]:
     """The rows of `collate_pairs`, for any labelled answers."""
-    length = max(len(answer.encoded.ids) for answer in answers)
-    ids, mask, labels, weights = [], [], [], []
-    for answer in answers:
-        row_ids = torch.tensor(answer.encoded.ids, dtype=torch.long)
-        before, after = answer.encoded.answer_start, length - len(row_ids)
-        row_labels = torch.tensor(answer.labels, dtype=torch.long)
-        counted = torch.tensor(answer.counted, dtype=torch.bool) & is_trained_on(row_labels, targets)
-        row_weights = counted.float() / counted.sum().clamp(min=1)
-        ids.append(pad(row_ids, (0, after), value=pad_token_id))
-        mask.append(torch.arange(length) < len(row_ids))
-        labels.append(pad(row_labels, (before, after)))
-        weights.append(pad(row_weights, (before, after)))
-    return {
-        "ids": torch.stack(ids),
-        "attention_mask": torch.stack(mask),
-        "labels": torch.stack(labels),
-        "weights": torch.stack(weights),
-    }
+    ids_BL, mask_BL = pad_right([answer.encoded.ids for answer in answers], pad_token_id)
+    labels_BL, weights_BL = torch.zeros_like(ids_BL), torch.zeros(ids_BL.shape)
+    for row, answer in enumerate(answers):
+        labels_T = torch.tensor(answer.labels, dtype=torch.long)
+        counts_T = torch.tensor(answer.counted, dtype=torch.bool) & is_trained_on(labels_T, targets)
+        columns = slice(answer.encoded.answer_start, len(answer.encoded.ids))
+        labels_BL[row, columns] = labels_T
+        weights_BL[row, columns] = counts_T / counts_T.sum().clamp(min=1)
+    return {"ids": ids_BL, "attention_mask": mask_BL, "labels": labels_BL, "weights": weights_BL}
 
 
 def discriminator_loss(logits_BLC: Tensor, labels_BL: Tensor, weights_BL: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,9 +148,9 @@ def token_logits(
     """The discriminator's logits (B, T, C) float32 at the response tokens of a rollout, read at their own columns.
 
     ids and mask (B, L) as a `Rollout` has them, prompts padded on the left and responses on the right; `answer` is the
-    responses' columns, `slice(P, P + T)`. Each row is moved to the left before the model reads it, so that its
-    positions are those of training whatever the architecture. Where the mask is False the logits mean nothing, but are
-    finite. No gradient, no dropout.
+    responses' columns, `slice(P, P + T)`. Each row's counted tokens are moved to the left before the model reads them,
+    so that their positions are those of training whatever the architecture. Where the mask is False the logits mean
+    nothing, but are finite. No gradient, no dropout.
     """
     rows = ids_BL.shape[0]
     # counted columns first, in their order: a token masked inside a row leaves no gap either
@@ -268,11 +260,8 @@ def score_answers(
     with _evaluating(model):
         for batch in _length_sorted([len(row.ids) for row in encoded], batch_size):
             rows = [encoded[i] for i in batch]
-            length = max(len(row.ids) for row in rows)
-            fill = tokenizer.pad_token_id
-            ids_BL = torch.tensor([list(row.ids) + [fill] * (length - len(row.ids)) for row in rows])
-            column_L = torch.arange(length)
-            mask_BL = column_L < torch.tensor([len(row.ids) for row in rows])[:, None]
+            ids_BL, mask_BL = pad_right([row.ids for row in rows], tokenizer.pad_token_id)
+            column_L = torch.arange(ids_BL.shape[1])
             answer_BL = mask_BL & (column_L >= torch.tensor([row.answer_start for row in rows])[:, None])
             logits_BLC = classify(model, ids_BL.to(model.device), mask_BL.to(model.device)).float().cpu()
             rewards_BL = ops.fused_reward(logits_BLC, answer_BL, temperature=temperature_of(model))

@@ -35,6 +35,7 @@ from tlcr.discriminator_metrics import (
 )
 from tlcr.distributed import on_main_process
 from tlcr.errors import DataError
+from tlcr.metrics import tracking
 from tlcr.models import load_token_classifier, save_model
 from tlcr.supervised import FitResult, LossParts, fit
 from tlcr.types import LabelledPair, PreferencePair
@@ -69,7 +70,7 @@ def train_discriminator(
     backbone_lm: PreTrainedModel,
     labelled_train: Sequence[LabelledPair],
     labelled_held_out: Sequence[LabelledPair],
-    folder: Path,
+    folder: str | Path,
     *,
     preference_held_out: Sequence[PreferencePair] = (),
     resume: bool = False,
@@ -83,7 +84,7 @@ def train_discriminator(
 
     Raises DataError before training where nothing was edited, or calibration is on and nothing is held out.
     """
-    settings = cfg.discriminator
+    settings, folder = cfg.discriminator, Path(folder)
     _check(settings, labelled_train, labelled_held_out)
 
     # 1. the classifier: the backbone of the SFT model under a new head
@@ -98,20 +99,22 @@ def train_discriminator(
     def held_out_metrics(model: PreTrainedModel) -> dict[str, float]:
         return judge(predict(model, labelled_held_out), temperature=1.0, calibrated=False).defined
 
-    fitted = fit(
-        model=model,
-        examples=labelled_train,
-        collate=partial(collate_pairs, pad_token_id=tokenizer.pad_token_id, targets=settings.targets),
-        loss=_loss,
-        cfg=settings,
-        folder=folder,
-        seed=cfg.seed,
-        resume=resume,
-        evaluate=held_out_metrics if labelled_held_out else None,
-        callbacks=callbacks,
-        length=lambda pair: max(len(pair.rejected.encoded.ids), len(pair.revised.encoded.ids)),
-        config=cfg,
-    )
+    with tracking(cfg, folder) as accelerator:
+        fitted = fit(
+            model=model,
+            examples=labelled_train,
+            collate=partial(collate_pairs, pad_token_id=tokenizer.pad_token_id, targets=settings.targets),
+            loss=_loss,
+            cfg=settings,
+            folder=folder,
+            seed=cfg.seed,
+            resume=resume,
+            evaluate=held_out_metrics if labelled_held_out else None,
+            callbacks=callbacks,
+            accelerator=accelerator,
+            length=lambda pair: max(len(pair.rejected.encoded.ids), len(pair.revised.encoded.ids)),
+            config=cfg,
+        )
 
     # 3. one temperature, so that the confidence can be taken at its word
     calibration = evaluation = None
@@ -136,7 +139,7 @@ def train_discriminator(
 
     # 5. a model folder, with the temperature in its config
     save_model(model, tokenizer, folder)
-    on_main_process(partial(_write, Path(folder), calibration, evaluation))
+    on_main_process(partial(_write, folder, calibration, evaluation))
     return TrainedDiscriminator(model, fitted, calibration, evaluation)
 
 
