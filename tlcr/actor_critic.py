@@ -18,10 +18,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr import ops
-from tlcr.checkpoint import write_aside
+from tlcr.checkpoint import write_aside, write_json
 from tlcr.config import ModelConfig, PPOConfig
+from tlcr.distributed import on_main_process
 from tlcr.errors import CheckpointError, ConfigError
-from tlcr.models import backbone, classification_head, disable_dropout, load_token_classifier, save_model
+from tlcr.models import (
+    backbone,
+    classification_head,
+    disable_dropout,
+    load_causal_lm,
+    load_token_classifier,
+    save_model,
+)
 from tlcr.ops.types import TokenScores
 
 Terms = Literal["both", "policy", "value"]
@@ -60,7 +68,6 @@ class ActorCritic(nn.Module):
         value_model: PreTrainedModel | None,
         *,
         chunk_tokens: int | None = None,
-        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if value_model is policy:
@@ -75,8 +82,6 @@ class ActorCritic(nn.Module):
         self._from_hidden = chunk_tokens is not None or value_model is None
         for model in [policy] if value_model is None else [policy, value_model]:
             disable_dropout(model)
-            if gradient_checkpointing:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self._from_hidden:
             _check_plain_head(policy)
         self.eval()
@@ -111,51 +116,53 @@ class ActorCritic(nn.Module):
             with torch.set_grad_enabled(torch.is_grad_enabled() and terms != "value"):
                 hidden_BTH = _hidden_states(self.policy, ids_BL, attention_mask_BL, response_length)
         if terms != "value":
-            action_ids_BT = ids_BL[:, -response_length:]
-            if hidden_BTH is None:
-                logits_BTV = _logits(self.policy, ids_BL, attention_mask_BL, response_length)
-                scores = self._score_logits(
-                    logits_BTV, action_ids_BT, ids_BL, attention_mask_BL, temperature, reference
-                )
-            else:
-                scores = self._score_hidden(
-                    hidden_BTH, action_ids_BT, ids_BL, attention_mask_BL, temperature, reference
-                )
+            scores = self._scores(
+                self.policy, ids_BL, attention_mask_BL, response_length, temperature, reference, hidden_BTH
+            )
         if terms != "policy":
             values_BT = self._values(ids_BL, attention_mask_BL, response_length, hidden_BTH)
         if scores is None:
             return PolicyOutput(None, None, None, values_BT)
         return PolicyOutput(scores.logprobs, scores.entropy, scores.kl, values_BT, scores.ref_logprobs)
 
-    def _score_logits(
+    @torch.no_grad()
+    def reference_logprobs(
         self,
-        logits_BTV: Tensor,
-        action_ids_BT: Tensor,
+        reference: PreTrainedModel,
         ids_BL: Tensor,
         attention_mask_BL: Tensor,
+        response_length: int,
+        *,
         temperature: float,
-        reference: PreTrainedModel | None,
-    ) -> TokenScores:
-        ref_logits_BTV = None
-        if reference is not None:
-            with torch.no_grad():
-                ref_logits_BTV = _logits(reference, ids_BL, attention_mask_BL, action_ids_BT.shape[1])
-        return ops.score_tokens(logits_BTV, action_ids_BT, ref_logits=ref_logits_BTV, temperature=temperature)
+    ) -> Tensor:
+        """log-probabilities (B, T) of the actions under the reference, rounded on the very path that the policy's are.
 
-    def _score_hidden(
+        A policy that has not moved is then at distance 0 from its reference, in bfloat16 too.
+        """
+        return self._scores(reference, ids_BL, attention_mask_BL, response_length, temperature, None, None).logprobs
+
+    def _scores(
         self,
-        hidden_BTH: Tensor,
-        action_ids_BT: Tensor,
+        model: PreTrainedModel,
         ids_BL: Tensor,
         attention_mask_BL: Tensor,
+        response_length: int,
         temperature: float,
         reference: PreTrainedModel | None,
+        hidden_BTH: Tensor | None,
     ) -> TokenScores:
-        head, ref_head, ref_hidden_BTH = self.policy.get_output_embeddings(), None, None
-        if reference is not None:
-            ref_head = reference.get_output_embeddings()
+        inputs = (ids_BL, attention_mask_BL, response_length)
+        action_ids_BT = ids_BL[:, -response_length:]
+        if not self._from_hidden:
+            logits_BTV = _logits(model, *inputs)
             with torch.no_grad():
-                ref_hidden_BTH = _hidden_states(reference, ids_BL, attention_mask_BL, action_ids_BT.shape[1])
+                ref_logits_BTV = None if reference is None else _logits(reference, *inputs)
+            return ops.score_tokens(logits_BTV, action_ids_BT, ref_logits=ref_logits_BTV, temperature=temperature)
+        hidden_BTH = _hidden_states(model, *inputs) if hidden_BTH is None else hidden_BTH
+        with torch.no_grad():
+            ref_hidden_BTH = None if reference is None else _hidden_states(reference, *inputs)
+        head = model.get_output_embeddings()
+        ref_head = None if reference is None else reference.get_output_embeddings()
         return ops.score_hidden(
             hidden_BTH,
             head.weight,
@@ -178,36 +185,26 @@ class ActorCritic(nn.Module):
         values_BT = output.logits[:, -response_length:].squeeze(-1)
         return values_BT if values_BT.dtype == torch.float64 else values_BT.float()
 
+    @classmethod
+    def load(cls, policy: ModelConfig, value_folder: Path, *, chunk_tokens: int | None = None) -> ActorCritic:
+        """The models that `save` wrote: `policy.path` is the policy's folder."""
+        model = load_causal_lm(policy)
+        if (value_folder / "value_head.json").is_file():
+            actor_critic = cls(model, None, chunk_tokens=chunk_tokens)
+            actor_critic.value_head = load_value_head(value_folder)
+            return actor_critic
+        value_model = load_token_classifier(value_folder, policy, id2label={0: "value"})
+        return cls(model, value_model, chunk_tokens=chunk_tokens)
+
     def save(self, tokenizer: PreTrainedTokenizerBase, policy_folder: Path, value_folder: Path) -> None:
         """Write both for others to load: `AutoModelForCausalLM`, and `AutoModelForTokenClassification` or, for a shared
-        value model, the head alone (`load_value_head`)."""
+        value model, the head alone (`load_value_head`). Every process calls it."""
         save_model(self.policy, tokenizer, policy_folder)
         if self.value_model is not None:
             save_model(self.value_model, tokenizer, value_folder)
         else:
             assert self.value_head is not None
             save_value_head(self.value_head, value_folder)
-
-
-def score_answers(
-    model: PreTrainedModel,
-    ids_BL: Tensor,
-    attention_mask_BL: Tensor,
-    response_length: int,
-    *,
-    temperature: float,
-    chunk_tokens: int | None = None,
-) -> TokenScores:
-    """What a causal language model without a value model says of the last `response_length` tokens of each row."""
-    action_ids_BT = ids_BL[:, -response_length:]
-    if chunk_tokens is None:
-        logits_BTV = _logits(model, ids_BL, attention_mask_BL, response_length)
-        return ops.score_tokens(logits_BTV, action_ids_BT, temperature=temperature)
-    hidden_BTH = _hidden_states(model, ids_BL, attention_mask_BL, response_length)
-    head = model.get_output_embeddings()
-    return ops.score_hidden(
-        hidden_BTH, head.weight, action_ids_BT, bias=head.bias, temperature=temperature, chunk_tokens=chunk_tokens
-    )
 
 
 def build_value_model(
@@ -221,8 +218,8 @@ def build_value_model(
     """The value model that `cfg` asks for: None for a shared one, else a token classifier with the label "value".
 
     Its backbone is copied from the policy, the reward model or the discriminator (cfg.value_init). The head starts at
-    zero (ours: the first advantages are then plain returns), except that a reward model lends its own: it already
-    predicts what an answer is worth (released code).
+    zero (ours: the first values are then 0), except that a reward model lends its own: it already predicts what an
+    answer is worth (released code).
     """
     if cfg.value_model == "shared":
         return None
@@ -234,28 +231,27 @@ def build_value_model(
             f"ppo.value_init to {' or '.join(repr(name) for name, found in sources.items() if found is not None)}"
         )
     value_model = load_token_classifier(source, model, id2label={0: "value"})
-    head = classification_head(value_model)
-    with torch.no_grad():
-        nn.init.zeros_(head.weight)
-        if head.bias is not None:
-            nn.init.zeros_(head.bias)
-        if cfg.value_init == "reward_model":
-            head.weight.copy_(classification_head(source).weight)
+    if cfg.value_init == "reward_model":
+        with torch.no_grad():
+            classification_head(value_model).weight.copy_(classification_head(source).weight)
     return value_model
 
 
 def save_value_head(head: nn.Linear, folder: Path) -> None:
     """Write the head of a shared value model: safetensors, and a JSON that says what it reads."""
-    folder.mkdir(parents=True, exist_ok=True)
     about = {
         "hidden_size": head.in_features,
         "dtype": str(head.weight.dtype).removeprefix("torch."),
         "reads": "the policy's last hidden state (after its final norm), in the column before the action's token",
     }
-    with write_aside(folder / "value_head.safetensors") as aside:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}, aside)
-    with write_aside(folder / "value_head.json") as aside:
-        aside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with write_aside(folder / "value_head.safetensors") as aside:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}, aside)
+        write_json(folder / "value_head.json", about)
+
+    on_main_process(write)
 
 
 def load_value_head(folder: Path) -> nn.Linear:
@@ -312,7 +308,8 @@ def _check_plain_head(policy: PreTrainedModel) -> None:
     ids = torch.arange(2, device=head.weight.device).unsqueeze(0)
     logits = policy(input_ids=ids, use_cache=False).logits
     product = head(backbone(policy)(input_ids=ids, use_cache=False).last_hidden_state)
-    if not torch.allclose(logits, product, rtol=1e-2, atol=1e-2 * float(product.abs().max())):
+    rounding = 16 * torch.finfo(product.dtype).eps * float(product.abs().max())
+    if not torch.allclose(logits, product, rtol=0, atol=rounding):
         raise ConfigError(
             f"the logits of {type(policy).__name__} are not just its last hidden state times its head (they are capped "
             "or scaled), which ppo.chunk_tokens and ppo.value_model=shared rely on; set ppo.chunk_tokens=null and "

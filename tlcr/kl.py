@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tlcr.config import KLConfig
 from tlcr.errors import CheckpointError, ConfigError, ShapeError, TrainingDiverged
+from tlcr.types import PolicyScores
 
-__all__ = ["AdaptiveKLController", "FixedKLController", "KLController", "build_kl_controller", "estimate_kl"]
+__all__ = ["AdaptiveKLController", "FixedKLController", "KLController", "build_kl_controller", "estimate_kl", "kl_of"]
 
 # Ziegler et al. 2019, section 2.2: the error that the controller reacts to is clipped to this.
 MAX_ERROR = 0.2
@@ -49,6 +50,17 @@ def estimate_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: Literal["k1",
         f"estimate_kl: estimator={estimator!r}, wanted 'k1', 'k2' or 'k3'; the exact KL ('full') comes from "
         "score_rollout(exact_kl=True)"
     )
+
+
+def kl_of(scores: PolicyScores, estimator: Literal["k1", "k2", "k3", "full"]) -> Tensor:
+    """The KL of each action of a rollout, (B, T) nats, by any estimator; 'full' needs scores with the exact KL."""
+    if estimator != "full":
+        return estimate_kl(scores.logprobs_BT, scores.ref_logprobs_BT, estimator)
+    if scores.kl_BT is None:
+        raise ConfigError(
+            "kl_of: estimator is 'full', but the scores hold no exact KL; use score_rollout(exact_kl=True)"
+        )
+    return scores.kl_BT
 
 
 class KLController(Protocol):

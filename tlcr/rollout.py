@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tlcr.actor_critic import ActorCritic, score_answers
+from tlcr.actor_critic import ActorCritic
 from tlcr.config import RolloutConfig
 from tlcr.errors import ConfigError, DataError
 from tlcr.microbatches import MicroBatches
@@ -83,7 +83,9 @@ def generate(
         for start in range(0, len(prompts), cfg.batch_size):
             rows = by_length[start : start + cfg.batch_size]
             ids_BP, mask_BP = _pad_left([prompt_ids[row] for row in rows], tokenizer.pad_token_id, policy.device)
-            sampled_BL = policy.generate(input_ids=ids_BP, attention_mask=mask_BP.long())
+            sampled_BL: Tensor = policy.generate(  # type: ignore[operator]
+                input_ids=ids_BP, attention_mask=mask_BP.long()
+            )
             for row, answer_T in zip(rows, sampled_BL[:, ids_BP.shape[1] :], strict=True):
                 answers[row] = answer_T
     response_ids_BT, mask_BT, ended_B = _cut_at_end(answers, end_ids, tokenizer.pad_token_id)
@@ -91,7 +93,7 @@ def generate(
     return Rollout(
         prompts=tuple(prompts),
         responses=tuple(
-            tokenizer.decode(ids[:length], skip_special_tokens=True)
+            str(tokenizer.decode(ids[:length], skip_special_tokens=True))
             for ids, length in zip(response_ids_BT.tolist(), mask_BT.sum(dim=1).tolist(), strict=True)
         ),
         prompt_ids_BP=prompt_ids_BP,
@@ -111,7 +113,6 @@ def score_rollout(
     temperature: float,
     micro_batch_size: int | None,
     exact_kl: bool,
-    chunk_tokens: int | None = None,
 ) -> PolicyScores:
     """Log-probs of every action under policy and reference at the sampling temperature, values and entropies.
 
@@ -135,14 +136,9 @@ def score_rollout(
         )
         ref_scored_BT = output.ref_logprobs_BT
         if ref_scored_BT is None:
-            ref_scored_BT = score_answers(
-                reference,
-                batch.ids_BL,
-                batch.attention_mask_BL,
-                batch.response_length,
-                temperature=temperature,
-                chunk_tokens=chunk_tokens,
-            ).logprobs
+            ref_scored_BT = actor_critic.reference_logprobs(
+                reference, batch.ids_BL, batch.attention_mask_BL, batch.response_length, temperature=temperature
+            )
         batch.put(output.logprobs_BT, logprobs_BT)
         batch.put(ref_scored_BT, ref_logprobs_BT)
         batch.put(output.values_BT, values_BT)

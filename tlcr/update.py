@@ -204,11 +204,6 @@ def _kl_in_loss(output: PolicyOutput, ref_logprobs_BT: Tensor, kl: KLConfig) -> 
     if kl.estimator == "full":
         assert output.kl_BT is not None
         return output.kl_BT
-    if kl.estimator == "k1":
-        raise ConfigError(
-            "kl.estimator is 'k1' and kl.placement 'loss': the gradient of a log-ratio is zero on average, so it would "
-            "hold nothing back; set kl.estimator to k2, k3 or full, or kl.placement to reward"
-        )
     assert output.logprobs_BT is not None
     return estimate_kl(output.logprobs_BT, ref_logprobs_BT, kl.estimator)
 
