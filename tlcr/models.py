@@ -240,7 +240,9 @@ def _loading(what: str, source: str) -> Iterator[None]:
 def _prepared(model: PreTrainedModel, cfg: ModelConfig) -> PreTrainedModel:
     disable_dropout(model)
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.23 renamed it and warns of the old name, which is all that 5.20, the last for python 3.10, has
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     return model.eval()
 
 
