@@ -1,4 +1,4 @@
-"""How good a policy is: answers to held-out prompts, scored by something that training never saw, and what they cost in KL.
+"""How good a policy is: answers to held-out prompts, scored by what training never saw, and their cost in KL.
 
 This stage knows neither how answers are sampled nor how they are judged: both come as functions, so that a run on one
 process and one on many, or a sampler of another kind, are evaluated by the same arithmetic.
@@ -17,8 +17,9 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tlcr.checkpoint import write_aside
+from tlcr.checkpoint import write_aside, write_json
 from tlcr.errors import DataError, ShapeError
+from tlcr.tokenization import token_pieces
 from tlcr.types import PolicyScores, Rollout
 
 Scorer = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
@@ -117,8 +118,8 @@ class PolicyEvaluation:
         return {**values, "answers": self.answers, "standard_errors": dict(self.standard_errors)}
 
     def metrics(self) -> dict[str, float]:
-        """For MetricsLog, as ``evaluation/<measure>``, with None left out."""
-        return {f"evaluation/{k}": float(v) for k in MEASURES if (v := getattr(self, k)) is not None}
+        """Every measure that was taken, by its name: what training logs as ``eval/<measure>``."""
+        return {name: float(value) for name in MEASURES if (value := getattr(self, name)) is not None}
 
 
 def evaluate_policy(
@@ -135,15 +136,15 @@ def evaluate_policy(
 ) -> PolicyEvaluation:
     """Answer every prompt once and measure the answers.
 
-    generate: samples one answer for each prompt, at the sampling temperature and from a generator of fixed seed, so that
-    two policies meet the same luck. score: log-probs of policy and reference, values and entropies of a rollout, with the
-    exact KL where it is wanted. scorer: the judge of whole answers; None where there is none. batch_size: prompts given to
-    `generate` at a time. samples: answers kept with per-token detail, the first ones; `detail` gives their reward and
-    advantage (without it those two are empty). gather: collects the answers of all processes, each of which evaluated
-    its own share of the prompts (`accelerate.utils.gather_object`).
+    generate: samples one answer for each prompt, at the sampling temperature and from a generator of fixed seed, so
+    that two policies meet the same luck. score: log-probs of policy and reference, values and entropies of a rollout,
+    with the exact KL where it is wanted. scorer: the judge of whole answers; None where there is none. batch_size:
+    prompts given to `generate` at a time. samples: answers kept with per-token detail, the first ones; `detail` gives
+    their reward and advantage (without it those two are empty). gather: collects the answers of all processes, each of
+    which evaluated its own share of the prompts (`accelerate.utils.gather_object`).
 
-    Raises DataError without prompts, or where the scorer returns a wrong count or a score that is not finite; ShapeError
-    where `detail` returns another shape than the rollout's.
+    Raises DataError without prompts, or where the scorer returns a wrong count or a score that is not finite;
+    ShapeError where `detail` returns another shape than the rollout's.
     """
     answers: list[EvaluatedAnswer] = []
     for start in range(0, len(prompts), batch_size):
@@ -152,11 +153,11 @@ def evaluate_policy(
         kept = min(max(samples - start, 0), len(rollout.prompts))
         details = detail(rollout, scores) if detail is not None and kept else None
         answers.extend(_answers(rollout, scores, _gold(scorer, rollout), tokenizer, kept, details))
-    return summarise(gather(answers) if gather is not None else answers)
+    return summarise(gather(answers) if gather is not None else answers, samples=samples)
 
 
-def summarise(answers: Sequence[EvaluatedAnswer]) -> PolicyEvaluation:
-    """The measures of a set of answers. DataError where there is none."""
+def summarise(answers: Sequence[EvaluatedAnswer], *, samples: int) -> PolicyEvaluation:
+    """The measures of a set of answers, with its first samples. DataError where there is no answer."""
     if not answers:
         raise DataError("there are no held-out prompts to evaluate on; raise evaluation.prompts or data.held_out")
     lengths = [float(a.length) for a in answers]
@@ -177,7 +178,7 @@ def summarise(answers: Sequence[EvaluatedAnswer]) -> PolicyEvaluation:
         **{name: estimates[name][0] for name in MEASURES},  # type: ignore[arg-type]
         answers=len(answers),
         standard_errors={name: estimates[name][1] for name in MEASURES},
-        samples=tuple(a for a in answers if a.tokens),
+        samples=tuple(a for a in answers if a.tokens)[:samples],
     )
 
 
@@ -205,9 +206,7 @@ def ratio_of_sums(values: Sequence[float], counts: Sequence[float]) -> tuple[flo
 
 def write_evaluation(folder: Path, before: PolicyEvaluation, after: PolicyEvaluation) -> None:
     """Write evaluation.json and samples.jsonl of one PPO run, both aside and then renamed."""
-    summary = {"before": before.to_json(), "after": after.to_json()}
-    with write_aside(folder / "evaluation.json") as aside:
-        aside.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(folder / "evaluation.json", {"before": before.to_json(), "after": after.to_json()})
     lines = [answer.to_json("before") for answer in before.samples] + [a.to_json("after") for a in after.samples]
     with write_aside(folder / "samples.jsonl") as aside:
         aside.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines), encoding="utf-8")
@@ -268,9 +267,10 @@ def _answers(
         )
         if b < kept:
             ids = rollout.response_ids_BT[b][mask_BT[b]].tolist()
+            context = rollout.prompt_ids_BP[b][rollout.prompt_mask_BP[b]].tolist()
             answer = dataclasses.replace(
                 answer,
-                tokens=readable_tokens(tokenizer, ids),
+                tokens=tuple(token_pieces(tokenizer, ids, context=context)),
                 value=tuple(values[b]),
                 token_kl=tuple(kl[b]),
                 reward=tuple(rows(detail.rewards_BT)[b]) if detail is not None else (),
@@ -278,20 +278,3 @@ def _answers(
             )
         answers.append(answer)
     return answers
-
-
-def readable_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
-    """Each token's share of the decoded text, which joins to the whole text.
-
-    A character that several tokens make up together stands at the last of them; the tokens before it are empty.
-    """
-    texts, said = [], ""
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end], skip_special_tokens=False)
-        # An unfinished character decodes to the replacement sign: its text is not known yet.
-        ready = text.rstrip("\ufffd") if end < len(ids) else text
-        if not ready.startswith(said):
-            ready = said
-        texts.append(ready[len(said) :])
-        said = ready
-    return tuple(texts)

@@ -8,8 +8,8 @@ v is the lexicon's graded value (0 for function words and negators, UNKNOWN_VALU
 s_i is -1 where an odd number of negators stands before the word in its clause with no content word in between, else 1;
 late_i = LATE_COST * max(0, i + 1 - WINDOW) with i counted from 0: words beyond the WINDOW-th cost more and more.
 
-The score of an answer is the sum of its g_i. Stopping at once earns 0, far less than a good answer; a word whose value is
-x pays only up to the (WINDOW + x / LATE_COST)-th word, so that endless talk loses as well.
+The score of an answer is the sum of its g_i. Stopping at once earns 0, far less than a good answer; a word whose value
+is x pays only up to the (WINDOW + x / LATE_COST)-th word, so that endless talk loses as well.
 """
 
 from __future__ import annotations

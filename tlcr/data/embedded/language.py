@@ -1,7 +1,7 @@
 """A small dialogue language: its words, what they are worth in which context, and how people speak it.
 
-The language itself is fixed (it does not depend on any seed); seeds choose what is said in it. A user turn asks about a
-topic, and every topic belongs to one of three domains. An answer is a row of clauses of function words, neutral words and
+The language itself is fixed (it does not depend on any seed); seeds choose what is said in it. A user turn asks about
+a topic, and every topic belongs to one of three domains. An answer is a row of clauses of function words, fillers and
 content words. Content words carry a graded value that depends on the domain of the topic and on negation.
 """
 
@@ -148,7 +148,9 @@ def content_weights(category: str, domain: int, mood: int, negated: bool) -> tup
     for word in words:
         entry = lexicon().content[word]
         home = HOME_WEIGHT if entry.home == domain else 1.0
-        weights.append(round(home * 2.718281828 ** ((-mood if negated else mood) * MOOD_TILT * entry.values[domain]), 6))
+        weights.append(
+            round(home * 2.718281828 ** ((-mood if negated else mood) * MOOD_TILT * entry.values[domain]), 6)
+        )
     return words, tuple(accumulate(weights))
 
 
@@ -256,7 +258,9 @@ def topic_of(prompt: str) -> str:
     for word in reversed(prompt.replace("?", " ").replace("\n", " ").split()):
         if word in topics:
             return word
-    raise DataError(f"the prompt {prompt[:80]!r} names no topic of the embedded language; use prompts made by prompts()")
+    raise DataError(
+        f"the prompt {prompt[:80]!r} names no topic of the embedded language; use prompts made by prompts()"
+    )
 
 
 def domain_of(prompt: str) -> int:
@@ -283,8 +287,8 @@ def sample_prompt(rng: random.Random, split: Literal["train", "held_out"]) -> st
 def prompts(n: int, seed: int, split: Literal["train", "held_out"] = "train") -> list[str]:
     """`n` different prompts; those of the two splits never meet.
 
-    A prompt is text without a beginning-of-sequence token and without a chat template. Raises ConfigError for an unknown
-    split, or where the language has fewer than `n` prompts in it.
+    A prompt is text without a beginning-of-sequence token and without a chat template. Raises ConfigError for an
+    unknown split, or where the language has too few prompts for `n` of them.
     """
     if split not in ("train", "held_out"):
         raise ConfigError(f"split is {split!r}; the embedded task has 'train' and 'held_out'")

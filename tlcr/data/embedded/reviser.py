@@ -79,7 +79,9 @@ def revise(prompt: str, response: str, rng: random.Random) -> str:
         elif word.negated and rng.random() < 0.25:
             assert last_negator is not None  # negated says that one stands before
             items[last_negator.start].text = None
-            later = next((w for w in scored[index + 1 :] if w.kind == "content" and not w.negated and w.value < 0), None)
+            later = next(
+                (w for w in scored[index + 1 :] if w.kind == "content" and not w.negated and w.value < 0), None
+            )
             if later is not None and rng.random() < 0.3:
                 items[later.start].before = rng.choice(words.negators)
         else:

@@ -1,0 +1,272 @@
+"""From the files of a run to its figures: what every arm reached, at which KL, and how sure the seeds are of it.
+
+Everything is read from the run's folder and nothing is trained or sampled here, so that a report can be made again
+at any time. Gold is compared at matched KL, because at the same coefficient a reward of larger scale buys more of both.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from scipy import stats
+
+from tlcr.checkpoint import write_json
+from tlcr.errors import DataError
+from tlcr.evaluate import MEASURES
+from tlcr.metrics import read_metrics
+
+LEVELS = (0.25, 0.5, 1.0)
+"""Matched KL is looked at here, as shares of the largest KL that every arm reached."""
+
+
+@dataclass(frozen=True)
+class SeedRun:
+    """One trained policy: its seed, what it was before and after, and the evaluations made on the way."""
+
+    arm: str
+    seed: int
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+    curve: tuple[Mapping[str, float], ...]
+    """Evaluations in the order of training, {"update": k, measure: value, ...}, the first and the last included."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean and standard deviation (n - 1) over seeds; no deviation from a single one."""
+
+    mean: float
+    sd: float | None
+    seeds: int
+
+
+def mean_over_seeds(values: Sequence[float]) -> Mean | None:
+    """None where there is no value."""
+    if not values:
+        return None
+    return Mean(math.fsum(values) / len(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+# ---- gold at matched KL
+
+
+def gold_at_kl(
+    curve: Sequence[Mapping[str, Any]], kl: float, *, measure: str = "gold_per_token", against: str = "kl_per_token"
+) -> float | None:
+    """Gold where training first reached this KL: linear between the evaluation before and the one that reached it.
+
+    None where the run never got there. A run that leaves the level again and comes back counts as it first passed,
+    so that time spent over-optimising does not choose the best moment.
+    """
+    points = [(p[against], p[measure]) for p in curve if p.get(against) is not None and p.get(measure) is not None]
+    if not points:
+        return None
+    if points[0][0] >= kl:
+        return float(points[0][1])
+    for (kl_0, gold_0), (kl_1, gold_1) in itertools.pairwise(points):
+        if kl_1 >= kl:
+            return float(gold_0 + (gold_1 - gold_0) * (kl - kl_0) / (kl_1 - kl_0))
+    return None
+
+
+def gold_at_matched_kl(
+    curves: Mapping[int, Sequence[Mapping[str, Any]]],
+    kl: float,
+    *,
+    measure: str = "gold_per_token",
+    against: str = "kl_per_token",
+) -> dict[int, float]:
+    """Seed to gold at this KL, for the seeds whose run reached it."""
+    found = {seed: gold_at_kl(curve, kl, measure=measure, against=against) for seed, curve in curves.items()}
+    return {seed: gold for seed, gold in found.items() if gold is not None}
+
+
+def largest_kl(curve: Sequence[Mapping[str, Any]], against: str = "kl_per_token") -> float:
+    """The largest KL that a run reached at an evaluation; 0 where it was not measured."""
+    return max((float(p[against]) for p in curve if p.get(against) is not None), default=0.0)
+
+
+def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[str, Any] | None:
+    """Mean of ours - theirs over the seeds that both have, its sd, and the two-sided 95 % interval of Student's t.
+
+    Seeds share their prompts and sampling luck, so the difference is taken within a seed. None without a common seed.
+    """
+    seeds = sorted(ours.keys() & theirs.keys())
+    mean = mean_over_seeds([ours[s] - theirs[s] for s in seeds])
+    if mean is None:
+        return None
+    interval = None
+    if mean.sd is not None:
+        half = float(stats.t.ppf(0.975, mean.seeds - 1)) * mean.sd / math.sqrt(mean.seeds)
+        interval = [mean.mean - half, mean.mean + half]
+    return {"difference": mean.mean, "sd": mean.sd, "interval": interval, "seeds": seeds}
+
+
+def frontier(
+    runs: Iterable[SeedRun], *, measure: str = "gold_per_token", against: str = "kl_per_token"
+) -> dict[str, Any] | None:
+    """Arms compared at matched KL.
+
+    levels: for shares of the largest KL that every run reached, each arm's gold there over its seeds.
+    comparisons: the first arm against each other one, at the largest KL that all runs of these two reached.
+    None where no run has gold at a KL above 0.
+    """
+    curves: dict[str, dict[int, Sequence[Mapping[str, Any]]]] = {}
+    for run in runs:
+        if any(p.get(measure) is not None for p in run.curve):
+            curves.setdefault(run.arm, {})[run.seed] = run.curve
+    if not curves:
+        return None
+    reached = {arm: min(largest_kl(c, against) for c in by_seed.values()) for arm, by_seed in curves.items()}
+
+    def at(arm: str, kl: float) -> dict[int, float]:
+        return gold_at_matched_kl(curves[arm], kl, measure=measure, against=against)
+
+    shared = min(reached.values())
+    levels = [
+        {
+            "kl": share * shared,
+            "arms": {arm: _plain(mean_over_seeds(list(at(arm, share * shared).values()))) for arm in curves},
+        }
+        for share in LEVELS
+        if shared > 0
+    ]
+    first, *others = curves
+    comparisons = []
+    for other in others:
+        kl = min(reached[first], reached[other])
+        if kl > 0:
+            ours, theirs = at(first, kl), at(other, kl)
+            comparisons.append(
+                {
+                    "arm": first,
+                    "other": other,
+                    "kl": kl,
+                    "arm_gold": _plain(mean_over_seeds(list(ours.values()))),
+                    "other_gold": _plain(mean_over_seeds(list(theirs.values()))),
+                    **(
+                        paired_difference(ours, theirs)
+                        or {"difference": None, "sd": None, "interval": None, "seeds": []}
+                    ),
+                }
+            )
+    if not levels and not comparisons:
+        return None
+    return {"measure": measure, "against": against, "reached": reached, "levels": levels, "comparisons": comparisons}
+
+
+def _plain(mean: Mean | None) -> dict[str, Any] | None:
+    return None if mean is None else {"mean": mean.mean, "sd": mean.sd, "seeds": mean.seeds}
+
+
+# ---- a run's folder
+
+
+def read_runs(folder: Path) -> list[SeedRun]:
+    """The PPO runs of a folder that have been evaluated, arms in the order of the config, seeds in theirs."""
+    found = []
+    for path in sorted((folder / "ppo").glob("*/seed-*/evaluation.json"), key=_arm_and_seed):
+        evaluation = read_json(path)
+        arm, seed = _arm_and_seed(path)
+        metrics = path.with_name("metrics.jsonl")
+        rows = read_metrics(metrics) if metrics.exists() else []
+        found.append(SeedRun(arm, seed, evaluation["before"], evaluation["after"], _curve(rows, evaluation)))
+    order = _arm_order(folder)
+    return sorted(found, key=lambda run: order.index(run.arm) if run.arm in order else len(order))
+
+
+def _arm_and_seed(evaluation: Path) -> tuple[str, int]:
+    return evaluation.parent.parent.name, int(evaluation.parent.name.removeprefix("seed-"))
+
+
+def _arm_order(folder: Path) -> list[str]:
+    """Arm names as the config lists them; none where it has a single, unnamed one."""
+    config = read_config(folder)
+    return [arm["name"] for arm in config.get("arms") or []]
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any]) -> tuple[Mapping[str, float], ...]:
+    points: dict[int, dict[str, float]] = {}
+    for row in rows:
+        values = {name: row[f"eval/{name}"] for name in MEASURES if row.get(f"eval/{name}") is not None}
+        if values:
+            points[row["step"]] = {"update": row["step"], **values}
+    last = max((row["step"] for row in rows), default=1)
+    # The first and the last evaluation are those of evaluation.json, whether or not training logged them.
+    for step, when in ((0, "before"), (last, "after")):
+        taken = {name: value for name in MEASURES if (value := evaluation[when].get(name)) is not None}
+        points[step] = {"update": step, **taken}
+    return tuple(points[step] for step in sorted(points))
+
+
+def collect_results(folder: str | Path) -> dict[str, Any]:
+    """Everything that results.json holds, from the files of a run.
+
+    arms: for each its seeds' evaluations and curves, and mean and sd over seeds before and after. frontier: see
+    `frontier`, on gold and KL per token. stages: the metrics of SFT, reward model and discriminator (done.json), the
+    statistics of the labels; what was not run is absent. versions: of the libraries that trained.
+
+    Raises DataError where the folder does not exist or a file in it is no JSON.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"there is no run folder {str(folder)!r}; name the output_dir of a run")
+    runs = read_runs(folder)
+    arms = []
+    for name in dict.fromkeys(run.arm for run in runs):
+        own = [run for run in runs if run.arm == name]
+        summary = {
+            when: {
+                measure: _plain(mean_over_seeds([v for r in own if (v := getattr(r, when).get(measure)) is not None]))
+                for measure in MEASURES
+            }
+            for when in ("before", "after")
+        }
+        seeds = [
+            {"seed": r.seed, "before": dict(r.before), "after": dict(r.after), "curve": [dict(p) for p in r.curve]}
+            for r in own
+        ]
+        arms.append({"name": name, **summary, "seeds": seeds})
+    stages: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
+    for stage in ("sft", "reward_model", "discriminator"):
+        done = folder / stage / "done.json"
+        if done.exists():
+            record = read_json(done)
+            stages[stage] = {"metrics": record.get("metrics", {}), "seconds": record.get("seconds")}
+            versions.update(record.get("versions") or {})
+    labels = folder / "labels" / "statistics.json"
+    if labels.exists():
+        stages["labels"] = read_json(labels)
+    for done in sorted((folder / "ppo").glob("*/seed-*/done.json")):
+        versions.update(read_json(done).get("versions") or {})
+    return {"arms": arms, "frontier": frontier(runs), "stages": stages, "versions": versions}
+
+
+def write_results(folder: str | Path) -> dict[str, Any]:
+    """Collect a run's results and write them to its results.json."""
+    results = collect_results(folder)
+    write_json(Path(folder) / "results.json", results)
+    return results
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value. DataError, naming the file, where it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not valid JSON ({error}); delete it and run that stage again") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved config of a run as plain values; empty where the folder has none."""
+    path = folder / "config.yaml"
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
