@@ -85,6 +85,11 @@ class TestFiles:
     RECORDS = ({**EDIT, "id": "a"}, {**EDIT, "id": "b", "prompt": 'A "quoted",\tprompt\nof two lines, é 🙃:'})
 
     def write(self, path: Path) -> None:
+        datasets.disable_progress_bars()
+        self._write(path)
+        datasets.enable_progress_bars()
+
+    def _write(self, path: Path) -> None:
         records = list(self.RECORDS)
         inner = path.with_suffix("") if path.suffix == ".gz" else path
         if inner.suffix in (".csv", ".tsv"):
@@ -125,9 +130,7 @@ class TestFiles:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         source = tmp_path / name
-        datasets.disable_progress_bars()
         self.write(source)
-        datasets.enable_progress_bars()
         before = sorted(tmp_path.rglob("*"))
         cache = tmp_path / "cache"
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
@@ -150,6 +153,29 @@ class TestFiles:
         with pytest.raises(DataError, match="Bad split: valid") as error:
             edits(str(folder), tokenizer, split="valid")
         assert "data.split" in str(error.value)
+
+    def test_hub_dataset(self, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The hub itself is not reached in tests; what it is asked for, and what becomes of the answer, is."""
+        asked = []
+
+        def load_dataset(*name: str | None, split: str) -> datasets.Dataset:
+            asked.append((*name, split))
+            return datasets.Dataset.from_list([EDIT, {**EDIT, "revised": None}])
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        read = edits("someone/edits:small", tokenizer, split="validation", on_malformed="skip")
+        assert asked == [("someone/edits", "small", "validation")]
+        assert [pair.id for pair in read.records] == ["someone/edits:small:1"]
+        assert [str(bad) for bad in read.malformed] == ["someone/edits:small, record 2: field 'revised' is null"]
+        edits("someone/edits", tokenizer, on_malformed="skip")
+        assert asked[1] == ("someone/edits", None, "train")
+
+    def test_saved_splits_must_have_the_one_that_is_asked_for(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        self.write(tmp_path / "saved_splits")
+        with pytest.raises(DataError, match=r"has no split 'test'; set data\.split to one of train"):
+            edits(str(tmp_path / "saved_splits"), tokenizer, split="test")
 
     def test_limit(self, jsonl: Callable, tokenizer: PreTrainedTokenizerFast) -> None:
         source = jsonl(*({**EDIT, "id": id} for id in "abc"))
@@ -238,6 +264,21 @@ class TestBadFiles:
         path = tmp_path / "a.csv"
         path.write_bytes("prompt,rejected,revised\npé,a,b".encode("latin-1"))
         self.refused(path, tokenizer, "is not UTF-8", "convert it to UTF-8")
+
+    def test_file_that_may_not_be_read(
+        self, jsonl: Callable, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = jsonl(EDIT)
+
+        def refuse(*_: object, **__: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "open", refuse)
+        self.refused(source, tokenizer, "cannot be read (Permission denied)", "check its permissions")
+
+    def test_folder_without_data(self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+        (tmp_path / "hollow").mkdir()
+        self.refused(tmp_path / "hollow", tokenizer, "cannot read", "doesn't contain any data files")
 
     def test_unknown_extension(self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         for name in ("a.xlsx", "a.parquet.gz", "noextension"):

@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -35,7 +35,6 @@ __all__ = ["MalformedRecord", "ReadResult", "read_edits", "read_preferences", "r
 logger = logging.getLogger("tlcr")
 
 T = TypeVar("T")
-Identified = TypeVar("Identified", PreferencePair, EditPair, str)
 
 REPORTED = 20
 """Malformed records that are logged one by one; ``ReadResult.malformed`` has them all."""
@@ -143,7 +142,7 @@ def read_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadRes
     return _reported(ReadResult(source, name, once, malformed, notes))
 
 
-def split_held_out(records: Sequence[Identified], share: float) -> tuple[list[Identified], list[Identified]]:
+def split_held_out(records: Sequence[T], share: float) -> tuple[list[T], list[T]]:
     """(training, held-out) records, each in the given order; a record's side depends on its id and the share alone.
 
     A record is held out where the SHA-256 of its id (of the text itself, for prompts), read as a fraction of 1, is
@@ -152,7 +151,7 @@ def split_held_out(records: Sequence[Identified], share: float) -> tuple[list[Id
     """
     if share <= 0 or not records:
         return list(records), []
-    fractions = [_fraction(record if isinstance(record, str) else record.id) for record in records]
+    fractions = [_fraction(record) for record in records]
     held_out = [fraction < share for fraction in fractions]
     if len(records) >= 2 and not any(held_out):
         held_out[fractions.index(min(fractions))] = True
@@ -164,7 +163,8 @@ def split_held_out(records: Sequence[Identified], share: float) -> tuple[list[Id
     )
 
 
-def _fraction(id: str) -> float:
+def _fraction(record: Any) -> float:
+    id = record if isinstance(record, str) else record.id
     return int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "big") / 2**64
 
 

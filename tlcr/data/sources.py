@@ -99,6 +99,8 @@ def _file_rows(path: Path) -> Iterator[Row]:
         raise DataError(f"{path} is not a whole gzip file ({error}); download or write it again") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error}); convert it to UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from error
 
 
 def _open_text(path: Path) -> IO[str]:

@@ -1,0 +1,82 @@
+"""The converter of the edited reviews, on a table made here and on the real one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from examples.imdb_reviews import prepare
+from tlcr.config import DataConfig
+from tlcr.data.readers import read_edits, read_preferences, read_prompts
+
+REAL = Path(__file__).parents[2] / "shared" / "data"
+
+TABLE = """Sentiment\tText\tbatch_id
+Negative\tI saw it. It was bad.<br /><br />"So bad".\t4
+Positive\tI saw it. It was good.<br /><br />"So good".\t4
+Positive\tA great film.\t5
+Negative\tAn awful film.\t5
+Negative\tThe same thing twice.\t6
+Positive\tThe same thing twice.\t6
+Negative\tNo other side of this.\t7
+Negative\tone two three four five six seven eight nine bad\t8
+Positive\tone two three four five six seven eight nine good\t8
+"""
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_pairs_become_edits_prompts_and_a_held_out_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table = tmp_path / "train.tsv"
+    table.write_text(TABLE)
+    with caplog.at_level("INFO", logger="prepare"):
+        prepare.main(["--train", str(table), "--dev", str(table), "--output", str(tmp_path / "out")])
+    edits = lines(tmp_path / "out" / "edits.jsonl")
+    assert edits == lines(tmp_path / "out" / "held_out.jsonl")
+    assert [edit["id"] for edit in edits] == ["imdb-4", "imdb-8"]
+    assert (edits[0]["prompt"], edits[0]["rejected"]) == ("I saw it. It was", ' bad.\n\n"So bad".')
+    assert edits[0]["revised"] == edits[0]["chosen"] == ' good.\n\n"So good".'
+    assert edits[1]["prompt"] == "one two three four five six seven eight"
+    assert edits[1]["rejected"] == " nine bad"
+    assert lines(tmp_path / "out" / "prompts.jsonl") == [{"prompt": edit["prompt"]} for edit in edits]
+    for reason in (
+        "1 left out: fewer than 3 first",
+        "1 left out: not edited",
+        "1 left out: not a negative and a positive",
+    ):
+        assert reason in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("negative", "positive", "opening"),
+    [
+        ("a b c d", "a b c e", "a b c"),
+        ("a b c", "a b c", None),
+        ("a b c d", "a b cd", None),
+        ("a b  c d", "a b c d", None),
+        ("a b c\nd", "a b c d", None),
+    ],
+)
+def test_opening_is_of_whole_words_that_both_go_on_from_alike(
+    negative: str, positive: str, opening: str | None
+) -> None:
+    assert prepare.shared_opening(negative, positive, at_most=8, at_least=3) == opening
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"needs the real data, which lies at {REAL} where it is")
+def test_real_reviews_can_be_read(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    train, dev = (str(REAL / f"imdb_counterfactual_{part}.tsv") for part in ("train", "dev"))
+    prepare.main(["--train", train, "--dev", dev, "--output", str(tmp_path)])
+    edits = read_edits(DataConfig(edits=str(tmp_path / "edits.jsonl")), tiny_tokenizer)
+    assert (edits.format, len(edits.records), edits.notes) == ("edits", 1363, ())
+    assert all(3 <= len(pair.prompt.split()) <= 8 for pair in edits.records)
+    assert (
+        len(read_preferences(DataConfig(preferences=str(tmp_path / "held_out.jsonl")), tiny_tokenizer).records) == 202
+    )
+    prompts = read_prompts(DataConfig(prompts=str(tmp_path / "prompts.jsonl")), tiny_tokenizer)
+    assert {pair.prompt for pair in edits.records} == set(prompts.records)
