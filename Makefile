@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: quickstart test lint types bench
 
 quickstart: $(INSTALLED)
-	$(BIN)/tlcr run examples/quickstart.yaml
+	$(BIN)/tlcr run examples/quickstart.yaml --resume
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -p no:benchmark

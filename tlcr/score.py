@@ -118,9 +118,7 @@ def _parse_lines(lines: TextIO, where: str) -> Iterator[Answer]:
             raise DataError(f"{where}:{number}: no text under 'response'; wanted {{'prompt': ..., 'response': ...}}")
         prompt = record.get("prompt", "")
         if not isinstance(prompt, str) and not _are_messages(prompt):
-            raise DataError(
-                f"{where}:{number}: 'prompt' is neither a text nor a list of {{'role', 'content'}} messages"
-            )
+            raise DataError(f"{where}:{number}: 'prompt' is neither text nor a list of {{'role', 'content'}} messages")
         yield Answer(prompt, record["response"])
 
 
