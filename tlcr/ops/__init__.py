@@ -323,7 +323,7 @@ def score_hidden(
         ref_weight: (V, H'); pass `weight` again if the two share their head.
         ref_bias: (V,).
         temperature: a number > 0, or a (...) tensor of such, which is not checked; divides both logits.
-        chunk_tokens: tokens whose logits exist at once, >= 1; None: as many as fit a fixed budget.
+        chunk_tokens: tokens whose logits exist at once, >= 1; None: as many as fit a fixed budget, and 128 at least.
         impl: which implementation runs.
 
     Returns:

@@ -5,6 +5,8 @@ the door, `tlcr.ops`; masks arrive as bool. Values at positions that do not coun
 because multiplying them by 0 afterwards keeps a NaN, in the result or in the gradient.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -27,12 +29,11 @@ def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in the operands' own dtype: autocast would quietly round them to half precision."""
-    if not torch.amp.is_autocast_available(a.device.type):
-        return a @ b
-    with torch.autocast(a.device.type, enabled=False):
-        return a @ b
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Products in the operands' own dtype: autocast would quietly round them to half precision."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @torch.no_grad()
@@ -86,7 +87,8 @@ def reward_from_hidden(
     dtype = arithmetic_dtype(hidden, weight, bias)
     weight_HC = weight.to(dtype).t()
     rows = max(1, HIDDEN_ROWS // max(1, hidden.shape[1]))
-    logits_BTC = torch.cat([matmul(block_BTH.to(dtype), weight_HC) for block_BTH in hidden.split(rows)])
+    with no_autocast(hidden.device):
+        logits_BTC = torch.cat([block_BTH.to(dtype) @ weight_HC for block_BTH in hidden.split(rows)])
     if bias is not None:
         logits_BTC = logits_BTC + bias.to(dtype)
     return fused_reward(

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tlcr.ops.reference import arithmetic_dtype, matmul
+from tlcr.ops.reference import arithmetic_dtype, no_autocast
 from tlcr.ops.types import TokenScores
 
 # Logits held at a time, by device type: a few temporaries of this size exist at once. Small enough for the last-level
 # cache on the CPU, large enough to hide the launches of a dozen kernels on an accelerator.
 CHUNK_LOGITS = {"cpu": 1 << 20}
 CHUNK_LOGITS_ACCELERATOR = 1 << 26
+HIDDEN_ROWS_LEAST = 128
 
 
 def score_tokens(
@@ -51,7 +52,8 @@ def score_hidden(
     dtype = arithmetic_dtype(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     reference = tuple(None if x is None else x.detach() for x in (ref_hidden, ref_weight, ref_bias))
     ids_N1, temperature_N1 = _per_token(token_ids, temperature, dtype)
-    rows = _chunk_rows(weight.shape[0], weight.device) if chunk_tokens is None else chunk_tokens
+    # Every chunk reads the weight and adds to its gradient, (V, H) both: chunks of a few tokens do nothing else.
+    rows = max(HIDDEN_ROWS_LEAST, _chunk_rows(weight.shape[0], weight.device)) if chunk_tokens is None else chunk_tokens
     scores: tuple[Tensor | None, ...] = _ScoreHidden.apply(
         hidden, weight, bias, ids_N1, *reference, temperature_N1, rows, dtype
     )
@@ -111,10 +113,11 @@ class _ScoreHidden(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         scores = _empty_scores(ids_N1, dtype, with_reference=ref_hidden is not None)
         head, ref_head = _Head(weight, bias, dtype), _Head(ref_weight, ref_bias, dtype)
-        for at, (hidden_RH, ref_RH) in _row_blocks(rows, hidden, ref_hidden):
-            log_p_RV = _log_softmax(head(hidden_RH), temperature_N1[at], dtype)
-            log_q_RV = None if ref_RH is None else _log_softmax(ref_head(ref_RH), temperature_N1[at], dtype)
-            _fill_scores(scores, at, log_p_RV, log_q_RV, ids_N1[at])
+        with no_autocast(hidden.device):
+            for at, (hidden_RH, ref_RH) in _row_blocks(rows, hidden, ref_hidden):
+                log_p_RV = _log_softmax(head(hidden_RH), temperature_N1[at], dtype)
+                log_q_RV = None if ref_RH is None else _log_softmax(ref_head(ref_RH), temperature_N1[at], dtype)
+                _fill_scores(scores, at, log_p_RV, log_q_RV, ids_N1[at])
         inputs = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
         _finish(ctx, scores, *inputs, ids_N1, temperature_N1)
         ctx.rows = rows
@@ -137,19 +140,20 @@ class _ScoreHidden(torch.autograd.Function):
         grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if wants_hidden else None
         grad_weight_VH = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
         grad_bias_V = torch.zeros_like(bias, dtype=dtype) if wants_bias else None
-        for at, (hidden_RH, ref_RH, grad_RH) in _row_blocks(ctx.rows, hidden, ref_hidden, grad_hidden):
-            assert hidden_RH is not None
-            # A row that takes no gradient must not reach the weight's either, where 0 * NaN would be NaN.
-            hidden_RH = torch.where(counts_N1[at], hidden_RH.to(dtype), 0.0)
-            log_p_RV = _log_softmax(head(hidden_RH), temperature_N1[at], dtype)
-            log_q_RV = None if ref_RH is None else _log_softmax(ref_head(ref_RH), temperature_N1[at], dtype)
-            grad_RV = _grad_logits(log_p_RV, log_q_RV, ids_N1, entropy_N, kl_N, grads, at) / temperature_N1[at]
-            if grad_RH is not None:
-                grad_RH.copy_(matmul(grad_RV, head.weight_VH))
-            if grad_weight_VH is not None:
-                grad_weight_VH += matmul(grad_RV.t(), hidden_RH)
-            if grad_bias_V is not None:
-                grad_bias_V += grad_RV.sum(dim=0)
+        with no_autocast(hidden.device):
+            for at, (hidden_RH, ref_RH, grad_RH) in _row_blocks(ctx.rows, hidden, ref_hidden, grad_hidden):
+                assert hidden_RH is not None
+                # A row that takes no gradient must not reach the weight's either, where 0 * NaN would be NaN.
+                hidden_RH = torch.where(counts_N1[at], hidden_RH.to(dtype), 0.0)
+                log_p_RV = _log_softmax(head(hidden_RH), temperature_N1[at], dtype)
+                log_q_RV = None if ref_RH is None else _log_softmax(ref_head(ref_RH), temperature_N1[at], dtype)
+                grad_RV = _grad_logits(log_p_RV, log_q_RV, ids_N1, entropy_N, kl_N, grads, at) / temperature_N1[at]
+                if grad_RH is not None:
+                    grad_RH.copy_(grad_RV @ head.weight_VH)
+                if grad_weight_VH is not None:
+                    grad_weight_VH.addmm_(grad_RV.t(), hidden_RH)
+                if grad_bias_V is not None:
+                    grad_bias_V += grad_RV.sum(dim=0)
         grad_weight = None if grad_weight_VH is None else grad_weight_VH.to(weight.dtype)
         grad_bias = None if grad_bias_V is None else grad_bias_V.to(bias.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None, None
@@ -166,7 +170,7 @@ class _Head:
 
     def __call__(self, hidden_RH: Tensor | None) -> Tensor:
         assert hidden_RH is not None
-        logits_RV = matmul(hidden_RH.to(self.dtype), self.weight_VH.t())
+        logits_RV = hidden_RH.to(self.dtype) @ self.weight_VH.t()
         return logits_RV if self.bias is None else logits_RV + self.bias.to(self.dtype)
 
 
