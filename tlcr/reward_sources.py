@@ -207,10 +207,7 @@ def _read_as_text(judge: Judge, rollout: Rollout) -> list[_TextAnswer]:
     prompt_ids = _counted(rollout.prompt_ids_BP, rollout.prompt_mask_BP)
     answer_ids = _counted(rollout.response_ids_BT, rollout.mask_BT)
     ended = [flag and len(ids) > 0 for flag, ids in zip(rollout.ended_B.tolist(), answer_ids, strict=True)]
-    texts = [
-        decode_text(policy, ids[:-1] if end else ids, context=context)
-        for ids, end, context in zip(answer_ids, ended, prompt_ids, strict=True)
-    ]
+    texts = [decode_text(policy, ids, context=context) for ids, context in zip(answer_ids, prompt_ids, strict=True)]
     encoded = encode_answers(
         judge.tokenizer, prompts, texts, max_prompt_tokens=judge.max_prompt_tokens, max_answer_tokens=None
     )
@@ -251,14 +248,13 @@ def _fit(judge: Judge, encoded: EncodedAnswer) -> EncodedAnswer:
 
 def _shared_characters(judge: Judge, answer: _TextAnswer) -> Tensor:
     """The weights (policy tokens, judge tokens) that carry the judge's logits over; a row sums to 1, or is all 0."""
-    content = answer.policy_ids[:-1] if answer.ended else answer.policy_ids
-    policy = character_spans(judge.policy_tokenizer, content, context=answer.policy_prompt_ids)
+    policy = character_spans(judge.policy_tokenizer, answer.policy_ids, context=answer.policy_prompt_ids)
     own = _judge_spans(judge, answer)
     policy_start, policy_end = torch.tensor(policy, dtype=torch.float64).reshape(-1, 2).unbind(1)
     start, end = torch.tensor(own, dtype=torch.float64).reshape(-1, 2).unbind(1)
     overlap = torch.minimum(policy_end[:, None], end) - torch.maximum(policy_start[:, None], start)
     weights = torch.zeros(len(answer.policy_ids), len(answer.encoded.answer_ids), dtype=torch.float64)
-    weights[: len(policy), : len(own)] = overlap.clamp(min=0)
+    weights[:, : len(own)] = overlap.clamp(min=0)
     if answer.ended and answer.encoded.complete:
         weights[-1, -1] = 1
     return weights / weights.sum(1, keepdim=True).clamp(min=1)
