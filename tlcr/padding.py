@@ -15,3 +15,9 @@ def pad_right(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor,
     ids_BL = torch.full(mask_BL.shape, pad_token_id, dtype=torch.long)
     ids_BL[mask_BL] = torch.tensor([token for row in rows for token in row], dtype=torch.long)
     return ids_BL, mask_BL
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """The same with the rows' own tokens at the end of each."""
+    backwards_BL, mask_BL = pad_right([row[::-1] for row in rows], pad_token_id)
+    return backwards_BL.flip(1), mask_BL.flip(1)

@@ -14,6 +14,7 @@ from tlcr.actor_critic import ActorCritic
 from tlcr.config import RolloutConfig
 from tlcr.errors import ConfigError, DataError
 from tlcr.microbatches import MicroBatches
+from tlcr.padding import pad_left
 from tlcr.types import PolicyScores, Rollout
 
 
@@ -82,22 +83,22 @@ def generate(
     with _only(policy, sampling), _seeded_by(generator, policy.device):
         for start in range(0, len(prompts), cfg.batch_size):
             rows = by_length[start : start + cfg.batch_size]
-            ids_BP, mask_BP = _pad_left([prompt_ids[row] for row in rows], tokenizer.pad_token_id, policy.device)
+            ids_BP, mask_BP = pad_left([prompt_ids[row] for row in rows], tokenizer.pad_token_id)
             sampled_BL: Tensor = policy.generate(  # type: ignore[operator]
-                input_ids=ids_BP, attention_mask=mask_BP.long()
+                input_ids=ids_BP.to(policy.device), attention_mask=mask_BP.long().to(policy.device)
             )
             for row, answer_T in zip(rows, sampled_BL[:, ids_BP.shape[1] :], strict=True):
                 answers[row] = answer_T
     response_ids_BT, mask_BT, ended_B = _cut_at_end(answers, end_ids, tokenizer.pad_token_id)
-    prompt_ids_BP, prompt_mask_BP = _pad_left(prompt_ids, tokenizer.pad_token_id, policy.device)
+    prompt_ids_BP, prompt_mask_BP = pad_left(prompt_ids, tokenizer.pad_token_id)
     return Rollout(
         prompts=tuple(prompts),
         responses=tuple(
             str(tokenizer.decode(ids[:length], skip_special_tokens=True))
             for ids, length in zip(response_ids_BT.tolist(), mask_BT.sum(dim=1).tolist(), strict=True)
         ),
-        prompt_ids_BP=prompt_ids_BP,
-        prompt_mask_BP=prompt_mask_BP,
+        prompt_ids_BP=prompt_ids_BP.to(policy.device),
+        prompt_mask_BP=prompt_mask_BP.to(policy.device),
         response_ids_BT=response_ids_BT,
         mask_BT=mask_BT,
         ended_B=ended_B,
@@ -180,14 +181,6 @@ def _end_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> lis
     if not ids:
         raise ConfigError("neither tokenizer nor model names an end-of-sequence token; set the tokenizer's eos_token")
     return sorted(ids)
-
-
-def _pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max((len(ids) for ids in rows), default=0)
-    ids_BP = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in rows], dtype=torch.long)
-    lengths_B = torch.tensor([len(ids) for ids in rows], dtype=torch.long)
-    mask_BP = torch.arange(width) >= width - lengths_B.unsqueeze(1)
-    return ids_BP.reshape(len(rows), width).to(device), mask_BP.to(device)
 
 
 def _cut_at_end(answers: Sequence[Tensor], end_ids: Sequence[int], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -190,7 +190,7 @@ def _backward(
             value_coef=cfg.value_coef,
             entropy=batch.take(scores.entropy_BT) if output.entropy_BT is None else output.entropy_BT,
             entropy_coef=0.0 if value_only else cfg.entropy_coef,
-            kl=_kl_in_loss(output, batch.take(scores.ref_logprobs_BT), kl) if in_loss else None,
+            kl=_kl_in_loss(output, batch.take(scores.ref_logprobs_BT), batch.mask_BT, kl) if in_loss else None,
             kl_coef=kl_coef if in_loss else 0.0,
             aggregate=cfg.aggregate,
             denominator=denominator,
@@ -200,11 +200,13 @@ def _backward(
     return loss
 
 
-def _kl_in_loss(output: PolicyOutput, ref_logprobs_BT: Tensor, kl: KLConfig) -> Tensor:
+def _kl_in_loss(output: PolicyOutput, ref_logprobs_BT: Tensor, mask_BT: Tensor, kl: KLConfig) -> Tensor:
     if kl.estimator == "full":
         assert output.kl_BT is not None
         return output.kl_BT
     assert output.logprobs_BT is not None
+    # Padding is given a ratio of 1: its exponential could overflow, and 0 times infinity would reach the gradient.
+    ref_logprobs_BT = torch.where(mask_BT, ref_logprobs_BT, output.logprobs_BT.detach())
     return estimate_kl(output.logprobs_BT, ref_logprobs_BT, kl.estimator)
 
 
