@@ -1,0 +1,159 @@
+"""The report's plots, as SVG text that takes the page's own colours, so that one page serves light and dark."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+ARM_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C")
+"""Okabe and Ito's palette, told apart by colour-blind readers and on light and dark grounds alike."""
+ARM_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+INK = "#123456"
+"""Stands for the page's text colour until the SVG is finished."""
+
+RELIABILITY_NAMES = {"before": "as trained", "after": "calibrated"}
+
+Curve = Sequence[tuple[float, float]]
+
+
+def arm_colour(index: int) -> str:
+    """The colour of the index-th arm everywhere in a report."""
+    return ARM_COLOURS[index % len(ARM_COLOURS)]
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "tlcr",
+        "font.family": "sans-serif",
+        "font.size": 11,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+        "axes.titlesize": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "grid.color": INK,
+        "grid.alpha": 0.15,
+        "axes.grid": True,
+        "legend.frameon": False,
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def _svg(figure: Figure, label: str) -> str:
+    """The figure as an SVG element with a text for those who cannot see it."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    # The XML head has no place inside a page, and a fixed width would not fit a phone.
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    head, rest = text.split(">", 1)
+    head = " ".join(part for part in head.split() if not part.startswith(("width=", "height=")))
+    escaped = label.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return f'{head} role="img" aria-label="{escaped}">{rest}'
+
+
+def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float]]:
+    """Mean of several seeds' curves at the x that all of them have."""
+    by_x = [dict(curve) for curve in curves]
+    shared = sorted(set.intersection(*(set(points) for points in by_x))) if by_x else []
+    return [(x, math.fsum(points[x] for points in by_x) / len(by_x)) for x in shared]
+
+
+def _draw_arm(axes: Axes, index: int, name: str, seeds: Sequence[Curve], mean: Curve, *, marker: bool) -> None:
+    colour, shape = arm_colour(index), ARM_MARKERS[index % len(ARM_MARKERS)] if marker else None
+    if len(seeds) > 1:
+        for curve in seeds:
+            axes.plot(*zip(*curve, strict=True), color=colour, linewidth=0.8, alpha=0.4)
+    if mean:
+        axes.plot(*zip(*mean, strict=True), linewidth=2.2, markersize=4.5, label=name, color=colour, marker=shape)
+
+
+def curve_grid(
+    panels: Sequence[tuple[str, Mapping[str, Sequence[Curve]]]], arm_order: Sequence[str], label: str
+) -> str:
+    """Small multiples against updates: (title, arm to its seeds' curves) for each panel."""
+    with _style():
+        columns = 2
+        rows = math.ceil(len(panels) / columns)
+        figure = Figure(figsize=(9.2, 2.7 * rows), layout="constrained")
+        for place, (title, by_arm) in enumerate(panels):
+            axes = figure.add_subplot(rows, columns, place + 1)
+            for name, seeds in by_arm.items():
+                _draw_arm(axes, arm_order.index(name), name, seeds, mean_curve(seeds), marker=False)
+            axes.set_title(title, loc="left")
+            if place >= len(panels) - columns:
+                axes.set_xlabel("PPO update")
+        return _svg(figure, label)
+
+
+def frontier_plot(
+    by_arm: Mapping[str, Sequence[Curve]],
+    means: Mapping[str, Curve],
+    arm_order: Sequence[str],
+    levels: Sequence[float],
+    label: str,
+) -> str:
+    """Gold against KL: each arm's path through training, with the matched levels as dashed lines."""
+    with _style():
+        figure = Figure(figsize=(9.2, 4.6), layout="constrained")
+        axes = figure.add_subplot()
+        for level in levels:
+            axes.axvline(level, color=INK, alpha=0.35, linewidth=0.9, linestyle=(0, (4, 4)))
+        for name, seeds in by_arm.items():
+            _draw_arm(axes, arm_order.index(name), name, seeds, means[name], marker=True)
+        axes.set_xlabel("KL to the reference, nats per token: how far the policy has moved")
+        axes.set_ylabel("gold per token")
+        return _svg(figure, label)
+
+
+def reliability_plot(reliability: Mapping[str, Sequence[Mapping[str, Any]]], label: str) -> str:
+    """Mean target against mean confidence, and how many tokens each bin holds."""
+    with _style():
+        figure = Figure(figsize=(5.2, 5.0), layout="constrained")
+        above, below = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
+        above.plot([0, 1], [0, 1], color=INK, alpha=0.4, linestyle=(0, (4, 4)), linewidth=1)
+        for index, (key, bins) in enumerate(reliability.items()):
+            points = [(b["confidence"], b["target"]) for b in bins if b["tokens"]]
+            if not points:
+                continue
+            colour, marker = arm_colour(index), ARM_MARKERS[index]
+            above.plot(
+                *zip(*points, strict=True),
+                color=colour,
+                marker=marker,
+                label=RELIABILITY_NAMES.get(key, key),
+                markersize=4.5,
+            )
+            width = (bins[0]["upper"] - bins[0]["lower"]) / len(reliability)
+            starts = [b["lower"] + index * width for b in bins]
+            below.bar(starts, [b["tokens"] for b in bins], width, align="edge", color=colour)
+        above.set(xlim=(0, 1), ylim=(0, 1), ylabel="mean target")
+        above.legend()
+        below.set(xlabel="confidence, (reward + 1) / 2", ylabel="tokens", yscale="symlog")
+        return _svg(figure, label)
+
+
+def histogram_plot(counts: Sequence[int], label: str) -> str:
+    """Pairs by the share of their tokens that the reviser changed, in equal bins of [0, 1]."""
+    with _style():
+        figure = Figure(figsize=(5.2, 2.6), layout="constrained")
+        axes = figure.add_subplot()
+        width = 1 / len(counts)
+        axes.bar([i * width for i in range(len(counts))], counts, width * 0.92, align="edge", color=arm_colour(0))
+        axes.set(xlabel="share of a pair's tokens that were edited", ylabel="pairs", xlim=(0, 1))
+        return _svg(figure, label)

@@ -1,0 +1,312 @@
+"""The report of a run: one HTML page that needs nothing but itself, and a table for the terminal.
+
+Both show what `results.collect_results` found; no figure is computed twice. A part that the run does not have is
+replaced by a sentence that says so.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from rich.console import Console
+from rich.table import Table
+
+from tlcr import figures
+from tlcr.checkpoint import write_aside
+from tlcr.metrics import read_metrics
+from tlcr.results import collect_results, read_config, read_json, write_results
+
+SHOWN_ANSWERS = 6
+"""Prompts whose answers are shown for each arm."""
+
+TOKEN_MEASURES = {
+    "reward": ("Reward", "what the arm's reward pays for this token, KL aside"),
+    "advantage": ("Advantage", "how much better this token was than the value model expected: what PPO reinforces"),
+    "value": ("Value", "the reward that the value model expects from here on, before this token"),
+    "kl": ("KL", "log pi(token) - log pi_ref(token) in nats: above 0 the policy likes it more than the reference did"),
+}
+
+CURVES = {
+    "eval/gold_per_token": "Gold per token, held-out prompts",
+    "reward/mean_score": "Reward per token, KL aside (each arm's own scale)",
+    "kl/per_token": "KL to the reference, nats per token",
+    "length/mean": "Length, tokens per answer",
+    "policy/entropy": "Entropy, nats per token",
+    "length/ended_share": "Share of answers that end by themselves",
+    "value/explained_variance": "Explained variance of the value model",
+    "policy/clip_fraction": "Share of tokens whose update was clipped",
+}
+
+DISCRIMINATOR_METRICS = {
+    "auc_positive_negative": ("ROC-AUC, positive against negative tokens", "0.5 is chance, 1 is perfect"),
+    "auc_negative_rest": ("ROC-AUC, negative against all other tokens", "can it find what a reviser would remove?"),
+    "auc_positive_rest": ("ROC-AUC, positive against all other tokens", "can it find what a reviser would add?"),
+    "f1": ("F1 on edited tokens", "positive class, called positive where the reward is above 0"),
+    "pairwise_accuracy": ("Pairwise accuracy", "the revised answer has the higher mean token score"),
+    "pairwise_accuracy_preferences": ("Pairwise accuracy on preferences", "the same for chosen against rejected"),
+    "ece_before": ("Calibration error as trained", "mean |confidence - truth|; 0 is perfect"),
+    "ece_after": ("Calibration error after temperature", "fitted on the other half of the held-out pairs"),
+    "mean_reward_negative": ("Mean reward of negative tokens", "should be below 0"),
+    "mean_reward_neutral": ("Mean reward of kept tokens", "should be near 0"),
+    "mean_reward_positive": ("Mean reward of positive tokens", "should be above 0"),
+}
+
+
+def write_report(run_folder: str | Path) -> Path:
+    """Write results.json and report.html of a run and return the page's path.
+
+    Raises DataError where the folder does not exist or a file in it cannot be read.
+    """
+    folder = Path(run_folder)
+    results = write_results(folder)
+    page = folder / "report.html"
+    with write_aside(page) as aside:
+        aside.write_text(render(folder, results), encoding="utf-8")
+    return page
+
+
+def render(folder: Path, results: Mapping[str, Any]) -> str:
+    """The page as text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tlcr"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["number"] = number
+    arms = [arm["name"] for arm in results["arms"]]
+    config = read_config(folder)
+    name = folder.resolve().name
+    return environment.get_template("report.html.j2").render(
+        name=name,
+        arms=[{**arm, "colour": figures.arm_colour(index)} for index, arm in enumerate(results["arms"])],
+        seeds=sorted({seed["seed"] for arm in results["arms"] for seed in arm["seeds"]}),
+        has_gold=any(arm["after"]["gold_per_token"] is not None for arm in results["arms"]),
+        frontier=results["frontier"],
+        verdicts=verdicts(results["frontier"]),
+        frontier_plot=_frontier_plot(results, arms),
+        curves_plot=_curves_plot(folder, results, arms),
+        discriminator=_discriminator(folder),
+        labels=results["stages"].get("labels"),
+        labels_plot=_labels_plot(results["stages"].get("labels")),
+        stages={name: results["stages"][name] for name in ("sft", "reward_model") if name in results["stages"]},
+        answers=_answers(folder, arms),
+        token_measures=TOKEN_MEASURES,
+        config=(folder / "config.yaml").read_text(encoding="utf-8") if (folder / "config.yaml").exists() else None,
+        embedded=(config.get("model") or {}).get("path") == "embedded",
+        command=shlex.join(["tlcr", "run", f"{name}/config.yaml", "--output_dir", f"{name}-again"]),
+        versions=results["versions"],
+    )
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure for people: a fixed number of decimals, a real minus sign, a dash where there is none."""
+    if value is None:
+        return "–"  # noqa: RUF001
+    text = f"{value:.{digits}f}"
+    if float(text) == 0:
+        text = text.lstrip("-")
+    return text.replace("-", "\u2212")
+
+
+def verdicts(frontier: Mapping[str, Any] | None) -> list[str]:
+    """What the seeds say of the first arm against each other one, a sentence each."""
+    sentences = []
+    for c in (frontier or {}).get("comparisons", []):
+        if c["difference"] is None:
+            continue
+        sentence = (
+            f"At {number(c['kl'])} nats per token {c['arm']} earns {number(c['arm_gold']['mean'])} gold per token and "
+            f"{c['other']} {number(c['other_gold']['mean'])}, a difference of {number(c['difference'])}"
+        )
+        if c["interval"] is None:
+            sentence += "; one seed says nothing about chance."
+        else:
+            low, high = c["interval"]
+            sentence += f" (95 % interval {number(low)} to {number(high)} over {len(c['seeds'])} seeds)"
+            better = c["arm"] if low > 0 else c["other"] if high < 0 else None
+            sentence += f": {better} is ahead." if better else ": the seeds do not tell them apart."
+        sentences.append(sentence)
+    return sentences
+
+
+def print_results(run_folder: str | Path, console: Console | None = None) -> None:
+    """Print the table of a run: gold per token, KL, length and ended share of every arm, and what the seeds say."""
+    results = collect_results(run_folder)
+    console = console or Console()
+    if not results["arms"]:
+        console.print(f"No policy has been evaluated in {run_folder} yet; 'tlcr run' trains and evaluates the arms.")
+        return
+    table = Table(title="Held-out prompts, mean ± sd over seeds", title_justify="left")
+    table.add_column("arm")
+    for heading in ("gold/token before", "after", "KL/token", "length before", "after", "ended", "seeds"):
+        table.add_column(heading, justify="right")
+    for arm in results["arms"]:
+        before, after = arm["before"], arm["after"]
+        table.add_row(
+            arm["name"],
+            _spread(before["gold_per_token"]),
+            _spread(after["gold_per_token"]),
+            _spread(after["kl_per_token"]),
+            _spread(before["length"], 1),
+            _spread(after["length"], 1),
+            _spread(after["ended_share"], 2),
+            str(len(arm["seeds"])),
+        )
+    console.print(table)
+    for sentence in verdicts(results["frontier"]):
+        console.print(sentence, highlight=False)
+
+
+def _spread(mean: Mapping[str, Any] | None, digits: int = 3) -> str:
+    if mean is None:
+        return "–"  # noqa: RUF001
+    spread = f" ± {number(mean['sd'], digits)}" if mean["sd"] is not None else ""
+    return number(mean["mean"], digits) + spread
+
+
+# ---- plots
+
+
+def _frontier_plot(results: Mapping[str, Any], arms: Sequence[str]) -> Markup | None:
+    frontier = results["frontier"]
+    if frontier is None:
+        return None
+    x, y = frontier["against"], frontier["measure"]
+    by_arm, means = {}, {}
+    for arm in results["arms"]:
+        paths = [
+            [(p["update"], p[x], p[y]) for p in seed["curve"] if p.get(x) is not None and p.get(y) is not None]
+            for seed in arm["seeds"]
+        ]
+        paths = [path for path in paths if path]
+        if paths:
+            by_arm[arm["name"]] = [[(kl, gold) for _, kl, gold in path] for path in paths]
+            # Seeds are averaged at the same update: at the same KL they are in the table.
+            kl_mean = figures.mean_curve([[(update, kl) for update, kl, _ in path] for path in paths])
+            gold_mean = dict(figures.mean_curve([[(update, gold) for update, _, gold in path] for path in paths]))
+            means[arm["name"]] = [(kl, gold_mean[update]) for update, kl in kl_mean]
+    levels = [level["kl"] for level in frontier["levels"]]
+    return Markup(figures.frontier_plot(by_arm, means, arms, levels, "Gold per token against KL for every arm"))
+
+
+def _curves_plot(folder: Path, results: Mapping[str, Any], arms: Sequence[str]) -> Markup | None:
+    panels = []
+    rows = {
+        (arm["name"], seed["seed"]): read_metrics(path)
+        for arm in results["arms"]
+        for seed in arm["seeds"]
+        if (path := folder / "ppo" / arm["name"] / f"seed-{seed['seed']}" / "metrics.jsonl").exists()
+    }
+    for key, title in CURVES.items():
+        by_arm: dict[str, list[figures.Curve]] = {}
+        for (name, _), own in rows.items():
+            curve = [(float(row["step"]), float(row[key])) for row in own if row.get(key) is not None]
+            if len(curve) > 1:
+                by_arm.setdefault(name, []).append(curve)
+        if by_arm:
+            panels.append((title, by_arm))
+    if not panels:
+        return None
+    return Markup(figures.curve_grid(panels, arms, "Metrics of training against PPO updates, " + ", ".join(arms)))
+
+
+def _labels_plot(labels: Mapping[str, Any] | None) -> Markup | None:
+    if not labels or not labels.get("edited_share_histogram"):
+        return None
+    return Markup(figures.histogram_plot(labels["edited_share_histogram"], "Pairs by their share of edited tokens"))
+
+
+def _discriminator(folder: Path) -> dict[str, Any] | None:
+    path = folder / "discriminator" / "evaluation.json"
+    if not path.exists():
+        return None
+    evaluation = read_json(path)
+    metrics = evaluation.get("metrics", {})
+    plot = None
+    if evaluation.get("reliability"):
+        plot = Markup(figures.reliability_plot(evaluation["reliability"], "Reliability of the discriminator"))
+    rows = [
+        {"title": title, "hint": hint, "value": metrics[key], "why": evaluation.get("undefined", {}).get(key)}
+        for key, (title, hint) in DISCRIMINATOR_METRICS.items()
+        if key in metrics
+    ]
+    return {"rows": rows, "plot": plot, "tokens": metrics.get("tokens"), "edited_share": metrics.get("edited_share")}
+
+
+# ---- answers
+
+
+@dataclass(frozen=True)
+class ColouredToken:
+    """A token's text, the background of each measure as a CSS colour, and its figures in words."""
+
+    text: str
+    breaks: bool
+    """True where a line ends with it."""
+    colours: dict[str, str]
+    title: str
+
+
+def _answers(folder: Path, arms: Sequence[str]) -> list[dict[str, Any]]:
+    """For each arm: the first seed's answers before and after, prompt by prompt, and the scale of each measure."""
+    shown = []
+    for arm in arms:
+        paths = sorted((folder / "ppo" / arm).glob("seed-*/samples.jsonl"), key=lambda p: int(p.parent.name[5:]))
+        if not paths:
+            continue
+        lines = [json.loads(line) for line in paths[0].read_text(encoding="utf-8").splitlines() if line]
+        if not lines:
+            continue
+        scales = {measure: _scale([x for line in lines for x in line[measure]]) for measure in TOKEN_MEASURES}
+        colour = partial(_coloured, scales=scales)
+        by_prompt: dict[str, dict[str, Any]] = {}
+        for line in lines:
+            by_prompt.setdefault(line["prompt"], {})[line["when"]] = {"gold": line["gold"], "tokens": colour(line)}
+        shown.append(
+            {
+                "arm": arm,
+                "seed": int(paths[0].parent.name[5:]),
+                "scales": scales,
+                "prompts": [{"prompt": p, **sides} for p, sides in list(by_prompt.items())[:SHOWN_ANSWERS]],
+            }
+        )
+    return shown
+
+
+def _scale(values: Sequence[float]) -> float | None:
+    """The size at which a colour is full: the 98th percentile of |x|, so that one outlier does not pale the rest."""
+    sizes = sorted(abs(x) for x in values)
+    if not sizes or sizes[-1] == 0:
+        return None
+    return sizes[min(len(sizes) - 1, int(0.98 * len(sizes)))] or sizes[-1]
+
+
+def _coloured(line: Mapping[str, Any], scales: Mapping[str, float | None]) -> list[ColouredToken]:
+    tokens = []
+    for index, text in enumerate(line["tokens"]):
+        colours, words = {}, []
+        for measure, scale in scales.items():
+            # A rollout scored without a reward has no such list.
+            if index < len(line[measure]):
+                value = line[measure][index]
+                words.append(f"{TOKEN_MEASURES[measure][0].lower()} {number(value)}")
+                if scale:
+                    colours[measure] = _background(value / scale)
+        tokens.append(ColouredToken(text.replace("\n", "↵"), "\n" in text, colours, ", ".join(words)))
+    return tokens
+
+
+def _background(share: float) -> str:
+    """Blue above 0, orange below, as strong as |share|: told apart by colour-blind readers, over light and dark."""
+    base = "#2f7ed8" if share > 0 else "#e6820e"
+    return f"{base}{round(min(abs(share), 1.0) * 215):02x}"
