@@ -1,0 +1,188 @@
+"""README.md tells the truth: its commands exist, its code runs, its paths and names are there, its YAML loads."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tlcr import cli
+from tlcr.config import RunConfig
+from tlcr.config_loading import knobs, load_config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return [body for found, body in FENCE.findall(text) if found == language]
+
+
+def prose(text: str) -> str:
+    return FENCE.sub("", text)
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Command lines of bash blocks, and inline code that starts with make, tlcr or accelerate."""
+    lines = [line for block in blocks(text, "bash") for line in block.splitlines()]
+    lines += re.findall(r"`((?:make|tlcr|accelerate) [^`]+)`", prose(text))
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words:
+            yield words
+
+
+def make_targets() -> set[str]:
+    phony = re.search(r"^\.PHONY:(.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert phony is not None
+    return set(phony[1].split())
+
+
+def check_command(words: list[str]) -> None:
+    """Raises AssertionError for a command that this repository does not know."""
+    if words[0] == "make":
+        assert set(words[1:]) <= make_targets(), words
+    elif words[0] == "tlcr":
+        check_tlcr(words[1:])
+    elif words[:2] == ["accelerate", "launch"]:
+        assert words[words.index("-m") + 1] == "tlcr", words
+        check_tlcr(words[words.index("-m") + 2 :])
+    else:
+        raise AssertionError(f"README names a command that nobody checks: {shlex.join(words)}")
+
+
+def check_tlcr(arguments: list[str]) -> None:
+    if arguments[-1] == "--help":
+        assert arguments[0] in cli.HANDLERS, arguments
+        arguments = arguments[:-1]
+        if len(arguments) == 1:
+            return
+    try:
+        cli._parse(arguments)
+    except (cli.ConfigError, argparse.ArgumentError) as error:
+        raise AssertionError(f"tlcr {shlex.join(arguments)}: {error}") from error
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_exists(page: Path) -> None:
+    found = list(commands(page.read_text(encoding="utf-8")))
+    for words in found:
+        check_command(words)
+    if page.name == "README.md":
+        assert ["make", "quickstart"] in found and ["make", "test"] in found
+        assert {words[1] for words in found if words[0] == "tlcr"} >= {"run", "train", "score", "report", "doctor"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["make quickstrat", "tlcr rn a.yaml", "tlcr run a.yaml --ppo.update 3", "accelerate launch -m tlrc run", "rm x"],
+)
+def test_a_wrong_command_would_be_caught(line: str) -> None:
+    with pytest.raises(AssertionError):
+        check_command(shlex.split(line))
+
+
+def test_make_has_a_rule_for_every_target() -> None:
+    rules = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert make_targets() == rules >= {"quickstart", "test", "lint", "types", "bench"}
+
+
+def test_the_python_of_the_readme_runs_and_learns() -> None:
+    (snippet,) = blocks(README, "python")
+    names: dict = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    assert names["logits"].grad.abs().sum() > 0
+    assert names["values"].grad.abs().sum() > 0
+    assert (names["rewards"][~names["mask"]] == 0).all()
+
+
+def test_the_json_of_the_readme_is_read_as_records(tmp_path: Path) -> None:
+    import json
+
+    records = [json.loads(block) for block in blocks(README, "json")]
+    assert [set(record) for record in records] == [{"prompt", "chosen", "rejected"}, {"prompt", "rejected", "revised"}]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_yaml_loads(page: Path, tmp_path: Path) -> None:
+    for index, block in enumerate(blocks(page.read_text(encoding="utf-8"), "yaml")):
+        path = tmp_path / f"{index}.yaml"
+        path.write_text(block, encoding="utf-8")
+        assert load_config(path) != RunConfig()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_loads(path: Path) -> None:
+    assert load_config(path) != RunConfig()
+
+
+def unknown_knobs(text: str) -> set[str]:
+    """What inline code calls `section.knob` and the config does not have; a file's name is no knob."""
+    known = {knob.path for knob in knobs(RunConfig)}
+    sections = {path.partition(".")[0] for path in known if "." in path}
+    files = {"html", "json", "jsonl", "md", "py", "yaml"}
+    named = re.findall(r"`(?:--)?(\w+)\.(\w+)[^`]*`", prose(text))
+    return {f"{section}.{name}" for section, name in named if section in sections and name not in files} - known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_knob_that_is_named_exists(page: Path) -> None:
+    assert unknown_knobs(page.read_text(encoding="utf-8")) == set()
+
+
+def test_an_unknown_knob_would_be_caught() -> None:
+    assert unknown_knobs("Set `ppo.update: 3`, `--kl.coef 1` or `reward.py`.") == {"ppo.update"}
+
+
+def map_paths() -> list[str]:
+    """The paths of the README's map, folders with a slash at the end."""
+    section = README.partition("## Map")[2].partition("\n## ")[0]
+    (tree,) = blocks(section, "text")
+    paths, folders = [], [""]
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name, _, meaning = line.strip().partition(" ")
+        path = folders[depth] + name
+        if name.endswith("/"):
+            folders[depth + 1 :] = [path]
+        assert meaning.strip() or path in ("tlcr/", "docs/"), f"{path} has no meaning"
+        paths.append(path)
+    return paths
+
+
+def test_every_path_of_the_map_exists() -> None:
+    for path in map_paths():
+        assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), path
+
+
+def test_the_map_names_every_module_and_page() -> None:
+    listed = map_paths()
+    modules = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "tlcr").glob("*.py") if not path.name.startswith("__")
+    }
+    folders = {f"tlcr/{path.parent.name}/" for path in (ROOT / "tlcr").glob("*/__init__.py")}
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")}
+    assert modules | folders | pages <= set(listed)
+    assert len(listed) == len(set(listed))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_in_the_prose_exists(page: Path) -> None:
+    text = prose(page.read_text(encoding="utf-8"))
+    for path in re.findall(r"`((?:tlcr|docs|tests|examples|benchmarks|csrc|kernels)/[\w./-]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_public_name_in_the_prose_exists() -> None:
+    import tlcr
+
+    names = {name for page in PAGES for name in re.findall(r"\btlcr\.(?:ops\.)?(\w+)\(", page.read_text("utf-8"))}
+    assert names
+    for name in names:
+        assert hasattr(tlcr, name) or hasattr(tlcr.ops, name), name
