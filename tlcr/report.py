@@ -16,6 +16,7 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -132,7 +133,7 @@ def verdicts(frontier: Mapping[str, Any] | None) -> list[str]:
             sentence += "; one seed says nothing about chance."
         else:
             low, high = c["interval"]
-            sentence += f" (95 % interval {number(low)} to {number(high)} over {len(c['seeds'])} seeds)"
+            sentence += f" (95% interval {number(low)} to {number(high)} over {len(c['seeds'])} seeds)"
             better = c["arm"] if low > 0 else c["other"] if high < 0 else None
             sentence += f": {better} is ahead." if better else ": the seeds do not tell them apart."
         sentences.append(sentence)
@@ -146,32 +147,34 @@ def print_results(run_folder: str | Path, console: Console | None = None) -> Non
     if not results["arms"]:
         console.print(f"No policy has been evaluated in {run_folder} yet; 'tlcr run' trains and evaluates the arms.")
         return
-    table = Table(title="Held-out prompts, mean ± sd over seeds", title_justify="left")
-    table.add_column("arm")
-    for heading in ("gold/token before", "after", "KL/token", "length before", "after", "ended", "seeds"):
-        table.add_column(heading, justify="right")
+    counts = sorted({len(arm["seeds"]) for arm in results["arms"]})
+    seeds = "one seed" if counts == [1] else f"mean ± sd over {' to '.join(map(str, counts))} seeds"
+    # Few columns, so that it stands in 80 characters without cutting a figure.
+    table = Table(title=f"Held-out prompts, {seeds}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("arm", overflow="fold")
+    for heading in ("gold per token", "KL per token", "tokens an answer", "ended"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for arm in results["arms"]:
         before, after = arm["before"], arm["after"]
         table.add_row(
             arm["name"],
-            _spread(before["gold_per_token"]),
-            _spread(after["gold_per_token"]),
+            f"{_mean(before['gold_per_token'])} → {_spread(after['gold_per_token'])}",
             _spread(after["kl_per_token"]),
-            _spread(before["length"], 1),
-            _spread(after["length"], 1),
-            _spread(after["ended_share"], 2),
-            str(len(arm["seeds"])),
+            f"{_mean(before['length'], 1)} → {_mean(after['length'], 1)}",
+            _mean(after["ended_share"], 2),
         )
     console.print(table)
     for sentence in verdicts(results["frontier"]):
         console.print(sentence, highlight=False)
 
 
+def _mean(mean: Mapping[str, Any] | None, digits: int = 3) -> str:
+    return number(None if mean is None else mean["mean"], digits)
+
+
 def _spread(mean: Mapping[str, Any] | None, digits: int = 3) -> str:
-    if mean is None:
-        return "–"  # noqa: RUF001
-    spread = f" ± {number(mean['sd'], digits)}" if mean["sd"] is not None else ""
-    return number(mean["mean"], digits) + spread
+    spread = f" ± {number(mean['sd'], digits)}" if mean is not None and mean["sd"] is not None else ""
+    return _mean(mean, digits) + spread
 
 
 # ---- plots
