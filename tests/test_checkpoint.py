@@ -21,8 +21,10 @@ from torch import nn
 from tlcr import checkpoint
 from tlcr.checkpoint import (
     as_plain,
+    is_done,
     latest_checkpoint,
     load_checkpoint,
+    mark_done,
     save_checkpoint,
     start_or_resume,
     write_aside,
@@ -365,3 +367,21 @@ def test_what_fails_half_way_changes_nothing(tmp_path):
 def test_json_keeps_floats_and_writes_null_for_nan(tmp_path):
     write_json(tmp_path / "a.json", {"x": 0.1 + 0.2, "nan": float("nan"), "list": [float("inf"), 1]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 0.1 + 0.2, "nan": None, "list": [None, 1]}
+
+
+# ---- stages that ended
+
+
+def test_a_stage_is_done_with_its_config_and_its_checkpoints_go(tmp_path):
+    assert not is_done(tmp_path, RunConfig())
+    Training(seed=1).save(tmp_path / "checkpoints", 1)
+    mark_done(tmp_path, config=RunConfig(), metrics={"loss": 0.1, "auc": float("nan")}, seconds=2.5)
+    assert is_done(tmp_path, RunConfig())
+    assert not is_done(tmp_path, RunConfig(seed=1))
+    record = json.loads((tmp_path / "done.json").read_text())
+    assert (record["metrics"], record["seconds"]) == ({"loss": 0.1, "auc": None}, 2.5)
+    assert record["versions"]["torch"] == torch.__version__
+    assert [path.name for path in tmp_path.iterdir()] == ["done.json"]
+    (tmp_path / "done.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"done\.json cannot be read"):
+        is_done(tmp_path, RunConfig())

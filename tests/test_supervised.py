@@ -138,8 +138,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 from tlcr.callbacks import Callback
-from tlcr.distributed import process_count, process_index
-from tlcr.metrics import read_metrics
+from tlcr.checkpoint import save_checkpoint
+from tlcr.distributed import any_process, barrier, process_count, process_index, sum_over_processes
+from tlcr.errors import TlcrError
 from tests.test_supervised import Gradients, answers, completion_loss, config, mean_loss, partial, train
 from tests.test_supervised import collate_completions
 import torch
@@ -167,6 +168,28 @@ for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
     assert torch.equal(a, b), "resuming two processes changed the run"
 figures = mean_loss(whole, answers(9), collate=partial(collate_completions, pad_token_id=0), loss=completion_loss,
                     batch_size=4)
+
+assert sum_over_processes(torch.tensor([1.0, process_index()])).tolist() == [2.0, 1.0]
+assert any_process(process_index() == 1) and not any_process(False)
+for broken in (0, 1):  # a full disk on one process fails the save on both, and neither waits for the other
+    message = ""
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    if process_index() == broken:
+        kept = save_checkpoint.__globals__["_write_tree"]
+        save_checkpoint.__globals__["_write_tree"] = full
+    try:
+        save_checkpoint(folder / "full", 1, models={}, optimizers={}, schedulers={}, state={}, tensors={}, config={},
+                        keep=1)
+    except TlcrError as error:
+        message = str(error)
+    if process_index() == broken:
+        save_checkpoint.__globals__["_write_tree"] = kept
+    wanted = "No space left on device" if process_index() == broken else "another process failed"
+    assert wanted in message, message
+    barrier()
+    assert not list((folder / "full").iterdir())
+
 if process_index() == 0:
     save_file({f"{i}.{name}": g for i, step in enumerate(gradients.steps) for name, g in step.items()},
               folder / "gradients.safetensors")
