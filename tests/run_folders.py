@@ -69,7 +69,20 @@ def write_run(
             lines = []
             for index in range(answers):
                 for when in ("before", "after"):
-                    tokens = [" va", " pi", "bo", " ne", f" {NASTY}", " lu", "ti", ".\n", " sho", " mara", ".", "<|end|>"]
+                    tokens = [
+                        " va",
+                        " pi",
+                        "bo",
+                        " ne",
+                        f" {NASTY}",
+                        " lu",
+                        "ti",
+                        ".\n",
+                        " sho",
+                        " mara",
+                        ".",
+                        "<|end|>",
+                    ]
                     lines.append(
                         {
                             "when": when,

@@ -127,7 +127,7 @@ def lexicon() -> Lexicon:
             value = _graded_value(rng)
             home = rng.randrange(DOMAINS) if rng.random() < TOPICAL_SHARE else None
             # Away from home a word means nothing or the opposite.
-            away = rng.choice((0.0, -value))
+            away = rng.choice((0.0, 0.0 - value))
             values = tuple(value if home in (None, domain) else away for domain in range(DOMAINS))
             friends = {kind: tuple(rng.sample(by_category[kind], 6)) for kind in CATEGORIES}
             content[word] = ContentWord(word, category, home, values, friends)  # type: ignore[arg-type]
