@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,12 +50,13 @@ def test_help_answers_without_importing_torch(arguments: list[str]) -> None:
 
 
 def test_help_answers_in_under_a_second() -> None:
-    """The best of three, since a busy machine can delay any single one."""
+    """In processor time, of which a process that only computes takes all: the clock would measure our neighbours."""
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "tlcr", "run", "--help"], check=True, capture_output=True, timeout=60)
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 1.0
 
 
