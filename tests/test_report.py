@@ -1,0 +1,248 @@
+"""The report: complete in itself, escaped, its figures those of results.json, and no part missing without a word."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.run_folders import NASTY, add_stages, write_run
+from tlcr.errors import DataError
+from tlcr.figures import ARM_COLOURS, mean_curve
+from tlcr.report import number, print_results, verdicts, write_report
+
+ARMS = {"continuous": 0.6, "sum-at-end": 0.35, "sequence": 0.2}
+
+
+class Page(HTMLParser):
+    """The tags of a page, the text of its table cells by table id, and whether every tag is closed in its place."""
+
+    VOID = frozenset({"meta", "br", "hr", "img", "link", "use", "path", "rect"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: dict[str, list[list[str]]] = {}
+        self._table: str | None = None
+        self.feed(text)
+        assert not self.open
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self._table = dict(attrs).get("id")
+        if self._table and tag == "tr":
+            self.rows.setdefault(self._table, []).append([])
+        if self._table and tag in ("td", "th"):
+            self.rows[self._table][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.VOID:
+            return
+        assert self.open.pop() == tag
+        if tag == "table":
+            self._table = None
+
+    def handle_data(self, data: str) -> None:
+        if self._table and {"td", "th"} & set(self.open):
+            self.rows[self._table][-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_run(tmp_path_factory.mktemp("runs") / "made-up", ARMS)
+    add_stages(folder)
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(run: Path) -> str:
+    return (run / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(text: str) -> Page:
+    return Page(text)
+
+
+def test_nothing_comes_from_outside(text: str, page: Page) -> None:
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "img", "base", "object", "embed")
+        for name, value in attributes.items():
+            if name in ("src", "href", "xlink:href", "action"):
+                assert value is not None and value.startswith("#"), (tag, name, value)
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+
+
+def test_what_the_model_wrote_is_text(text: str, page: Page) -> None:
+    assert NASTY not in text
+    assert "&lt;script&gt;" in text
+    assert sum(tag == "script" for tag, _ in page.tags) == 1  # the page's own switch
+
+
+def test_every_anchor_leads_somewhere(page: Page) -> None:
+    ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    links = [a["href"] for tag, a in page.tags if tag == "a"]
+    assert links and all(link is not None and link[1:] in ids for link in links)
+
+
+def test_the_headline_holds_the_figures_of_results_json(run: Path, page: Page) -> None:
+    results = json.loads((run / "results.json").read_text())
+    header, *rows = page.rows["headline"]
+    assert len(rows) == len(results["arms"]) == 3
+    for row, arm in zip(rows, results["arms"], strict=True):
+        assert len(row) == len(header)
+        cells = [" ".join(cell.split()) for cell in row]
+        gold, kl = arm["after"]["gold_per_token"], arm["after"]["kl_per_token"]
+        assert cells[0] == arm["name"]
+        assert cells[1].startswith(number(arm["before"]["gold_per_token"]["mean"]))
+        assert cells[2] == f"{number(gold['mean'])} ± {number(gold['sd'])}"
+        assert cells[4] == f"{number(kl['mean'])} ± {number(kl['sd'])}"
+        assert cells[6].startswith(number(arm["after"]["length"]["mean"], 1))
+    exact = {float(a["data-value"] or "nan") for _, a in page.tags if "data-value" in a}
+    assert {arm["after"]["gold_per_token"]["mean"] for arm in results["arms"]} <= exact
+    paired = {row[0]: row for row in page.rows["paired"][1:]}
+    for comparison in results["frontier"]["comparisons"]:
+        assert paired[comparison["other"]][4].strip() == number(comparison["difference"])
+    assert 0.8765 in exact  # the discriminator's AUC
+
+
+def test_a_changed_figure_shows(tmp_path: Path) -> None:
+    """The page follows the files: another gold there is another figure here."""
+    folder = write_run(tmp_path / "run", {"continuous": 0.6}, seeds=(0,))
+    before = write_report(folder).read_text()
+    path = folder / "ppo" / "continuous" / "seed-0" / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    evaluation["after"]["gold_per_token"] = 0.98765
+    path.write_text(json.dumps(evaluation))
+    after = write_report(folder).read_text()
+    assert "0.988" in after and "0.988" not in before
+
+
+def test_tokens_are_coloured_by_sign_and_size(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"continuous": 0.6}, seeds=(0,), answers=1)
+    path = folder / "ppo" / "continuous" / "seed-0" / "samples.jsonl"
+    line = json.loads(path.read_text().splitlines()[0])
+    line |= {
+        "tokens": ["a", "b", "c"],
+        "reward": [1.0, -1.0, 0.0],
+        "advantage": [],
+        "value": [0, 0, 0],
+        "kl": [0, 0.5, 1],
+    }
+    path.write_text(json.dumps(line) + "\n")
+    tokens = [a for tag, a in Page(write_report(folder).read_text()).tags if a.get("class") == "t"]
+    styles = [dict(part.split(":") for part in (a.get("style") or "").split(";") if part) for a in tokens]
+    assert [style["--reward"] for style in styles] == ["#2f7ed8d7", "#e6820ed7", "#e6820e00"]
+    assert [style["--kl"] for style in styles] == ["#e6820e00", "#2f7ed86c", "#2f7ed8d7"]
+    assert all("--advantage" not in style and "--value" not in style for style in styles)
+    assert tokens[1]["title"] == "reward −1.000, value 0.000, kl 0.500"  # noqa: RUF001
+    assert "There is no advantage in these samples." in (folder / "report.html").read_text()
+
+
+def test_arms_keep_their_colour(text: str) -> None:
+    for colour in ARM_COLOURS[:3]:
+        assert text.lower().count(colour.lower()) > 3  # dots, frontier and curves
+    assert ARM_COLOURS[3].lower() not in text.lower()
+    assert text.count("<svg") == 4 and text.count('role="img"') == 4
+    assert "#123456" not in text  # the ink became the page's own colour
+
+
+@pytest.mark.parametrize(
+    ("missing", "sentence"),
+    [
+        ("ppo", "No policy has been trained and evaluated in this run yet"),
+        ("discriminator", "No discriminator was trained and evaluated in this run"),
+        ("labels", "No token labels were made in this run"),
+        ("config.yaml", "has no config.yaml"),
+        ("ppo/continuous/seed-0/samples.jsonl", "No answers were kept in this run"),
+        ("ppo/continuous/seed-0/metrics.jsonl", "There are no training curves"),
+    ],
+)
+def test_what_is_missing_is_said(tmp_path: Path, missing: str, sentence: str) -> None:
+    folder = write_run(tmp_path / "run", {"continuous": 0.6}, seeds=(0,))
+    add_stages(folder)
+    assert sentence not in write_report(folder).read_text()
+    target = folder / missing
+    target.rename(tmp_path / "taken-away")
+    text = write_report(folder).read_text()
+    Page(text)
+    assert sentence in text
+
+
+def test_an_empty_folder_has_a_report(tmp_path: Path) -> None:
+    text = write_report(tmp_path).read_text()
+    Page(text)
+    assert "versions that it was made with are not recorded" in text
+    with pytest.raises(DataError, match="there is no run folder"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_without_a_scorer_gold_is_a_dash(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"continuous": 0.6, "sequence": 0.2}, scored=False)
+    text = write_report(folder).read_text()
+    assert [cell.strip() for cell in Page(text).rows["headline"][1][1:4]] == ["–"] * 3  # noqa: RUF001
+    assert "There is no gold score in this run" in text
+    assert "There is nothing to compare" in text
+
+
+def test_the_page_is_the_same_each_time(run: Path, text: str) -> None:
+    assert write_report(run).read_text(encoding="utf-8") == text
+
+
+def test_the_table_stands_in_eighty_columns(run: Path) -> None:
+    file = io.StringIO()
+    print_results(run, Console(file=file, width=80))
+    printed = file.getvalue()
+    assert max(map(len, printed.splitlines())) <= 80
+    results = json.loads((run / "results.json").read_text())
+    for arm in results["arms"]:
+        row = next(line for line in printed.splitlines() if line.strip().startswith(arm["name"]))
+        gold = arm["after"]["gold_per_token"]
+        assert f"→ {number(gold['mean'])} ± {number(gold['sd'])}" in row
+        assert number(arm["after"]["kl_per_token"]["mean"]) in row
+    assert "over 3 seeds" in printed and "…" not in printed
+    assert "continuous is ahead" in " ".join(printed.split())
+
+
+def test_the_table_says_when_there_is_nothing(tmp_path: Path) -> None:
+    file = io.StringIO()
+    print_results(tmp_path, Console(file=file, width=80))
+    assert "No policy has been evaluated" in " ".join(file.getvalue().split())
+
+
+def test_verdicts_claim_no_more_than_the_seeds_do() -> None:
+    side = {"mean": 0.5, "sd": 0.1, "seeds": 3}
+    base = {"arm": "a", "other": "b", "kl": 0.5, "arm_gold": side, "other_gold": side, "seeds": [0, 1, 2]}
+
+    def verdict(**figures: object) -> str:
+        (sentence,) = verdicts({"comparisons": [base | figures]})
+        return sentence
+
+    assert verdict(difference=0.2, interval=[0.1, 0.3]).endswith("a is ahead.")
+    assert verdict(difference=-0.2, interval=[-0.3, -0.1]).endswith("b is ahead.")
+    assert verdict(difference=0.2, interval=[-0.1, 0.5]).endswith("the seeds do not tell them apart.")
+    assert verdict(difference=0.2, interval=None, seeds=[0]).endswith("one seed says nothing about chance.")
+    assert verdicts({"comparisons": [base | {"difference": None, "interval": None}]}) == []
+    assert verdicts(None) == []
+
+
+def test_figures_for_people() -> None:
+    assert number(-0.0004) == "0.000"
+    assert number(-1.5, 1) == "−1.5"  # noqa: RUF001
+    assert number(None) == "–"  # noqa: RUF001
+    assert mean_curve([[(0, 1.0), (1, 3.0)], [(0, 3.0), (1, 5.0), (2, 9.0)]]) == [(0, 2.0), (1, 4.0)]
+    assert mean_curve([]) == []

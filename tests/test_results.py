@@ -1,0 +1,146 @@
+"""Results: gold read off at matched KL, paired over seeds, from a run's files; all worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.run_folders import add_stages, evaluation, write_run
+from tlcr.errors import DataError
+from tlcr.results import (
+    SeedRun,
+    collect_results,
+    frontier,
+    gold_at_kl,
+    gold_at_matched_kl,
+    paired_difference,
+    write_results,
+)
+
+
+def curve(*points: tuple[float, float]) -> list[dict[str, float]]:
+    return [{"update": i, "kl_per_token": kl, "gold_per_token": gold} for i, (kl, gold) in enumerate(points)]
+
+
+def test_gold_at_a_kl_by_hand() -> None:
+    path = curve((0.0, 0.1), (0.2, 0.3), (0.6, 0.5))
+    assert gold_at_kl(path, 0.0) == pytest.approx(0.1)
+    assert gold_at_kl(path, 0.1) == pytest.approx(0.2)
+    assert gold_at_kl(path, 0.2) == pytest.approx(0.3)
+    assert gold_at_kl(path, 0.5) == pytest.approx(0.45)
+    assert gold_at_kl(path, 0.6) == pytest.approx(0.5)
+    assert gold_at_kl(path, 0.61) is None
+    assert gold_at_kl([], 0.1) is None
+
+
+def test_a_run_that_comes_back_counts_as_it_first_passed() -> None:
+    path = curve((0.0, 0.0), (0.4, 0.4), (0.2, 0.9), (0.8, 0.1))
+    assert gold_at_kl(path, 0.3) == pytest.approx(0.3)
+    assert gold_at_kl(path, 0.5) == pytest.approx(0.9 - 0.8 * (0.5 - 0.2) / 0.6)
+
+
+def test_evaluations_without_gold_are_passed_over() -> None:
+    path: list[dict[str, Any]] = [*curve((0.0, 0.0)), {"update": 1, "kl_per_token": 0.1}, *curve((0.2, 0.4))]
+    assert gold_at_kl(path, 0.1) == pytest.approx(0.2)
+
+
+def test_seeds_that_did_not_get_there_are_left_out() -> None:
+    curves = {0: curve((0, 0), (1, 1)), 1: curve((0, 0), (0.4, 1))}
+    assert gold_at_matched_kl(curves, 0.5) == {0: pytest.approx(0.5)}
+    assert gold_at_matched_kl(curves, 0.2) == {0: pytest.approx(0.2), 1: pytest.approx(0.5)}
+
+
+def test_differences_are_taken_within_a_seed() -> None:
+    """Seeds vary by 10, arms within a seed by 1 on average: only pairing sees it."""
+    ours, theirs = {0: 10.0, 1: 21.5, 2: 30.5, 9: 99.0}, {0: 9.0, 1: 20.0, 2: 30.0}
+    found = paired_difference(ours, theirs)
+    assert found is not None
+    assert found["seeds"] == [0, 1, 2]
+    assert found["difference"] == pytest.approx(1.0)
+    assert found["sd"] == pytest.approx(0.5)
+    half = 4.302652729911275 * 0.5 / math.sqrt(3)  # the 97.5 % point of Student's t with 2 degrees of freedom
+    assert found["interval"] == pytest.approx([1 - half, 1 + half])
+    single = paired_difference({0: 1.0}, {0: 0.5})
+    assert single is not None and single["interval"] is None and single["difference"] == 0.5
+    assert paired_difference({0: 1.0}, {1: 1.0}) is None
+
+
+def runs(**arms: list[list[dict[str, float]]]) -> list[SeedRun]:
+    return [
+        SeedRun(arm, seed, path[0], path[-1], tuple(path))
+        for arm, paths in arms.items()
+        for seed, path in enumerate(paths)
+    ]
+
+
+def test_the_frontier_compares_where_both_have_been() -> None:
+    found = frontier(
+        runs(
+            continuous=[curve((0, 0), (1.0, 1.0)), curve((0, 0), (0.8, 1.2))],
+            discrete=[curve((0, 0), (0.9, 0.45)), curve((0, 0), (0.6, 0.3))],
+            sequence=[curve((0, 0), (0.2, 0.02)), curve((0, 0), (0.1, 0.02))],
+        )
+    )
+    assert found is not None
+    assert found["reached"] == {"continuous": 0.8, "discrete": 0.6, "sequence": 0.1}
+    assert [level["kl"] for level in found["levels"]] == pytest.approx([0.025, 0.05, 0.1])
+    last = found["levels"][-1]["arms"]
+    assert last["continuous"]["mean"] == pytest.approx((0.1 + 0.15) / 2)
+    assert last["sequence"]["mean"] == pytest.approx((0.01 + 0.02) / 2)
+    against_discrete, against_sequence = found["comparisons"]
+    assert (against_discrete["other"], against_discrete["kl"]) == ("discrete", 0.6)
+    assert against_discrete["difference"] == pytest.approx(((0.6 - 0.3) + (0.9 - 0.3)) / 2)
+    assert (against_sequence["other"], against_sequence["kl"]) == ("sequence", 0.1)
+
+
+def test_no_frontier_without_gold_or_without_movement() -> None:
+    still = [[{"update": 0, "kl_per_token": 0.0, "gold_per_token": 0.1}]]
+    assert frontier(runs(continuous=still)) is None
+    assert frontier(runs(continuous=[[{"update": 0, "kl_per_token": 0.5}]])) is None
+    assert frontier([]) is None
+
+
+def test_a_run_is_read_from_its_files(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"zeta": 0.6, "alpha": 0.3}, seeds=(0, 1, 10))
+    add_stages(folder)
+    results = write_results(folder)
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert [arm["name"] for arm in results["arms"]] == ["zeta", "alpha"]  # as in the config, not by the alphabet
+    zeta = results["arms"][0]
+    assert [seed["seed"] for seed in zeta["seeds"]] == [0, 1, 10]
+    golds = [
+        json.loads((folder / "ppo" / "zeta" / f"seed-{s}" / "evaluation.json").read_text())["after"]["gold_per_token"]
+        for s in (0, 1, 10)
+    ]
+    assert zeta["after"]["gold_per_token"]["mean"] == pytest.approx(sum(golds) / 3)
+    assert zeta["after"]["gold_per_token"]["seeds"] == 3
+    assert [point["update"] for point in zeta["seeds"][0]["curve"]] == [0, 10, 20, 30, 40, 50, 60]
+    assert results["versions"] == {"tlcr": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"}
+    assert results["stages"]["labels"]["pairs"] == 2000
+    assert results["frontier"]["comparisons"][0]["arm"] == "zeta"
+
+
+def test_the_curve_ends_with_what_was_written_last(tmp_path: Path) -> None:
+    """`tlcr evaluate` writes evaluation.json again; the curve's ends follow it."""
+    folder = write_run(tmp_path / "run", {"continuous": 0.6}, seeds=(0,))
+    own = folder / "ppo" / "continuous" / "seed-0"
+    again = {"before": evaluation(0.0, 0.0), "after": evaluation(7.0, 0.9)}
+    (own / "evaluation.json").write_text(json.dumps(again))
+    path = collect_results(folder)["arms"][0]["seeds"][0]["curve"]
+    assert (path[0]["gold_per_token"], path[-1]["gold_per_token"]) == (0.0, 7.0)
+    (own / "metrics.jsonl").unlink()
+    assert len(collect_results(folder)["arms"][0]["seeds"][0]["curve"]) == 2
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no run folder"):
+        collect_results(tmp_path / "missing")
+    folder = write_run(tmp_path / "run", {"continuous": 0.6}, seeds=(0,))
+    (folder / "ppo" / "continuous" / "seed-0" / "evaluation.json").write_text("{")
+    with pytest.raises(DataError, match=r"evaluation\.json is not valid JSON"):
+        collect_results(folder)
+    assert collect_results(tmp_path)["arms"] == []
