@@ -33,7 +33,11 @@ def compute_advantages(
     B, T = mask_BT.shape
     everyones = [
         accelerator.gather(accelerator.pad_across_processes(mine_BT, dim=1))
-        for mine_BT in (rewards_BT, values_BT, mask_BT)
+        for mine_BT in (
+            rewards_BT,
+            values_BT,
+            mask_BT.int(),
+        )  # padding turns bool into another dtype, on some processes
     ]
     advantages_AT, returns_AT = ops.fused_gae(*everyones, gamma=gamma, lam=lam, whiten=True)
     mine = slice(accelerator.process_index * B, (accelerator.process_index + 1) * B)

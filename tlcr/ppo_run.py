@@ -220,7 +220,8 @@ class PPORun:
         self.actor_critic.save(self.tokenizer, policy_folder, value_folder)
         for callback in self.callbacks:
             callback.on_end(self.update, self.metrics)
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # not end_training: it would part the processes for good
+            tracker.finish()
         mark_done(self.folder, config=self._identity, metrics=self.metrics, seconds=self.seconds)
         return PPOResult(
             policy_folder,
