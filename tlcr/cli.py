@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import re
 import shlex
@@ -215,9 +216,23 @@ def _with_config(command: Callable[[RunConfig, Namespace], int]) -> Callable[[Na
     return handle
 
 
+def _set_up_output() -> None:
+    """Our log lines go to stderr, once for all processes; the libraries' progress bars are off: tlcr has its own."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    from tlcr.distributed import is_main_process
+
+    logging.basicConfig(format="tlcr: %(message)s", level=logging.WARNING)
+    logging.getLogger("tlcr").setLevel(logging.INFO if is_main_process() else logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
 def _run(cfg: RunConfig, arguments: Namespace) -> int:
     from tlcr import pipeline
 
+    _set_up_output()
     pipeline.run(cfg, resume=arguments.get("resume", False))
     return 0
 
@@ -225,6 +240,7 @@ def _run(cfg: RunConfig, arguments: Namespace) -> int:
 def _train(cfg: RunConfig, arguments: Namespace) -> int:
     from tlcr import pipeline
 
+    _set_up_output()
     pipeline.stage(cfg, STAGES[arguments["stage"]][0], resume=arguments.get("resume", False))
     return 0
 
@@ -232,6 +248,7 @@ def _train(cfg: RunConfig, arguments: Namespace) -> int:
 def _label(cfg: RunConfig, arguments: Namespace) -> int:
     from tlcr import pipeline
 
+    _set_up_output()
     pipeline.stage(cfg, "labels", resume=False)
     return 0
 
@@ -239,6 +256,7 @@ def _label(cfg: RunConfig, arguments: Namespace) -> int:
 def _evaluate(cfg: RunConfig, arguments: Namespace) -> int:
     from tlcr import pipeline
 
+    _set_up_output()
     pipeline.stage(cfg, "evaluate", resume=False)
     return 0
 
@@ -263,6 +281,7 @@ def _score(arguments: Namespace) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} is {arguments[name]}; it must be at least 1")
     from tlcr.score import Limits, score_command
 
+    _set_up_output()
     score_command(
         file=arguments["file"],
         prompt=arguments["prompt"],
