@@ -36,8 +36,8 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> LlamaForCa
     """A Llama of two layers with random weights that depend on `seed` only; the caller's random state is left alone."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=256,
+        hidden_size=64,
+        intermediate_size=176,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
