@@ -114,6 +114,11 @@ def test_a_prompt_of_padding_is_refused_by_its_number(
         rollout_of(tiny_causal_lm(), tiny_tokenizer, ["fine", nothing])
 
 
+def test_no_prompts_are_refused(tiny_tokenizer: Tokenizer, tiny_causal_lm: LM) -> None:
+    with pytest.raises(DataError, match="there are no prompts to answer"):
+        rollout_of(tiny_causal_lm(), tiny_tokenizer, [])
+
+
 def test_the_stream_takes_every_prompt_once_a_pass_and_goes_on_from_its_cursor() -> None:
     stream = PromptStream(PROMPTS, seed=4)
     taken = [prompt for _ in range(4) for prompt in stream.take(3)]

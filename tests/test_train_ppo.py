@@ -329,6 +329,24 @@ def test_an_earlier_run_is_neither_overwritten_nor_continued_as_another(
     run_ppo(small_config(updates=5, micro_batch_size=1), tiny_causal_lm, tiny_tokenizer, tmp_path, resume=True)
 
 
+def test_a_finished_run_is_loaded_and_not_repeated(
+    tiny_causal_lm: LM, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    evaluate = {"evaluate": lambda _: {"gold": 0.5}}
+    for shared in ("separate", "shared"):
+        cfg, folder = small_config(updates=2, value_model=shared), tmp_path / shared
+        first, result = run_ppo(cfg, tiny_causal_lm, tiny_tokenizer, folder, **evaluate)
+        rows = read_metrics(folder / "metrics.jsonl")
+        again, loaded = run_ppo(cfg, tiny_causal_lm, tiny_tokenizer, folder, resume=True, **evaluate)
+        assert_same_models(first, again)
+        assert read_metrics(folder / "metrics.jsonl") == rows
+        assert loaded.metrics == result.metrics and loaded.evaluation == {"gold": 0.5} and loaded.updates == 2
+        with pytest.raises(CheckpointError, match="holds a finished run; pass --resume"):
+            run_ppo(cfg, tiny_causal_lm, tiny_tokenizer, folder)
+        with pytest.raises(CheckpointError, match=r"finished run of other settings, prompts or seed; restore them"):
+            run_ppo(small_config(updates=3), tiny_causal_lm, tiny_tokenizer, folder, resume=True)
+
+
 # ---- it fails with words
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.actor_critic import ActorCritic
 from tlcr.callbacks import Callback
-from tlcr.checkpoint import as_plain, load_checkpoint, mark_done, save_checkpoint, start_or_resume
+from tlcr.checkpoint import as_plain, is_done, load_checkpoint, mark_done, save_checkpoint, start_or_resume
 from tlcr.config import PPOConfig, RunConfig
 from tlcr.distributed import sum_over_processes
 from tlcr.errors import CheckpointError, ConfigError
 from tlcr.kl import build_kl_controller
-from tlcr.metrics import MetricsLog
+from tlcr.metrics import MetricsLog, read_metrics
 from tlcr.optim import build_optimizer, build_scheduler, parameter_groups
 from tlcr.reward import RunningMean
 from tlcr.reward_sources import RewardSource
@@ -132,16 +133,23 @@ class PPORun:
         self.evaluation = dict(self._evaluate(self.actor_critic))
         return [callback.on_evaluate(self.update, self.evaluation) for callback in self.callbacks]
 
-    def begin(self, resume: bool) -> None:
-        """Continue from the newest checkpoint, or evaluate the policy as it comes and begin."""
+    def begin(self, resume: bool) -> bool:
+        """Continue from the newest checkpoint, or evaluate the policy as it comes and begin.
+
+        Returns whether there is anything left to do: a finished run is loaded, not repeated.
+        """
+        if (self.folder / "done.json").is_file():
+            self._load_finished(resume)
+            return False
         path = start_or_resume(self.folder / "checkpoints", resume=resume)
         if path is not None:
             self._load(path)
-            return
+            return True
         self.log.rewind(-1)
         self.evaluate()
         if self.evaluation:
             self.log.write(0, {f"eval/{name}": figure for name, figure in self.evaluation.items()})
+        return True
 
     # ---- states
 
@@ -210,22 +218,44 @@ class PPORun:
         self.log.rewind(self.update)
         logger.info("Resuming from %s", path)
 
+    def _load_finished(self, resume: bool) -> None:
+        if not resume or not is_done(self.folder, self._done_config):
+            found = " of other settings, prompts or seed; restore them" if resume else "; pass --resume"
+            raise CheckpointError(
+                f"{self.folder} holds a finished run{found} to load what it trained, name another output_dir, or "
+                "delete that folder to train again"
+            )
+        trained = ActorCritic.load(
+            replace(self.cfg.model, path=str(self.folder / "policy"), gguf_file=None), self.folder / "value"
+        )
+        self.actor_critic.load_state_dict(trained.state_dict())
+        done = json.loads((self.folder / "done.json").read_text(encoding="utf-8"))
+        last = read_metrics(self.log.path)[-1]
+        self.update, self.metrics, self._seconds_before = last["step"], done["metrics"], done["seconds"]
+        self.evaluation = {key.removeprefix("eval/"): figure for key, figure in last.items() if key.startswith("eval/")}
+
+    @property
+    def _done_config(self) -> dict[str, Any]:
+        return {**self._identity, "updates": self.cfg.ppo.updates}
+
     @property
     def seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started
 
     def end(self, *, stopped: bool) -> PPOResult:
         """Write policy and value model for others to load, and mark the run as done."""
-        policy_folder, value_folder = self.folder / "policy", self.folder / "value"
-        self.actor_critic.save(self.tokenizer, policy_folder, value_folder)
+        self.actor_critic.save(self.tokenizer, self.folder / "policy", self.folder / "value")
         for callback in self.callbacks:
             callback.on_end(self.update, self.metrics)
         for tracker in self.accelerator.trackers:  # not end_training: it would part the processes for good
             tracker.finish()
-        mark_done(self.folder, config=self._identity, metrics=self.metrics, seconds=self.seconds)
+        mark_done(self.folder, config=self._done_config, metrics=self.metrics, seconds=self.seconds)
+        return self.result(stopped=stopped)
+
+    def result(self, *, stopped: bool) -> PPOResult:
         return PPOResult(
-            policy_folder,
-            value_folder,
+            self.folder / "policy",
+            self.folder / "value",
             self.update,
             self.metrics,
             self.evaluation,

@@ -63,8 +63,11 @@ def generate(
     distribution: sampling defaults that came with the model (top-p, penalties) do not apply.
 
     The end of sequence is the tokenizer's, or any that the model's generation config names; it is the last counted
-    action of an answer that ended. Raises DataError for a prompt with no token that is not padding.
+    action of an answer that ended. Raises DataError for no prompts, or a prompt with no token that is
+    not padding.
     """
+    if not prompts:
+        raise DataError("there are no prompts to answer; check data.prompts, data.held_out and evaluation.prompts")
     _warn_of_truncated_sampling(cfg)
     end_ids = _end_ids(policy, tokenizer)
     prompt_ids = _encode_prompts(tokenizer, prompts, max_prompt_tokens)
@@ -164,7 +167,7 @@ def seeded_generator(purpose: str, *numbers: int) -> torch.Generator:
 def _encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_prompt_tokens: int
 ) -> list[list[int]]:
-    encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
+    encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     meaningful = {tokenizer.eos_token_id, tokenizer.bos_token_id}
     for index, ids in enumerate(encoded):
         if all(token == tokenizer.pad_token_id and token not in meaningful for token in ids):

@@ -70,7 +70,8 @@ def train_ppo(
         callbacks=callbacks,
         evaluate=evaluate,
     )
-    run.begin(resume)
+    if not run.begin(resume):
+        return run.result(stopped=False)
     stopped = False
     with StopSignals() as signals, Progress("ppo", cfg.ppo.updates, run.update, keys=SHOWN) as progress:
         while run.update < cfg.ppo.updates and not stopped:
