@@ -62,18 +62,20 @@ _HOME = {
 _SUBMODULES = {"ops", "train_discriminator", "train_ppo", "train_reward_model", "train_sft"}
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'tlcr' has no attribute {name!r}")
-    if name == "__version__":
-        from importlib.metadata import version
+if not TYPE_CHECKING:  # a type checker that saw this would take every misspelt name for Any
 
-        return version("tlcr")
-    if name in _SUBMODULES:
-        return import_module(f"tlcr.{name}")
-    value = getattr(import_module(_HOME.get(name, "tlcr.ops")), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module 'tlcr' has no attribute {name!r}")
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("tlcr")
+        if name in _SUBMODULES:
+            return import_module(f"tlcr.{name}")
+        value = getattr(import_module(_HOME.get(name, "tlcr.ops")), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
