@@ -312,23 +312,25 @@ def start_or_resume(folder: str | Path, *, resume: bool) -> Path | None:
     return latest
 
 
-def mark_done(folder: str | Path, *, config: Any, metrics: Mapping[str, Any], seconds: float) -> None:
-    """The last act of a stage: writes ``done.json`` and deletes the checkpoints, which nobody will resume from.
+def mark_done(
+    folder: str | Path, *, config: Any, metrics: Mapping[str, Any], seconds: float, record: str = DONE
+) -> None:
+    """The last act of a stage: writes ``record`` and deletes the checkpoints, which nobody will resume from.
 
     config: what the result depends on; ``is_done`` compares it. Every process calls it, once the model is saved.
     """
 
     def write() -> None:
-        record = {"config": as_plain(config), "metrics": dict(metrics), "seconds": seconds, "versions": versions()}
-        write_json(Path(folder) / DONE, record)
+        ended = {"config": as_plain(config), "metrics": dict(metrics), "seconds": seconds, "versions": versions()}
+        write_json(Path(folder) / record, ended)
         _remove(Path(folder) / "checkpoints")
 
     on_main_process(write)
 
 
-def is_done(folder: str | Path, config: Any) -> bool:
+def is_done(folder: str | Path, config: Any, record: str = DONE) -> bool:
     """Whether the stage in ``folder`` has ended with this very config, so that it need not run again."""
-    path = Path(folder) / DONE
+    path = Path(folder) / record
     if not path.is_file():
         return False
     with _reading(path):

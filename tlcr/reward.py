@@ -31,6 +31,11 @@ DOMINANT_SHARE = 0.95
 LOGIT_KINDS = ("continuous", "discrete", "sign", "positive_only", "negative_only", "sum_at_end")
 
 
+CENTRE_DECAY = 0.5
+"""What an older round counts for against the one after it (ours): the mean has to keep up with a policy that improves, or
+every token is paid the difference and answers grow to the length limit (docs/embedded_task.md)."""
+
+
 class RunningMean:
     """The mean of everything seen so far, in which every update makes what came before count less.
 
@@ -41,7 +46,7 @@ class RunningMean:
     same mean; it is called once for every update, also where nothing counts. The mean is 0 until something counted.
     """
 
-    def __init__(self, decay: float = 0.95, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, decay: float = CENTRE_DECAY, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         if not 0 < decay <= 1:
             raise ConfigError(f"RunningMean: decay is {decay!r}; it must be greater than 0 and at most 1")
         self.decay = decay

@@ -1,0 +1,214 @@
+"""One PPO run of a comparison: its models, its reward, training, and evaluation before and after.
+
+An arm is a reward and a KL coefficient; everything else it shares with the other arms of its run, so that what differs
+in the results is the reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tlcr.actor_critic import ActorCritic, build_value_model
+from tlcr.advantages import compute_advantages
+from tlcr.config import Arm, ModelConfig, RunConfig
+from tlcr.data import embedded
+from tlcr.discriminator import load_discriminator, temperature_of
+from tlcr.distributed import on_main_process, process_count, process_index
+from tlcr.evaluate import EvaluatedAnswer, PolicyEvaluation, TokenDetail, evaluate_policy, write_evaluation
+from tlcr.models import load_causal_lm, load_sequence_classifier, load_tokenizer
+from tlcr.reward import RunningMean, compose_rewards
+from tlcr.reward_sources import RewardSource, build_reward_source, import_function
+from tlcr.rollout import generate, score_rollout, seeded_generator
+from tlcr.run_folder import RunFolder
+from tlcr.train_ppo import train_ppo
+from tlcr.types import PolicyScores, Rollout
+
+
+def train_arm(run: RunFolder, arm: Arm, seed: int) -> None:
+    """Trains and evaluates one policy; writes policy/, value/, metrics.jsonl, evaluation.json and samples.jsonl."""
+    folder = run.arm_folder(arm, seed)
+    # train_ppo keeps done.json in the same folder: trained is not yet evaluated
+    run.once(folder, run.arm_settings(arm, seed), lambda: _train(run, arm, seed, folder), record="arm.json")
+
+
+def evaluate_arm(run: RunFolder, arm: Arm, seed: int) -> None:
+    """Evaluates a trained policy again, by the evaluation settings of today."""
+    cfg, folder = run.arm_config(arm), run.arm_folder(arm, seed)
+    judges = _load_judges(run, cfg)
+    evaluation = _Evaluation(run, cfg, judges.source(run, cfg, seed), judges.temperature)
+    before, after = evaluation(_start(run, cfg, judges)), evaluation(_trained(run, cfg, folder))
+    on_main_process(lambda: write_evaluation(folder, before, after))
+
+
+def _train(run: RunFolder, arm: Arm, seed: int, folder: Path) -> Mapping[str, Any]:
+    cfg = run.arm_config(arm)
+
+    # 1. the judges of this arm, frozen
+    judges = _load_judges(run, cfg)
+    source = judges.source(run, cfg, seed)
+    evaluation = _Evaluation(run, cfg, source, judges.temperature)
+
+    # 2. the policy where it starts from, and how good it is there
+    actor_critic = _start(run, cfg, judges)
+    before = evaluation(actor_critic)
+
+    # 3. PPO
+    train_ppo(
+        cfg,
+        actor_critic=actor_critic,
+        reference=evaluation.reference,
+        tokenizer=run.tokenizer,
+        reward_source=source,
+        reward_temperature=judges.temperature,
+        prompts=run.prompts.train,
+        folder=folder,
+        seed=seed,
+        resume=run.resume,
+        evaluate=lambda actor_critic: evaluation(actor_critic).metrics(),
+    )
+
+    # 4. how good it is now
+    after = evaluation(actor_critic)
+    on_main_process(lambda: write_evaluation(folder, before, after))
+    return {"before": before.to_json(), "after": after.to_json()}
+
+
+@dataclass(frozen=True)
+class _Judges:
+    """The frozen models that an arm's reward needs, each with its tokenizer; None where it needs none."""
+
+    discriminator: PreTrainedModel | None = None
+    discriminator_tokenizer: PreTrainedTokenizerBase | None = None
+    reward_model: PreTrainedModel | None = None
+    reward_model_tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def temperature(self) -> float:
+        return temperature_of(self.discriminator) if self.discriminator is not None else 1.0
+
+    def source(self, run: RunFolder, cfg: RunConfig, seed: int) -> RewardSource:
+        return build_reward_source(
+            cfg.reward,
+            policy_tokenizer=run.tokenizer,
+            discriminator=self.discriminator,
+            discriminator_tokenizer=self.discriminator_tokenizer,
+            reward_model=self.reward_model,
+            reward_model_tokenizer=self.reward_model_tokenizer,
+            data=cfg.data,
+            seed=seed,
+            micro_batch_size=cfg.rollout.batch_size,
+        )
+
+
+def _load_judges(run: RunFolder, cfg: RunConfig) -> _Judges:
+    judges = _Judges()
+    if run.needs_discriminator(cfg):
+        model, tokenizer = load_discriminator(run.discriminator_folder, cfg.model)
+        judges = replace(judges, discriminator=_on(run, model), discriminator_tokenizer=tokenizer)
+    if run.needs_reward_model(cfg):
+        own = saved_model(cfg.model, run.reward_model_folder)
+        model = _on(run, load_sequence_classifier(run.reward_model_folder, own))
+        judges = replace(judges, reward_model=model, reward_model_tokenizer=load_tokenizer(own))
+    return judges
+
+
+def _on(run: RunFolder, model: PreTrainedModel) -> PreTrainedModel:
+    nn.Module.to(model, run.device)  # PreTrainedModel.to is wrapped in a way that loses its type
+    return model
+
+
+def _start(run: RunFolder, cfg: RunConfig, judges: _Judges) -> ActorCritic:
+    """Policy and value model as training starts with them."""
+    policy = load_causal_lm(run.policy_source)
+    value_model = build_value_model(
+        cfg.ppo, cfg.model, policy=policy, reward_model=judges.reward_model, discriminator=judges.discriminator
+    )
+    return ActorCritic(policy, value_model, chunk_tokens=cfg.ppo.chunk_tokens).to(run.device)
+
+
+def _trained(run: RunFolder, cfg: RunConfig, folder: Path) -> ActorCritic:
+    """Policy and value model as training left them."""
+    own = saved_model(cfg.model, folder / "policy")
+    return ActorCritic.load(own, folder / "value", chunk_tokens=cfg.ppo.chunk_tokens).to(run.device)
+
+
+def saved_model(cfg: ModelConfig, folder: Path) -> ModelConfig:
+    """The model settings for a folder that a stage wrote: its tokenizer is in it, complete."""
+    return replace(cfg, path=str(folder), tokenizer=None, gguf_file=None, pad_token=None, chat_template=None)
+
+
+class _Evaluation:
+    """Answers to the held-out prompts, the same luck for every policy, measured against the reference."""
+
+    def __init__(self, run: RunFolder, cfg: RunConfig, source: RewardSource, temperature: float) -> None:
+        self.reference = _on(run, load_causal_lm(run.policy_source))
+        self._run, self._cfg, self._source, self._reward_temperature = run, cfg, source, temperature
+        self._scorer = None
+        if cfg.evaluation.scorer is not None:
+            self._scorer = import_function(cfg.evaluation.scorer, "evaluation.scorer")
+        elif run.embedded:
+            self._scorer = embedded.score
+
+    def __call__(self, actor_critic: ActorCritic) -> PolicyEvaluation:
+        run, cfg = self._run, self._cfg
+        generator = seeded_generator("evaluation", run.cfg.seed, process_index())
+
+        def sample(prompts: Sequence[str]) -> Rollout:
+            return generate(
+                actor_critic.policy,
+                run.tokenizer,
+                prompts,
+                cfg.rollout,
+                max_prompt_tokens=cfg.data.max_prompt_tokens,
+                generator=generator,
+            )
+
+        def score(rollout: Rollout) -> PolicyScores:
+            return score_rollout(
+                actor_critic,
+                self.reference,
+                rollout,
+                temperature=cfg.rollout.temperature,
+                micro_batch_size=cfg.rollout.batch_size,
+                exact_kl=True,
+            )
+
+        def gather(answers: list[EvaluatedAnswer]) -> list[EvaluatedAnswer]:
+            return list(gather_object(answers)) if process_count() > 1 else answers
+
+        return evaluate_policy(
+            run.prompts.held_out[process_index() :: process_count()],
+            tokenizer=run.tokenizer,
+            generate=sample,
+            score=score,
+            scorer=self._scorer,
+            batch_size=cfg.rollout.batch_size,
+            samples=cfg.evaluation.samples,
+            detail=self._detail,
+            gather=gather,
+        )
+
+    def _detail(self, rollout: Rollout, scores: PolicyScores) -> TokenDetail:
+        """The arm's reward without KL, and the advantage of each action under it."""
+        rewards = compose_rewards(
+            self._source(rollout),
+            rollout.mask_BT,
+            ended_B=rollout.ended_B,
+            kl_BT=None,
+            kl_coef=0.0,
+            cfg=self._cfg.reward,
+            temperature=self._reward_temperature,
+            centre=RunningMean() if self._cfg.reward.centre else None,
+        )
+        ppo = self._cfg.ppo
+        advantages = compute_advantages(
+            rewards, scores, rollout.mask_BT, gamma=ppo.gamma, lam=ppo.lam, whiten=ppo.whiten, accelerator=None
+        )
+        return TokenDetail(rewards.rewards_BT, advantages.advantages_BT)

@@ -1,0 +1,239 @@
+"""What one run reads and where it writes: the config it was started with, its data, and which stages are done.
+
+A stage that ended leaves a record (``done.json``) beside its results, with the part of the config that made them. A
+later run with the same part skips it; with another part it stops: mixing two configs would be silent damage.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
+
+from tlcr.checkpoint import DONE, as_plain, is_done, mark_done, write_aside
+from tlcr.config import Arm, ModelConfig, RunConfig
+from tlcr.config_loading import dump_config
+from tlcr.data import embedded
+from tlcr.data.readers import read_edits, read_preferences, read_prompts, split_held_out
+from tlcr.distributed import barrier, on_main_process
+from tlcr.errors import ConfigError
+from tlcr.models import load_tokenizer
+from tlcr.types import EditPair, PreferencePair
+
+logger = logging.getLogger(__name__)
+
+RecordT = TypeVar("RecordT")
+EMBEDDED_PROMPTS = 2000
+"""Training prompts that the embedded task makes for PPO; some 60 passes' worth of questions are never repeated."""
+
+
+@dataclass(frozen=True)
+class Split(Generic[RecordT]):
+    """Records to train on, and records kept for evaluation."""
+
+    train: list[RecordT]
+    held_out: list[RecordT]
+
+
+class RunFolder:
+    """An opened run. Opening writes ``config.yaml`` and refuses a folder that belongs to another run."""
+
+    def __init__(self, cfg: RunConfig, *, resume: bool, whole: bool = True) -> None:
+        """resume: continue what the folder holds. whole: a run of all stages, which wants the folder for itself."""
+        self.cfg = cfg
+        self.resume = resume
+        self.path = Path(cfg.output_dir)
+        self.embedded = cfg.model.path == "embedded"
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"two arms share a name in {names}; each writes to a folder of its own: rename one")
+        if (self.path / "config.yaml").exists() and whole and not resume:
+            raise ConfigError(
+                f"output_dir {str(self.path)!r} already holds a run: pass --resume to continue it (what is done is "
+                "kept), name another output_dir, or delete that folder"
+            )
+        barrier()
+        on_main_process(self._write_config)
+
+    def _write_config(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with write_aside(self.path / "config.yaml") as aside:
+            aside.write_text(dump_config(self.cfg), encoding="utf-8")
+
+    @cached_property
+    def device(self) -> torch.device:
+        return PartialState().device
+
+    def settings(self, *sections: str) -> dict[str, Any]:
+        """What the result of a stage depends on: these sections of the config, and the seed."""
+        return {"seed": self.cfg.seed, **{name: getattr(self.cfg, name) for name in sections}}
+
+    # ---- arms
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """The policies to train; without ``arms``, one that the config's own reward describes."""
+        return self.cfg.arms or (Arm(name=self.cfg.reward.kind, reward=self.cfg.reward),)
+
+    @property
+    def ppo_runs(self) -> list[tuple[Arm, int]]:
+        """Every arm with every seed; seed by seed, so that an early look compares like with like."""
+        return [(arm, seed) for seed in self.cfg.seeds for arm in self.arms]
+
+    def arm_config(self, arm: Arm) -> RunConfig:
+        """The config as this arm sees it."""
+        coef = self.cfg.kl.coef if arm.kl_coef is None else arm.kl_coef
+        return replace(self.cfg, reward=arm.reward, kl=replace(self.cfg.kl, coef=coef), arms=())
+
+    def arm_folder(self, arm: Arm, seed: int) -> Path:
+        return self.path / "ppo" / arm.name / f"seed-{seed}"
+
+    def arm_settings(self, arm: Arm, seed: int) -> dict[str, Any]:
+        """What one PPO run depends on, the stages before it included."""
+        cfg = self.arm_config(arm)
+        own = {name: getattr(cfg, name) for name in ("reward", "kl", "rollout", "ppo", "evaluation")}
+        before = self.settings("model", "data", "sft", "labels")
+        judges = {
+            "discriminator": self.needs_discriminator(cfg) and cfg.discriminator,
+            "reward_model": self.needs_reward_model(cfg) and cfg.reward_model,
+        }
+        return {**before, **judges, **own, "ppo_seed": seed}
+
+    # ---- what is trained, and where it lies
+
+    def needs_reward_model(self, arm: RunConfig) -> bool:
+        uses = arm.reward.kind == "sequence" or arm.reward.sequence_coef > 0
+        return uses or _initialises(arm, "reward_model")
+
+    def needs_discriminator(self, arm: RunConfig) -> bool:
+        uses = arm.reward.kind not in ("sequence", "random", "callable")
+        return uses or _initialises(arm, "discriminator")
+
+    @property
+    def trains_reward_model(self) -> bool:
+        wanted = any(self.needs_reward_model(self.arm_config(arm)) for arm in self.arms)
+        return wanted and self.cfg.reward_model.enabled and self.cfg.reward_model.path is None
+
+    @property
+    def trains_discriminator(self) -> bool:
+        wanted = any(self.needs_discriminator(self.arm_config(arm)) for arm in self.arms)
+        return wanted and self.cfg.discriminator.enabled and self.cfg.discriminator.path is None
+
+    @property
+    def policy_source(self) -> ModelConfig:
+        """The model that reward model, discriminator and PPO start from: what SFT wrote, or the model as it comes."""
+        if not self.cfg.sft.enabled:
+            return self.cfg.model
+        own: dict[str, Any] = {"tokenizer": None, "gguf_file": None, "pad_token": None, "chat_template": None}
+        return replace(self.cfg.model, path=str(self._written("sft")), **own)
+
+    @property
+    def discriminator_folder(self) -> Path:
+        path = self.cfg.discriminator.path
+        return Path(path) if path else self._written("discriminator")
+
+    @property
+    def reward_model_folder(self) -> Path:
+        path = self.cfg.reward_model.path
+        return Path(path) if path else self._written("reward_model")
+
+    def _written(self, stage: str) -> Path:
+        if not (self.path / stage / "done.json").exists():
+            raise ConfigError(
+                f"{self.path / stage} holds no finished stage; run 'tlcr train {stage.replace('_', '-')}' with this "
+                "config first, or 'tlcr run' for all stages"
+            )
+        return self.path / stage
+
+    # ---- data
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return embedded.build_tokenizer(self.cfg.seed) if self.embedded else load_tokenizer(self.cfg.model)
+
+    @property
+    def has_preferences(self) -> bool:
+        return self.embedded or self.cfg.data.preferences is not None
+
+    @cached_property
+    def preferences(self) -> Split[PreferencePair]:
+        if self._made_here(self.cfg.data.preferences):
+            return self._split(embedded.generate_pairs(self.cfg.data.embedded_pairs, self.cfg.seed)[0])
+        self._named("preferences", "SFT and the reward model")
+        return self._split(read_preferences(self.cfg.data, self.tokenizer).records)
+
+    @cached_property
+    def edits(self) -> Split[EditPair]:
+        if self._made_here(self.cfg.data.edits):
+            return self._split(embedded.generate_pairs(self.cfg.data.embedded_pairs, self.cfg.seed)[1])
+        self._named("edits", "the discriminator")
+        return self._split(read_edits(self.cfg.data, self.tokenizer).records)
+
+    @cached_property
+    def prompts(self) -> Split[str]:
+        if self._made_here(self.cfg.data.prompts or self.cfg.data.preferences):
+            return Split(
+                embedded.prompts(EMBEDDED_PROMPTS, self.cfg.seed, "train"),
+                embedded.prompts(self.cfg.evaluation.prompts, self.cfg.seed, "held_out"),
+            )
+        if self.cfg.data.prompts is None:
+            self._named("preferences", "PPO's prompts")
+        train, held_out = split_held_out(read_prompts(self.cfg.data, self.tokenizer).records, self.cfg.data.held_out)
+        return Split(train, held_out[: self.cfg.evaluation.prompts])
+
+    def _made_here(self, source: str | None) -> bool:
+        return self.embedded and source is None
+
+    def _named(self, source: str, what: str) -> None:
+        if getattr(self.cfg.data, source) is None:
+            raise ConfigError(
+                f"data.{source} is not set, and {what} needs it: name a file, a folder or a hub dataset "
+                "(docs/data.md shows the formats), or switch that stage off"
+            )
+
+    def _split(self, records: Sequence[RecordT]) -> Split[RecordT]:
+        return Split(*split_held_out(records, self.cfg.data.held_out))
+
+    # ---- stages
+
+    def once(
+        self, folder: Path, settings: Mapping[str, Any], work: Callable[[], Mapping[str, Any]], record: str = DONE
+    ) -> None:
+        """Runs ``work`` unless ``folder`` says that it ended with these settings; notes its metrics when it ends.
+
+        Raises ConfigError where it ended with other settings.
+        """
+        if is_done(folder, settings, record):
+            logger.info("%s is done; skipped", folder)
+            return
+        if (folder / record).exists():
+            before = json.loads((folder / record).read_text(encoding="utf-8"))["config"]
+            changed = _differences(before, as_plain(settings))
+            raise ConfigError(
+                f"{folder} was made with other settings ({'; '.join(changed[:3])}): restore them, name another "
+                "output_dir, or delete that folder to make it again"
+            )
+        started = time.monotonic()
+        metrics = work()
+        seconds = round(time.monotonic() - started, 1)
+        mark_done(folder, config=settings, metrics=metrics, seconds=seconds, record=record)
+
+
+def _initialises(cfg: RunConfig, model: str) -> bool:
+    return cfg.ppo.value_model == "separate" and cfg.ppo.value_init == model
+
+
+def _differences(before: Any, now: Any, path: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = list(dict.fromkeys([*before, *now]))
+        return [d for key in keys for d in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if before == now else [f"{path} was {before!r}, is {now!r}"]
