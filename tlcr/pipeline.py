@@ -203,8 +203,8 @@ def _side_by_side(run: RunFolder) -> None:
                     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
                     said = lines[-1] if lines else "no output"
                     raise TlcrError(
-                        f"the PPO run {name!r}, seed {seed}, ended with code {code}: {said} ({log}); the others are stopped "
-                        "with their state saved: mend it and pass --resume"
+                        f"the PPO run {name!r}, seed {seed}, ended with code {code}: {said} ({log}); the others are "
+                        "stopped with their state saved: mend it and pass --resume"
                     )
             progress.on_step(sum(_updates_done(run, arm, seed) for arm, seed in run.ppo_runs), {})
             time.sleep(0.5)

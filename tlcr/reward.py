@@ -32,8 +32,8 @@ LOGIT_KINDS = ("continuous", "discrete", "sign", "positive_only", "negative_only
 
 
 CENTRE_DECAY = 0.5
-"""What an older round counts for against the one after it (ours): the mean has to keep up with a policy that improves, or
-every token is paid the difference and answers grow to the length limit (docs/embedded_task.md)."""
+"""What an older round counts for against the one after it (ours): the mean has to keep up with a policy that improves,
+or every token is paid the difference and answers grow to the length limit (docs/embedded_task.md)."""
 
 
 class RunningMean:

@@ -36,7 +36,6 @@ from tlcr.discriminator_metrics import (
 from tlcr.distributed import on_main_process
 from tlcr.errors import DataError
 from tlcr.metrics import tracking
-from tlcr.metrics import tracking
 from tlcr.models import load_token_classifier, save_model
 from tlcr.supervised import FitResult, LossParts, fit
 from tlcr.types import LabelledPair, PreferencePair
@@ -101,23 +100,21 @@ def train_discriminator(
         return judge(predict(model, labelled_held_out), temperature=1.0, calibrated=False).defined
 
     with tracking(cfg, folder) as accelerator:
-        with tracking(cfg, Path(folder)) as accelerator:
         fitted = fit(
-                model=model,
-                examples=labelled_train,
-                collate=partial(collate_pairs, pad_token_id=tokenizer.pad_token_id, targets=settings.targets),
-                loss=_loss,
-                cfg=settings,
-                folder=folder,
-                seed=cfg.seed,
-                resume=resume,
-                evaluate=held_out_metrics if labelled_held_out else None,
-                callbacks=callbacks,
+            model=model,
+            examples=labelled_train,
+            collate=partial(collate_pairs, pad_token_id=tokenizer.pad_token_id, targets=settings.targets),
+            loss=_loss,
+            cfg=settings,
+            folder=folder,
+            seed=cfg.seed,
+            resume=resume,
+            evaluate=held_out_metrics if labelled_held_out else None,
+            callbacks=callbacks,
             accelerator=accelerator,
-                accelerator=accelerator,
-                length=lambda pair: max(len(pair.rejected.encoded.ids), len(pair.revised.encoded.ids)),
-                config=cfg,
-            )
+            length=lambda pair: max(len(pair.rejected.encoded.ids), len(pair.revised.encoded.ids)),
+            config=cfg,
+        )
 
     # 3. one temperature, so that the confidence can be taken at its word
     calibration = evaluation = None
