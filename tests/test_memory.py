@@ -12,6 +12,7 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedMo
 
 from tlcr.config import Arm, ModelConfig, PPOConfig, RewardConfig, RolloutConfig, RunConfig, TrainingConfig
 from tlcr.config_loading import load_config
+from tlcr.data import embedded
 from tlcr.errors import ConfigError
 from tlcr.memory import Estimate, ModelSize, advice, estimate_run, measure_model
 from tlcr.optim import build_optimizer
@@ -55,11 +56,11 @@ def test_tied_embeddings_are_counted_once(tmp_path: Path) -> None:
     assert (size.intermediate, size.key_value) == (4 * 768, 768)
 
 
-def test_the_embedded_model_is_counted_as_by_hand() -> None:
+def test_the_embedded_model_is_counted_as_it_is_built() -> None:
+    model = embedded.build_model(embedded.build_tokenizer())
     size = measure_model(ModelConfig(path="embedded"))
-    block = 4 * 96 * 96 + 3 * 96 * 256 + 2 * 96
-    assert size.backbone == size.vocabulary * 96 + 2 * block + 96
-    assert size.parameters == size.backbone + size.vocabulary * 96
+    assert size.parameters == sum(p.numel() for p in model.parameters())
+    assert (size.hidden, size.layers) == (model.config.hidden_size, model.config.num_hidden_layers)
 
 
 def test_a_model_that_is_not_there_is_a_config_error(tmp_path: Path) -> None:
