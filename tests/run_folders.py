@@ -129,8 +129,8 @@ def add_stages(folder: Path) -> None:
     }
     for stage, metrics in (
         ("discriminator", {"auc_positive_negative": 0.8765}),
-        ("reward_model", {"accuracy": 0.7}),
-        ("sft", {"loss": 1.9}),
+        ("reward_model", {"loss": 0.4321, "eval/accuracy": 0.7123}),
+        ("sft", {"loss": 1.8, "eval/loss": 1.9}),
     ):
         (folder / stage).mkdir()
         record = {"metrics": metrics, "seconds": 12.5, "versions": {"transformers": "5.23.0"}}

@@ -120,6 +120,10 @@ def test_the_headline_holds_the_figures_of_results_json(run: Path, page: Page) -
     assert 0.8765 in exact  # the discriminator's AUC
 
 
+def test_the_other_models_are_judged_on_held_out_data(text: str) -> None:
+    assert ">0.712<" in text and ">0.432<" not in text
+
+
 def test_a_changed_figure_shows(tmp_path: Path) -> None:
     """The page follows the files: another gold there is another figure here."""
     folder = write_run(tmp_path / "run", {"continuous": 0.6}, seeds=(0,))
