@@ -11,7 +11,7 @@ import torch
 from rapidfuzz.distance import Levenshtein
 
 from tlcr.data.embedded import build_model, build_tokenizer, generate_pairs, gold, prompts, revise, score
-from tlcr.data.embedded.gold import ITEM, LATE_COST, UNKNOWN_VALUE, WINDOW
+from tlcr.data.embedded.gold import ITEM, UNKNOWN_VALUE, WINDOW
 from tlcr.data.embedded.language import OPENERS, TAILS, is_held_out, known_words, lexicon, misspell, render
 from tlcr.data.embedded.reviser import edit_probability
 from tlcr.errors import ConfigError, DataError
@@ -44,8 +44,8 @@ NERA = "User: how is nera dipo today?\nAssistant:"  # domain 1
         (NERA, " ka fefi", -0.94),
         (MAGA, " bosuu", UNKNOWN_VALUE),
         (MAGA, " ka bosuu", UNKNOWN_VALUE),  # what is no word is not better for being negated
-        (MAGA, " fo" * 17 + " bosu", 1.0 - LATE_COST * (1 + 2)),  # words 17 and 18 are late by 1 and 2
-        (MAGA, " fo" * WINDOW, 0.0),
+        (MAGA, " fo" * 19 + " bosu", 1.0 - 0.06 * (1 + 2)),  # words 19 and 20 are late by 1 and 2
+        (MAGA, " fo" * 18, 0.0),
     ],
 )
 def test_gold_by_hand(prompt: str, response: str, total: float) -> None:
@@ -107,7 +107,7 @@ def test_the_language_is_the_same_in_every_process() -> None:
     It also stands guard over the published figures: whoever changes the language has to measure them again.
     """
     said = repr((generate_pairs(20, 3), prompts(20, 3))).encode()
-    assert hashlib.sha256(said).hexdigest() == "43b6f838edfe89c2ac28e6f2c41f08a46df289126fc9c98dcae4db5e6b951696"
+    assert hashlib.sha256(said).hexdigest() == "7e00ab617f09e3513fb5f8cb1dcb82b52aad69c0b04757663586c09efd35d118"
 
 
 def test_pairs_depend_on_the_seed_alone_and_grow_at_the_end() -> None:

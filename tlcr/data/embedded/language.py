@@ -39,7 +39,10 @@ FRIEND_SHARE = 0.35
 HOME_WEIGHT = 3.0
 """How much more often a word is said about its home domain than about another."""
 MOOD_TILT = 0.8
-"""Speakers differ in mood: a word's weight is multiplied by exp(mood * tilt * value), mood one of -2 ... 2."""
+"""Every clause has a mood: a word's weight is multiplied by exp(mood * tilt * value), mood one of -2 ... 2.
+
+It teaches a language model what value and negation are. A mood for the whole answer would be one cheap thing to learn.
+"""
 MOODS = (-2, -1, 0, 1, 2)
 
 ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z")
