@@ -277,8 +277,8 @@ class EvaluationConfig(Checked):
     prompts: int = knob(256, "held-out prompts", ge=1)
     scorer: str | None = knob(
         None,
-        "'package.module:function' or 'file.py:function' from texts to scores that training never sees; the embedded task "
-        "has its own",
+        "'package.module:function' or 'file.py:function' from texts to scores that training never sees; the embedded "
+        "task has its own",
     )
     samples: int = knob(12, "answers kept with per-token detail for the report", ge=0)
 
