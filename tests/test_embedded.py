@@ -44,8 +44,8 @@ NERA = "User: how is nera dipo today?\nAssistant:"  # domain 1
         (NERA, " ka fefi", -0.94),
         (MAGA, " bosuu", UNKNOWN_VALUE),
         (MAGA, " ka bosuu", UNKNOWN_VALUE),  # what is no word is not better for being negated
-        (MAGA, " fo" * 19 + " bosu", 1.0 - 0.06 * (1 + 2)),  # words 19 and 20 are late by 1 and 2
-        (MAGA, " fo" * 18, 0.0),
+        (MAGA, " fo" * 21 + " bosu", 1.0 - 0.08 * (1 + 2)),  # words 21 and 22 are late by 1 and 2
+        (MAGA, " fo" * 20, 0.0),
     ],
 )
 def test_gold_by_hand(prompt: str, response: str, total: float) -> None:
@@ -107,7 +107,7 @@ def test_the_language_is_the_same_in_every_process() -> None:
     It also stands guard over the published figures: whoever changes the language has to measure them again.
     """
     said = repr((generate_pairs(20, 3), prompts(20, 3))).encode()
-    assert hashlib.sha256(said).hexdigest() == "7e00ab617f09e3513fb5f8cb1dcb82b52aad69c0b04757663586c09efd35d118"
+    assert hashlib.sha256(said).hexdigest() == "5976776fcb38b32ca628fc6d4157ce1e547c0a6712c04f68de47e32d9fd338d0"
 
 
 def test_pairs_depend_on_the_seed_alone_and_grow_at_the_end() -> None:
@@ -136,7 +136,7 @@ def test_pairs_are_what_people_would_give() -> None:
         margins.append(chosen - rejected)
     assert 0.75 < statistics.mean(m > 0 for m in margins) < 0.95  # noisy, but not blind
     lengths = [len(gold(p.prompt, p.chosen).words) for p in preferences]
-    assert min(lengths) >= 6 and max(lengths) <= 32 and statistics.stdev(lengths) > 3
+    assert min(lengths) >= 6 and max(lengths) <= 38 and statistics.stdev(lengths) > 3
     far, near = [m for m in margins if abs(m) > 2], [m for m in margins if abs(m) < 0.5]
     assert statistics.mean(m > 0 for m in far) > statistics.mean(m > 0 for m in near) + 0.2
 
@@ -196,7 +196,7 @@ def test_a_long_answer_is_trimmed_and_a_short_one_extended() -> None:
     clause = " fo gaki va zida,"
     long, short = clause * 7 + " fo gaki.", " fo gaki va zida."
     counts = {text: [len(gold(MAGA, revise(MAGA, text, rng)).words) for _ in range(500)] for text in (long, short)}
-    assert 0.7 < statistics.mean(count <= WINDOW + 1 for count in counts[long]) < 1.0
+    assert 0.7 < statistics.mean(count <= WINDOW for count in counts[long]) <= 1.0
     assert 0.4 < statistics.mean(count >= 8 for count in counts[short]) < 0.6
 
 

@@ -22,8 +22,8 @@ from typing import Literal
 from tlcr.data.embedded.language import domain_of, lexicon
 from tlcr.errors import DataError
 
-WINDOW = 18
-LATE_COST = 0.06
+WINDOW = 20
+LATE_COST = 0.08
 UNKNOWN_VALUE = -0.5
 
 ITEM = re.compile(r"[^\s.,]+|[.,]")

@@ -28,7 +28,7 @@ Category = Literal["adjective", "verb", "noun"]
 
 FIRST_WORDS = 8
 """Answers of the base distribution aim at a length from here ..."""
-LAST_WORDS = 28
+LAST_WORDS = 32
 """... to here, in words."""
 MISSPELT_SHARE = 0.02
 """Share of content words that a speaker misspells."""

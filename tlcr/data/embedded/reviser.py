@@ -21,8 +21,8 @@ MISTAKE_RATE = 0.02
 """A word that is not bad is edited with this probability."""
 TASTE = 0.3
 """A replacement is drawn with weight exp(value / TASTE)."""
-TRIM_RATE = 0.08
-"""For every word beyond WINDOW + 2, the probability that the reviser cuts the answer rises by this."""
+TRIM_RATE = 0.1
+"""For every word beyond WINDOW, the probability that the reviser cuts the answer rises by this."""
 EXTEND_BELOW = 12
 """An answer with fewer words may be extended by a clause ..."""
 EXTEND_RATE = 0.5
@@ -103,11 +103,11 @@ def _change_end(items: list[str], domain: int, rng: random.Random) -> list[str]:
     """Cut a long answer at the end of a clause inside the window, or extend a short one by a clause."""
     words = lexicon()
     count = sum(item not in ".," for item in items)
-    if rng.random() < TRIM_RATE * (count - WINDOW - 2):
+    if rng.random() < TRIM_RATE * (count - WINDOW):
         kept, last_end = 0, 0
         for position, item in enumerate(items):
             kept += item not in ".,"
-            if item in ".," and kept <= WINDOW + 1:
+            if item in ".," and kept <= WINDOW:
                 last_end = position
         if last_end:
             return [*items[:last_end], "."]
