@@ -236,15 +236,24 @@ def test_float64_stays_float64() -> None:
 # ---- centring
 
 
-def test_centring_takes_the_batch_in_and_subtracts_the_mean_before_scale_and_clip() -> None:
+def test_centring_takes_the_batch_in_and_subtracts_the_mean_of_what_a_token_earns() -> None:
     centre = RunningMean(decay=0.5)
-    mean = D.sum().item() / 7
+    paid = torch.where(MASK, (2 * D).clamp(-1, 1), 0.0)
+    mean = paid.sum().item() / 7
     first = compose(LOGITS, centre=centre, scale=2.0, clip=1.0)
-    torch.testing.assert_close(first.rewards_BT, torch.where(MASK, (2 * (D - mean)).clamp(-1, 1), 0.0))
-    # the second batch pays p = .5 everywhere: 0, less a mean in which the first batch counts half
+    torch.testing.assert_close(first.rewards_BT, torch.where(MASK, paid - mean, 0.0))
+    # the second batch earns 0 everywhere, less a mean in which the first one counts half
     second = compose(RewardSignal(logits_BTC=torch.zeros(3, 5, 2)), centre=centre)
-    assert centre.mean == pytest.approx(0.5 * D.sum().item() / (0.5 * 7 + 7))
+    assert centre.mean == pytest.approx(0.5 * paid.sum().item() / (0.5 * 7 + 7))
     torch.testing.assert_close(second.rewards_BT, torch.where(MASK, -centre.mean, 0.0))
+
+
+def test_centring_counts_the_price_of_kl_so_that_length_earns_nothing() -> None:
+    centred = compose(LOGITS, centre=RunningMean(), kl=KL, kl_coef=0.3)
+    plain = compose(LOGITS, kl=KL, kl_coef=0.3)
+    mean = plain.rewards_BT.sum() / MASK.sum()
+    assert abs(mean) > 0.1
+    torch.testing.assert_close(centred.rewards_BT, torch.where(MASK, plain.rewards_BT - mean, 0.0))
 
 
 def test_a_running_mean_resumes_where_it_stopped() -> None:

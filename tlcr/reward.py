@@ -112,16 +112,17 @@ def compose_rewards(
     The parts of the result, each (B, T) and 0 where nothing counts, sum to the rewards; a part that was not asked for
     is absent:
 
-        dense       clamp(scale * (c_t - centre.mean), -clip, clip) at every counted token
+        dense       clamp(scale * c_t, -clip, clip) - centre.mean at every counted token
         terminal    at the last counted token: scale * terminal_B + sequence_coef * sequence_B; for 'sum_at_end' the sum
                     of what would have been dense
         kl          -kl_coef * kl_BT at every counted token
         length      -length_penalty at every counted token; -missing_eos_penalty at the last one where not ended_B
 
     mask_BT (B, T) bool, ended_B (B,) bool; kl_BT (B, T) in nats, the estimate to be paid for, None where KL is in the
-    loss. With cfg.centre, `centre` takes in this batch's c_t first and its mean is then subtracted. What stands at a
-    position that does not count never matters; a row where nothing counts earns nothing. float32, or float64 where the
-    signal is; no gradient.
+    loss. With cfg.centre, `centre` takes in this batch's dense and kl parts together, then its mean is subtracted: a
+    token of average worth and average distance earns 0, so that neither talking on nor stopping at once pays (ours).
+    What stands at a position that does not count never matters; a row where nothing counts earns nothing. float32, or
+    float64 where the signal is; no gradient.
 
     Raises ShapeError for tensors that do not fit, ConfigError for a kind whose signal is missing, DataError for a
     signal that is not finite, TrainingDiverged for a KL that is not finite.
@@ -134,7 +135,10 @@ def compose_rewards(
 
     terminal_B = torch.zeros_like(ended_B, dtype=dtype)
     pays_at_end = False
-    token_BT = _token_rewards(signal, mask_BT, cfg, temperature, centre)
+    if kl_BT is not None and kl_coef != 0:
+        _check_kl(kl_BT, mask_BT)
+        parts["kl"] = torch.where(mask_BT, -kl_coef * kl_BT.to(dtype), 0.0)
+    token_BT = _token_rewards(signal, mask_BT, parts.get("kl"), cfg, temperature, centre)
     if token_BT is not None and cfg.kind == "sum_at_end":
         terminal_B, pays_at_end = token_BT.sum(-1).to(dtype), True
     elif token_BT is not None:
@@ -145,9 +149,6 @@ def compose_rewards(
         terminal_B, pays_at_end = terminal_B + cfg.sequence_coef * signal.sequence_B, True
     if pays_at_end:
         parts["terminal"] = torch.where(last_BT, terminal_B.to(dtype).unsqueeze(-1), 0.0)
-    if kl_BT is not None and kl_coef != 0:
-        _check_kl(kl_BT, mask_BT)
-        parts["kl"] = torch.where(mask_BT, -kl_coef * kl_BT.to(dtype), 0.0)
     if cfg.length_penalty != 0 or cfg.missing_eos_penalty != 0:
         cut_BT = last_BT & ~ended_B.unsqueeze(-1)
         parts["length"] = -(cfg.length_penalty * mask_BT.to(dtype) + cfg.missing_eos_penalty * cut_BT.to(dtype))
@@ -225,17 +226,22 @@ def reward_accounting(
 
 
 def _token_rewards(
-    signal: RewardSignal, mask_BT: Tensor, cfg: RewardConfig, temperature: float, centre: RunningMean | None
+    signal: RewardSignal,
+    mask_BT: Tensor,
+    kl_part_BT: Tensor | None,
+    cfg: RewardConfig,
+    temperature: float,
+    centre: RunningMean | None,
 ) -> Tensor | None:
-    """clamp(scale * (c_t - centre), -clip, clip), 0 where not counted; None for a signal without token rewards."""
+    """clamp(scale * c_t, -clip, clip) - centre, 0 where not counted; None for a signal without token rewards."""
     if signal.logits_BTC is None and signal.dense_BT is None:
         return None
     if cfg.centre and centre is None:
         raise ConfigError(
             "reward.centre is on, but compose_rewards got centre=None; pass a RunningMean that outlives it"
         )
-    # scaling and clipping commute with the one-sided kinds, so that without centring one call does it all
-    in_one_call = signal.dense_BT is None and not cfg.centre
+    # scaling and clipping commute with the one-sided kinds, so that one call does it all
+    in_one_call = signal.dense_BT is None
     token_BT = torch.zeros(mask_BT.shape, device=mask_BT.device)
     if signal.logits_BTC is not None:
         token_BT = ops.fused_reward(
@@ -251,17 +257,14 @@ def _token_rewards(
             token_BT = token_BT.clamp(min=0)
         elif cfg.kind == "negative_only":
             token_BT = token_BT.clamp(max=0)
-    if in_one_call:
-        return token_BT
     if signal.dense_BT is not None:
-        token_BT = token_BT + torch.where(mask_BT, signal.dense_BT, 0.0)
+        token_BT = cfg.scale * (token_BT + torch.where(mask_BT, signal.dense_BT, 0.0))
+        if cfg.clip is not None:
+            token_BT = token_BT.clamp(-cfg.clip, cfg.clip)
     if cfg.centre and centre is not None:
-        centre.update(token_BT, mask_BT)
-        token_BT = token_BT - centre.mean
-    token_BT = cfg.scale * token_BT
-    if cfg.clip is not None:
-        token_BT = token_BT.clamp(-cfg.clip, cfg.clip)
-    return torch.where(mask_BT, token_BT, 0.0)
+        centre.update(token_BT if kl_part_BT is None else token_BT + kl_part_BT, mask_BT)
+        token_BT = torch.where(mask_BT, token_BT - centre.mean, 0.0)
+    return token_BT
 
 
 def _last_counted(mask_BT: Tensor) -> Tensor:
