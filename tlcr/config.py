@@ -162,7 +162,7 @@ class RewardConfig(Checked):
     )
     scale: float = knob(1.0, "factor on the token or sequence reward", ge=0)
     clip: float | None = knob(5.0, "bound on |scaled token reward|", source="released code", gt=0)
-    centre: bool = knob(False, "subtract the running mean of what a token earns, KL included: length alone pays nothing")
+    centre: bool = knob(False, "subtract the running mean of what a token earns, KL included: length pays nothing")
     length_penalty: float = knob(0.0, "cost of every token", ge=0)
     missing_eos_penalty: float = knob(0.0, "cost, at the last token, of an answer cut off by the length limit", ge=0)
     sequence_coef: float = knob(0.0, "adds the sequence reward model's score, times this, at the last token", ge=0)

@@ -181,7 +181,7 @@ def _side_by_side(run: RunFolder) -> None:
     """At most ``parallel`` worker processes at a time. If one fails, the others end with their state saved."""
     waiting = [(arm, seed) for arm, seed in run.ppo_runs]
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
-    updates = run.cfg.ppo.updates
+    updates, done = run.cfg.ppo.updates, 0
     threads = max(1, (os.cpu_count() or 1) // run.cfg.parallel)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TLCR_PROGRESS": "0"}
     with Progress("ppo", updates * len(waiting)) as progress, _ended(running):
@@ -206,7 +206,10 @@ def _side_by_side(run: RunFolder) -> None:
                         f"the PPO run {name!r}, seed {seed}, ended with code {code}: {said} ({log}); the others are "
                         "stopped with their state saved: mend it and pass --resume"
                     )
-            progress.on_step(sum(_updates_done(run, arm, seed) for arm, seed in run.ppo_runs), {})
+            now_done = sum(_updates_done(run, arm, seed) for arm, seed in run.ppo_runs)
+            if now_done > done:
+                done = now_done
+                progress.on_step(done, {})
             time.sleep(0.5)
 
 
