@@ -48,14 +48,18 @@ def run(cfg: RunConfig, *, resume: bool = False) -> Path:
     holds a run that nobody asked to resume, or one made with other settings.
     """
     opened = RunFolder(cfg, resume=resume)
-    for work in STAGES.values():
-        work(opened)
+    for name, work in STAGES.items():
+        if opened.wants(name):
+            work(opened)
     on_main_process(lambda: report(opened.path))
     return opened.path
 
 
 def stage(cfg: RunConfig, name: str, *, resume: bool = False) -> Path:
-    """Runs one stage of ``STAGES``; those before it must have run. Evaluation also writes the report again."""
+    """Runs one stage of ``STAGES``, whether or not an arm needs it; those before it must have run.
+
+    name 'evaluate' evaluates every trained policy again, and writes the report.
+    """
     opened = RunFolder(cfg, resume=resume, whole=False)
     if name == "evaluate":
         for arm, seed in opened.ppo_runs:
@@ -75,8 +79,6 @@ def report(folder: Path) -> Path:
 
 def _sft(run: RunFolder) -> None:
     """1. The policy learns to answer, from the preferred answers."""
-    if not run.cfg.sft.enabled:
-        return
 
     def work() -> Mapping[str, Any]:
         data = run.preferences
@@ -91,8 +93,6 @@ def _sft(run: RunFolder) -> None:
 
 def _reward_model(run: RunFolder) -> None:
     """2. The baseline: one score for a whole answer."""
-    if not run.trains_reward_model:
-        return
 
     def work() -> Mapping[str, Any]:
         data = run.preferences
@@ -106,8 +106,6 @@ def _reward_model(run: RunFolder) -> None:
 
 def _labels(run: RunFolder) -> None:
     """3. Every token of an edited answer: kept, or changed for the better or worse."""
-    if not run.trains_discriminator:
-        return
 
     def work() -> Mapping[str, Any]:
         pairs, statistics = label_pairs(
@@ -123,8 +121,6 @@ def _labels(run: RunFolder) -> None:
 
 def _discriminator(run: RunFolder) -> None:
     """4. The discriminator learns the labels in context; its confidence is the reward of a token."""
-    if not run.trains_discriminator:
-        return
 
     def work() -> Mapping[str, Any]:
         train, held_out = (

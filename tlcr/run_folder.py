@@ -118,15 +118,18 @@ class RunFolder:
         uses = arm.reward.kind not in ("sequence", "random", "callable")
         return uses or _initialises(arm, "discriminator")
 
-    @property
-    def trains_reward_model(self) -> bool:
-        wanted = any(self.needs_reward_model(self.arm_config(arm)) for arm in self.arms)
-        return wanted and self.cfg.reward_model.enabled and self.cfg.reward_model.path is None
-
-    @property
-    def trains_discriminator(self) -> bool:
-        wanted = any(self.needs_discriminator(self.arm_config(arm)) for arm in self.arms)
-        return wanted and self.cfg.discriminator.enabled and self.cfg.discriminator.path is None
+    def wants(self, stage: str) -> bool:
+        """Whether a run of all stages includes this one: a judge is trained where an arm needs it and none is named."""
+        arms = [self.arm_config(arm) for arm in self.arms]
+        if stage == "sft":
+            return self.cfg.sft.enabled
+        if stage == "reward_model":
+            trained = self.cfg.reward_model
+            return trained.enabled and trained.path is None and any(map(self.needs_reward_model, arms))
+        if stage in ("labels", "discriminator"):
+            judge = self.cfg.discriminator
+            return judge.enabled and judge.path is None and any(map(self.needs_discriminator, arms))
+        return True
 
     @property
     def policy_source(self) -> ModelConfig:

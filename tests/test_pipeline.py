@@ -1,0 +1,179 @@
+"""The pipeline on the embedded task, at a size that takes seconds: what it writes, skips, refuses and resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+from tlcr.checkpoint import as_plain
+from tlcr.config import Arm, RewardConfig, RunConfig
+from tlcr.config_loading import dump_config, load_config
+from tlcr.errors import ConfigError, TlcrError
+from tlcr.metrics import read_metrics
+from tlcr.pipeline import run, stage
+
+
+def small_config(folder: Path, **changes: object) -> RunConfig:
+    values = {
+        "output_dir": str(folder),
+        "data.embedded_pairs": 80,
+        "data.max_prompt_tokens": 48,
+        "data.max_answer_tokens": 48,
+        "sft.epochs": 1,
+        "sft.learning_rate": 3e-3,
+        "reward_model.epochs": 1,
+        "discriminator.epochs": 1,
+        "rollout.max_new_tokens": 12,
+        "ppo.updates": 2,
+        "ppo.batch_size": 4,
+        "ppo.minibatch_size": 4,
+        "ppo.learning_rate": 1e-3,
+        "ppo.save_every": 1,
+        "evaluation.prompts": 6,
+        "evaluation.samples": 2,
+        **changes,
+    }
+    arms = (
+        Arm("continuous"),
+        Arm("sequence", reward=RewardConfig(kind="sequence")),
+    )
+    return replace(load_config(None, values), arms=arms)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    cfg = small_config(tmp_path_factory.mktemp("run") / "run")
+    run(cfg)
+    return cfg
+
+
+def test_a_run_leaves_models_that_load_anywhere_and_a_report(finished: RunConfig) -> None:
+    folder = Path(finished.output_dir)
+    AutoModelForCausalLM.from_pretrained(folder / "sft")
+    AutoModelForSequenceClassification.from_pretrained(folder / "reward_model")
+    judge = AutoModelForTokenClassification.from_pretrained(folder / "discriminator")
+    assert judge.config.id2label == {0: "negative", 1: "positive"}
+    trained = AutoModelForCausalLM.from_pretrained(folder / "ppo" / "continuous" / "seed-0" / "policy")
+    start = AutoModelForCausalLM.from_pretrained(folder / "sft")
+    moved = [not torch.equal(a, b) for a, b in zip(trained.parameters(), start.parameters(), strict=True)]
+    assert any(moved)
+    assert (folder / "report.html").stat().st_size > 10_000
+    results = json.loads((folder / "results.json").read_text())
+    assert "continuous" in json.dumps(results) and "sequence" in json.dumps(results)
+
+
+def test_before_training_every_arm_is_the_reference(finished: RunConfig) -> None:
+    for arm in ("continuous", "sequence"):
+        record = json.loads((Path(finished.output_dir) / "ppo" / arm / "seed-0" / "evaluation.json").read_text())
+        assert record["before"]["kl_per_token"] == pytest.approx(0.0, abs=1e-6)
+        assert record["after"]["kl_per_token"] != 0
+        assert record["before"]["answers"] == 6
+
+
+def test_what_is_done_is_skipped_to_the_byte(finished: RunConfig) -> None:
+    folder = Path(finished.output_dir)
+    files = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".jsonl")]
+    times = {path: path.stat().st_mtime_ns for path in files}
+    run(finished, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in files} == times
+
+
+def test_a_folder_with_a_run_is_not_overwritten(finished: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="already holds a run: pass --resume"):
+        run(finished)
+
+
+def test_results_of_two_configs_are_not_mixed(finished: RunConfig) -> None:
+    changed = replace(finished, discriminator=replace(finished.discriminator, learning_rate=0.5))
+    written = (Path(finished.output_dir) / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"discriminator\.learning_rate was 1e-05, is 0\.5"):
+        run(changed, resume=True)
+    (Path(finished.output_dir) / "config.yaml").write_text(written)
+
+
+def test_a_stage_says_which_one_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="run 'tlcr train sft' with this config first"):
+        stage(small_config(tmp_path / "run"), "discriminator")
+
+
+def test_data_of_ones_own_must_be_named(tmp_path: Path, finished: RunConfig) -> None:
+    own = replace(finished.model, path=str(Path(finished.output_dir) / "sft"))
+    cfg = replace(finished, output_dir=str(tmp_path), model=own)
+    with pytest.raises(ConfigError, match=r"data\.preferences is not set, and SFT and the reward model needs it"):
+        run(cfg)
+
+
+def test_evaluating_again_finds_what_training_found(finished: RunConfig) -> None:
+    path = Path(finished.output_dir) / "ppo" / "continuous" / "seed-0" / "evaluation.json"
+    before = json.loads(path.read_text())
+    stage(finished, "evaluate")
+    assert json.loads(path.read_text()) == before
+
+
+def test_runs_side_by_side_give_what_runs_in_turn_give(finished: RunConfig, tmp_path: Path) -> None:
+    cfg = replace(finished, output_dir=str(tmp_path / "run"), parallel=2)
+    run(cfg)
+    for arm in ("continuous", "sequence"):
+        ours, theirs = (
+            json.loads((Path(c.output_dir) / "ppo" / arm / "seed-0" / "evaluation.json").read_text())
+            for c in (cfg, finished)
+        )
+        assert ours["after"]["kl_per_token"] == pytest.approx(theirs["after"]["kl_per_token"], rel=1e-4, abs=1e-6)
+
+
+def test_a_worker_that_fails_is_named_with_its_reason(finished: RunConfig, tmp_path: Path) -> None:
+    arms = (
+        Arm("works"),
+        Arm("breaks", reward=RewardConfig(kind="callable", callable="no_such_module_here:reward")),
+    )
+    cfg = replace(finished, output_dir=str(tmp_path / "run"), parallel=2, arms=arms)
+    with pytest.raises(TlcrError, match=r"the PPO run 'breaks', seed 0, ended with code 2: .*no_such_module_here"):
+        run(cfg)
+
+
+def test_an_interrupted_run_resumes_to_the_same_policies(finished: RunConfig, tmp_path: Path) -> None:
+    cfg = replace(finished, output_dir=str(tmp_path / "run"), ppo=replace(finished.ppo, updates=6))
+    whole = replace(cfg, output_dir=str(tmp_path / "whole"))
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(cfg))
+    command = [sys.executable, "-m", "tlcr", "run", str(file), "--resume"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    metrics = Path(cfg.output_dir) / "ppo" / "continuous" / "seed-0" / "metrics.jsonl"
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and read_metrics(metrics)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "--resume" in said.strip().splitlines()[-1]
+    run(cfg, resume=True)
+    run(whole)
+    for arm in ("continuous", "sequence"):
+        ours, theirs = (
+            AutoModelForCausalLM.from_pretrained(Path(c.output_dir) / "ppo" / arm / "seed-0" / "policy")
+            for c in (cfg, whole)
+        )
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_stage_that_is_asked_for_runs_though_no_arm_needs_it(tmp_path: Path) -> None:
+    cfg = replace(small_config(tmp_path / "run"), arms=())
+    stage(cfg, "sft")
+    stage(cfg, "reward_model")
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "reward_model")
+
+
+def test_the_written_config_is_the_run(finished: RunConfig) -> None:
+    assert as_plain(load_config(str(Path(finished.output_dir) / "config.yaml"), {})) == as_plain(finished)
