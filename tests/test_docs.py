@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from tlcr import cli
 from tlcr.config import RunConfig
@@ -53,6 +54,11 @@ def check_command(words: list[str]) -> None:
     elif words[:2] == ["accelerate", "launch"]:
         assert words[words.index("-m") + 1] == "tlcr", words
         check_tlcr(words[words.index("-m") + 2 :])
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file(), words
+    elif words[:2] == ["pip", "install"]:
+        for requirement in words[2:]:
+            Requirement(requirement)
     else:
         raise AssertionError(f"README names a command that nobody checks: {shlex.join(words)}")
 

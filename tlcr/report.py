@@ -152,7 +152,7 @@ def print_results(run_folder: str | Path, console: Console | None = None) -> Non
     # Few columns, so that it stands in 80 characters without cutting a figure.
     table = Table(title=f"Held-out prompts, {seeds}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("arm", overflow="fold")
-    for heading in ("gold per token", "KL per token", "tokens an answer", "ended"):
+    for heading in ("gold per token", "KL per token", "tokens", "ended"):
         table.add_column(heading, justify="right", no_wrap=True)
     for arm in results["arms"]:
         before, after = arm["before"], arm["after"]
