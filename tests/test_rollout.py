@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import Tokenizer as TokenizerCore
+from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -112,6 +114,24 @@ def test_a_prompt_of_padding_is_refused_by_its_number(
 ) -> None:
     with pytest.raises(DataError, match=r"prompt 1 is .*no token but padding; .*drop it"):
         rollout_of(tiny_causal_lm(), tiny_tokenizer, ["fine", nothing])
+
+
+def test_an_answer_beyond_the_models_positions_is_refused(tiny_tokenizer: Tokenizer, tiny_causal_lm: LM) -> None:
+    policy = tiny_causal_lm()
+    positions = policy.config.max_position_embeddings
+    with pytest.raises(DataError, match=rf"has {positions + 1} tokens, and the model reads at most {positions}"):
+        rollout_of(policy, tiny_tokenizer, ["a"], max_new_tokens=positions)
+
+
+def test_the_first_word_of_an_answer_keeps_its_space() -> None:
+    words = ["<eos>", "<pad>", "\u2581how", "\u2581are", "\u2581you", "!"]
+    plain = TokenizerCore(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
+    plain.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    plain.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", pad_token="<pad>")
+    policy = chain(tokenizer, (2, 3), (3, 4), (4, 0))
+    rollout = rollout_of(policy, tokenizer, ["how"])
+    assert rollout.responses == (" are you",)
 
 
 def test_no_prompts_are_refused(tiny_tokenizer: Tokenizer, tiny_causal_lm: LM) -> None:

@@ -25,7 +25,7 @@ from transformers.initialization import no_init_weights
 from tlcr.checkpoint import sync_folder, write_aside
 from tlcr.config import ModelConfig
 from tlcr.distributed import on_main_process
-from tlcr.errors import ConfigError
+from tlcr.errors import ConfigError, DataError
 
 TWO_CLASSES = {0: "negative", 1: "positive"}
 THREE_CLASSES = {0: "negative", 1: "neutral", 2: "positive"}
@@ -150,6 +150,16 @@ def classification_head(model: PreTrainedModel) -> nn.Linear:
         f"{type(model).__name__} has no single linear head under {' or '.join(HEADS)}; use a decoder architecture "
         "such as Llama, Qwen, Mistral, Gemma or GPT-2"
     )
+
+
+def check_fits(model: PreTrainedModel, tokens: int, what: str) -> None:
+    """Raises DataError where ``what``, a text of ``tokens`` tokens, is longer than the model has positions."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise DataError(
+            f"{what} has {tokens} tokens, and the model reads at most {positions} (max_position_embeddings): lower "
+            "data.max_prompt_tokens, data.max_answer_tokens or rollout.max_new_tokens"
+        )
 
 
 def disable_dropout(model: PreTrainedModel) -> None:

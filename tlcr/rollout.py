@@ -14,7 +14,9 @@ from tlcr.actor_critic import ActorCritic
 from tlcr.config import RolloutConfig
 from tlcr.errors import ConfigError, DataError
 from tlcr.microbatches import MicroBatches
+from tlcr.models import check_fits
 from tlcr.padding import pad_left
+from tlcr.tokenization import decode_text
 from tlcr.types import PolicyScores, Rollout
 
 
@@ -81,6 +83,8 @@ def generate(
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
+    longest = max((len(ids) for ids in prompt_ids), default=0) + cfg.max_new_tokens
+    check_fits(policy, longest, "a prompt with an answer of full length")
     answers: list[Tensor] = [torch.empty(0)] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompt_ids[row]))
     with _only(policy, sampling), _seeded_by(generator, policy.device):
@@ -97,8 +101,10 @@ def generate(
     return Rollout(
         prompts=tuple(prompts),
         responses=tuple(
-            str(tokenizer.decode(ids[:length], skip_special_tokens=True))
-            for ids, length in zip(response_ids_BT.tolist(), mask_BT.sum(dim=1).tolist(), strict=True)
+            decode_text(tokenizer, ids[:length], context=prompt)
+            for prompt, ids, length in zip(
+                prompt_ids, response_ids_BT.tolist(), mask_BT.sum(dim=1).tolist(), strict=True
+            )
         ),
         prompt_ids_BP=prompt_ids_BP.to(policy.device),
         prompt_mask_BP=prompt_mask_BP.to(policy.device),

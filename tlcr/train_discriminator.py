@@ -36,7 +36,7 @@ from tlcr.discriminator_metrics import (
 from tlcr.distributed import on_main_process
 from tlcr.errors import DataError
 from tlcr.metrics import tracking
-from tlcr.models import load_token_classifier, save_model
+from tlcr.models import check_fits, load_token_classifier, save_model
 from tlcr.supervised import FitResult, LossParts, fit
 from tlcr.types import LabelledPair, PreferencePair
 
@@ -86,6 +86,8 @@ def train_discriminator(
     """
     settings, folder = cfg.discriminator, Path(folder)
     _check(settings, labelled_train, labelled_held_out)
+    sides = [side for pair in (*labelled_train, *labelled_held_out) for side in (pair.rejected, pair.revised)]
+    check_fits(backbone_lm, max(len(side.encoded.ids) for side in sides), "an answer with its prompt")
 
     # 1. the classifier: the backbone of the SFT model under a new head
     model = load_token_classifier(backbone_lm, cfg.model, id2label=labels_of(settings.targets))

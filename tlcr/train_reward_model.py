@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tlcr.callbacks import Callback
 from tlcr.config import RunConfig
 from tlcr.metrics import tracking
-from tlcr.models import load_sequence_classifier, save_model
+from tlcr.models import check_fits, load_sequence_classifier, save_model
 from tlcr.reward_model import EncodedComparison, bradley_terry_loss, collate_comparisons
 from tlcr.supervised import FitResult, fit, mean_loss
 from tlcr.tokenization import encode_answers
@@ -38,6 +38,7 @@ def train_reward_model(
     """
     # 1. both answers to each prompt, tokenised in context
     train, held_out = (_encode(pairs, tokenizer, cfg) for pairs in (pairs_train, pairs_held_out))
+    check_fits(causal_lm, max((pair.length for pair in train + held_out), default=0), "an answer with its prompt")
 
     # 2. the classifier: the causal LM's backbone under one output
     model = load_sequence_classifier(causal_lm, cfg.model)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tlcr.callbacks import Callback
 from tlcr.config import RunConfig
 from tlcr.metrics import tracking
-from tlcr.models import save_model
+from tlcr.models import check_fits, save_model
 from tlcr.sft import collate_completions, completion_loss
 from tlcr.supervised import FitResult, fit, mean_loss
 from tlcr.tokenization import encode_answers
@@ -38,6 +38,7 @@ def train_sft(
     """
     # 1. prompt and preferred answer as one text; an answer that was not cut ends with the end-of-sequence token
     train, held_out = (_encode(pairs, tokenizer, cfg) for pairs in (pairs_train, pairs_held_out))
+    check_fits(model, max((len(answer.ids) for answer in train + held_out), default=0), "an answer with its prompt")
 
     # 2. maximise the likelihood of the answers, and watch those held out
     collate = partial(collate_completions, pad_token_id=tokenizer.pad_token_id)
