@@ -109,10 +109,10 @@ class _Judges:
 
 def _load_judges(run: RunFolder, cfg: RunConfig) -> _Judges:
     judges = _Judges()
-    if run.needs_discriminator(cfg):
+    if cfg.uses_discriminator(cfg.reward):
         model, tokenizer = load_discriminator(run.discriminator_folder, cfg.model)
         judges = replace(judges, discriminator=_on(run, model), discriminator_tokenizer=tokenizer)
-    if run.needs_reward_model(cfg):
+    if cfg.uses_reward_model(cfg.reward):
         own = saved_model(cfg.model, run.reward_model_folder)
         model = _on(run, load_sequence_classifier(run.reward_model_folder, own))
         judges = replace(judges, reward_model=model, reward_model_tokenizer=load_tokenizer(own))

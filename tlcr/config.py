@@ -330,3 +330,14 @@ class RunConfig(Checked):
                     )
         if not self.seeds:
             raise ConfigError("RunConfig.seeds is empty; name at least one seed, such as [0]")
+
+    def uses_reward_model(self, reward: RewardConfig) -> bool:
+        """Whether PPO on this reward loads the sequence reward model."""
+        return reward.kind == "sequence" or reward.sequence_coef > 0 or self._value_starts_from("reward_model")
+
+    def uses_discriminator(self, reward: RewardConfig) -> bool:
+        """Whether PPO on this reward loads the discriminator."""
+        return reward.kind not in ("sequence", "random", "callable") or self._value_starts_from("discriminator")
+
+    def _value_starts_from(self, model: str) -> bool:
+        return self.ppo.value_model == "separate" and self.ppo.value_init == model

@@ -119,12 +119,9 @@ def estimate_run(cfg: RunConfig, size: ModelSize) -> list[Estimate]:
 def _judges(cfg: RunConfig) -> dict[str, bool]:
     """Which frozen models the rewards, or the value model's start, need."""
     rewards = [arm.reward for arm in cfg.arms] or [cfg.reward]
-    without_discriminator = ("sequence", "random", "callable")
     return {
-        "discriminator": cfg.ppo.value_init == "discriminator"
-        or any(reward.kind not in without_discriminator for reward in rewards),
-        "reward model": cfg.ppo.value_init == "reward_model"
-        or any(reward.kind == "sequence" or reward.sequence_coef > 0 for reward in rewards),
+        "discriminator": any(map(cfg.uses_discriminator, rewards)),
+        "reward model": any(map(cfg.uses_reward_model, rewards)),
     }
 
 

@@ -103,32 +103,24 @@ class RunFolder:
         own = {name: getattr(cfg, name) for name in ("reward", "kl", "rollout", "ppo", "evaluation")}
         before = self.settings("model", "data", "sft", "labels")
         judges = {
-            "discriminator": self.needs_discriminator(cfg) and cfg.discriminator,
-            "reward_model": self.needs_reward_model(cfg) and cfg.reward_model,
+            "discriminator": cfg.uses_discriminator(cfg.reward) and cfg.discriminator,
+            "reward_model": cfg.uses_reward_model(cfg.reward) and cfg.reward_model,
         }
         return {**before, **judges, **own, "ppo_seed": seed}
 
     # ---- what is trained, and where it lies
 
-    def needs_reward_model(self, arm: RunConfig) -> bool:
-        uses = arm.reward.kind == "sequence" or arm.reward.sequence_coef > 0
-        return uses or _initialises(arm, "reward_model")
-
-    def needs_discriminator(self, arm: RunConfig) -> bool:
-        uses = arm.reward.kind not in ("sequence", "random", "callable")
-        return uses or _initialises(arm, "discriminator")
-
     def wants(self, stage: str) -> bool:
         """Whether a run of all stages includes this one: a judge is trained where an arm needs it and none is named."""
-        arms = [self.arm_config(arm) for arm in self.arms]
+        rewards = [arm.reward for arm in self.arms]
         if stage == "sft":
             return self.cfg.sft.enabled
         if stage == "reward_model":
             trained = self.cfg.reward_model
-            return trained.enabled and trained.path is None and any(map(self.needs_reward_model, arms))
+            return trained.enabled and trained.path is None and any(map(self.cfg.uses_reward_model, rewards))
         if stage in ("labels", "discriminator"):
             judge = self.cfg.discriminator
-            return judge.enabled and judge.path is None and any(map(self.needs_discriminator, arms))
+            return judge.enabled and judge.path is None and any(map(self.cfg.uses_discriminator, rewards))
         return True
 
     @property
@@ -229,10 +221,6 @@ class RunFolder:
         metrics = work()
         seconds = round(time.monotonic() - started, 1)
         mark_done(folder, config=settings, metrics=metrics, seconds=seconds, record=record)
-
-
-def _initialises(cfg: RunConfig, model: str) -> bool:
-    return cfg.ppo.value_model == "separate" and cfg.ppo.value_init == model
 
 
 def _differences(before: Any, now: Any, path: str = "") -> list[str]:
