@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.actor_critic import ActorCritic, build_value_model
 from tlcr.advantages import compute_advantages
-from tlcr.config import Arm, ModelConfig, RunConfig
+from tlcr.config import Arm, RunConfig
 from tlcr.data import embedded
 from tlcr.discriminator import load_discriminator, temperature_of
 from tlcr.distributed import on_main_process, process_count, process_index
@@ -113,7 +113,7 @@ def _load_judges(run: RunFolder, cfg: RunConfig) -> _Judges:
         model, tokenizer = load_discriminator(run.discriminator_folder, cfg.model)
         judges = replace(judges, discriminator=_on(run, model), discriminator_tokenizer=tokenizer)
     if cfg.uses_reward_model(cfg.reward):
-        own = saved_model(cfg.model, run.reward_model_folder)
+        own = cfg.model.saved_in(run.reward_model_folder)
         model = _on(run, load_sequence_classifier(run.reward_model_folder, own))
         judges = replace(judges, reward_model=model, reward_model_tokenizer=load_tokenizer(own))
     return judges
@@ -135,13 +135,8 @@ def _start(run: RunFolder, cfg: RunConfig, judges: _Judges) -> ActorCritic:
 
 def _trained(run: RunFolder, cfg: RunConfig, folder: Path) -> ActorCritic:
     """Policy and value model as training left them."""
-    own = saved_model(cfg.model, folder / "policy")
+    own = cfg.model.saved_in(folder / "policy")
     return ActorCritic.load(own, folder / "value", chunk_tokens=cfg.ppo.chunk_tokens).to(run.device)
-
-
-def saved_model(cfg: ModelConfig, folder: Path) -> ModelConfig:
-    """The model settings for a folder that a stage wrote: its tokenizer is in it, complete."""
-    return replace(cfg, path=str(folder), tokenizer=None, gguf_file=None, pad_token=None, chat_template=None)
 
 
 class _Evaluation:

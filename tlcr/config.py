@@ -77,6 +77,12 @@ class ModelConfig(Checked):
     trust_remote_code: bool = knob(False, "run code that comes with the model: only for sources you trust")
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
 
+    def saved_in(self, folder: object) -> ModelConfig:
+        """These settings for a folder that a stage wrote: the tokenizer in it is complete."""
+        return dataclasses.replace(
+            self, path=str(folder), tokenizer=None, gguf_file=None, pad_token=None, chat_template=None
+        )
+
 
 @dataclass(frozen=True)
 class DataConfig(Checked):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -284,5 +284,4 @@ def load_discriminator(folder: str | Path, cfg: ModelConfig) -> tuple[PreTrained
     """
     model = load_token_classifier(folder, cfg)
     make_top_layers_bidirectional(model, getattr(model.config, "tlcr_bidirectional_layers", 0))
-    own = replace(cfg, path=str(folder), tokenizer=None, gguf_file=None, pad_token=None, chat_template=None)
-    return model.eval(), load_tokenizer(own)
+    return model.eval(), load_tokenizer(cfg.saved_in(folder))

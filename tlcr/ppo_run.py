@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -225,9 +225,7 @@ class PPORun:
                 f"{self.folder} holds a finished run{found} to load what it trained, name another output_dir, or "
                 "delete that folder to train again"
             )
-        trained = ActorCritic.load(
-            replace(self.cfg.model, path=str(self.folder / "policy"), gguf_file=None), self.folder / "value"
-        )
+        trained = ActorCritic.load(self.cfg.model.saved_in(self.folder / "policy"), self.folder / "value")
         self.actor_critic.load_state_dict(trained.state_dict())
         done = json.loads((self.folder / "done.json").read_text(encoding="utf-8"))
         last = read_metrics(self.log.path)[-1]

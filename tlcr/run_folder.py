@@ -128,8 +128,7 @@ class RunFolder:
         """The model that reward model, discriminator and PPO start from: what SFT wrote, or the model as it comes."""
         if not self.cfg.sft.enabled:
             return self.cfg.model
-        own: dict[str, Any] = {"tokenizer": None, "gguf_file": None, "pad_token": None, "chat_template": None}
-        return replace(self.cfg.model, path=str(self._written("sft")), **own)
+        return self.cfg.model.saved_in(self._written("sft"))
 
     @property
     def discriminator_folder(self) -> Path:
