@@ -1,0 +1,25 @@
+// The CPU kernels, once per instruction set. Each works on a range of rows, so that the caller decides the threads.
+#pragma once
+
+#include "../arguments.h"
+
+namespace tlcr::cpu {
+
+struct Kernels {
+  const char* instruction_set;  // "avx512", "avx2" or "baseline"
+  void (*score)(const ScoreArguments&, int64_t begin, int64_t end);
+  void (*score_backward)(const ScoreBackwardArguments&, int64_t begin, int64_t end);
+  void (*reward)(const RewardArguments&, int64_t begin, int64_t end);               // rows of the batch
+  void (*hidden_reward)(const HiddenRewardArguments&, int64_t begin, int64_t end);  // rows of the batch
+  void (*gae)(const GaeArguments&, int64_t begin, int64_t end);                     // sequences
+  void (*whiten)(const WhitenArguments&);
+  void (*ppo)(const PPOArguments&, int64_t begin, int64_t end);  // rows of the batch: fills row_sums
+  void (*ppo_finish)(const PPOArguments&);                       // all rows: row_weights and stats
+  void (*ppo_backward)(const PPOBackwardArguments&, int64_t begin, int64_t end);
+};
+
+// The best table that this processor can run and that `capability` allows: what at::get_cpu_capability() says, "AVX512",
+// "AVX2" or "DEFAULT", so that ATEN_CPU_CAPABILITY rules these kernels as it rules torch's own.
+const Kernels& kernels(const char* capability);
+
+}  // namespace tlcr::cpu
