@@ -1,11 +1,259 @@
-"""Build script. The metadata lives in pyproject.toml; compiled extensions are declared here."""
+"""Build script: which compiled code goes into tlcr, and how. The metadata lives in pyproject.toml.
 
+Environment variables (docs/installation.md tells more):
+    TLCR_BUILD            auto (default), none, cpu or cuda
+    TLCR_LOCAL_VERSION    a label that is added to the version: cu130 makes 0.1.0+cu130
+    TORCH_CUDA_ARCH_LIST  the GPU architectures to compile for; has a default, of which nvcc takes what it knows
+    CUDA_HOME, CXX        which CUDA toolkit and which C++ compiler
+    MAX_JOBS              how many files are compiled at once
+    NVCC_THREADS          for how many architectures one nvcc compiles at once
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
-from setuptools import setup
+from setuptools import Command, Extension, setup
+from setuptools.command.build import build
 from setuptools.command.sdist import sdist
 
+ARCH_LIST = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+"""What code is made for where TORCH_CUDA_ARCH_LIST is not set; PTX of the last one serves whatever comes later."""
+
 KERNELS = Path("tlcr", "kernels")
+
+
+class Torch(NamedTuple):
+    version: str
+    cuda: str | None
+    """The CUDA that it was built for; None: it is a CPU build."""
+
+
+class Toolkit(NamedTuple):
+    home: Path
+    version: str
+    architectures: tuple[str, ...]
+    """Those that nvcc knows, as "9.0"."""
+
+
+class Decision(NamedTuple):
+    extension: str | None
+    """"cuda", "cpu" or None: a pure build."""
+    remark: str | None
+    """Why it is not a CUDA build."""
+
+
+class BuildError(SystemExit):
+    """What was asked for cannot be built; its message says why and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"tlcr: {message}")
+
+
+def decide(wanted: str, torch: Torch | None, compiler: str | None, toolkit: Toolkit | str) -> Decision:
+    """What is built. Whether a GPU is visible plays no part: the machine that builds need not be the one that runs.
+
+    Args:
+        wanted: TLCR_BUILD.
+        torch: the torch to compile against, if there is one.
+        compiler: what stands in the way of compiling C++, or None.
+        toolkit: the CUDA toolkit, or why there is none.
+    """
+    if wanted not in ("auto", "none", "cpu", "cuda"):
+        raise BuildError(f"TLCR_BUILD={wanted!r} is unknown, choose from auto, none, cpu, cuda")
+    if wanted == "none":
+        return Decision(None, "it was built with TLCR_BUILD=none")
+    problem = compiler
+    if torch is None:
+        problem = (
+            "there was no torch to compile against; pip hides it from a build unless it is installed first and "
+            "--no-build-isolation is given"
+        )
+    if problem is not None:
+        if wanted == "auto":
+            return Decision(None, problem)
+        raise BuildError(f"TLCR_BUILD={wanted} cannot be done: {problem}")
+    assert torch is not None
+    if wanted == "cpu":
+        return Decision("cpu", "it was built with TLCR_BUILD=cpu")
+    problem = cuda_problem(torch, toolkit)
+    if problem is None:
+        return Decision("cuda", None)
+    if wanted == "auto":
+        return Decision("cpu", problem)
+    raise BuildError(f"TLCR_BUILD=cuda cannot be done: {problem}")
+
+
+def cuda_problem(torch: Torch, toolkit: Toolkit | str) -> str | None:
+    if torch.cuda is None:
+        return f"torch {torch.version} is not a CUDA build; install one that is, then build tlcr"
+    if isinstance(toolkit, str):
+        return f"{toolkit}; install the CUDA toolkit {torch.cuda}, or say in CUDA_HOME where it is"
+    if toolkit.version.split(".")[0] != torch.cuda.split(".")[0]:
+        return (
+            f"the nvcc in {toolkit.home} is of CUDA {toolkit.version} and torch {torch.version} of CUDA {torch.cuda}; "
+            "say in CUDA_HOME where a toolkit of that major version is"
+        )
+    return None
+
+
+def find_torch() -> Torch | None:
+    try:
+        torch = importlib.import_module("torch")
+    except ModuleNotFoundError as error:
+        if error.name == "torch":
+            return None
+        raise
+    return Torch(torch.__version__, torch.version.cuda)
+
+
+def find_compiler_problem() -> str | None:
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler.split()[0]) is None:
+        return f"there was no C++ compiler {compiler!r}; install g++, or name a compiler in CXX"
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").exists():
+        return f"there was no Python.h in {headers}; install Python's headers (python3-dev or python3-devel)"
+    return None
+
+
+def find_toolkit() -> Toolkit | str:
+    named, found = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"), shutil.which("nvcc")
+    if named:
+        homes = [Path(named)]
+    else:  # an nvcc on PATH may be a script that stands elsewhere than its toolkit
+        homes = [Path(found).resolve().parent.parent] if found else []
+        homes.append(Path("/usr/local/cuda"))
+    for home in homes:
+        # conda keeps the headers in targets/*/include
+        headers = (home, *home.glob("targets/*"))
+        if (home / "bin/nvcc").exists() and any((place / "include/cuda_runtime.h").exists() for place in headers):
+            return read_toolkit(home)
+    return f"there was no CUDA toolkit (bin/nvcc and include/cuda_runtime.h) in {' or '.join(map(str, homes))}"
+
+
+def read_toolkit(home: Path) -> Toolkit:
+    def ask(option: str) -> str:
+        return subprocess.run([home / "bin/nvcc", option], check=True, capture_output=True, text=True).stdout
+
+    release = re.search(r"release (\d+\.\d+)", ask("--version"))
+    if release is None:
+        raise BuildError(f"{home}/bin/nvcc --version names no release: is it nvcc?")
+    known = re.findall(r"compute_(\d+)(\d)\b", ask("--list-gpu-arch"))
+    return Toolkit(home, release[1], tuple(f"{major}.{minor}" for major, minor in known))
+
+
+def arch_list(named: str | None, known: Iterable[str]) -> str:
+    """TORCH_CUDA_ARCH_LIST as it was given, or the default without what nvcc does not know."""
+    if named:
+        return named
+    known = set(known)
+    kept = [arch for arch in ARCH_LIST if arch in known]
+    if not kept:
+        raise BuildError(f"nvcc knows none of {', '.join(ARCH_LIST)}; set TORCH_CUDA_ARCH_LIST, or get a newer one")
+    return ";".join(kept) + "+PTX"
+
+
+def local_label(environment: Mapping[str, str]) -> str:
+    """TLCR_LOCAL_VERSION with its plus sign, or nothing."""
+    label = environment.get("TLCR_LOCAL_VERSION", "")
+    if label and not re.fullmatch(r"[a-z0-9]+(\.[a-z0-9]+)*", label):
+        raise BuildError(
+            f"TLCR_LOCAL_VERSION={label!r} is no local version label: lower-case letters and digits, in parts joined "
+            "by dots, such as cu130.torch2.11"
+        )
+    return label and f"+{label}"
+
+
+def cuda_extension(toolkit: Toolkit) -> Extension:
+    # torch reads these two when it is asked for an extension.
+    os.environ["CUDA_HOME"] = str(toolkit.home)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list(os.environ.get("TORCH_CUDA_ARCH_LIST"), toolkit.architectures)
+    from torch.utils.cpp_extension import CUDAExtension
+
+    nvcc = ["-O3", "-Xfatbin", "-compress-all"]
+    if threads := os.environ.get("NVCC_THREADS"):
+        nvcc += ["--threads", threads]
+    flags = {"cxx": CXX_FLAGS, "nvcc": nvcc}
+    extension: Extension = CUDAExtension(
+        "tlcr._C",
+        sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cu"),
+        define_macros=[("TLCR_CUDA", None)],
+        extra_compile_args=flags,
+        **COMMON,
+    )
+    # A torch from pip comes with headers of the CUDA libraries that a small toolkit lacks.
+    beside_torch = Path(importlib.import_module("torch").__file__ or "").parent.parent.glob("nvidia/*/include")
+    extension.include_dirs += sorted(map(str, beside_torch))
+    return extension
+
+
+def cpu_extension() -> Extension:
+    from torch.utils.cpp_extension import CppExtension
+
+    extension: Extension = CppExtension(
+        "tlcr._C", sources("csrc/*.cpp", "csrc/cpu/*.cpp"), extra_compile_args={"cxx": CXX_FLAGS}, **COMMON
+    )
+    return extension
+
+
+# No -std: torch gives the one that its headers need. at::parallel_for has threads only where OpenMP is on.
+CXX_FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-g0"]
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path) for pattern in patterns for path in Path().glob(pattern))
+
+
+COMMON: dict[str, Any] = {
+    "include_dirs": ["csrc"],
+    "depends": sources("csrc/**/*.h", "csrc/**/*.cuh"),
+    "extra_link_args": ["-fopenmp"],
+}
+
+
+class Build(build):
+    """The build, with its record last: it is written only where all that went before came to be."""
+
+    sub_commands: ClassVar = [*build.sub_commands, ("build_record", None)]
+
+
+class BuildRecord(Command):
+    """Writes tlcr/_build.json, which tlcr reads before it loads the extension."""
+
+    facts: ClassVar[Mapping[str, str | None]]
+    editable_mode = False
+
+    def initialize_options(self) -> None:
+        self.build_lib = ""
+
+    def finalize_options(self) -> None:
+        self.build_lib = self.get_finalized_command("build_py").build_lib
+
+    def run(self) -> None:
+        version = self.get_finalized_command("egg_info").egg_version
+        target = Path("" if self.editable_mode else self.build_lib, "tlcr", "_build.json")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps({"version": version, **self.facts}, indent=2) + "\n", encoding="utf-8")
+
+    def get_source_files(self) -> list[str]:
+        return []
+
+    def get_outputs(self) -> list[str]:
+        return [str(Path(self.build_lib, "tlcr", "_build.json"))]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
 
 
 class SourceDistribution(sdist):
@@ -16,4 +264,36 @@ class SourceDistribution(sdist):
         (Path(base_dir) / KERNELS).symlink_to(Path("..", "kernels"))
 
 
-setup(cmdclass={"sdist": SourceDistribution})
+def main() -> None:
+    torch, toolkit = find_torch(), find_toolkit()
+    decision = decide(os.environ.get("TLCR_BUILD") or "auto", torch, find_compiler_problem(), toolkit)
+    commands: dict[str, type[Command]] = {"build": Build, "build_record": BuildRecord, "sdist": SourceDistribution}
+    extensions = []
+    if decision.extension is not None:
+        from torch.utils.cpp_extension import BuildExtension
+
+        commands["build_ext"] = BuildExtension
+    if decision.extension == "cpu":
+        extensions = [cpu_extension()]
+    elif decision.extension == "cuda":
+        assert isinstance(toolkit, Toolkit)
+        extensions = [cuda_extension(toolkit)]
+    is_cuda = bool(decision.extension == "cuda")
+    BuildRecord.facts = {
+        **decision._asdict(),
+        "torch": torch.version if torch and extensions else None,
+        "cuda": toolkit.version if isinstance(toolkit, Toolkit) and is_cuda else None,
+        "arch_list": os.environ["TORCH_CUDA_ARCH_LIST"] if is_cuda else None,
+    }
+    kind = {"cuda": "a CUDA extension", "cpu": "a CPU extension", None: "a pure wheel, WITHOUT compiled kernels"}
+    why = f", because {decision.remark}" if decision.remark else f" for {os.environ['TORCH_CUDA_ARCH_LIST']}"
+    sys.stderr.write(f"tlcr: building {kind[decision.extension]}{why}\n")
+    setup(
+        ext_modules=extensions,
+        cmdclass=commands,
+        options={"egg_info": {"tag_build": local_label(os.environ)}},
+    )
+
+
+if __name__ == "__main__":
+    main()

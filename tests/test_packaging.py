@@ -62,7 +62,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(dist: Path, 
     (archive,) = dist.glob("*.whl")
     held = set(zipfile.ZipFile(archive).namelist())
     package = {name for name in tracked if name.startswith("tlcr/")} - {"tlcr/kernels"}
-    package |= {f"tlcr/{name}" for name in tracked if name.startswith("kernels/")}
+    package |= {"tlcr/_build.json"} | {f"tlcr/{name}" for name in tracked if name.startswith("kernels/")}
     assert "tlcr/py.typed" in package
     assert {name for name in held if ".dist-info/" not in name} == package
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in held)

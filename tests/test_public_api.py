@@ -20,6 +20,7 @@ NAMES = {
     "TokenLabel",
     "TokenScores",
     "__version__",
+    "build_info",
     "dump_config",
     "fused_gae",
     "fused_reward",
@@ -52,6 +53,7 @@ SIGNATURES = {
     "old_values=None, returns=None, value_clip=0.2, value_coef=1.0, entropy=None, entropy_coef=0.0, kl=None, "
     "kl_coef=0.0, aggregate='token', denominator=None, impl='auto')",
     "token_labels": "(rejected_ids, revised_ids)",
+    "build_info": "()",
 }
 FIELDS = {
     "TokenScores": ("logprobs", "entropy", "ref_logprobs", "kl"),

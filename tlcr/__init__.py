@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         score_tokens,
         token_labels,
     )
+    from tlcr.ops._extension import build_info
     from tlcr.pipeline import run
 
     __version__: str
@@ -36,6 +37,7 @@ __all__ = [
     "TokenLabel",
     "TokenScores",
     "__version__",
+    "build_info",
     "dump_config",
     "fused_gae",
     "fused_reward",
@@ -55,6 +57,7 @@ __all__ = [
 
 _HOME = {
     "RunConfig": "tlcr.config",
+    "build_info": "tlcr.ops._extension",
     "dump_config": "tlcr.config_loading",
     "load_config": "tlcr.config_loading",
     "run": "tlcr.pipeline",

@@ -1,4 +1,4 @@
-"""One small exception tree. Every class is also the standard-library type that a caller would already catch.
+"""One small exception tree, and a warning. Each is also the standard-library type that a caller would already catch.
 
 All of them carry nothing but their message, so they survive pickling between processes.
 """
@@ -8,6 +8,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "ExtensionWarning",
     "ShapeError",
     "TlcrError",
     "TrainingDiverged",
@@ -40,3 +41,7 @@ class CheckpointError(TlcrError, RuntimeError):
 
 class TrainingDiverged(TlcrError, RuntimeError):
     """Training met NaN, infinity or an exploding ratio and stopped, with its state saved."""
+
+
+class ExtensionWarning(RuntimeWarning):
+    """Compiled kernels are installed and do not fit the torch that runs; the message has the line that mends it."""

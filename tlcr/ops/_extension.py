@@ -1,0 +1,131 @@
+"""The compiled kernels ``tlcr._C``: loaded where they fit the torch that runs; where not, the reason and the remedy.
+
+Beside the extension lies a record of its build, which is read first: a library built for another torch would fail with
+an undefined symbol, or not at all and then compute something else.
+"""
+
+import functools
+import importlib
+import json
+import re
+import warnings
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import torch
+
+from tlcr.errors import ExtensionWarning
+
+__all__ = ["build_info", "load", "unavailable"]
+
+RECORD = Path(__file__).parent.parent / "_build.json"
+UNBUILT = "it runs from its sources, which were never built"
+
+
+class BuildRecord(NamedTuple):
+    """What setup.py wrote when it built this installation."""
+
+    version: str | None = None
+    extension: str | None = None
+    """"cuda", "cpu", or None: a pure installation."""
+    remark: str | None = UNBUILT
+    """Why it is not a CUDA build."""
+    torch: str | None = None
+    """The torch that it was compiled against."""
+    cuda: str | None = None
+    """Version of the CUDA toolkit that compiled it."""
+    arch_list: str | None = None
+    """The GPU architectures it has code for, in the manner of TORCH_CUDA_ARCH_LIST."""
+
+
+def build_info() -> dict[str, Any]:
+    """How this installation was built, and what of it is in use.
+
+    Returns:
+        The fields of the build record: `version`, `extension` ("cuda", "cpu" or None), `remark` (why it is not a CUDA
+        build), `torch`, `cuda` and `arch_list`. Then what the extension says of itself, each None where it is not
+        loaded: `compiler`, `instruction_set` (of the CPU kernels on this processor, as ATEN_CPU_CAPABILITY allows).
+        And `problem`: why an extension that is there is not loaded, with the line that mends it, else None.
+    """
+    record, problem = read_record(), load()
+    facts: dict[str, Any] = {"compiler": None, "instruction_set": None}
+    if record.extension is not None and problem is None:
+        facts = importlib.import_module("tlcr._C").build_info(torch.backends.cpu.get_cpu_capability())
+    return {**facts, **record._asdict(), "problem": problem if record.extension is not None else None}
+
+
+@functools.cache
+def unavailable(device_type: str) -> str | None:
+    """Why there are no compiled kernels for "cpu" or "cuda" tensors, and what to do; None where there are."""
+    problem, record = load(), read_record()
+    if problem is None and device_type == "cuda" and record.extension != "cuda":
+        return f"tlcr was built without CUDA kernels ({record.remark}); to build them: {_rebuild()}"
+    return problem
+
+
+@functools.cache
+def load() -> str | None:
+    """Load the extension; returns None, or why there is none to load and what to do.
+
+    A pure installation is as it should be. An extension that is there and does not fit is also warned of, once.
+    """
+    record = read_record()
+    if record.extension is None:
+        return f"tlcr has no compiled kernels here: {record.remark}; to build them: {_rebuild()}"
+    problem = mismatch(record, torch.__version__, torch.version.cuda)
+    if problem is None:
+        try:
+            importlib.import_module("tlcr._C")
+            return None
+        except ImportError as error:
+            problem = f"tlcr's compiled kernels cannot be loaded: {error}"
+    problem = f"{problem}; to mend it: {_rebuild()}"
+    warnings.warn(f"{problem} (until then the ops run without them)", ExtensionWarning, stacklevel=2)
+    return problem
+
+
+def mismatch(record: BuildRecord, torch_version: str, torch_cuda: str | None) -> str | None:
+    """Why an extension built as `record` says cannot be loaded beside this torch; None where it can.
+
+    Torch keeps its C++ interface within a minor version, and the CUDA runtime within a major one.
+    """
+    built = f"tlcr's compiled kernels were built for torch {record.torch}"
+    if _parts(record.torch, 2) != _parts(torch_version, 2):
+        return f"{built} and meet torch {torch_version}"
+    if record.extension == "cuda" and _parts(record.cuda, 1) != _parts(torch_cuda, 1):
+        met = "a CPU build" if torch_cuda is None else f"for CUDA {torch_cuda}"
+        return f"{built} and CUDA {record.cuda}, and meet torch {torch_version}, {met}"
+    return None
+
+
+@functools.cache
+def read_record() -> BuildRecord:
+    return BuildRecord(**json.loads(RECORD.read_text(encoding="utf-8"))) if RECORD.exists() else BuildRecord()
+
+
+def _parts(version: str | None, count: int) -> list[str]:
+    return re.findall(r"\d+", version or "")[:count]
+
+
+def _rebuild() -> str:
+    """The command that builds this installation anew, against the torch that is installed."""
+    source, editable = _source()
+    if editable:
+        return f"pip install --no-build-isolation --no-deps --editable '{source}'"
+    # pip keeps the wheels that it builds, and would take the old one again.
+    how = "--no-build-isolation --no-deps --force-reinstall --no-cache-dir --no-binary tlcr"
+    return f"pip install {how} {repr(source) if source else 'tlcr'}"
+
+
+def _source() -> tuple[str | None, bool]:
+    """The folder that tlcr was installed from, if it was one, and whether it runs from there."""
+    try:
+        written = distribution("tlcr").read_text("direct_url.json")
+    except PackageNotFoundError:
+        return str(RECORD.parent.parent), True
+    origin = json.loads(written) if written else {}
+    if "dir_info" not in origin:
+        return None, False
+    return unquote(urlsplit(origin["url"]).path), bool(origin["dir_info"].get("editable"))
