@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         PPOLoss,
         TokenLabel,
         TokenScores,
+        build_info,
         fused_gae,
         fused_reward,
         ppo_loss,
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
         score_tokens,
         token_labels,
     )
-    from tlcr.ops._extension import build_info
     from tlcr.pipeline import run
 
     __version__: str
@@ -57,7 +57,6 @@ __all__ = [
 
 _HOME = {
     "RunConfig": "tlcr.config",
-    "build_info": "tlcr.ops._extension",
     "dump_config": "tlcr.config_loading",
     "load_config": "tlcr.config_loading",
     "run": "tlcr.pipeline",

@@ -46,7 +46,7 @@ def test_signatures_are_those_of_the_design(op: str) -> None:
 
 def test_public_names() -> None:
     results = {"OpStatus", "PPOLoss", "TokenLabel", "TokenScores"}
-    assert set(ops.__all__) == {*SIGNATURES, *results, "available"}
+    assert set(ops.__all__) == {*SIGNATURES, *results, "available", "build_info"}
 
 
 def calls(device: str) -> dict[str, Any]:

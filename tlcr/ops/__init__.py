@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tlcr.errors import ConfigError, ShapeError
 from tlcr.ops import _checks
+from tlcr.ops._extension import build_info
 from tlcr.ops._registry import OpStatus, available, resolve
 from tlcr.ops.alignment import token_labels
 from tlcr.ops.types import PPOLoss, TokenLabel, TokenScores
@@ -29,6 +30,7 @@ __all__ = [
     "TokenLabel",
     "TokenScores",
     "available",
+    "build_info",
     "fused_gae",
     "fused_reward",
     "ppo_loss",
