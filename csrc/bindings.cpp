@@ -1,0 +1,241 @@
+// Registers the kernels with torch, under the schemas of tlcr/ops/_library.py. The ops on (B, T) tensors are here, scoring
+// is in scoring.cpp. Arguments are checked by the Python door; torch checks these signatures against the schemas.
+#include <torch/library.h>
+
+#include <limits>
+
+#include "run.h"
+#include "scoring.h"
+
+namespace tlcr {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// What fused_reward and reward_from_hidden share: the tensors of a reward in the kernels' dtypes, and its options.
+struct Reward {
+  Tensor mask, rewards;
+  MaybeTensor kl, terminal;
+  RewardOptions options;
+
+  Reward(const Tensor& mask, const MaybeTensor& kl, double kl_coef, const MaybeTensor& terminal, double temperature,
+         double scale, std::optional<double> clip, bool discrete, double band, at::ScalarType real)
+      : mask(mask.contiguous()),
+        rewards(at::empty(mask.sizes(), mask.options().dtype(real))),
+        kl(kl_coef != 0 ? dense(kl, real) : MaybeTensor()),
+        terminal(dense(terminal, real)),
+        options{temperature, scale, clip.value_or(kInfinity), kl_coef, band, discrete} {}
+
+  template <typename Arguments>
+  void fill(Arguments& arguments) const {
+    arguments.batch = mask.size(0);
+    arguments.length = mask.size(1);
+    arguments.mask = bytes(mask);
+    arguments.kl = pointer(kl);
+    arguments.terminal = pointer(terminal);
+    arguments.options = options;
+    arguments.rewards = pointer(rewards);
+  }
+};
+
+Tensor fused_reward(const Tensor& logits, const Tensor& mask, const MaybeTensor& kl, double kl_coef,
+                    const MaybeTensor& terminal, double temperature, double scale, std::optional<double> clip,
+                    bool discrete, double band) {
+  const Reward reward(mask, kl, kl_coef, terminal, temperature, scale, clip, discrete, band, real_dtype({logits}));
+  const Tensor logits_BTC = readable(logits).contiguous();
+  RewardArguments arguments{};
+  arguments.type = type_of(logits_BTC.scalar_type());
+  arguments.classes = logits.size(2);
+  arguments.logits = pointer(logits_BTC);
+  reward.fill(arguments);
+  on_threads(cpu_kernels().reward, arguments, arguments.batch, arguments.length);
+  return reward.rewards;
+}
+
+Tensor reward_from_hidden(const Tensor& hidden, const Tensor& weight, const Tensor& mask, const MaybeTensor& bias,
+                          const MaybeTensor& kl, double kl_coef, const MaybeTensor& terminal, double temperature,
+                          double scale, std::optional<double> clip, bool discrete, double band) {
+  const at::ScalarType real = real_dtype({hidden, weight, bias});
+  const Reward reward(mask, kl, kl_coef, terminal, temperature, scale, clip, discrete, band, real);
+  // Kernels read half precision and the type of the arithmetic.
+  const Tensor hidden_BTH = real == at::kDouble ? hidden.to(real) : readable(hidden);
+  const RowsOf rows(hidden_BTH);
+  const Tensor weight_CH = dense(weight, real);
+  const MaybeTensor bias_C = dense(bias, real);
+  HiddenRewardArguments arguments{};
+  arguments.type = type_of(hidden_BTH.scalar_type());
+  arguments.width = hidden.size(2);
+  arguments.classes = weight.size(0);
+  arguments.hidden = rows.rows();
+  arguments.weight = pointer(weight_CH);
+  arguments.bias = pointer(bias_C);
+  reward.fill(arguments);
+  if (mask.numel() != 0) run_hidden_reward(hidden, arguments);
+  return reward.rewards;
+}
+
+std::tuple<Tensor, Tensor> fused_gae(const Tensor& rewards, const Tensor& values, const MaybeTensor& mask, double gamma,
+                                     double lam, bool whiten, const MaybeTensor& cu_seqlens) {
+  const at::ScalarType real = real_dtype({rewards, values});
+  const Tensor dense_rewards = dense(rewards, real), dense_values = dense(values, real);
+  const MaybeTensor dense_mask = dense(mask, at::kBool), dense_cu_seqlens = dense(cu_seqlens, at::kInt);
+  const at::TensorOptions options = rewards.options().dtype(real);
+  // A packed position may belong to no sequence, and then nothing is written there.
+  const bool packed = cu_seqlens.has_value();
+  Tensor advantages = packed ? at::zeros(rewards.sizes(), options) : at::empty(rewards.sizes(), options);
+  Tensor returns = packed ? at::zeros(rewards.sizes(), options) : at::empty(rewards.sizes(), options);
+  MaybeTensor counts = dense_mask;
+  if (rewards.numel() == 0) return {advantages, returns};
+
+  GaeArguments arguments{};
+  arguments.type = type_of(real);
+  arguments.sequences = packed ? cu_seqlens->numel() - 1 : rewards.size(0);
+  arguments.length = rewards.size(-1);
+  arguments.cu_seqlens = packed ? dense_cu_seqlens->const_data_ptr<int32_t>() : nullptr;
+  arguments.rewards = pointer(dense_rewards);
+  arguments.values = pointer(dense_values);
+  arguments.mask = dense_mask.has_value() ? bytes(*dense_mask) : nullptr;
+  arguments.gamma = gamma;
+  arguments.lam = lam;
+  arguments.advantages = pointer(advantages);
+  arguments.returns = pointer(returns);
+  const int64_t width = packed ? arguments.length / std::max<int64_t>(1, arguments.sequences) : arguments.length;
+  on_threads(cpu_kernels().gae, arguments, arguments.sequences, width);
+  if (!whiten) return {advantages, returns};
+
+  if (packed) {
+    // What lies in no sequence does not count.
+    const Tensor position = at::arange(rewards.numel(), dense_cu_seqlens->options());
+    const Tensor inside = (position >= dense_cu_seqlens->select(0, 0)) & (position < dense_cu_seqlens->select(0, -1));
+    counts = dense_mask.has_value() ? *dense_mask & inside : inside;
+  }
+  const WhitenArguments whitening{type_of(real), rewards.numel(), counts.has_value() ? bytes(*counts) : nullptr,
+                                  pointer(advantages)};
+  cpu_kernels().whiten(whitening);
+  return {advantages, returns};
+}
+
+// What both passes of ppo_loss read, in the arithmetic's dtype.
+struct PPOInputs {
+  at::ScalarType real;
+  Tensor logprobs, old_logprobs, advantages, mask;
+  MaybeTensor values, old_values, returns;
+  PPOOptions options;
+
+  PPOInputs(at::ScalarType real, const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages,
+            const Tensor& mask, const MaybeTensor& values, const MaybeTensor& old_values, const MaybeTensor& returns,
+            const PPOOptions& options)
+      : real(real),
+        logprobs(dense(logprobs, real)),
+        old_logprobs(dense(old_logprobs, real)),
+        advantages(dense(advantages, real)),
+        mask(mask.contiguous()),
+        values(dense(values, real)),
+        old_values(options.value_clip < kInfinity ? dense(old_values, real) : MaybeTensor()),
+        returns(dense(returns, real)),
+        options(options) {}
+
+  template <typename Arguments>
+  void fill(Arguments& arguments) const {
+    arguments.type = type_of(real);
+    arguments.batch = mask.size(0);
+    arguments.length = mask.size(1);
+    arguments.logprobs = pointer(logprobs);
+    arguments.old_logprobs = pointer(old_logprobs);
+    arguments.advantages = pointer(advantages);
+    arguments.values = pointer(values);
+    arguments.old_values = pointer(old_values);
+    arguments.returns = pointer(returns);
+    arguments.mask = bytes(mask);
+    arguments.options = options;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> ppo_loss(
+    const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages, const Tensor& mask, double clip,
+    double clip_high, std::optional<double> dual_clip, const MaybeTensor& values, const MaybeTensor& old_values,
+    const MaybeTensor& returns, std::optional<double> value_clip, double value_coef, const MaybeTensor& entropy,
+    double entropy_coef, const MaybeTensor& kl, double kl_coef, bool per_sequence, std::optional<double> denominator,
+    const MaybeTensor& denominator_tensor) {
+  const at::ScalarType real =
+      real_dtype({logprobs, old_logprobs, advantages, values, old_values, returns, entropy, kl});
+  const PPOOptions options{clip,        clip_high,    dual_clip.value_or(kInfinity), value_clip.value_or(kInfinity),
+                           value_coef,  entropy_coef, kl_coef,                       per_sequence,
+                           denominator.value_or(0)};
+  const PPOInputs inputs(real, logprobs, old_logprobs, advantages, mask, values, old_values, returns, options);
+  const MaybeTensor entropy_BT = dense(entropy, real), kl_BT = dense(kl, real), count = dense(denominator_tensor, real);
+  const at::TensorOptions result = logprobs.options().dtype(real);
+  const Tensor row_sums = at::empty({mask.size(0), kPPOStats + 1}, result);
+  const Tensor row_weights = at::empty({mask.size(0)}, result);
+  const Tensor stats = at::empty({kPPOStats}, result);
+  PPOArguments arguments{};
+  inputs.fill(arguments);
+  arguments.entropy = pointer(entropy_BT);
+  arguments.kl = pointer(kl_BT);
+  arguments.denominator = pointer(count);
+  arguments.row_sums = pointer(row_sums);
+  arguments.row_weights = pointer(row_weights);
+  arguments.stats = pointer(stats);
+  on_threads(cpu_kernels().ppo, arguments, arguments.batch, arguments.length);
+  cpu_kernels().ppo_finish(arguments);
+  return {stats.select(0, kLoss).clone(), stats, row_weights};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss_backward(
+    const Tensor& g_loss, const Tensor& row_weights, const Tensor& logprobs, const Tensor& old_logprobs,
+    const Tensor& advantages, const Tensor& mask, double clip, double clip_high, std::optional<double> dual_clip,
+    const MaybeTensor& values, const MaybeTensor& old_values, const MaybeTensor& returns,
+    std::optional<double> value_clip, double value_coef, const MaybeTensor& entropy, double entropy_coef,
+    const MaybeTensor& kl, double kl_coef, bool wants_logprobs, bool wants_values, bool wants_entropy, bool wants_kl) {
+  const at::ScalarType real = row_weights.scalar_type();
+  const PPOOptions options{clip,       clip_high,    dual_clip.value_or(kInfinity), value_clip.value_or(kInfinity),
+                           value_coef, entropy_coef, kl_coef,                       /*per_sequence=*/false,
+                           /*denominator=*/0};
+  const PPOInputs inputs(real, logprobs, old_logprobs, advantages, mask, values, old_values, returns, options);
+  const at::TensorOptions result = logprobs.options().dtype(real);
+  const auto gradient = [&](bool wanted) {
+    return wanted ? at::empty(mask.sizes(), result) : at::empty({0}, result);
+  };
+  const Tensor g_logprobs = gradient(wants_logprobs), g_values = gradient(wants_values);
+  const Tensor g_entropy = gradient(wants_entropy), g_kl = gradient(wants_kl);
+  const Tensor g = dense(g_loss, real), weights = dense(row_weights, real);
+  PPOBackwardArguments arguments{};
+  inputs.fill(arguments);
+  arguments.row_weights = pointer(weights);
+  arguments.g_loss = pointer(g);
+  arguments.g_logprobs = pointer(g_logprobs);
+  arguments.g_values = pointer(g_values);
+  arguments.g_entropy = pointer(g_entropy);
+  arguments.g_kl = pointer(g_kl);
+  on_threads(cpu_kernels().ppo_backward, arguments, arguments.batch, arguments.length);
+  const auto as = [](const Tensor& gradient, const MaybeTensor& input) {
+    return input.has_value() ? gradient.to(input->scalar_type()) : gradient;
+  };
+  return {as(g_logprobs, logprobs), as(g_values, values), as(g_entropy, entropy), as(g_kl, kl)};
+}
+
+TORCH_LIBRARY_IMPL(tlcr, CPU, m) {
+  m.impl("fused_reward", fused_reward);
+  m.impl("reward_from_hidden", reward_from_hidden);
+  m.impl("fused_gae", fused_gae);
+  m.impl("score_tokens", score_tokens);
+  m.impl("score_tokens_backward", score_tokens_backward);
+  m.impl("score_hidden", score_hidden);
+  m.impl("score_hidden_backward", score_hidden_backward);
+  m.impl("ppo_loss", ppo_loss);
+  m.impl("ppo_loss_backward", ppo_loss_backward);
+}
+
+#ifdef TLCR_CUDA
+// The others are Triton kernels, which tlcr/ops/_library.py registers.
+TORCH_LIBRARY_IMPL(tlcr, CUDA, m) {
+  m.impl("reward_from_hidden", reward_from_hidden);
+  m.impl("score_tokens", score_tokens);
+  m.impl("score_tokens_backward", score_tokens_backward);
+  m.impl("score_hidden", score_hidden);
+  m.impl("score_hidden_backward", score_hidden_backward);
+}
+#endif
+
+}  // namespace
+}  // namespace tlcr
