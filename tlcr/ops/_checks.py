@@ -103,8 +103,8 @@ def choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def vocabulary_ids(op: str, token_ids: Tensor, vocabulary: int) -> None:
-    """Ids must lie in [0, V). Read on the CPU only; elsewhere the device's own bounds check has to catch it."""
-    if token_ids.device.type != "cpu" or token_ids.numel() == 0:
+    """Ids must lie in [0, V). Read on the CPU only; elsewhere, and when compiled, the kernel has to look."""
+    if token_ids.device.type != "cpu" or torch.compiler.is_compiling() or token_ids.numel() == 0:
         return
     low, high = (int(bound) for bound in torch.aminmax(token_ids))
     if low < 0 or high >= vocabulary:

@@ -1,10 +1,26 @@
-"""The torch operators ``torch.ops.tlcr.*``: what C++, CUDA and Triton kernels are registered under.
+"""The torch operators that C++, CUDA and Triton kernels are registered under.
 
 The schemas stand here, and nowhere in C++, because an installation without compiled code registers its Triton kernels
-under the same ones; where there is compiled code, torch compares its signatures with these and refuses to import it if
-they differ. An operator takes checked arguments (`tlcr.ops` is the door), returns in float32 or float64, and where a
+under the same ones; where there is compiled code, torch compares its signatures with these and refuses to load it if
+they differ. An operator takes checked arguments (`tlcr.ops` is the door), returns float32 or float64, and where a
 result does not exist (no reference, no gradient wanted) gives a tensor of no elements in its place.
+
+The namespace ``tlcr`` holds the C++ kernels on the CPU, and on CUDA both the compiled and the Triton kernels. Triton
+kernels on the CPU, which only its interpreter can run, live in ``tlcr_interpreted``: an operator has one kernel per
+device.
 """
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+
+from tlcr.ops._fakes import FAKES
+from tlcr.ops._gradients import GRADIENTS
 
 SCHEMAS = {
     "fused_reward": (
@@ -52,3 +68,63 @@ SCHEMAS = {
         "-> (Tensor logprobs, Tensor values, Tensor entropy, Tensor kl)"
     ),
 }
+
+
+# The operators that Triton has kernels for, and the module of each.
+TRITON = {
+    "fused_reward": "tlcr.kernels.reward",
+    "fused_gae": "tlcr.kernels.gae",
+    "ppo_loss": "tlcr.kernels.ppo_loss",
+    "ppo_loss_backward": "tlcr.kernels.ppo_loss",
+}
+
+NAMESPACE, INTERPRETED = "tlcr", "tlcr_interpreted"
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run on the CPU, as Python. Triton itself reads this when it is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def define() -> tuple[torch.library.Library, ...]:
+    """Define the operators and register what is Python of them, once. They last as long as what is returned."""
+    library = _define(NAMESPACE, SCHEMAS)
+    if not has_triton():
+        return (library,)
+    _register_triton(library, "CUDA")
+    if not interpreting():
+        return (library,)
+    interpreted = _define(INTERPRETED, TRITON)
+    _register_triton(interpreted, "CPU")
+    return library, interpreted
+
+
+def _define(namespace: str, ops: Collection[str]) -> torch.library.Library:
+    library = torch.library.Library(namespace, "DEF")
+    for op in ops:
+        library.define(op + SCHEMAS[op], tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{namespace}::{op}", FAKES[op], lib=library)
+    for op in GRADIENTS:
+        if op in ops:
+            setup_context, backward = GRADIENTS[op](getattr(torch.ops, namespace))
+            torch.library.register_autograd(f"{namespace}::{op}", backward, setup_context=setup_context, lib=library)
+    return library
+
+
+def _register_triton(library: torch.library.Library, key: str) -> None:
+    for op, module in TRITON.items():
+        library.impl(op, _imported_when_called(module, op), key)
+
+
+def _imported_when_called(module: str, op: str) -> Callable[..., Any]:
+    """Triton takes long to import: not before one of its kernels runs."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), op)(*args)
+
+    return call

@@ -1,26 +1,20 @@
 """Which implementations of each op exist, which can run, and which one ``impl="auto"`` takes.
 
-An implementation is a module with one function per op, named as the op. It takes the op's arguments, all of them and
-already checked, except ``impl``. A backend joins by an entry in `_IMPLEMENTATIONS`; no caller changes.
+An implementation is an object with one function per op, named as the op. It takes the op's arguments, all of them and
+already checked, except ``impl``.
 """
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from tlcr.errors import BackendUnavailable, ConfigError
+from tlcr.ops import _extension, _library, reference, reference_scoring
+from tlcr.ops._operators import Operators
 
 IMPLS = ("reference", "cpp", "triton", "cuda")
-
-
-class Implementation(NamedTuple):
-    """A module that implements an op, and the device types it runs on (None: any)."""
-
-    module: str
-    devices: frozenset[str] | None = None
 
 
 class OpStatus(NamedTuple):
@@ -37,46 +31,71 @@ class OpStatus(NamedTuple):
     """Why each of the others cannot run here."""
 
 
-_SCORING = {
-    "score_tokens": Implementation("tlcr.ops.reference_scoring"),
-    "score_hidden": Implementation("tlcr.ops.reference_scoring"),
+_REFERENCE = {
+    "fused_reward": reference,
+    "reward_from_hidden": reference,
+    "fused_gae": reference,
+    "ppo_loss": reference,
+    "score_tokens": reference_scoring,
+    "score_hidden": reference_scoring,
 }
-_ELEMENTWISE = {
-    op: Implementation("tlcr.ops.reference") for op in ("fused_reward", "reward_from_hidden", "fused_gae", "ppo_loss")
-}
-OPS = (*_ELEMENTWISE, *_SCORING)
+OPS = tuple(_REFERENCE)
 
-# A string in place of an implementation is the reason why there is none.
-_IMPLEMENTATIONS: dict[str, dict[str, Implementation | str]] = {
-    op: {
-        "reference": (_ELEMENTWISE | _SCORING)[op],
-        "cpp": "this version of tlcr has no C++ kernels",
-        "triton": "this version of tlcr has no Triton kernels",
-        "cuda": "this version of tlcr has no CUDA kernels",
-    }
-    for op in OPS
-}
+# The operators first: torch compares them with what the extension registers as it is loaded. And at import, so that an
+# extension that does not fit is said before any work is done.
+_library.define()
+_extension.load()
+
+
+def _on_gpu(op: str) -> str:
+    """The one implementation that an op has for GPUs beside the reference."""
+    return "triton" if op in _library.TRITON else "cuda"
 
 
 def _preference(op: str, device_type: str) -> tuple[str, ...]:
     """What "auto" tries, in order; the reference runs everywhere and so comes last."""
-    if device_type == "cpu":
-        return ("cpp", "reference")
-    if device_type == "cuda":
-        return ("triton" if op in ("fused_reward", "fused_gae", "ppo_loss") else "cuda", "reference")
-    return ("reference",)
+    fast = {"cpu": ("cpp",), "cuda": (_on_gpu(op),)}
+    return (*fast.get(device_type, ()), "reference")
+
+
+def _why_not(op: str, impl: str, device_type: str) -> str | None:
+    """Why an implementation cannot run on this kind of device; None where it can."""
+    if impl == "reference":
+        return None
+    if impl == "cpp":
+        return _wrong_device("cpu", device_type) or _extension.unavailable("cpu")
+    if impl != _on_gpu(op):
+        return f"{op} has none: on GPUs it is {_on_gpu(op)!r}"
+    if impl == "cuda":
+        return _wrong_device("cuda", device_type) or _extension.unavailable("cuda")
+    if not _library.has_triton():
+        return "triton is not installed (pip install triton)"
+    if device_type == "cpu" and _library.interpreting():
+        return None
+    return _wrong_device("cuda", device_type)
+
+
+def _wrong_device(wanted: str, device_type: str) -> str | None:
+    return None if device_type == wanted else f"it runs on {wanted} tensors, not on {device_type}"
 
 
 @functools.cache
 def _find(op: str, impl: str, device_type: str) -> Callable[..., Any] | str:
     """The function, or the reason why there is none."""
-    entry = _IMPLEMENTATIONS[op][impl]
-    if isinstance(entry, str):
-        return entry
-    if entry.devices is not None and device_type not in entry.devices:
-        return f"it runs on {' and '.join(sorted(entry.devices))} tensors, not on {device_type}"
-    function: Callable[..., Any] = getattr(importlib.import_module(entry.module), op)
+    reason = _why_not(op, impl, device_type)
+    if reason is not None:
+        return reason
+    home: Any = _REFERENCE[op]
+    if impl != "reference":
+        interpreted = impl == "triton" and device_type == "cpu"
+        home = _operators(_library.INTERPRETED if interpreted else _library.NAMESPACE)
+    function: Callable[..., Any] = getattr(home, op)
     return function
+
+
+@functools.cache
+def _operators(namespace: str) -> Operators:
+    return Operators(namespace)
 
 
 @functools.cache
