@@ -1,0 +1,322 @@
+// Scoring: log-probability, entropy and KL of rows of logits, and the gradient.
+//
+// Each row is read once, in tiles that stay in the first-level cache while they are read twice: for their maximum, then
+// for their sums. With z = x - max over the logits so far,
+//
+//     S = sum exp(z)      W = sum exp(z) z      K = sum exp(z) (z - z_ref)
+//
+// give log p = z - log S, H = log S - W / S and KL = K / S - log S + log S_ref. Shifted terms keep the digits that sums
+// over raw logits would lose to a large common offset. A lane of a tile sums at most kTile / kVectorBytes / kUnroll of
+// them in float; the rest is summed in double. When a tile raises the maximum the sums so far are moved to it.
+#include "simd.h"
+
+namespace tlcr::cpu::TLCR_ISA {
+namespace {
+
+// 8 KiB: a tile of each of two tensors and the next two on their way fill a cache of 32 KiB.
+constexpr int kTileBytes = 8192;
+// Independent sums, so that an addition need not wait for the one before.
+constexpr int kUnroll = 4;
+
+template <class Real>
+constexpr int64_t kTile = kTileBytes / sizeof(Real);
+template <class Real>
+constexpr int64_t kStep = kUnroll * kLanes<Real>;
+
+template <class Element>
+TLCR_INLINE Element* row_of(const Rows& rows, int64_t row) {
+  return static_cast<Element*>(rows.data) + row / rows.inner * rows.outer_stride + row % rows.inner * rows.inner_stride;
+}
+
+template <class Real>
+TLCR_INLINE Real value_at(const void* values, int64_t row, Real otherwise) {
+  return values ? static_cast<const Real*>(values)[row] : otherwise;
+}
+
+// Reciprocal of a row's temperature, as every place multiplies by it.
+template <class Real, class Arguments>
+TLCR_INLINE Real inverse_temperature(const Arguments& args, int64_t row) {
+  return Real(1 / (args.temperatures ? double(static_cast<const Real*>(args.temperatures)[row]) : args.temperature));
+}
+
+TLCR_INLINE double widen(float x) { return x; }
+TLCR_INLINE double widen(double x) { return x; }
+TLCR_INLINE double widen(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+TLCR_INLINE double widen(Half x) {
+  Half lanes[kLanes<float>] = {x};
+  return load(lanes)[0];
+}
+
+// `count` elements as Real, filled up with -inf, which adds nothing to any sum, to whole steps.
+template <class Element>
+TLCR_INLINE const Arithmetic<Element>* widen_tile(const Element* from, int64_t count, Arithmetic<Element>* buffer) {
+  using Real = Arithmetic<Element>;
+  constexpr bool kAsItIs = sizeof(Element) == sizeof(Real);
+  if (kAsItIs && count == kTile<Real>) return reinterpret_cast<const Real*>(from);
+  int64_t i = 0;
+  for (; i + kLanes<Real> <= count; i += kLanes<Real>) store(buffer + i, load(from + i));
+  for (; i < count; ++i) buffer[i] = Real(widen(from[i]));
+  for (; i % kStep<Real> != 0; ++i) buffer[i] = -Limits<Real>::infinity;
+  return buffer;
+}
+
+// Asks for the part of the next tile that takes the place of the step at `i`.
+template <class Element>
+TLCR_INLINE void prefetch_step(const Element* next_tile, int64_t i) {
+  constexpr int kLine = 64;
+  const char* at = reinterpret_cast<const char*>(next_tile + i);
+  for (int offset = 0; offset < int(kStep<Arithmetic<Element>> * sizeof(Element)); offset += kLine) {
+    __builtin_prefetch(at + offset);
+  }
+}
+
+// The logits of a row less their maximum, both over the temperature: z(x) = x * scale - offset.
+template <class Real>
+struct Shift {
+  Real scale;
+  Real offset;
+
+  TLCR_INLINE Vector<Real> z(Vector<Real> x) const { return x * scale - offset; }
+  TLCR_INLINE double z(double x) const { return x * double(scale) - double(offset); }
+};
+
+// One of the two distributions of a row: its shift and S.
+template <class Real>
+struct Softmax {
+  Shift<Real> shift;
+  Real maximum = Limits<Real>::lowest;  // of raw logits; finite, so that -inf less it is -inf
+  WideSum total;
+
+  TLCR_INLINE explicit Softmax(Real scale) : shift{scale, 0} { shift.offset = offset(); }
+
+  // Takes in a tile's maximum. Returns by how much z grows less: 0 if the maximum stays.
+  TLCR_INLINE double raise(const Real* tile, int64_t count) {
+    Vector<Real> largest_of[kUnroll];
+    for (auto& x : largest_of) x = splat(maximum);
+    for (int64_t i = 0; i < count; i += kStep<Real>) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kUnroll; ++k) largest_of[k] = max(load(tile + i + k * kLanes<Real>), largest_of[k]);
+    }
+    const Real tile_maximum =
+        largest<Real>(max(max(largest_of[0], largest_of[1]), max(largest_of[2], largest_of[3])));
+    if (tile_maximum == maximum) return 0;
+    const double before = shift.offset;
+    maximum = tile_maximum;
+    shift.offset = offset();
+    return before - double(shift.offset);
+  }
+
+ private:
+  TLCR_INLINE Real offset() const {
+    const Real x = maximum * shift.scale;
+    return x > Limits<Real>::lowest ? x : Limits<Real>::lowest;
+  }
+};
+
+TLCR_INLINE void multiply(WideSum& sum, double factor) {
+  sum.low = factor == 0 ? DoubleVector{} : sum.low * factor;
+  sum.high = factor == 0 ? DoubleVector{} : sum.high * factor;
+}
+
+TLCR_INLINE void add_multiple(WideSum& sum, const WideSum& other, double factor) {
+  sum.low += other.low * factor;
+  sum.high += other.high * factor;
+}
+
+template <class Real>
+TLCR_INLINE Vector<Real> tree_sum(const Vector<Real> (&x)[kUnroll]) {
+  return (x[0] + x[1]) + (x[2] + x[3]);
+}
+
+// K / S where the sum by tiles came to nothing finite: a term that was infinite under an earlier maximum may have
+// probability 0 under the last one. Reads the row again.
+template <class Element>
+double kl_sum(const Element* logits, const Element* ref_logits, int64_t vocabulary, const Shift<Arithmetic<Element>>& shift,
+              const Shift<Arithmetic<Element>>& ref_shift) {
+  double total = 0;
+  for (int64_t v = 0; v < vocabulary; ++v) {
+    const double z = shift.z(widen(logits[v])), p = __builtin_exp(z);
+    if (Arithmetic<Element>(p) != 0) total += p * (z - ref_shift.z(widen(ref_logits[v])));
+  }
+  return total;
+}
+
+template <class Element, bool kReference>
+TLCR_INLINE void score_row(const ScoreArguments& args, int64_t row) {
+  using Real = Arithmetic<Element>;
+  alignas(64) Real buffer[kTile<Real>], ref_buffer[kReference ? kTile<Real> : 1];
+  const Element* const logits = row_of<Element>(args.logits, row);
+  const Element* const ref_logits = kReference ? row_of<Element>(args.ref_logits, row) : nullptr;
+  Softmax<Real> policy(inverse_temperature<Real>(args, row)), reference(policy.shift.scale);
+  WideSum weighted, difference;  // W and K
+
+  for (int64_t begin = 0; begin < args.vocabulary; begin += kTile<Real>) {
+    const int64_t left = args.vocabulary - begin, count = left < kTile<Real> ? left : kTile<Real>;
+    const Real* const tile = widen_tile(logits + begin, count, buffer);
+    const Real* const ref_tile = kReference ? widen_tile(ref_logits + begin, count, ref_buffer) : nullptr;
+    const double moved = policy.raise(tile, count), ref_moved = kReference ? reference.raise(ref_tile, count) : 0;
+    if (moved != 0 || ref_moved != 0) {
+      const double factor = __builtin_exp(moved);
+      add_multiple(weighted, policy.total, moved);
+      multiply(weighted, factor);
+      if (kReference) {
+        add_multiple(difference, policy.total, moved - ref_moved);
+        multiply(difference, factor);
+        multiply(reference.total, __builtin_exp(ref_moved));
+      }
+      multiply(policy.total, factor);
+    }
+
+    const Shift<Real> shift = policy.shift, ref_shift = reference.shift;
+    const auto floor = splat(Limits<Real>::exp_is_zero);
+    Vector<Real> S[kUnroll]{}, W[kUnroll]{}, K[kUnroll]{}, ref_S[kUnroll]{};
+    for (int64_t i = 0; i < count; i += kStep<Real>) {
+      prefetch_step(logits + begin + kTile<Real>, i);
+      if (kReference) prefetch_step(ref_logits + begin + kTile<Real>, i);
+#pragma GCC unroll 4
+      for (int k = 0; k < kUnroll; ++k) {
+        // Below the floor p is 0, and so is p times what is left of z.
+        const auto z = max(floor, shift.z(load(tile + i + k * kLanes<Real>)));
+        const auto p = exp_of_nonpositive<Real>(z);
+        S[k] += p;
+        W[k] += p * z;
+        if (kReference) {
+          const auto ref_z = ref_shift.z(load(ref_tile + i + k * kLanes<Real>));
+          ref_S[k] += exp_of_nonpositive<Real>(max(floor, ref_z));
+          K[k] += p * (p == 0 ? Vector<Real>{} : z - ref_z);
+        }
+      }
+    }
+    policy.total.add(tree_sum<Real>(S));
+    weighted.add(tree_sum<Real>(W));
+    if (kReference) {
+      difference.add(tree_sum<Real>(K));
+      reference.total.add(tree_sum<Real>(ref_S));
+    }
+  }
+
+  const int64_t token = args.token_ids[row];
+  const auto out = [row](void* to, double x) { static_cast<Real*>(to)[row] = Real(x); };
+  const auto write = [&](const Softmax<Real>& softmax, const Element* x, void* logprobs, void* stats) {
+    const double log_sum = __builtin_log(softmax.total.total());
+    out(logprobs, softmax.shift.z(widen(x[token])) - log_sum);
+    static_cast<Real*>(stats)[2 * row] = softmax.shift.offset;
+    static_cast<Real*>(stats)[2 * row + 1] = Real(log_sum);
+    return log_sum;
+  };
+  const double total = policy.total.total(), log_sum = write(policy, logits, args.logprobs, args.stats);
+  out(args.entropy, log_sum - weighted.total() / total);
+  if (kReference) {
+    const double ref_log_sum = write(reference, ref_logits, args.ref_logprobs, args.ref_stats);
+    double K = difference.total();
+    if (!(__builtin_isfinite(K))) K = kl_sum(logits, ref_logits, args.vocabulary, policy.shift, reference.shift);
+    out(args.kl, K / total - log_sum + ref_log_sum);
+  }
+}
+
+template <class Element>
+void score_rows(const ScoreArguments& args, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    args.ref_logits.data ? score_row<Element, true>(args, row) : score_row<Element, false>(args, row);
+  }
+}
+
+void score(const ScoreArguments& args, int64_t begin, int64_t end) {
+  switch (args.type) {
+    case Type::kFloat: return score_rows<float>(args, begin, end);
+    case Type::kDouble: return score_rows<double>(args, begin, end);
+    case Type::kBFloat16: return score_rows<BFloat16>(args, begin, end);
+    case Type::kHalf: return score_rows<Half>(args, begin, end);
+  }
+}
+
+// Writes `count` results that stand in `tile`; those of a whole tile of Real are in place already.
+template <class Element>
+TLCR_INLINE void narrow_tile(const Arithmetic<Element>* tile, int64_t count, Element* to) {
+  using Real = Arithmetic<Element>;
+  int64_t i = 0;
+  for (; i + kLanes<Real> <= count; i += kLanes<Real>) store(to + i, load(tile + i));
+  if (i == count) return;
+  Element last[kLanes<Real>];
+  store(last, load(tile + i));  // a tile is filled up to whole steps
+  for (int lane = 0; i + lane < count; ++lane) to[i + lane] = last[lane];
+}
+
+template <class Element, bool kReference>
+TLCR_INLINE void grad_row(const ScoreBackwardArguments& args, int64_t row, double g_logprob, double g_entropy,
+                          double g_kl) {
+  using Real = Arithmetic<Element>;
+  alignas(64) Real buffer[kTile<Real>], ref_buffer[kReference ? kTile<Real> : 1];
+  const Element* const logits = row_of<Element>(args.logits, row);
+  const Element* const ref_logits = kReference ? row_of<Element>(args.ref_logits, row) : nullptr;
+  Element* const grad = row_of<Element>(args.grad_logits, row);
+  const Real scale = inverse_temperature<Real>(args, row);
+  const auto stat = [row](const void* stats, int which) { return static_cast<const Real*>(stats)[2 * row + which]; };
+  const Shift<Real> shift{scale, stat(args.stats, 0)};
+  const Shift<Real> ref_shift{scale, kReference ? stat(args.ref_stats, 0) : Real(0)};
+  const double log_sum = stat(args.stats, 1), ref_log_sum = kReference ? double(stat(args.ref_stats, 1)) : 0;
+
+  // dx / temperature = p (constant + of_z z + of_difference (z - z_ref)), the row's constants gathered in double.
+  double constant = -g_logprob;
+  if (g_entropy != 0) constant -= g_entropy * (double(static_cast<const Real*>(args.entropy)[row]) - log_sum);
+  if (kReference) constant += g_kl * (ref_log_sum - log_sum - double(static_cast<const Real*>(args.kl)[row]));
+  const Real of_one = Real(constant * scale), of_z = Real(-g_entropy * scale), of_difference = Real(g_kl * scale);
+  const Real inverse_sum = Real(__builtin_exp(-log_sum));
+  const int64_t token = args.token_ids[row];
+
+  for (int64_t begin = 0; begin < args.vocabulary; begin += kTile<Real>) {
+    const int64_t left = args.vocabulary - begin, count = left < kTile<Real> ? left : kTile<Real>;
+    const Real* const tile = widen_tile(logits + begin, count, buffer);
+    const Real* const ref_tile = kReference ? widen_tile(ref_logits + begin, count, ref_buffer) : nullptr;
+    const bool in_place = sizeof(Element) == sizeof(Real) && count == kTile<Real>;
+    Real* const result = in_place ? reinterpret_cast<Real*>(grad + begin) : buffer;
+
+    const auto floor = splat(Limits<Real>::exp_is_zero);
+    for (int64_t i = 0; i < count; i += kStep<Real>) {
+      prefetch_step(logits + begin + kTile<Real>, i);
+      if (kReference) prefetch_step(ref_logits + begin + kTile<Real>, i);
+#pragma GCC unroll 4
+      for (int k = 0; k < kUnroll; ++k) {
+        const int64_t at = i + k * kLanes<Real>;
+        const auto z = max(floor, shift.z(load(tile + at)));
+        const Vector<Real> p = exp_of_nonpositive<Real>(z) * inverse_sum;
+        Vector<Real> factor = of_one + of_z * z;
+        if (kReference) {
+          factor += of_difference * (z - ref_shift.z(load(ref_tile + at)));
+          factor = p == 0 ? Vector<Real>{} : factor;
+        }
+        store(result + at, p * factor);
+      }
+    }
+    if (begin <= token && token < begin + count) result[token - begin] += Real(g_logprob * scale);
+    if (!in_place) narrow_tile(result, count, grad + begin);
+  }
+}
+
+template <class Element>
+void score_backward_rows(const ScoreBackwardArguments& args, int64_t begin, int64_t end) {
+  using Real = Arithmetic<Element>;
+  for (int64_t row = begin; row < end; ++row) {
+    const Real g_logprob = value_at<Real>(args.g_logprobs, row, 0), g_entropy = value_at<Real>(args.g_entropy, row, 0);
+    const Real g_kl = value_at<Real>(args.g_kl, row, 0);
+    if (g_kl != 0) {
+      grad_row<Element, true>(args, row, g_logprob, g_entropy, g_kl);
+    } else if (g_logprob != 0 || g_entropy != 0) {
+      grad_row<Element, false>(args, row, g_logprob, g_entropy, 0);
+    } else {
+      __builtin_memset(row_of<Element>(args.grad_logits, row), 0, sizeof(Element) * args.vocabulary);
+    }
+  }
+}
+
+void score_backward(const ScoreBackwardArguments& args, int64_t begin, int64_t end) {
+  switch (args.type) {
+    case Type::kFloat: return score_backward_rows<float>(args, begin, end);
+    case Type::kDouble: return score_backward_rows<double>(args, begin, end);
+    case Type::kBFloat16: return score_backward_rows<BFloat16>(args, begin, end);
+    case Type::kHalf: return score_backward_rows<Half>(args, begin, end);
+  }
+}
+
+}  // namespace
+}  // namespace tlcr::cpu::TLCR_ISA
