@@ -4,12 +4,18 @@
 // function in them weak, as inline functions and templates of a header are, the linker would keep one copy of it, perhaps
 // the AVX-512 one, for all three, and older processors would die of it. Therefore all that they hold has internal linkage
 // (unnamed namespaces), and they include nothing of the standard library but <cstdint>.
+//
+// The including file sets its target by pragma and says in TLCR_VECTOR_BYTES what that is: 64 for AVX-512, 32 for AVX2
+// with FMA and F16C, 16 for anything. g++ before 14 does not define __AVX2__ and its like for a pragma.
 #pragma once
 
 #include <cstdint>
 
-#if defined(__AVX2__)
+#if TLCR_VECTOR_BYTES > 16
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // g++ 12 warns of its own AVX-512 intrinsics
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #define TLCR_INLINE inline __attribute__((always_inline))
@@ -17,13 +23,7 @@
 namespace tlcr::cpu::TLCR_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
+constexpr int kVectorBytes = TLCR_VECTOR_BYTES;
 
 template <class Element, int kBytes>
 struct VectorOf {
@@ -118,7 +118,7 @@ TLCR_INLINE void store(BFloat16* to, FloatVector x) {
   __builtin_memcpy(to, &halves, sizeof(halves));
 }
 
-#if defined(__AVX512F__)
+#if TLCR_VECTOR_BYTES == 64
 
 TLCR_INLINE FloatVector load(const Half* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -128,7 +128,7 @@ TLCR_INLINE void store(Half* to, FloatVector x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 
-#elif defined(__AVX2__)
+#elif TLCR_VECTOR_BYTES == 32
 
 TLCR_INLINE FloatVector load(const Half* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -171,10 +171,10 @@ TLCR_INLINE void store(Half* to, FloatVector x) {
 #endif
 
 // The larger; `b` where either is NaN. The compiler does not see these instructions in a comparison and a choice.
-#if defined(__AVX512F__)
+#if TLCR_VECTOR_BYTES == 64
 TLCR_INLINE FloatVector max(FloatVector a, FloatVector b) { return _mm512_max_ps(a, b); }
 TLCR_INLINE DoubleVector max(DoubleVector a, DoubleVector b) { return _mm512_max_pd(a, b); }
-#elif defined(__AVX2__)
+#elif TLCR_VECTOR_BYTES == 32
 TLCR_INLINE FloatVector max(FloatVector a, FloatVector b) { return _mm256_max_ps(a, b); }
 TLCR_INLINE DoubleVector max(DoubleVector a, DoubleVector b) { return _mm256_max_pd(a, b); }
 #else
@@ -267,7 +267,7 @@ TLCR_INLINE Vector<Real> exp_remainder(Vector<Real> x, Vector<Real> n) {
   return E::of_remainder((x - n * E::log_2_high) - n * E::log_2_low);
 }
 
-#if defined(__AVX512F__)
+#if TLCR_VECTOR_BYTES == 64
 
 TLCR_INLINE FloatVector scale(FloatVector x, FloatVector n) { return _mm512_scalef_ps(x, n); }
 TLCR_INLINE DoubleVector scale(DoubleVector x, DoubleVector n) { return _mm512_scalef_pd(x, n); }
