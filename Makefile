@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ENVIRONMENT := $(VENV)/.environment
 INSTALLED := $(VENV)/.installed
 
 .PHONY: quickstart test lint types bench
@@ -22,11 +23,16 @@ types: $(INSTALLED)
 bench: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest benchmarks --benchmark-only
 
-$(INSTALLED): pyproject.toml setup.py Makefile
+$(ENVIRONMENT): Makefile
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("tlcr needs python >= 3.10 and this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --upgrade 'setuptools>=77' wheel
+	$(BIN)/python -m pip install --upgrade 'setuptools>=77' wheel ninja
 # torch first and alone: under this pin it is the build that the machine's package index is set up for, CPU or CUDA.
 	$(BIN)/python -m pip install 'torch==2.13.0'
-	$(BIN)/python -m pip install --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+# Compiles csrc into .venv, what changed only; without a C++ compiler the installation is a pure one, and says so.
+$(INSTALLED): $(ENVIRONMENT) pyproject.toml setup.py $(shell find csrc -type f)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable '.[dev]'
+	@$(BIN)/python -c 'import tlcr; print("tlcr.build_info():", tlcr.build_info())'
 	@touch $@

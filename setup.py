@@ -175,51 +175,36 @@ def local_label(environment: Mapping[str, str]) -> str:
     return label and f"+{label}"
 
 
-def cuda_extension(toolkit: Toolkit) -> Extension:
-    # torch reads these two when it is asked for an extension.
-    os.environ["CUDA_HOME"] = str(toolkit.home)
-    os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list(os.environ.get("TORCH_CUDA_ARCH_LIST"), toolkit.architectures)
-    from torch.utils.cpp_extension import CUDAExtension
+def cpp_extension(kind: str, toolkit: Toolkit | str) -> tuple[Extension, type[Command]]:
+    """tlcr._C, and the command that compiles it."""
+    if isinstance(toolkit, Toolkit):  # torch reads it when it is imported here
+        os.environ["CUDA_HOME"] = str(toolkit.home)
+    from torch.utils import cpp_extension as torch_build
 
-    nvcc = ["-O3", "-Xfatbin", "-compress-all"]
+    # No -std: torch adds the one that its headers need. at::parallel_for has threads only where OpenMP is on.
+    flags = {"cxx": ["-O3", "-fopenmp", "-fvisibility=hidden", "-g0"]}
+    options: dict[str, Any] = {
+        "include_dirs": [str(Path("csrc").resolve())],
+        "depends": files("csrc/**/*.h", "csrc/**/*.inl", "csrc/**/*.cuh"),
+        "extra_compile_args": flags,
+        "extra_link_args": ["-fopenmp"],
+    }
+    cpp = files("csrc/*.cpp", "csrc/cpu/*.cpp")
+    if kind == "cpu":
+        return torch_build.CppExtension("tlcr._C", cpp, **options), torch_build.BuildExtension
+    flags["nvcc"] = ["-O3", "-Xfatbin", "-compress-all"]
     if threads := os.environ.get("NVCC_THREADS"):
-        nvcc += ["--threads", threads]
-    flags = {"cxx": CXX_FLAGS, "nvcc": nvcc}
-    extension: Extension = CUDAExtension(
-        "tlcr._C",
-        sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cu"),
-        define_macros=[("TLCR_CUDA", None)],
-        extra_compile_args=flags,
-        **COMMON,
-    )
+        flags["nvcc"] += ["--threads", threads]
+    cuda = files("csrc/cuda/*.cu")
+    extension = torch_build.CUDAExtension("tlcr._C", cpp + cuda, define_macros=[("TLCR_CUDA", None)], **options)
     # A torch from pip comes with headers of the CUDA libraries that a small toolkit lacks.
-    beside_torch = Path(importlib.import_module("torch").__file__ or "").parent.parent.glob("nvidia/*/include")
+    beside_torch = Path(torch_build.__file__).parents[2].glob("nvidia/*/include")
     extension.include_dirs += sorted(map(str, beside_torch))
-    return extension
+    return extension, torch_build.BuildExtension
 
 
-def cpu_extension() -> Extension:
-    from torch.utils.cpp_extension import CppExtension
-
-    extension: Extension = CppExtension(
-        "tlcr._C", sources("csrc/*.cpp", "csrc/cpu/*.cpp"), extra_compile_args={"cxx": CXX_FLAGS}, **COMMON
-    )
-    return extension
-
-
-# No -std: torch gives the one that its headers need. at::parallel_for has threads only where OpenMP is on.
-CXX_FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-g0"]
-
-
-def sources(*patterns: str) -> list[str]:
+def files(*patterns: str) -> list[str]:
     return sorted(str(path) for pattern in patterns for path in Path().glob(pattern))
-
-
-COMMON: dict[str, Any] = {
-    "include_dirs": ["csrc"],
-    "depends": sources("csrc/**/*.h", "csrc/**/*.cuh"),
-    "extra_link_args": ["-fopenmp"],
-}
 
 
 class Build(build):
@@ -266,33 +251,28 @@ class SourceDistribution(sdist):
 
 def main() -> None:
     torch, toolkit = find_torch(), find_toolkit()
-    decision = decide(os.environ.get("TLCR_BUILD") or "auto", torch, find_compiler_problem(), toolkit)
+    wanted = os.environ.get("TLCR_BUILD") or "auto"
+    kind, remark = decision = decide(wanted, torch, find_compiler_problem(), toolkit)
     commands: dict[str, type[Command]] = {"build": Build, "build_record": BuildRecord, "sdist": SourceDistribution}
+    facts: dict[str, str | None] = {**decision._asdict(), "torch": None, "cuda": None, "arch_list": None}
+    what = "a pure package, WITHOUT compiled kernels"
     extensions = []
-    if decision.extension is not None:
-        from torch.utils.cpp_extension import BuildExtension
-
-        commands["build_ext"] = BuildExtension
-    if decision.extension == "cpu":
-        extensions = [cpu_extension()]
-    elif decision.extension == "cuda":
-        assert isinstance(toolkit, Toolkit)
-        extensions = [cuda_extension(toolkit)]
-    is_cuda = bool(decision.extension == "cuda")
-    BuildRecord.facts = {
-        **decision._asdict(),
-        "torch": torch.version if torch and extensions else None,
-        "cuda": toolkit.version if isinstance(toolkit, Toolkit) and is_cuda else None,
-        "arch_list": os.environ["TORCH_CUDA_ARCH_LIST"] if is_cuda else None,
+    if kind is not None and torch is not None:
+        facts["torch"], what = torch.version, f"a CPU extension for torch {torch.version}"
+        if kind == "cuda" and isinstance(toolkit, Toolkit):
+            archs = arch_list(os.environ.get("TORCH_CUDA_ARCH_LIST"), toolkit.architectures)
+            os.environ["TORCH_CUDA_ARCH_LIST"] = archs  # torch reads it when it compiles
+            facts |= {"cuda": toolkit.version, "arch_list": archs}
+            what = f"a CUDA extension for torch {torch.version}, CUDA {toolkit.version}, {archs}"
+        extension, commands["build_ext"] = cpp_extension(kind, toolkit)
+        extensions = [extension]
+    BuildRecord.facts = facts
+    sys.stderr.write(f"tlcr: building {what}{f', because {remark}' if remark else ''}\n")
+    options = {
+        "egg_info": {"tag_build": local_label(os.environ)},
+        "build_ext": {"build_temp": f"build/{sys.implementation.cache_tag}"},  # kept, so that only changes are compiled
     }
-    kind = {"cuda": "a CUDA extension", "cpu": "a CPU extension", None: "a pure wheel, WITHOUT compiled kernels"}
-    why = f", because {decision.remark}" if decision.remark else f" for {os.environ['TORCH_CUDA_ARCH_LIST']}"
-    sys.stderr.write(f"tlcr: building {kind[decision.extension]}{why}\n")
-    setup(
-        ext_modules=extensions,
-        cmdclass=commands,
-        options={"egg_info": {"tag_build": local_label(os.environ)}},
-    )
+    setup(ext_modules=extensions, cmdclass=commands, options=options)
 
 
 if __name__ == "__main__":
