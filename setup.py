@@ -175,11 +175,19 @@ def local_label(environment: Mapping[str, str]) -> str:
     return label and f"+{label}"
 
 
-def cpp_extension(kind: str, toolkit: Toolkit | str) -> tuple[Extension, type[Command]]:
+def cpp_extension(kind: str, torch_version: str, toolkit: Toolkit | str) -> tuple[Extension, type[Command]]:
     """tlcr._C, and the command that compiles it."""
     if isinstance(toolkit, Toolkit):  # torch reads it when it is imported here
         os.environ["CUDA_HOME"] = str(toolkit.home)
     from torch.utils import cpp_extension as torch_build
+
+    class BuildExtension(torch_build.BuildExtension):
+        """Keeps the objects of each torch, in an editable installation too: ninja compiles only what changed."""
+
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.force = True  # without ninja, a library made for another torch would pass for up to date
+            self.build_temp = f"build/{sys.implementation.cache_tag}-torch{torch_version}-{kind}"
 
     # No -std: torch adds the one that its headers need. at::parallel_for has threads only where OpenMP is on.
     flags = {"cxx": ["-O3", "-fopenmp", "-fvisibility=hidden", "-g0"]}
@@ -191,7 +199,7 @@ def cpp_extension(kind: str, toolkit: Toolkit | str) -> tuple[Extension, type[Co
     }
     cpp = files("csrc/*.cpp", "csrc/cpu/*.cpp")
     if kind == "cpu":
-        return torch_build.CppExtension("tlcr._C", cpp, **options), torch_build.BuildExtension
+        return torch_build.CppExtension("tlcr._C", cpp, **options), BuildExtension
     flags["nvcc"] = ["-O3", "-Xfatbin", "-compress-all"]
     if threads := os.environ.get("NVCC_THREADS"):
         flags["nvcc"] += ["--threads", threads]
@@ -200,7 +208,7 @@ def cpp_extension(kind: str, toolkit: Toolkit | str) -> tuple[Extension, type[Co
     # A torch from pip comes with headers of the CUDA libraries that a small toolkit lacks.
     beside_torch = Path(torch_build.__file__).parents[2].glob("nvidia/*/include")
     extension.include_dirs += sorted(map(str, beside_torch))
-    return extension, torch_build.BuildExtension
+    return extension, BuildExtension
 
 
 def files(*patterns: str) -> list[str]:
@@ -264,15 +272,11 @@ def main() -> None:
             os.environ["TORCH_CUDA_ARCH_LIST"] = archs  # torch reads it when it compiles
             facts |= {"cuda": toolkit.version, "arch_list": archs}
             what = f"a CUDA extension for torch {torch.version}, CUDA {toolkit.version}, {archs}"
-        extension, commands["build_ext"] = cpp_extension(kind, toolkit)
+        extension, commands["build_ext"] = cpp_extension(kind, torch.version, toolkit)
         extensions = [extension]
     BuildRecord.facts = facts
     sys.stderr.write(f"tlcr: building {what}{f', because {remark}' if remark else ''}\n")
-    options = {
-        "egg_info": {"tag_build": local_label(os.environ)},
-        "build_ext": {"build_temp": f"build/{sys.implementation.cache_tag}"},  # kept, so that only changes are compiled
-    }
-    setup(ext_modules=extensions, cmdclass=commands, options=options)
+    setup(ext_modules=extensions, cmdclass=commands, options={"egg_info": {"tag_build": local_label(os.environ)}})
 
 
 if __name__ == "__main__":
