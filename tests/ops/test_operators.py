@@ -219,6 +219,7 @@ def results_and_gradients(
     return [x.detach() for x in (*results, *gradients)]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own, as inductor starts
 @pytest.mark.parametrize(("op", "backend"), fast_backends())
 def test_a_compiled_caller_needs_no_graph_break_and_gets_the_same(op: str, backend: Backend) -> None:
     """`torch.compile(fullgraph=True)` of code that calls the door, forward and backward, at two lengths."""
@@ -232,6 +233,7 @@ def test_a_compiled_caller_needs_no_graph_break_and_gets_the_same(op: str, backe
             assert_close(got, want.double())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.skipif(_extension.unavailable("cpu") is not None, reason="no C++ kernels here")
 def test_compiled_code_refuses_ids_outside_the_vocabulary() -> None:
     logits, wrong = torch.randn(2, V), torch.tensor([0, V])

@@ -90,8 +90,9 @@ def number(
     result = float(value)
     bounds = [f">= {least:g}"] * (least > -math.inf) + [f"> {above:g}"] * (above > -math.inf)
     bounds += [f"<= {most:g}"] * (most < math.inf) + ["finite"] * finite
+    # Comparisons alone, which torch.compile can trace, and which a NaN fails.
     inside = least <= result <= most and (above == -math.inf or result > above)
-    if math.isnan(result) or not inside or (finite and math.isinf(result)):
+    if not inside or (finite and not -math.inf < result < math.inf):
         raise ConfigError(f"{op}: {name} is {result:g}, wanted a number {' and '.join(bounds)}")
     return result
 

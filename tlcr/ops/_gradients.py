@@ -18,7 +18,7 @@ def _score_tokens(operators: Any) -> tuple[SetupContext, Backward]:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         logits, token_ids, ref_logits, temperature, temperatures = inputs
         ctx.temperature = temperature
-        _keep(ctx, output, logits, token_ids, ref_logits, temperatures)
+        _keep(ctx, output, (logits, token_ids, ref_logits, temperatures), with_reference=ref_logits is not None)
 
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -35,7 +35,7 @@ def _score_hidden(operators: Any) -> tuple[SetupContext, Backward]:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, temperature, temperatures, chunk_tokens = inputs
         ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
-        _keep(ctx, output, *tensors, temperatures)
+        _keep(ctx, output, (*tensors, temperatures), with_reference=tensors[4] is not None)
 
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -51,11 +51,12 @@ def _score_hidden(operators: Any) -> tuple[SetupContext, Backward]:
     return setup_context, backward
 
 
-def _keep(ctx: Any, output: tuple[Tensor, ...], *inputs: Tensor | None) -> None:
+def _keep(ctx: Any, output: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...], *, with_reference: bool) -> None:
     """Keep what scoring's backward pass reads. Only logprobs, entropy and a KL to a reference have gradients."""
     _, entropy, ref_logprobs, kl, stats, ref_stats = output
     ctx.save_for_backward(*inputs, entropy, kl, stats, ref_stats)
-    ctx.mark_non_differentiable(ref_logprobs, stats, ref_stats)
+    constants = (ref_logprobs, stats, ref_stats) if with_reference else (ref_logprobs, kl, stats, ref_stats)
+    ctx.mark_non_differentiable(*constants)
     ctx.set_materialize_grads(False)
 
 

@@ -16,6 +16,8 @@ from tlcr.ops._operators import Operators
 
 IMPLS = ("reference", "cpp", "triton", "cuda")
 
+OTHER_DEVICE = "other devices"
+
 
 class OpStatus(NamedTuple):
     """What can run one op on one kind of device."""
@@ -79,7 +81,6 @@ def _wrong_device(wanted: str, device_type: str) -> str | None:
     return None if device_type == wanted else f"it runs on {wanted} tensors, not on {device_type}"
 
 
-@functools.cache
 def _find(op: str, impl: str, device_type: str) -> Callable[..., Any] | str:
     """The function, or the reason why there is none."""
     reason = _why_not(op, impl, device_type)
@@ -98,7 +99,20 @@ def _operators(namespace: str) -> Operators:
     return Operators(namespace)
 
 
-@functools.cache
+# Looked up and not computed on a call: torch.compile traces through resolve.
+_FOUND = {
+    (op, impl, device): _find(op, impl, device)
+    for op in OPS
+    for impl in IMPLS
+    for device in ("cpu", "cuda", OTHER_DEVICE)
+}
+_AUTO = {
+    (op, device): next(impl for impl in _preference(op, device) if not isinstance(_FOUND[op, impl, device], str))
+    for op in OPS
+    for device in ("cpu", "cuda", OTHER_DEVICE)
+}
+
+
 def resolve(op: str, impl: str, device_type: str) -> Callable[..., Any]:
     """The function that runs `op` as `impl` on `device_type`.
 
@@ -108,12 +122,12 @@ def resolve(op: str, impl: str, device_type: str) -> Callable[..., Any]:
         ConfigError: no implementation has this name.
         BackendUnavailable: it has one that cannot run here.
     """
+    device = device_type if device_type in ("cpu", "cuda") else OTHER_DEVICE
     if impl == "auto":
-        found = (_find(op, name, device_type) for name in _preference(op, device_type))
-        return next(function for function in found if not isinstance(function, str))
+        impl = _AUTO[op, device]
     if impl not in IMPLS:
         raise ConfigError(f"{op}: impl={impl!r} is unknown, choose from {', '.join(map(repr, ('auto', *IMPLS)))}")
-    function = _find(op, impl, device_type)
+    function = _FOUND[op, impl, device]
     if isinstance(function, str):
         raise BackendUnavailable(
             f"{op}: impl={impl!r} is unavailable: {function}; use impl='auto' or impl='reference' "
@@ -128,9 +142,8 @@ def available() -> list[OpStatus]:
     report = []
     for op in OPS:
         for device in devices:
-            found = {impl: _find(op, impl, device) for impl in IMPLS}
+            found = {impl: _FOUND[op, impl, device] for impl in IMPLS}
             usable = tuple(impl for impl in IMPLS if not isinstance(found[impl], str))
-            auto = next(impl for impl in _preference(op, device) if impl in usable)
             reasons = {impl: reason for impl, reason in found.items() if isinstance(reason, str)}
-            report.append(OpStatus(op, device, auto, usable, reasons))
+            report.append(OpStatus(op, device, _AUTO[op, device], usable, reasons))
     return report
