@@ -9,6 +9,7 @@ import importlib
 import json
 import re
 import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,6 +76,8 @@ def load() -> str | None:
     if record.extension is None:
         return f"tlcr has no compiled kernels here: {record.remark}; to build them: {_rebuild()}"
     problem = mismatch(record, torch.__version__, torch.version.cuda)
+    if problem is None and not any(RECORD.with_name(f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+        problem = f"tlcr's compiled kernels cannot be loaded: {RECORD.parent} has no _C{EXTENSION_SUFFIXES[0]}"
     if problem is None:
         try:
             importlib.import_module("tlcr._C")

@@ -1,0 +1,196 @@
+"""Compiled kernels are loaded beside the torch they were built for, and refused beside another, with the remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+import torch
+
+import tlcr
+from tlcr.ops import _extension
+from tlcr.ops._extension import BuildRecord, mismatch
+
+PACKAGE = Path(tlcr.__file__).parent
+CPU = BuildRecord("0.1.0", "cpu", "no nvcc", "2.11.0+cpu", None, None)
+CUDA = BuildRecord("0.1.0", "cuda", None, "2.11.0+cu130", "13.0", "8.0;9.0")
+
+
+@pytest.mark.parametrize(
+    ("record", "torch_version", "torch_cuda"),
+    [
+        (CPU, "2.11.0+cpu", None),
+        (CPU, "2.11.1", "13.0"),
+        (CPU, "2.11.0a0+git1234", "12.8"),
+        (CUDA, "2.11.0+cu130", "13.0"),
+        (CUDA, "2.11.2", "13.2"),
+    ],
+)
+def test_the_same_minor_version_of_torch_fits(record: BuildRecord, torch_version: str, torch_cuda: str | None) -> None:
+    assert mismatch(record, torch_version, torch_cuda) is None
+
+
+@pytest.mark.parametrize(
+    ("record", "torch_version", "torch_cuda", "said"),
+    [
+        (CPU, "2.13.0+cpu", None, "were built for torch 2.11.0+cpu and meet torch 2.13.0+cpu"),
+        (CPU, "2.1.1", None, "were built for torch 2.11.0+cpu and meet torch 2.1.1"),
+        (CPU, "3.11.0", None, "and meet torch 3.11.0"),
+        (CUDA, "2.12.0+cu130", "13.0", "were built for torch 2.11.0+cu130 and meet torch 2.12.0+cu130"),
+        (
+            CUDA,
+            "2.11.0+cu126",
+            "12.6",
+            "for torch 2.11.0+cu130 and CUDA 13.0, and meet torch 2.11.0+cu126, for CUDA 12.6",
+        ),
+        (CUDA, "2.11.0+cpu", None, "for torch 2.11.0+cu130 and CUDA 13.0, and meet torch 2.11.0+cpu, a CPU build"),
+    ],
+)
+def test_another_torch_or_cuda_does_not(
+    record: BuildRecord, torch_version: str, torch_cuda: str | None, said: str
+) -> None:
+    assert (mismatch(record, torch_version, torch_cuda) or "").endswith(said)
+
+
+@pytest.fixture
+def installation(tmp_path: Path) -> Path:
+    """A copy of the package that no pip knows, without its extension."""
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "_build.json")
+    shutil.copytree(PACKAGE, tmp_path / "tlcr", ignore=ignored, ignore_dangling_symlinks=True)
+    return tmp_path
+
+
+def record(installation: Path, **facts: str | None) -> None:
+    minor = ".".join(torch.__version__.split(".")[:2])
+    built = {**CPU._asdict(), "torch": f"{minor}.0", **facts}
+    (installation / "tlcr" / "_build.json").write_text(json.dumps(built), encoding="utf-8")
+
+
+def run(installation: Path, code: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *options, "-c", code],
+        cwd=installation,
+        env={**os.environ, "PYTHONPATH": str(installation)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+USE = """
+import sys, torch, tlcr, tlcr.errors
+rewards, values = torch.ones(1, 2), torch.zeros(1, 2)
+print(tlcr.fused_gae(rewards, values)[1])
+print(tlcr.build_info())
+try:
+    tlcr.fused_gae(rewards, values, impl="cpp")
+except tlcr.errors.BackendUnavailable as error:
+    print(error)
+print("loaded", "tlcr._C" in sys.modules)
+"""
+
+
+def test_an_extension_for_another_torch_is_said_at_import_and_not_loaded(installation: Path) -> None:
+    record(installation, torch="2.1.0")
+    done = run(installation, USE)
+    assert done.returncode == 0, done.stderr
+    said = f"tlcr's compiled kernels were built for torch 2.1.0 and meet torch {torch.__version__}; to mend it: pip"
+    assert done.stderr.count(f"ExtensionWarning: {said}") == 1
+    assert "tensor([[1.9500, 1.0000]])" in done.stdout
+    assert f"impl='cpp' is unavailable: {said}" in done.stdout
+    assert "loaded False" in done.stdout
+    assert "'extension': 'cpu'" in done.stdout and "'problem': \"tlcr's compiled kernels were built" in done.stdout
+
+
+def test_a_library_that_cannot_be_loaded_is_said_with_the_remedy(installation: Path) -> None:
+    record(installation)
+    library = installation / "tlcr" / f"_C{EXTENSION_SUFFIXES[0]}"
+    for reason in (f"{library.parent} has no {library.name}", f"{library}: "):
+        done = run(installation, USE)
+        assert done.returncode == 0, done.stderr
+        assert f"ExtensionWarning: tlcr's compiled kernels cannot be loaded: {reason}" in done.stderr
+        assert "; to mend it: pip install --no-build-isolation" in done.stderr
+        library.write_text("not a library")
+
+
+def test_who_turns_warnings_into_errors_gets_one_at_the_ops_and_not_at_tlcr(installation: Path) -> None:
+    record(installation, torch="2.1.0")
+    assert run(installation, "import tlcr", "-W", "error").returncode == 0
+    done = run(installation, "import tlcr.ops", "-W", "error::RuntimeWarning")
+    assert done.returncode == 1
+    assert "tlcr.errors.ExtensionWarning: tlcr's compiled kernels were built for torch 2.1.0" in done.stderr
+
+
+def test_a_pure_installation_is_silent_and_says_why_when_asked(installation: Path) -> None:
+    record(installation, extension=None, torch=None, remark="there was no torch")
+    done = run(installation, USE, "-W", "error::RuntimeWarning")
+    assert done.returncode == 0, done.stderr
+    assert "is unavailable: tlcr has no compiled kernels here: there was no torch; to build them: pip" in done.stdout
+    assert "'problem': None" in done.stdout
+    (installation / "tlcr" / "_build.json").unlink()
+    assert "it runs from its sources, which were never built" in run(installation, USE).stdout
+
+
+class Distribution:
+    def __init__(self, direct_url: dict | None) -> None:
+        self.direct_url = direct_url
+
+    def read_text(self, name: str) -> str | None:
+        assert name == "direct_url.json"
+        return None if self.direct_url is None else json.dumps(self.direct_url)
+
+
+@pytest.mark.parametrize(
+    ("direct_url", "ending"),
+    [
+        (None, "--no-binary tlcr tlcr"),
+        ({"url": "file:///a/tlcr.whl", "archive_info": {}}, "--no-binary tlcr tlcr"),
+        ({"url": "file:///a%20b/tlcr", "dir_info": {}}, "--no-binary tlcr '/a b/tlcr'"),
+        ({"url": "file:///a/tlcr", "dir_info": {"editable": True}}, "--no-deps --editable '/a/tlcr'"),
+    ],
+)
+def test_the_remedy_builds_what_was_installed(
+    direct_url: dict | None, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_extension, "distribution", lambda _: Distribution(direct_url))
+    assert _extension._rebuild().startswith("pip install --no-build-isolation --no-deps")
+    assert _extension._rebuild().endswith(ending)
+
+
+compiled = pytest.mark.skipif(_extension.unavailable("cpu") is not None, reason="no C++ kernels here")
+
+
+@compiled
+def test_the_library_is_what_its_record_says() -> None:
+    from tlcr import _C
+
+    itself, info = _C.build_info(torch.backends.cpu.get_cpu_capability()), tlcr.build_info()
+    assert re.match(r"\d+\.\d+\.\d+", info["torch"])[0] == itself["torch"]
+    assert info["cuda"] == itself["cuda"]
+    assert (info["extension"] == "cuda") == (info["cuda"] is not None) == (info["arch_list"] is not None)
+    assert re.match(r"(gcc|clang) \d+", info["compiler"])
+    assert info["problem"] is None and info["version"] == tlcr.__version__
+    assert _C.build_info("DEFAULT")["instruction_set"] == "baseline"
+
+
+@compiled
+def test_the_kernels_use_the_threads_of_torch() -> None:
+    """And only those: threads beyond the first are started by the first call that has work for them."""
+    code = """
+import os, torch, tlcr
+torch.set_num_threads({threads})
+logits, ids = torch.zeros(1, 1000).expand(512, -1), torch.zeros(512, dtype=torch.long)
+before = len(os.listdir("/proc/self/task"))
+tlcr.score_tokens(logits, ids, impl="cpp")
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    for threads in (1, 3):
+        done = run(PACKAGE.parent, code.format(threads=threads))
+        assert (done.returncode, done.stdout) == (0, f"{threads - 1}\n"), done.stderr
