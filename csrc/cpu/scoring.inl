@@ -8,7 +8,7 @@
 // give log p = z - log S, H = log S - W / S and KL = K / S - log S + log S_ref. Shifted terms keep the digits that sums
 // over raw logits would lose to a large common offset. A lane of a tile sums at most kTile / kVectorBytes / kUnroll of
 // them in float; the rest is summed in double. When a tile raises the maximum the sums so far are moved to it.
-#include "simd.h"
+#include "rows.h"
 
 namespace tlcr::cpu::TLCR_ISA {
 namespace {
@@ -22,11 +22,6 @@ template <class Real>
 constexpr int64_t kTile = kTileBytes / sizeof(Real);
 template <class Real>
 constexpr int64_t kStep = kUnroll * kLanes<Real>;
-
-template <class Element>
-TLCR_INLINE Element* row_of(const Rows& rows, int64_t row) {
-  return static_cast<Element*>(rows.data) + row / rows.inner * rows.outer_stride + row % rows.inner * rows.inner_stride;
-}
 
 template <class Real>
 TLCR_INLINE Real value_at(const void* values, int64_t row, Real otherwise) {
