@@ -1,6 +1,10 @@
 // The kernels of one instruction set: baseline.cpp, avx2.cpp and avx512.cpp name it in TLCR_ISA and include this.
 #include "kernels.h"
+#include "gae.inl"
+#include "ppo.inl"
+#include "reward.inl"
 #include "scoring.inl"
+#include "whiten.inl"
 
 #define TLCR_QUOTE_(name) #name
 #define TLCR_QUOTE(name) TLCR_QUOTE_(name)
@@ -9,7 +13,7 @@ namespace tlcr::cpu::TLCR_ISA {
 
 extern const Kernels table;
 const Kernels table = {
-    TLCR_QUOTE(TLCR_ISA), score, score_backward, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
+    TLCR_QUOTE(TLCR_ISA), score, score_backward, reward, hidden_reward, gae, whiten, ppo, ppo_finish, ppo_backward,
 };
 
 }  // namespace tlcr::cpu::TLCR_ISA
