@@ -72,6 +72,8 @@ def _ppo_loss(operators: Any) -> tuple[SetupContext, Backward]:
 
     @once_differentiable
     def backward(ctx: Any, g_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g_loss is None:
+            return (None,) * len(ctx.needs_input_grad)
         row_weights, *tensors = ctx.saved_tensors
         from_tensors, from_others = iter(tensors), iter(ctx.others)
         arguments = [next(from_tensors if is_tensor else from_others) for is_tensor in ctx.is_tensor]
