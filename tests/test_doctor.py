@@ -60,6 +60,33 @@ def test_it_names_the_implementation_that_each_op_takes(tmp_path: Path) -> None:
     assert "Memory of one process" not in text
 
 
+@pytest.mark.parametrize(
+    ("facts", "gpu", "level", "fact", "remedy"),
+    [
+        (
+            {"extension": None, "remark": "there was no torch"},
+            False,
+            "note",
+            "no compiled kernels: there was no to",
+            True,
+        ),
+        ({"extension": "cpu", "problem": "built for torch 2.1"}, True, "warning", "built for torch 2.1", True),
+        ({"extension": "cpu", "remark": "no nvcc"}, False, "ok", "avx2 code; no CUDA code: no nvcc", False),
+        ({"extension": "cpu", "remark": "no nvcc"}, True, "warning", "avx2 code; no CUDA code: no nvcc", True),
+        ({"extension": "cuda", "cuda": "13.0"}, True, "ok", "avx2 code; CUDA 13.0 code for 8.0;9.0", False),
+    ],
+)
+def test_it_says_how_tlcr_was_built(
+    facts: dict, gpu: bool, level: str, fact: str, remedy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = {"torch": "2.11.0", "compiler": "gcc 12", "instruction_set": "avx2", "arch_list": "8.0;9.0", "problem": None}
+    monkeypatch.setattr(ops, "build_info", lambda: {**info, **facts, "rebuild": "pip install tlcr"})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    (found,) = doctor._build()
+    assert (found.level, found.subject, found.remedy) == (level, "build", "pip install tlcr" if remedy else "")
+    assert fact in found.fact
+
+
 def test_too_little_memory_blocks_and_says_what_to_set(
     real_size: str, cpu_only: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,7 @@ def findings(cfg: RunConfig) -> Iterator[Finding]:
     yield from _extras(cfg)
     yield from _processor(cfg)
     yield from _accelerators(cfg)
+    yield from _build()
     yield from _implementations()
     yield from _sources(cfg)
     yield from _disk(cfg)
@@ -148,6 +149,23 @@ def _accelerators(cfg: RunConfig) -> Iterator[Finding]:
         yield Finding("ok", f"GPU {index}", f"{name}, {_gib(total)}, of which {_gib(free)} free")
     if cfg.model.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield Finding("warning", "bfloat16", "this GPU only emulates it", "model.dtype: float32")
+
+
+def _build() -> Iterator[Finding]:
+    """What of tlcr is compiled; where that is less than this machine could use, the command that builds it."""
+    info = ops.build_info()
+    if info["problem"] is not None:
+        yield Finding("warning", "build", info["problem"], info["rebuild"])
+    elif info["extension"] is None:
+        yield Finding("note", "build", f"no compiled kernels: {info['remark']}", info["rebuild"])
+    else:
+        what = f"compiled for torch {info['torch']} by {info['compiler']}; on this CPU {info['instruction_set']} code"
+        if info["extension"] == "cuda":
+            yield Finding("ok", "build", f"{what}; CUDA {info['cuda']} code for {info['arch_list']}")
+        elif torch.cuda.is_available():
+            yield Finding("warning", "build", f"{what}; no CUDA code: {info['remark']}", info["rebuild"])
+        else:
+            yield Finding("ok", "build", f"{what}; no CUDA code: {info['remark']}")
 
 
 def _implementations() -> Iterator[Finding]:

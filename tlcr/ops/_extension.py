@@ -8,6 +8,7 @@ import functools
 import importlib
 import json
 import re
+import shlex
 import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import PackageNotFoundError, distribution
@@ -48,13 +49,14 @@ def build_info() -> dict[str, Any]:
         The fields of the build record: `version`, `extension` ("cuda", "cpu" or None), `remark` (why it is not a CUDA
         build), `torch`, `cuda` and `arch_list`. Then what the extension says of itself, each None where it is not
         loaded: `compiler`, `instruction_set` (of the CPU kernels on this processor, as ATEN_CPU_CAPABILITY allows).
-        And `problem`: why an extension that is there is not loaded, with the line that mends it, else None.
+        Then `problem`: why an extension that is there is not loaded, else None. And `rebuild`: the command that builds
+        this installation anew, against the torch that is installed.
     """
-    record, problem = read_record(), load()
+    record, problem = read_record(), _problem()
     facts: dict[str, Any] = {"compiler": None, "instruction_set": None}
     if record.extension is not None and problem is None:
         facts = importlib.import_module("tlcr._C").build_info(torch.backends.cpu.get_cpu_capability())
-    return {**facts, **record._asdict(), "problem": problem if record.extension is not None else None}
+    return {**record._asdict(), **facts, "torch": record.torch, "problem": problem, "rebuild": _rebuild()}
 
 
 @functools.cache
@@ -75,17 +77,28 @@ def load() -> str | None:
     record = read_record()
     if record.extension is None:
         return f"tlcr has no compiled kernels here: {record.remark}; to build them: {_rebuild()}"
+    problem = _problem()
+    if problem is None:
+        return None
+    problem = f"{problem}; to mend it: {_rebuild()}"
+    warnings.warn(f"{problem} (until then the ops run without them)", ExtensionWarning, stacklevel=2)
+    return problem
+
+
+@functools.cache
+def _problem() -> str | None:
+    """Loads the extension, if there is one; why that cannot be done, or None."""
+    record = read_record()
+    if record.extension is None:
+        return None
     problem = mismatch(record, torch.__version__, torch.version.cuda)
     if problem is None and not any(RECORD.with_name(f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
         problem = f"tlcr's compiled kernels cannot be loaded: {RECORD.parent} has no _C{EXTENSION_SUFFIXES[0]}"
     if problem is None:
         try:
             importlib.import_module("tlcr._C")
-            return None
         except ImportError as error:
             problem = f"tlcr's compiled kernels cannot be loaded: {error}"
-    problem = f"{problem}; to mend it: {_rebuild()}"
-    warnings.warn(f"{problem} (until then the ops run without them)", ExtensionWarning, stacklevel=2)
     return problem
 
 
@@ -116,10 +129,10 @@ def _rebuild() -> str:
     """The command that builds this installation anew, against the torch that is installed."""
     source, editable = _source()
     if editable:
-        return f"pip install --no-build-isolation --no-deps --editable '{source}'"
+        return f"pip install --no-build-isolation --no-deps --editable {shlex.quote(source or '.')}"
     # pip keeps the wheels that it builds, and would take the old one again.
     how = "--no-build-isolation --no-deps --force-reinstall --no-cache-dir --no-binary tlcr"
-    return f"pip install {how} {repr(source) if source else 'tlcr'}"
+    return f"pip install {how} {shlex.quote(source or 'tlcr')}"
 
 
 def _source() -> tuple[str | None, bool]:
