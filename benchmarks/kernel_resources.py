@@ -1,0 +1,164 @@
+"""What the Triton kernels take of a GPU: registers, spills and shared memory, read from the binaries. Needs no GPU.
+
+    python benchmarks/kernel_resources.py                    # every kernel and dtype for the targets that are tested
+    python benchmarks/kernel_resources.py --targets 90 --dtypes float32
+
+The functions of `tlcr.kernels` run as ever, on small CPU tensors, but where they would launch a kernel it is compiled
+for the target instead, by the same path, and so with the same types, options and specialisation. Exits with status 1 if
+a kernel spills registers to memory.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from tlcr.kernels import gae, ppo_loss, reward
+
+TARGETS = (80, 90, 100)
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+class Resources(NamedTuple):
+    """What one program of a compiled kernel takes."""
+
+    kernel: str
+    variant: str
+    """The types of its arguments and its options."""
+    target: int
+    warps: int
+    registers: int
+    """Per thread."""
+    spilled: int
+    """Bytes of stack and local memory per thread."""
+    shared: int
+    """Bytes of shared memory."""
+
+
+class _Target:
+    """A driver that says what GPU there is, and knows no more: enough to compile."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        # Triton keeps compiled kernels by device.
+        return f"sm_{self.target.arch}"
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(capability: int) -> Iterator[list[Any]]:
+    """Within, launching a kernel compiles it for the target, and adds what was compiled to the list."""
+    if not isinstance(gae._gae_kernel, JITFunction):
+        raise SystemExit("the kernels are interpreted; unset TRITON_INTERPRET to compile them")
+    compiled: list[Any] = []
+    launch = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled.append(launch(self, *args, grid=grid, warmup=True, **options))
+
+    driver.set_active(_Target(capability))
+    JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = launch
+
+
+def calls(dtype: torch.dtype, batch: int = 2, length: int = 4) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Calls of the host functions that between them launch every kernel in all variants that differ in more than what
+    is left out."""
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    x = torch.ones(batch, length, dtype=dtype)
+    cu_seqlens = torch.tensor([0, batch * length], dtype=torch.int32)
+
+    def reward_of(classes: int, discrete: bool) -> Tensor:
+        logits = torch.ones(batch, length, classes, dtype=dtype)
+        return reward.fused_reward(logits, mask, x, 0.1, x[:, 0].contiguous(), 1.0, 1.0, 1.0, discrete, 0.0)
+
+    def gae_of(packed: bool) -> tuple[Tensor, Tensor]:
+        if packed:
+            return gae.fused_gae(x.flatten(), x.flatten(), mask.flatten(), 1.0, 0.95, True, cu_seqlens)
+        return gae.fused_gae(x, x, mask, 1.0, 0.95, True, None)
+
+    def loss_of(per_sequence: bool) -> tuple[Tensor, Tensor, Tensor]:
+        policy = (x, x, x, mask, 0.2, 0.2, 3.0)
+        rest = (x, x, x, 0.2, 1.0, x, 0.1, x, 0.1)
+        loss, statistics, row_weights = ppo_loss.ppo_loss(*policy, *rest, per_sequence, None, None)
+        ppo_loss.ppo_loss_backward(loss, row_weights, *policy, *rest, True, True, True, True)
+        return loss, statistics, row_weights
+
+    yield "fused_reward, 2 classes", lambda: reward_of(2, False)
+    yield "fused_reward, 3 classes, discrete", lambda: reward_of(3, True)
+    yield "fused_gae, padded", lambda: gae_of(False)
+    yield "fused_gae, packed", lambda: gae_of(True)
+    yield "ppo_loss, token", lambda: loss_of(False)
+    yield "ppo_loss, sequence", lambda: loss_of(True)
+
+
+def resources(targets: tuple[int, ...] = TARGETS, dtypes: tuple[torch.dtype, ...] = DTYPES) -> list[Resources]:
+    """What every kernel takes on every target: each variant once, however many calls launch it."""
+    found: dict[tuple[str, int], Resources] = {}
+    for target in targets:
+        for dtype in dtypes:
+            for variant, call in calls(dtype):
+                with compiling(target) as compiled:
+                    call()
+                for kernel in compiled:
+                    found.setdefault((kernel.hash, target), _read(kernel, f"{variant}, {str(dtype)[6:]}", target))
+    return list(found.values())
+
+
+def _read(kernel: Any, variant: str, target: int) -> Resources:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        listing = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    usage = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
+    return Resources(
+        kernel.name.strip("_"),
+        variant,
+        target,
+        kernel.metadata.num_warps,
+        usage["REG"],
+        usage["STACK"] + usage["LOCAL"],
+        kernel.metadata.shared,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, help="compute capabilities: 80 90 100")
+    parser.add_argument("--dtypes", nargs="+", default=[str(dtype)[6:] for dtype in DTYPES])
+    options = parser.parse_args()
+    found = resources(tuple(options.targets), tuple(getattr(torch, name) for name in options.dtypes))
+    print(f"triton {triton.__version__}")
+    row = "{:<18} {:<44} {:>6} {:>6} {:>10} {:>8} {:>7}"
+    print(row.format("kernel", "launched by", "target", "warps", "registers", "spilled", "shared"))
+    for one in found:
+        values = one.kernel, one.variant, f"sm_{one.target}", one.warps, one.registers, one.spilled, one.shared
+        print(row.format(*values))
+    return 1 if any(one.spilled for one in found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
