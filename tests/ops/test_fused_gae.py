@@ -108,9 +108,10 @@ def test_against_the_sum(backend: Backend, dtype: torch.dtype, gamma: float, lam
 
 @backends("fused_gae")
 @pytest.mark.parametrize("whiten", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("lengths", [[9, 4, 0, 6], [1, 1, 1, 1], [0, 0, 9, 0]])
-def test_packed(backend: Backend, whiten: bool, lengths: list[int]) -> None:
-    inputs = example()
+def test_packed(backend: Backend, whiten: bool, dtype: torch.dtype, lengths: list[int]) -> None:
+    inputs = example(dtype=dtype)
     inputs["mask"][-1, ::2] = True
     padded = inputs | {"mask": inputs["mask"] & (torch.arange(9) < torch.tensor(lengths).unsqueeze(1))}
     wanted = pack(dict(enumerate(truth(**padded, gamma=0.97, whiten=whiten))), lengths)

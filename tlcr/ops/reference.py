@@ -165,7 +165,9 @@ def _packed_advantages(
     value_from_here_N = _reverse_scan(values_N, torch.where(mask_N, 0.0, continues_N.to(values_N.dtype)))
     next_value_N = torch.where(continues_N, _shifted(value_from_here_N, 1), 0.0)
     delta_N = torch.where(mask_N, rewards_N + gamma * next_value_N - values_N, 0.0)
-    decay_N = torch.where(continues_N, torch.where(mask_N, gamma * lam, 1.0).to(delta_N.dtype), 0.0)
+    # Not where(mask, gamma * lam, 1.0), which is float32 whatever the arithmetic.
+    decay_N = torch.where(mask_N, torch.full_like(delta_N, gamma * lam), 1.0)
+    decay_N = torch.where(continues_N, decay_N, 0.0)
     return torch.where(mask_N, _reverse_scan(delta_N, decay_N), 0.0)
 
 
