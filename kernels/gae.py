@@ -78,9 +78,9 @@ def _gae_kernel(
         end = tl.where(sequence < sequences, tl.minimum(tl.maximum(end, 0), length), length)
         inside = (sequence >= 0) & (sequence < sequences)
 
-    gamma = tl.full((), gamma, real)
-    lam = tl.full((), lam, real)
-    one = tl.full((), 1, real)
+    # Rounded once each: 1 - lam of a rounded lam would have lost a digit.
+    of_reward = tl.full((), gamma * lam, real)
+    of_value = tl.full((), gamma * (1.0 - lam), real)
     carry = tl.full((), 0, real)
     count = tl.full((), 0, tl.float64)
     mean = tl.full((), 0, tl.float64)
@@ -98,8 +98,8 @@ def _gae_kernel(
 
         reward = tl.load(rewards + first + 1 + lane, mask=next_counts, other=0).to(real)
         value = tl.load(values + first + 1 + lane, mask=next_counts, other=0).to(real)
-        x = gamma * (lam * reward + (one - lam) * value)
-        decay = tl.where(next_counts, gamma * lam, one)
+        x = of_reward * reward + of_value * value
+        decay = tl.where(next_counts, of_reward, 1.0)
         x, decay = tl.associative_scan((x, decay), 0, _then, reverse=True)
         following = x + decay * carry
         carry = tl.sum(tl.where(lane == 0, following, 0.0), axis=0)
@@ -113,20 +113,18 @@ def _gae_kernel(
         if moments_B3 is not None:
             # Around a mean rounded to `real`, whose error is then known, so that only scalars need float64.
             more = tl.sum(counts.to(real), axis=0)
-            at_least_one = tl.maximum(more, 1.0)
-            about = tl.sum(advantage, axis=0) / at_least_one
+            divisor = tl.maximum(more, 1.0)
+            about = tl.sum(advantage, axis=0) / divisor
             off = tl.where(counts, advantage - about, 0.0)
             rest = tl.sum(off, axis=0).to(tl.float64)
-            mean_rest = rest / at_least_one.to(tl.float64)
-            square_about = tl.sum(off * off, axis=0).to(tl.float64)
-            count, mean, square = _merged(
-                count, mean, square, more.to(tl.float64), about.to(tl.float64) + mean_rest, square_about - rest * mean_rest
-            )
+            mean_rest = rest / divisor.to(tl.float64)
+            mean_of_more = about.to(tl.float64) + mean_rest
+            square_of_more = tl.sum(off * off, axis=0).to(tl.float64) - rest * mean_rest
+            count, mean, square = _merged(count, mean, square, more.to(tl.float64), mean_of_more, square_of_more)
     if moments_B3 is not None:
-        if inside:
-            tl.store(moments_B3 + sequence * 3, count)
-            tl.store(moments_B3 + sequence * 3 + 1, mean)
-            tl.store(moments_B3 + sequence * 3 + 2, square)
+        tl.store(moments_B3 + sequence * 3, count, mask=inside)
+        tl.store(moments_B3 + sequence * 3 + 1, mean, mask=inside)
+        tl.store(moments_B3 + sequence * 3 + 2, square, mask=inside)
 
 
 @jit

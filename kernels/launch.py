@@ -6,7 +6,8 @@ of the operator's schema (`tlcr.ops._library`), and only `tlcr.ops` calls them.
 Conventions of the kernels:
 - `real` is the type of the arithmetic and of the results. Python's numbers arrive as float64, because Triton would pass
   them as float32, and are rounded to `real` once.
-- What stands where a token does not count is never loaded, only its mask is: padding costs no bandwidth, NaN goes nowhere.
+- What stands where a token does not count is never loaded, only its mask is: padding saves bandwidth, and a NaN in it
+  goes nowhere.
 - Comparisons and choices, where one would expect `tl.minimum` or `tl.maximum`: those drop NaN.
 - A tile begins at its row's first token plus a multiple of the tile, wherever the row lies in memory. So the result of
   a row depends neither on the other rows nor on how far it is padded, to the last bit; and as rows begin anywhere,

@@ -10,7 +10,6 @@ every gradient. In float32 with everything: 33 and 41. Masked tokens cost 1 byte
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
