@@ -1,6 +1,6 @@
 """Fixtures that many tests share: a real byte-level BPE tokenizer and tiny random models, made in memory.
 
-Libraries are imported inside the fixtures, so that collecting tests stays fast.
+Libraries beside torch are imported inside the fixtures, so that collecting tests stays fast.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import torch
+
+# Triton reads this when it is imported: its kernels then run on the CPU, as Python.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -32,7 +37,6 @@ CORPUS = (
 def seeded() -> Iterator[None]:
     """Every test starts from the same random state, on one thread."""
     import numpy as np
-    import torch
 
     torch.set_num_threads(1)
     random.seed(0)
@@ -62,7 +66,6 @@ def tiny_causal_lm(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., Pre
 
     Keyword arguments beyond ``seed`` replace values of the ``LlamaConfig``.
     """
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def make(seed: int = 0, **changes: object) -> PreTrainedModel:
