@@ -18,9 +18,10 @@ struct Rows {
   int64_t inner = 1, outer_stride = 0, inner_stride = 0;
 };
 
-// What scoring keeps per row for its backward pass: x - max - log_sum is log p(v), without the rounding that a single
-// log-sum-exp of large logits has. [row] = {max, log_sum}, where max is the largest x and log_sum = log sum exp(x - max).
-// x is logits / temperature.
+// What scoring keeps per row for its backward pass on the same device, beside its results: stats and ref_stats, two
+// numbers each. In stats {max, log_sum}, so that x - max - log_sum is log p(v) without the rounding that a single
+// log-sum-exp of large logits has: max is the largest x, x is logits / temperature, log_sum = log sum exp(x - max). A
+// device may keep other numbers that serve it better; the CPU does.
 
 struct ScoreArguments {
   Type type;               // of logits and ref_logits

@@ -118,15 +118,25 @@ TLCR_INLINE void add_multiple(WideSum& sum, const WideSum& other, double factor)
   sum.high += other.high * factor;
 }
 
+// What a row keeps for its backward pass: the offsets, 1 / S of the policy, and the mean K / S of z - z_ref.
+template <class Real>
+struct Stats {
+  Real offset;
+  Real value;
+
+  static TLCR_INLINE Stats& of(void* stats, int64_t row) { return static_cast<Stats*>(stats)[row]; }
+  static TLCR_INLINE const Stats& of(const void* stats, int64_t row) { return static_cast<const Stats*>(stats)[row]; }
+};
+
 template <class Real>
 TLCR_INLINE Vector<Real> tree_sum(const Vector<Real> (&x)[kUnroll]) {
   return (x[0] + x[1]) + (x[2] + x[3]);
 }
 
-// K / S where the sum by tiles came to nothing finite: a term that was infinite under an earlier maximum may have
-// probability 0 under the last one. Reads the row again.
+// K where the sum by tiles came to nothing finite: a term that was infinite under an earlier maximum may have probability
+// 0 under the last one. Reads the row again.
 template <class Element>
-double kl_sum(const Element* logits, const Element* ref_logits, int64_t vocabulary, const Shift<Arithmetic<Element>>& shift,
+double difference_sum(const Element* logits, const Element* ref_logits, int64_t vocabulary, const Shift<Arithmetic<Element>>& shift,
               const Shift<Arithmetic<Element>>& ref_shift) {
   double total = 0;
   for (int64_t v = 0; v < vocabulary; ++v) {
@@ -192,20 +202,23 @@ TLCR_INLINE void score_row(const ScoreArguments& args, int64_t row) {
 
   const int64_t token = args.token_ids[row];
   const auto out = [row](void* to, double x) { static_cast<Real*>(to)[row] = Real(x); };
-  const auto write = [&](const Softmax<Real>& softmax, const Element* x, void* logprobs, void* stats) {
+  // Returns log S.
+  const auto finish = [&](const Softmax<Real>& softmax, const Element* x, void* logprobs) {
     const double log_sum = __builtin_log(softmax.total.total());
     out(logprobs, softmax.shift.z(widen(x[token])) - log_sum);
-    static_cast<Real*>(stats)[2 * row] = softmax.shift.offset;
-    static_cast<Real*>(stats)[2 * row + 1] = Real(log_sum);
     return log_sum;
   };
-  const double total = policy.total.total(), log_sum = write(policy, logits, args.logprobs, args.stats);
+  const double total = policy.total.total(), log_sum = finish(policy, logits, args.logprobs);
   out(args.entropy, log_sum - weighted.total() / total);
+  Stats<Real>::of(args.stats, row) = {policy.shift.offset, Real(1 / total)};
   if (kReference) {
-    const double ref_log_sum = write(reference, ref_logits, args.ref_logprobs, args.ref_stats);
-    double K = difference.total();
-    if (!(__builtin_isfinite(K))) K = kl_sum(logits, ref_logits, args.vocabulary, policy.shift, reference.shift);
-    out(args.kl, K / total - log_sum + ref_log_sum);
+    const double ref_log_sum = finish(reference, ref_logits, args.ref_logprobs);
+    double mean = difference.total() / total;
+    if (!__builtin_isfinite(mean)) {
+      mean = difference_sum(logits, ref_logits, args.vocabulary, policy.shift, reference.shift) / total;
+    }
+    out(args.kl, mean - log_sum + ref_log_sum);
+    Stats<Real>::of(args.ref_stats, row) = {reference.shift.offset, Real(mean)};
   }
 }
 
@@ -246,17 +259,16 @@ TLCR_INLINE void grad_row(const ScoreBackwardArguments& args, int64_t row, doubl
   const Element* const ref_logits = kReference ? row_of<Element>(args.ref_logits, row) : nullptr;
   Element* const grad = row_of<Element>(args.grad_logits, row);
   const Real scale = inverse_temperature<Real>(args, row);
-  const auto stat = [row](const void* stats, int which) { return static_cast<const Real*>(stats)[2 * row + which]; };
-  const Shift<Real> shift{scale, stat(args.stats, 0)};
-  const Shift<Real> ref_shift{scale, kReference ? stat(args.ref_stats, 0) : Real(0)};
-  const double log_sum = stat(args.stats, 1), ref_log_sum = kReference ? double(stat(args.ref_stats, 1)) : 0;
+  const Stats<Real> stats = Stats<Real>::of(args.stats, row);
+  const Stats<Real> ref_stats = kReference ? Stats<Real>::of(args.ref_stats, row) : Stats<Real>{};
+  const Shift<Real> shift{scale, stats.offset}, ref_shift{scale, ref_stats.offset};
 
-  // dx / temperature = p (constant + of_z z + of_difference (z - z_ref)), the row's constants gathered in double.
+  // dx / temperature = p (of_one + of_z z + of_difference (z - z_ref - mean)). Where p is near 1 the bracket of the KL is
+  // near 0, and its terms cancel exactly: log S, log S_ref and KL in place of the mean would each bring their rounding.
   double constant = -g_logprob;
-  if (g_entropy != 0) constant -= g_entropy * (double(static_cast<const Real*>(args.entropy)[row]) - log_sum);
-  if (kReference) constant += g_kl * (ref_log_sum - log_sum - double(static_cast<const Real*>(args.kl)[row]));
+  if (g_entropy != 0) constant -= g_entropy * (double(value_at<Real>(args.entropy, row, 0)) + __builtin_log(stats.value));
   const Real of_one = Real(constant * scale), of_z = Real(-g_entropy * scale), of_difference = Real(g_kl * scale);
-  const Real inverse_sum = Real(__builtin_exp(-log_sum));
+  const Real inverse_sum = stats.value, mean = ref_stats.value;
   const int64_t token = args.token_ids[row];
 
   for (int64_t begin = 0; begin < args.vocabulary; begin += kTile<Real>) {
@@ -277,7 +289,7 @@ TLCR_INLINE void grad_row(const ScoreBackwardArguments& args, int64_t row, doubl
         const Vector<Real> p = exp_of_nonpositive<Real>(z) * inverse_sum;
         Vector<Real> factor = of_one + of_z * z;
         if (kReference) {
-          factor += of_difference * (z - ref_shift.z(load(ref_tile + at)));
+          factor += of_difference * (z - ref_shift.z(load(ref_tile + at)) - mean);
           factor = p == 0 ? Vector<Real>{} : factor;
         }
         store(result + at, p * factor);
