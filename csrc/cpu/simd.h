@@ -13,7 +13,8 @@
 
 #if TLCR_VECTOR_BYTES > 16
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // g++ 12 warns of its own AVX-512 intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"  // g++ 12 warns of its own AVX-512 intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
