@@ -14,14 +14,16 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kTokens = 2;  // of a warp
 constexpr int kTokensPerBlock = kWarps * kTokens;
+// Blocks that a multiprocessor's registers must have room for: so many
+// warps hide what a read of device memory takes.
+template <typename T>
+constexpr int kBlocks = sizeof(T) == sizeof(double) ? 1 : 6;
 
 // `count` neighbouring elements, by one access where they make up 16 bytes.
 template <typename T, int kCount, typename real>
 __device__ __forceinline__ void load_hidden(const T* from, real (&to)[kCount]) {
   if constexpr (kCount == kPack<T>) {
-    const Pack<T> pack = load_pack(from, true);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) to[i] = to_real(pack.element[i]);
+    unpack(load_pack(from, true), to);
   } else {
     static_assert(kCount == 1, "a whole pack or one element");
     to[0] = to_real(*from);
@@ -36,8 +38,7 @@ __device__ __forceinline__ void load_weight(const real* from, real (&to)[kCount]
     static_assert(kCount % kPack<real> == 0, "whole packs");
 #pragma unroll
     for (int k = 0; k < kCount; k += kPack<real>) {
-      Pack<real> pack;
-      *reinterpret_cast<uint4*>(&pack) = __ldg(reinterpret_cast<const uint4*>(from + k));
+      const auto pack = bits_as<Pack<real>>(__ldg(reinterpret_cast<const uint4*>(from + k)));
 #pragma unroll
       for (int i = 0; i < kPack<real>; ++i) to[k + i] = pack.element[i];
     }
@@ -86,7 +87,8 @@ __device__ __forceinline__ real reward_of(const real (&logits)[kClasses], const 
 
 // kCount elements are read at once: a pack, or 1 where rows or weight are not aligned to packs.
 template <typename T, int kClasses, int kCount>
-__global__ void __launch_bounds__(kWarps * kWarp) hidden_reward_kernel(const HiddenRewardArguments a) {
+__global__ void __launch_bounds__(kWarps * kWarp, kBlocks<T>)
+    hidden_reward_kernel(const HiddenRewardArguments a) {
   using real = Real<T>;
   const int lane = threadIdx.x % kWarp;
   const int64_t tokens = a.batch * a.length;

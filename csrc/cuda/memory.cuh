@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstring>
+
 #include "../arguments.h"
 #include "platform.cuh"
 
@@ -75,27 +77,72 @@ struct alignas(16) Pack {
   T element[kPack<T>];
 };
 
+template <typename To, typename From>
+__device__ __forceinline__ To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
 // Each logit is read once: it should not push out of the cache what is read again. `aligned`: to 16 bytes.
 template <typename T>
 __device__ __forceinline__ Pack<T> load_pack(const T* from, bool aligned) {
+  if (aligned) return bits_as<Pack<T>>(__ldcs(reinterpret_cast<const uint4*>(from)));
   Pack<T> pack;
-  if (aligned) {
-    *reinterpret_cast<uint4*>(&pack) = __ldcs(reinterpret_cast<const uint4*>(from));
-  } else {
 #pragma unroll
-    for (int i = 0; i < kPack<T>; ++i) pack.element[i] = from[i];
-  }
+  for (int i = 0; i < kPack<T>; ++i) pack.element[i] = from[i];
   return pack;
 }
 
 template <typename T>
 __device__ __forceinline__ void store_pack(T* to, const Pack<T>& pack, bool aligned) {
   if (aligned) {
-    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&pack);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kPack<T>; ++i) to[i] = pack.element[i];
+    *reinterpret_cast<uint4*>(to) = bits_as<uint4>(pack);
+    return;
   }
+#pragma unroll
+  for (int i = 0; i < kPack<T>; ++i) to[i] = pack.element[i];
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack(const Pack<T>& pack, Real<T> (&x)[kPack<T>]) {
+#pragma unroll
+  for (int i = 0; i < kPack<T>; ++i) x[i] = to_real(pack.element[i]);
+}
+
+// A bfloat16 is the upper half of a float: one instruction each, where the conversions of the halves take two.
+template <>
+__device__ __forceinline__ void unpack(const Pack<__nv_bfloat16>& pack, float (&x)[8]) {
+  const uint4 bits = bits_as<uint4>(pack);
+  const unsigned pairs[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = __uint_as_float(pairs[i] << 16);
+    x[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ Pack<T> pack_of(const Real<T> (&x)[kPack<T>]) {
+  Pack<T> pack;
+#pragma unroll
+  for (int i = 0; i < kPack<T>; ++i) pack.element[i] = from_real<T>(x[i]);
+  return pack;
+}
+
+// Two numbers are rounded by one instruction.
+template <>
+__device__ __forceinline__ Pack<__nv_bfloat16> pack_of<__nv_bfloat16>(const float (&x)[8]) {
+  const __nv_bfloat162 pairs[4] = {__floats2bfloat162_rn(x[0], x[1]), __floats2bfloat162_rn(x[2], x[3]),
+                                   __floats2bfloat162_rn(x[4], x[5]), __floats2bfloat162_rn(x[6], x[7])};
+  return bits_as<Pack<__nv_bfloat16>>(pairs);
+}
+template <>
+__device__ __forceinline__ Pack<__half> pack_of<__half>(const float (&x)[8]) {
+  const __half2 pairs[4] = {__floats2half2_rn(x[0], x[1]), __floats2half2_rn(x[2], x[3]),
+                            __floats2half2_rn(x[4], x[5]), __floats2half2_rn(x[6], x[7])};
+  return bits_as<Pack<__half>>(pairs);
 }
 
 // A row cut into whole packs that begin at multiples of 16 bytes, and the fewer than 2 kPack elements before and after

@@ -11,11 +11,11 @@ namespace {
 
 // Threads that share a row: a warp where a row is so short that a block would spend its time on barriers.
 constexpr int kShortRow = 2048;
-constexpr int kRowThreads = 512;
+constexpr int kRowThreads = 256;
 constexpr int kShortRowsPerBlock = 4;
 // Blocks that a multiprocessor's registers must have room for, so that one reads while another adds up its threads.
 template <typename T>
-constexpr int kBlocks = sizeof(T) == sizeof(double) ? 1 : 2;
+constexpr int kBlocks = sizeof(T) == sizeof(double) ? 1 : 3;
 
 // Loads that a thread has under way, of all tensors together.
 constexpr int kLoads = 4;
@@ -67,13 +67,10 @@ __device__ __forceinline__ RowSums<Real<T>, kReference> sum_row(const T* x, cons
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
       if (!is_there(first + k * kThreads)) continue;
-      real x_pack[kPack<T>], y_pack[kPack<T>];
-#pragma unroll
-      for (int i = 0; i < kPack<T>; ++i) {
-        x_pack[i] = to_real(x_packs[k].element[i]);
-        y_pack[i] = kReference ? to_real(y_packs[k].element[i]) : 0;
-      }
-      sums.add(x_pack, y_pack, scale);
+      real x_k[kPack<T>], y_k[kPack<T>];
+      unpack(x_packs[k], x_k);
+      if constexpr (kReference) unpack(y_packs[k], y_k);
+      sums.add(x_k, y_k, scale);
     }
   };
 
@@ -109,23 +106,30 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kShortRowsPerBlock
   const real log_sum = log(sums.sum);
   static_cast<real*>(a.logprobs)[row] = (to_real(x[token]) - sums.max) * temperature.inverse - log_sum;
   static_cast<real*>(a.entropy)[row] = sums.entropy(temperature.inverse);
-  static_cast<real*>(a.stats)[2 * row] = sums.max * temperature.inverse;
+  static_cast<real*>(a.stats)[2 * row] = sums.max;
   static_cast<real*>(a.stats)[2 * row + 1] = log_sum;
   if constexpr (kReference) {
-    const real ref_log_sum = log(sums.ref_sum);
     static_cast<real*>(a.ref_logprobs)[row] =
-        (to_real(y[token]) - sums.ref_max) * temperature.inverse - ref_log_sum;
-    static_cast<real*>(a.kl)[row] = sums.kl(temperature.scale, temperature.inverse);
-    static_cast<real*>(a.ref_stats)[2 * row] = sums.ref_max * temperature.inverse;
-    static_cast<real*>(a.ref_stats)[2 * row + 1] = ref_log_sum;
+        (to_real(y[token]) - sums.ref_max) * temperature.inverse - log(sums.ref_sum);
+    const real kl = sums.kl(temperature.scale, temperature.inverse);
+    static_cast<real*>(a.kl)[row] = kl;
+    static_cast<real*>(a.ref_stats)[2 * row] = sums.ref_at_max;
+    // With a KL that is infinite or NaN every gradient of it is to be so as well.
+    static_cast<real*>(a.ref_stats)[2 * row + 1] = isfinite(kl) ? sums.cross / sums.sum : kl;
   }
 }
 
-// Everything about a row that the gradient at its entries needs.
+// Everything about a row that the gradient at its entries needs. With x and y logits,
+//
+//     log p = (x - max) / temperature - log_sum
+//     log p - log q - KL = ((x - max) - (y - ref_at_max) - mean_difference) / temperature
+//
+// The second is formed as it stands because its terms are exactly 0 at the likeliest entry, where a row with no other
+// likely one has its whole gradient: differences of log-probabilities and the KL would each bring a rounding error there.
 template <typename real>
 struct RowGradient {
   real inverse_temperature;
-  real max, log_sum, entropy, ref_max, ref_log_sum, kl;
+  real max, log_sum, entropy, ref_at_max, mean_difference;
   real g_logprob, g_entropy, g_kl;
 
   __device__ __forceinline__ RowGradient(const ScoreBackwardArguments& a, int64_t row)
@@ -138,9 +142,8 @@ struct RowGradient {
     // A result without a gradient may be infinite or NaN and yet adds exactly 0.
     entropy = g_entropy != 0 ? static_cast<const real*>(a.entropy)[row] : 0;
     if (g_kl != 0) {
-      kl = static_cast<const real*>(a.kl)[row];
-      ref_max = static_cast<const real*>(a.ref_stats)[2 * row];
-      ref_log_sum = static_cast<const real*>(a.ref_stats)[2 * row + 1];
+      ref_at_max = static_cast<const real*>(a.ref_stats)[2 * row];
+      mean_difference = static_cast<const real*>(a.ref_stats)[2 * row + 1];
     }
   }
 
@@ -149,12 +152,12 @@ struct RowGradient {
   // At the entry with logits x and y.
   template <bool kKL>
   __device__ __forceinline__ real at(real x, real y, bool is_token) const {
-    const real log_p = (x * inverse_temperature - max) - log_sum;
+    const real log_p = fma(x - max, inverse_temperature, -log_sum);
     const real p = exp2_of(log_p * static_cast<real>(kLog2E));
     real factor = -g_logprob - g_entropy * (log_p + entropy);
     if constexpr (kKL) {
-      const real log_q = (y * inverse_temperature - ref_max) - ref_log_sum;
-      factor = fma(g_kl, log_p - log_q - kl, factor);
+      const real difference = (x - max) - (y - ref_at_max);
+      factor = fma(g_kl * inverse_temperature, difference - mean_difference, factor);
     }
     const real gradient = (p == 0 ? 0 : p * factor) + (is_token ? g_logprob : 0);
     return gradient * inverse_temperature;
@@ -177,7 +180,8 @@ __device__ __forceinline__ void write_gradient(const RowGradient<Real<T>>& gradi
   }
 
   for (int tile = first + rank; tile < last; tile += kPacks * kThreads) {
-    Pack<T> x_packs[kPacks], y_packs[kPacks];
+    Pack<T> x_packs[kPacks];
+    [[maybe_unused]] Pack<T> y_packs[kPacks];
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
       const int pack = tile + k * kThreads;
@@ -191,13 +195,14 @@ __device__ __forceinline__ void write_gradient(const RowGradient<Real<T>>& gradi
       const int pack = tile + k * kThreads;
       if (pack >= last) continue;
       const int column = cut.head + pack * kPack<T>;
+      real x_k[kPack<T>], y_k[kPack<T>];
+      unpack(x_packs[k], x_k);
+      if constexpr (kKL) unpack(y_packs[k], y_k);
 #pragma unroll
       for (int i = 0; i < kPack<T>; ++i) {
-        const real y_i = kKL ? to_real(y_packs[k].element[i]) : 0;
-        x_packs[k].element[i] = from_real<T>(
-            gradient.template at<kKL>(to_real(x_packs[k].element[i]), y_i, column + i == token));
+        x_k[i] = gradient.template at<kKL>(x_k[i], kKL ? y_k[i] : 0, column + i == token);
       }
-      store_pack(out + column, x_packs[k], kAligned);
+      store_pack(out + column, pack_of<T>(x_k), kAligned);
     }
   }
 }
@@ -206,11 +211,9 @@ template <typename T, int kThreads>
 __device__ __forceinline__ void write_zeros(T* out, int vocabulary, int segment, int segments, int rank) {
   const Cut<T> cut(out, vocabulary);
   if (segment == 0 && rank < cut.edges) out[cut.edge(rank)] = from_real<T>(0);
-  Pack<T> zeros;
-#pragma unroll
-  for (int i = 0; i < kPack<T>; ++i) zeros.element[i] = from_real<T>(0);
+  const Real<T> zeros[kPack<T>] = {};
   for (int pack = segment * kThreads + rank; pack < cut.packs; pack += segments * kThreads) {
-    store_pack(out + cut.head + pack * kPack<T>, zeros, true);
+    store_pack(out + cut.head + pack * kPack<T>, pack_of<T>(zeros), true);
   }
 }
 
@@ -221,7 +224,7 @@ constexpr __host__ __device__ int segments_of(int64_t vocabulary) {
 }
 
 template <typename T, int kThreads, bool kReference>
-__global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kShortRowsPerBlock : kThreads)
+__global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kShortRowsPerBlock : kThreads, kBlocks<T>)
     score_backward_kernel(const ScoreBackwardArguments a) {
   using real = Real<T>;
   const int rank = threadIdx.x % kThreads;

@@ -12,26 +12,28 @@ constexpr double kLog2E = 1.4426950408889634;
 
 // Sums of a part of a row; x are logits of the policy, y of the reference, e = exp((x - max) / temperature).
 //
-// Everything is summed over differences from the running maximum, which is exact for logits near it: sums over the raw
-// logits would lose as many digits as those share of a common offset. Once per pack, what was summed before is brought to
-// the new maximum. `scale`, an argument throughout, is log2(e) / temperature.
+// Everything is summed over differences from the likeliest entry so far, which are exact for logits near it: sums over
+// the raw logits would lose as many digits as those share of a common offset. Once per pack, what was summed before is
+// brought to the new maximum. `scale`, an argument throughout, is log2(e) / temperature.
 //
-// An entry with e == 0 adds nothing but its place in `max`, so that -inf in x and y is no special case. An entry that
-// only the reference rules out makes the KL infinite unless its e is 0 for the maximum of the whole row, which no part
-// of the row knows: the largest such x is kept.
+// An entry with e == 0 adds nothing, so that -inf in x and y is no special case. An entry that only the reference rules
+// out makes the KL infinite unless its e is 0 for the maximum of the whole row, which no part of the row knows: the
+// largest such x is kept.
 template <typename real, bool kReference>
 struct RowSums {
-  real max, sum, weighted;                // weighted = sum of e (x - max)
-  real ref_max, ref_sum, cross, excluded;  // cross = sum of e ((x - max) - (y - ref_max)); excluded = max x at y = -inf
+  real max, sum, weighted;  // weighted = sum of e (x - max)
+  real ref_max, ref_sum;    // of the reference by itself
+  real ref_at_max, cross;   // cross = sum of e ((x - max) - (y - ref_at_max))
+  real excluded;            // the largest x where y = -inf
 
   // Lower than or equal to every finite logit, and finite, so that it can be subtracted from.
   static constexpr real kLowest = std::numeric_limits<real>::lowest();
   static constexpr real kInfinity = std::numeric_limits<real>::infinity();
 
-  static __device__ __forceinline__ RowSums empty() { return {kLowest, 0, 0, kLowest, 0, 0, -kInfinity}; }
+  static __device__ __forceinline__ RowSums empty() { return {kLowest, 0, 0, kLowest, 0, 0, 0, -kInfinity}; }
 
-  // Brings the sums to other maxima, no lower than their own.
-  __device__ __forceinline__ void move_to(real new_max, real new_ref_max, real scale) {
+  // Brings the sums to another maximum, no lower than their own, and the reference's logit there.
+  __device__ __forceinline__ void move_to(real new_max, real new_ref_at_max, real new_ref_max, real scale) {
     const real shift = max - new_max;
     const real factor = exp2_of(shift * scale);
     sum *= factor;
@@ -40,22 +42,30 @@ struct RowSums {
     weighted = counts ? fma(factor, weighted, sum * shift) : 0;
     max = new_max;
     if constexpr (kReference) {
-      const real ref_shift = ref_sum == 0 ? 0 : ref_max - new_ref_max;
-      cross = counts ? fma(factor, cross, sum * (shift - ref_shift)) : 0;
-      ref_sum *= exp2_of(ref_shift * scale);
+      cross = counts ? fma(factor, cross, sum * (shift - (ref_at_max - new_ref_at_max))) : 0;
+      ref_at_max = new_ref_at_max;
+      ref_sum *= exp2_of((ref_max - new_ref_max) * scale);
       ref_max = new_ref_max;
     }
   }
 
   template <int kCount>
   __device__ __forceinline__ void add(const real (&x)[kCount], const real (&y)[kCount], real scale) {
-    real top = max, ref_top = ref_max;
+    real top = max, ref_at_top = ref_at_max, ref_top = ref_max;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       top = fmax(top, x[i]);
       if constexpr (kReference) ref_top = fmax(ref_top, y[i]);
     }
-    move_to(top, ref_top, scale);
+    if constexpr (kReference) {
+      if (top > max) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          if (x[i] == top) ref_at_top = y[i] == -kInfinity ? 0 : y[i];  // any finite one: the KL is infinite then
+        }
+      }
+    }
+    move_to(top, ref_at_top, ref_top, scale);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const real difference = x[i] - max;
@@ -64,10 +74,9 @@ struct RowSums {
       sum += e;
       if (counts) weighted = fma(e, difference, weighted);
       if constexpr (kReference) {
-        const real ref_difference = y[i] - ref_max;
         const bool excludes = y[i] == -kInfinity;
-        ref_sum += exp2_of(ref_difference * scale);
-        if (counts && !excludes) cross = fma(e, difference - ref_difference, cross);
+        ref_sum += exp2_of((y[i] - ref_max) * scale);
+        if (counts && !excludes) cross = fma(e, difference - (y[i] - ref_at_max), cross);
         if (excludes) excluded = fmax(excluded, x[i]);
       }
     }
@@ -75,8 +84,9 @@ struct RowSums {
 
   __device__ __forceinline__ void merge(RowSums other, real scale) {
     const real top = fmax(max, other.max), ref_top = fmax(ref_max, other.ref_max);
-    move_to(top, ref_top, scale);
-    other.move_to(top, ref_top, scale);
+    const real ref_at_top = other.max > max ? other.ref_at_max : ref_at_max;
+    move_to(top, ref_at_top, ref_top, scale);
+    other.move_to(top, ref_at_top, ref_top, scale);
     sum += other.sum;
     weighted += other.weighted;
     if constexpr (kReference) {
@@ -95,6 +105,7 @@ struct RowSums {
     if constexpr (kReference) {
       other.ref_max = __shfl_xor_sync(kAllLanes, ref_max, lanes);
       other.ref_sum = __shfl_xor_sync(kAllLanes, ref_sum, lanes);
+      other.ref_at_max = __shfl_xor_sync(kAllLanes, ref_at_max, lanes);
       other.cross = __shfl_xor_sync(kAllLanes, cross, lanes);
       other.excluded = __shfl_xor_sync(kAllLanes, excluded, lanes);
     }
@@ -114,13 +125,14 @@ struct RowSums {
 
   __device__ __forceinline__ real kl(real scale, real inverse_temperature) const {
     // The quotient, because the difference of two logarithms loses the digits of a small KL.
-    const real finite = inverse_temperature * (cross / sum) + log(ref_sum / sum);
+    const real finite = inverse_temperature * (cross / sum + (ref_max - ref_at_max)) + log(ref_sum / sum);
     // Added and not put in its place: a row that is NaN stays NaN.
     return finite + (exp2_of((excluded - max) * scale) != 0 ? kInfinity : 0);
   }
 };
 
 // Merges the sums of the kThreads threads that share a row, whole warps, in a fixed order. The first one has the result.
+// With what a thread sums being fixed too, by where the row begins modulo 16 bytes, nothing else changes a bit of it.
 template <int kThreads, typename Sums, typename real>
 __device__ __forceinline__ Sums merge_threads(Sums sums, real scale) {
   sums.template merge_lanes<kWarp>(scale);
