@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CUDA_VENV ?= .venv-cuda
 ENVIRONMENT := $(VENV)/.environment
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test lint types bench
+.PHONY: quickstart test lint types bench wheels
 
 quickstart: $(INSTALLED)
 	$(BIN)/tlcr run examples/quickstart.yaml --resume
@@ -23,6 +24,10 @@ types: $(INSTALLED)
 bench: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest benchmarks --benchmark-only
 
+# The three kinds of wheel, each installed alone and tested; needs nvcc, and 5 GB for a CUDA build of torch, but no GPU.
+wheels: $(INSTALLED) $(CUDA_VENV)/.environment
+	$(BIN)/python .ci/wheels.py $(CURDIR)/$(BIN)/python $(abspath $(CUDA_VENV))/bin/python
+
 $(ENVIRONMENT): Makefile
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("tlcr needs python >= 3.10 and this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
@@ -35,4 +40,10 @@ $(ENVIRONMENT): Makefile
 $(INSTALLED): $(ENVIRONMENT) pyproject.toml setup.py $(shell find csrc -type f)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable '.[dev]'
 	@$(BIN)/python -c 'import tlcr; print("tlcr.build_info():", tlcr.build_info())'
+	@touch $@
+
+# torch 2.11 comes with triton 3.6, whose interpreter needs numpy < 2.4.
+$(CUDA_VENV)/.environment: Makefile
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install 'torch==2.11.0' 'numpy<2.4' 'setuptools>=77' wheel ninja rapidfuzz pytest pytest-xdist hypothesis
 	@touch $@
