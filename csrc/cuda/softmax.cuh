@@ -61,8 +61,9 @@ struct RowSums {
       if (top > max) {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-          if (x[i] == top) ref_at_top = y[i] == -kInfinity ? 0 : y[i];  // any finite one: the KL is infinite then
+          if (x[i] == top) ref_at_top = y[i];
         }
+        if (ref_at_top == -kInfinity) ref_at_top = 0;  // any finite number: the KL is infinite then
       }
     }
     move_to(top, ref_at_top, ref_top, scale);
@@ -115,7 +116,7 @@ struct RowSums {
   // Merges the sums of the first kLanes lanes into lane 0.
   template <int kLanes>
   __device__ __forceinline__ void merge_lanes(real scale) {
-#pragma unroll
+#pragma unroll 1  // once per row: not worth its place among the instructions
     for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) merge(from_lane_across(lanes), scale);
   }
 
