@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -56,11 +57,32 @@ def check_command(words: list[str]) -> None:
         check_tlcr(words[words.index("-m") + 2 :])
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file(), words
-    elif words[:2] == ["pip", "install"]:
-        for requirement in words[2:]:
-            Requirement(requirement)
+    elif words[0] == "pip":
+        check_pip(words[1], words[2:])
+    elif "=" in words[0]:
+        assert words[0].partition("=")[0] in build_variables(), words
+        check_command(words[1:])
     else:
         raise AssertionError(f"README names a command that nobody checks: {shlex.join(words)}")
+
+
+def check_pip(command: str, arguments: list[str]) -> None:
+    """By pip's own parser; what is installed is the checkout or looks like a package."""
+    from pip._internal.commands import create_command
+
+    try:
+        _, named = create_command(command).parser.parse_args(arguments)
+    except (SystemExit, KeyError) as error:
+        raise AssertionError(f"pip {command} {shlex.join(arguments)}: {error}") from error
+    for name in named:
+        assert name == "." or Requirement(name), arguments
+
+
+def build_variables() -> set[str]:
+    """The variables that setup.py reads, as its docstring lists them."""
+    docstring = ast.get_docstring(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))) or ""
+    listed = docstring.partition("Environment variables")[2]
+    return {name for line in listed.splitlines() for name in re.findall(r"\b[A-Z]+(?:_[A-Z]+)*\b", line[:26])}
 
 
 def check_tlcr(arguments: list[str]) -> None:
@@ -87,11 +109,28 @@ def test_every_command_exists(page: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["make quickstrat", "tlcr rn a.yaml", "tlcr run a.yaml --ppo.update 3", "accelerate launch -m tlrc run", "rm x"],
+    [
+        *(
+            "make quickstrat",
+            "tlcr rn a.yaml",
+            "tlcr run a.yaml --ppo.update 3",
+            "accelerate launch -m tlrc run",
+            "rm x",
+        ),
+        *("pip instal torch", "pip install --no-isolation .", "TLCR_BILD=cpu pip wheel ."),
+    ],
 )
 def test_a_wrong_command_would_be_caught(line: str) -> None:
     with pytest.raises(AssertionError):
         check_command(shlex.split(line))
+
+
+def test_the_page_on_installing_names_every_variable_of_the_build() -> None:
+    page = (ROOT / "docs" / "installation.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `([A-Z_]+)` \|", page, re.MULTILINE))
+    source = (ROOT / "setup.py").read_text(encoding="utf-8")
+    read = set(re.findall(r"environ(?:ment)?\.get\(\"(\w+)\"", source)) - {"CUDA_PATH"}  # which older toolkits set
+    assert listed == build_variables() == read | {"MAX_JOBS"}  # which torch reads
 
 
 def test_make_has_a_rule_for_every_target() -> None:

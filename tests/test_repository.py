@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,20 @@ def test_no_build_product_or_weight_is_tracked(tracked: list[Path]) -> None:
 
 def test_no_tracked_file_is_large(tracked: list[Path]) -> None:
     assert [str(file.relative_to(ROOT)) for file in tracked if file.stat().st_size > 2**20] == []
+
+
+def test_the_folder_of_kernels_is_not_taken_for_hugging_face_s_package(tmp_path: Path) -> None:
+    """`kernels` is also a package that transformers looks for, and the root of the repository is often on the path."""
+
+    def said(folder: Path, code: str) -> str:
+        command = [sys.executable, "-c", f"import sys; {code}"]
+        return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=120).stdout
+
+    code = (
+        "import transformers.integrations.hub_kernels, tlcr, transformers; "
+        "from transformers.utils import is_kernels_available; sys.stdout.write(str(is_kernels_available()))"
+    )
+    assert said(ROOT, code) == said(tmp_path, code)
+    (tmp_path / "kernels.py").touch()
+    code = f"sys.path.append({str(tmp_path)!r}); import kernels; sys.stdout.write(kernels.__file__)"
+    assert said(ROOT, code) == str(tmp_path / "kernels.py")
