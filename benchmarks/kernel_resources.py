@@ -3,9 +3,9 @@
     python benchmarks/kernel_resources.py                    # every kernel and dtype for the targets that are tested
     python benchmarks/kernel_resources.py --targets 90 --dtypes float32
 
-The functions of `tlcr.kernels` run as ever, on small CPU tensors, but where they would launch a kernel it is compiled
-for the target instead, by the same path, and so with the same types, options and specialisation. Exits with status 1 if
-a kernel spills registers to memory.
+The functions of `tlcr.kernels` run as ever, on tensors without data, but where they would launch a kernel it is
+compiled for the target instead, by the same path, and so with the same types, options and specialisation. Exits with
+status 1 if a kernel spills registers to memory.
 """
 
 import argparse
@@ -65,15 +65,18 @@ class _Target:
 
 
 @contextmanager
-def compiling(capability: int) -> Iterator[list[Any]]:
-    """Within, launching a kernel compiles it for the target, and adds what was compiled to the list."""
+def compiling(capability: int, **launch_options: Any) -> Iterator[list[Any]]:
+    """Within, launching a kernel only compiles it for the target; what was compiled is added to the list.
+
+    Options of Triton's launch, such as `maxnreg`, can be added or replaced.
+    """
     if not isinstance(gae._gae_kernel, JITFunction):
         raise SystemExit("the kernels are interpreted; unset TRITON_INTERPRET to compile them")
     compiled: list[Any] = []
     launch = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        compiled.append(launch(self, *args, grid=grid, warmup=True, **options))
+        compiled.append(launch(self, *args, grid=grid, warmup=True, **options | launch_options))
 
     driver.set_active(_Target(capability))
     JITFunction.run = compile_only
@@ -85,13 +88,13 @@ def compiling(capability: int) -> Iterator[list[Any]]:
 
 def calls(dtype: torch.dtype, batch: int = 2, length: int = 4) -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls that between them launch every kernel, with all its parts; what can be left out only makes it smaller."""
-    mask = torch.ones(batch, length, dtype=torch.bool)
-    x = torch.ones(batch, length, dtype=dtype)
-    cu_seqlens = torch.tensor([0, batch * length], dtype=torch.int32)
+    mask = torch.empty(batch, length, dtype=torch.bool, device="meta")
+    x = torch.empty(batch, length, dtype=dtype, device="meta")
+    cu_seqlens = torch.empty(batch + 1, dtype=torch.int32, device="meta")
 
     def reward_of(classes: int, discrete: bool) -> Tensor:
-        logits = torch.ones(batch, length, classes, dtype=dtype)
-        return reward.fused_reward(logits, mask, x, 0.1, x[:, 0].contiguous(), 1.0, 1.0, 1.0, discrete, 0.0)
+        logits = x.new_empty(batch, length, classes)
+        return reward.fused_reward(logits, mask, x, 0.1, x.new_empty(batch), 1.0, 1.0, 1.0, discrete, 0.0)
 
     def gae_of(packed: bool) -> tuple[Tensor, Tensor]:
         if packed:
@@ -122,11 +125,12 @@ def resources(targets: tuple[int, ...] = TARGETS, dtypes: tuple[torch.dtype, ...
                 with compiling(target) as compiled:
                     call()
                 for kernel in compiled:
-                    found.setdefault((kernel.hash, target), _read(kernel, f"{variant}, {str(dtype)[6:]}", target))
+                    found.setdefault((kernel.hash, target), read(kernel, f"{variant}, {str(dtype)[6:]}", target))
     return list(found.values())
 
 
-def _read(kernel: Any, variant: str, target: int) -> Resources:
+def read(kernel: Any, variant: str, target: int) -> Resources:
+    """What a compiled kernel takes, from the tables in its binary."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])

@@ -1,0 +1,114 @@
+"""Triton's kernels as a GPU would get them: compiled for named targets, which needs no GPU.
+
+Triton decides once per process whether it compiles or interprets, so each test asks a process of its own.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def compiling(code: str) -> Any:
+    """What `code` leaves in `answer`, run where kernels compile."""
+    imports = "import json, torch\nfrom benchmarks.kernel_resources import calls, compiling, read, resources\n"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", f"{imports}{code}\nprint(json.dumps(answer))"],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_no_kernel_spills() -> None:
+    rows = compiling("answer = [one._asdict() for one in resources()]")
+    kernels = {"reward_kernel", "gae_kernel", "moments_kernel", "whiten_kernel"}
+    kernels |= {"sums_kernel", "finish_kernel", "gradients_kernel"}
+    for target in (80, 90, 100):
+        assert {row["kernel"] for row in rows if row["target"] == target} == kernels
+    assert [row for row in rows if row["spilled"] != 0] == []
+    assert all(16 <= row["registers"] < 255 for row in rows)
+
+
+def test_a_spill_would_be_seen() -> None:
+    code = """
+answer = []
+for _, call in calls(torch.float32):
+    with compiling(90, maxnreg=24) as compiled:
+        call()
+    answer += [read(kernel, "", 90).spilled for kernel in compiled if kernel.name == "_gae_kernel"]
+"""
+    assert all(spilled > 0 for spilled in compiling(code))
+
+
+def test_a_new_size_compiles_nothing() -> None:
+    # All that Triton specialises on: 1, multiples of 16, and what takes more than 32 bits.
+    code = """
+answer = {}
+for batch, length in ((2, 5), (1, 1), (2, 16), (16, 1), (7, 1000), (3, 4096), (2, 2**31), (2**31, 2), (1, 2**33)):
+    hashes = set()
+    for _, call in calls(torch.bfloat16, batch, length):
+        with compiling(90) as compiled:
+            call()
+        hashes.update(kernel.hash for kernel in compiled)
+    answer[f"{batch} x {length}"] = sorted(hashes)
+"""
+    compiled = compiling(code)
+    assert len(compiled) == 9
+    first = compiled["2 x 5"]
+    assert len(first) >= 9
+    for shape, hashes in compiled.items():
+        assert hashes == first, shape
+
+
+def test_numbers_reach_a_kernel_in_full_precision() -> None:
+    # Triton passes Python's numbers as float32 unless told otherwise; nor may one pass through float32 later.
+    code = """
+answer = []
+for _, call in calls(torch.float64):
+    with compiling(90) as compiled:
+        call()
+    for kernel in compiled:
+        numbers = {name: kind for name, kind in kernel.src.signature.items() if kind in ("fp32", "fp64")}
+        answer.append((kernel.name, numbers, kernel.asm["ptx"]))
+"""
+    seen = set()
+    for kernel, numbers, ptx in compiling(code):
+        seen |= numbers.keys()
+        assert "fp32" not in numbers.values(), kernel
+        assert re.findall(r"cvt\S*\.f32\.f64|cvt\S*\.f64\.f32", ptx) == [], kernel
+        assert ".f64" in ptx
+    assert seen >= {"gamma", "lam", "temperature", "scale", "clip", "band", "low", "high", "denominator", "floor"}
+    assert seen >= {"kl_coef", "value_coef", "entropy_coef", "dual_clip", "value_clip"}
+
+
+def test_the_listing_is_for_people() -> None:
+    arguments = ["--targets", "90", "--dtypes", "float32"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "benchmarks/kernel_resources.py", *arguments],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert re.fullmatch(r"triton \d+\.\d+\.\d+", lines[0])
+    assert lines[1].split()[-5:] == ["target", "warps", "registers", "spilled", "shared"]
+    assert [line.split()[-5] for line in lines[2:]] == ["sm_90"] * (len(lines) - 2)
+    assert any(line.startswith("gae_kernel") for line in lines)
