@@ -21,6 +21,7 @@ from tlcr.config_loading import dump_config, load_config
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.metrics import read_metrics
 from tlcr.pipeline import run, stage
+from tlcr.run_folder import RunFolder
 
 
 def small_config(folder: Path, **changes: object) -> RunConfig:
@@ -129,6 +130,17 @@ def test_runs_side_by_side_give_what_runs_in_turn_give(finished: RunConfig, tmp_
             for c in (cfg, finished)
         )
         assert ours["after"]["kl_per_token"] == pytest.approx(theirs["after"]["kl_per_token"], rel=1e-4, abs=1e-6)
+
+
+def test_a_run_that_is_opened_again_keeps_its_config_file(finished: RunConfig, tmp_path: Path) -> None:
+    """Workers open their folder at the same time: two that wrote would pull the file from under each other."""
+    cfg = replace(finished, output_dir=str(tmp_path / "run"))
+    path = RunFolder(cfg, resume=False).path / "config.yaml"
+    before = path.stat().st_ino
+    RunFolder(load_config(path, {}), resume=True, whole=False)
+    assert path.stat().st_ino == before
+    RunFolder(replace(cfg, parallel=3), resume=True)
+    assert "parallel: 3" in path.read_text(encoding="utf-8")
 
 
 def test_a_worker_that_fails_is_named_with_its_reason(finished: RunConfig, tmp_path: Path) -> None:

@@ -66,8 +66,12 @@ class RunFolder:
 
     def _write_config(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        with write_aside(self.path / "config.yaml") as aside:
-            aside.write_text(dump_config(self.cfg), encoding="utf-8")
+        path, text = self.path / "config.yaml", dump_config(self.cfg)
+        # Not the same again: PPO runs side by side open their folder at the same time.
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            return
+        with write_aside(path) as aside:
+            aside.write_text(text, encoding="utf-8")
 
     @cached_property
     def device(self) -> torch.device:

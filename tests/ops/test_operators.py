@@ -244,6 +244,16 @@ def test_compiled_code_refuses_ids_outside_the_vocabulary() -> None:
         compiled(logits, wrong)
 
 
+@pytest.mark.parametrize(("op", "backend"), [case for case in fast_backends() if not CALLS[case.values[0]][1]])
+def test_what_has_no_gradient_asks_for_none(op: str, backend: Backend) -> None:
+    inputs = {
+        name: value.requires_grad_() if value.is_floating_point() else value
+        for name, value in call_inputs(4, backend.device).items()
+    }
+    results = CALLS[op][0](inputs, backend.impl)
+    assert not any(result.requires_grad for result in (results if isinstance(results, tuple) else [results]))
+
+
 @pytest.mark.parametrize(("op", "backend"), [case for case in fast_backends() if CALLS[case.values[0]][1]])
 def test_second_derivatives_are_refused(op: str, backend: Backend) -> None:
     """Not given as zero: a silent 0 would be a wrong answer."""

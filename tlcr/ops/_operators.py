@@ -28,9 +28,10 @@ class Operators:
         kind: str,
         band: float,
     ) -> Tensor:
-        rewards: Tensor = self._ops.fused_reward(
-            logits, mask, kl, kl_coef, terminal, temperature, scale, clip, kind == "discrete", band
-        )
+        with torch.no_grad():
+            rewards: Tensor = self._ops.fused_reward(
+                logits, mask, kl, kl_coef, terminal, temperature, scale, clip, kind == "discrete", band
+            )
         return rewards
 
     def reward_from_hidden(
@@ -49,9 +50,10 @@ class Operators:
         kind: str,
         band: float,
     ) -> Tensor:
-        rewards: Tensor = self._ops.reward_from_hidden(
-            hidden, weight, mask, bias, kl, kl_coef, terminal, temperature, scale, clip, kind == "discrete", band
-        )
+        with torch.no_grad():
+            rewards: Tensor = self._ops.reward_from_hidden(
+                hidden, weight, mask, bias, kl, kl_coef, terminal, temperature, scale, clip, kind == "discrete", band
+            )
         return rewards
 
     def fused_gae(
@@ -65,7 +67,8 @@ class Operators:
         whiten: bool,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        advantages, returns = self._ops.fused_gae(rewards, values, mask, gamma, lam, whiten, cu_seqlens)
+        with torch.no_grad():
+            advantages, returns = self._ops.fused_gae(rewards, values, mask, gamma, lam, whiten, cu_seqlens)
         return advantages, returns
 
     def score_tokens(

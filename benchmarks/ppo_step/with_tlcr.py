@@ -1,0 +1,70 @@
+"""PPO rounds of the task with tlcr; started by run.py."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+os.environ["TLCR_PROGRESS"] = "0"
+import task as benchmark
+import torch
+
+import tlcr
+from tlcr.actor_critic import ActorCritic
+from tlcr.config import DataConfig, KLConfig, PPOConfig, RewardConfig, RolloutConfig, RunConfig
+from tlcr.metrics import read_metrics
+from tlcr.reward_sources import DiscriminatorSource, Judge
+from tlcr.train_ppo import train_ppo
+
+PHASES = {"rollout": "rollout", "score": "score", "reward": "reward", "update": "update"}
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    task, result = benchmark.Task.from_argv()
+    torch.set_num_threads(task.threads)
+    tokenizer = benchmark.tokenizer_of(task)
+    policy, reference = benchmark.causal_lm(task, tokenizer), benchmark.causal_lm(task, tokenizer)
+    separate = task.value_model == "separate"
+    value_model = benchmark.classifier(task, tokenizer, "token", 1) if separate else None
+    discriminator = benchmark.classifier(task, tokenizer, "token", 2)
+    cfg = RunConfig(
+        data=DataConfig(max_prompt_tokens=task.prompt_tokens),
+        rollout=RolloutConfig(max_new_tokens=task.response_tokens, batch_size=task.micro_batch),
+        reward=RewardConfig(kind="continuous"),
+        kl=KLConfig(coef=0.05),
+        ppo=PPOConfig(
+            updates=task.rounds,
+            batch_size=task.batch,
+            minibatch_size=task.minibatch,
+            micro_batch_size=task.micro_batch,
+            epochs=task.epochs,
+            value_model="separate" if separate else "shared",
+            save_every=0,
+        ),
+    )
+    judge = Judge(discriminator.eval(), tokenizer, tokenizer, task.prompt_tokens, task.micro_batch)
+    with tempfile.TemporaryDirectory() as folder:
+        train_ppo(
+            cfg,
+            actor_critic=ActorCritic(policy, value_model),
+            reference=reference.eval(),
+            tokenizer=tokenizer,
+            reward_source=DiscriminatorSource(judge),
+            prompts=benchmark.prompts_of(task, tokenizer, task.batch),
+            folder=Path(folder),
+            seed=0,
+        )
+        logged = [row for row in read_metrics(Path(folder) / "metrics.jsonl") if "time/total_s" in row]
+    for row in logged:
+        if row["length/tokens"] != task.response_tokens_per_round:
+            raise SystemExit(f"{row['length/tokens']} response tokens, wanted {task.response_tokens_per_round}")
+    rounds = [{name: row[f"time/{name}_s"] for name in (*PHASES, "total")} for row in logged]
+    versions = {"tlcr": tlcr.__version__, "torch": torch.__version__}
+    benchmark.write_result(result, task, rounds, versions)
+
+
+if __name__ == "__main__":
+    main()
