@@ -155,7 +155,9 @@ class EmulatedKernels:
             ("hidden_reward", HiddenRewardArguments),
         ):
             size = getattr(self._library, f"size_of_{name}_arguments")()
-            assert size == ctypes.sizeof(mirror), f"{mirror.__name__} has {ctypes.sizeof(mirror)} bytes here, {size} in C++"
+            assert size == ctypes.sizeof(mirror), (
+                f"{mirror.__name__} has {ctypes.sizeof(mirror)} bytes here, {size} in C++"
+            )
 
     def set_order(self, seed: int) -> None:
         """In which order threads run: 0 ascending, 1 descending, more: at random."""
@@ -257,7 +259,13 @@ class EmulatedKernels:
             options=RewardOptions(temperature, scale, bound, kl_coef, band, kind == "discrete"),
         )
         arguments.mask = pointer(mask, torch.bool)
-        for name, tensor in (("weight", weight), ("bias", bias), ("kl", kl), ("terminal", terminal), ("rewards", rewards)):
+        for name, tensor in (
+            ("weight", weight),
+            ("bias", bias),
+            ("kl", kl),
+            ("terminal", terminal),
+            ("rewards", rewards),
+        ):
             setattr(arguments, name, pointer(tensor, dtype))
         self._call("hidden_reward", arguments)
         return rewards

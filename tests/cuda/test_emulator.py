@@ -70,7 +70,9 @@ def test_halves_are_torch_s(faulty: ctypes.CDLL) -> None:
         assert torch.equal(got.nan_to_num(12345.0), bits.view(dtype).float().nan_to_num(12345.0))
 
     # Every half, what lies between it and the next, and the ties; then any float.
-    between = torch.cat([x + d * torch.finfo(torch.float32).eps * x for x in (from_half, from_bfloat16) for d in (-1, 1)])
+    between = torch.cat(
+        [x + d * torch.finfo(torch.float32).eps * x for x in (from_half, from_bfloat16) for d in (-1, 1)]
+    )
     ties = torch.cat([(x[1:] + x[:-1]) / 2 for x in (from_half, from_bfloat16)])
     random = torch.randint(-(1 << 31), 1 << 31, (100_000,)).to(torch.int32).view(torch.float32)
     values = torch.cat([from_half, from_bfloat16, between, ties, random]).contiguous()

@@ -236,9 +236,7 @@ def test_infinite_results_without_gradient_add_nothing(kernels: EmulatedKernels)
 
 @pytest.mark.parametrize("names", [("logprobs",), ("entropy",), ("kl",), ("logprobs", "entropy"), ("entropy", "kl")])
 @pytest.mark.parametrize("vocabulary", [37, 2060])
-def test_each_gradient(
-    kernels: EmulatedKernels, dtype: torch.dtype, names: tuple[str, ...], vocabulary: int
-) -> None:
+def test_each_gradient(kernels: EmulatedKernels, dtype: torch.dtype, names: tuple[str, ...], vocabulary: int) -> None:
     logits, ids, ref_logits = example((4,), vocabulary, dtype)
     scores = kernels.score(logits, ids, ref_logits)
     weights = {name: torch.randn(4, dtype=real(dtype)) for name in names}
