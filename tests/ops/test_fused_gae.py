@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.helpers import (
@@ -119,6 +121,115 @@ def test_packed(backend: Backend, whiten: bool, dtype: torch.dtype, lengths: lis
     got = ops.fused_gae(**to_device(packed, backend.device), gamma=0.97, whiten=whiten, impl=backend.impl)
     assert_close(got[0], wanted[0])
     assert_close(got[1], wanted[1])
+
+
+# Around the widths of vector registers.
+LENGTHS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 63, 65]
+MASKS: dict[str, Any] = {
+    "all": lambda shape: torch.ones(shape, dtype=torch.bool),
+    "prefix": lambda shape: torch.arange(shape[1]) < torch.randint(shape[1] + 1, (shape[0], 1)),
+    "hole": lambda shape: (torch.arange(shape[1]) - shape[1] // 2).abs().expand(shape) > shape[1] // 4,
+    "few": lambda shape: torch.rand(shape) < 0.1,
+    "most": lambda shape: torch.rand(shape) < 0.9,
+    "alternate": lambda shape: (torch.arange(shape[1]) % 2 == 0).expand(shape),
+}
+
+
+def plain_rows(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float, whiten: bool
+) -> tuple[Tensor, Tensor]:
+    """The loop that trainers carry, in the dtype of its inputs, and their whitening."""
+    advantage = following = torch.zeros_like(rewards[:, 0])
+    columns = []
+    for t in reversed(range(rewards.shape[1])):
+        step = rewards[:, t] + gamma * following - values[:, t] + gamma * lam * advantage
+        advantage = torch.where(mask[:, t], step, advantage)
+        following = torch.where(mask[:, t], values[:, t], following)
+        columns.append(advantage)
+    advantages = torch.where(mask, torch.stack(columns[::-1], dim=1), 0.0)
+    returns = torch.where(mask, advantages + values, 0.0)
+    if whiten:
+        counted = advantages[mask]
+        whitened = (advantages - counted.mean()) / counted.var(correction=0).sqrt()
+        advantages = torch.where(mask, whitened, 0.0)
+    return advantages, returns
+
+
+@backends("fused_gae")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("whiten", [False, True])
+def test_every_length_as_accurate_as_a_plain_loop(
+    backend: Backend, dtype: torch.dtype, kind: str, packed: bool, whiten: bool
+) -> None:
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    options: dict[str, Any] = {"gamma": 0.99, "lam": 0.95, "whiten": whiten}
+    for length in LENGTHS:
+        mask = MASKS[kind]((5, length))
+        if whiten and mask.sum() < 2:
+            continue
+        # What does not count is NaN where the truth has 0, which are the same to an honest kernel.
+        clean = {name: torch.where(mask, torch.randn(5, length), 0.0).to(dtype) for name in ("rewards", "values")}
+        dirty = {name: tensor.masked_fill(~mask, NAN) for name, tensor in clean.items()}
+        inputs: dict[str, Any] = dirty | {"mask": mask}
+        if packed:
+            inputs = pack(inputs, [length] * 5)
+        got = ops.fused_gae(**to_device(inputs, backend.device), **options, impl=backend.impl)
+        wide = {name: tensor.double() for name, tensor in clean.items()}
+        true = truth(**wide, mask=mask, **options)
+        plain = plain_rows(**{k: v.to(arithmetic) for k, v in clean.items()}, mask=mask, **options)
+        for result, of_plain, wanted in zip(got, plain, true, strict=True):
+            assert result.dtype == arithmetic
+            if dtype == torch.float64:
+                assert_close(result.view(5, length), wanted)
+            else:
+                assert_no_worse_than_reference(result.view(5, length), of_plain, wanted, slack=4)
+            assert not result.view(5, length).cpu()[~mask].any()
+
+
+@backends("fused_gae")
+@pytest.mark.parametrize("length", [1, 9, 64, 1000])
+def test_repeats_bitwise_and_a_row_does_not_depend_on_the_others(backend: Backend, length: int) -> None:
+    inputs = to_device(example(7, length), backend.device)
+    packed = pack(inputs, [length] * 7)
+    together = ops.fused_gae(**inputs, impl=backend.impl)
+    end_to_end = ops.fused_gae(**packed, impl=backend.impl)
+    for again in (together, ops.fused_gae(**inputs, impl=backend.impl)):
+        assert all(torch.equal(a, b) for a, b in zip(again, together, strict=True))
+    for row in (0, 3, 6):
+        one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+        alone = ops.fused_gae(**one, impl=backend.impl)
+        for result, among, of_packed in zip(alone, together, end_to_end, strict=True):
+            assert torch.equal(result[0], among[row])
+            assert_close(of_packed[row * length : (row + 1) * length], among[row])
+    whitened = ops.fused_gae(**inputs, whiten=True, impl=backend.impl)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whitened, ops.fused_gae(**inputs, whiten=True, impl=backend.impl), strict=True)
+    )
+
+
+@backends("fused_gae")
+@given(
+    st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(-3, 40), min_size=1, max_size=9),
+    st.integers(0, 37),
+    st.booleans(),
+)
+@settings(deadline=None, max_examples=50)
+def test_malformed_cu_seqlens_stay_in_bounds(backend: Backend, cu_seqlens: list[int], n: int, whiten: bool) -> None:
+    # NaN surrounds the tokens: what is read beyond them shows. Nothing is promised of the results but that.
+    surrounded = torch.full((2, n + 128), NAN, device=backend.device)
+    surrounded[:, 64 : 64 + n] = torch.randn(2, n)
+    rewards, values = surrounded[0, 64 : 64 + n], surrounded[1, 64 : 64 + n]
+    offsets = torch.tensor(cu_seqlens, dtype=torch.int32, device=backend.device)
+    got = ops.fused_gae(rewards, values, cu_seqlens=offsets, whiten=whiten, impl=backend.impl)
+    assert all(result.shape == (n,) and result.isfinite().all() for result in got)
+    if cu_seqlens == sorted(cu_seqlens):
+        # Ascending offsets that only reach too far are cut to the tokens.
+        inside = offsets.clamp(0, n)
+        wanted = ops.fused_gae(rewards, values, cu_seqlens=inside, whiten=whiten, impl=backend.impl)
+        assert all(torch.equal(result, true) for result, true in zip(got, wanted, strict=True))
 
 
 @backends("fused_gae")
