@@ -121,12 +121,61 @@ def test_against_the_formula(backend: Backend, classes: int, dtype: torch.dtype,
 
 
 @backends("fused_reward")
-def test_as_accurate_as_plain_torch(backend: Backend) -> None:
-    inputs = example(3, torch.float32, 16, 33)
-    p = torch.softmax(inputs["logits"], dim=-1)
-    plain = torch.where(inputs["mask"], p[..., 2] - p[..., 0], 0.0)
-    got = ops.fused_reward(**to_device({k: inputs[k] for k in ("logits", "mask")}, backend.device), impl=backend.impl)
-    assert_no_worse_than_reference(got, plain, truth(inputs["logits"], inputs["mask"]))
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 30.0])
+def test_every_length_as_accurate_as_plain_torch(
+    backend: Backend, classes: int, dtype: torch.dtype, spread: float
+) -> None:
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    for length in (1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 63, 65):
+        logits, mask = (spread * torch.randn(4, length, classes)).to(dtype), torch.rand(4, length) < 0.7
+        inputs = {"logits": logits.masked_fill(~mask.unsqueeze(-1), NAN), "mask": mask}
+        got = ops.fused_reward(**to_device(inputs, backend.device), temperature=1.3, impl=backend.impl)
+        p = torch.softmax(logits.to(arithmetic) / 1.3, dim=-1)
+        plain = torch.where(mask, p[..., -1] - p[..., 0], 0.0)
+        wanted = truth(logits, mask, temperature=1.3)
+        if dtype == torch.float64:
+            assert_close(got, wanted, magnitude=1.0)
+        else:
+            assert_no_worse_than_reference(got, plain, wanted)
+
+
+@backends("fused_reward")
+@pytest.mark.parametrize("classes", [2, 3])
+def test_extreme_logits(backend: Backend, classes: int) -> None:
+    # All equal, peaked either way, huge, huge and negative, and almost equal at a great size.
+    first = torch.tensor([[0.0, 500.0, 0.0, 1e30, -1e30, 1e4, -3e38]], device=backend.device)
+    last = torch.tensor([[0.0, 0.0, 500.0, 1e30, -1e30, 1e4 + 1e-3, 3e38]], device=backend.device)
+    between = torch.full_like(first, -INF)
+    logits = torch.stack([first, last] if classes == 2 else [first, between, last], dim=-1)
+    mask = torch.ones(1, 7, dtype=torch.bool, device=backend.device)
+    wanted = ((last.double() - first.double()) / 2).tanh()
+    assert_close(ops.fused_reward(logits, mask, impl=backend.impl), wanted, ulps=2)
+
+
+@backends("fused_reward")
+@pytest.mark.parametrize("classes", [2, 3])
+def test_nan_and_inf_that_count_are_seen_where_they_are(backend: Backend, classes: int) -> None:
+    logits = torch.randn(2, 40, classes, device=backend.device)
+    mask = torch.ones(2, 40, dtype=torch.bool, device=backend.device)
+    broken = torch.zeros(2, 40, dtype=torch.bool)
+    for n, poison in enumerate((NAN, INF)):
+        for c in range(classes):
+            logits[n, 3 * c + 1, c] = logits[n, 38 - c, c] = poison
+            broken[n, 3 * c + 1] = broken[n, 38 - c] = True
+    assert torch.equal(ops.fused_reward(logits, mask, impl=backend.impl).isnan().cpu(), broken)
+
+
+@backends("fused_reward")
+@pytest.mark.parametrize("classes", [2, 3])
+def test_repeats_bitwise_and_a_row_does_not_depend_on_the_others(backend: Backend, classes: int) -> None:
+    inputs = to_device(example(classes, torch.float32, 5, 37), backend.device)
+    together = ops.fused_reward(**inputs, kl_coef=0.1, impl=backend.impl)
+    assert torch.equal(ops.fused_reward(**inputs, kl_coef=0.1, impl=backend.impl), together)
+    for row in range(5):
+        one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+        assert torch.equal(ops.fused_reward(**one, kl_coef=0.1, impl=backend.impl)[0], together[row])
 
 
 @backends("fused_reward")
@@ -190,6 +239,40 @@ def test_from_hidden(backend: Backend, classes: int, dtype: torch.dtype, options
     assert_close(ops.reward_from_hidden(**arguments, **options, impl=backend.impl), wanted)
     spread = {name: strided(value) for name, value in arguments.items()}
     assert_close(ops.reward_from_hidden(**spread, **options, impl=backend.impl), wanted)
+
+
+@backends("reward_from_hidden")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_from_hidden_every_width_as_accurate_as_plain_torch(backend: Backend, classes: int, dtype: torch.dtype) -> None:
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    mask = torch.rand(3, 17) < 0.8
+    for width in (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 130, 1000):
+        hidden, weight = torch.randn(3, 17, width).to(dtype), (torch.randn(classes, width) / width**0.5).to(dtype)
+        bias = torch.randn(classes).to(dtype)
+        inputs = to_device({"hidden": hidden, "weight": weight, "mask": mask, "bias": bias}, backend.device)
+        got = ops.reward_from_hidden(**inputs, impl=backend.impl)
+        p = torch.softmax(hidden.to(arithmetic) @ weight.to(arithmetic).t() + bias.to(arithmetic), dim=-1)
+        plain = torch.where(mask, p[..., -1] - p[..., 0], 0.0)
+        wanted = truth(hidden.double() @ weight.double().t() + bias.double(), mask)
+        if dtype == torch.float64:
+            assert_close(got, wanted, magnitude=1.0)
+        else:
+            assert_no_worse_than_reference(got, plain, wanted, slack=4)
+
+
+@backends("reward_from_hidden")
+def test_from_hidden_a_token_does_not_depend_on_the_others(backend: Backend) -> None:
+    if backend.impl == "reference":
+        pytest.skip("a matrix product's order of summation depends on its shape")
+    hidden, weight = torch.randn(5, 37, 130, device=backend.device), torch.randn(3, 130, device=backend.device)
+    mask = torch.ones(5, 37, dtype=torch.bool, device=backend.device)
+    together = ops.reward_from_hidden(hidden, weight, mask, impl=backend.impl)
+    assert torch.equal(ops.reward_from_hidden(hidden, weight, mask, impl=backend.impl), together)
+    for row in range(5):
+        for begin in (0, 3, 36):
+            part = hidden[row : row + 1, begin:], weight, mask[row : row + 1, begin:]
+            assert torch.equal(ops.reward_from_hidden(*part, impl=backend.impl)[0], together[row, begin:])
 
 
 @backends("reward_from_hidden")

@@ -215,6 +215,98 @@ def test_gradcheck(backend: Backend, options: dict[str, Any]) -> None:
     assert torch.autograd.gradcheck(function, leaves, fast_mode=interpreted(backend))
 
 
+LENGTHS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 63, 65)
+"""Around the widths of vector registers."""
+
+
+@backends("ppo_loss")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_length(backend: Backend, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    options = COEFFICIENTS | options
+    for length in LENGTHS:
+        inputs = example(5, length, dtype)
+        arguments = to_device(inputs, backend.device)
+        assert_matches(ops.ppo_loss(**arguments, **options, impl=backend.impl), truth(**inputs, **options))
+        wide = {name: tensor.double() if name != "mask" else tensor for name, tensor in inputs.items()}
+        wanted = gradients(wide, **options, impl="reference")
+        for name, grad in gradients(arguments, **options, impl=backend.impl).items():
+            assert grad.dtype == dtype
+            assert_close(grad, wanted[name])
+
+
+@backends("ppo_loss")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("options", [{}, {"dual_clip": 2.0}, {"clip": 0.0}, {"clip_high": 0.5, "value_clip": 0.25}])
+def test_gradients_at_every_edge(backend: Backend, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Ties, bounds and caps, met exactly and passed by a hair: the branch taken is the one that autograd takes."""
+    low, high = 1 - options.get("clip", 0.2), 1 + options.get("clip_high", options.get("clip", 0.2))
+    edges = torch.tensor([low, 1.0, high, 2.0], dtype=dtype).log()
+    log_ratios = torch.cat([edges, edges.nextafter(edges + 1), edges.nextafter(edges - 1)])
+    log_ratios = torch.cat([log_ratios, torch.tensor([-200.0, -5.0, 39.0, 40.0, 41.0, 500.0, NAN], dtype=dtype)])
+    log_ratio, advantage = torch.cartesian_prod(log_ratios, torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0], dtype=dtype)).T
+    moves = torch.tensor([-1.0, -0.25, -0.2, -0.1, 0.0, 0.1, 0.2, 0.25, 1.0, NAN], dtype=dtype)
+    moves = torch.cat([moves, moves.nextafter(moves + 1), moves.nextafter(moves - 1)])
+    move, target = torch.cartesian_prod(moves, torch.tensor([-0.5, 0.0, 0.1, 0.6, 2.0], dtype=dtype)).T
+
+    def row(x: Tensor) -> Tensor:
+        """One row, so long that every edge meets whole registers and the rest."""
+        return x.repeat(-(-163 // x.numel()))[:163].unsqueeze(0)
+
+    policy = {"logprobs": row(log_ratio), "advantages": row(advantage)}
+    value = {"values": row(move), "returns": row(target)}
+    inputs = policy | value | {"old_logprobs": torch.zeros(1, 163, dtype=dtype), "mask": torch.ones(1, 163).bool()}
+    inputs |= {"old_values": inputs["old_logprobs"], "entropy": inputs["values"], "kl": inputs["values"]}
+    # The sums are NaN, for there are NaNs among the tokens; the gradients are each token's own.
+    wanted = gradients(inputs, **COEFFICIENTS, **options, impl="reference")
+    got = gradients(to_device(inputs, backend.device), **COEFFICIENTS, **options, impl=backend.impl)
+    for name, grad in got.items():
+        assert torch.equal(grad.isnan().cpu(), wanted[name].isnan()), name
+        torch.testing.assert_close(
+            grad.cpu(), wanted[name], rtol=64 * torch.finfo(dtype).eps, atol=0.0, equal_nan=True, msg=name
+        )
+
+
+@backends("ppo_loss")
+@pytest.mark.parametrize("aggregate", ["token", "sequence"])
+def test_each_gradient_alone_is_the_same_as_together(backend: Backend, aggregate: str) -> None:
+    inputs = to_device(example(4, 37), backend.device)
+    options: dict[str, Any] = COEFFICIENTS | {"aggregate": aggregate, "impl": backend.impl}
+    together = gradients(inputs, **options)
+    for name in TRAINED:
+        leaf = inputs[name].clone().requires_grad_()
+        (alone,) = torch.autograd.grad(ops.ppo_loss(**inputs | {name: leaf}, **options).loss, leaf)
+        assert alone.any() and torch.equal(alone, together[name])
+
+
+@backends("ppo_loss")
+@pytest.mark.parametrize("aggregate", ["token", "sequence"])
+def test_repeats_bitwise_and_a_row_does_not_depend_on_the_others(backend: Backend, aggregate: str) -> None:
+    inputs = to_device(example(6, 37), backend.device)
+    # With a denominator a row's gradients are its own.
+    options: dict[str, Any] = COEFFICIENTS | {"aggregate": aggregate, "denominator": 11, "impl": backend.impl}
+    whole, whole_grads = ops.ppo_loss(**inputs, **options), gradients(inputs, **options)
+    assert all(torch.equal(a, b) for a, b in zip(ops.ppo_loss(**inputs, **options), whole, strict=True))
+    for row in range(6):
+        one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+        for name, grad in gradients(one, **options).items():
+            assert torch.equal(grad[0], whole_grads[name][row])
+
+
+@backends("ppo_loss")
+@pytest.mark.parametrize("shape", [(1, 1_000_000), (1000, 1000)])
+def test_many_tokens_as_accurate_as_plain_torch(backend: Backend, shape: tuple[int, int]) -> None:
+    inputs = example(*shape)
+    inputs["mask"][:] = True
+    inputs["returns"] += 5  # a mean far from 0, so that rounding cannot hide behind cancellation
+    got = ops.ppo_loss(**to_device(inputs, backend.device), **COEFFICIENTS, impl=backend.impl)
+    wide = {name: tensor.double() if name != "mask" else tensor for name, tensor in inputs.items()}
+    true = ops.ppo_loss(**wide, **COEFFICIENTS, impl="reference")
+    plain = ops.ppo_loss(**inputs, **COEFFICIENTS, impl="reference")
+    for result, of_plain, wanted in zip(got, plain, true, strict=True):
+        assert_no_worse_than_reference(result, of_plain, wanted)
+
+
 @backends("ppo_loss")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_come_back_in_the_dtype_of_their_input(backend: Backend, dtype: torch.dtype) -> None:
