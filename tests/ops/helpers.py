@@ -34,6 +34,11 @@ def interpreted(backend: Backend) -> bool:
     return backend == Backend("cpu", "triton")
 
 
+def row_lengths(backend: Backend) -> tuple[int, ...]:
+    """Lengths of rows around the widths of vector registers and the sizes of tiles."""
+    return (1, 9) if interpreted(backend) else (1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 63, 65)
+
+
 def to_device(values: dict[str, Any], device: str) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
 

@@ -15,6 +15,7 @@ from tests.ops.helpers import (
     assert_no_worse_than_reference,
     backends,
     interpreted,
+    row_lengths,
     strided,
     to_device,
 )
@@ -215,16 +216,12 @@ def test_gradcheck(backend: Backend, options: dict[str, Any]) -> None:
     assert torch.autograd.gradcheck(function, leaves, fast_mode=interpreted(backend))
 
 
-LENGTHS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 63, 65)
-"""Around the widths of vector registers."""
-
-
 @backends("ppo_loss")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_length(backend: Backend, dtype: torch.dtype, options: dict[str, Any]) -> None:
     options = COEFFICIENTS | options
-    for length in LENGTHS:
+    for length in row_lengths(backend):
         inputs = example(5, length, dtype)
         arguments = to_device(inputs, backend.device)
         assert_matches(ops.ppo_loss(**arguments, **options, impl=backend.impl), truth(**inputs, **options))
@@ -241,9 +238,10 @@ def test_every_length(backend: Backend, dtype: torch.dtype, options: dict[str, A
 def test_gradients_at_every_edge(backend: Backend, dtype: torch.dtype, options: dict[str, Any]) -> None:
     """Ties, bounds and caps, met exactly and passed by a hair: the branch taken is the one that autograd takes."""
     low, high = 1 - options.get("clip", 0.2), 1 + options.get("clip_high", options.get("clip", 0.2))
-    edges = torch.tensor([low, 1.0, high, 2.0], dtype=dtype).log()
-    log_ratios = torch.cat([edges, edges.nextafter(edges + 1), edges.nextafter(edges - 1)])
-    log_ratios = torch.cat([log_ratios, torch.tensor([-200.0, -5.0, 39.0, 40.0, 41.0, 500.0, NAN], dtype=dtype)])
+    # On which side of a bound exp(log(bound)) falls is a matter of its rounding; exp(0) is 1 everywhere.
+    edges, hair = torch.tensor([low, 1.0, high, 2.0], dtype=dtype).log(), 32 * torch.finfo(dtype).eps
+    exact = torch.tensor([0.0, -200.0, -5.0, 39.0, 40.0, 41.0, 500.0, NAN], dtype=dtype)
+    log_ratios = torch.cat([edges + hair, edges - hair, exact])
     log_ratio, advantage = torch.cartesian_prod(log_ratios, torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0], dtype=dtype)).T
     moves = torch.tensor([-1.0, -0.25, -0.2, -0.1, 0.0, 0.1, 0.2, 0.25, 1.0, NAN], dtype=dtype)
     moves = torch.cat([moves, moves.nextafter(moves + 1), moves.nextafter(moves - 1)])
@@ -296,6 +294,8 @@ def test_repeats_bitwise_and_a_row_does_not_depend_on_the_others(backend: Backen
 @backends("ppo_loss")
 @pytest.mark.parametrize("shape", [(1, 1_000_000), (1000, 1000)])
 def test_many_tokens_as_accurate_as_plain_torch(backend: Backend, shape: tuple[int, int]) -> None:
+    if interpreted(backend):
+        shape = (min(shape[0], 10), min(shape[1], 10_000))
     inputs = example(*shape)
     inputs["mask"][:] = True
     inputs["returns"] += 5  # a mean far from 0, so that rounding cannot hide behind cancellation
