@@ -4,6 +4,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include "memory.h"
 #include "run.h"
 
 namespace tlcr {
@@ -207,6 +208,7 @@ Tensor score_tokens_backward(const MaybeTensor& g_logprobs, const MaybeTensor& g
   const Tokens tokens(token_ids, temperature, temperatures, entropy.scalar_type(), logits.size(-1));
   const Incoming in(g_logprobs, g_entropy, g_kl, entropy, kl, stats, ref_stats);
   const Tensor grad = at::empty(logits.sizes(), policy.options());
+  if (grad.is_cpu()) prefer_huge_pages(grad.data_ptr(), static_cast<std::size_t>(grad.nbytes()));
   score_rows_backward(policy, reference, tokens, in, grad, 0, token_ids.numel());
   return grad.to(logits.scalar_type());
 }

@@ -1,0 +1,26 @@
+// How the system backs memory that a result is about to be written to.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace tlcr {
+
+// A gradient of the size of the logits is fresh memory, and the first touch of every 4 KiB page of it costs a fault: more
+// in all than the kernel that fills it. Linux hands out pages of 2 MiB to those who ask. This is advice, and may fail.
+inline void prefer_huge_pages(void* data, std::size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr std::size_t kPage = 4096, kHugePage = std::size_t{1} << 21;
+  if (bytes < 2 * kHugePage) return;
+  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(data), first = (begin + kPage - 1) / kPage * kPage;
+  static_cast<void>(madvise(reinterpret_cast<void*>(first), begin + bytes - first, MADV_HUGEPAGE));
+#else
+  static_cast<void>(data), static_cast<void>(bytes);
+#endif
+}
+
+}  // namespace tlcr
