@@ -1,0 +1,73 @@
+"""What the CPU benchmarks share: the processor time of rivals in alternation, and where it was measured."""
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import tlcr
+
+
+class Timing(NamedTuple):
+    """Processor time of one thread, in milliseconds, over the rounds."""
+
+    median: float
+    quartiles: tuple[float, float]
+    rounds: list[float]
+
+
+def alternate(cases: Mapping[str, Callable[[], Callable[[], object]]], rounds: int) -> dict[str, Timing]:
+    """Run every case once a round, so that what slows the machine down slows all of them.
+
+    Args:
+        cases: each, called without being timed, makes ready and returns what is timed.
+        rounds: how often; one more goes before, which is not counted.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds + 1):
+        for name, prepare in cases.items():
+            timed = prepare()
+            begin = time.thread_time()
+            timed()
+            taken[name].append(1e3 * (time.thread_time() - begin))
+    return {name: _timing(values[1:]) for name, values in taken.items()}
+
+
+def _timing(values: list[float]) -> Timing:
+    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return Timing(statistics.median(values), (lower, upper), values)
+
+
+def machine() -> dict[str, Any]:
+    """The processor, the versions, the commit and how tlcr was built."""
+    return {
+        "processor": _first(line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if "model name" in line),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "tlcr": tlcr.build_info(),
+        "commit": _commit(),
+    }
+
+
+def _first(found: Iterable[str]) -> str:
+    return next(iter(found), platform.machine())
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this file belongs to, "+" where it has changes; None where it belongs to none."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if found.returncode != 0:
+        return None
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    return found.stdout.strip() + ("+" if changed else "")
