@@ -204,7 +204,10 @@ TLCR_INLINE double sum(DoubleVector x) {
 
 // A sum of many vectors that are sums of a few: kept in double, lane by lane.
 struct WideSum {
-  DoubleVector low{}, high{};
+  DoubleVector low, high;
+
+  // Written out: a constructor that g++ makes is made for the baseline, and without optimisation stays so.
+  TLCR_INLINE WideSum() : low{}, high{} {}
 
   TLCR_INLINE void add(DoubleVector x) { low += x; }
   TLCR_INLINE void add(FloatVector x) {
