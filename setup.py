@@ -25,6 +25,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from setuptools import Command, Extension, setup
 from setuptools.command.build import build
+from setuptools.command.egg_info import egg_info
 from setuptools.command.sdist import sdist
 
 ARCH_LIST = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
@@ -249,6 +250,14 @@ class BuildRecord(Command):
         return {}
 
 
+class EggInfo(egg_info):
+    """The metadata, with the label in the version; an sdist's setup.cfg would win over an option given to setup()."""
+
+    def finalize_options(self) -> None:
+        self.tag_build = local_label(os.environ)
+        super().finalize_options()
+
+
 class SourceDistribution(sdist):
     """An sdist in which tlcr/kernels is the link that it is in a checkout."""
 
@@ -261,7 +270,12 @@ def main() -> None:
     torch, toolkit = find_torch(), find_toolkit()
     wanted = os.environ.get("TLCR_BUILD") or "auto"
     kind, remark = decision = decide(wanted, torch, find_compiler_problem(), toolkit)
-    commands: dict[str, type[Command]] = {"build": Build, "build_record": BuildRecord, "sdist": SourceDistribution}
+    commands: dict[str, type[Command]] = {
+        "build": Build,
+        "build_record": BuildRecord,
+        "egg_info": EggInfo,
+        "sdist": SourceDistribution,
+    }
     facts: dict[str, str | None] = {**decision._asdict(), "torch": None, "cuda": None, "arch_list": None}
     what = "a pure package, WITHOUT compiled kernels"
     extensions = []
@@ -276,7 +290,7 @@ def main() -> None:
         extensions = [extension]
     BuildRecord.facts = facts
     sys.stderr.write(f"tlcr: building {what}{f', because {remark}' if remark else ''}\n")
-    setup(ext_modules=extensions, cmdclass=commands, options={"egg_info": {"tag_build": local_label(os.environ)}})
+    setup(ext_modules=extensions, cmdclass=commands)
 
 
 if __name__ == "__main__":

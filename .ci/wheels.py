@@ -43,7 +43,7 @@ def main(python: str, cuda_python: str) -> None:
 
 def unpacked_sdist(python: str, work: Path) -> Path:
     code = f"from setuptools import build_meta; build_meta.build_sdist({str(work)!r})"
-    run([python, "-c", code], cwd=ROOT, TLCR_BUILD="none")
+    run([python, "-c", code], cwd=ROOT, log=work / "log", TLCR_BUILD="none")
     (archive,) = work.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(work / "sdist", filter="data")
@@ -55,9 +55,8 @@ def wheel(python: str, source: Path, folder: Path, **environment: str) -> Path:
     """Built in a copy of its own, so that no build finds what another left."""
     shutil.copytree(source, folder / "source", symlinks=True)
     command = [python, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder), "."]
-    environment["PATH"] = f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}"  # ninja is there
     run([*command, "--verbose"], cwd=folder / "source", log=folder / "log", **environment)
-    (path,) = folder.glob("*.whl")
+    (path,) = folder.glob(f"tlcr-*{environment.get('TLCR_LOCAL_VERSION', '')}-*.whl")
     sys.stdout.write(f"{path.name}, {path.stat().st_size / 2**20:.1f} MiB\n")
     return path
 
@@ -86,7 +85,7 @@ def run_tests(python: str, kind: str, path: Path, source: Path, folder: Path) ->
 
 
 def run(command: list[str], *, cwd: Path, log: Path | None = None, **environment: str) -> None:
-    """Run a command and end with it where it fails; with ``log`` its output is shown only then."""
+    """Run a Python with its ninja on PATH, and end where it fails; with ``log`` the output is shown only then."""
     shown = " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(command)])
     sys.stdout.write(f"\n$ {shown}\n")
     sys.stdout.flush()
@@ -94,7 +93,7 @@ def run(command: list[str], *, cwd: Path, log: Path | None = None, **environment
     done = subprocess.run(
         command,
         cwd=cwd,
-        env={**os.environ, **environment},
+        env={**os.environ, "PATH": f"{Path(command[0]).parent}{os.pathsep}{os.environ['PATH']}", **environment},
         stdout=log.open("w") if log else None,
         stderr=subprocess.STDOUT if log else None,
     )

@@ -38,9 +38,9 @@ def dist(tracked: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy / "dist"
 
 
-def build(folder: Path, code: str) -> None:
+def build(folder: Path, code: str, **variables: str) -> None:
     """A pure build: what goes into an archive does not depend on a compiler."""
-    environment = {**os.environ, "TLCR_BUILD": "none"}
+    environment = {**os.environ, "TLCR_BUILD": "none", **variables}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -76,6 +76,8 @@ def test_a_wheel_built_from_the_sdist_is_the_same(dist: Path, tmp_path: Path) ->
     build(unpacked, BUILD_WHEEL)
     (ours,), (theirs,) = dist.glob("*.whl"), (unpacked / "dist").glob("*.whl")
     assert contents(ours) == contents(theirs)
+    build(unpacked, BUILD_WHEEL, TLCR_LOCAL_VERSION="cu130")
+    assert [wheel.name for wheel in (unpacked / "dist").glob("*+cu130*")] == ["tlcr-0.1.0+cu130-py3-none-any.whl"]
 
 
 def test_the_build_does_not_ask_for_torch(dist: Path) -> None:
