@@ -1,8 +1,8 @@
 // The discriminator's head, its softmax and the mapping to rewards, in one read of the hidden states.
 //
-// Bound by device memory: counted tokens * width * sizeof(T) bytes. The weight, a few rows of `width`, is read by every
-// warp and stays in the first-level cache, which the hidden states are kept from filling; a warp takes several tokens at
-// a time so that one read of the weight serves them all. No sum depends on which tokens share a warp.
+// Bound by device memory: counted tokens * width * sizeof(T) bytes. Every warp reads the weight, two or three rows of
+// `width`, which stay in the first-level cache because the hidden states are kept from filling it; a warp takes several
+// tokens at a time so that one read of the weight serves them all. No sum depends on which tokens share a warp.
 #include <cmath>
 
 #include "kernels.h"

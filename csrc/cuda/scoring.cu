@@ -35,7 +35,7 @@ struct Temperature {
         scale(static_cast<real>(kLog2E) * inverse) {}
 };
 
-// The sums over what this thread, `rank` of kThreads, reads of a row. y is read in packs only if it is `aligned` with x.
+// The sums over what this thread, `rank` of kThreads, reads of a row. y is read in packs only if it is aligned as x is.
 template <typename T, int kThreads, bool kReference, bool kAligned>
 __device__ __forceinline__ RowSums<Real<T>, kReference> sum_row(const T* x, const T* y, int vocabulary, int rank,
                                                                 Real<T> scale) {
@@ -124,8 +124,9 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kShortRowsPerBlock
 //     log p = (x - max) / temperature - log_sum
 //     log p - log q - KL = ((x - max) - (y - ref_at_max) - mean_difference) / temperature
 //
-// The second is formed as it stands because its terms are exactly 0 at the likeliest entry, where a row with no other
-// likely one has its whole gradient: differences of log-probabilities and the KL would each bring a rounding error there.
+// where ref_at_max is the y of the largest x. The second is formed as it stands because its terms are 0 at that entry,
+// exactly, where a row with no other likely one has its whole gradient: log-probabilities and KL would each bring a
+// rounding error there. The forward pass leaves stats = {max, log_sum} and ref_stats = {ref_at_max, mean_difference}.
 template <typename real>
 struct RowGradient {
   real inverse_temperature;
@@ -165,7 +166,7 @@ struct RowGradient {
 };
 
 // Writes the gradient of the packs [first, last) of a row, and of its edges if `with_edges`. y and the result are
-// accessed in packs only if they are `aligned` with x.
+// accessed in packs only if they are aligned as x is.
 template <typename T, int kThreads, bool kKL, bool kAligned>
 __device__ __forceinline__ void write_gradient(const RowGradient<Real<T>>& gradient, const T* x, const T* y, T* out,
                                                const Cut<T>& cut, int token, int first, int last, bool with_edges,

@@ -132,8 +132,8 @@ struct RowSums {
   }
 };
 
-// Merges the sums of the kThreads threads that share a row, whole warps, in a fixed order. The first one has the result.
-// With what a thread sums being fixed too, by where the row begins modulo 16 bytes, nothing else changes a bit of it.
+// Merges the sums of the kThreads threads that share a row, whole warps, in a fixed order; the first has the result.
+// What a thread sums is fixed too: by the row's length and where it begins modulo 16 bytes, and by no other row.
 template <int kThreads, typename Sums, typename real>
 __device__ __forceinline__ Sums merge_threads(Sums sums, real scale) {
   sums.template merge_lanes<kWarp>(scale);

@@ -1,8 +1,8 @@
 """The CUDA kernels' own sources, compiled by g++ with the stand-in headers of `emulator/`, and called on CPU tensors.
 
-This shows that the kernels compute what they should, in several orders of their threads, with their barriers reached and
-their vectors aligned. It shows nothing of speed, of the memory model of a GPU, or of `ex2.approx`, which is taken to be
-exp2 rounded to float.
+This shows that the kernels compute what they should, in several orders of their threads, with their barriers reached
+and their vectors aligned. It shows nothing of speed, of the memory model of a GPU, or of the rounding of `ex2.approx`,
+which is taken to be exp2 in float.
 """
 
 import ctypes
@@ -155,9 +155,7 @@ class EmulatedKernels:
             ("hidden_reward", HiddenRewardArguments),
         ):
             size = getattr(self._library, f"size_of_{name}_arguments")()
-            assert size == ctypes.sizeof(mirror), (
-                f"{mirror.__name__} has {ctypes.sizeof(mirror)} bytes here, {size} in C++"
-            )
+            assert size == ctypes.sizeof(mirror), f"{mirror.__name__} has {size} bytes in C++, not so many here"
 
     def set_order(self, seed: int) -> None:
         """In which order threads run: 0 ascending, 1 descending, more: at random."""
@@ -259,13 +257,8 @@ class EmulatedKernels:
             options=RewardOptions(temperature, scale, bound, kl_coef, band, kind == "discrete"),
         )
         arguments.mask = pointer(mask, torch.bool)
-        for name, tensor in (
-            ("weight", weight),
-            ("bias", bias),
-            ("kl", kl),
-            ("terminal", terminal),
-            ("rewards", rewards),
-        ):
+        tensors = {"weight": weight, "bias": bias, "kl": kl, "terminal": terminal, "rewards": rewards}
+        for name, tensor in tensors.items():
             setattr(arguments, name, pointer(tensor, dtype))
         self._call("hidden_reward", arguments)
         return rewards

@@ -1,7 +1,6 @@
 """The emulator finds what it is there to find, and its halves are torch's."""
 
 import ctypes
-from pathlib import Path
 
 import pytest
 import torch
@@ -70,12 +69,11 @@ def test_halves_are_torch_s(faulty: ctypes.CDLL) -> None:
         assert torch.equal(got.nan_to_num(12345.0), bits.view(dtype).float().nan_to_num(12345.0))
 
     # Every half, what lies between it and the next, and the ties; then any float.
-    between = torch.cat(
-        [x + d * torch.finfo(torch.float32).eps * x for x in (from_half, from_bfloat16) for d in (-1, 1)]
-    )
-    ties = torch.cat([(x[1:] + x[:-1]) / 2 for x in (from_half, from_bfloat16)])
+    eps = torch.finfo(torch.float32).eps
+    between = [x + d * eps * x for x in (from_half, from_bfloat16) for d in (-1, 1)]
+    ties = [(x[1:] + x[:-1]) / 2 for x in (from_half, from_bfloat16)]
     random = torch.randint(-(1 << 31), 1 << 31, (100_000,)).to(torch.int32).view(torch.float32)
-    values = torch.cat([from_half, from_bfloat16, between, ties, random]).contiguous()
+    values = torch.cat([from_half, from_bfloat16, *between, *ties, random]).contiguous()
     to_bfloat16, to_half = (torch.empty(values.numel(), dtype=torch.int16) for _ in range(2))
     faulty.convert(values.numel(), *(ctypes.c_void_p(x.data_ptr()) for x in (values, to_bfloat16, to_half)))
     for got, dtype in ((to_bfloat16, torch.bfloat16), (to_half, torch.float16)):

@@ -125,18 +125,25 @@ def test_terminal_at_the_last_counted_token(kernels: EmulatedKernels, length: in
     assert [int(row.count_nonzero()) for row in added] == [1, 1, 1, 1, 1, 1, 0]
 
 
-def test_any_strides(kernels: EmulatedKernels, dtype: torch.dtype) -> None:
-    hidden, weight, mask, options = example(4, 6, 48, dtype)
-    wanted = truth(hidden, weight, mask, **options)
-    for padding in (1, 16):
-        wide = torch.full((4, 8, 48 + padding), NAN, dtype=dtype)
-        wide[:, 1:-1, : -padding or None] = hidden
-        assert_close(kernels.hidden_reward(wide[:, 1:-1, :48], weight, mask, **options), wanted)
-    shifted = torch.full((hidden.numel() + 1,), NAN, dtype=dtype)[1:].view(hidden.shape)
-    shifted.copy_(hidden)
-    assert_close(kernels.hidden_reward(shifted, weight, mask, **options), wanted)
-    time_major = hidden.transpose(0, 1).contiguous().transpose(0, 1)
-    assert_close(kernels.hidden_reward(time_major, weight, mask, **options), wanted)
+# Each of what a pack must be aligned to is once the only one that it is not: start, batch, time, width; then none.
+@pytest.mark.parametrize(
+    ("width", "start", "strides"),
+    [
+        (48, 1, (8 * 64, 64)),
+        (48, 0, (8 * 64 + 1, 64)),
+        (48, 0, (8 * 49, 49)),
+        (45, 0, (8 * 64, 64)),
+        (48, 0, (8 * 64, 64)),
+        (48, 16, (48, 4 * 48)),
+    ],
+)
+def test_any_strides(
+    kernels: EmulatedKernels, dtype: torch.dtype, width: int, start: int, strides: tuple[int, int]
+) -> None:
+    hidden, weight, mask, options = example(4, 6, width, dtype)
+    placed = torch.full((start + 4 * 8 * 65,), NAN, dtype=dtype).as_strided(hidden.shape, (*strides, 1), start)
+    placed.copy_(hidden)
+    assert_close(kernels.hidden_reward(placed, weight, mask, **options), truth(hidden, weight, mask, **options))
 
 
 @pytest.mark.parametrize("width", [40, 41])

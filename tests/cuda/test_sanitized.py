@@ -1,4 +1,4 @@
-"""The emulated kernels under AddressSanitizer and UndefinedBehaviorSanitizer: no read or write outside what is theirs."""
+"""The emulated kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in place of compute-sanitizer."""
 
 import os
 import shutil

@@ -11,8 +11,9 @@ from tests.ops.helpers import INF, NAN, assert_close, assert_no_worse_than_refer
 from tlcr.ops import TokenScores, reference_scoring
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Around a warp, a pack, a tile of a warp and of a block, and where a block takes over from a warp.
-VOCABULARIES = (1, 2, 7, 31, 32, 33, 255, 256, 257, 1000, 2047, 2048, 2049, 4097, 8191, 8200)
+# Around a warp, a pack, a tile of a warp and of a block, and where a block takes over from a warp; the last is cut into
+# segments backward, whatever the type.
+VOCABULARIES = (1, 2, 7, 31, 32, 33, 255, 256, 257, 1000, 2047, 2048, 2049, 4097, 8191, 8200, 70_001)
 FIELDS = ("logprobs", "entropy", "ref_logprobs", "kl")
 DIFFERENTIABLE = ("logprobs", "entropy", "kl")
 

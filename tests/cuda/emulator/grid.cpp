@@ -115,9 +115,10 @@ void run_block(unsigned block) {
       running -= fibers[i].state == State::kDone;
     }
     if (progress) continue;
-    const auto waiting = std::find_if(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.waits_for != nullptr; });
-    fault = "thread " + std::to_string(waiting - fibers.begin()) + " of block " + std::to_string(block) + " waits for " +
-            waiting->waits_for + " and not all that it waits for come";
+    unsigned waiting = 0;
+    while (fibers[waiting].waits_for == nullptr) ++waiting;
+    fault = "thread " + std::to_string(waiting) + " of block " + std::to_string(block) + " waits for " +
+            fibers[waiting].waits_for + " and not all that it waits for come";
   }
 }
 

@@ -1,9 +1,9 @@
 // A stand-in for CUDA's header, found first on the include path by the tests' g++: with it the kernels' own sources are
 // plain C++, and a grid runs on the CPU. What is here is what they use; a name that is missing does not compile.
 //
-// Threads are fibers. One runs at a time, until it waits for others, so that a result depends on their order only if the
-// kernel has a race; the tests run every kernel in several orders. It is an error, returned by the launch, if a barrier or
-// a warp's exchange is not reached by all that it waits for, or in different places, or if a vector is not aligned.
+// Threads are fibers. One runs at a time, until it waits for others, so that a result depends on their order only if
+// the kernel has a race; the tests run every kernel in several orders. It is an error, which the launch returns, if a
+// barrier or an exchange within a warp is not reached by all that it waits for, or if a vector is not aligned.
 #pragma once
 
 #include <math.h>
@@ -65,6 +65,12 @@ T aligned_load(const T* from) {
   return *from;
 }
 
+template <typename T>
+void aligned_store(T* to, T value) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(T) != 0) fail("a store is not aligned");
+  *to = value;
+}
+
 }  // namespace emulator
 
 #define EMULATOR_TEXT(x) #x
@@ -78,6 +84,8 @@ template <typename T>
 T __ldcs(const T* from) { return emulator::aligned_load(from); }
 template <typename T>
 T __ldg(const T* from) { return emulator::aligned_load(from); }
+template <typename T>
+void __stwb(T* to, T value) { emulator::aligned_store(to, value); }
 
 inline float __uint_as_float(uint32_t bits) {
   float x;
