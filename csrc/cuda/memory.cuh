@@ -98,7 +98,7 @@ __device__ __forceinline__ Pack<T> load_pack(const T* from, bool aligned) {
 template <typename T>
 __device__ __forceinline__ void store_pack(T* to, const Pack<T>& pack, bool aligned) {
   if (aligned) {
-    __stwb(reinterpret_cast<uint4*>(to), bits_as<uint4>(pack));
+    *reinterpret_cast<uint4*>(to) = bits_as<uint4>(pack);
     return;
   }
 #pragma unroll

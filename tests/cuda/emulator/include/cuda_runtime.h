@@ -29,15 +29,28 @@
 struct dim3 {
   unsigned x, y, z;
 };
-struct alignas(16) uint4 {
+
+namespace emulator {
+[[noreturn]] void fail(const char* what);
+}
+
+// A store must be aligned as on the device; the type itself is not, so that g++ takes nothing for granted.
+struct uint4 {
   uint32_t x, y, z, w;
+
+  uint4() = default;
+  uint4(const uint4&) = default;
+  uint4& operator=(const uint4& other) {
+    if (reinterpret_cast<uintptr_t>(this) % sizeof(uint4) != 0) emulator::fail("a store is not aligned");
+    memcpy(static_cast<void*>(this), &other, sizeof(other));
+    return *this;
+  }
 };
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-[[noreturn]] void fail(const char* what);
 cudaError_t run(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
 void wait_for_block(const char* where);
 // Hands `value` to the warp and waits for all its lanes; then `received` gives what a lane handed in.
@@ -65,12 +78,6 @@ T aligned_load(const T* from) {
   return *from;
 }
 
-template <typename T>
-void aligned_store(T* to, T value) {
-  if (reinterpret_cast<uintptr_t>(to) % sizeof(T) != 0) fail("a store is not aligned");
-  *to = value;
-}
-
 }  // namespace emulator
 
 #define EMULATOR_TEXT(x) #x
@@ -84,8 +91,6 @@ template <typename T>
 T __ldcs(const T* from) { return emulator::aligned_load(from); }
 template <typename T>
 T __ldg(const T* from) { return emulator::aligned_load(from); }
-template <typename T>
-void __stwb(T* to, T value) { emulator::aligned_store(to, value); }
 
 inline float __uint_as_float(uint32_t bits) {
   float x;
