@@ -24,7 +24,7 @@ TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3
 def compile_emulated(output: Path, sources: Sequence[Path], *, flags: Sequence[str]) -> None:
     """Compile `sources` and the emulator into `output`."""
     # g++ unrolls no loop on request, and does not know that the stand-in for a vector may be copied byte by byte.
-    usual = "-std=c++17 -O1 -g -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-class-memaccess".split()
+    usual = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-class-memaccess"]
     headers = ["-I", str(EMULATOR / "include"), "-I", str(CSRC / "cuda")]
     files = [*map(str, sources), str(EMULATOR / "grid.cpp")]
     done = subprocess.run(
