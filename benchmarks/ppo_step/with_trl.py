@@ -6,6 +6,7 @@ rollout, `gc.collect` the scoring (which includes its reward model), `numpy.rand
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 import types
@@ -42,7 +43,7 @@ class Clock(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         end, marks = time.perf_counter(), self._marks
         times = [marks["begin"], marks["generated"], marks["scored"], marks["rewarded"], end]
-        seconds = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        seconds = [later - earlier for earlier, later in itertools.pairwise(times)]
         names = ("rollout", "score", "reward", "update")
         self.rounds.append({**dict(zip(names, seconds, strict=True)), "total": end - times[0]})
         self._begin()

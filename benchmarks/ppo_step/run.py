@@ -1,0 +1,142 @@
+"""Response tokens per second and peak memory of whole PPO rounds, tlcr beside TRL 1.11.0 on the same work.
+
+    python benchmarks/ppo_step/run.py                                        the embedded size, random weights
+    python benchmarks/ppo_step/run.py --model FOLDER --dtype bfloat16 ...    any causal language model
+
+Each trainer runs in a process of its own, in turn, as often as --repeats says: what disturbs the machine for a while
+disturbs both. `--trl-python` names the interpreter that has TRL, if it is not this one. What is equal and what is
+counted stands in task.py; the figures are medians over the rounds of all repeats, the first round of each left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from task import Task
+
+HERE = Path(__file__).parent
+PHASES = ("rollout", "score", "reward", "update", "total")
+
+
+def main() -> None:
+    options = arguments()
+    task = Task(
+        model=options.model,
+        dtype=options.dtype,
+        batch=options.batch,
+        prompt_tokens=options.prompt_tokens,
+        response_tokens=options.response_tokens,
+        epochs=options.epochs,
+        minibatch=options.minibatch or options.batch,
+        micro_batch=options.micro_batch or options.minibatch or options.batch,
+        threads=options.threads,
+        rounds=options.rounds + 1,
+    )
+    sides = {"tlcr": (sys.executable, "with_tlcr.py", task)}
+    if not options.no_shared:
+        sides["tlcr, shared value head"] = (sys.executable, "with_tlcr.py", replace(task, value_model="shared"))
+    sides["trl"] = (options.trl_python, "with_trl.py", task)
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    console = Console()
+    for repeat in range(options.repeats):
+        for name, (python, script, work) in sides.items():
+            console.print(f"[dim]{repeat + 1} of {options.repeats}: {name}[/dim]")
+            measured[name].append(run(python, script, work))
+    report = {name: summary(task, runs) for name, runs in measured.items()}
+    console.print(table(report))
+    if options.json:
+        about = {"task": json.loads(task.to_json()), "commit": commit(), "processor": processor(), "sides": report}
+        Path(options.json).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder of a causal language model; default: random weights, embedded size")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--batch", type=int, default=64, help="answers per round")
+    parser.add_argument("--prompt-tokens", type=int, default=16)
+    parser.add_argument("--response-tokens", type=int, default=32)
+    parser.add_argument("--epochs", type=int, default=4, help="passes over each round's answers")
+    parser.add_argument("--minibatch", type=int, help="answers per optimiser step; default: all")
+    parser.add_argument("--micro-batch", type=int, help="answers per forward pass; default: a minibatch")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each process")
+    parser.add_argument("--repeats", type=int, default=2, help="processes of each trainer")
+    parser.add_argument("--no-shared", action="store_true", help="leave out the value head on the policy's backbone")
+    parser.add_argument("--trl-python", default=sys.executable, help="interpreter that has trl==1.11.0")
+    parser.add_argument("--json", help="file for the figures")
+    return parser.parse_args()
+
+
+def run(python: str, script: str, task: Task) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        environment = {**os.environ, "OMP_NUM_THREADS": str(task.threads), "HF_HUB_OFFLINE": "1"}
+        command = [python, str(HERE / script), task.to_json(), str(result)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise SystemExit(f"{script} failed with code {done.returncode}:\n{done.stderr[-4000:]}")
+        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return found
+
+
+def summary(task: Task, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    rounds = [row for one in runs for row in one["rounds"]]
+    seconds = {phase: statistics.median(row[phase] for row in rounds) for phase in PHASES}
+    totals = sorted(row["total"] for row in rounds)
+    return {
+        "tokens_per_second": task.response_tokens_per_round / seconds["total"],
+        "seconds": seconds,
+        "total_range": [totals[0], totals[-1]],
+        "rounds": len(rounds),
+        "peak_bytes": max(one["peak_bytes"] for one in runs),
+        "versions": runs[0]["versions"],
+    }
+
+
+def table(report: dict[str, dict[str, Any]]) -> Table:
+    made = Table(title="one PPO round: seconds, medians", title_justify="left")
+    for name in ("", *PHASES, "range", "tokens/s", "peak", "speed / trl", "memory / trl"):
+        made.add_column(name, justify="left" if name == "" else "right")
+    rival = report["trl"]
+    for name, row in report.items():
+        made.add_row(
+            name,
+            *(f"{row['seconds'][phase]:.3g}" for phase in PHASES),
+            "{:.3g} to {:.3g}".format(*row["total_range"]),
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['peak_bytes'] / 2**30:.2f} GiB",
+            f"{row['tokens_per_second'] / rival['tokens_per_second']:.2f}",
+            f"{row['peak_bytes'] / rival['peak_bytes']:.2f}",
+        )
+    return made
+
+
+def commit() -> str:
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+
+    return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()
