@@ -7,6 +7,7 @@ refused by torch, as for the reference.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -94,3 +95,21 @@ GRADIENTS: dict[str, Callable[[Any], tuple[SetupContext, Backward]]] = {
     "score_hidden": _score_hidden,
     "ppo_loss": _ppo_loss,
 }
+
+
+def eager_function(op: str, operators: Any) -> type[torch.autograd.Function]:
+    """The operator with its registered gradient, as a torch.autograd.Function."""
+    setup_context, backward_of = GRADIENTS[op](operators)
+    operator = getattr(operators, op).default
+
+    class EagerFunction(torch.autograd.Function):
+        # Without torch's own setup_context, before which it inspects the signature of forward on every call.
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = operator(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        backward = staticmethod(backward_of)
+
+    return EagerFunction

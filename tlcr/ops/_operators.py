@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tlcr.ops._gradients import GRADIENTS, eager_function
 from tlcr.ops.types import PPOLoss, TokenScores
 
 
@@ -13,6 +14,14 @@ class Operators:
 
     def __init__(self, namespace: str) -> None:
         self._ops: Any = getattr(torch.ops, namespace)
+        self._functions = {op: eager_function(op, self._ops) for op in GRADIENTS}
+
+    def _differentiable(self, op: str, *args: Any) -> Any:
+        """Call an operator that has a gradient. Where nothing traces it, a torch.autograd.Function costs the host far
+        less than the gradient that is registered with torch.library."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return getattr(self._ops, op)(*args)
+        return self._functions[op].apply(*args)
 
     def fused_reward(
         self,
@@ -74,7 +83,9 @@ class Operators:
     def score_tokens(
         self, logits: Tensor, token_ids: Tensor, *, ref_logits: Tensor | None, temperature: float | Tensor
     ) -> TokenScores:
-        results = self._ops.score_tokens(logits, token_ids, _constant(ref_logits), *_number_or_tensor(temperature))
+        results = self._differentiable(
+            "score_tokens", logits, token_ids, _constant(ref_logits), *_number_or_tensor(temperature)
+        )
         return _token_scores(results, with_reference=ref_logits is not None)
 
     def score_hidden(
@@ -91,8 +102,8 @@ class Operators:
         chunk_tokens: int | None,
     ) -> TokenScores:
         reference = _constant(ref_hidden), _constant(ref_weight), _constant(ref_bias)
-        results = self._ops.score_hidden(
-            hidden, weight, token_ids, bias, *reference, *_number_or_tensor(temperature), chunk_tokens
+        results = self._differentiable(
+            "score_hidden", hidden, weight, token_ids, bias, *reference, *_number_or_tensor(temperature), chunk_tokens
         )
         return _token_scores(results, with_reference=ref_hidden is not None)
 
@@ -119,7 +130,8 @@ class Operators:
         denominator: float | Tensor | None,
     ) -> PPOLoss:
         is_tensor = isinstance(denominator, Tensor)
-        loss, stats, _ = self._ops.ppo_loss(
+        loss, stats, _ = self._differentiable(
+            "ppo_loss",
             logprobs,
             _constant(old_logprobs),
             _constant(advantages),
