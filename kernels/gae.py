@@ -18,13 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tlcr.kernels.launch import contiguous, device_of, jit
+from tlcr.kernels.launch import contiguous, device_of, jit, launch_options
 from tlcr.ops.reference import WHITEN_FLOOR, arithmetic_dtype
 
 # Tokens that a program scans at once, 8 to each thread: most responses fit in one or two tiles, and the carry between
 # tiles, which is the serial part of a long row, is paid once in a thousand tokens.
 TILE = 1024
-WARPS = 4
+OPTIONS = launch_options(warps=4)
 # Rows whose moments are merged at once, by the one program that does it.
 MOMENTS_TILE = 1024
 # Tokens that a program whitens.
@@ -68,6 +68,7 @@ def _gae_kernel(
     if cu_seqlens is None:
         begin = sequence * length
         end = begin + length
+        counted_end = end
     else:
         # Between 0, the offsets and the length lie the head, the sequences and the tail. Clamped offsets in any order
         # still cover everything: from the first to the last of them, some step goes up past each position.
@@ -77,6 +78,7 @@ def _gae_kernel(
         begin = tl.minimum(tl.maximum(begin, 0), length)
         end = tl.where(sequence < sequences, tl.minimum(tl.maximum(end, 0), length), length)
         inside = (sequence >= 0) & (sequence < sequences)
+        counted_end = tl.where(inside, end, begin)
 
     # Rounded once each: 1 - lam of a rounded lam would have lost a digit.
     of_reward = tl.full((), gamma * lam, real)
@@ -90,8 +92,8 @@ def _gae_kernel(
     for done in range(tiles):
         first = begin + (tiles - 1 - done) * TILE
         exists = lane < tl.minimum(end - first, TILE).to(tl.int32)
-        counts = exists & inside
-        next_counts = (lane < tl.minimum(end - first - 1, TILE).to(tl.int32)) & inside
+        counts = lane < tl.minimum(tl.maximum(counted_end - first, 0), TILE).to(tl.int32)
+        next_counts = lane < tl.minimum(tl.maximum(counted_end - first - 1, 0), TILE).to(tl.int32)
         if mask is not None:
             counts = tl.load(mask + first + lane, mask=counts, other=0) != 0
             next_counts = tl.load(mask + first + 1 + lane, mask=next_counts, other=0) != 0
@@ -225,12 +227,12 @@ def fused_gae(
             gamma,
             lam,
             TILE=TILE,
-            num_warps=WARPS,
+            **OPTIONS,
         )
         if moments_B3 is not None:
             mean_and_deviation = torch.empty(2, dtype=torch.float64, device=rewards.device)
             floor = WHITEN_FLOOR * torch.finfo(dtype).eps
-            _moments_kernel[(1,)](moments_B3, mean_and_deviation, sequences, floor, TILE=MOMENTS_TILE, num_warps=WARPS)
+            _moments_kernel[(1,)](moments_B3, mean_and_deviation, sequences, floor, TILE=MOMENTS_TILE, **OPTIONS)
             _whiten_kernel[(triton.cdiv(rewards.numel(), WHITEN_TILE),)](
                 advantages,
                 mask,
@@ -239,6 +241,6 @@ def fused_gae(
                 sequences,
                 rewards.numel(),
                 TILE=WHITEN_TILE,
-                num_warps=WARPS,
+                **OPTIONS,
             )
     return advantages, returns

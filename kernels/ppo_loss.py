@@ -14,16 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tlcr.kernels.launch import contiguous, device_of, jit
+from tlcr.kernels.launch import contiguous, device_of, jit, launch_options
 from tlcr.ops.reference import LOG_RATIO_MAX, arithmetic_dtype
 from tlcr.ops.types import PPOLoss
 
 # Tokens per program, 8 to each thread: up to 8 inputs are loaded for each, which is plenty in flight.
 TILE = 1024
-WARPS = 4
+OPTIONS = launch_options(warps=4)
 # Rows that the one finishing program adds at once, all their sums side by side.
 FINISH_ROWS = 512
-FINISH_WARPS = 8
+FINISH_OPTIONS = launch_options(warps=8)
 
 # Where each sum and each result stands: as in PPOLoss, but that the sums hold the count in place of the loss.
 _COUNT = _LOSS = tl.constexpr(PPOLoss._fields.index("loss"))
@@ -345,7 +345,7 @@ def ppo_loss(
                 _bound(dual_clip),
                 _bound(value_clip),
                 TILE=TILE,
-                num_warps=WARPS,
+                **OPTIONS,
             )
         _finish_kernel[(1,)](
             sums,
@@ -361,7 +361,7 @@ def ppo_loss(
             kl_coef,
             PER_SEQUENCE=per_sequence,
             ROWS=FINISH_ROWS,
-            num_warps=FINISH_WARPS,
+            **FINISH_OPTIONS,
         )
     return loss, statistics, row_weights_B
 
@@ -421,7 +421,7 @@ def ppo_loss_backward(
                 entropy_coef,
                 kl_coef,
                 TILE=TILE,
-                num_warps=WARPS,
+                **OPTIONS,
             )
     return tuple(gradients)
 

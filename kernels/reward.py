@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tlcr.kernels.launch import contiguous, device_of, jit
+from tlcr.kernels.launch import contiguous, device_of, jit, launch_options
 from tlcr.ops.reference import arithmetic_dtype
 
 # Tokens per program: 4 to each thread, so that the loads of a warp overlap, and programs enough to occupy a GPU from
 # 64 rows of 1024 tokens on.
 TILE = 512
-WARPS = 4
+OPTIONS = launch_options(warps=4)
 
 
 @jit
@@ -123,6 +123,6 @@ def fused_reward(
             CLASSES=classes,
             DISCRETE=discrete,
             TILE=TILE,
-            num_warps=WARPS,
+            **OPTIONS,
         )
     return rewards_BT
