@@ -187,6 +187,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="a file for everything that was measured")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    # torch.compile would find what it compiled for another ATEN_CPU_CAPABILITY, and run it, with wrong results.
+    torch.compiler.config.force_disable_caches = True
     where, entries = machine(), measure(args)
     show(entries, args, where)
     if args.json is not None:
