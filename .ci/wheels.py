@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCH_LIST = "8.0;9.0;10.0"  # fewer than a release has: compiling is what takes the time here
+TESTS_OF_SOURCES = ("test_instruction_sets.py", "test_triton_compiled.py")  # they compile, which make test has shown
 
 
 def main(python: str, cuda_python: str) -> None:
@@ -75,6 +76,8 @@ def run_tests(python: str, kind: str, path: Path, source: Path, folder: Path) ->
     run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, str(path)], cwd=folder.parent)
     shutil.copytree(source / "tests", folder / "tests")
     shutil.copy(source / "pyproject.toml", folder)
+    for name in TESTS_OF_SOURCES:
+        (folder / "tests" / "ops" / name).unlink()
     run(
         [python, "-m", "pytest", "-q", "-n", "2", "-p", "no:benchmark", "-p", "no:cacheprovider", "tests/ops"],
         cwd=folder,
