@@ -14,7 +14,7 @@ class Operators:
 
     def __init__(self, namespace: str) -> None:
         self._ops: Any = getattr(torch.ops, namespace)
-        self._functions = {op: eager_function(op, self._ops) for op in GRADIENTS}
+        self._functions = {op: eager_function(op, self._ops) for op in GRADIENTS if hasattr(self._ops, op)}
 
     def _differentiable(self, op: str, *args: Any) -> Any:
         """Call an operator that has a gradient. Where nothing traces it, a torch.autograd.Function costs the host far
