@@ -5,11 +5,12 @@ belongs to the action that emitted response token t. A mask is True where a toke
 it is not 0); what stands where it does not count, NaN included, never reaches a result or a gradient. B = 0, T = 0, any
 strides and rows with nothing counted are legal. KL, entropy and log-probabilities are in nats.
 
-Arithmetic and results are float64 where any input is float64, else float32; gradients come back in the dtype of their
-input. The ops do not wait for the device. `impl` names an implementation: "auto" takes the best one that can run,
-"reference" is the specification in plain torch, and `available()` lists the rest. Every op raises, beside what its own
-docstring says, `ShapeError` for a tensor of the wrong shape, dtype or device, `ConfigError` for an option out of bounds
-or one that does not apply, and `BackendUnavailable` for a named implementation that cannot run.
+Arithmetic and results are float64 where any input is float64 (of a reward: the logits, or what makes them), else
+float32; gradients come back in the dtype of their input. The ops do not wait for the device. `impl` names an
+implementation: "auto" takes the best one that can run, "reference" is the specification in plain torch, and
+`available()` lists the rest. Every op raises, beside what its own docstring says, `ShapeError` for a tensor of the wrong
+shape, dtype or device, `ConfigError` for an option out of bounds or one that does not apply, and `BackendUnavailable`
+for a named implementation that cannot run.
 """
 
 from typing import Literal
