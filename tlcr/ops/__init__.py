@@ -8,9 +8,9 @@ strides and rows with nothing counted are legal. KL, entropy and log-probabiliti
 Arithmetic and results are float64 where any input is float64 (of a reward: the logits, or what makes them), else
 float32; gradients come back in the dtype of their input. The ops do not wait for the device. `impl` names an
 implementation: "auto" takes the best one that can run, "reference" is the specification in plain torch, and
-`available()` lists the rest. Every op raises, beside what its own docstring says, `ShapeError` for a tensor of the wrong
-shape, dtype or device, `ConfigError` for an option out of bounds or one that does not apply, and `BackendUnavailable`
-for a named implementation that cannot run.
+`available()` lists the rest. Every op raises, beside what its own docstring says, `ShapeError` for a tensor of the
+wrong shape, dtype or device, `ConfigError` for an option out of bounds or one that does not apply, and
+`BackendUnavailable` for a named implementation that cannot run.
 """
 
 from typing import Literal
