@@ -45,5 +45,5 @@ $(INSTALLED): $(ENVIRONMENT) pyproject.toml setup.py $(shell find csrc -type f)
 # torch 2.11 comes with triton 3.6, whose interpreter needs numpy < 2.4.
 $(CUDA_VENV)/.environment: Makefile
 	$(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/python -m pip install 'torch==2.11.0' 'numpy<2.4' 'setuptools>=77' wheel ninja rapidfuzz pytest pytest-xdist hypothesis
+	$(CUDA_VENV)/bin/python -m pip install 'torch==2.11.0' 'numpy<2.4' 'setuptools>=77' wheel ninja rapidfuzz psutil pytest pytest-xdist hypothesis
 	@touch $@
