@@ -67,7 +67,7 @@ def _why_not(op: str, impl: str, device_type: str) -> str | None:
     if impl == "cpp":
         return _wrong_device("cpu", device_type) or _extension.unavailable("cpu")
     if impl != _on_gpu(op):
-        return f"{op} has none: on GPUs it is {_on_gpu(op)!r}"
+        return f"the op has none; on GPUs it is {_on_gpu(op)!r}"
     if impl == "cuda":
         return _wrong_device("cuda", device_type) or _extension.unavailable("cuda")
     if not _library.has_triton():
