@@ -45,12 +45,13 @@ def _timing(values: list[float]) -> Timing:
 
 def machine() -> dict[str, Any]:
     """The processor, the versions, the commit and how tlcr was built."""
+    built = tlcr.build_info()
     return {
         "processor": _first(line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if "model name" in line),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "tlcr": tlcr.build_info(),
+        "tlcr": {fact: built[fact] for fact in ("version", "extension", "compiler", "instruction_set")},
         "commit": _commit(),
     }
 

@@ -1,11 +1,11 @@
 """Response tokens per second and peak memory of whole PPO rounds, tlcr beside TRL 1.11.0 on the same work.
 
-    python benchmarks/ppo_step/run.py                                        the embedded size, random weights
-    python benchmarks/ppo_step/run.py --model FOLDER --dtype bfloat16 ...    any causal language model
+    python benchmarks/ppo_step.py                                        the embedded size, random weights
+    python benchmarks/ppo_step.py --model FOLDER --dtype bfloat16 ...    any causal language model
 
 Each trainer runs in a process of its own, in turn, as often as --repeats says: what disturbs the machine for a while
 disturbs both. `--trl-python` names the interpreter that has TRL, if it is not this one. What is equal and what is
-counted stands in task.py; the figures are medians over the rounds of all repeats, the first round of each left out.
+counted stands in ppo_step_task.py; the figures are medians over the rounds of all repeats, the first round of each left out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,9 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cpu_time import machine
+from ppo_step_task import Task
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from task import Task
 
 HERE = Path(__file__).parent
 PHASES = ("rollout", "score", "reward", "update", "total")
@@ -44,10 +45,10 @@ def main() -> None:
         threads=options.threads,
         rounds=options.rounds + 1,
     )
-    sides = {"tlcr": (sys.executable, "with_tlcr.py", task)}
+    sides = {"tlcr": (sys.executable, "ppo_step_tlcr.py", task)}
     if not options.no_shared:
-        sides["tlcr, shared value head"] = (sys.executable, "with_tlcr.py", replace(task, value_model="shared"))
-    sides["trl"] = (options.trl_python, "with_trl.py", task)
+        sides["tlcr, shared value head"] = (sys.executable, "ppo_step_tlcr.py", replace(task, value_model="shared"))
+    sides["trl"] = (options.trl_python, "ppo_step_trl.py", task)
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     console = Console()
     for repeat in range(options.repeats):
@@ -57,7 +58,7 @@ def main() -> None:
     report = {name: summary(task, runs) for name, runs in measured.items()}
     console.print(table(report))
     if options.json:
-        about = {"task": json.loads(task.to_json()), "commit": commit(), "processor": processor(), "sides": report}
+        about = {"task": json.loads(task.to_json()), "machine": machine(), "sides": report}
         Path(options.json).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
@@ -107,35 +108,22 @@ def summary(task: Task, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(report: dict[str, dict[str, Any]]) -> Table:
-    made = Table(title="one PPO round: seconds, medians", title_justify="left")
-    for name in ("", *PHASES, "range", "tokens/s", "peak", "speed / trl", "memory / trl"):
-        made.add_column(name, justify="left" if name == "" else "right")
+    made = Table(
+        title="one PPO round: seconds of its phases, medians", title_justify="left", box=SIMPLE, pad_edge=False
+    )
+    for name in ("", *PHASES, "tokens/s", "peak GiB", "speed", "memory"):
+        made.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
     rival = report["trl"]
     for name, row in report.items():
         made.add_row(
             name,
             *(f"{row['seconds'][phase]:.3g}" for phase in PHASES),
-            "{:.3g} to {:.3g}".format(*row["total_range"]),
             f"{row['tokens_per_second']:,.0f}",
-            f"{row['peak_bytes'] / 2**30:.2f} GiB",
-            f"{row['tokens_per_second'] / rival['tokens_per_second']:.2f}",
-            f"{row['peak_bytes'] / rival['peak_bytes']:.2f}",
+            f"{row['peak_bytes'] / 2**30:.2f}",
+            f"{row['tokens_per_second'] / rival['tokens_per_second']:.2f}x",
+            f"{row['peak_bytes'] / rival['peak_bytes']:.2f}x",
         )
     return made
-
-
-def commit() -> str:
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
-
-    return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""PPO rounds of the task with tlcr; started by run.py."""
+"""PPO rounds of the task with tlcr; started by ppo_step.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 os.environ["TLCR_PROGRESS"] = "0"
-import task as benchmark
+import ppo_step_task as benchmark
 import torch
 
 import tlcr

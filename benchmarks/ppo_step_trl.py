@@ -1,4 +1,4 @@
-"""PPO rounds of the task with TRL's PPOTrainer; started by run.py.
+"""PPO rounds of the task with TRL's PPOTrainer; started by ppo_step.py.
 
 The trainer is used as it comes. Its phases are told apart by what it calls between them: `batch_generation` ends the
 rollout, `gc.collect` the scoring (which includes its reward model), `numpy.random.permutation` begins the update.
@@ -13,7 +13,7 @@ import types
 import warnings
 from typing import Any
 
-import task as benchmark
+import ppo_step_task as benchmark
 import torch
 import transformers
 import trl
