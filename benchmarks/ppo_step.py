@@ -5,7 +5,8 @@
 
 Each trainer runs in a process of its own, in turn, as often as --repeats says: what disturbs the machine for a while
 disturbs both. `--trl-python` names the interpreter that has TRL, if it is not this one. What is equal and what is
-counted stands in ppo_step_task.py; the figures are medians over the rounds of all repeats, the first round of each left out.
+counted stands in ppo_step_task.py. The figures are medians over the rounds of all repeats, without the first of each;
+speed and memory are relative to TRL's.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
+WIDTH = 110  # of the table where the output is no terminal
 PHASES = ("rollout", "score", "reward", "update", "total")
 
 
@@ -51,6 +53,8 @@ def main() -> None:
     sides["trl"] = (options.trl_python, "ppo_step_trl.py", task)
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
     for repeat in range(options.repeats):
         for name, (python, script, work) in sides.items():
             console.print(f"[dim]{repeat + 1} of {options.repeats}: {name}[/dim]")
