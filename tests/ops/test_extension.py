@@ -16,7 +16,7 @@ import torch
 
 import tlcr
 from tlcr.ops import _extension
-from tlcr.ops._extension import BuildRecord, mismatch
+from tlcr.ops._extension import BuildRecord, mismatch, outdated
 
 PACKAGE = Path(tlcr.__file__).parent
 CPU = BuildRecord("0.1.0", "cpu", "no nvcc", "2.11.0+cpu", None, None)
@@ -57,6 +57,22 @@ def test_another_torch_or_cuda_does_not(
     record: BuildRecord, torch_version: str, torch_cuda: str | None, said: str
 ) -> None:
     assert (mismatch(record, torch_version, torch_cuda) or "").endswith(said)
+
+
+@pytest.mark.parametrize("with_cuda", [False, True])
+def test_a_library_older_than_its_sources_is_outdated(tmp_path: Path, with_cuda: bool) -> None:
+    library, header, kernel = (tmp_path / name for name in ("_C.so", "csrc/cpu/gae.inl", "csrc/cuda/scoring.cu"))
+    for path, written in ((library, 20), (header, 10), (kernel, 10)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (written, written))
+    assert outdated(library, tmp_path / "csrc", with_cuda=with_cuda) is None
+    os.utime(kernel, (30, 30))
+    said = outdated(library, tmp_path / "csrc", with_cuda=with_cuda)
+    assert said == (f"tlcr's compiled kernels are older than {kernel}, from which they are made" if with_cuda else None)
+    os.utime(header, (40, 40))
+    assert str(header) in (outdated(library, tmp_path / "csrc", with_cuda=with_cuda) or "")
+    assert outdated(library, tmp_path / "no-checkout", with_cuda=with_cuda) is None
 
 
 @pytest.fixture

@@ -92,8 +92,12 @@ def _problem() -> str | None:
     if record.extension is None:
         return None
     problem = mismatch(record, torch.__version__, torch.version.cuda)
-    if problem is None and not any(RECORD.with_name(f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
-        problem = f"tlcr's compiled kernels cannot be loaded: {RECORD.parent} has no _C{EXTENSION_SUFFIXES[0]}"
+    libraries = [RECORD.with_name(f"_C{suffix}") for suffix in EXTENSION_SUFFIXES]
+    library = next((path for path in libraries if path.exists()), None)
+    if problem is None and library is None:
+        problem = f"tlcr's compiled kernels cannot be loaded: {RECORD.parent} has no {libraries[0].name}"
+    if problem is None and library is not None:
+        problem = outdated(library, RECORD.parent.parent / "csrc", with_cuda=record.extension == "cuda")
     if problem is None:
         try:
             importlib.import_module("tlcr._C")
@@ -114,6 +118,18 @@ def mismatch(record: BuildRecord, torch_version: str, torch_cuda: str | None) ->
         met = "a CPU build" if torch_cuda is None else f"for CUDA {torch_cuda}"
         return f"{built} and CUDA {record.cuda}, and meet torch {torch_version}, {met}"
     return None
+
+
+def outdated(library: Path, sources: Path, *, with_cuda: bool) -> str | None:
+    """Why a library in a checkout is not what its sources say: one of them changed later. None without sources.
+
+    What Python expects of the library may have changed with them, and then it would crash.
+    """
+    compiled = (path for path in sources.rglob("*") if path.is_file() and (with_cuda or path.parent.name != "cuda"))
+    newest = max(compiled, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None or newest.stat().st_mtime <= library.stat().st_mtime:
+        return None
+    return f"tlcr's compiled kernels are older than {newest}, from which they are made"
 
 
 @functools.cache
