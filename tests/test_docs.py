@@ -6,6 +6,8 @@ import argparse
 import ast
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,15 +68,19 @@ def check_command(words: list[str]) -> None:
         raise AssertionError(f"README names a command that nobody checks: {shlex.join(words)}")
 
 
-def check_pip(command: str, arguments: list[str]) -> None:
-    """By pip's own parser; what is installed is the checkout or looks like a package."""
-    from pip._internal.commands import create_command
+PIPS_PARSER = """
+import sys
+from pip._internal.commands import create_command
+print(*create_command(sys.argv[1]).parser.parse_args(sys.argv[2:])[1], sep="\\n")
+"""
 
-    try:
-        _, named = create_command(command).parser.parse_args(arguments)
-    except (SystemExit, KeyError) as error:
-        raise AssertionError(f"pip {command} {shlex.join(arguments)}: {error}") from error
-    for name in named:
+
+def check_pip(command: str, arguments: list[str]) -> None:
+    """By pip's own parser, in a process of its own; what is installed is the checkout or looks like a package."""
+    parse = [sys.executable, "-c", PIPS_PARSER, command, *arguments]
+    done = subprocess.run(parse, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, f"pip {command} {shlex.join(arguments)}: {done.stderr}"
+    for name in done.stdout.split():
         assert name == "." or Requirement(name), arguments
 
 
