@@ -80,10 +80,11 @@ std::tuple<Tensor, Tensor> fused_gae(const Tensor& rewards, const Tensor& values
   const Tensor dense_rewards = dense(rewards, real), dense_values = dense(values, real);
   const MaybeTensor dense_mask = dense(mask, at::kBool), dense_cu_seqlens = dense(cu_seqlens, at::kInt);
   const at::TensorOptions options = rewards.options().dtype(real);
-  // A packed position may belong to no sequence, and then nothing is written there.
   const bool packed = cu_seqlens.has_value();
-  Tensor advantages = packed ? at::zeros(rewards.sizes(), options) : at::empty(rewards.sizes(), options);
-  Tensor returns = packed ? at::zeros(rewards.sizes(), options) : at::empty(rewards.sizes(), options);
+  // The kernel writes what lies before, between and behind the sequences, if there are any.
+  const bool nothing = packed && cu_seqlens->numel() == 1;
+  Tensor advantages = nothing ? at::zeros(rewards.sizes(), options) : at::empty(rewards.sizes(), options);
+  Tensor returns = nothing ? at::zeros(rewards.sizes(), options) : at::empty(rewards.sizes(), options);
   MaybeTensor counts = dense_mask;
   if (rewards.numel() == 0) return {advantages, returns};
 

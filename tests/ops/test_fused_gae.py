@@ -365,3 +365,13 @@ def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -
 def test_cu_seqlens_errors() -> None:
     with pytest.raises(ShapeError, match=r"cu_seqlens is torch.int64 of shape \(2,\), wanted int32 \(B \+ 1,\)"):
         ops.fused_gae(torch.zeros(3), torch.zeros(3), cu_seqlens=torch.tensor([0, 3]))
+
+
+@backends("fused_gae")
+@pytest.mark.parametrize("whiten", [False, True])
+def test_packed_tokens_of_no_sequence_get_nothing(backend: Backend, whiten: bool) -> None:
+    inputs = to_device({"rewards": torch.ones(6), "values": torch.ones(6)}, backend.device)
+    for offsets in ([0], [3], [2, 2]):
+        cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=backend.device)
+        for result in ops.fused_gae(**inputs, cu_seqlens=cu_seqlens, whiten=whiten, impl=backend.impl):
+            assert torch.equal(result, torch.zeros_like(result)), offsets
