@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from cpu_time import machine
-from ppo_step_task import Task
+from ppo_step_task import PHASES, Task
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
 WIDTH = 110  # of the table where the output is no terminal
-PHASES = ("rollout", "score", "reward", "update", "total")
+TIMED = (*PHASES, "total")
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def run(python: str, script: str, task: Task) -> dict[str, Any]:
 
 def summary(task: Task, runs: list[dict[str, Any]]) -> dict[str, Any]:
     rounds = [row for one in runs for row in one["rounds"]]
-    seconds = {phase: statistics.median(row[phase] for row in rounds) for phase in PHASES}
+    seconds = {phase: statistics.median(row[phase] for row in rounds) for phase in TIMED}
     totals = sorted(row["total"] for row in rounds)
     return {
         "tokens_per_second": task.response_tokens_per_round / seconds["total"],
@@ -115,13 +115,13 @@ def table(report: dict[str, dict[str, Any]]) -> Table:
     made = Table(
         title="one PPO round: seconds of its phases, medians", title_justify="left", box=SIMPLE, pad_edge=False
     )
-    for name in ("", *PHASES, "tokens/s", "peak GiB", "speed", "memory"):
+    for name in ("", *TIMED, "tokens/s", "peak GiB", "speed", "memory"):
         made.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
     rival = report["trl"]
     for name, row in report.items():
         made.add_row(
             name,
-            *(f"{row['seconds'][phase]:.3g}" for phase in PHASES),
+            *(f"{row['seconds'][phase]:.3g}" for phase in TIMED),
             f"{row['tokens_per_second']:,.0f}",
             f"{row['peak_bytes'] / 2**30:.2f}",
             f"{row['tokens_per_second'] / rival['tokens_per_second']:.2f}x",

@@ -29,6 +29,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+PHASES = ("rollout", "score", "reward", "update")
+
 # Far below any logit, and finite in bfloat16.
 NEVER = -1e9
 
@@ -141,8 +143,8 @@ def classifier(task: Task, tokenizer: PreTrainedTokenizerBase, kind: str, labels
     return model
 
 
-def write_result(path: Path, task: Task, rounds: list[dict[str, float]], versions: dict[str, str]) -> None:
-    """rounds: seconds of each phase ("rollout", "score", "reward", "update") and of the whole ("total")."""
+def write_result(path: Path, rounds: list[dict[str, float]], versions: dict[str, str]) -> None:
+    """rounds: seconds of each of PHASES and of the whole, "total"."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = {"rounds": rounds[1:], "peak_bytes": peak, "versions": versions}
     path.write_text(json.dumps(result), encoding="utf-8")

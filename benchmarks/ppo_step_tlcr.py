@@ -18,8 +18,6 @@ from tlcr.metrics import read_metrics
 from tlcr.reward_sources import DiscriminatorSource, Judge
 from tlcr.train_ppo import train_ppo
 
-PHASES = {"rollout": "rollout", "score": "score", "reward": "reward", "update": "update"}
-
 
 def main() -> None:
     warnings.simplefilter("ignore")
@@ -61,9 +59,9 @@ def main() -> None:
     for row in logged:
         if row["length/tokens"] != task.response_tokens_per_round:
             raise SystemExit(f"{row['length/tokens']} response tokens, wanted {task.response_tokens_per_round}")
-    rounds = [{name: row[f"time/{name}_s"] for name in (*PHASES, "total")} for row in logged]
+    rounds = [{name: row[f"time/{name}_s"] for name in (*benchmark.PHASES, "total")} for row in logged]
     versions = {"tlcr": tlcr.__version__, "torch": torch.__version__}
-    benchmark.write_result(result, task, rounds, versions)
+    benchmark.write_result(result, rounds, versions)
 
 
 if __name__ == "__main__":

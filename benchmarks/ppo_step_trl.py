@@ -44,8 +44,7 @@ class Clock(TrainerCallback):
         end, marks = time.perf_counter(), self._marks
         times = [marks["begin"], marks["generated"], marks["scored"], marks["rewarded"], end]
         seconds = [later - earlier for earlier, later in itertools.pairwise(times)]
-        names = ("rollout", "score", "reward", "update")
-        self.rounds.append({**dict(zip(names, seconds, strict=True)), "total": end - times[0]})
+        self.rounds.append({**dict(zip(benchmark.PHASES, seconds, strict=True)), "total": end - times[0]})
         self._begin()
 
     def _begin(self) -> None:
@@ -122,7 +121,7 @@ def main() -> None:
         )
         trainer.train()
     versions = {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    benchmark.write_result(result, task, clock.rounds, versions)
+    benchmark.write_result(result, clock.rounds, versions)
 
 
 if __name__ == "__main__":
