@@ -12,15 +12,13 @@ memory costs: one sum over each logits tensor that is read, and for backward one
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from cpu_time import Timing, alternate, machine
+from cpu_time import alternate, machine, table, write_json
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from tlcr import ops
@@ -152,23 +150,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
 
 def show(entries: list[dict[str, object]], args: argparse.Namespace, where: dict[str, object]) -> None:
     console = Console()
-    table = Table(title=f"score_tokens, {args.rows} x {args.vocabulary} {args.dtype}, one thread, {args.rounds} rounds")
-    for column in ("case", "implementation"):
-        table.add_column(column)
-    for column in ("median ms", "quartiles", "times tlcr's", "relative error"):
-        table.add_column(column, justify="right")
-    for entry in entries:
-        timing = Timing(entry["median"], entry["quartiles"], entry["rounds"])
-        table.add_row(
-            str(entry["case"]) if entry["implementation"] == "tlcr" else "",
-            str(entry["implementation"]),
-            f"{timing.median:.2f}",
-            "{:.2f} - {:.2f}".format(*timing.quartiles),
-            f"{entry['ratio']:.2f}",
-            "" if entry["error"] is None else f"{entry['error']:.1e}",
-            end_section=entry["implementation"] in ("read", "copy"),
-        )
-    console.print(table)
+    title = f"score_tokens, {args.rows} x {args.vocabulary} {args.dtype}, one thread, {args.rounds} rounds"
+    console.print(table(title, entries, milliseconds=".2f", ratio=".2f"))
     median = {entry["case"]: entry["median"] for entry in entries if entry["implementation"] == "tlcr"}
     for direction in ("forward", "backward"):
         both, one = median[f"policy and reference, {direction}"], median[f"policy, {direction}"]
@@ -191,9 +174,7 @@ def main() -> None:
     torch.compiler.config.force_disable_caches = True
     where, entries = machine(), measure(args)
     show(entries, args, where)
-    if args.json is not None:
-        options = {name: value for name, value in vars(args).items() if name != "json"}
-        args.json.write_text(json.dumps({"machine": where, "options": options, "timings": entries}, indent=2) + "\n")
+    write_json(args, where, entries)
 
 
 if __name__ == "__main__":

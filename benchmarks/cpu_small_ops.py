@@ -12,7 +12,6 @@ compared with the reference in float64.
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
@@ -21,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_time import Timing, alternate, machine
+from cpu_time import Timing, alternate, machine, table, write_json
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import conv1d, pad
 
@@ -283,26 +281,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def show(entries: list[dict[str, Any]], where: dict[str, Any]) -> None:
-    table = Table(title="float32, one thread, processor time of whole calls")
-    for column in ("case", "implementation"):
-        table.add_column(column)
-    for column in ("median ms", "quartiles", "times tlcr's", "relative error"):
-        table.add_column(column, justify="right")
-    for entry in entries:
-        timing = Timing(entry["median"], entry["quartiles"], entry["rounds"])
-        first = entry["implementation"] == "tlcr"
-        if first:
-            table.add_section()
-        table.add_row(
-            "{}, {} x {}".format(entry["case"], *entry["shape"]) if first else "",
-            entry["implementation"],
-            f"{timing.median:.3f}",
-            "{:.3f} - {:.3f}".format(*timing.quartiles),
-            f"{entry['ratio']:.1f}",
-            f"{entry['error']:.1e}",
-        )
     console = Console()
-    console.print(table)
+    title = "float32, one thread, processor time of whole calls"
+    console.print(table(title, entries, milliseconds=".3f", ratio=".1f"))
     console.print(where)
 
 
@@ -326,9 +307,7 @@ def main() -> None:
     torch.set_num_threads(1)
     where, entries = machine(), measure(args)
     show(entries, where)
-    if args.json is not None:
-        options = {name: value for name, value in vars(args).items() if name != "json"}
-        args.json.write_text(json.dumps({"machine": where, "options": options, "timings": entries}, indent=2) + "\n")
+    write_json(args, where, entries)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What the CPU benchmarks share: the processor time of rivals in alternation, and where it was measured."""
 
+import argparse
+import json
 import platform
 import statistics
 import subprocess
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.table import Table
 
 import tlcr
 
@@ -41,6 +44,39 @@ def alternate(cases: Mapping[str, Callable[[], Callable[[], object]]], rounds: i
 def _timing(values: list[float]) -> Timing:
     lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
     return Timing(statistics.median(values), (lower, upper), values)
+
+
+def table(title: str, entries: Iterable[Mapping[str, Any]], *, milliseconds: str, ratio: str) -> Table:
+    """Each case with its rivals, tlcr first; `milliseconds` and `ratio` are formats of numbers."""
+    made = Table(title=title)
+    for column in ("case", "implementation"):
+        made.add_column(column)
+    for column in ("median ms", "quartiles", "times tlcr's", "relative error"):
+        made.add_column(column, justify="right")
+    for entry in entries:
+        first = entry["implementation"] == "tlcr"
+        if first:
+            made.add_section()
+        made.add_row(
+            _label(entry) if first else "",
+            entry["implementation"],
+            format(entry["median"], milliseconds),
+            " - ".join(format(quartile, milliseconds) for quartile in entry["quartiles"]),
+            format(entry["ratio"], ratio),
+            "" if entry["error"] is None else f"{entry['error']:.1e}",
+        )
+    return made
+
+
+def _label(entry: Mapping[str, Any]) -> str:
+    return "{}, {} x {}".format(entry["case"], *entry["shape"]) if "shape" in entry else entry["case"]
+
+
+def write_json(args: argparse.Namespace, where: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+    """Everything that was measured, to the file that --json names, if it names one."""
+    if args.json is not None:
+        options = {name: value for name, value in vars(args).items() if name != "json"}
+        args.json.write_text(json.dumps({"machine": where, "options": options, "timings": entries}, indent=2) + "\n")
 
 
 def machine() -> dict[str, Any]:
