@@ -22,8 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cpu_time import machine
 from ppo_step_task import PHASES, Task
+from record import machine
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table

@@ -1,0 +1,186 @@
+"""Where and by what something was measured, and the file that keeps it with what was measured.
+
+A result is worth keeping where anybody can repeat it: `clean_commit` refuses, before anything is timed, a checkout that
+is not at a commit, or code that is not the checkout's. Needs the standard library, torch and the checkout.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = "benchmarks/results"
+BUILD_FACTS = ("extension", "compiler", "instruction_set", "torch", "cuda", "arch_list")
+
+
+def clean_commit(root: Path = ROOT) -> str:
+    """The 40 hex digits of the commit that `root` is at. Results of other runs may lie there uncommitted.
+
+    Raises:
+        SystemExit: there is no commit, files differ from it, or the tlcr that Python imports is not the one of `root`.
+    """
+    import tlcr
+
+    imported = Path(tlcr.__file__).resolve().parent.parent
+    if imported != root:
+        raise SystemExit(
+            f"not recorded: tlcr is imported from {imported}, not from the checkout {root} whose commit would be "
+            f"named; run with PYTHONPATH={root}, or install that checkout"
+        )
+    commit = _git(root, "rev-parse", "HEAD")
+    if commit is None:
+        raise SystemExit(
+            f"not recorded: {root} is no git checkout with a commit; clone the repository, or leave out --json"
+        )
+    changed = _git(root, "status", "--porcelain", "--", ".", f":(exclude){RESULTS}")
+    if changed is None:
+        raise SystemExit(f"not recorded: git cannot say whether {root} is clean; leave out --json")
+    if changed:
+        raise SystemExit(
+            f"not recorded: the checkout differs from commit {commit[:12]}; commit or stash these, "
+            f"or leave out --json:\n{changed}"
+        )
+    return commit
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def record(
+    kind: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    commit: str,
+    clocks: Mapping[str, str],
+    device: str = "cpu",
+    threads: int | None = None,
+    packages: Iterable[str] = (),
+    **more: Any,
+) -> dict[str, Any]:
+    """A result file's content: the facts, then `more`, then the rows.
+
+    Args:
+        kind: "ops" or "ppo_step".
+        rows: what was measured.
+        commit: from `clean_commit`, asked before the first measurement.
+        clocks: name of each clock that the rows use, and what it measures.
+        device: "cpu" or "cuda".
+        threads: that computed; None: as many as torch has in this process.
+        packages: rivals whose versions belong to the result.
+        more: further entries of the file.
+    """
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "command": command(sys.argv),
+        "machine": machine(device, threads),
+        "versions": versions(packages),
+        "build": build(),
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+        "clocks": dict(clocks),
+        **more,
+        "rows": list(rows),
+    }
+
+
+def command(argv: Sequence[str]) -> str:
+    """The command line from the root of a checkout; of a path elsewhere only the last part, which others can use."""
+
+    def plain(argument: str) -> str:
+        path = Path(argument)
+        if not path.is_absolute():
+            return argument
+        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+    script = Path(argv[0]).resolve()
+    return shlex.join(["python", plain(str(script)), *map(plain, argv[1:])])
+
+
+def machine(device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
+    """What computed: a GPU where `device` is "cuda", else the processor."""
+    threads = torch.get_num_threads() if threads is None else threads
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return {
+            "device": "cuda",
+            "name": gpu.name,
+            "threads": threads,
+            "cores": gpu.multi_processor_count,
+            "last_level_cache_bytes": gpu.L2_cache_size,
+            "memory_bytes": gpu.total_memory,
+            "capability": f"{gpu.major}.{gpu.minor}",
+        }
+    return {
+        "device": "cpu",
+        "name": _processor(),
+        "threads": threads,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "last_level_cache_bytes": _last_level_cache(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _processor() -> str:
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text(encoding="utf-8").splitlines() if facts.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _last_level_cache() -> int | None:
+    """Bytes, as Linux reports them (a virtual machine's may belong to its host's other guests too); None elsewhere."""
+    caches = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")
+    found = {int((cache / "level").read_text()): (cache / "size").read_text().strip() for cache in caches}
+    if not found:
+        return None
+    size = found[max(found)]
+    unit = {"K": 2**10, "M": 2**20}.get(size[-1], 1)
+    return int(size.rstrip("KM")) * unit
+
+
+def versions(packages: Iterable[str] = ()) -> dict[str, str]:
+    """Of Python, torch, triton, tlcr and `packages`, those that are installed; tlcr may run from a bare checkout."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "tlcr", *packages):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            if package == "tlcr":
+                found[package] = "a checkout, not installed"
+    return found
+
+
+def build() -> dict[str, Any]:
+    """How the compiled kernels in use were built; without any, only None."""
+    from tlcr.ops import build_info
+
+    facts = build_info()
+    return {fact: facts[fact] for fact in BUILD_FACTS}
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """As JSON, aside and then renamed: an interrupted run leaves what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    aside.replace(path)
