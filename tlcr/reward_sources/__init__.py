@@ -1,0 +1,26 @@
+"""Reward sources: from a rollout to what one judge says of it, whatever the judge's tokenizer.
+
+A source that shares the policy's tokenizer reads the policy's very ids. Another one reads text, and its verdict is
+brought back to the policy's tokens by the characters that they share. Nothing is weighed here: `tlcr.reward` does that.
+"""
+
+from tlcr.reward_sources.build import CombinedSource, build_reward_source
+from tlcr.reward_sources.callable import CallableSource, import_function
+from tlcr.reward_sources.discriminator import DiscriminatorSource
+from tlcr.reward_sources.judge import Judge, same_tokenizer
+from tlcr.reward_sources.protocol import RewardSource
+from tlcr.reward_sources.random import RandomSource
+from tlcr.reward_sources.sequence import SequenceRewardSource
+
+__all__ = [
+    "CallableSource",
+    "CombinedSource",
+    "DiscriminatorSource",
+    "Judge",
+    "RandomSource",
+    "RewardSource",
+    "SequenceRewardSource",
+    "build_reward_source",
+    "import_function",
+    "same_tokenizer",
+]

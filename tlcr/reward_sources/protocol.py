@@ -1,0 +1,33 @@
+"""What a reward source is to the rest of tlcr."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from tlcr.errors import CheckpointError
+from tlcr.types import RewardSignal, Rollout
+
+
+class RewardSource(Protocol):
+    """Judges a rollout. Its state, JSON-able, is part of a checkpoint; most sources have none."""
+
+    def __call__(self, rollout: Rollout) -> RewardSignal: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Stateless:
+    """Half of a `RewardSource`, for those that keep nothing from one rollout to the next."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state:
+            raise CheckpointError(
+                f"the saved reward source holds {sorted(state)}, but {type(self).__name__} has no state; "
+                "resume with the reward config that the checkpoint was saved with"
+            )
