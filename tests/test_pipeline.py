@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tlcr.checkpoint import as_plain
 from tlcr.config import Arm, RewardConfig, RunConfig
 from tlcr.config_loading import dump_config, load_config
+from tlcr.data import embedded
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.metrics import read_metrics
 from tlcr.pipeline import run, stage
@@ -178,6 +179,39 @@ def test_an_interrupted_run_resumes_to_the_same_policies(finished: RunConfig, tm
         )
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+def test_every_rival_is_an_arm(finished: RunConfig, tmp_path: Path) -> None:
+    """With the models of the run before, but for DPO's, which no arm of it needed."""
+    trained = Path(finished.output_dir)
+    rewards = {
+        "spans": RewardConfig(kind="spans"),
+        "rto": RewardConfig(kind="dpo", sequence_coef=1.0),
+        "abc": RewardConfig(kind="attention", scale=0.5, sequence_coef=0.5),
+        "official": RewardConfig(compat="tlcr-official"),
+    }
+    cfg = replace(
+        finished,
+        output_dir=str(tmp_path / "run"),
+        model=finished.model.saved_in(trained / "sft"),
+        data=replace(finished.data, preferences=str(tmp_path / "pairs.jsonl"), edits=str(tmp_path / "unread")),
+        sft=replace(finished.sft, enabled=False),
+        reward_model=replace(finished.reward_model, path=str(trained / "reward_model")),
+        discriminator=replace(finished.discriminator, path=str(trained / "discriminator")),
+        dpo=replace(finished.dpo, learning_rate=1e-3, batch_size=8),
+        arms=tuple(Arm(name, reward) for name, reward in rewards.items()),
+    )
+    pairs = embedded.generate_pairs(40, seed=0)[0]
+    lines = [json.dumps({"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}) for p in pairs]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    run(cfg)
+    assert (tmp_path / "run" / "dpo" / "done.json").is_file() and not (tmp_path / "run" / "reward_model").exists()
+    for name in rewards:
+        folder = tmp_path / "run" / "ppo" / name / "seed-0"
+        last = read_metrics(folder / "metrics.jsonl")[-1]
+        assert last["reward/mean_abs_token"] > 0 and last["reward/share_kl"] > 0
+        assert (last["reward/share_terminal"] > 0) == (name in ("rto", "abc"))
+        assert last["reward/share_dense"] > 0
 
 
 def test_a_stage_that_is_asked_for_runs_though_no_arm_needs_it(tmp_path: Path) -> None:

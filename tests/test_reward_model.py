@@ -12,9 +12,9 @@ from tests.test_train_sft import PAIRS
 from tlcr.config import ModelConfig, RewardModelConfig, RunConfig
 from tlcr.models import classification_head, load_sequence_classifier, load_tokenizer
 from tlcr.padding import pad_right
-from tlcr.reward_model import EncodedComparison, bradley_terry_loss, collate_comparisons, sequence_scores
+from tlcr.reward_model import bradley_terry_loss, collate_comparisons, sequence_scores
 from tlcr.train_reward_model import train_reward_model
-from tlcr.types import EncodedAnswer
+from tlcr.types import EncodedAnswer, EncodedComparison
 
 ROWS = [[5, 9, 17, 23, 2], [7, 8, 30, 31, 32, 33, 2], [40, 41]]
 

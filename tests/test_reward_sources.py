@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from torch import Tensor, nn
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
@@ -20,6 +19,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tests.rollouts import (
+    PADDINGS,
+    Rigged,
+    Row,
+    character_tokenizer,
+    ids_of,
+    judge,
+    random_rows,
+    rollout_of,
+)
 from tlcr.config import DataConfig, RewardConfig
 from tlcr.errors import CheckpointError, ConfigError, DataError, ShapeError
 from tlcr.reward import compose_rewards
@@ -28,90 +37,13 @@ from tlcr.reward_sources import (
     CombinedSource,
     DiscriminatorSource,
     Judge,
+    LoadedModel,
     RandomSource,
     SequenceRewardSource,
     build_reward_source,
     same_tokenizer,
 )
-from tlcr.tokenization import decode_text
 from tlcr.types import RewardSignal, Rollout
-
-# ---- rollouts, tokenizers and judges to test with
-
-
-def character_tokenizer(*, lowercase: bool = False, bos: str | None = None) -> PreTrainedTokenizerFast:
-    """One token for each character of Latin-1, with an end of sequence of its own; `lowercase` joins spaces too."""
-    vocabulary = {token: index for index, token in enumerate(["[END]", "[PAD]", "[UNK]", "<s>"])}
-    vocabulary |= {chr(code): len(vocabulary) + code for code in range(256)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    if lowercase:
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(" +"), " ")])
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 3)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="[END]", pad_token="[PAD]", unk_token="[UNK]", bos_token=bos
-    )
-
-
-@dataclass(frozen=True)
-class Row:
-    """An answer: ids, whether it ended by itself, and which positions do not count though others follow."""
-
-    prompt: str
-    ids: list[int]
-    ended: bool
-    masked: tuple[int, ...] = ()
-
-
-def rollout_of(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, *, left: int = 0, right: int = 0, filler: int = 0
-) -> Rollout:
-    """The rows as a rollout, with `left` and `right` columns of padding more than they need, all holding `filler`."""
-    prompts = [tokenizer(row.prompt, add_special_tokens=False)["input_ids"] for row in rows]
-    P = max(map(len, prompts)) + left
-    T = max(len(row.ids) for row in rows) + right
-    return Rollout(
-        prompts=tuple(row.prompt for row in rows),
-        responses=tuple(decode_text(tokenizer, row.ids) for row in rows),
-        prompt_ids_BP=torch.tensor([[filler] * (P - len(ids)) + ids for ids in prompts]),
-        prompt_mask_BP=torch.tensor([[False] * (P - len(ids)) + [True] * len(ids) for ids in prompts]),
-        response_ids_BT=torch.tensor([row.ids + [filler] * (T - len(row.ids)) for row in rows]),
-        mask_BT=torch.tensor([[t < len(row.ids) and t not in row.masked for t in range(T)] for row in rows]),
-        ended_B=torch.tensor([row.ended for row in rows]),
-    )
-
-
-class Rigged(nn.Module):
-    """A judge that gives each id its own positive logit, and remembers what it was shown."""
-
-    def __init__(self, positive: dict[int, float], *, positions: int | None = None) -> None:
-        super().__init__()
-        self.positive = positive
-        self.config = SimpleNamespace(num_labels=2, max_position_embeddings=positions)
-        self.device = torch.device("cpu")
-        self.name_or_path = "rigged"
-        self.shown: list[list[int]] = []
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: object) -> SimpleNamespace:
-        shown = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
-        self.shown += shown
-        logits = torch.zeros(*input_ids.shape, 2)
-        for id, value in self.positive.items():
-            logits[..., 1] += value * (input_ids == id)
-        return SimpleNamespace(logits=logits)
-
-
-def judge(
-    model: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    policy: PreTrainedTokenizerFast,
-    *,
-    max_prompt_tokens: int = 64,
-    micro_batch_size: int | None = None,
-) -> Judge:
-    return Judge(model, tokenizer, policy, max_prompt_tokens, micro_batch_size)
 
 
 def positive(source: DiscriminatorSource, rollout: Rollout) -> list[list[float]]:
@@ -119,13 +51,6 @@ def positive(source: DiscriminatorSource, rollout: Rollout) -> list[list[float]]
     logits = source(rollout).logits_BTC
     assert logits is not None and (logits[..., 0][rollout.mask_BT] == 0).all()
     return [row[mask].tolist() for row, mask in zip(logits[..., 1], rollout.mask_BT, strict=True)]
-
-
-def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-PADDINGS = [(0, 0), (3, 0), (0, 2), (5, 4)]
 
 
 # ---- the discriminator, with the policy's tokenizer
@@ -165,16 +90,6 @@ def test_the_reward_sits_on_the_action_that_emitted_the_token(
 def discriminator(tiny_causal_lm: Callable[..., PreTrainedModel]) -> PreTrainedModel:
     torch.manual_seed(5)
     return LlamaForTokenClassification(tiny_causal_lm().config).eval()
-
-
-def random_rows(tokenizer: PreTrainedTokenizerFast) -> list[Row]:
-    prompts = ["The food was", "I", "Human: How do I bake bread?\n\nAssistant:", "A wonderful film", "Naïve"]
-    lengths = [4, 1, 7, 3, 5]
-    generator = torch.Generator().manual_seed(6)
-    return [
-        Row(prompt, torch.randint(10, len(tokenizer), (length,), generator=generator).tolist(), False)
-        for prompt, length in zip(prompts, lengths, strict=True)
-    ]
 
 
 @pytest.mark.parametrize(("left", "right"), PADDINGS)
@@ -594,16 +509,13 @@ def test_random_rewards_are_uniform_and_leave_others_generators_alone(tiny_token
 
 def build(kind: str, **changes: Any) -> Any:
     options = {"policy_tokenizer": None, "data": DataConfig(max_prompt_tokens=5), "seed": 3, "micro_batch_size": 2}
-    roles = ("discriminator", "discriminator_tokenizer", "reward_model", "reward_model_tokenizer")
-    return build_reward_source(
-        RewardConfig(kind=kind, **changes.pop("cfg", {})), **{**dict.fromkeys(roles), **options, **changes}
-    )
+    return build_reward_source(RewardConfig(kind=kind, **changes.pop("cfg", {})), **{**options, **changes})
 
 
 @pytest.mark.parametrize("kind", ["continuous", "discrete", "sign", "positive_only", "negative_only", "sum_at_end"])
 def test_kinds_that_read_a_discriminator(kind: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     model = Rigged({})
-    models = {"discriminator": model, "discriminator_tokenizer": tiny_tokenizer, "policy_tokenizer": tiny_tokenizer}
+    models = {"discriminator": LoadedModel(model, tiny_tokenizer), "policy_tokenizer": tiny_tokenizer}
     source = build(kind, **models)
     assert isinstance(source, DiscriminatorSource)
     assert source.judge == Judge(model, tiny_tokenizer, tiny_tokenizer, 5, 2)
@@ -617,11 +529,7 @@ def test_kinds_that_read_a_discriminator(kind: str, tiny_tokenizer: PreTrainedTo
 def test_the_sequence_score_beside_another_source(
     tiny_tokenizer: PreTrainedTokenizerFast, reward_model: PreTrainedModel
 ) -> None:
-    models = {
-        "reward_model": reward_model,
-        "reward_model_tokenizer": tiny_tokenizer,
-        "policy_tokenizer": tiny_tokenizer,
-    }
+    models = {"reward_model": LoadedModel(reward_model, tiny_tokenizer), "policy_tokenizer": tiny_tokenizer}
     source = build("random", cfg={"sequence_coef": 0.5}, **models)
     assert isinstance(source, CombinedSource)
     rollout = rollout_of(random_rows(tiny_tokenizer), tiny_tokenizer)

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tlcr.config import RunConfig, TrainingConfig
 from tlcr.metrics import read_metrics
-from tlcr.sft import collate_completions, completion_loss
+from tlcr.padding import collate_completions
+from tlcr.sft import completion_loss
 from tlcr.tokenization import encode_answer
 from tlcr.train_sft import train_sft
 from tlcr.types import EncodedAnswer, PreferencePair

@@ -13,7 +13,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from tlcr.actor_critic import ActorCritic, build_value_model
 from tlcr.advantages import compute_advantages
@@ -24,7 +24,7 @@ from tlcr.distributed import on_main_process, process_count, process_index
 from tlcr.evaluate import EvaluatedAnswer, PolicyEvaluation, TokenDetail, evaluate_policy, write_evaluation
 from tlcr.models import load_causal_lm, load_sequence_classifier, load_tokenizer
 from tlcr.reward import RunningMean, compose_rewards
-from tlcr.reward_sources import RewardSource, build_reward_source, import_function
+from tlcr.reward_sources import LoadedModel, RewardSource, build_reward_source, import_function
 from tlcr.rollout import generate, score_rollout, seeded_generator
 from tlcr.run_folder import RunFolder
 from tlcr.train_ppo import train_ppo
@@ -42,7 +42,7 @@ def evaluate_arm(run: RunFolder, arm: Arm, seed: int) -> None:
     """Evaluates a trained policy again, by the evaluation settings of today."""
     cfg, folder = run.arm_config(arm), run.arm_folder(arm, seed)
     judges = _load_judges(run, cfg)
-    evaluation = _Evaluation(run, cfg, judges.source(run, cfg, seed), judges.temperature)
+    evaluation = _Evaluation(run, cfg, judges, seed)
     before, after = evaluation(_start(run, cfg, judges)), evaluation(_trained(run, cfg, folder))
     on_main_process(lambda: write_evaluation(folder, before, after))
 
@@ -52,8 +52,7 @@ def _train(run: RunFolder, arm: Arm, seed: int, folder: Path) -> Mapping[str, An
 
     # 1. the judges of this arm, frozen
     judges = _load_judges(run, cfg)
-    source = judges.source(run, cfg, seed)
-    evaluation = _Evaluation(run, cfg, source, judges.temperature)
+    evaluation = _Evaluation(run, cfg, judges, seed)
 
     # 2. the policy where it starts from, and how good it is there
     actor_critic = _start(run, cfg, judges)
@@ -63,9 +62,9 @@ def _train(run: RunFolder, arm: Arm, seed: int, folder: Path) -> Mapping[str, An
     train_ppo(
         cfg,
         actor_critic=actor_critic,
-        reference=evaluation.reference,
+        reference=judges.reference,
         tokenizer=run.tokenizer,
-        reward_source=source,
+        reward_source=judges.source(run, cfg, seed),
         reward_temperature=judges.temperature,
         prompts=run.prompts.train,
         folder=folder,
@@ -82,25 +81,26 @@ def _train(run: RunFolder, arm: Arm, seed: int, folder: Path) -> Mapping[str, An
 
 @dataclass(frozen=True)
 class _Judges:
-    """The frozen models that an arm's reward needs, each with its tokenizer; None where it needs none."""
+    """The frozen models that an arm needs, on their device: the reference always, the others where its reward does."""
 
-    discriminator: PreTrainedModel | None = None
-    discriminator_tokenizer: PreTrainedTokenizerBase | None = None
-    reward_model: PreTrainedModel | None = None
-    reward_model_tokenizer: PreTrainedTokenizerBase | None = None
+    reference: PreTrainedModel
+    discriminator: LoadedModel | None = None
+    reward_model: LoadedModel | None = None
+    dpo: LoadedModel | None = None
 
     @property
     def temperature(self) -> float:
-        return temperature_of(self.discriminator) if self.discriminator is not None else 1.0
+        return temperature_of(self.discriminator.model) if self.discriminator is not None else 1.0
 
     def source(self, run: RunFolder, cfg: RunConfig, seed: int) -> RewardSource:
         return build_reward_source(
             cfg.reward,
             policy_tokenizer=run.tokenizer,
             discriminator=self.discriminator,
-            discriminator_tokenizer=self.discriminator_tokenizer,
             reward_model=self.reward_model,
-            reward_model_tokenizer=self.reward_model_tokenizer,
+            dpo=self.dpo,
+            reference=self.reference,
+            dpo_beta=cfg.dpo.beta,
             data=cfg.data,
             seed=seed,
             micro_batch_size=cfg.rollout.batch_size,
@@ -108,14 +108,17 @@ class _Judges:
 
 
 def _load_judges(run: RunFolder, cfg: RunConfig) -> _Judges:
-    judges = _Judges()
+    judges = _Judges(_on(run, load_causal_lm(run.policy_source)))
     if cfg.uses_discriminator(cfg.reward):
         model, tokenizer = load_discriminator(run.discriminator_folder, cfg.model)
-        judges = replace(judges, discriminator=_on(run, model), discriminator_tokenizer=tokenizer)
+        judges = replace(judges, discriminator=LoadedModel(_on(run, model), tokenizer))
     if cfg.uses_reward_model(cfg.reward):
         own = cfg.model.saved_in(run.reward_model_folder)
         model = _on(run, load_sequence_classifier(run.reward_model_folder, own))
-        judges = replace(judges, reward_model=model, reward_model_tokenizer=load_tokenizer(own))
+        judges = replace(judges, reward_model=LoadedModel(model, load_tokenizer(own)))
+    if cfg.uses_dpo(cfg.reward):
+        own = cfg.model.saved_in(run.dpo_folder)
+        judges = replace(judges, dpo=LoadedModel(_on(run, load_causal_lm(own)), load_tokenizer(own)))
     return judges
 
 
@@ -128,7 +131,11 @@ def _start(run: RunFolder, cfg: RunConfig, judges: _Judges) -> ActorCritic:
     """Policy and value model as training starts with them."""
     policy = load_causal_lm(run.policy_source)
     value_model = build_value_model(
-        cfg.ppo, cfg.model, policy=policy, reward_model=judges.reward_model, discriminator=judges.discriminator
+        cfg.ppo,
+        cfg.model,
+        policy=policy,
+        reward_model=judges.reward_model.model if judges.reward_model else None,
+        discriminator=judges.discriminator.model if judges.discriminator else None,
     )
     return ActorCritic(policy, value_model, chunk_tokens=cfg.ppo.chunk_tokens).to(run.device)
 
@@ -142,9 +149,8 @@ def _trained(run: RunFolder, cfg: RunConfig, folder: Path) -> ActorCritic:
 class _Evaluation:
     """Answers to the held-out prompts, the same luck for every policy, measured against the reference."""
 
-    def __init__(self, run: RunFolder, cfg: RunConfig, source: RewardSource, temperature: float) -> None:
-        self.reference = _on(run, load_causal_lm(run.policy_source))
-        self._run, self._cfg, self._source, self._reward_temperature = run, cfg, source, temperature
+    def __init__(self, run: RunFolder, cfg: RunConfig, judges: _Judges, seed: int) -> None:
+        self._run, self._cfg, self._judges, self._source = run, cfg, judges, judges.source(run, cfg, seed)
         self._scorer = None
         if cfg.evaluation.scorer is not None:
             self._scorer = import_function(cfg.evaluation.scorer, "evaluation.scorer")
@@ -168,7 +174,7 @@ class _Evaluation:
         def score(rollout: Rollout) -> PolicyScores:
             return score_rollout(
                 actor_critic,
-                self.reference,
+                self._judges.reference,
                 rollout,
                 temperature=cfg.rollout.temperature,
                 micro_batch_size=cfg.rollout.batch_size,
@@ -199,7 +205,7 @@ class _Evaluation:
             kl_BT=None,
             kl_coef=0.0,
             cfg=self._cfg.reward,
-            temperature=self._reward_temperature,
+            temperature=self._judges.temperature,
             centre=RunningMean() if self._cfg.reward.centre else None,
         )
         ppo = self._cfg.ppo

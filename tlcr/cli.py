@@ -30,6 +30,7 @@ BLOCKED, WRONG, INTERRUPTED = 1, 2, 130
 STAGES = {
     "sft": ("sft", "fine-tune the policy on the preferred answers"),
     "reward-model": ("reward_model", "train the sequence-level reward model (Bradley-Terry)"),
+    "dpo": ("dpo", "train a policy by DPO, whose log-ratio is a reward"),
     "discriminator": ("discriminator", "train the token discriminator on edits"),
     "ppo": ("ppo", "train a policy for every arm and seed"),
 }
@@ -135,8 +136,8 @@ def _metavar(hint: Any) -> str:
 
 def _run_parser() -> ArgumentParser:
     return _config_parser(
-        "SFT, reward model, token labels, discriminator, PPO for every arm and seed, evaluation and report. What is "
-        "done already is skipped.",
+        "SFT, reward model, DPO, token labels, discriminator, PPO for every arm and seed, evaluation and report. What "
+        "is done already is skipped.",
         prog="tlcr run",
         resume=True,
     )

@@ -2,7 +2,8 @@
 
 The defaults are the vetted setting. Where each comes from is the ``source`` of its knob: "paper" is arXiv 2407.16574,
 "released code" its authors' training scripts, "PPO" Schulman et al. 2017 (arXiv 1707.06347) as practised by Stiennon
-et al. 2020, "ours" a choice of this project. Nothing here imports torch, so that ``tlcr --help`` answers at once.
+et al. 2020, "DPO" Rafailov et al. 2023 (arXiv 2305.18290), "ours" a choice of this project. Nothing here imports torch,
+so that ``tlcr --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -24,8 +25,20 @@ RewardKind = Literal[
     "random",
     "sequence",
     "sum_at_end",
+    "spans",
+    "uniform",
+    "attention",
+    "prefix_difference",
+    "dpo",
     "callable",
 ]
+
+LOGIT_KINDS = ("continuous", "discrete", "sign", "positive_only", "negative_only", "sum_at_end", "spans")
+"""Kinds that are read off the discriminator's logits."""
+SHARED_SCORE_KINDS = ("uniform", "attention", "prefix_difference")
+"""Kinds that share the sequence reward model's score out among the tokens."""
+OFFICIAL_KINDS = ("continuous", "discrete", "sign", "positive_only", "negative_only")
+"""Kinds that the released code has too."""
 
 
 def knob(
@@ -88,7 +101,7 @@ class ModelConfig(Checked):
 class DataConfig(Checked):
     """Where preferences, edits and prompts come from. A source is a local file, a folder or a hub dataset's name."""
 
-    preferences: str | None = knob(None, "preference pairs, for SFT and the sequence reward model")
+    preferences: str | None = knob(None, "preference pairs, for SFT, the sequence reward model and DPO")
     preferences_format: Literal["auto", "preference", "hh", "tlcr"] = knob("auto", "how those records are written")
     edits: str | None = knob(None, "edit pairs, for the discriminator")
     edits_format: Literal["auto", "edits", "tlcr"] = knob("auto", "how those records are written")
@@ -159,6 +172,16 @@ class RewardModelConfig(TrainingConfig):
 
 
 @dataclass(frozen=True)
+class DPOConfig(TrainingConfig):
+    """A policy trained by direct preference optimisation; its log-ratio is the reward of kind 'dpo'."""
+
+    beta: float = knob(
+        0.1, "KL coefficient of the objective, and factor on the log-ratio", source="DPO", unit="reward per nat", gt=0
+    )
+    path: str | None = knob(None, "use this trained policy and skip its training")
+
+
+@dataclass(frozen=True)
 class RewardConfig(Checked):
     """Which reward PPO maximises."""
 
@@ -172,6 +195,14 @@ class RewardConfig(Checked):
     length_penalty: float = knob(0.0, "cost of every token", ge=0)
     missing_eos_penalty: float = knob(0.0, "cost, at the last token, of an answer cut off by the length limit", ge=0)
     sequence_coef: float = knob(0.0, "adds the sequence reward model's score, times this, at the last token", ge=0)
+    span_end: str = knob(
+        r"[.,;:!?\n]+", "for kind 'spans': a regular expression; a span of the answer ends with each match"
+    )
+    compat: Literal["tlcr-official"] | None = knob(
+        None,
+        "'tlcr-official': as the released code pays, with its double softmax, one action late, and the exact KL in the "
+        "reward",
+    )
     callable: str | None = knob(
         None, "'package.module:function' or 'file.py:function', for kind 'callable'; runs that code"
     )
@@ -190,6 +221,18 @@ class RewardConfig(Checked):
             raise ConfigError(
                 "RewardConfig.sequence_coef adds the sequence score to another reward, and kind 'sequence' is that "
                 "score; weigh it with scale"
+            )
+        try:
+            re.compile(self.span_end)
+        except re.error as error:
+            raise ConfigError(
+                f"RewardConfig.span_end is {self.span_end!r}, which is no regular expression ({error}); write one such "
+                r"as '[.!?]+' or '\s'"
+            ) from error
+        if self.compat is not None and self.kind not in OFFICIAL_KINDS:
+            raise ConfigError(
+                f"RewardConfig.compat is {self.compat!r}, but the released code has no kind {self.kind!r}; set kind to "
+                f"one of {', '.join(OFFICIAL_KINDS)}, or drop compat"
             )
 
 
@@ -305,7 +348,7 @@ class Arm(Checked):
 
 @dataclass(frozen=True)
 class RunConfig(Checked):
-    """The whole pipeline: SFT, reward model, labels, discriminator, PPO for every arm and seed, evaluation, report."""
+    """The whole pipeline: SFT, reward model, DPO, labels, discriminator, PPO for every arm and seed, report."""
 
     output_dir: str = knob("runs/default", "everything a run writes goes here")
     seed: int = knob(0, "seed of every stage before PPO", ge=0)
@@ -318,6 +361,7 @@ class RunConfig(Checked):
     sft: TrainingConfig = field(default_factory=lambda: TrainingConfig(batch_size=16, weight_decay=0.0))
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    dpo: DPOConfig = field(default_factory=lambda: DPOConfig(epochs=1, learning_rate=1e-6, weight_decay=0.0))
     reward: RewardConfig = field(default_factory=RewardConfig)
     kl: KLConfig = field(default_factory=KLConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -336,14 +380,30 @@ class RunConfig(Checked):
                     )
         if not self.seeds:
             raise ConfigError("RunConfig.seeds is empty; name at least one seed, such as [0]")
+        official = [reward for reward in (self.reward, *(arm.reward for arm in self.arms)) if reward.compat is not None]
+        if official and self.kl.placement != "reward":
+            raise ConfigError(
+                f"RunConfig.kl.placement is {self.kl.placement!r}, but reward.compat {official[0].compat!r} pays the "
+                "KL in the reward, as the released code does; set kl.placement: reward"
+            )
+
+    @property
+    def kl_estimator(self) -> Literal["k1", "k2", "k3", "full"]:
+        """The KL that PPO pays for: kl.estimator, but the exact one where the reward repeats the released code."""
+        return "full" if self.reward.compat is not None else self.kl.estimator
 
     def uses_reward_model(self, reward: RewardConfig) -> bool:
         """Whether PPO on this reward loads the sequence reward model."""
-        return reward.kind == "sequence" or reward.sequence_coef > 0 or self._value_starts_from("reward_model")
+        scored = reward.kind == "sequence" or reward.kind in SHARED_SCORE_KINDS or reward.sequence_coef > 0
+        return scored or self._value_starts_from("reward_model")
 
     def uses_discriminator(self, reward: RewardConfig) -> bool:
         """Whether PPO on this reward loads the discriminator."""
-        return reward.kind not in ("sequence", "random", "callable") or self._value_starts_from("discriminator")
+        return reward.kind in LOGIT_KINDS or self._value_starts_from("discriminator")
+
+    def uses_dpo(self, reward: RewardConfig) -> bool:
+        """Whether PPO on this reward loads the policy trained by DPO."""
+        return reward.kind == "dpo"
 
     def _value_starts_from(self, model: str) -> bool:
         return self.ppo.value_model == "separate" and self.ppo.value_init == model

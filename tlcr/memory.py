@@ -111,6 +111,8 @@ def estimate_run(cfg: RunConfig, size: ModelSize) -> list[Estimate]:
         estimates.append(_supervised("sft", cfg, size, cfg.sft, rows=1, outputs=None))
     if cfg.reward_model.enabled and cfg.reward_model.path is None and _judges(cfg)["reward model"]:
         estimates.append(_supervised("reward model", cfg, size, cfg.reward_model, rows=2, outputs=1))
+    if cfg.dpo.enabled and cfg.dpo.path is None and _judges(cfg)["DPO policy"]:
+        estimates.append(_supervised("dpo", cfg, size, cfg.dpo, rows=2, outputs=None))
     if cfg.discriminator.enabled and cfg.discriminator.path is None and _judges(cfg)["discriminator"]:
         estimates.append(_supervised("discriminator", cfg, size, cfg.discriminator, rows=2, outputs=_classes(cfg)))
     return [*estimates, _ppo(cfg, size)]
@@ -122,6 +124,7 @@ def _judges(cfg: RunConfig) -> dict[str, bool]:
     return {
         "discriminator": any(map(cfg.uses_discriminator, rewards)),
         "reward model": any(map(cfg.uses_reward_model, rewards)),
+        "DPO policy": any(map(cfg.uses_dpo, rewards)),
     }
 
 
@@ -163,12 +166,16 @@ def _ppo(cfg: RunConfig, size: ModelSize) -> Estimate:
     dtype, width, ppo = cfg.model.dtype, BYTES[cfg.model.dtype], cfg.ppo
     shared = ppo.value_model == "shared"
     value_parameters = size.hidden + 1 if shared else size.with_head(1)
-    judges = {"discriminator": _classes(cfg), "reward model": 1}
+    judges = {
+        "discriminator": size.with_head(_classes(cfg)),
+        "reward model": size.with_head(1),
+        "DPO policy": size.parameters,
+    }
     roles = (
         _trained("policy", size.parameters, dtype),
         _trained("value head" if shared else "value model", value_parameters, dtype),
         _frozen("reference", size.parameters, dtype),
-        *(_frozen(name, size.with_head(judges[name]), dtype) for name, needed in _judges(cfg).items() if needed),
+        *(_frozen(name, judges[name], dtype) for name, needed in _judges(cfg).items() if needed),
     )
 
     columns = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from tlcr import ops
 from tlcr.checkpoint import sync_folder, write_aside
 from tlcr.config import ModelConfig
 from tlcr.distributed import on_main_process
@@ -150,6 +151,18 @@ def classification_head(model: PreTrainedModel) -> nn.Linear:
         f"{type(model).__name__} has no single linear head under {' or '.join(HEADS)}; use a decoder architecture "
         "such as Llama, Qwen, Mistral, Gemma or GPT-2"
     )
+
+
+def answer_logprobs(model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor, columns: int) -> Tensor:
+    """log p(token | all before it), (B, K) float32 nats, of the tokens in the last K = `columns` columns.
+
+    ids_BL, attention_mask_BL: (B, L), padded on the right; K < L, because nothing predicts the first column. The
+    log-probability of column j is read at column j - 1. What stands in padding means nothing. Gradients flow.
+    """
+    logits_BKV = model(
+        input_ids=ids_BL, attention_mask=attention_mask_BL.long(), logits_to_keep=columns + 1, use_cache=False
+    ).logits[:, :-1]
+    return ops.score_tokens(logits_BKV, ids_BL[:, ids_BL.shape[1] - columns :]).logprobs
 
 
 def check_fits(model: PreTrainedModel, tokens: int, what: str) -> None:

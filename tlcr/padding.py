@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tlcr.types import EncodedAnswer
+
 
 def pad_right(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """ids (B, L) int64 and the mask (B, L) bool, True at the rows' own tokens; L is the length of the longest row."""
@@ -21,3 +23,20 @@ def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, 
     """The same with the rows' own tokens at the end of each."""
     backwards_BL, mask_BL = pad_right([row[::-1] for row in rows], pad_token_id)
     return backwards_BL.flip(1), mask_BL.flip(1)
+
+
+def collate_completions(answers: Sequence[EncodedAnswer], *, pad_token_id: int) -> dict[str, Tensor]:
+    """Prompt and answer of each example as a row, padded on the right.
+
+    Returns ids (B, L), attention_mask (B, L) bool and answer_mask (B, K) bool. K is the number of columns from the
+    earliest answer to the end, so ``answer_mask`` lies over the LAST K columns; True at answer tokens, the
+    end-of-sequence token among them. Where the prompt is empty, nothing predicts the first token: it does not count.
+    """
+    ids_BL, attention_mask_BL = pad_right([answer.ids for answer in answers], pad_token_id)
+    starts_B = torch.tensor([max(answer.answer_start, 1) for answer in answers])
+    answer_mask_BL = attention_mask_BL & (torch.arange(ids_BL.shape[1]) >= starts_B[:, None])
+    return {
+        "ids": ids_BL,
+        "attention_mask": attention_mask_BL,
+        "answer_mask": answer_mask_BL[:, int(starts_B.min()) :],
+    }

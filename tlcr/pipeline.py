@@ -33,6 +33,7 @@ from tlcr.progress import Progress
 from tlcr.report import print_results, write_report
 from tlcr.run_folder import RunFolder
 from tlcr.train_discriminator import train_discriminator
+from tlcr.train_dpo import train_dpo
 from tlcr.train_reward_model import train_reward_model
 from tlcr.train_sft import train_sft
 
@@ -104,8 +105,22 @@ def _reward_model(run: RunFolder) -> None:
     run.once(run.path / "reward_model", run.settings("model", "data", "sft", "reward_model"), work)
 
 
+def _dpo(run: RunFolder) -> None:
+    """3. A rival's reward: the policy that DPO makes of the same preferences."""
+
+    def work() -> Mapping[str, Any]:
+        data = run.preferences
+        model = load_causal_lm(run.policy_source)
+        result = train_dpo(
+            run.cfg, run.tokenizer, model, data.train, data.held_out, run.path / "dpo", resume=run.resume
+        )
+        return {**result.metrics, **result.evaluation}
+
+    run.once(run.path / "dpo", run.settings("model", "data", "sft", "dpo"), work)
+
+
 def _labels(run: RunFolder) -> None:
-    """3. Every token of an edited answer: kept, or changed for the better or worse."""
+    """4. Every token of an edited answer: kept, or changed for the better or worse."""
 
     def work() -> Mapping[str, Any]:
         pairs, statistics = label_pairs(
@@ -120,7 +135,7 @@ def _labels(run: RunFolder) -> None:
 
 
 def _discriminator(run: RunFolder) -> None:
-    """4. The discriminator learns the labels in context; its confidence is the reward of a token."""
+    """5. The discriminator learns the labels in context; its confidence is the reward of a token."""
 
     def work() -> Mapping[str, Any]:
         train, held_out = (
@@ -144,7 +159,7 @@ def _discriminator(run: RunFolder) -> None:
 
 
 def _ppo(run: RunFolder) -> None:
-    """5. PPO on the reward of every token: one policy for each arm and seed, compared before and after."""
+    """6. PPO on the reward of every token: one policy for each arm and seed, compared before and after."""
     if run.cfg.parallel == 1 or len(run.ppo_runs) == 1:
         for arm, seed in run.ppo_runs:
             train_arm(run, arm, seed)
@@ -160,6 +175,7 @@ def _ppo(run: RunFolder) -> None:
 STAGES: dict[str, Callable[[RunFolder], None]] = {
     "sft": _sft,
     "reward_model": _reward_model,
+    "dpo": _dpo,
     "labels": _labels,
     "discriminator": _discriminator,
     "ppo": _ppo,

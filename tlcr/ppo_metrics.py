@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
-from tlcr.config import KLConfig
 from tlcr.distributed import sum_over_processes
 from tlcr.kl import kl_of
 from tlcr.reward import reward_accounting
@@ -17,15 +17,19 @@ from tlcr.update import UpdateStatistics
 
 
 def rollout_metrics(
-    rollout: Rollout, scores: PolicyScores, rewards: Rewards, advantages: Advantages, kl: KLConfig
+    rollout: Rollout,
+    scores: PolicyScores,
+    rewards: Rewards,
+    advantages: Advantages,
+    estimator: Literal["k1", "k2", "k3", "full"],
 ) -> dict[str, float]:
     """What the answers of all processes were like, before the update. Sums first, then ratios: a mean over processes
-    would weigh an answer by where it was sampled."""
+    would weigh an answer by where it was sampled. estimator: of the KL that is paid for."""
     mask_BT = rollout.mask_BT
     kl_BT = kl_of(scores, "k1") if scores.kl_BT is None else scores.kl_BT
     per_token = {
         "kl/per_token": kl_BT,
-        "kl/estimate": kl_of(scores, kl.estimator),
+        "kl/estimate": kl_of(scores, estimator),
         "policy/entropy": scores.entropy_BT,
         "value/mean": scores.values_BT,
         "value/mean_return": advantages.returns_BT,

@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tlcr import ops
-from tlcr.config import RewardConfig
+from tlcr.config import LOGIT_KINDS, SHARED_SCORE_KINDS, RewardConfig
 from tlcr.errors import CheckpointError, ConfigError, DataError, ShapeError, TrainingDiverged
 from tlcr.types import Rewards, RewardSignal
 
@@ -26,9 +27,6 @@ PARTS = ("dense", "terminal", "kl", "length")
 
 # One part that makes up more than this share of the return, though others were asked for, leaves them without a say.
 DOMINANT_SHARE = 0.95
-
-# Kinds whose token rewards are read off a discriminator's logits.
-LOGIT_KINDS = ("continuous", "discrete", "sign", "positive_only", "negative_only", "sum_at_end")
 
 
 CENTRE_DECAY = 0.5
@@ -105,9 +103,15 @@ def compose_rewards(
         positive_only   max(d, 0)
         negative_only   min(d, 0)
         sum_at_end      what 'continuous' pays for all counted tokens, at the last one
+        spans           the mean of d over the counted tokens of the span that holds t
         sequence        nothing; the source's score is paid at the last token
-        random          the source's number
+        uniform, attention, prefix_difference, dpo, random
+                        the source's number
         callable        the source's numbers; d too, where it gives logits
+
+    compat 'tlcr-official' repeats the released code: it takes the softmax of probabilities, so that two classes pay
+    tanh(d / 2), at most 0.462, with the band on that scale; and what token t earned is paid to the action after it, so
+    that the first action gets nothing and what the last token earned is lost.
 
     The parts of the result, each (B, T) and 0 where nothing counts, sum to the rewards; a part that was not asked for
     is absent:
@@ -145,7 +149,7 @@ def compose_rewards(
         parts["dense"] = token_BT.to(dtype)
     if signal.terminal_B is not None:
         terminal_B, pays_at_end = terminal_B + cfg.scale * signal.terminal_B, True
-    if signal.sequence_B is not None:
+    if signal.sequence_B is not None and cfg.sequence_coef != 0:
         terminal_B, pays_at_end = terminal_B + cfg.sequence_coef * signal.sequence_B, True
     if pays_at_end:
         parts["terminal"] = torch.where(last_BT, terminal_B.to(dtype).unsqueeze(-1), 0.0)
@@ -241,11 +245,14 @@ def _token_rewards(
             "reward.centre is on, but compose_rewards got centre=None; pass a RunningMean that outlives it"
         )
     # scaling and clipping commute with the one-sided kinds, so that one call does it all
-    in_one_call = signal.dense_BT is None
+    in_one_call = signal.dense_BT is None and cfg.kind != "spans"
     token_BT = torch.zeros(mask_BT.shape, device=mask_BT.device)
-    if signal.logits_BTC is not None:
+    logits_BTC = signal.logits_BTC
+    if logits_BTC is not None and cfg.compat == "tlcr-official":
+        logits_BTC, temperature = (logits_BTC / temperature).softmax(dim=-1), 1.0
+    if logits_BTC is not None:
         token_BT = ops.fused_reward(
-            signal.logits_BTC,
+            logits_BTC,
             mask_BT,
             temperature=temperature,
             scale=cfg.scale if in_one_call else 1.0,
@@ -257,14 +264,37 @@ def _token_rewards(
             token_BT = token_BT.clamp(min=0)
         elif cfg.kind == "negative_only":
             token_BT = token_BT.clamp(max=0)
+        elif cfg.kind == "spans":
+            token_BT = _span_means(token_BT, signal.spans_BT, mask_BT)
     if signal.dense_BT is not None:
-        token_BT = cfg.scale * (token_BT + torch.where(mask_BT, signal.dense_BT, 0.0))
+        token_BT = token_BT + torch.where(mask_BT, signal.dense_BT, 0.0)
+    if not in_one_call:
+        token_BT = cfg.scale * token_BT
         if cfg.clip is not None:
             token_BT = token_BT.clamp(-cfg.clip, cfg.clip)
+    if cfg.compat == "tlcr-official":
+        token_BT = _one_action_late(token_BT, mask_BT)
     if cfg.centre and centre is not None:
         centre.update(token_BT if kl_part_BT is None else token_BT + kl_part_BT, mask_BT)
         token_BT = torch.where(mask_BT, token_BT - centre.mean, 0.0)
     return token_BT
+
+
+def _span_means(token_BT: Tensor, spans_BT: Tensor | None, mask_BT: Tensor) -> Tensor:
+    """Each counted token's value replaced by the mean over the counted tokens of its span; 0 where not counted."""
+    assert spans_BT is not None  # _check_signal saw to it
+    inside_BT = torch.where(mask_BT, spans_BT, 0)
+    sums_BT = torch.zeros_like(token_BT).scatter_add(1, inside_BT, token_BT)
+    counts_BT = torch.zeros_like(token_BT).scatter_add(1, inside_BT, mask_BT.to(token_BT.dtype))
+    return torch.where(mask_BT, (sums_BT / counts_BT.clamp(min=1)).gather(1, inside_BT), 0.0)
+
+
+def _one_action_late(token_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Each counted token's value at the next counted one: the first gets 0, and the last one's is lost."""
+    late_BT = torch.zeros_like(token_BT)
+    for row, counts_T in enumerate(mask_BT):
+        late_BT[row, counts_T] = pad(token_BT[row, counts_T], (1, 0))[:-1]
+    return late_BT
 
 
 def _last_counted(mask_BT: Tensor) -> Tensor:
@@ -304,6 +334,7 @@ def _check_shapes(signal: RewardSignal, mask_BT: Tensor, ended_B: Tensor, kl_BT:
         ("dense", signal.dense_BT, (B, T)),
         ("terminal", signal.terminal_B, (B,)),
         ("sequence", signal.sequence_B, (B,)),
+        ("spans", signal.spans_BT, (B, T)),
         ("kl", kl_BT, (B, T)),
     ):
         if tensor is not None and tensor.shape != wanted:
@@ -324,7 +355,10 @@ def _check_signal(signal: RewardSignal, mask_BT: Tensor, cfg: RewardConfig) -> N
         )
         if tensor is not None
     }
-    needs = {**dict.fromkeys(LOGIT_KINDS, "logits"), "random": "dense", "sequence": "terminal"}.get(cfg.kind)
+    dense = dict.fromkeys((*SHARED_SCORE_KINDS, "dpo", "random"), "dense")
+    needs = {**dict.fromkeys(LOGIT_KINDS, "logits"), **dense, "sequence": "terminal"}.get(cfg.kind)
+    if cfg.kind == "spans" and signal.spans_BT is None:
+        needs = "spans"
     if not given or (needs is not None and needs not in given):
         raise ConfigError(
             f"reward.kind is {cfg.kind!r}, but its source gave {', '.join(given) or 'nothing'} and no "

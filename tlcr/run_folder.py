@@ -20,7 +20,15 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from tlcr.checkpoint import DONE, as_plain, is_done, mark_done, write_aside
-from tlcr.config import Arm, ModelConfig, RunConfig
+from tlcr.config import (
+    Arm,
+    DiscriminatorConfig,
+    DPOConfig,
+    ModelConfig,
+    RewardConfig,
+    RewardModelConfig,
+    RunConfig,
+)
 from tlcr.config_loading import dump_config
 from tlcr.data import embedded
 from tlcr.data.readers import read_edits, read_preferences, read_prompts, split_held_out
@@ -109,6 +117,7 @@ class RunFolder:
         judges = {
             "discriminator": cfg.uses_discriminator(cfg.reward) and cfg.discriminator,
             "reward_model": cfg.uses_reward_model(cfg.reward) and cfg.reward_model,
+            "dpo": cfg.uses_dpo(cfg.reward) and cfg.dpo,
         }
         return {**before, **judges, **own, "ppo_seed": seed}
 
@@ -116,16 +125,19 @@ class RunFolder:
 
     def wants(self, stage: str) -> bool:
         """Whether a run of all stages includes this one: a judge is trained where an arm needs it and none is named."""
-        rewards = [arm.reward for arm in self.arms]
-        if stage == "sft":
-            return self.cfg.sft.enabled
-        if stage == "reward_model":
-            trained = self.cfg.reward_model
-            return trained.enabled and trained.path is None and any(map(self.cfg.uses_reward_model, rewards))
-        if stage in ("labels", "discriminator"):
-            judge = self.cfg.discriminator
-            return judge.enabled and judge.path is None and any(map(self.cfg.uses_discriminator, rewards))
-        return True
+        cfg, rewards = self.cfg, [arm.reward for arm in self.arms]
+        judges: dict[
+            str, tuple[RewardModelConfig | DPOConfig | DiscriminatorConfig, Callable[[RewardConfig], bool]]
+        ] = {
+            "reward_model": (cfg.reward_model, cfg.uses_reward_model),
+            "dpo": (cfg.dpo, cfg.uses_dpo),
+            "labels": (cfg.discriminator, cfg.uses_discriminator),
+            "discriminator": (cfg.discriminator, cfg.uses_discriminator),
+        }
+        if stage in judges:
+            training, used = judges[stage]
+            return training.enabled and training.path is None and any(map(used, rewards))
+        return cfg.sft.enabled if stage == "sft" else True
 
     @property
     def policy_source(self) -> ModelConfig:
@@ -143,6 +155,11 @@ class RunFolder:
     def reward_model_folder(self) -> Path:
         path = self.cfg.reward_model.path
         return Path(path) if path else self._written("reward_model")
+
+    @property
+    def dpo_folder(self) -> Path:
+        path = self.cfg.dpo.path
+        return Path(path) if path else self._written("dpo")
 
     def _written(self, stage: str) -> Path:
         if not (self.path / stage / "done.json").exists():

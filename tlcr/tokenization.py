@@ -16,8 +16,9 @@ from jinja2 import TemplateError
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
+from tlcr.config import DataConfig
 from tlcr.errors import ConfigError, DataError
-from tlcr.types import EncodedAnswer
+from tlcr.types import EncodedAnswer, EncodedComparison, PreferencePair
 
 __all__ = [
     "character_spans",
@@ -25,6 +26,7 @@ __all__ = [
     "decode_text",
     "encode_answer",
     "encode_answers",
+    "encode_comparisons",
     "render_answer",
     "render_prompt",
     "token_pieces",
@@ -103,6 +105,23 @@ def encode_answers(
         whole = EncodedAnswer(ids=(*ids[first:], *tail), answer_start=start - first, complete=end_of_sequence)
         encoded.append(whole if max_answer_tokens is None else cut_answer(whole, max_answer_tokens))
     return encoded
+
+
+def encode_comparisons(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair], data: DataConfig
+) -> list[EncodedComparison]:
+    """Both answers of each pair, each with its prompt, cut as `data` says."""
+    chosen, rejected = (
+        encode_answers(
+            tokenizer,
+            [pair.prompt for pair in pairs],
+            answers,
+            max_prompt_tokens=data.max_prompt_tokens,
+            max_answer_tokens=data.max_answer_tokens,
+        )
+        for answers in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
+    )
+    return list(map(EncodedComparison, chosen, rejected))
 
 
 def cut_answer(encoded: EncodedAnswer, max_answer_tokens: int) -> EncodedAnswer:

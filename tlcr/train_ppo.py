@@ -121,7 +121,7 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
             rollout,
             temperature=temperature,
             micro_batch_size=cfg.rollout.batch_size,
-            exact_kl=cfg.kl.estimator == "full",
+            exact_kl=cfg.kl_estimator == "full",
         )
 
     # 4. A reward for every token, r_t = 2 D(a_t | x, a_<t) - 1, less what its distance from the reference costs.
@@ -131,7 +131,7 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
             run.reward_source(rollout),
             rollout.mask_BT,
             ended_B=rollout.ended_B,
-            kl_BT=kl_of(scores, cfg.kl.estimator) if cfg.kl.placement == "reward" else None,
+            kl_BT=kl_of(scores, cfg.kl_estimator) if cfg.kl.placement == "reward" else None,
             kl_coef=kl_coef,
             cfg=cfg.reward,
             temperature=reward_temperature,
@@ -168,7 +168,7 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
         )
 
     # 7. Figures; the price of a nat of KL follows the distance that was measured.
-    metrics = rollout_metrics(rollout, scores, rewards, advantages, cfg.kl)
+    metrics = rollout_metrics(rollout, scores, rewards, advantages, cfg.kl_estimator)
     run.kl_controller.update(metrics["kl/per_token"], cfg.ppo.batch_size)
     return {
         **metrics,

@@ -12,9 +12,9 @@ from tlcr.callbacks import Callback
 from tlcr.config import RunConfig
 from tlcr.metrics import tracking
 from tlcr.models import check_fits, load_sequence_classifier, save_model
-from tlcr.reward_model import EncodedComparison, bradley_terry_loss, collate_comparisons
+from tlcr.reward_model import bradley_terry_loss, collate_comparisons
 from tlcr.supervised import FitResult, fit, mean_loss
-from tlcr.tokenization import encode_answers
+from tlcr.tokenization import encode_comparisons
 from tlcr.types import PreferencePair
 
 __all__ = ["train_reward_model"]
@@ -37,7 +37,7 @@ def train_reward_model(
     the pairwise accuracy and the margin on held-out pairs. Errors: see ``fit``.
     """
     # 1. both answers to each prompt, tokenised in context
-    train, held_out = (_encode(pairs, tokenizer, cfg) for pairs in (pairs_train, pairs_held_out))
+    train, held_out = (encode_comparisons(tokenizer, pairs, cfg.data) for pairs in (pairs_train, pairs_held_out))
     check_fits(causal_lm, max((pair.length for pair in train + held_out), default=0), "an answer with its prompt")
 
     # 2. the classifier: the causal LM's backbone under one output
@@ -76,19 +76,3 @@ def train_reward_model(
     # 4. a model folder that loads anywhere
     save_model(model, tokenizer, folder)
     return result
-
-
-def _encode(
-    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, cfg: RunConfig
-) -> list[EncodedComparison]:
-    chosen, rejected = (
-        encode_answers(
-            tokenizer,
-            [pair.prompt for pair in pairs],
-            answers,
-            max_prompt_tokens=cfg.data.max_prompt_tokens,
-            max_answer_tokens=cfg.data.max_answer_tokens,
-        )
-        for answers in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
-    )
-    return [EncodedComparison(c, r) for c, r in zip(chosen, rejected, strict=True)]

@@ -13,7 +13,8 @@ from tlcr.callbacks import Callback
 from tlcr.config import RunConfig
 from tlcr.metrics import tracking
 from tlcr.models import check_fits, save_model
-from tlcr.sft import collate_completions, completion_loss
+from tlcr.padding import collate_completions
+from tlcr.sft import completion_loss
 from tlcr.supervised import FitResult, fit, mean_loss
 from tlcr.tokenization import encode_answers
 from tlcr.types import EncodedAnswer, PreferencePair

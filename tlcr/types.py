@@ -56,6 +56,18 @@ class EncodedAnswer:
 
 
 @dataclass(frozen=True)
+class EncodedComparison:
+    """A preference pair, tokenised."""
+
+    chosen: EncodedAnswer
+    rejected: EncodedAnswer
+
+    @property
+    def length(self) -> int:
+        return max(len(self.chosen.ids), len(self.rejected.ids))
+
+
+@dataclass(frozen=True)
 class LabelledAnswer:
     """An answer with one label (a ``TokenLabel`` value) and one ``counted`` flag per answer token."""
 
@@ -120,12 +132,14 @@ class RewardSignal:
     logits_BTC: a discriminator's logits at each response token, [negative, positive] or [negative, neutral, positive].
     dense_BT: a reward for each response token. terminal_B: a score for the whole answer, paid at its last token.
     sequence_B: a second such score, the sequence reward model's, weighted by ``reward.sequence_coef`` of its own.
+    spans_BT: beside logits, the number of the span that each response token belongs to, from 0 to T - 1.
     """
 
     logits_BTC: Tensor | None = None
     dense_BT: Tensor | None = None
     terminal_B: Tensor | None = None
     sequence_B: Tensor | None = None
+    spans_BT: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -4,22 +4,35 @@ A source that shares the policy's tokenizer reads the policy's very ids. Another
 brought back to the policy's tokens by the characters that they share. Nothing is weighed here: `tlcr.reward` does that.
 """
 
-from tlcr.reward_sources.build import CombinedSource, build_reward_source
+from tlcr.reward_sources.build import CombinedSource, LoadedModel, build_reward_source
 from tlcr.reward_sources.callable import CallableSource, import_function
 from tlcr.reward_sources.discriminator import DiscriminatorSource
 from tlcr.reward_sources.judge import Judge, same_tokenizer
+from tlcr.reward_sources.log_ratio import LogRatioSource
 from tlcr.reward_sources.protocol import RewardSource
 from tlcr.reward_sources.random import RandomSource
-from tlcr.reward_sources.sequence import SequenceRewardSource
+from tlcr.reward_sources.sequence import (
+    AttentionSource,
+    PrefixDifferenceSource,
+    SequenceRewardSource,
+    UniformSource,
+)
+from tlcr.reward_sources.spans import SpanSource
 
 __all__ = [
+    "AttentionSource",
     "CallableSource",
     "CombinedSource",
     "DiscriminatorSource",
     "Judge",
+    "LoadedModel",
+    "LogRatioSource",
+    "PrefixDifferenceSource",
     "RandomSource",
     "RewardSource",
     "SequenceRewardSource",
+    "SpanSource",
+    "UniformSource",
     "build_reward_source",
     "import_function",
     "same_tokenizer",

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tlcr.config import DataConfig, RewardConfig
+from tlcr.config import SHARED_SCORE_KINDS, DataConfig, DPOConfig, RewardConfig
 from tlcr.errors import ConfigError
 from tlcr.reward_sources.callable import CallableSource
 from tlcr.reward_sources.discriminator import DiscriminatorSource
 from tlcr.reward_sources.judge import Judge
+from tlcr.reward_sources.log_ratio import LogRatioSource
 from tlcr.reward_sources.protocol import RewardSource
 from tlcr.reward_sources.random import RandomSource
-from tlcr.reward_sources.sequence import SequenceRewardSource
+from tlcr.reward_sources.sequence import (
+    AttentionSource,
+    PrefixDifferenceSource,
+    SequenceRewardSource,
+    UniformSource,
+)
+from tlcr.reward_sources.spans import SpanSource
 from tlcr.types import RewardSignal, Rollout
+
+SEQUENCE_SOURCES: dict[str, Callable[[Judge], RewardSource]] = {
+    "sequence": SequenceRewardSource,
+    "uniform": UniformSource,
+    "attention": AttentionSource,
+    "prefix_difference": PrefixDifferenceSource,
+}
 
 
 class CombinedSource:
@@ -36,34 +50,41 @@ class CombinedSource:
         self.source.load_state_dict(state)
 
 
+@dataclass(frozen=True)
+class LoadedModel:
+    """A frozen model and the tokenizer that it reads by."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
 def build_reward_source(
     cfg: RewardConfig,
     *,
     policy_tokenizer: PreTrainedTokenizerBase,
-    discriminator: PreTrainedModel | None,
-    discriminator_tokenizer: PreTrainedTokenizerBase | None,
-    reward_model: PreTrainedModel | None,
-    reward_model_tokenizer: PreTrainedTokenizerBase | None,
+    discriminator: LoadedModel | None = None,
+    reward_model: LoadedModel | None = None,
+    dpo: LoadedModel | None = None,
+    reference: PreTrainedModel | None = None,
+    dpo_beta: float = DPOConfig.beta,
     data: DataConfig,
     seed: int,
     micro_batch_size: int | None = None,
 ) -> RewardSource:
-    """The source that `cfg.kind` asks for, with the sequence reward model beside it where `cfg.sequence_coef` is not 0.
+    """The source that `cfg.kind` asks for, with the sequence reward model's score where `cfg.sequence_coef` is not 0.
 
-    Models that the kind does not need may be None. `micro_batch_size` answers are scored at a time, all by default.
+    Models that the kind does not need may be None. reference: the policy as PPO starts with it, which DPO started from
+    too. `micro_batch_size` answers are scored at a time, all by default.
     Raises ConfigError where a model that the kind needs is missing, or its callable cannot be imported.
     """
 
-    def judge(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, name: str, why: str) -> Judge:
-        if model is None or tokenizer is None:
+    def judge(loaded: LoadedModel | None, name: str, why: str) -> Judge:
+        if loaded is None:
             raise ConfigError(
                 f"{why} needs the {name}, but there is none; train it (set {name}.enabled: true) or name a trained one "
                 f"in {name}.path"
             )
-        return Judge(model, tokenizer, policy_tokenizer, data.max_prompt_tokens, micro_batch_size)
-
-    def sequence(why: str) -> SequenceRewardSource:
-        return SequenceRewardSource(judge(reward_model, reward_model_tokenizer, "reward_model", why))
+        return Judge(loaded.model, loaded.tokenizer, policy_tokenizer, data.max_prompt_tokens, micro_batch_size)
 
     kind = f"reward.kind {cfg.kind!r}"
     source: RewardSource
@@ -73,10 +94,18 @@ def build_reward_source(
         if cfg.callable is None:
             raise ConfigError(f"{kind} needs reward.callable; write it as 'package.module:function'")
         source = CallableSource(cfg.callable)
-    elif cfg.kind == "sequence":
-        source = sequence(kind)
+    elif cfg.kind == "dpo":
+        of = judge(dpo, "dpo", kind)
+        if reference is None:
+            raise ConfigError(f"{kind} is a ratio to the reference, but build_reward_source got none; pass reference=")
+        source = LogRatioSource(of, reference, dpo_beta)
+    elif cfg.kind in SEQUENCE_SOURCES:
+        source = SEQUENCE_SOURCES[cfg.kind](judge(reward_model, "reward_model", kind))
     else:
-        source = DiscriminatorSource(judge(discriminator, discriminator_tokenizer, "discriminator", kind))
-    if cfg.sequence_coef == 0:
+        source = DiscriminatorSource(judge(discriminator, "discriminator", kind))
+        if cfg.kind == "spans":
+            source = SpanSource(source, policy_tokenizer, cfg.span_end)
+    if cfg.sequence_coef == 0 or cfg.kind in SHARED_SCORE_KINDS:
         return source
-    return CombinedSource(source, sequence(f"reward.sequence_coef {cfg.sequence_coef}"))
+    why = f"reward.sequence_coef {cfg.sequence_coef}"
+    return CombinedSource(source, SequenceRewardSource(judge(reward_model, "reward_model", why)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tlcr.discriminator import token_logits
-from tlcr.reward_sources.judge import Judge, padded, read_as_text, shared_characters
+from tlcr.reward_sources.judge import Judge, opinion_weights, padded, read_as_text
 from tlcr.reward_sources.protocol import Stateless
 from tlcr.types import RewardSignal, Rollout
 
@@ -30,12 +30,11 @@ class DiscriminatorSource(Stateless):
 
     def __init__(self, judge: Judge) -> None:
         self.judge = judge
-        self._same = judge.shares_tokens
 
     def __call__(self, rollout: Rollout) -> RewardSignal:
         judge, mask_BT = self.judge, rollout.mask_BT
         device = judge.model.device
-        if self._same:
+        if judge.shares_tokens:
             P, L = rollout.prompt_ids_BP.shape[1], rollout.ids_BL.shape[1]
             logits_BTC = token_logits(
                 judge.model,
@@ -57,7 +56,7 @@ class DiscriminatorSource(Stateless):
         ).to(mask_BT.device)
         logits_BTC = logits_BLC.new_zeros((*mask_BT.shape, logits_BLC.shape[-1]))
         for row, answer in enumerate(answers):
-            weights = shared_characters(judge, answer).to(logits_BLC)
+            weights = opinion_weights(judge, answer).to(logits_BLC)
             logits_BTC[row, mask_BT[row]] = (
                 weights @ logits_BLC[row, answer.encoded.answer_start : len(answer.encoded.ids)]
             )

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,9 +36,48 @@ class Judge:
     def position_limit(self) -> int | None:
         return getattr(self.model.config, "max_position_embeddings", None)
 
-    @property
+    @cached_property
     def shares_tokens(self) -> bool:
         return same_tokenizer(self.policy_tokenizer, self.tokenizer)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A rollout as a judge reads it: rows padded on the right, ids and mask (B, L), and the answers' columns (B, L).
+
+    `weights` carry credit from the judge's tokens of each answer to the policy's (`credit_weights`); None where these
+    are the same tokens.
+    """
+
+    ids_BL: Tensor
+    mask_BL: Tensor
+    answer_BL: Tensor
+    weights: Sequence[Tensor] | None
+
+    def credit(self, credit_BL: Tensor, mask_BT: Tensor) -> Tensor:
+        """What the judge's tokens earned, as (B, T) rewards of the policy's actions: the sum over an answer stays."""
+        rewards_BT = credit_BL.new_zeros(mask_BT.shape)
+        for row, (credit_L, answer_L) in enumerate(zip(credit_BL, self.answer_BL, strict=True)):
+            own = credit_L[answer_L]
+            rewards_BT[row, mask_BT[row]] = own if self.weights is None else self.weights[row].to(own) @ own
+        return rewards_BT
+
+
+def read(judge: Judge, rollout: Rollout) -> Reading:
+    """The rollout's rows as the judge's own ids, on the judge's device: the policy's ids where they share a tokenizer,
+    else the text that `DiscriminatorSource` describes."""
+    weights = None
+    if judge.shares_tokens:
+        rows: Sequence[Sequence[int]] = counted(rollout.ids_BL, rollout.attention_mask_BL)
+        starts = rollout.prompt_mask_BP.sum(dim=1).tolist()
+    else:
+        answers = read_as_text(judge, rollout)
+        rows, starts = [a.encoded.ids for a in answers], [a.encoded.answer_start for a in answers]
+        weights = [credit_weights(judge, answer) for answer in answers]
+    ids_BL, mask_BL = padded(rows, judge.tokenizer)
+    answer_BL = mask_BL & (torch.arange(ids_BL.shape[1]) >= torch.tensor(starts, dtype=torch.long)[:, None])
+    device = judge.model.device
+    return Reading(ids_BL.to(device), mask_BL.to(device), answer_BL.to(device), weights)
 
 
 def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
@@ -114,18 +154,34 @@ def _fit(judge: Judge, encoded: EncodedAnswer) -> EncodedAnswer:
     return cut_answer(shorter, limit - shorter.answer_start)
 
 
-def shared_characters(judge: Judge, answer: TextAnswer) -> Tensor:
-    """The weights (policy tokens, judge tokens) that carry the judge's logits over; a row sums to 1, or is all 0."""
+def opinion_weights(judge: Judge, answer: TextAnswer) -> Tensor:
+    """The weights (policy tokens, judge tokens) of a mean of opinions: a row sums to 1, or is all 0."""
+    overlap = _shared_characters(judge, answer)
+    return overlap / overlap.sum(1, keepdim=True).clamp(min=1)
+
+
+def credit_weights(judge: Judge, answer: TextAnswer) -> Tensor:
+    """The weights (policy tokens, judge tokens) that share out credit: a column sums to 1, so that no credit is lost.
+
+    A judge's token without characters of the policy's (a mark of its own) is paid out at the policy's last token.
+    """
+    overlap = _shared_characters(judge, answer)
+    overlap[-1:, overlap.sum(0) == 0] = 1
+    return overlap / overlap.sum(0).clamp(min=1)
+
+
+def _shared_characters(judge: Judge, answer: TextAnswer) -> Tensor:
+    """How many characters each policy token and each of the judge's have in common; 1 for the two ends of sequence."""
     policy = character_spans(judge.policy_tokenizer, answer.policy_ids, context=answer.policy_prompt_ids)
     own = _judge_spans(judge, answer)
     policy_start, policy_end = torch.tensor(policy, dtype=torch.float64).reshape(-1, 2).unbind(1)
     start, end = torch.tensor(own, dtype=torch.float64).reshape(-1, 2).unbind(1)
     overlap = torch.minimum(policy_end[:, None], end) - torch.maximum(policy_start[:, None], start)
-    weights = torch.zeros(len(answer.policy_ids), len(answer.encoded.answer_ids), dtype=torch.float64)
-    weights[:, : len(own)] = overlap.clamp(min=0)
+    shared = torch.zeros(len(answer.policy_ids), len(answer.encoded.answer_ids), dtype=torch.float64)
+    shared[:, : len(own)] = overlap.clamp(min=0)
     if answer.ended and answer.encoded.complete:
-        weights[-1, -1] = 1
-    return weights / weights.sum(1, keepdim=True).clamp(min=1)
+        shared[-1, -1] = 1
+    return shared
 
 
 def _judge_spans(judge: Judge, answer: TextAnswer) -> list[tuple[int, int]]:
