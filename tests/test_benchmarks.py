@@ -75,7 +75,7 @@ def test_code_from_elsewhere_is_refused(
     record: ModuleType, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tlcr.__file__", str(tmp_path / "elsewhere" / "tlcr" / "__init__.py"))
-    with pytest.raises(SystemExit, match="imported from .*elsewhere.*PYTHONPATH"):
+    with pytest.raises(SystemExit, match=r"imported from .*elsewhere.*PYTHONPATH"):
         record.clean_commit(checkout)
 
 
