@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 CUDA_VENV ?= .venv-cuda
 ENVIRONMENT := $(VENV)/.environment
 INSTALLED := $(VENV)/.installed
+RIVALS := $(VENV)/.rivals
 
 .PHONY: quickstart test lint types bench wheels
 
@@ -21,8 +22,10 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-bench: $(INSTALLED)
+# Every op and rival on this machine, in some 10 minutes. On a GPU: python benchmarks/ops.py --device cuda
+bench: $(RIVALS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest benchmarks --benchmark-only
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/ops.py
 
 # The three kinds of wheel, each installed alone and tested; needs nvcc, and 5 GB for a CUDA build of torch, but no GPU.
 wheels: $(INSTALLED) $(CUDA_VENV)/.environment
@@ -40,6 +43,11 @@ $(ENVIRONMENT): Makefile
 $(INSTALLED): $(ENVIRONMENT) pyproject.toml setup.py $(shell find csrc -type f)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable '.[dev]'
 	@$(BIN)/python -c 'import tlcr; print("tlcr.build_info():", tlcr.build_info())'
+	@touch $@
+
+# Other than tlcr and what it needs to be developed: the packages that the benchmarks compare it with.
+$(RIVALS): $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable '.[dev,bench]'
 	@touch $@
 
 # torch 2.11 comes with triton 3.6, whose interpreter needs numpy < 2.4.

@@ -1,0 +1,254 @@
+"""The clocks, peak memory, and what copying memory costs: everything that is measured, and nothing of what is run.
+
+What is measured is a `Work`: called with a number it makes ready for so many calls, which is not timed, and returns
+what makes them. Works of one case take turns, so that what slows the machine down for a while slows all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Work = Callable[[int], Callable[[], object]]
+
+TURN = 0.01
+"""Seconds that a turn lasts at least, by as many calls as that takes: a short call alone cannot be timed."""
+MOST_CALLS = 1000
+GRAPHS = 2**31
+"""Bytes that the calls of one turn may keep ready: each backward pass holds what its forward pass saved."""
+LEAST_ROUNDS, MOST_ROUNDS = 3, 11
+CASE_SECONDS = 2.5
+"""After this long a case that has LEAST_ROUNDS gets no further round."""
+COPIED = tuple(2**power for power in range(16, 31))
+"""Bytes of the buffers that are copied, 64 KiB to 1 GiB."""
+
+
+class Timing(NamedTuple):
+    """Seconds of one call, over the rounds; lower and upper are the quartiles."""
+
+    median: float
+    lower: float
+    upper: float
+    rounds: list[float]
+
+
+Timings = dict[str, Timing]
+"""By the name of the clock."""
+
+
+def calls(function: Callable[[], object]) -> Work:
+    """The same call, again and again."""
+
+    def prepare(count: int) -> Callable[[], object]:
+        def run() -> None:
+            for _ in range(count):
+                function()
+
+        return run
+
+    return prepare
+
+
+def calls_after(first: Callable[[], Callable[[], object]]) -> Work:
+    """`first` makes ready for one call and returns it."""
+
+    def prepare(count: int) -> Callable[[], object]:
+        ready = [first() for _ in range(count)]
+
+        def run() -> None:
+            for call in ready:
+                call()
+
+        return run
+
+    return prepare
+
+
+def summary(rounds: Sequence[float]) -> Timing:
+    lower, median, upper = statistics.quantiles(rounds, n=4, method="inclusive")
+    return Timing(median, lower, upper, list(rounds))
+
+
+class Clocks(ABC):
+    """The clocks of one kind of device. `descriptions` says of each what it measures; `main` is the one for shares of
+    the copy bandwidth."""
+
+    descriptions: ClassVar[Mapping[str, str]]
+    main: ClassVar[str]
+    peak_description: ClassVar[str]
+
+    def __init__(self, *, rounds: int = MOST_ROUNDS, case_seconds: float = CASE_SECONDS) -> None:
+        self.rounds, self.case_seconds = rounds, case_seconds
+
+    @abstractmethod
+    def turn(self, work: Work, count: int) -> dict[str, float]:
+        """Seconds of one call by every clock."""
+
+    @abstractmethod
+    def peak(self, work: Work) -> int:
+        """The most bytes that one call holds above what was there before it was made ready, its results included."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+
+    def alternate(self, works: Mapping[str, Work], peaks: Mapping[str, int] | None = None) -> dict[str, Timings]:
+        """Each work's timings, from as many rounds as fit `case_seconds`, at least LEAST_ROUNDS.
+
+        Args:
+            works: what takes turns; a call of each is made before, which is not counted.
+            peaks: bytes that one call needs, which bound how many are made ready at once.
+        """
+        counts = {name: self._calls_of_a_turn(work, (peaks or {}).get(name, 0)) for name, work in works.items()}
+        taken: dict[str, dict[str, list[float]]] = {name: {clock: [] for clock in self.descriptions} for name in works}
+        begin = time.monotonic()
+        for done in itertools.count():
+            if done >= self.rounds or (done >= LEAST_ROUNDS and time.monotonic() - begin > self.case_seconds):
+                break
+            for name, work in works.items():
+                for clock, seconds in self.turn(work, counts[name]).items():
+                    taken[name][clock].append(seconds)
+        return {name: {clock: summary(values) for clock, values in found.items()} for name, found in taken.items()}
+
+    def _calls_of_a_turn(self, work: Work, peak: int) -> int:
+        run = work(1)
+        begin = time.perf_counter()
+        run()
+        self.synchronize()
+        fill = math.ceil(TURN / max(time.perf_counter() - begin, 1e-9))
+        return max(1, min(fill, MOST_CALLS, GRAPHS // max(peak, 1)))
+
+    def copy_bandwidth(self, device: str, sizes: Sequence[int] | None = None) -> list[dict[str, float]]:
+        """What copying one buffer to another reaches, by the main clock: bytes read and written, and per second.
+
+        sizes: bytes of a buffer; None: COPIED.
+        """
+        found = []
+        for size in COPIED if sizes is None else sizes:
+            source = torch.zeros(size, dtype=torch.uint8, device=device)
+            target = torch.zeros_like(source)
+            seconds = self.alternate({"copy": calls(lambda s=source, t=target: t.copy_(s))})["copy"][self.main].median
+            found.append({"bytes": 2 * size, "bytes_per_second": 2 * size / seconds})
+        return found
+
+
+class CPUClocks(Clocks):
+    """Processor time, which other programs disturb least, and wall-clock time."""
+
+    descriptions: ClassVar = {
+        "processor": "processor time of the calling thread for one call, from turns of many calls; caches as the calls "
+        "before left them",
+        "wall": "wall-clock time of the same calls",
+    }
+    main = "processor"
+    peak_description = (
+        "the running sum of what torch's CPU allocator gave and took back during one call, as torch.profiler records "
+        "it; scratch memory that libraries such as oneDNN take elsewhere is not in it"
+    )
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: a call returns when its work is done."""
+
+    def turn(self, work: Work, count: int) -> dict[str, float]:
+        run = work(count)
+        wall, processor = time.perf_counter(), time.thread_time()
+        run()
+        processor, wall = time.thread_time() - processor, time.perf_counter() - wall
+        return {"processor": processor / count, "wall": wall / count}
+
+    def peak(self, work: Work) -> int:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as ready:
+            run = work(1)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as called:
+            run()
+        held = sum(_allocations(ready))
+        return max(held, *(held + above for above in itertools.accumulate(_allocations(called), initial=0)))
+
+
+def _allocations(recorded: profile) -> list[int]:
+    """Bytes that were allocated, or freed where negative, in their order."""
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+class GPUClocks(Clocks):
+    """The whole call, many calls in flight, and the device alone."""
+
+    descriptions: ClassVar = {
+        "call": "wall-clock time of one call and the wait for its end: Python, launch and kernels",
+        "amortised": "wall-clock time of many calls and one wait for their end, over their number: what is slower of "
+        "host and device",
+        "device": "CUDA events around one call; a write of twice the L2 cache runs before it, which empties the cache "
+        "and gives the host time to launch (what it has not launched by then is counted as well)",
+    }
+    main = "device"
+    peak_description = "torch.cuda.max_memory_allocated during one call, above what was allocated before"
+
+    def __init__(self, *, rounds: int = MOST_ROUNDS, case_seconds: float = CASE_SECONDS) -> None:
+        super().__init__(rounds=rounds, case_seconds=case_seconds)
+        l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self.flushed = torch.empty(max(2 * l2_bytes, 2**26), dtype=torch.uint8, device="cuda")
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def turn(self, work: Work, count: int) -> dict[str, float]:
+        return {**_wall(self, work, count), "device": self._device(work(1))}
+
+    def _device(self, run: Callable[[], object]) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        self.flushed.zero_()
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+    def peak(self, work: Work) -> int:
+        before = torch.cuda.memory_allocated()
+        run = work(1)
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+
+
+class InterpretedClocks(CPUClocks):
+    """What of a GPU's clocks there is without one, to run the same path. The figures are an interpreter's."""
+
+    descriptions: ClassVar = {
+        clock: f"{GPUClocks.descriptions[clock]}. Kernels ran under Triton's interpreter on a CPU: nothing about a GPU "
+        "follows from this figure"
+        for clock in ("call", "amortised")
+    }
+    main = "call"
+
+    def turn(self, work: Work, count: int) -> dict[str, float]:
+        return _wall(self, work, count)
+
+
+def _wall(clocks: Clocks, work: Work, count: int) -> dict[str, float]:
+    found = {}
+    for clock, number in (("call", 1), ("amortised", count)):
+        run = work(number)
+        clocks.synchronize()
+        begin = time.perf_counter()
+        run()
+        clocks.synchronize()
+        found[clock] = (time.perf_counter() - begin) / number
+    return found
+
+
+def bandwidth_share(bytes_moved: int, seconds: float, copies: Sequence[Mapping[str, Any]]) -> float:
+    """What a call moved per second, over what the copy nearest to it in size did."""
+    nearest = min(copies, key=lambda copy: abs(math.log(copy["bytes"] / max(bytes_moved, 1))))
+    return float(bytes_moved / seconds / nearest["bytes_per_second"])

@@ -1,0 +1,97 @@
+"""Every op against what else computes it: time by several clocks, peak memory, and the share of the copy bandwidth.
+
+    python benchmarks/ops.py                                            one thread of the CPU
+    python benchmarks/ops.py --device cuda --json benchmarks/results/ops_h100.json
+    python benchmarks/ops.py --only fused_gae --minutes 2               some ops
+    python benchmarks/ops.py --interpret                                a GPU run's path at tiny sizes, without a GPU
+
+Needs a checkout and an installed torch, for GPUs also triton, and no network. Each rival that is installed takes part;
+one that is not, or cannot run, is a row that says why. Before anything is timed its results and gradients are compared
+with tlcr's specification in float64: a rival that is wrong is not timed, and if tlcr is wrong the run stops. Cases come
+in the order of importance; what --minutes leaves no time for is a row that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = arguments(argv)
+    if options.interpret:
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton, which reads it, and tlcr, which looks for kernels
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler says at every peak that it began
+    # The checkout's tlcr, installed or not; behind the folder of this script, where its own modules are.
+    sys.path.insert(1, str(ROOT))
+    import op_cases
+    import record
+    import torch
+    from clocks import Clocks, CPUClocks, GPUClocks, InterpretedClocks
+    from op_rivals import PACKAGES
+    from op_runs import Run, table
+
+    commit = record.clean_commit() if options.json else None
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no GPU; --interpret shows the path of a GPU run without one")
+    torch.set_num_threads(options.threads)
+    # torch.compile would find what it compiled for another ATEN_CPU_CAPABILITY, and run it, with wrong results.
+    torch.compiler.config.force_disable_caches = True
+    clocks: Clocks
+    if options.interpret:
+        clocks, cases = InterpretedClocks(rounds=2, case_seconds=0), op_cases.interpreted_cases()
+    elif options.device == "cuda":
+        clocks, cases = GPUClocks(), op_cases.gpu_cases()
+    else:
+        clocks, cases = CPUClocks(), op_cases.cpu_cases()
+    for facts in (record.machine(options.device), record.versions(PACKAGES), record.build(), clocks.descriptions):
+        say(f"{facts}\n")
+    run = Run(clocks, options.device, options.minutes, interpreted=options.interpret)
+    for case in dict.fromkeys(cases):
+        if case.op.startswith(options.only):
+            say(table(run.measure(case), clocks.main))
+    if commit is not None:
+        content = record.record(
+            "ops",
+            run.rows,
+            commit=commit,
+            device=options.device,
+            clocks=clocks.descriptions,
+            packages=PACKAGES,
+            copy_bandwidth=run.copies,
+            peak_memory=clocks.peak_description,
+            interpreted=options.interpret,
+        )
+        record.write(options.json, content)
+        say(f"\nwritten to {options.json}\n")
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--minutes", type=float, default=8.0, help="nothing is begun after these (default: 8)")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
+    parser.add_argument("--only", default="", help="the ops whose name begins so")
+    parser.add_argument(
+        "--interpret", action="store_true", help="Triton's interpreter, tiny sizes; says nothing of speed"
+    )
+    parser.add_argument("--json", type=Path, help="a file for the results; wants a clean checkout at a commit")
+    options = parser.parse_args(argv)
+    if options.interpret and options.device == "cuda":
+        parser.error("--interpret runs on the CPU; leave out --device cuda")
+    return options
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
