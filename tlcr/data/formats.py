@@ -1,14 +1,15 @@
 """How preference and edit records are written, and how each becomes a ``PreferencePair`` or an ``EditPair``.
 
-Every format is a function from the values of one record to a pair; what cannot be used raises ``Malformed`` with the
-reason. All prompts come out complete (``tokenization.render_prompt``), and every answer as it follows its prompt, so
-that ``prompt + answer`` is the text a model reads.
+Every format is a function from the values of one record to a pair as its source gives it, which takes no tokenizer;
+what cannot be used raises ``Malformed`` with the reason. ``rendered_preference`` and ``rendered_edit`` make of it what
+a model reads: the prompt complete (``tokenization.render_prompt``), and every answer as it follows its prompt.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -23,18 +24,25 @@ __all__ = [
     "EDIT_FORMATS",
     "PREFERENCE_FORMATS",
     "REVISION_MARKER",
+    "Context",
     "Malformed",
+    "RawEdit",
+    "RawPreference",
     "Values",
-    "edit_pair",
+    "edit",
     "hh_preference",
-    "preference_pair",
+    "preference",
     "prompt_text",
+    "rendered_edit",
+    "rendered_preference",
     "tlcr_edit",
     "tlcr_preference",
     "tlcr_revision",
 ]
 
 Values = Mapping[str, Any]
+Context = str | list[dict[str, str]]
+"""What comes before an answer: text, or messages that still want a chat template."""
 
 REVISION_MARKER = "<|Start Of Modified Response|>\n"
 """In the published TLCR data a reviser's raw text is its reasoning, this marker, and the revision."""
@@ -47,13 +55,55 @@ class Malformed(DataError):
     """This record cannot be used, for the reason given."""
 
 
-def preference_pair(id: str, values: Values, tokenizer: PreTrainedTokenizerBase) -> PreferencePair:
+@dataclass(frozen=True)
+class RawPreference:
+    """A preference pair as its source gives it."""
+
+    id: str
+    prompt: Context
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class RawEdit:
+    """An edited answer as its source gives it."""
+
+    id: str
+    prompt: Context
+    rejected: str
+    revised: str
+    chosen: str | None = None
+
+
+def rendered_preference(raw: RawPreference, tokenizer: PreTrainedTokenizerBase) -> PreferencePair:
+    """The pair as a model with this tokenizer reads it."""
+    prompt, (chosen, rejected) = _rendered(raw.prompt, [raw.chosen, raw.rejected], tokenizer)
+    return PreferencePair(id=raw.id, prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def rendered_edit(raw: RawEdit, tokenizer: PreTrainedTokenizerBase) -> EditPair:
+    """The same for an edited answer."""
+    answers = [raw.rejected, raw.revised, *([] if raw.chosen is None else [raw.chosen])]
+    prompt, (rejected, revised, *chosen) = _rendered(raw.prompt, answers, tokenizer)
+    return EditPair(id=raw.id, prompt=prompt, rejected=rejected, revised=revised, chosen=chosen[0] if chosen else None)
+
+
+def _rendered(
+    context: Context, answers: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, Sequence[str]]:
+    if isinstance(context, str):
+        return render_prompt(tokenizer, context), answers
+    return render_prompt(tokenizer, context), [render_answer(tokenizer, context, answer) for answer in answers]
+
+
+def preference(id: str, values: Values) -> RawPreference:
     """``prompt``, ``chosen``, ``rejected``: texts, or conversations (see ``_answers``)."""
-    prompt, (chosen, rejected) = _answers(values, ("chosen", "rejected"), tokenizer)
-    return _preference(id, prompt, chosen, rejected)
+    context, (chosen, rejected) = _answers(values, ("chosen", "rejected"))
+    return _preference(id, context, chosen, rejected)
 
 
-def hh_preference(id: str, values: Values, tokenizer: PreTrainedTokenizerBase) -> PreferencePair:
+def hh_preference(id: str, values: Values) -> RawPreference:
     r"""``chosen`` and ``rejected`` as whole transcripts "\n\nHuman: ..\n\nAssistant: .." that differ in the last turn.
 
     The prompt is the transcript they share, through the last "\n\nAssistant:"; answers keep their leading space.
@@ -64,40 +114,40 @@ def hh_preference(id: str, values: Values, tokenizer: PreTrainedTokenizerBase) -
             (k for k, (a, b) in enumerate(zip(prompt, other, strict=False)) if a != b), min(len(prompt), len(other))
         )
         raise Malformed(f"the turns before the last answer differ between chosen and rejected, from character {at + 1}")
-    return _preference(id, render_prompt(tokenizer, prompt), chosen, rejected)
-
-
-def tlcr_preference(id: str, values: Values, tokenizer: PreTrainedTokenizerBase) -> PreferencePair:
-    """``context``, ``chosen_response`` and ``reject_response`` of the published TLCR data."""
-    prompt = render_prompt(tokenizer, _tlcr_context(values))
-    chosen, rejected = (_tlcr_answer(text_field(values, name)) for name in ("chosen_response", "reject_response"))
     return _preference(id, prompt, chosen, rejected)
 
 
-def edit_pair(id: str, values: Values, tokenizer: PreTrainedTokenizerBase) -> EditPair:
+def tlcr_preference(id: str, values: Values) -> RawPreference:
+    """``context``, ``chosen_response`` and ``reject_response`` of the published TLCR data."""
+    context = _tlcr_context(values)
+    chosen, rejected = (_tlcr_answer(text_field(values, name)) for name in ("chosen_response", "reject_response"))
+    return _preference(id, context, chosen, rejected)
+
+
+def edit(id: str, values: Values) -> RawEdit:
     """``prompt``, ``rejected``, ``revised`` and perhaps ``chosen``: texts, or conversations (see ``_answers``)."""
     names = ("rejected", "revised", "chosen")
     given = names if values.get("chosen") is not None else names[:2]
-    prompt, (rejected, revised, *chosen) = _answers(values, given, tokenizer)
-    return EditPair(id=id, prompt=prompt, rejected=rejected, revised=revised, chosen=chosen[0] if chosen else None)
+    context, (rejected, revised, *chosen) = _answers(values, given)
+    return RawEdit(id=id, prompt=context, rejected=rejected, revised=revised, chosen=chosen[0] if chosen else None)
 
 
-def tlcr_edit(id: str, values: Values, tokenizer: PreTrainedTokenizerBase) -> EditPair:
+def tlcr_edit(id: str, values: Values) -> RawEdit:
     """The published TLCR data: ``context``, ``reject_response``, and ``response`` or ``raw_response`` with its marker.
 
     Edit codes, where the record has them, must be consistent (``check_edit_codes``). They are not the source of the
     labels: they speak of tokens of answers that were tokenised alone, and labels are of tokens in context.
     """
-    prompt = render_prompt(tokenizer, _tlcr_context(values))
+    context = _tlcr_context(values)
     rejected = _tlcr_answer(text_field(values, "reject_response"))
     revised = tlcr_revision(values)
     chosen = values.get("chosen_response")
     problem = check_edit_codes(values)
     if problem:
         raise Malformed(problem)
-    return EditPair(
+    return RawEdit(
         id=id,
-        prompt=prompt,
+        prompt=context,
         rejected=rejected,
         revised=_tlcr_answer(revised),
         chosen=None if chosen is None else _tlcr_answer(text_field(values, "chosen_response")),
@@ -130,10 +180,10 @@ def text_field(values: Values, name: str) -> str:
     return _text(values[name], f"field {name!r}")
 
 
-def _preference(id: str, prompt: str, chosen: str, rejected: str) -> PreferencePair:
+def _preference(id: str, prompt: Context, chosen: str, rejected: str) -> RawPreference:
     if chosen == rejected:
         raise Malformed("chosen and rejected are the same text")
-    return PreferencePair(id=id, prompt=prompt, chosen=chosen, rejected=rejected)
+    return RawPreference(id=id, prompt=prompt, chosen=chosen, rejected=rejected)
 
 
 def _text(value: object, what: str) -> str:
@@ -152,8 +202,8 @@ def _text(value: object, what: str) -> str:
     return value
 
 
-def _answers(values: Values, names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]]:
-    """The complete prompt, and each named answer as it follows it.
+def _answers(values: Values, names: Sequence[str]) -> tuple[Context, list[str]]:
+    """What comes before the answers, and each named answer.
 
     An answer is a text; or messages that end with the assistant's, after the whole conversation or only what follows
     ``prompt``. Such conversations must share all turns but the last; a prompt that is a text is then the first user
@@ -163,6 +213,7 @@ def _answers(values: Values, names: Sequence[str], tokenizer: PreTrainedTokenize
         if name not in values:
             raise Malformed(f"field {name!r} is missing")
     prompt = values.get("prompt")
+    context: Context
     if any(isinstance(values[name], list) for name in names):
         conversations = [_conversation(prompt, values[name], name) for name in names]
         context = conversations[0][:-1]
@@ -178,9 +229,9 @@ def _answers(values: Values, names: Sequence[str], tokenizer: PreTrainedTokenize
         answers = [text_field(values, name) for name in names]
         if completed:
             answers = [" " + answer.lstrip().removeprefix(ASSISTANT.strip()).lstrip() for answer in answers]
-        return render_prompt(tokenizer, text), answers
+        return text, answers
     _require_open(context)
-    return render_prompt(tokenizer, context), [render_answer(tokenizer, context, answer) for answer in answers]
+    return context, answers
 
 
 def _conversation(prompt: object, answer: object, name: str) -> list[dict[str, str]]:
@@ -251,12 +302,9 @@ def _tlcr_answer(text: str) -> str:
     return " " + text.lstrip()
 
 
-PreferenceReader = Callable[[str, Values, PreTrainedTokenizerBase], PreferencePair]
-EditReader = Callable[[str, Values, PreTrainedTokenizerBase], EditPair]
-
-PREFERENCE_FORMATS: dict[str, PreferenceReader] = {
-    "preference": preference_pair,
+PREFERENCE_FORMATS: dict[str, Callable[[str, Values], RawPreference]] = {
+    "preference": preference,
     "hh": hh_preference,
     "tlcr": tlcr_preference,
 }
-EDIT_FORMATS: dict[str, EditReader] = {"edits": edit_pair, "tlcr": tlcr_edit}
+EDIT_FORMATS: dict[str, Callable[[str, Values], RawEdit]] = {"edits": edit, "tlcr": tlcr_edit}

@@ -22,7 +22,11 @@ from tlcr.data.formats import (
     EDIT_FORMATS,
     PREFERENCE_FORMATS,
     Malformed,
+    RawEdit,
+    RawPreference,
     prompt_text,
+    rendered_edit,
+    rendered_preference,
     text_field,
     tlcr_revision,
 )
@@ -30,7 +34,16 @@ from tlcr.data.sources import Row, read_rows
 from tlcr.errors import ConfigError, DataError
 from tlcr.types import EditPair, PreferencePair
 
-__all__ = ["MalformedRecord", "ReadResult", "read_edits", "read_preferences", "read_prompts", "split_held_out"]
+__all__ = [
+    "MalformedRecord",
+    "ReadResult",
+    "read_edits",
+    "read_preferences",
+    "read_prompts",
+    "read_raw_edits",
+    "read_raw_preferences",
+    "split_held_out",
+]
 
 logger = logging.getLogger("tlcr")
 
@@ -84,11 +97,11 @@ def read_preferences(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rea
         ConfigError: no source is set, or its conversations meet a tokenizer without a chat template.
         DataError: the source cannot be read, no record can be used, or one is malformed and that is fatal.
     """
-    source = _required(cfg.preferences, "preferences")
-    rows = read_rows(source, split=cfg.split, limit=cfg.limit)
-    name = _preference_format(source, rows) if cfg.preferences_format == "auto" else cfg.preferences_format
+    source, rows, name = _preference_rows(cfg)
     read = PREFERENCE_FORMATS[name]
-    pairs, malformed, _ = _convert(source, rows, lambda row: read(_id(row), row.values, tokenizer), cfg)
+    pairs, malformed, _ = _convert(
+        source, rows, lambda row: rendered_preference(read(_id(row), row.values), tokenizer), cfg
+    )
     notes = _glued([(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)])
     return _reported(ReadResult(source, name, tuple(pairs), malformed, notes))
 
@@ -104,11 +117,11 @@ def read_edits(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadResul
     Raises:
         as ``read_preferences``.
     """
-    source = _required(cfg.edits, "edits")
-    rows = read_rows(source, split=cfg.split, limit=cfg.limit)
-    name = _edit_format(source, rows) if cfg.edits_format == "auto" else cfg.edits_format
+    source, rows, name = _edit_rows(cfg)
     read = EDIT_FORMATS[name]
-    pairs, malformed, used = _convert(source, rows, lambda row: read(_id(row), row.values, tokenizer), cfg)
+    pairs, malformed, used = _convert(
+        source, rows, lambda row: rendered_edit(read(_id(row), row.values), tokenizer), cfg
+    )
     notes = list(_glued([(pair.prompt, answer) for pair in pairs for answer in (pair.rejected, pair.revised)]))
     unedited = sum(pair.rejected == pair.revised for pair in pairs)
     if unedited:
@@ -136,10 +149,36 @@ def read_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadRes
     else:
         name = _preference_format(source, rows, also="prompt (text, or a list of messages)")
         read = PREFERENCE_FORMATS[name]
-        prompts, malformed, _ = _convert(source, rows, lambda row: read(_id(row), row.values, tokenizer).prompt, cfg)
+        prompts, malformed, _ = _convert(
+            source, rows, lambda row: rendered_preference(read(_id(row), row.values), tokenizer).prompt, cfg
+        )
     once = tuple(dict.fromkeys(prompts))
     notes = (f"{len(prompts) - len(once)} repeated prompts left out",) if len(once) < len(prompts) else ()
     return _reported(ReadResult(source, name, once, malformed, notes))
+
+
+def read_raw_preferences(cfg: DataConfig) -> ReadResult[RawPreference]:
+    """``cfg.preferences`` as the source gives them, for whoever reads them without the policy's tokenizer.
+
+    Raises:
+        as ``read_preferences``.
+    """
+    source, rows, name = _preference_rows(cfg)
+    read = PREFERENCE_FORMATS[name]
+    pairs, malformed, _ = _convert(source, rows, lambda row: read(_id(row), row.values), cfg)
+    return _reported(ReadResult(source, name, tuple(pairs), malformed))
+
+
+def read_raw_edits(cfg: DataConfig) -> ReadResult[RawEdit]:
+    """``cfg.edits`` as the source gives them.
+
+    Raises:
+        as ``read_preferences``.
+    """
+    source, rows, name = _edit_rows(cfg)
+    read = EDIT_FORMATS[name]
+    pairs, malformed, _ = _convert(source, rows, lambda row: read(_id(row), row.values), cfg)
+    return _reported(ReadResult(source, name, tuple(pairs), malformed))
 
 
 def split_held_out(records: Sequence[T], share: float) -> tuple[list[T], list[T]]:
@@ -218,6 +257,23 @@ def _columns(rows: Sequence[Row]) -> set[str]:
         first = rows[0]
         raise DataError(f"{MalformedRecord(first.file, first.number, first.line, str(first.problem))}; mend the file")
     return {name for row in readable for name in row.values}
+
+
+def _preference_rows(cfg: DataConfig) -> tuple[str, list[Row], str]:
+    """The source of preferences, its rows, and the name of their format."""
+    source = _required(cfg.preferences, "preferences")
+    rows = read_rows(source, split=cfg.split, limit=cfg.limit)
+    return (
+        source,
+        rows,
+        _preference_format(source, rows) if cfg.preferences_format == "auto" else cfg.preferences_format,
+    )
+
+
+def _edit_rows(cfg: DataConfig) -> tuple[str, list[Row], str]:
+    source = _required(cfg.edits, "edits")
+    rows = read_rows(source, split=cfg.split, limit=cfg.limit)
+    return source, rows, _edit_format(source, rows) if cfg.edits_format == "auto" else cfg.edits_format
 
 
 def _preference_format(source: str, rows: Sequence[Row], also: str | None = None) -> str:
