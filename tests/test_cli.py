@@ -19,8 +19,8 @@ from tlcr.config import RunConfig
 from tlcr.config_loading import knobs
 from tlcr.errors import ConfigError
 
-COMMANDS = ("run", "train", "label", "score", "evaluate", "report", "doctor")
-WITH_CONFIG = ("run", "train", "label", "evaluate", "doctor")
+COMMANDS = ("run", "train", "revise", "label", "score", "evaluate", "report", "doctor")
+WITH_CONFIG = ("run", "train", "revise", "label", "evaluate", "doctor")
 
 
 @pytest.fixture
@@ -31,6 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
     pipeline.run = lambda cfg, resume: recorded.append(("run", cfg, resume))  # type: ignore[attr-defined]
     pipeline.stage = lambda cfg, name, resume: recorded.append((name, cfg, resume))  # type: ignore[attr-defined]
     pipeline.report = lambda folder: recorded.append(("report", folder))  # type: ignore[attr-defined]
+    pipeline.rehearse_revisions = lambda cfg, show: recorded.append(("rehearse", cfg, show))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tlcr.pipeline", pipeline)
     monkeypatch.setattr("tlcr.pipeline", pipeline, raising=False)
     yield recorded
@@ -94,6 +95,7 @@ def test_a_flag_wins_over_the_file_and_resume_reaches_the_pipeline(tmp_path: Pat
         (["train", "reward-model", "--resume"], "reward_model", True),
         (["train", "discriminator"], "discriminator", False),
         (["train", "ppo", "--resume"], "ppo", True),
+        (["revise"], "revisions", False),
         (["label"], "labels", False),
         (["evaluate"], "evaluate", False),
     ],
@@ -101,6 +103,12 @@ def test_a_flag_wins_over_the_file_and_resume_reaches_the_pipeline(tmp_path: Pat
 def test_each_command_calls_its_stage(arguments: list[str], stage: str, resume: bool, calls: list[Any]) -> None:
     assert cli.main(arguments) == 0
     assert calls == [(stage, RunConfig(), resume)]
+
+
+@pytest.mark.parametrize(("flags", "show"), [([], 2), (["--show", "5"], 5)])
+def test_a_dry_run_of_the_reviser_is_no_stage(flags: list[str], show: int, calls: list[Any]) -> None:
+    assert cli.main(["revise", "--dry-run", *flags]) == 0
+    assert calls == [("rehearse", RunConfig(), show)]
 
 
 def test_report_takes_a_folder(tmp_path: Path, calls: list[Any]) -> None:
@@ -129,6 +137,8 @@ def test_print_config_prints_what_would_run_and_runs_nothing(
         (["run", "--ppo.updates", "many"], "ppo.updates is many; it must be a whole number"),
         (["run", "--kl.placement", "los"], "kl.placement is los; it must be one of reward, loss"),
         (["run", "absent.yaml"], "config absent.yaml cannot be read: No such file or directory"),
+        (["revise", "--show", "3"], "--show is about what a dry run shows; add --dry-run, or drop it"),
+        (["revise", "--reviser.endpoint.extra_body", "[1]"], "reviser.endpoint.extra_body is [1]; it must be a JSON"),
         (["train"], "required: STAGE"),
         (["train", "pop"], "invalid choice: 'pop'"),
         (["score", "--response", "x", "--batch-size", "x"], "--batch-size is x; it must be a whole number"),
@@ -180,6 +190,7 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "a b.yaml"], "go on with: tlcr run 'a b.yaml' --resume"),
         (["train", "ppo", "--resume"], "go on with: tlcr train ppo --resume"),
         (["label"], "start again with: tlcr label"),
+        (["revise", "a.yaml"], "what was answered is kept; go on with: tlcr revise a.yaml"),
     ],
 )
 def test_ctrl_c_says_how_to_go_on_and_exits_130(

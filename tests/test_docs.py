@@ -178,7 +178,7 @@ def unknown_knobs(text: str) -> set[str]:
     known = {knob.path for knob in knobs(RunConfig)}
     sections = {path.partition(".")[0] for path in known if "." in path}
     files = {"html", "json", "jsonl", "md", "py", "yaml"}
-    named = re.findall(r"`(?:--)?(\w+)\.(\w+)[^`]*`", prose(text))
+    named = re.findall(r"`(?:--)?(\w+)\.(\w+(?:\.\w+)*)[^`]*`", prose(text))
     return {f"{section}.{name}" for section, name in named if section in sections and name not in files} - known
 
 

@@ -14,6 +14,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -58,6 +59,7 @@ def build_parser() -> ArgumentParser:
     for name, (make, help) in {
         "run": (_run_parser, "the whole pipeline: train, evaluate, report"),
         "train": (_train_parser, "one stage: " + ", ".join(STAGES)),
+        "revise": (_revise_parser, "have a language model minimally edit the rejected answers"),
         "label": (_label_parser, "label the tokens of edited answers and write them with statistics"),
         "score": (_score_parser, "score answers token by token with a trained discriminator"),
         "evaluate": (_evaluate_parser, "generate on held-out prompts and score what comes out"),
@@ -105,7 +107,7 @@ def _config_parser(description: str, *, prog: str, positional: str = "", resume:
 
 
 def _about(section: str) -> str:
-    cls = type(getattr(RunConfig(), section)) if section else RunConfig
+    cls = type(attrgetter(section)(RunConfig())) if section else RunConfig
     return str(cls.__doc__).replace("%", "%%")
 
 
@@ -145,6 +147,20 @@ def _run_parser() -> ArgumentParser:
 
 def _train_parser() -> ArgumentParser:
     return _config_parser("Train one stage of the pipeline.", prog="tlcr train", positional=" STAGE", resume=True)
+
+
+def _revise_parser() -> ArgumentParser:
+    parser = _config_parser(
+        "Have the rejected answers of data.preferences minimally edited, by a model behind an endpoint, by a local "
+        "one, or from files, and write those edits that pass the checks. What was answered before is never asked, or "
+        "paid for, again.",
+        prog="tlcr revise",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show the first requests, the tokens and the cost; ask nothing"
+    )
+    parser.add_argument("--show", type=int, metavar="INT", help="requests that a dry run shows (default 2)")
+    return parser
 
 
 def _label_parser() -> ArgumentParser:
@@ -246,6 +262,19 @@ def _train(cfg: RunConfig, arguments: Namespace) -> int:
     return 0
 
 
+def _revise(cfg: RunConfig, arguments: Namespace) -> int:
+    from tlcr import pipeline
+
+    _set_up_output()
+    if arguments.get("dry_run"):
+        pipeline.rehearse_revisions(cfg, show=arguments.get("show", 2))
+    elif "show" in arguments:
+        raise ConfigError("--show is about what a dry run shows; add --dry-run, or drop it")
+    else:
+        pipeline.stage(cfg, "revisions", resume=False)
+    return 0
+
+
 def _label(cfg: RunConfig, arguments: Namespace) -> int:
     from tlcr import pipeline
 
@@ -298,6 +327,7 @@ def _score(arguments: Namespace) -> int:
 HANDLERS: dict[str, Callable[[Namespace], int]] = {
     "run": _with_config(_run),
     "train": _with_config(_train),
+    "revise": _with_config(_revise),
     "label": _with_config(_label),
     "evaluate": _with_config(_evaluate),
     "doctor": _with_config(_doctor),
@@ -366,4 +396,6 @@ def _how_to_go_on(arguments: list[str]) -> str:
     if arguments[:1] in (["run"], ["train"]):
         again = arguments if "--resume" in arguments else [*arguments, "--resume"]
         return f"what was saved is kept; go on with: tlcr {shlex.join(again)}"
+    if arguments[:1] == ["revise"]:
+        return f"what was answered is kept; go on with: tlcr {shlex.join(arguments)}"
     return f"start again with: tlcr {shlex.join(arguments)}"

@@ -9,6 +9,7 @@ so that ``tlcr --help`` answers at once.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -115,6 +116,120 @@ class DataConfig(Checked):
     )
     max_answer_tokens: int = knob(256, "longer answers lose their end", source="released code", unit="tokens", ge=1)
     on_malformed: Literal["skip", "raise"] = knob("raise", "a record that cannot be used: report and skip it, or stop")
+
+
+@dataclass(frozen=True)
+class EndpointConfig(Checked):
+    """A server that speaks the OpenAI chat protocol: OpenAI, a proxy, vLLM, llama.cpp, Ollama. Needs tlcr[openai]."""
+
+    model: str | None = knob(None, "the model's name there")
+    base_url: str | None = knob(
+        None, "the server's address, such as http://localhost:8000/v1; default: OPENAI_BASE_URL, else OpenAI"
+    )
+    key_variable: str = knob(
+        "OPENAI_API_KEY", "environment variable that holds the API key, which never belongs in a config"
+    )
+    json_schema: Literal["auto", "never"] = knob(
+        "auto", "hold answers to a JSON schema where the server can; 'never' only asks for JSON in words"
+    )
+    length_field: Literal["max_tokens", "max_completion_tokens"] = knob(
+        "max_tokens", "how the server calls the limit of an answer; OpenAI's newer models want the second"
+    )
+    extra_body: str | None = knob(
+        None, """further fields of a request as a JSON object, such as '{"reasoning_effort": "low"}'"""
+    )
+    concurrency: int = knob(8, "requests under way at a time", ge=1)
+    requests_per_minute: float | None = knob(None, "requests are spaced to this rate", gt=0)
+    tokens_per_minute: float | None = knob(
+        None, "and held to this rate of tokens, prompts and full-length answers counted", gt=0
+    )
+    timeout: float = knob(120.0, "a request that takes longer is given up", unit="seconds", gt=0)
+    retries: int = knob(
+        6, "times that a request is sent again after a time-out, a broken connection, a 429 or a 5xx", ge=0
+    )
+    prompt_price: float | None = knob(None, "price of a million prompt tokens, in any one currency", ge=0)
+    answer_price: float | None = knob(None, "price of a million answer tokens, in the same currency", ge=0)
+    max_cost: float | None = knob(
+        None, "no request is sent that could bring the cost above this, earlier runs on the same cache included", gt=0
+    )
+    max_requests: int | None = knob(
+        None, "no more requests than this are sent, retries and earlier runs included", ge=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.prompt_price is None) != (self.answer_price is None):
+            raise ConfigError(
+                f"EndpointConfig.prompt_price is {self.prompt_price} and answer_price is {self.answer_price}; name "
+                "both, or neither"
+            )
+        if self.max_cost is not None and self.prompt_price is None:
+            raise ConfigError(
+                f"EndpointConfig.max_cost is {self.max_cost:g}, and no cost can be known without prices; set "
+                "prompt_price and answer_price"
+            )
+        if self.extra_body is not None:
+            try:
+                fields = json.loads(self.extra_body)
+            except ValueError as error:
+                raise ConfigError(f"EndpointConfig.extra_body is not JSON ({error}): {self.extra_body}") from error
+            if not isinstance(fields, dict):
+                raise ConfigError(f"EndpointConfig.extra_body is {self.extra_body}; it must be a JSON object")
+
+
+@dataclass(frozen=True)
+class ReviserConfig(Checked):
+    """Who minimally edits the rejected answers of data.preferences where no edits are named (docs/reviser.md)."""
+
+    backend: Literal["none", "endpoint", "local", "files"] = knob(
+        "none", "a model behind an endpoint, a model run here, or revisions that someone else made"
+    )
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    files: str | None = knob(None, "for 'files': a source in a format of data.edits, matched by prompt and rejected")
+    answer_format: Literal["auto", "json", "marker"] = knob(
+        "auto", "what the model is asked for; 'auto': JSON at an endpoint, a marker line from a local model"
+    )
+    temperature: float | None = knob(0.0, "sampling temperature; null leaves it to the server", ge=0)
+    max_new_tokens: int = knob(1024, "length limit of reasoning and revision together", unit="tokens", ge=1)
+    batch_size: int = knob(8, "answers that a local model generates at a time", ge=1)
+    attempts: int = knob(
+        1, "times a model is asked, and paid, for a revision that passes the checks; above 1 wants a temperature", ge=1
+    )
+    max_changed: float = knob(
+        0.75, "a revision that changes more of the words is set aside as another answer", gt=0, le=1
+    )
+    keep_unchanged: bool = knob(False, "keep answers in which the reviser found nothing to mend: all labels neutral")
+    on_unanswered: Literal["skip", "raise"] = knob(
+        "raise", "where requests failed through all retries: go on without those pairs, or stop and ask again later"
+    )
+    cache: str | None = knob(None, "file that keeps every answer; default: revisions/answers.sqlite in output_dir")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.backend == "endpoint" and self.endpoint.model is None:
+            raise ConfigError("ReviserConfig.backend is 'endpoint'; name the model there: endpoint.model")
+        if self.backend == "local" and self.model.path == ModelConfig().path:
+            raise ConfigError("ReviserConfig.backend is 'local'; name a model that follows instructions: model.path")
+        if (self.backend == "files") != (self.files is not None):
+            raise ConfigError(
+                f"ReviserConfig.backend is {self.backend!r} and files is {self.files!r}; backend 'files', and only "
+                "that one, reads files"
+            )
+        if self.backend == "local" and self.temperature is None:
+            raise ConfigError("ReviserConfig.temperature is null, and a local model has no server to choose; set it")
+        if self.attempts > 1 and self.temperature == 0:
+            raise ConfigError(
+                f"ReviserConfig.attempts is {self.attempts} at temperature 0, where the same question gets the same "
+                "answer; set temperature above 0, or attempts to 1"
+            )
+
+    def decisive(self) -> dict[str, Any]:
+        """What of these settings decides the revisions: rates, caps, prices and the like do not."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name in ("cache", "batch_size", "endpoint"):
+            del values[name]
+        return {**values, "endpoint": {"model": self.endpoint.model, "extra_body": self.endpoint.extra_body}}
 
 
 @dataclass(frozen=True)
@@ -357,6 +472,7 @@ class RunConfig(Checked):
     parallel: int = knob(1, "PPO runs at a time, each a process of its own", ge=1)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    reviser: ReviserConfig = field(default_factory=ReviserConfig)
     labels: LabelConfig = field(default_factory=LabelConfig)
     sft: TrainingConfig = field(default_factory=lambda: TrainingConfig(batch_size=16, weight_decay=0.0))
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
@@ -380,6 +496,11 @@ class RunConfig(Checked):
                     )
         if not self.seeds:
             raise ConfigError("RunConfig.seeds is empty; name at least one seed, such as [0]")
+        if self.reviser.backend != "none" and self.data.edits is not None:
+            raise ConfigError(
+                f"RunConfig.data.edits is {self.data.edits!r} and RunConfig.reviser.backend is "
+                f"{self.reviser.backend!r}; edits are read or made: drop one"
+            )
         official = [reward for reward in (self.reward, *(arm.reward for arm in self.arms)) if reward.compat is not None]
         if official and self.kl.placement != "reward":
             raise ConfigError(

@@ -5,9 +5,11 @@ All of them carry nothing but their message, so they survive pickling between pr
 
 __all__ = [
     "BackendUnavailable",
+    "BudgetExhausted",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "EndpointError",
     "ExtensionWarning",
     "ShapeError",
     "TlcrError",
@@ -33,6 +35,14 @@ class DataError(TlcrError, ValueError):
 
 class BackendUnavailable(TlcrError, RuntimeError):
     """An implementation was asked for by name and cannot run here."""
+
+
+class EndpointError(TlcrError, ConnectionError):
+    """A server cannot be reached, or will not serve us."""
+
+
+class BudgetExhausted(TlcrError, RuntimeError):
+    """One more request could cross a cap on money or requests."""
 
 
 class CheckpointError(TlcrError, RuntimeError):

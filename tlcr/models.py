@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -173,6 +174,26 @@ def check_fits(model: PreTrainedModel, tokens: int, what: str) -> None:
             f"{what} has {tokens} tokens, and the model reads at most {positions} (max_position_embeddings): lower "
             "data.max_prompt_tokens, data.max_answer_tokens or rollout.max_new_tokens"
         )
+
+
+def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end an answer: the tokenizer's, and those that the model's generation config names."""
+    named = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    if not ids:
+        raise ConfigError("neither tokenizer nor model names an end-of-sequence token; set the tokenizer's eos_token")
+    return sorted(ids)
+
+
+@contextmanager
+def generating_with(model: PreTrainedModel, sampling: GenerationConfig) -> Iterator[None]:
+    """`generate` fills what a given config leaves open from the model's own; so that one has to step aside."""
+    own = model.generation_config
+    model.generation_config = sampling
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def disable_dropout(model: PreTrainedModel) -> None:

@@ -24,6 +24,9 @@ from tlcr.checkpoint import write_json
 from tlcr.config import Arm, RunConfig
 from tlcr.config_loading import load_config
 from tlcr.data import embedded
+from tlcr.data.reviser.dry_run import dry_run
+from tlcr.data.reviser.prompt import VERSION
+from tlcr.data.reviser.revise import revise, write_revisions
 from tlcr.distributed import on_main_process, process_count
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.labels import label_pairs, write_labels
@@ -31,7 +34,7 @@ from tlcr.metrics import read_metrics
 from tlcr.models import load_causal_lm
 from tlcr.progress import Progress
 from tlcr.report import print_results, write_report
-from tlcr.run_folder import RunFolder
+from tlcr.run_folder import RunFolder, raw_preferences, revision_cache
 from tlcr.train_discriminator import train_discriminator
 from tlcr.train_dpo import train_dpo
 from tlcr.train_reward_model import train_reward_model
@@ -39,7 +42,7 @@ from tlcr.train_sft import train_sft
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["report", "run", "stage"]
+__all__ = ["rehearse_revisions", "report", "run", "stage"]
 
 
 def run(cfg: RunConfig, *, resume: bool = False) -> Path:
@@ -69,6 +72,11 @@ def stage(cfg: RunConfig, name: str, *, resume: bool = False) -> Path:
     else:
         STAGES[name](opened)
     return opened.path
+
+
+def rehearse_revisions(cfg: RunConfig, *, show: int) -> None:
+    """Prints the first ``show`` requests to the reviser, and the tokens and money that all of them will take."""
+    sys.stdout.write(dry_run(raw_preferences(cfg), cfg.reviser, revision_cache(cfg), show=show))
 
 
 def report(folder: Path) -> Path:
@@ -119,8 +127,28 @@ def _dpo(run: RunFolder) -> None:
     run.once(run.path / "dpo", run.settings("model", "data", "sft", "dpo"), work)
 
 
+def _revisions(run: RunFolder) -> None:
+    """4. A reviser mends the answers that people liked less, with the fewest edits."""
+
+    def work() -> Mapping[str, Any]:
+        if process_count() > 1:
+            raise ConfigError(
+                f"a reviser asks for hours from one process, while the other {process_count() - 1} would time out; "
+                "run 'tlcr revise' with this config first, without the launcher"
+            )
+        cfg, pairs = run.cfg.reviser, raw_preferences(run.cfg)
+        judged, statistics = revise(pairs, cfg, run.cfg.data, revision_cache(run.cfg))
+        write_json(run.revisions_folder / "statistics.json", asdict(statistics))
+        write_revisions(run.revisions_folder, pairs, judged, cfg)
+        return asdict(statistics)
+
+    # Made anew where the settings changed, since what was answered before is in the cache and costs nothing.
+    settings = run.settings("data") | {"reviser": run.cfg.reviser.decisive(), "template": VERSION}
+    run.once(run.revisions_folder, settings, work, again=True)
+
+
 def _labels(run: RunFolder) -> None:
-    """4. Every token of an edited answer: kept, or changed for the better or worse."""
+    """5. Every token of an edited answer: kept, or changed for the better or worse."""
 
     def work() -> Mapping[str, Any]:
         pairs, statistics = label_pairs(
@@ -135,7 +163,7 @@ def _labels(run: RunFolder) -> None:
 
 
 def _discriminator(run: RunFolder) -> None:
-    """5. The discriminator learns the labels in context; its confidence is the reward of a token."""
+    """6. The discriminator learns the labels in context; its confidence is the reward of a token."""
 
     def work() -> Mapping[str, Any]:
         train, held_out = (
@@ -159,7 +187,7 @@ def _discriminator(run: RunFolder) -> None:
 
 
 def _ppo(run: RunFolder) -> None:
-    """6. PPO on the reward of every token: one policy for each arm and seed, compared before and after."""
+    """7. PPO on the reward of every token: one policy for each arm and seed, compared before and after."""
     if run.cfg.parallel == 1 or len(run.ppo_runs) == 1:
         for arm, seed in run.ppo_runs:
             train_arm(run, arm, seed)
@@ -176,6 +204,7 @@ STAGES: dict[str, Callable[[RunFolder], None]] = {
     "sft": _sft,
     "reward_model": _reward_model,
     "dpo": _dpo,
+    "revisions": _revisions,
     "labels": _labels,
     "discriminator": _discriminator,
     "ppo": _ppo,

@@ -12,9 +12,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from tlcr.actor_critic import ActorCritic
 from tlcr.config import RolloutConfig
-from tlcr.errors import ConfigError, DataError
+from tlcr.errors import DataError
 from tlcr.microbatches import MicroBatches
-from tlcr.models import check_fits
+from tlcr.models import check_fits, end_of_sequence_ids, generating_with
 from tlcr.padding import pad_left
 from tlcr.tokenization import decode_text
 from tlcr.types import PolicyScores, Rollout
@@ -71,7 +71,7 @@ def generate(
     if not prompts:
         raise DataError("there are no prompts to answer; check data.prompts, data.held_out and evaluation.prompts")
     _warn_of_truncated_sampling(cfg)
-    end_ids = _end_ids(policy, tokenizer)
+    end_ids = end_of_sequence_ids(policy, tokenizer)
     prompt_ids = _encode_prompts(tokenizer, prompts, max_prompt_tokens)
     sampling = GenerationConfig(
         do_sample=True,
@@ -87,7 +87,7 @@ def generate(
     check_fits(policy, longest, "a prompt with an answer of full length")
     answers: list[Tensor] = [torch.empty(0)] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompt_ids[row]))
-    with _only(policy, sampling), _seeded_by(generator, policy.device):
+    with generating_with(policy, sampling), _seeded_by(generator, policy.device):
         for start in range(0, len(prompts), cfg.batch_size):
             rows = by_length[start : start + cfg.batch_size]
             ids_BP, mask_BP = pad_left([prompt_ids[row] for row in rows], tokenizer.pad_token_id)
@@ -184,14 +184,6 @@ def _encode_prompts(
     return [ids[-max_prompt_tokens:] for ids in encoded]
 
 
-def _end_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    named = policy.generation_config.eos_token_id if policy.generation_config is not None else None
-    ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
-    if not ids:
-        raise ConfigError("neither tokenizer nor model names an end-of-sequence token; set the tokenizer's eos_token")
-    return sorted(ids)
-
-
 def _cut_at_end(answers: Sequence[Tensor], end_ids: Sequence[int], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, mask and `ended` of answers cut after their first end of sequence. Only that one is looked for by its id:
     what follows it is padding whatever it holds, also where padding and end of sequence share an id."""
@@ -205,17 +197,6 @@ def _cut_at_end(answers: Sequence[Tensor], end_ids: Sequence[int], pad_id: int) 
     longest = int(length_B.max())
     mask_BT = columns_T[:longest] < length_B.unsqueeze(1)
     return torch.where(mask_BT, sampled_BT[:, :longest], pad_id), mask_BT, ended_B
-
-
-@contextmanager
-def _only(policy: PreTrainedModel, sampling: GenerationConfig) -> Iterator[None]:
-    """`generate` fills what a given config leaves open from the model's own; so that one has to step aside."""
-    own = policy.generation_config
-    policy.generation_config = sampling
-    try:
-        yield
-    finally:
-        policy.generation_config = own
 
 
 @contextmanager

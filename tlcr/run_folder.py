@@ -6,6 +6,7 @@ later run with the same part skips it; with another part it stops: mixing two co
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -31,7 +32,8 @@ from tlcr.config import (
 )
 from tlcr.config_loading import dump_config
 from tlcr.data import embedded
-from tlcr.data.readers import read_edits, read_preferences, read_prompts, split_held_out
+from tlcr.data.formats import RawPreference
+from tlcr.data.readers import read_edits, read_preferences, read_prompts, read_raw_preferences, split_held_out
 from tlcr.distributed import barrier, on_main_process
 from tlcr.errors import ConfigError
 from tlcr.models import load_tokenizer
@@ -86,8 +88,10 @@ class RunFolder:
         return PartialState().device
 
     def settings(self, *sections: str) -> dict[str, Any]:
-        """What the result of a stage depends on: these sections of the config, and the seed."""
-        return {"seed": self.cfg.seed, **{name: getattr(self.cfg, name) for name in sections}}
+        """What the result of a stage depends on: these sections of the config, the seed, and where the stage knows
+        labels and they come from a reviser, what that wrote."""
+        settings = {"seed": self.cfg.seed, **{name: getattr(self.cfg, name) for name in sections}}
+        return {**settings, "revisions": self._revisions_digest} if "labels" in sections and self.revises else settings
 
     # ---- arms
 
@@ -137,6 +141,8 @@ class RunFolder:
         if stage in judges:
             training, used = judges[stage]
             return training.enabled and training.path is None and any(map(used, rewards))
+        if stage == "revisions":
+            return self.revises and self.wants("labels")
         return cfg.sft.enabled if stage == "sft" else True
 
     @property
@@ -162,10 +168,11 @@ class RunFolder:
         return Path(path) if path else self._written("dpo")
 
     def _written(self, stage: str) -> Path:
+        command = "revise" if stage == "revisions" else f"train {stage.replace('_', '-')}"
         if not (self.path / stage / "done.json").exists():
             raise ConfigError(
-                f"{self.path / stage} holds no finished stage; run 'tlcr train {stage.replace('_', '-')}' with this "
-                "config first, or 'tlcr run' for all stages"
+                f"{self.path / stage} holds no finished stage; run 'tlcr {command}' with this config first, or 'tlcr "
+                "run' for all stages"
             )
         return self.path / stage
 
@@ -179,6 +186,19 @@ class RunFolder:
     def has_preferences(self) -> bool:
         return self.embedded or self.cfg.data.preferences is not None
 
+    @property
+    def revises(self) -> bool:
+        """Whether the edits are made here, by a reviser."""
+        return self.cfg.reviser.backend != "none"
+
+    @property
+    def revisions_folder(self) -> Path:
+        return self.path / "revisions"
+
+    @cached_property
+    def _revisions_digest(self) -> str:
+        return hashlib.sha256((self._written("revisions") / "revisions.jsonl").read_bytes()).hexdigest()
+
     @cached_property
     def preferences(self) -> Split[PreferencePair]:
         if self._made_here(self.cfg.data.preferences):
@@ -188,6 +208,10 @@ class RunFolder:
 
     @cached_property
     def edits(self) -> Split[EditPair]:
+        if self.revises:
+            made = str(self._written("revisions") / "revisions.jsonl")
+            data = replace(self.cfg.data, edits=made, edits_format="edits", limit=None)
+            return self._split(read_edits(data, self.tokenizer).records)
         if self._made_here(self.cfg.data.edits):
             return self._split(embedded.generate_pairs(self.cfg.data.embedded_pairs, self.cfg.seed)[1])
         self._named("edits", "the discriminator")
@@ -221,16 +245,26 @@ class RunFolder:
     # ---- stages
 
     def once(
-        self, folder: Path, settings: Mapping[str, Any], work: Callable[[], Mapping[str, Any]], record: str = DONE
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        work: Callable[[], Mapping[str, Any]],
+        record: str = DONE,
+        *,
+        again: bool = False,
     ) -> None:
         """Runs ``work`` unless ``folder`` says that it ended with these settings; notes its metrics when it ends.
 
-        Raises ConfigError where it ended with other settings.
+        Where it ended with other settings, raises ConfigError; or runs again, for work that costs little the second
+        time (``again``).
         """
         if is_done(folder, settings, record):
             logger.info("%s is done; skipped", folder)
             return
-        if (folder / record).exists():
+        if (folder / record).exists() and again:
+            barrier()
+            on_main_process((folder / record).unlink)
+        elif (folder / record).exists():
             before = json.loads((folder / record).read_text(encoding="utf-8"))["config"]
             changed = _differences(before, as_plain(settings))
             raise ConfigError(
@@ -241,6 +275,19 @@ class RunFolder:
         metrics = work()
         seconds = round(time.monotonic() - started, 1)
         mark_done(folder, config=settings, metrics=metrics, seconds=seconds, record=record)
+
+
+def raw_preferences(cfg: RunConfig) -> tuple[RawPreference, ...]:
+    """The preference pairs as their source gives them: what a reviser reads, which is no matter of tokenizers."""
+    if cfg.model.path == "embedded" and cfg.data.preferences is None:
+        pairs = embedded.generate_pairs(cfg.data.embedded_pairs, cfg.seed)[0]
+        return tuple(RawPreference(pair.id, pair.prompt, pair.chosen, pair.rejected) for pair in pairs)
+    return read_raw_preferences(cfg.data).records
+
+
+def revision_cache(cfg: RunConfig) -> Path:
+    """Where the answers of a reviser are kept."""
+    return Path(cfg.reviser.cache or Path(cfg.output_dir) / "revisions" / "answers.sqlite")
 
 
 def _differences(before: Any, now: Any, path: str = "") -> list[str]:

@@ -1,0 +1,44 @@
+"""Questions in, answers out: nothing that is in the store is asked again, and nothing is asked twice at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tlcr.chat.store import AnswerStore
+from tlcr.chat.types import Answer, ChatModel, NoAnswer, Question
+from tlcr.progress import Progress
+
+__all__ = ["ask", "stored"]
+
+
+def ask(model: ChatModel, questions: Sequence[Question], store: AnswerStore, *, label: str) -> list[Answer | NoAnswer]:
+    """The answer to each question, from the store or from the model, with a progress bar named ``label``.
+
+    The bar shows the time left and, where prices are known, what was spent and what the rest will cost if it goes on
+    like this. Raises what ``model.answer_all`` raises; asked again, it goes on where it stopped.
+    """
+    keys = [question.key(model.identity) for question in questions]
+    before = dict(zip(keys, stored(model, questions, store), strict=True))
+    found: dict[str, Answer | NoAnswer] = {key: answer for key, answer in before.items() if answer is not None}
+    missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in found}
+    if missing:
+        waiting, first, spent = list(missing), len(found), model.spent
+        with Progress(label, total=len(before), done=first) as progress:
+
+            def hear(index: int, answer: Answer | NoAnswer) -> None:
+                found[waiting[index]] = answer
+                progress.on_step(len(found), _figures(model.spent, spent, len(found) - first, len(waiting)))
+
+            model.answer_all(list(missing.values()), hear)
+    return [found[key] for key in keys]
+
+
+def stored(model: ChatModel, questions: Sequence[Question], store: AnswerStore) -> list[Answer | None]:
+    """The answer that the store has to each question; None where it has none. Asks nothing."""
+    return [store.get(question.key(model.identity)) for question in questions]
+
+
+def _figures(spent: float | None, before: float | None, done: int, asked: int) -> dict[str, float]:
+    if spent is None or before is None:
+        return {}
+    return {"spent": spent, "to_spend": (spent - before) / done * (asked - done)}

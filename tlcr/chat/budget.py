@@ -1,0 +1,123 @@
+"""What requests cost, and the caps that no request may cross.
+
+A request is noted in the store at the most that it can cost before it is sent, and at what it did cost afterwards. So
+the caps hold through retries, concurrency and kill -9: what may have been billed counts as billed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from tlcr.chat.store import AnswerStore
+from tlcr.chat.types import Answer, Question
+from tlcr.config import EndpointConfig
+from tlcr.errors import BudgetExhausted
+
+__all__ = ["Budget", "Prices", "Reservation"]
+
+PER_TOKENS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Prices of a million tokens, in the currency of whoever named them."""
+
+    prompt: float
+    answer: float
+
+    @staticmethod
+    def of(cfg: EndpointConfig) -> Prices | None:
+        """None where the config names no price."""
+        if cfg.prompt_price is None or cfg.answer_price is None:
+            return None
+        return Prices(cfg.prompt_price, cfg.answer_price)
+
+    def cost(self, prompt_tokens: int, answer_tokens: int) -> float:
+        return (prompt_tokens * self.prompt + answer_tokens * self.answer) / PER_TOKENS
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """A request that is under way, and the most that it can cost."""
+
+    number: int
+    bound: float
+
+
+class Budget:
+    """Grants requests while the caps allow it. Counts everything that the store has noted, earlier runs included."""
+
+    def __init__(self, cfg: EndpointConfig, store: AnswerStore) -> None:
+        self._prices, self._store = Prices.of(cfg), store
+        self._max_cost, self._max_requests = cfg.max_cost, cfg.max_requests
+        self.requests, self._settled = store.totals()
+        self._reserved = 0.0
+        self._under_way = 0
+        self._change = asyncio.Condition()
+
+    @property
+    def spent(self) -> float | None:
+        """What settled requests cost; None without prices."""
+        return None if self._prices is None else self._settled
+
+    async def reserve(self, key: str, question: Question) -> Reservation:
+        """Room for one more request. Waits while requests under way may turn out cheaper than was set aside for them.
+
+        Raises BudgetExhausted where there is no room even if nothing is under way.
+        """
+        bound = self._cost(question.prompt_tokens_bound, question.max_new_tokens)
+        async with self._change:
+            while True:
+                if self._max_requests is not None and self.requests >= self._max_requests:
+                    raise BudgetExhausted(
+                        f"{self.requests} requests were sent and max_requests is {self._max_requests}; what was "
+                        "answered is kept: raise the cap and start again to go on"
+                    )
+                if self._max_cost is None or self._settled + self._reserved + bound <= self._max_cost:
+                    break
+                if not self._under_way:
+                    raise BudgetExhausted(
+                        f"{self._settled:.4f} was spent, the next request may cost {bound:.4f}, and max_cost is "
+                        f"{self._max_cost:g}; what was answered is kept: raise the cap and start again to go on"
+                    )
+                await self._change.wait()
+            self.requests += 1
+            self._under_way += 1
+            self._reserved += bound
+            return Reservation(self._store.open_request(key, bound), bound)
+
+    async def give_back(self, reservation: Reservation) -> None:
+        """The request was not sent after all."""
+        self._store.drop_request(reservation.number)
+        self.requests -= 1
+        await self._settle(reservation, 0.0)
+
+    async def settle_unbilled(self, reservation: Reservation) -> None:
+        """The server turned the request down."""
+        self._store.settle_request(reservation.number, 0.0)
+        await self._settle(reservation, 0.0)
+
+    async def settle_unknown(self, reservation: Reservation) -> None:
+        """Nobody knows whether the server billed the request: it counts as the most that it can have cost."""
+        self._store.settle_request(reservation.number, reservation.bound)
+        await self._settle(reservation, reservation.bound)
+
+    async def settle(self, reservation: Reservation, key: str, question: Question, answer: Answer, model: str) -> None:
+        """The server answered; where it reports no token counts, the most that they can be."""
+        counted = answer.prompt_tokens is not None and answer.answer_tokens is not None
+        cost = self._cost(answer.prompt_tokens or 0, answer.answer_tokens or 0) if counted else reservation.bound
+        self._store.settle_request(
+            reservation.number, cost, key=key, answer=answer, template=question.template, model=model
+        )
+        await self._settle(reservation, cost)
+
+    async def _settle(self, reservation: Reservation, cost: float) -> None:
+        async with self._change:
+            self._settled += cost
+            self._reserved -= reservation.bound
+            self._under_way -= 1
+            self._change.notify_all()
+
+    def _cost(self, prompt_tokens: int, answer_tokens: int) -> float:
+        return 0.0 if self._prices is None else self._prices.cost(prompt_tokens, answer_tokens)

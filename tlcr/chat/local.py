@@ -1,0 +1,104 @@
+"""An instruction-tuned model run here, in batches. Its answers are kept like paid ones: they cost time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import GenerationConfig
+
+from tlcr.chat.store import AnswerStore
+from tlcr.chat.types import Answer, Deliver, NoAnswer, Question
+from tlcr.config import ModelConfig
+from tlcr.interrupt import StopSignals
+from tlcr.models import end_of_sequence_ids, generating_with, load_causal_lm, load_tokenizer
+from tlcr.padding import pad_left
+from tlcr.tokenization import decode_text, render_prompt
+
+__all__ = ["LocalModel"]
+
+
+class LocalModel:
+    """A ``ChatModel`` of transformers: chat template, batches of similar length, greedy at temperature 0.
+
+    Schemas are left to the words of the question. Loads the model when it is first asked.
+    """
+
+    def __init__(self, cfg: ModelConfig, store: AnswerStore, *, batch_size: int) -> None:
+        self._cfg, self._store, self._batch_size = cfg, store, batch_size
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        decisive = ("path", "tokenizer", "gguf_file", "dtype", "chat_template")
+        return {"local": {name: getattr(self._cfg, name) for name in decisive}}
+
+    @property
+    def spent(self) -> float | None:
+        return None
+
+    @torch.no_grad()
+    def answer_all(self, questions: Sequence[Question], deliver: Deliver) -> None:
+        """See ``ChatModel``. A question that leaves no room for its answer in the model's context gets none."""
+        self._tokenizer = load_tokenizer(self._cfg)
+        self._model = load_causal_lm(self._cfg).eval().to(PartialState().device)
+        self._ends = end_of_sequence_ids(self._model, self._tokenizer)
+        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        ids: dict[int, list[int]] = {}
+        for index, question in enumerate(questions):
+            text = render_prompt(self._tokenizer, [asdict(message) for message in question.messages])
+            ids[index] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            longest = len(ids[index]) + question.max_new_tokens
+            if positions is not None and longest > positions:
+                del ids[index]
+                deliver(index, NoAnswer(f"prompt and answer of {longest} tokens, the model reads {positions}", True))
+        with StopSignals() as signals:
+            for rows in self._batches(questions, ids):
+                if signals.received():
+                    raise KeyboardInterrupt("told to stop; what was answered is kept")
+                answers = self._generate([ids[row] for row in rows], questions[rows[0]])
+                for row, answer in zip(rows, answers, strict=True):
+                    key = questions[row].key(self.identity)
+                    self._store.put(key, answer, template=questions[row].template, model=self._cfg.path)
+                    deliver(row, answer)
+
+    def _batches(self, questions: Sequence[Question], ids: Mapping[int, Sequence[int]]) -> Iterator[list[int]]:
+        """Rows of one batch have the same settings; the longest come first, so that memory runs out early if at all."""
+        groups: dict[tuple[float | None, int], list[int]] = {}
+        for row in sorted(ids, key=lambda row: -len(ids[row])):
+            groups.setdefault((questions[row].temperature, questions[row].max_new_tokens), []).append(row)
+        for rows in groups.values():
+            for start in range(0, len(rows), self._batch_size):
+                yield rows[start : start + self._batch_size]
+
+    def _generate(self, prompts: Sequence[Sequence[int]], question: Question) -> list[Answer]:
+        sampling = GenerationConfig(
+            do_sample=bool(question.temperature),
+            temperature=question.temperature or None,
+            top_k=0 if question.temperature else None,
+            max_new_tokens=question.max_new_tokens,
+            eos_token_id=self._ends,
+            pad_token_id=self._tokenizer.pad_token_id,
+            use_cache=True,
+        )
+        ids_BP, mask_BP = pad_left(prompts, self._tokenizer.pad_token_id)
+        device = self._model.device
+        devices = [device] if device.type == "cuda" else []
+        with generating_with(self._model, sampling), torch.random.fork_rng(devices=devices):
+            # By its first question: a resumed run makes other batches, but the same batch gives the same answers.
+            torch.manual_seed(int(question.key(self.identity)[:15], 16))
+            sampled_BL: torch.Tensor = self._model.generate(
+                input_ids=ids_BP.to(device), attention_mask=mask_BP.long().to(device)
+            )
+        return [
+            self._answer(prompt, answer)
+            for prompt, answer in zip(prompts, sampled_BL[:, ids_BP.shape[1] :].tolist(), strict=True)
+        ]
+
+    def _answer(self, prompt: Sequence[int], sampled: Sequence[int]) -> Answer:
+        end = next((place for place, token in enumerate(sampled) if token in self._ends), None)
+        text = decode_text(self._tokenizer, sampled[:end], context=prompt)
+        length = len(sampled) if end is None else end + 1
+        return Answer(text, "length" if end is None else "stop", prompt_tokens=len(prompt), answer_tokens=length)

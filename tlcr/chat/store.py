@@ -1,0 +1,135 @@
+"""Answers that were paid for, and what was paid, on disk.
+
+SQLite, of the standard library, and not lines appended to a file: a commit is there whole or not at all, also under
+kill -9, where a line may be torn; a look-up reads one page and not the whole file; and an answer and what it cost are
+written in one step. The journal is SQLite's default one, since the faster write-ahead log needs shared memory, which
+network file systems do not have. A lock beside the file (the system drops it with the process, however that ends)
+keeps a second process from asking, and paying for, the same again.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from filelock import FileLock, Timeout
+
+from tlcr.chat.types import Answer
+from tlcr.checkpoint import unwritable
+from tlcr.errors import ConfigError, DataError
+
+__all__ = ["AnswerStore"]
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS answers (
+    key TEXT PRIMARY KEY, text TEXT NOT NULL, finish TEXT NOT NULL, prompt_tokens INTEGER, answer_tokens INTEGER,
+    template TEXT NOT NULL, model TEXT NOT NULL, time REAL NOT NULL
+);
+CREATE TABLE IF NOT EXISTS requests (
+    id INTEGER PRIMARY KEY, key TEXT NOT NULL, cost REAL NOT NULL, settled INTEGER NOT NULL, time REAL NOT NULL
+);
+"""
+
+
+class AnswerStore:
+    """``with AnswerStore(path) as store``. One process at a time; within it, one thread at a time.
+
+    Raises ConfigError where another process has it open, DataError where the file is something else.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(f"{self.path}.lock", blocking=False)
+
+    def __enter__(self) -> AnswerStore:
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise ConfigError(
+                f"{self.path} is in use by another tlcr process, which may be asking for the same answers; wait for "
+                "it, or name another cache"
+            ) from error
+        self._database = sqlite3.connect(self.path, check_same_thread=False)
+        with self._translated():
+            self._database.executescript(TABLES)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._database.close()
+        self._lock.release()
+
+    def get(self, key: str) -> Answer | None:
+        """The answer to the question of this key, where it was asked before."""
+        with self._translated():
+            found = self._database.execute(
+                "SELECT text, finish, prompt_tokens, answer_tokens FROM answers WHERE key = ?", (key,)
+            ).fetchone()
+        return None if found is None else Answer(*found)
+
+    def put(self, key: str, answer: Answer, *, template: str, model: str) -> None:
+        """Keep an answer; on return it is on disk."""
+        with self._translated(), self._database:
+            self._insert(key, answer, template, model)
+
+    def open_request(self, key: str, cost: float) -> int:
+        """Note, before it is sent, a request that may cost this much; returns its number.
+
+        A process that is killed before it settles the request leaves it noted at that cost.
+        """
+        with self._translated(), self._database:
+            cursor = self._database.execute(
+                "INSERT INTO requests (key, cost, settled, time) VALUES (?, ?, 0, ?)", (key, cost, time.time())
+            )
+        return int(cursor.lastrowid or 0)
+
+    def drop_request(self, number: int) -> None:
+        """Forget a request that was not sent."""
+        with self._translated(), self._database:
+            self._database.execute("DELETE FROM requests WHERE id = ?", (number,))
+
+    def settle_request(
+        self,
+        number: int,
+        cost: float,
+        *,
+        key: str = "",
+        answer: Answer | None = None,
+        template: str = "",
+        model: str = "",
+    ) -> None:
+        """Note what a request did cost, and in the same step keep what it brought."""
+        with self._translated(), self._database:
+            self._database.execute("UPDATE requests SET cost = ?, settled = 1 WHERE id = ?", (cost, number))
+            if answer is not None:
+                self._insert(key, answer, template, model)
+
+    def totals(self) -> tuple[int, float]:
+        """Requests that were sent and what they cost, over the whole life of this file."""
+        with self._translated():
+            requests, cost = self._database.execute("SELECT COUNT(*), COALESCE(SUM(cost), 0) FROM requests").fetchone()
+        return int(requests), float(cost)
+
+    def _insert(self, key: str, answer: Answer, template: str, model: str) -> None:
+        self._database.execute(
+            "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                *(key, answer.text, answer.finish, answer.prompt_tokens, answer.answer_tokens),
+                *(template, model, time.time()),
+            ),
+        )
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise unwritable(self.path, error) from error
+        except sqlite3.DatabaseError as error:
+            raise DataError(
+                f"{self.path} is not a store of answers, or is damaged ({error}); name another cache, or move it away"
+            ) from error
