@@ -296,7 +296,7 @@ class _Session:
 
     def _sorted(self, error: openai.APIStatusError) -> Exception:
         """What an HTTP status means: the end of the run, a request to drop, or one to repeat."""
-        reason = f"HTTP {error.status_code}: {error.message}"
+        reason = error.message[:300]  # which may be a whole page
         out_of_credit = error.code == "insufficient_quota"
         if error.status_code in REFUSED_BY_THE_ACCOUNT or out_of_credit:
             return EndpointError(

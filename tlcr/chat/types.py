@@ -45,20 +45,20 @@ class Question:
         return hashlib.sha256(content.encode()).hexdigest()
 
     @property
-    def size_bytes(self) -> int:
-        """UTF-8 bytes of the messages and of the schema, which servers may count as part of the prompt."""
-        schema = len(json.dumps(self.schema)) if self.schema is not None else 0
-        return sum(len(message.content.encode()) for message in self.messages) + schema
-
-    @property
     def prompt_tokens_estimate(self) -> int:
-        """About as many tokens as the prompt has, without knowing the tokenizer."""
-        return -(-self.size_bytes // BYTES_PER_TOKEN)
+        """About as many tokens as the messages have, without knowing the tokenizer."""
+        return -(-self._bytes // BYTES_PER_TOKEN)
 
     @property
     def prompt_tokens_bound(self) -> int:
-        """At least as many tokens as the prompt has: of tokenizers in use, none writes less than a byte a token."""
-        return self.size_bytes + MESSAGE_TOKENS * len(self.messages)
+        """At least as many tokens as are billed: of tokenizers in use, none writes less than a byte a token. Servers
+        may count the schema as part of the prompt."""
+        schema = len(json.dumps(self.schema)) if self.schema is not None else 0
+        return self._bytes + schema + MESSAGE_TOKENS * len(self.messages)
+
+    @property
+    def _bytes(self) -> int:
+        return sum(len(message.content.encode()) for message in self.messages)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def _last_object(text: str) -> Revision | None:
     while start >= 0:
         try:
             value, end = _DECODER.raw_decode(text, start)
-        except ValueError:
+        except (ValueError, RecursionError):  # the second, where a model repeats an opening brace for ever
             end = start + 1
         else:
             if isinstance(value, dict) and isinstance(value.get("revised"), str):
