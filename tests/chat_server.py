@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ class Reply:
     """What the server does with one request.
 
     body: what it sends, as JSON unless it is bytes. cut: bytes that it promises and does not send. hold: an event that
-    it waits for before it answers.
+    it waits for before it answers. dribble_s: seconds that it lets pass after each byte.
     """
 
     body: Any
@@ -27,6 +28,7 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
     cut: int = 0
     hold: threading.Event | None = None
+    dribble_s: float = 0.0
 
 
 def completion(text: str | None, **changes: Any) -> dict[str, Any]:
@@ -111,7 +113,8 @@ def serving(server: ChatServer) -> Iterator[ChatServer]:
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(body[: len(body) - reply.cut])
+                for piece in _pieces(body[: len(body) - reply.cut], reply.dribble_s):
+                    self.wfile.write(piece)
             except OSError:  # the client has hung up, as it should on time-outs
                 self.close_connection = True
             if reply.cut:
@@ -137,6 +140,15 @@ def serving(server: ChatServer) -> Iterator[ChatServer]:
         listener.shutdown()
         listener.server_close()
         thread.join()
+
+
+def _pieces(body: bytes, dribble_s: float) -> Iterator[bytes]:
+    if not dribble_s:
+        yield body
+        return
+    for place in range(len(body)):
+        yield body[place : place + 1]
+        time.sleep(dribble_s)
 
 
 def closed_port() -> int:

@@ -19,7 +19,7 @@ import pytest
 
 pytest.importorskip("openai", reason="the endpoint is an extra: pip install 'tlcr[openai]'")
 
-from tests.chat_server import ChatServer, Reply, closed_port, completion, mended, revision, serving
+from tests.chat_server import ChatServer, Reply, closed_port, completion, mended, rejected_of, revision, serving
 from tlcr.chat import Answer, AnswerStore, Message, NoAnswer, Question, ask
 from tlcr.chat import endpoint as endpoint_module
 from tlcr.chat.endpoint import Endpoint
@@ -124,12 +124,20 @@ def test_what_does_not_pass_is_no_answer_and_nothing_is_kept_of_it(name: str, st
         assert isinstance(ask_one(server, store), Answer)
 
 
-def test_a_server_that_hangs_is_given_up_in_time_even_if_it_dribbles(store: AnswerStore) -> None:
+def test_a_server_that_hangs_is_given_up(store: AnswerStore) -> None:
     release = threading.Event()
     with serving(ChatServer(script=[Reply(completion("late"), hold=release)])) as server:
         answer = ask_one(server, store, timeout=0.3)
-        assert isinstance(answer, Answer) and answer.text == revision("good soup")
         release.set()
+    assert isinstance(answer, Answer) and answer.text == revision("good soup")
+    assert len(server.requests) == 2
+
+
+def test_a_server_that_dribbles_is_given_up_too(store: AnswerStore) -> None:
+    """A byte every 0.1 s: a time-out that starts anew with every byte would wait for the end of it."""
+    with serving(ChatServer(script=[Reply(completion("late"), dribble_s=0.1)])) as server:
+        answer = ask_one(server, store, timeout=0.5)
+    assert isinstance(answer, Answer) and answer.text == revision("good soup")
     assert len(server.requests) == 2
 
 
@@ -144,24 +152,28 @@ def test_a_server_that_is_not_there_is_no_answer(store: AnswerStore) -> None:
 
 @pytest.mark.parametrize("as_date", [False, True])
 def test_retry_after_is_waited_for_by_everyone(as_date: bool, store: AnswerStore) -> None:
-    """The server notes when it was asked; nobody comes back before it said so."""
-    refused: list[float] = []
-    asked: list[float] = []
+    """Of two requests under way, one is refused and then the other answered; whatever comes next has waited."""
+    both, refused_at, asked_at = threading.Event(), [0.0], []
 
     def behave(request: dict[str, Any]) -> Reply:
-        asked.append(time.time())
-        if not refused:
-            refused.append(time.time())
+        number = len(server.requests)
+        asked_at.append(time.monotonic())
+        if rejected_of(request) == "bad a" and not refused_at[0]:
+            both.wait(10)
+            refused_at[0] = time.monotonic()
             wait = email.utils.formatdate(time.time() + 2, usegmt=True) if as_date else "1"
             return Reply({"error": {"message": "slow down"}}, 429, {"Retry-After": wait})
+        if number == 2:
+            both.set()
+            time.sleep(0.3)
         return mended(request)
 
     with serving(ChatServer(behave)) as server:
-        model = Endpoint(config(server, concurrency=1), store)
-        answers = ask(model, [question("bad a"), question("bad b")], store, label="test")
+        model = Endpoint(config(server, concurrency=2), store)
+        answers = ask(model, [question(f"bad {name}") for name in "abcd"], store, label="test")
     assert all(isinstance(answer, Answer) for answer in answers)
-    assert len(asked) == 3
-    assert min(asked[1:]) - refused[0] >= 0.95  # a date has whole seconds: 2 s ahead is at least 1
+    assert len(asked_at) == 5
+    assert min(asked_at[2:]) - refused_at[0] >= 0.95  # a date has whole seconds: 2 s ahead is at least 1
 
 
 def test_a_server_that_asks_for_a_day_ends_the_run(store: AnswerStore) -> None:

@@ -335,6 +335,13 @@ def test_without_a_back_end_the_message_names_the_choices(tmp_path: Path) -> Non
         stage(load_config(None, {"output_dir": str(tmp_path)}), "revisions")
 
 
+def test_under_a_launcher_of_several_processes_it_is_to_run_before(tmp_path: Path, server, monkeypatch) -> None:
+    monkeypatch.setattr("tlcr.pipeline.process_count", lambda: 2)
+    with pytest.raises(ConfigError, match="run 'tlcr revise' with this config first, without the launcher"):
+        stage(config(tmp_path, server), "revisions")
+    assert server.requests == []
+
+
 def test_what_does_not_change_a_revision_is_not_among_what_decides_it() -> None:
     plain = ReviserConfig().decisive()
     for same in ({"cache": "x"}, {"batch_size": 3}):
