@@ -6,12 +6,13 @@ what makes them. Works of one case take turns, so that what slows the machine do
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -25,8 +26,9 @@ MOST_CALLS = 1000
 GRAPHS = 2**31
 """Bytes that the calls of one turn may keep ready: each backward pass holds what its forward pass saved."""
 LEAST_ROUNDS, MOST_ROUNDS = 3, 11
-CASE_SECONDS = 2.5
+CASE_SECONDS = 1.5
 """After this long a case that has LEAST_ROUNDS gets no further round."""
+COPY_SECONDS = 0.2
 COPIED = tuple(2**power for power in range(16, 31))
 """Bytes of the buffers that are copied, 64 KiB to 1 GiB."""
 
@@ -38,6 +40,13 @@ class Timing(NamedTuple):
     lower: float
     upper: float
     rounds: list[float]
+
+
+class Trial(NamedTuple):
+    """A first call."""
+
+    peak_bytes: int
+    seconds: float
 
 
 Timings = dict[str, Timing]
@@ -100,31 +109,45 @@ class Clocks(ABC):
     def synchronize(self) -> None:
         """Wait until the device has done what it was given."""
 
-    def alternate(self, works: Mapping[str, Work], peaks: Mapping[str, int] | None = None) -> dict[str, Timings]:
-        """Each work's timings, from as many rounds as fit `case_seconds`, at least LEAST_ROUNDS.
+    def alternate(
+        self, works: Mapping[str, Work], tried: Mapping[str, Trial] | None = None, *, seconds: float | None = None
+    ) -> dict[str, Timings]:
+        """Each work's timings, from as many rounds as fit some seconds, at least LEAST_ROUNDS.
 
         Args:
-            works: what takes turns; a call of each is made before, which is not counted.
-            peaks: bytes that one call needs, which bound how many are made ready at once.
+            works: what takes turns.
+            tried: what a first call of each needed; None: not called yet.
+            seconds: None: `case_seconds`.
         """
-        counts = {name: self._calls_of_a_turn(work, (peaks or {}).get(name, 0)) for name, work in works.items()}
+        enough = self.case_seconds if seconds is None else seconds
+        counts = {name: self._calls_of_a_turn(work, (tried or {}).get(name)) for name, work in works.items()}
         taken: dict[str, dict[str, list[float]]] = {name: {clock: [] for clock in self.descriptions} for name in works}
         begin = time.monotonic()
         for done in itertools.count():
-            if done >= self.rounds or (done >= LEAST_ROUNDS and time.monotonic() - begin > self.case_seconds):
+            if done >= self.rounds or (done >= LEAST_ROUNDS and time.monotonic() - begin > enough):
                 break
             for name, work in works.items():
-                for clock, seconds in self.turn(work, counts[name]).items():
-                    taken[name][clock].append(seconds)
+                for clock, one_call in self.turn(work, counts[name]).items():
+                    taken[name][clock].append(one_call)
         return {name: {clock: summary(values) for clock, values in found.items()} for name, found in taken.items()}
 
-    def _calls_of_a_turn(self, work: Work, peak: int) -> int:
+    def trial(self, work: Work) -> Trial:
+        """A first call, with its peak memory; what is recorded for that makes it slower than it is."""
+        begin = time.perf_counter()
+        peak = self.peak(work)
+        self.synchronize()
+        return Trial(peak, time.perf_counter() - begin)
+
+    def _calls_of_a_turn(self, work: Work, tried: Trial | None) -> int:
+        """Of one that is slow even by its trial, 1; else what a further call says, within what memory bounds."""
+        if tried is not None and tried.seconds > 100 * TURN:
+            return 1
         run = work(1)
         begin = time.perf_counter()
         run()
         self.synchronize()
         fill = math.ceil(TURN / max(time.perf_counter() - begin, 1e-9))
-        return max(1, min(fill, MOST_CALLS, GRAPHS // max(peak, 1)))
+        return max(1, min(fill, MOST_CALLS, GRAPHS // max(tried.peak_bytes if tried else 0, 1)))
 
     def copy_bandwidth(self, device: str, sizes: Sequence[int] | None = None) -> list[dict[str, float]]:
         """What copying one buffer to another reaches, by the main clock: bytes read and written, and per second.
@@ -135,8 +158,9 @@ class Clocks(ABC):
         for size in COPIED if sizes is None else sizes:
             source = torch.zeros(size, dtype=torch.uint8, device=device)
             target = torch.zeros_like(source)
-            seconds = self.alternate({"copy": calls(lambda s=source, t=target: t.copy_(s))})["copy"][self.main].median
-            found.append({"bytes": 2 * size, "bytes_per_second": 2 * size / seconds})
+            work = calls(functools.partial(target.copy_, source))
+            timing = self.alternate({"copy": work}, seconds=COPY_SECONDS)["copy"][self.main]
+            found.append({"bytes": 2 * size, "bytes_per_second": 2 * size / timing.median})
         return found
 
 
@@ -176,7 +200,8 @@ class CPUClocks(Clocks):
 def _allocations(recorded: profile) -> list[int]:
     """Bytes that were allocated, or freed where negative, in their order."""
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    found: Iterable[Any] = recorded.profiler.kineto_results.events()
+    events = [event for event in found if event.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 

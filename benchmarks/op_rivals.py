@@ -131,7 +131,7 @@ def _trl_loop(rewards: Tensor, values: Tensor, mask: Tensor | None = None) -> tu
 def _openrlhf_loop(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
     """In the manner of OpenRLHF: values and rewards times the mask, then the same loop."""
     rewards, values = rewards * mask, values * mask
-    T, advantage, backwards = rewards.shape[1], 0.0, []
+    T, advantage, backwards = rewards.shape[1], torch.zeros_like(rewards[:, 0]), []
     for t in range(T - 1, -1, -1):
         following = values[:, t + 1] if t + 1 < T else 0.0
         advantage = rewards[:, t] + following - values[:, t] + LAM * advantage
@@ -142,8 +142,8 @@ def _openrlhf_loop(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tenso
 
 def _verl_loop(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
     """In the manner of verl: a token that does not count hands on the value and the advantage behind it."""
-    counts = mask.to(rewards.dtype)
-    following, advantage, backwards = 0.0, 0.0, []
+    counts, backwards = mask.to(rewards.dtype), []
+    following = advantage = torch.zeros_like(rewards[:, 0])
     for t in range(rewards.shape[1] - 1, -1, -1):
         step = rewards[:, t] + following - values[:, t] + LAM * advantage
         following = counts[:, t] * values[:, t] + (1 - counts[:, t]) * following

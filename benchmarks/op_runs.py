@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clocks import Clocks, Work, bandwidth_share
+from clocks import Clocks, Trial, Work, bandwidth_share
 from op_cases import FORWARD, Case, Function, Problem, Wrong, case_row, tlcr_function, tlcr_implementations
 from op_rivals import rivals
 
@@ -65,6 +65,8 @@ class Run:
         checked = list(self._checked(problem))
         for which in case.passes:
             self._time(problem, which, [one for one in checked if which in one.passes])
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
         return self.rows[begun:]
 
     def _not_begun(self) -> str | None:
@@ -118,23 +120,23 @@ class Run:
                 self._not_run(case, which, one.name, str(self._not_begun()), one.note)
             return
         works: dict[str, Work] = {}
-        peaks: dict[str, int] = {}
+        tried: dict[str, Trial] = {}
         for one in implementations:
             work = problem.work(one.function, which)
             try:
-                peaks[one.name] = self.clocks.peak(work)
+                tried[one.name] = self.clocks.trial(work)
             except Exception as failure:  # noqa: BLE001  (above: and a pass alone may fail, or not fit memory)
                 self._not_run(case, which, one.name, one_line(failure), one.note)
             else:
                 works[one.name] = work
-        timings = self.clocks.alternate(works, peaks)
+        timings = self.clocks.alternate(works, tried)
         for one in implementations:
             if one.name not in timings:
                 continue
             row = {**case_row(case, which), "implementation": one.name, "status": "measured", "reason": ""}
             seconds = timings[one.name]
             row["seconds"] = {clock: timing._asdict() for clock, timing in seconds.items()}
-            row["peak_bytes"] = peaks[one.name]
+            row["peak_bytes"] = tried[one.name].peak_bytes
             row["bandwidth_share"] = bandwidth_share(row["bytes_moved"], seconds[self.clocks.main].median, self.copies)
             self.rows.append({**row, "error": one.error, "first_call_seconds": one.first_call, "note": one.note})
 
@@ -143,7 +145,7 @@ class Run:
             self._not_run(case, which, name, reason, note)
 
     def _not_run(self, case: Case, which: str, name: str, reason: str, note: str = "") -> None:
-        nothing = {
+        nothing: Row = {
             "seconds": {},
             "peak_bytes": None,
             "bandwidth_share": None,

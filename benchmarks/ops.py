@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,10 +52,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         clocks, cases = CPUClocks(), op_cases.cpu_cases()
     for facts in (record.machine(options.device), record.versions(PACKAGES), record.build(), clocks.descriptions):
         say(f"{facts}\n")
+    begin = time.monotonic()
     run = Run(clocks, options.device, options.minutes, interpreted=options.interpret)
-    for case in dict.fromkeys(cases):
+    for case in op_cases.once(cases):
         if case.op.startswith(options.only):
             say(table(run.measure(case), clocks.main))
+    say(f"\n{(time.monotonic() - begin) / 60:.1f} minutes\n")
     if commit is not None:
         content = record.record(
             "ops",

@@ -187,8 +187,14 @@ def test_every_case_has_its_bytes_and_its_rivals(op_cases: ModuleType, op_rivals
             assert names and len(set(names)) == len(names), case
 
 
+def test_no_two_rows_say_the_same(op_cases: ModuleType) -> None:
+    for cases in (op_cases.cpu_cases(), op_cases.gpu_cases(), op_cases.interpreted_cases()):
+        rows = [(case.op, case.name, case.shape, case.dtype) for case in op_cases.once(cases)]
+        assert len(set(rows)) == len(rows)
+
+
 def test_the_cases_have_the_vocabularies_and_double_one_axis_at_a_time(op_cases: ModuleType) -> None:
-    for cases in (list(op_cases.cpu_cases()), list(op_cases.gpu_cases())):
+    for cases in (op_cases.once(op_cases.cpu_cases()), op_cases.once(op_cases.gpu_cases())):
         scored = [case for case in cases if case.op == "score_tokens"]
         assert {case.axes["V"] for case in scored} >= {32_000, 50_257, 128_256, 151_936}
         for op, axes in (("fused_gae", "BT"), ("ppo_loss", "BT"), ("score_tokens", "NV"), ("score_hidden", "NV")):
