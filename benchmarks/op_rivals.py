@@ -33,9 +33,11 @@ from torch.nn import functional as F
 PACKAGES = ("liger-kernel", "cut-cross-entropy", "trl", "torchrl")
 
 LOOP_TOKENS = 2**21
-"""A loop over T, or over rows of logits, is left out above so many numbers a token: it would take the run's time."""
-EAGER_LOGITS = 2**26
-"""Plain torch holds several float32 copies of the logits, and is left out above so many on a CPU."""
+"""A loop over T is left out above so many tokens: it would take the run's time."""
+CPU_TOKENS = 2**23
+"""On a CPU, forms with many passes over memory are left out above so many tokens, for the same reason."""
+CPU_LOGITS = 2**26
+"""On a CPU, plain torch is left out above so many logits, of which it holds several float32 copies."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def _reward(case: Case, device: str) -> Iterator[Rival]:
         last = mask.sum(dim=1, keepdim=True) - 1
         return (rewards.scatter_add(1, last, terminal.unsqueeze(1)),)
 
-    yield Rival("eager torch", lambda: eager, plain=True)
+    most = CPU_TOKENS if device == "cpu" else math.inf
+    yield Rival("eager torch", lambda: eager, most=most, plain=True)
     yield Rival("torch.compile", lambda: _compiled(eager))
 
 
@@ -89,12 +92,13 @@ def _reward(case: Case, device: str) -> Iterator[Rival]:
 
 
 def _gae(case: Case, device: str) -> Iterator[Rival]:
+    most = CPU_TOKENS if device == "cpu" else math.inf
     if case.name == PACKED:
         yield Rival("TRL's loop", lambda: partial(_packed, _trl_loop), most=LOOP_TOKENS, note="pads to rows first")
         yield Rival("torchrl vec_gae", _torchrl("vec_generalized_advantage_estimate"))
     elif case.name == HOLES:
         yield Rival("verl's loop", lambda: _verl_loop, most=LOOP_TOKENS)
-        yield Rival("torch.compile of doubling", lambda: _compiled(_doubling))
+        yield Rival("torch.compile of doubling", lambda: _compiled(_doubling), most=most)
     elif case.name == WHITENED:
         yield Rival("TRL's loop and masked_whiten", _trl_whitened, most=LOOP_TOKENS, note="unbiased variance")
         yield Rival("verl's loop, whitened", lambda: _verl_whitened, most=LOOP_TOKENS, note="unbiased variance")
@@ -104,10 +108,10 @@ def _gae(case: Case, device: str) -> Iterator[Rival]:
             yield Rival("OpenRLHF's loop", lambda: _openrlhf_loop, most=LOOP_TOKENS)
             yield Rival("verl's loop", lambda: _verl_loop, most=LOOP_TOKENS)
         yield Rival("torchrl gae", _torchrl("generalized_advantage_estimate"), most=LOOP_TOKENS)
-        yield Rival("torchrl vec_gae", _torchrl("vec_generalized_advantage_estimate"), most=2 * LOOP_TOKENS)
+        yield Rival("torchrl vec_gae", _torchrl("vec_generalized_advantage_estimate"), most=CPU_TOKENS)
         yield Rival("eager torch, chunks", lambda: _chunks)
         yield Rival("torch.compile of chunks", lambda: _compiled(_chunks))
-        yield Rival("torch.compile of doubling", lambda: _compiled(_doubling))
+        yield Rival("torch.compile of doubling", lambda: _compiled(_doubling), most=most)
 
 
 def _counted(mask: Tensor | None, advantages: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,7 +265,7 @@ def _doubling(rewards: Tensor, values: Tensor, mask: Tensor | None = None) -> tu
 
 
 def _tokens(case: Case, device: str) -> Iterator[Rival]:
-    most = EAGER_LOGITS if device == "cpu" else math.inf
+    most = CPU_LOGITS if device == "cpu" else math.inf
     yield Rival("eager torch", lambda: _scores, most=most, plain=True)
     yield Rival("torch.compile", lambda: _compiled(_scores))
     if case.elements == 128 * 128_256 or device == "cuda":
@@ -315,7 +319,7 @@ def _trl_scores() -> Function:
 
 
 def _hidden(case: Case, device: str) -> Iterator[Rival]:
-    most = EAGER_LOGITS if device == "cpu" else math.inf
+    most = CPU_LOGITS if device == "cpu" else math.inf
     if case.name == LOSS_ONLY:
         for name, make in (
             ("F.linear_cross_entropy, chunked", _torch_linear_cross_entropy),
@@ -392,9 +396,10 @@ def _trl_hidden() -> Function:
 
 def _loss(case: Case, device: str) -> Iterator[Rival]:
     eager = partial(_ppo_loss, _masked_mean)
-    yield Rival("eager torch", lambda: eager, plain=True)
+    most = CPU_TOKENS if device == "cpu" else math.inf
+    yield Rival("eager torch", lambda: eager, most=most, plain=True)
     yield Rival("torch.compile", lambda: _compiled(eager))
-    yield Rival("TRL's masked_mean", _trl_loss)
+    yield Rival("TRL's masked_mean", _trl_loss, most=most)
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:

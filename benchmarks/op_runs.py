@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from clocks import Clocks, Trial, Work, bandwidth_share
-from op_cases import FORWARD, Case, Function, Problem, Wrong, case_row, tlcr_function, tlcr_implementations
+from op_cases import FORWARD, PASSES, Case, Function, Problem, Wrong, case_row, tlcr_function, tlcr_implementations
 from op_rivals import rivals
 
 Row = dict[str, Any]
 
+RESERVE = 40
+"""Seconds before the end after which nothing is begun: what has begun then may compile and be slow."""
 COPIES = 6
 """Of a case's largest tensor in float32, for which memory must be free."""
 
@@ -39,13 +41,13 @@ class Run:
     Args:
         clocks: of the device.
         device: "cpu" or "cuda".
-        minutes: after these no implementation is begun.
+        minutes: in which the run ends.
         interpreted: the GPU implementations run on the CPU.
     """
 
     def __init__(self, clocks: Clocks, device: str, minutes: float, *, interpreted: bool = False) -> None:
         self.clocks, self.device, self.interpreted = clocks, device, interpreted
-        self.minutes, self.deadline = minutes, time.monotonic() + 60 * minutes
+        self.minutes, self.deadline = minutes, time.monotonic() + max(60 * minutes - RESERVE, 30 * minutes)
         self.rows: list[Row] = []
         self.copies = clocks.copy_bandwidth(device, (2**16,) if interpreted else None)
 
@@ -177,10 +179,10 @@ def _free_memory(device: str) -> int | None:
 
 
 def table(rows: list[Row], main: str) -> str:
-    """The rows of one case as plain text: by pass, tlcr first, with the ratio to the first that was measured."""
+    """The rows of one case as plain text: by pass what was measured, with the ratio to the first, which is tlcr; then what was not."""
     lines = []
     first: Row | None = None
-    for row in sorted(rows, key=lambda row: ("forward", "backward", "both").index(row["pass"])):
+    for row in sorted(rows, key=lambda row: (PASSES.index(row["pass"]), row["status"] != "measured")):
         if first is None or first["pass"] != row["pass"]:
             size = " x ".join(f"{axis}={size}" for axis, size in row["shape"].items())
             name = f"{row['op']}, {row['case']}" if row["case"] else row["op"]
@@ -189,8 +191,6 @@ def table(rows: list[Row], main: str) -> str:
         if row["status"] != "measured":
             lines.append(f"    {row['implementation']:<34} not run: {row['reason']}")
             continue
-        if first["status"] != "measured":
-            first = row
         ratio = row["seconds"][main]["median"] / first["seconds"][main]["median"]
         times = "  ".join(
             f"{clock} {1e3 * timing['median']:>9.4g} ({1e3 * timing['lower']:.4g}-{1e3 * timing['upper']:.4g})"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,9 +26,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = arguments(argv)
+    # What follows is read when torch, triton or tlcr is imported.
     if options.interpret:
-        os.environ["TRITON_INTERPRET"] = "1"  # before triton, which reads it, and tlcr, which looks for kernels
+        os.environ["TRITON_INTERPRET"] = "1"
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler says at every peak that it began
+    with tempfile.TemporaryDirectory() as compiled:
+        # Elsewhere torch.compile might find what it compiled for another ATEN_CPU_CAPABILITY, and run it, with wrong
+        # results.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled
+        measure(options)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """All cases of the device, printed as they come, and written if --json names a file."""
     # The checkout's tlcr, installed or not; behind the folder of this script, where its own modules are.
     sys.path.insert(1, str(ROOT))
     import op_cases
@@ -41,8 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no GPU; --interpret shows the path of a GPU run without one")
     torch.set_num_threads(options.threads)
-    # torch.compile would find what it compiled for another ATEN_CPU_CAPABILITY, and run it, with wrong results.
-    torch.compiler.config.force_disable_caches = True
     clocks: Clocks
     if options.interpret:
         clocks, cases = InterpretedClocks(rounds=2, case_seconds=0), op_cases.interpreted_cases()
@@ -78,7 +87,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--minutes", type=float, default=8.0, help="nothing is begun after these (default: 8)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="in which the run ends (default: 8)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
     parser.add_argument("--only", default="", help="the ops whose name begins so")
     parser.add_argument(
