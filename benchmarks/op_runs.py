@@ -179,7 +179,7 @@ def _free_memory(device: str) -> int | None:
 
 
 def table(rows: list[Row], main: str) -> str:
-    """The rows of one case as plain text: by pass what was measured, with the ratio to the first, which is tlcr; then what was not."""
+    """The rows of one case as plain text: by pass what was measured, tlcr first and the rest with its ratio to that."""
     lines = []
     first: Row | None = None
     for row in sorted(rows, key=lambda row: (PASSES.index(row["pass"]), row["status"] != "measured")):
