@@ -7,7 +7,7 @@ ENVIRONMENT := $(VENV)/.environment
 INSTALLED := $(VENV)/.installed
 RIVALS := $(VENV)/.rivals
 
-.PHONY: quickstart test lint types bench wheels
+.PHONY: quickstart test lint types bench bench-report wheels
 
 quickstart: $(INSTALLED)
 	$(BIN)/tlcr run examples/quickstart.yaml --resume
@@ -26,6 +26,10 @@ types: $(INSTALLED)
 bench: $(RIVALS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest benchmarks --benchmark-only
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/ops.py
+
+# docs/benchmarks.md and its plots, from benchmarks/results
+bench-report: $(INSTALLED)
+	$(BIN)/python benchmarks/report.py
 
 # The three kinds of wheel, each installed alone and tested; needs nvcc, and 5 GB for a CUDA build of torch, but no GPU.
 wheels: $(INSTALLED) $(CUDA_VENV)/.environment

@@ -29,7 +29,8 @@ def arm_colour(index: int) -> str:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
+    """Within, figures have the look of the report, with INK where the text's colour goes."""
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "tlcr",
@@ -54,7 +55,7 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _svg(figure: Figure, label: str) -> str:
+def svg_text(figure: Figure, label: str) -> str:
     """The figure as an SVG element with a text for those who cannot see it."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -87,7 +88,7 @@ def curve_grid(
     panels: Sequence[tuple[str, Mapping[str, Sequence[Curve]]]], arm_order: Sequence[str], label: str
 ) -> str:
     """Small multiples against updates: (title, arm to its seeds' curves) for each panel."""
-    with _style():
+    with style():
         columns = 2
         rows = math.ceil(len(panels) / columns)
         figure = Figure(figsize=(9.2, 2.7 * rows), layout="constrained")
@@ -98,7 +99,7 @@ def curve_grid(
             axes.set_title(title, loc="left")
             if place >= len(panels) - columns:
                 axes.set_xlabel("PPO update")
-        return _svg(figure, label)
+        return svg_text(figure, label)
 
 
 def frontier_plot(
@@ -109,7 +110,7 @@ def frontier_plot(
     label: str,
 ) -> str:
     """Gold against KL: each arm's path through training, with the matched levels as dashed lines."""
-    with _style():
+    with style():
         figure = Figure(figsize=(9.2, 4.6), layout="constrained")
         axes = figure.add_subplot()
         for level in levels:
@@ -118,12 +119,12 @@ def frontier_plot(
             _draw_arm(axes, arm_order.index(name), name, seeds, means[name], marker=True)
         axes.set_xlabel("KL to the reference, nats per token: how far the policy has moved")
         axes.set_ylabel("gold per token")
-        return _svg(figure, label)
+        return svg_text(figure, label)
 
 
 def reliability_plot(reliability: Mapping[str, Sequence[Mapping[str, Any]]], label: str) -> str:
     """Mean target against mean confidence, and how many tokens each bin holds."""
-    with _style():
+    with style():
         figure = Figure(figsize=(5.2, 5.0), layout="constrained")
         above, below = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
         above.plot([0, 1], [0, 1], color=INK, alpha=0.4, linestyle=(0, (4, 4)), linewidth=1)
@@ -145,15 +146,15 @@ def reliability_plot(reliability: Mapping[str, Sequence[Mapping[str, Any]]], lab
         above.set(xlim=(0, 1), ylim=(0, 1), ylabel="mean target")
         above.legend()
         below.set(xlabel="confidence, (reward + 1) / 2", ylabel="tokens", yscale="symlog")
-        return _svg(figure, label)
+        return svg_text(figure, label)
 
 
 def histogram_plot(counts: Sequence[int], label: str) -> str:
     """Pairs by the share of their tokens that the reviser changed, in equal bins of [0, 1]."""
-    with _style():
+    with style():
         figure = Figure(figsize=(5.2, 2.6), layout="constrained")
         axes = figure.add_subplot()
         width = 1 / len(counts)
         axes.bar([i * width for i in range(len(counts))], counts, width * 0.92, align="edge", color=arm_colour(0))
         axes.set(xlabel="share of a pair's tokens that were edited", ylabel="pairs", xlim=(0, 1))
-        return _svg(figure, label)
+        return svg_text(figure, label)
