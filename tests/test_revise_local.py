@@ -143,12 +143,14 @@ def test_a_model_without_a_chat_template_says_so(folder: Path) -> None:
         ask(model, questions(), store, label="test")
 
 
-def test_the_reviser_with_a_local_model_asks_for_the_marker_and_judges_what_comes(tmp_path: Path, folder: Path) -> None:
-    """A random model revises nothing; every pair is accounted for, and the message says where to look."""
-    records = [{"prompt": f"Q{k}: food?", "chosen": " It was good.", "rejected": " It was bad."} for k in range(3)]
+def settings(tmp_path: Path, folder: Path, rejected: list[str]) -> dict[str, Any]:
+    records = [
+        {"prompt": f"Q{k}: food?", "chosen": " It was warm and on time.", "rejected": text}
+        for k, text in enumerate(rejected)
+    ]
     source = tmp_path / "pairs.jsonl"
     source.write_text("".join(json.dumps(record) + "\n" for record in records))
-    values = {
+    return {
         "output_dir": str(tmp_path / "run"),
         "data.preferences": str(source),
         "reviser.backend": "local",
@@ -157,11 +159,24 @@ def test_the_reviser_with_a_local_model_asks_for_the_marker_and_judges_what_come
         "reviser.max_new_tokens": 8,
         "reviser.batch_size": 2,
     }
+
+
+def give_room(folder: Path) -> None:
+    """The tiny tokenizer makes thousands of tokens of the reviser's request."""
+    longer = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 8192}
+    (folder / "config.json").write_text(json.dumps(longer))
+
+
+def test_a_model_that_only_babbles_revises_nothing_and_the_message_says_where_to_look(
+    tmp_path: Path, folder: Path
+) -> None:
+    give_room(folder)
+    cfg = load_config(None, settings(tmp_path, folder, [" It was bad.", " It was cold.", " It was late."]))
     with pytest.raises(DataError, match=r"none of the 3 answers is a usable revision.*set_aside\.jsonl"):
-        stage(load_config(None, values), "revisions")
+        stage(cfg, "revisions")
     aside = (tmp_path / "run" / "revisions" / "set_aside.jsonl").read_text().splitlines()
     found = [json.loads(line)["outcome"] for line in aside]
-    assert len(found) == 3 and set(found) <= {"truncated", "unreadable", "declined"}
+    assert len(found) == 3 and set(found) <= {"truncated", "unreadable"}
 
 
 def test_a_local_model_that_revises_well_makes_edits(tmp_path: Path, folder: Path, monkeypatch) -> None:
@@ -173,20 +188,8 @@ def test_a_local_model_that_revises_well_makes_edits(tmp_path: Path, folder: Pat
         return [Answer("rude\n<|Start Of Modified Response|>\nIt was good, but late.") for _ in prompts]
 
     monkeypatch.setattr(LocalModel, "_generate", generate)
-    source = tmp_path / "pairs.jsonl"
-    record = {"prompt": "Q: food?", "chosen": " It was warm and on time.", "rejected": " It was bad, but late."}
-    source.write_text(json.dumps(record) + "\n")
-    values = {
-        "output_dir": str(tmp_path / "run"),
-        "data.preferences": str(source),
-        "reviser.backend": "local",
-        "reviser.model.path": str(folder),
-        "reviser.model.chat_template": TEMPLATE,
-        "reviser.max_new_tokens": 8,
-    }
-    longer = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 8192}
-    (folder / "config.json").write_text(json.dumps(longer))
-    stage(load_config(None, values), "revisions")
+    give_room(folder)
+    stage(load_config(None, settings(tmp_path, folder, [" It was bad, but late."])), "revisions")
     (made,) = (tmp_path / "run" / "revisions" / "revisions.jsonl").read_text().splitlines()
     assert json.loads(made)["revised"] == " It was good, but late."
     (text,) = shown

@@ -407,6 +407,7 @@ def flags(values: dict[str, Any]) -> list[str]:
     return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
 
+@pytest.mark.slow
 def test_a_command_that_is_killed_and_called_again_asks_for_the_rest_only(tmp_path: Path, server: ChatServer) -> None:
     """SIGKILL when five answers have been sent and the sixth question is waiting for its own."""
     hold = threading.Event()
@@ -442,6 +443,7 @@ def test_the_command_s_errors_are_one_line(tmp_path: Path, server: ChatServer, c
     assert shown.startswith("tlcr: error: ") and "bad key" in shown and "OPENAI_API_KEY" in shown
 
 
+@pytest.mark.slow
 def test_a_whole_run_revises_before_it_labels(tmp_path: Path, server: ChatServer) -> None:
     """The embedded task, its rejected answers revised by the server: every stage up to the discriminator."""
 

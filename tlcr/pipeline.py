@@ -139,7 +139,7 @@ def _revisions(run: RunFolder) -> None:
         cfg, pairs = run.cfg.reviser, raw_preferences(run.cfg)
         judged, statistics = revise(pairs, cfg, run.cfg.data, revision_cache(run.cfg))
         write_json(run.revisions_folder / "statistics.json", asdict(statistics))
-        write_revisions(run.revisions_folder, pairs, judged, cfg)
+        logger.info("wrote %s", write_revisions(run.revisions_folder, pairs, judged, cfg))
         return asdict(statistics)
 
     # Made anew where the settings changed, since what was answered before is in the cache and costs nothing.

@@ -39,17 +39,19 @@ class Prices:
 
 @dataclass(frozen=True)
 class Reservation:
-    """A request that is under way, and the most that it can cost."""
+    """A request that is under way: what it asks, and the most that it can cost."""
 
     number: int
     bound: float
+    key: str
+    question: Question
 
 
 class Budget:
     """Grants requests while the caps allow it. Counts everything that the store has noted, earlier runs included."""
 
     def __init__(self, cfg: EndpointConfig, store: AnswerStore) -> None:
-        self._prices, self._store = Prices.of(cfg), store
+        self._prices, self._store, self._model = Prices.of(cfg), store, str(cfg.model)
         self._max_cost, self._max_requests = cfg.max_cost, cfg.max_requests
         self.requests, self._settled = store.totals()
         self._reserved = 0.0
@@ -85,7 +87,7 @@ class Budget:
             self.requests += 1
             self._under_way += 1
             self._reserved += bound
-            return Reservation(self._store.open_request(key, bound), bound)
+            return Reservation(self._store.open_request(key, bound), bound, key, question)
 
     async def give_back(self, reservation: Reservation) -> None:
         """The request was not sent after all."""
@@ -93,22 +95,22 @@ class Budget:
         self.requests -= 1
         await self._settle(reservation, 0.0)
 
-    async def settle_unbilled(self, reservation: Reservation) -> None:
-        """The server turned the request down."""
-        self._store.settle_request(reservation.number, 0.0)
-        await self._settle(reservation, 0.0)
+    async def settle(self, reservation: Reservation, *, billed: bool, answer: Answer | None = None) -> None:
+        """The request is over. ``answer``, where there is one, is kept in the same step.
 
-    async def settle_unknown(self, reservation: Reservation) -> None:
-        """Nobody knows whether the server billed the request: it counts as the most that it can have cost."""
-        self._store.settle_request(reservation.number, reservation.bound)
-        await self._settle(reservation, reservation.bound)
-
-    async def settle(self, reservation: Reservation, key: str, question: Question, answer: Answer, model: str) -> None:
-        """The server answered; where it reports no token counts, the most that they can be."""
-        counted = answer.prompt_tokens is not None and answer.answer_tokens is not None
-        cost = self._cost(answer.prompt_tokens or 0, answer.answer_tokens or 0) if counted else reservation.bound
+        billed: whether the server will, or may, charge for it. Where it reports no token counts, or nothing at all,
+        that is the most that it can charge.
+        """
+        cost = reservation.bound if billed else 0.0
+        if answer is not None and answer.prompt_tokens is not None and answer.answer_tokens is not None:
+            cost = self._cost(answer.prompt_tokens, answer.answer_tokens)
         self._store.settle_request(
-            reservation.number, cost, key=key, answer=answer, template=question.template, model=model
+            reservation.number,
+            cost,
+            key=reservation.key,
+            answer=answer,
+            template=reservation.question.template,
+            model=self._model,
         )
         await self._settle(reservation, cost)
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 from aiolimiter import AsyncLimiter
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from tlcr.chat.budget import Budget, Reservation
+from tlcr.chat.budget import Budget
 from tlcr.chat.store import AnswerStore
 from tlcr.chat.types import Answer, Deliver, NoAnswer, Question
 from tlcr.config import EndpointConfig
@@ -40,7 +40,7 @@ FAILURES_IN_A_ROW = 10
 LONGEST_WAIT_S = 600.0
 """A server that asks us to wait longer (a daily limit, say) ends the run."""
 BACKOFF = wait_random_exponential(multiplier=1, max=60)
-"""Seconds before a request is repeated, where the server does not name them: random, below 1, 2, 4, ... 60."""
+"""Seconds before a request is repeated: random, below 1, 2, 4, ... 60, or longer where the server asks for it."""
 REFUSED_BY_THE_ACCOUNT = (401, 402, 404)
 """Statuses about key, credit, address or model name: the same for every request."""
 
@@ -246,20 +246,18 @@ class _Session:
             )
             answer = _read(completion)
         except openai.APIStatusError as error:
-            await self._budget.settle_unbilled(reservation)
+            await self._budget.settle(reservation, billed=False)
             raise self._sorted(error) from error
         except (asyncio.TimeoutError, openai.APITimeoutError) as error:
-            await self._budget.settle_unknown(reservation)
+            await self._budget.settle(reservation, billed=True)
             raise _Transient(f"no answer within {self._cfg.timeout:g} s") from error
         except openai.APIConnectionError as error:
-            await self._settle_broken(reservation, error)
+            await self._budget.settle(reservation, billed=_was_sent(error))
             raise _Transient(f"the connection failed: {error.__cause__ or error}") from error
         except (openai.APIResponseValidationError, ValueError) as error:
-            await self._budget.settle_unknown(reservation)
+            await self._budget.settle(reservation, billed=True)
             raise _Transient(f"the response is no chat completion: {error}") from error
-        await self._budget.settle(
-            reservation, question.key(self._endpoint.identity), question, answer, str(self._cfg.model)
-        )
+        await self._budget.settle(reservation, billed=True, answer=answer)
         return answer
 
     async def _turn(self, question: Question) -> None:
@@ -285,14 +283,6 @@ class _Session:
             first.cancel()
             raise _Stopped
         first.result()
-
-    async def _settle_broken(self, reservation: Reservation, error: Exception) -> None:
-        """A connection that never came about costs nothing; one that broke may have been answered at the other end."""
-        # By name: the client is built on httpx or its successor, and both call it so.
-        if type(error.__cause__).__name__ == "ConnectError":
-            await self._budget.settle_unbilled(reservation)
-        else:
-            await self._budget.settle_unknown(reservation)
 
     def _sorted(self, error: openai.APIStatusError) -> Exception:
         """What an HTTP status means: the end of the run, a request to drop, or one to repeat."""
@@ -326,9 +316,16 @@ def _run(work: Coroutine[Any, Any, ResultT]) -> ResultT:
 
 
 def _wait(state: RetryCallState) -> float:
+    """As long as the server asks for, and no less than the backoff: some ask for no time at all, again and again."""
     error = state.outcome.exception() if state.outcome is not None else None
     asked = error.retry_after if isinstance(error, _Transient) else None
-    return BACKOFF(state) if asked is None else asked
+    return max(asked or 0.0, BACKOFF(state))
+
+
+def _was_sent(error: openai.APIConnectionError) -> bool:
+    """A connection that never came about costs nothing; one that broke may have been answered at the other end."""
+    # By name: the client is built on httpx or its successor, and both call it so.
+    return type(error.__cause__).__name__ != "ConnectError"
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

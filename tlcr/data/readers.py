@@ -24,6 +24,7 @@ from tlcr.data.formats import (
     Malformed,
     RawEdit,
     RawPreference,
+    Values,
     prompt_text,
     rendered_edit,
     rendered_preference,
@@ -164,9 +165,7 @@ def read_raw_preferences(cfg: DataConfig) -> ReadResult[RawPreference]:
         as ``read_preferences``.
     """
     source, rows, name = _preference_rows(cfg)
-    read = PREFERENCE_FORMATS[name]
-    pairs, malformed, _ = _convert(source, rows, lambda row: read(_id(row), row.values), cfg)
-    return _reported(ReadResult(source, name, tuple(pairs), malformed))
+    return _read_raw(source, rows, name, PREFERENCE_FORMATS[name], cfg)
 
 
 def read_raw_edits(cfg: DataConfig) -> ReadResult[RawEdit]:
@@ -176,9 +175,14 @@ def read_raw_edits(cfg: DataConfig) -> ReadResult[RawEdit]:
         as ``read_preferences``.
     """
     source, rows, name = _edit_rows(cfg)
-    read = EDIT_FORMATS[name]
-    pairs, malformed, _ = _convert(source, rows, lambda row: read(_id(row), row.values), cfg)
-    return _reported(ReadResult(source, name, tuple(pairs), malformed))
+    return _read_raw(source, rows, name, EDIT_FORMATS[name], cfg)
+
+
+def _read_raw(
+    source: str, rows: Sequence[Row], name: str, read: Callable[[str, Values], T], cfg: DataConfig
+) -> ReadResult[T]:
+    records, malformed, _ = _convert(source, rows, lambda row: read(_id(row), row.values), cfg)
+    return _reported(ReadResult(source, name, tuple(records), malformed))
 
 
 def split_held_out(records: Sequence[T], share: float) -> tuple[list[T], list[T]]:
