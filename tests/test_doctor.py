@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import shutil
 from collections import namedtuple
@@ -135,6 +136,30 @@ def test_what_a_config_needs_and_is_not_installed_blocks(monkeypatch: pytest.Mon
     assert (found["tensorboard"].level, found["tensorboard"].remedy) == ("blocked", "pip install tensorboard")
     assert (found["gguf"].level, found["gguf"].remedy) == ("blocked", "pip install gguf")
     assert not {"tensorboard", "wandb", "gguf"} & set(by_subject(RunConfig()))
+
+
+def test_a_reviser_behind_an_endpoint_wants_its_packages_and_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    def facts(**changes: object) -> list[tuple[str, str]]:
+        values = {
+            "reviser.backend": "endpoint",
+            "reviser.endpoint.model": "m",
+            "reviser.endpoint.key_variable": "MY_KEY",
+        }
+        found = doctor.findings(load_config(None, values | changes))
+        return [(finding.level, finding.fact) for finding in found if finding.subject == "reviser"]
+
+    for name in ("MY_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    priced = {"reviser.endpoint.prompt_price": 1.0, "reviser.endpoint.answer_price": 1.0}
+    assert facts(**priced) == [("blocked", "the environment variable MY_KEY holds no API key")]
+    assert facts(**priced, **{"reviser.endpoint.base_url": "http://localhost:1/v1"}) == []
+    monkeypatch.setenv("MY_KEY", "k")
+    assert facts(**priced) == []
+    assert facts() == [("note", "no prices are named, so no cost is shown and none is capped")]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openai" else object())
+    assert facts(**priced) == [("blocked", "reviser.backend endpoint needs openai, and that is not installed")]
+    assert [finding for finding in doctor.findings(RunConfig()) if finding.subject == "reviser"] == []
 
 
 def test_a_dependency_out_of_bounds_blocks_and_names_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None:

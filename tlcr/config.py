@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -175,6 +176,10 @@ class EndpointConfig(Checked):
                 raise ConfigError(f"EndpointConfig.extra_body is not JSON ({error}): {self.extra_body}") from error
             if not isinstance(fields, dict):
                 raise ConfigError(f"EndpointConfig.extra_body is {self.extra_body}; it must be a JSON object")
+
+    def lacks_key(self) -> bool:
+        """Whether there is no API key, and no server of the user's own that may do without."""
+        return not os.environ.get(self.key_variable) and self.base_url is None and "OPENAI_BASE_URL" not in os.environ
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ def findings(cfg: RunConfig) -> Iterator[Finding]:
     """Everything that can be said without looking at the model."""
     yield from _packages()
     yield from _extras(cfg)
+    yield from _reviser(cfg)
     yield from _processor(cfg)
     yield from _accelerators(cfg)
     yield from _build()
@@ -117,6 +118,23 @@ def _extras(cfg: RunConfig) -> Iterator[Finding]:
         if needed and importlib.util.find_spec(name) is None:
             knob = "model.gguf_file" if name == "gguf" else "tracker"
             yield Finding("blocked", name, f"{knob} needs it, and it is not installed", f"pip install {name}")
+
+
+def _reviser(cfg: RunConfig) -> Iterator[Finding]:
+    if cfg.reviser.backend != "endpoint":
+        return
+    missing = [name for name in ("openai", "tenacity", "aiolimiter") if importlib.util.find_spec(name) is None]
+    if missing:
+        fact = f"reviser.backend endpoint needs {', '.join(missing)}, and that is not installed"
+        yield Finding("blocked", "reviser", fact, "pip install 'tlcr[openai]'")
+    endpoint = cfg.reviser.endpoint
+    if endpoint.lacks_key():
+        fact = f"the environment variable {endpoint.key_variable} holds no API key"
+        remedy = "set it, or reviser.endpoint.base_url of a server without keys"
+        yield Finding("blocked", "reviser", fact, remedy)
+    if endpoint.prompt_price is None:
+        remedy = "reviser.endpoint.prompt_price, answer_price and max_cost, if the server is paid"
+        yield Finding("note", "reviser", "no prices are named, so no cost is shown and none is capped", remedy)
 
 
 def _processor(cfg: RunConfig) -> Iterator[Finding]:
@@ -180,11 +198,11 @@ def _implementations() -> Iterator[Finding]:
 
 
 def _sources(cfg: RunConfig) -> Iterator[Finding]:
-    for name in ("preferences", "edits", "prompts"):
-        source = getattr(cfg.data, name)
+    sources = {f"data.{name}": getattr(cfg.data, name) for name in ("preferences", "edits", "prompts")}
+    for name, source in {**sources, "reviser.files": cfg.reviser.files}.items():
         # A name without a suffix may be a dataset of the hub; a path with one is a file.
         if source is not None and Path(source).suffix and not Path(source).exists():
-            yield Finding("blocked", f"data.{name}", f"there is no file {source}", f"correct data.{name}")
+            yield Finding("blocked", name, f"there is no file {source}", f"correct {name}")
 
 
 def _disk(cfg: RunConfig) -> Iterator[Finding]:

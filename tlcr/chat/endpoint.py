@@ -86,13 +86,12 @@ class Endpoint:
             return await _Session(self, client, self._cfg, self._budget, signals).answer_all(questions, deliver)
 
     def _key(self) -> str:
-        key = os.environ.get(self._cfg.key_variable)
-        if not key and self._cfg.base_url is None and "OPENAI_BASE_URL" not in os.environ:
+        if self._cfg.lacks_key():
             raise ConfigError(
                 f"the environment variable {self._cfg.key_variable} is not set; put the API key there, or name another "
                 "variable in endpoint.key_variable, or a server without keys in endpoint.base_url"
             )
-        return key or "none"  # the client insists on one
+        return os.environ.get(self._cfg.key_variable) or "none"  # the client insists on one
 
     def fields(self, question: Question, *, schema: bool) -> dict[str, Any]:
         """The request's keyword arguments."""
