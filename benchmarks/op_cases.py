@@ -324,8 +324,9 @@ def _inputs(case: Case, device: str, generator: torch.Generator) -> tuple[Inputs
     if case.op == "ppo_loss":
         names = ("logprobs", "old_logprobs", "advantages", "values", "old_values", "returns")
         inputs = {name: normal(B, T).mul_(0.3) for name in names}
-        for name in ("values", "old_values"):
-            # Of few digits: V_old + (V - V_old) is then V, and no rounding decides which tokens count as clipped.
+        for name in names:
+            # Of few digits, so that no difference is rounded and none lies at a clip: among millions of tokens some
+            # would fall to one side in float32 and to the other in float64.
             inputs[name].mul_(1024).round_().div_(1024)
         return inputs | {"mask": prefix}, ("logprobs", "values")
     pair = {"rewards": normal(B, T), "values": normal(B, T)}
