@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
 from pathlib import Path
 from typing import Any
+
+from tlcr.trials import folder_of
 
 NASTY = '<script>alert("x")</script> & <b>'
 
@@ -16,6 +19,8 @@ def evaluation(gold: float | None, kl: float, length: float = 20.0) -> dict[str,
     return {
         "gold_per_token": gold,
         "gold_per_answer": None if gold is None else gold * length,
+        "proxy_per_token": 2 * kl,
+        "proxy_per_answer": 2 * kl * length,
         "kl_per_token": kl,
         "kl_per_answer": kl * length,
         "exact_kl_per_token": kl,
@@ -35,20 +40,22 @@ def write_run(
     updates: int = 60,
     scored: bool = True,
     answers: int = 3,
+    kl_coefs: tuple[float, ...] = (),
 ) -> Path:
-    """arms: name to how much gold a nat of KL buys there. Seeds differ a little."""
+    """arms: name to how much gold a nat of KL buys there. Seeds differ a little; half the coefficient, twice the KL."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(
         "output_dir: runs/made-up\nmodel:\n  path: embedded\narms:\n" + "".join(f"- name: {name}\n" for name in arms)
     )
     for arm_number, (arm, slope) in enumerate(arms.items()):
-        for seed in seeds:
-            own = folder / "ppo" / arm / f"seed-{seed}"
+        for seed, kl_coef in itertools.product(seeds, kl_coefs or (None,)):
+            own = folder / "ppo" / folder_of(arm, kl_coef if len(kl_coefs) > 1 else None, seed)
             own.mkdir(parents=True)
             rng = random.Random(f"{arm} {seed}")
+            reach = max(0.9 - 0.12 * arm_number, 0.05) * (1.0 if kl_coef is None else min(kl_coefs) / kl_coef)
             rows, last = [], evaluation(None, 0.0)
             for update in range(updates + 1):
-                kl = (0.9 - 0.12 * arm_number) * update / updates
+                kl = reach * update / updates
                 gold = -0.05 + slope * kl**0.8 + 0.01 * (seed - 1) if scored else None
                 row = {
                     "step": update,

@@ -51,12 +51,12 @@ def test_an_arm_names_only_what_differs_from_the_reward_around_it(tmp_path: Path
         "  - name: plain\n"
         "  - name: discrete\n"
         "    reward: {kind: discrete, clip: null}\n"
-        "    kl_coef: 0.2\n",
+        "    kl_coefs: [0.2]\n",
     )
     cfg = load_config(path, {"reward.scale": 4.0})
     assert cfg.arms == (
         Arm("plain", RewardConfig(scale=4.0, clip=3.0)),
-        Arm("discrete", RewardConfig(scale=4.0, clip=None, kind="discrete"), kl_coef=0.2),
+        Arm("discrete", RewardConfig(scale=4.0, clip=None, kind="discrete"), kl_coefs=(0.2,)),
     )
 
 
@@ -66,7 +66,7 @@ def test_dumped_and_loaded_is_the_same_config(tmp_path: Path) -> None:
         output_dir="runs/größer",
         seeds=(1, 2),
         reward=RewardConfig(kind="sign", clip=None),
-        arms=(Arm("a", RewardConfig(kind="discrete", band=0.1)), Arm("b", RewardConfig(), kl_coef=0.0)),
+        arms=(Arm("a", RewardConfig(kind="discrete", band=0.1)), Arm("b", RewardConfig(), kl_coefs=(0.0,))),
         ppo=dataclasses.replace(RunConfig().ppo, learning_rate=3e-7, target_kl=0.1),
     )
     assert load_config(write(tmp_path, dump_config(cfg))) == cfg

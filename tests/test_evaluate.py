@@ -78,7 +78,7 @@ def _gold(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 
 
 def _detail(rollout: Rollout, scores: PolicyScores) -> TokenDetail:
-    return TokenDetail(_ramp(rollout, 10.0, 1.0), _ramp(rollout, -1.0, 0.5))
+    return TokenDetail(_ramp(rollout, 4.0, 2.0), _ramp(rollout, 10.0, 1.0), _ramp(rollout, -1.0, 0.5))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -108,7 +108,27 @@ def test_measures_by_hand(tiny_tokenizer: PreTrainedTokenizerFast, batch_size: i
     assert result.standard_errors["gold_per_answer"] == pytest.approx(math.sqrt(8 / 2))
     assert result.standard_errors["exact_kl_per_token"] == pytest.approx(0.0, abs=1e-9)
     assert result.samples == ()
+    assert result.proxy_per_token is None and "proxy_per_answer" not in result.metrics()
     assert result.metrics()["gold_per_token"] == result.gold_per_token
+
+
+@pytest.mark.parametrize("samples", [0, 1])
+def test_the_arms_own_reward_is_measured_on_all_answers(tiny_tokenizer: PreTrainedTokenizerFast, samples: int) -> None:
+    sampler = Sampler(tiny_tokenizer)
+    result = evaluate_policy(
+        PROMPTS,
+        tokenizer=tiny_tokenizer,
+        generate=sampler.generate,
+        score=sampler.score,
+        scorer=None,
+        batch_size=1,
+        samples=samples,
+        detail=_detail,
+    )
+    lengths = [len(tiny_tokenizer(RESPONSES[0])["input_ids"]) + 1, len(tiny_tokenizer(RESPONSES[1])["input_ids"])]
+    proxy = [sum(4.0 + 2.0 * t for t in range(n)) for n in lengths]
+    assert result.proxy_per_answer == pytest.approx(sum(proxy) / 2)
+    assert result.proxy_per_token == pytest.approx(sum(proxy) / sum(lengths))
 
 
 def test_samples_hold_each_counted_action(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

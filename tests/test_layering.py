@@ -18,7 +18,7 @@ LAYER_NAMES = ("tools", "models", "stages", "recipes", "pipeline", "commands")
 LAYERS = {
     TOOLS: (
         "bidirectional callbacks chat checkpoint config config_loading distributed errors interrupt kl metrics "
-        "microbatches models ops optim padding progress supervised tokenization types"
+        "microbatches models ops optim padding progress supervised tokenization trials types"
     ),
     MODELS: "actor_critic discriminator dpo reward_model sft",
     STAGES: "advantages data discriminator_metrics evaluate labels reward reward_sources rollout update",

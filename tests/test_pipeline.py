@@ -10,11 +10,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from tlcr import pipeline
 from tlcr.checkpoint import as_plain
 from tlcr.config import Arm, RewardConfig, RunConfig
 from tlcr.config_loading import dump_config, load_config
@@ -22,7 +24,7 @@ from tlcr.data import embedded
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.metrics import read_metrics
 from tlcr.pipeline import run, stage
-from tlcr.run_folder import RunFolder
+from tlcr.run_folder import open_run
 
 
 def small_config(folder: Path, **changes: object) -> RunConfig:
@@ -136,11 +138,11 @@ def test_runs_side_by_side_give_what_runs_in_turn_give(finished: RunConfig, tmp_
 def test_a_run_that_is_opened_again_keeps_its_config_file(finished: RunConfig, tmp_path: Path) -> None:
     """Workers open their folder at the same time: two that wrote would pull the file from under each other."""
     cfg = replace(finished, output_dir=str(tmp_path / "run"))
-    path = RunFolder(cfg, resume=False).path / "config.yaml"
+    path = open_run(cfg, resume=False).path / "config.yaml"
     before = path.stat().st_ino
-    RunFolder(load_config(path, {}), resume=True, whole=False)
+    open_run(load_config(path, {}), resume=True, whole=False)
     assert path.stat().st_ino == before
-    RunFolder(replace(cfg, parallel=3), resume=True)
+    open_run(replace(cfg, parallel=3), resume=True)
     assert "parallel: 3" in path.read_text(encoding="utf-8")
 
 
@@ -150,7 +152,7 @@ def test_a_worker_that_fails_is_named_with_its_reason(finished: RunConfig, tmp_p
         Arm("breaks", reward=RewardConfig(kind="callable", callable="no_such_module_here:reward")),
     )
     cfg = replace(finished, output_dir=str(tmp_path / "run"), parallel=2, arms=arms)
-    with pytest.raises(TlcrError, match=r"the PPO run 'breaks', seed 0, ended with code 2: .*no_such_module_here"):
+    with pytest.raises(TlcrError, match=r"ppo breaks/seed-0 ended with code 2: .*no_such_module_here"):
         run(cfg)
 
 
@@ -179,6 +181,61 @@ def test_an_interrupted_run_resumes_to_the_same_policies(finished: RunConfig, tm
         )
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+class InThisProcess:
+    """Stands for a worker process: its command runs here and now, which spares the imports."""
+
+    started: ClassVar[list[tuple[str, str]]] = []
+
+    def __init__(self, command: list[str], **_: object) -> None:
+        assert command[:3] == [sys.executable, "-m", "tlcr.pipeline"]
+        self.started.append((command[4], command[5]))
+        self.code = pipeline._worker(*command[3:])
+
+    def poll(self) -> int:
+        return self.code
+
+
+def test_a_grid_shares_the_models_of_a_seed(
+    finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two seeds with models of their own, two coefficients; then a third coefficient, which repeats nothing."""
+    monkeypatch.setattr(pipeline.subprocess, "Popen", InThisProcess)
+    monkeypatch.setattr(InThisProcess, "started", [])
+    cfg = replace(
+        finished,
+        output_dir=str(tmp_path / "run"),
+        parallel=2,
+        seeds=(0, 3),
+        models_per_seed=True,
+        ppo=replace(finished.ppo, updates=1),
+        kl_coefs=(0.5, 0.05),
+        arms=(Arm("continuous"), Arm("random", RewardConfig(kind="random"), kl_coefs=(0.1,))),
+    )
+    folder = run(cfg)
+    trials = ["continuous/kl-0.5", "random", "continuous/kl-0.05"]
+    ppo = [("ppo", f"{trial}/seed-{seed}") for seed in (0, 3) for trial in trials]
+    assert InThisProcess.started == [("models", "0"), ("models", "3"), *ppo]
+    assert not (folder / "sft").exists() and not (folder / "models" / "seed-3" / "reward_model").exists()
+    first, second = (AutoModelForCausalLM.from_pretrained(folder / "models" / f"seed-{s}" / "sft") for s in (0, 3))
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+    def evaluation(trial: str, seed: int) -> dict:
+        return json.loads((folder / "ppo" / trial / f"seed-{seed}" / "evaluation.json").read_text())
+
+    # the arms and coefficients of a seed start from one model, and those of another seed from another
+    before = {seed: [evaluation(trial, seed)["before"]["gold_per_token"] for trial in trials] for seed in (0, 3)}
+    assert len(set(before[0])) == len(set(before[3])) == 1 and before[0] != before[3]
+    settings = json.loads((folder / "ppo" / "continuous" / "kl-0.05" / "seed-3" / "arm.json").read_text())["config"]
+    assert (settings["seed"], settings["ppo_seed"], settings["kl"]["coef"]) == (3, 3, 0.05)
+    rows = [(row["name"], row["kl_coef"]) for row in json.loads((folder / "results.json").read_text())["arms"]]
+    assert rows == [("continuous", 0.05), ("continuous", 0.5), ("random", None)]
+
+    InThisProcess.started.clear()
+    run(replace(cfg, kl_coefs=(0.5, 0.05, 0.2)), resume=True)
+    assert InThisProcess.started[2:] == [("ppo", f"continuous/kl-0.2/seed-{seed}") for seed in (0, 3)]
+    assert "| continuous | 0.2 |" in (folder / "results.md").read_text(encoding="utf-8")
 
 
 def test_every_rival_is_an_arm(finished: RunConfig, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from tests.run_folders import NASTY, add_stages, write_run
 from tlcr.errors import DataError
-from tlcr.figures import ARM_COLOURS, mean_curve
+from tlcr.figures import ARM_COLOURS, arm_colour, arm_marker, mean_curve
 from tlcr.report import number, print_results, verdicts, write_report
 
 ARMS = {"continuous": 0.6, "sum-at-end": 0.35, "sequence": 0.2}
@@ -161,7 +161,7 @@ def test_arms_keep_their_colour(text: str) -> None:
     for colour in ARM_COLOURS[:3]:
         assert text.lower().count(colour.lower()) > 3  # dots, frontier and curves
     assert ARM_COLOURS[3].lower() not in text.lower()
-    assert text.count("<svg") == 4 and text.count('role="img"') == 4
+    assert text.count("<svg") == 5 and text.count('role="img"') == 5
     assert "#123456" not in text  # the ink became the page's own colour
 
 
@@ -205,6 +205,56 @@ def test_without_a_scorer_gold_is_a_dash(tmp_path: Path) -> None:
 
 def test_the_page_is_the_same_each_time(run: Path, text: str) -> None:
     assert write_report(run).read_text(encoding="utf-8") == text
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine arms, more than there are colours, at two coefficients."""
+    arms = {f"arm-{number}": 0.6 - 0.05 * number for number in range(9)}
+    folder = write_run(tmp_path_factory.mktemp("runs") / "grid", arms, seeds=(0, 1), kl_coefs=(0.1, 0.02), updates=20)
+    write_report(folder)
+    return folder
+
+
+def test_a_grid_has_a_row_for_each_arm_and_coefficient(grid: Path) -> None:
+    text = (grid / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    header, *rows = page.rows["headline"]
+    assert "KLcoefficient" in header[1] and len(rows) == 18 and all(len(row) == len(header) for row in rows)
+    assert [row[1] for row in rows[:2]] == ["0.02", "0.1"]
+    assert len(page.rows["matched"]) == len(page.rows["paired"]) + 1 == 10
+    results = json.loads((grid / "results.json").read_text())
+    level = results["frontier"]["levels"][0]["arms"]["arm-0"]
+    cells = [" ".join(cell.split()) for cell in page.rows["matched"][1]]
+    assert cells[1] == f"{number(level['mean'])} {number(level['interval'][0])} to {number(level['interval'][1])}"
+    assert "at one KL coefficient after the other" in text and "Gold and what was maximised" in text
+    # beyond the seven colours the figure names its lines itself
+    assert "arm-8</text>" in text
+
+
+def test_arms_of_one_colour_differ_in_marker() -> None:
+    looks = [(arm_colour(index), arm_marker(index)) for index in range(49)]
+    assert len(set(looks)) == 49
+
+
+def test_the_tables_in_markdown_are_whole(grid: Path, run: Path, tmp_path: Path) -> None:
+    for folder, columns, rows in ((grid, 7, 18), (run, 6, 3)):
+        text = (folder / "results.md").read_text(encoding="utf-8")
+        tables = [block.splitlines() for block in re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE)]
+        assert len(tables) == 3
+        for table in tables:
+            assert len({line.count("|") for line in table}) == 1 and re.fullmatch(r"(\|---)+\|", table[1])
+        assert tables[0][0].count("|") == columns + 1 and len(tables[0]) == rows + 2
+        results = json.loads((folder / "results.json").read_text())
+        first = results["arms"][0]["after"]["gold_per_token"]
+        assert (
+            f"{number(first['mean'])} [{number(first['interval'][0])}, {number(first['interval'][1])}]" in tables[0][2]
+        )
+        assert len(tables[2]) == len(results["frontier"]["comparisons"]) + 2
+        difference = results["frontier"]["comparisons"][0]["difference"]
+        assert f"| {number(difference)} [" in tables[2][2]
+    write_report(tmp_path)
+    assert "No policy has been trained" in (tmp_path / "results.md").read_text(encoding="utf-8")
 
 
 def test_the_table_stands_in_eighty_columns(run: Path) -> None:

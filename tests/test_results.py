@@ -17,7 +17,9 @@ from tlcr.results import (
     frontier,
     gold_at_kl,
     gold_at_matched_kl,
+    mean_over_seeds,
     paired_difference,
+    paths,
     write_results,
 )
 
@@ -71,7 +73,7 @@ def test_differences_are_taken_within_a_seed() -> None:
 
 def runs(**arms: list[list[dict[str, float]]]) -> list[SeedRun]:
     return [
-        SeedRun(arm, seed, path[0], path[-1], tuple(path))
+        SeedRun(arm, None, seed, path[0], path[-1], tuple(path))
         for arm, paths in arms.items()
         for seed, path in enumerate(paths)
     ]
@@ -87,14 +89,76 @@ def test_the_frontier_compares_where_both_have_been() -> None:
     )
     assert found is not None
     assert found["reached"] == {"continuous": 0.8, "discrete": 0.6, "sequence": 0.1}
-    assert [level["kl"] for level in found["levels"]] == pytest.approx([0.025, 0.05, 0.1])
+    assert [level["kl"] for level in found["levels"]] == pytest.approx([0.15, 0.3, 0.6])  # of what half have reached
     last = found["levels"][-1]["arms"]
-    assert last["continuous"]["mean"] == pytest.approx((0.1 + 0.15) / 2)
-    assert last["sequence"]["mean"] == pytest.approx((0.01 + 0.02) / 2)
+    assert last["continuous"]["mean"] == pytest.approx((0.6 + 0.9) / 2)
+    assert last["discrete"]["mean"] == pytest.approx(0.3)
+    assert last["sequence"] is None  # one of its seeds got to 0.2, which would speak for both
+    assert [level["arms"]["sequence"] for level in found["levels"]] == [None] * 3
     against_discrete, against_sequence = found["comparisons"]
     assert (against_discrete["other"], against_discrete["kl"]) == ("discrete", 0.6)
     assert against_discrete["difference"] == pytest.approx(((0.6 - 0.3) + (0.9 - 0.3)) / 2)
     assert (against_sequence["other"], against_sequence["kl"]) == ("sequence", 0.1)
+
+
+def trial(arm: str, kl_coef: float | None, seed: int, kl: float, gold: float) -> SeedRun:
+    """A run that ended there; on its way it was elsewhere."""
+    way = curve((0.0, 0.1 * seed), (9.0, -9.0), (kl, gold))
+    return SeedRun(arm, kl_coef, seed, way[0], way[-1], tuple(way))
+
+
+def test_over_several_coefficients_the_way_is_from_end_to_end() -> None:
+    """From the reference to where training ended under the largest coefficient, then the next: not through training."""
+    grid = [
+        *(trial("a", coef, seed, kl, kl * (1 + seed)) for coef, kl in ((0.1, 0.4), (0.02, 1.0)) for seed in (0, 1)),
+        *(trial("b", coef, seed, kl, kl / 2) for coef, kl in ((0.02, 0.8), (0.1, 0.2)) for seed in (0, 1)),
+        trial("c", None, 0, 0.5, 0.7),
+    ]
+    found = paths(grid)
+    assert [(p["stop"], p["kl_per_token"], p["gold_per_token"]) for p in found["a"][1]] == [
+        (0, 0.0, 0.1),
+        (1, 0.4, 0.8),
+        (2, 1.0, 2.0),
+    ]
+    assert [p["kl_per_token"] for p in found["b"][0]] == [0.0, 0.2, 0.8]
+    assert [p["kl_per_token"] for p in found["c"][0]] == [0.0, 9.0, 0.5]  # a single coefficient: its training
+    front = frontier(grid[:-1])
+    assert front is not None and front["reached"] == {"a": 1.0, "b": 0.8}
+    (against,) = front["comparisons"]
+    assert (against["kl"], against["seeds"]) == (0.8, [0, 1])
+    assert against["arm_gold"]["mean"] == pytest.approx((0.8 + 1.6) / 2)
+    assert against["other_gold"]["mean"] == pytest.approx(0.4)
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    mean = mean_over_seeds([1.0, 2.0, 6.0])
+    assert mean is not None and mean.mean == 3.0 and mean.sd == pytest.approx(math.sqrt(7))
+    half = 4.302652729911275 * math.sqrt(7 / 3)
+    assert mean.interval == pytest.approx((3 - half, 3 + half))
+    single, equal = mean_over_seeds([4.0]), mean_over_seeds([4.0, 4.0])
+    assert single is not None and single.interval is None
+    assert equal is not None and equal.interval == (4.0, 4.0)
+    assert mean_over_seeds([]) is None
+
+
+def test_a_grid_is_read_from_its_folders(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"zeta": 0.6, "alpha": 0.3}, seeds=(0, 1), kl_coefs=(0.2, 0.05))
+    results = collect_results(folder)
+    rows = [(row["name"], row["kl_coef"]) for row in results["arms"]]
+    assert rows == [("zeta", 0.05), ("zeta", 0.2), ("alpha", 0.05), ("alpha", 0.2)]
+    assert [seed["folder"] for seed in results["arms"][1]["seeds"]] == ["zeta/kl-0.2/seed-0", "zeta/kl-0.2/seed-1"]
+    kls = [point["kl_per_token"] for point in results["paths"]["zeta"][0]]
+    assert kls == sorted(kls) and len(kls) == 3
+    assert results["frontier"]["comparisons"][0]["other"] == "alpha"
+
+
+def test_models_of_each_seed_are_those_of_the_first(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"continuous": 0.6}, seeds=(2, 10))
+    for seed in (10, 2):
+        own = folder / "models" / f"seed-{seed}" / "sft"
+        own.mkdir(parents=True)
+        (own / "done.json").write_text(json.dumps({"metrics": {"loss": float(seed)}, "seconds": 1.0}))
+    assert collect_results(folder)["stages"]["sft"]["metrics"] == {"loss": 2.0}
 
 
 def test_no_frontier_without_gold_or_without_movement() -> None:

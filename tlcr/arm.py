@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from tlcr.actor_critic import ActorCritic, build_value_model
 from tlcr.advantages import compute_advantages
-from tlcr.config import Arm, RunConfig
+from tlcr.config import RewardConfig, RunConfig
 from tlcr.data import embedded
 from tlcr.discriminator import load_discriminator, temperature_of
 from tlcr.distributed import on_main_process, process_count, process_index
@@ -26,29 +26,29 @@ from tlcr.models import load_causal_lm, load_sequence_classifier, load_tokenizer
 from tlcr.reward import RunningMean, compose_rewards
 from tlcr.reward_sources import LoadedModel, RewardSource, build_reward_source, import_function
 from tlcr.rollout import generate, score_rollout, seeded_generator
-from tlcr.run_folder import RunFolder
+from tlcr.run_folder import TRAINED, RunFolder
 from tlcr.train_ppo import train_ppo
-from tlcr.types import PolicyScores, Rollout
+from tlcr.trials import Trial
+from tlcr.types import PolicyScores, Rewards, Rollout
 
 
-def train_arm(run: RunFolder, arm: Arm, seed: int) -> None:
+def train_arm(run: RunFolder, trial: Trial) -> None:
     """Trains and evaluates one policy; writes policy/, value/, metrics.jsonl, evaluation.json and samples.jsonl."""
-    folder = run.arm_folder(arm, seed)
-    # train_ppo keeps done.json in the same folder: trained is not yet evaluated
-    run.once(folder, run.arm_settings(arm, seed), lambda: _train(run, arm, seed, folder), record="arm.json")
+    folder = run.trial_folder(trial)
+    run.once(folder, run.trial_settings(trial), lambda: _train(run, trial, folder), record=TRAINED)
 
 
-def evaluate_arm(run: RunFolder, arm: Arm, seed: int) -> None:
+def evaluate_arm(run: RunFolder, trial: Trial) -> None:
     """Evaluates a trained policy again, by the evaluation settings of today."""
-    cfg, folder = run.arm_config(arm), run.arm_folder(arm, seed)
+    cfg, folder = trial.config(run.cfg), run.trial_folder(trial)
     judges = _load_judges(run, cfg)
-    evaluation = _Evaluation(run, cfg, judges, seed)
+    evaluation = _Evaluation(run, cfg, judges, trial.seed)
     before, after = evaluation(_start(run, cfg, judges)), evaluation(_trained(run, cfg, folder))
     on_main_process(lambda: write_evaluation(folder, before, after))
 
 
-def _train(run: RunFolder, arm: Arm, seed: int, folder: Path) -> Mapping[str, Any]:
-    cfg = run.arm_config(arm)
+def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
+    cfg, seed = trial.config(run.cfg), trial.seed
 
     # 1. the judges of this arm, frozen
     judges = _load_judges(run, cfg)
@@ -197,19 +197,25 @@ class _Evaluation:
         )
 
     def _detail(self, rollout: Rollout, scores: PolicyScores) -> TokenDetail:
-        """The arm's reward without KL, and the advantage of each action under it."""
-        rewards = compose_rewards(
-            self._source(rollout),
-            rollout.mask_BT,
-            ended_B=rollout.ended_B,
-            kl_BT=None,
-            kl_coef=0.0,
-            cfg=self._cfg.reward,
-            temperature=self._judges.temperature,
-            centre=RunningMean() if self._cfg.reward.centre else None,
-        )
-        ppo = self._cfg.ppo
+        """The arm's reward without KL, not centred and as PPO gets it, and the advantage of each action under it."""
+        signal = self._source(rollout)
+
+        def composed(reward: RewardConfig) -> Rewards:
+            return compose_rewards(
+                signal,
+                rollout.mask_BT,
+                ended_B=rollout.ended_B,
+                kl_BT=None,
+                kl_coef=0.0,
+                cfg=reward,
+                temperature=self._judges.temperature,
+                centre=RunningMean() if reward.centre else None,
+            )
+
+        ppo, reward = self._cfg.ppo, self._cfg.reward
+        rewards = composed(reward)
         advantages = compute_advantages(
             rewards, scores, rollout.mask_BT, gamma=ppo.gamma, lam=ppo.lam, whiten=ppo.whiten, accelerator=None
         )
-        return TokenDetail(rewards.rewards_BT, advantages.advantages_BT)
+        proxy = composed(replace(reward, centre=False)) if reward.centre else rewards
+        return TokenDetail(proxy.rewards_BT, rewards.rewards_BT, advantages.advantages_BT)

@@ -452,18 +452,27 @@ class EvaluationConfig(Checked):
     samples: int = knob(12, "answers kept with per-token detail for the report", ge=0)
 
 
+def _check_kl_coefs(coefs: tuple[float, ...], owner: str) -> None:
+    for coef in coefs:
+        if coef < 0:
+            raise ConfigError(f"{owner}.kl_coefs has {coef!r}; each must be at least 0")
+        if coefs.count(coef) > 1:
+            raise ConfigError(f"{owner}.kl_coefs has {coef!r} twice; each names the folder of a run of its own")
+
+
 @dataclass(frozen=True)
 class Arm(Checked):
     """One policy of a comparison: a name, and what differs from the config around it."""
 
     name: str
     reward: RewardConfig = field(default_factory=RewardConfig)
-    kl_coef: float | None = knob(None, "kl.coef of this arm; default: that of the config around it", ge=0)
+    kl_coefs: tuple[float, ...] = knob((), "KL coefficients of this arm; default: those of the config around it")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ConfigError(f"Arm.name is {self.name!r}; it names a folder: use letters, digits, '.', '_' and '-'")
+        _check_kl_coefs(self.kl_coefs, "Arm")
 
 
 @dataclass(frozen=True)
@@ -472,7 +481,11 @@ class RunConfig(Checked):
 
     output_dir: str = knob("runs/default", "everything a run writes goes here")
     seed: int = knob(0, "seed of every stage before PPO", ge=0)
-    seeds: tuple[int, ...] = knob((0,), "one PPO run for each seed and arm")
+    seeds: tuple[int, ...] = knob((0,), "one PPO run for each seed, arm and KL coefficient")
+    models_per_seed: bool = knob(
+        False, "each of seeds has SFT and judges of its own, shared by its arms; else those of 'seed' serve all"
+    )
+    kl_coefs: tuple[float, ...] = knob((), "KL coefficients to compare every arm at; default: kl.coef alone")
     tracker: Literal["tensorboard", "wandb", "none"] = knob("none", "also log through this tracker of accelerate")
     parallel: int = knob(1, "PPO runs at a time, each a process of its own", ge=1)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -505,6 +518,13 @@ class RunConfig(Checked):
             raise ConfigError(
                 f"RunConfig.data.edits is {self.data.edits!r} and RunConfig.reviser.backend is "
                 f"{self.reviser.backend!r}; edits are read or made: drop one"
+            )
+        _check_kl_coefs(self.kl_coefs, "RunConfig")
+        several = self.kl_coefs or [coef for arm in self.arms for coef in arm.kl_coefs]
+        if several and self.kl.target is not None:
+            raise ConfigError(
+                f"RunConfig.kl_coefs compares fixed coefficients, but kl.target {self.kl.target} adapts each of them "
+                "to one KL; drop one of the two"
             )
         official = [reward for reward in (self.reward, *(arm.reward for arm in self.arms)) if reward.compat is not None]
         if official and self.kl.placement != "reward":

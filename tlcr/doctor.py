@@ -24,6 +24,7 @@ from tlcr import ops
 from tlcr.config import RunConfig
 from tlcr.errors import ConfigError
 from tlcr.memory import Estimate, ModelSize, advice, estimate_run, measure_model
+from tlcr.trials import trials_of
 
 __all__ = ["Finding", "Level", "examine", "findings"]
 
@@ -223,7 +224,7 @@ def _existing(folder: Path) -> Path:
 def _checkpoints_fit(cfg: RunConfig, ppo: Estimate) -> Iterator[Finding]:
     """Of each PPO run, keep_checkpoints + 1 exist while one is saved, with weights and optimiser states."""
     trained = sum(role.weights + role.optimizer for role in ppo.roles if role.optimizer)
-    runs = max(1, len(cfg.arms)) * len(cfg.seeds)
+    runs = len(trials_of(cfg))
     need = trained * (cfg.ppo.keep_checkpoints + 1) * runs
     free = shutil.disk_usage(_existing(Path(cfg.output_dir))).free
     if need > free:
@@ -250,7 +251,7 @@ def _fits(cfg: RunConfig, size: ModelSize, estimates: list[Estimate]) -> Iterato
     where = "GPU 0" if on_gpu else "this machine"
     limit = int(free * USABLE_SHARE)
     for estimate in estimates:
-        at_a_time = min(cfg.parallel, max(1, len(cfg.arms)) * len(cfg.seeds)) if estimate.stage == "ppo" else 1
+        at_a_time = min(cfg.parallel, len(trials_of(cfg))) if estimate.stage == "ppo" else 1
         need = estimate.total * at_a_time
         times = f" ({at_a_time} at a time)" if at_a_time > 1 else ""
         fact = f"{estimate.stage}{times} needs about {_gib(need)}; {where} has {_gib(free)} free"

@@ -28,6 +28,8 @@ Scorer = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 MEASURES = (
     "gold_per_token",
     "gold_per_answer",
+    "proxy_per_token",
+    "proxy_per_answer",
     "kl_per_token",
     "kl_per_answer",
     "exact_kl_per_token",
@@ -40,8 +42,13 @@ MEASURES = (
 
 @dataclass(frozen=True)
 class TokenDetail:
-    """What the arm's reward says of every action of a rollout, (B, T): its reward without KL, and the advantage."""
+    """What the arm's reward says of every action of a rollout, (B, T), all without KL.
 
+    proxy_BT: the reward as its source and `reward.scale` make it. rewards_BT: the same, centred where the arm's is.
+    advantages_BT: the advantage under the latter.
+    """
+
+    proxy_BT: Tensor
     rewards_BT: Tensor
     advantages_BT: Tensor
 
@@ -57,6 +64,8 @@ class EvaluatedAnswer:
     prompt: str
     response: str
     gold: float | None
+    proxy: float | None
+    """Sum of the arm's own reward without KL, not centred; None without a `detail`."""
     length: int
     """Counted tokens, the end of sequence among them."""
     kl: float
@@ -97,6 +106,9 @@ class PolicyEvaluation:
 
     gold_per_token: float | None
     gold_per_answer: float | None
+    proxy_per_token: float | None
+    """What PPO maximised, KL aside: the arm's own reward, on its own scale."""
+    proxy_per_answer: float | None
     kl_per_token: float
     """Sampled KL(policy || reference), nats per token."""
     kl_per_answer: float
@@ -139,9 +151,10 @@ def evaluate_policy(
     generate: samples one answer for each prompt, at the sampling temperature and from a generator of fixed seed, so
     that two policies meet the same luck. score: log-probs of policy and reference, values and entropies of a rollout,
     with the exact KL where it is wanted. scorer: the judge of whole answers; None where there is none. batch_size:
-    prompts given to `generate` at a time. samples: answers kept with per-token detail, the first ones; `detail` gives
-    their reward and advantage (without it those two are empty). gather: collects the answers of all processes, each of
-    which evaluated its own share of the prompts (`accelerate.utils.gather_object`).
+    prompts given to `generate` at a time. samples: answers kept with per-token detail, the first ones. detail: the
+    arm's reward and advantages (without it those of the samples are empty, and there is no proxy). gather: collects
+    the answers of all processes, each of which evaluated its own share of the prompts
+    (`accelerate.utils.gather_object`).
 
     Raises DataError without prompts, or where the scorer returns a wrong count or a score that is not finite;
     ShapeError where `detail` returns another shape than the rollout's.
@@ -151,7 +164,7 @@ def evaluate_policy(
         rollout = generate(prompts[start : start + batch_size])
         scores = score(rollout)
         kept = min(max(samples - start, 0), len(rollout.prompts))
-        details = detail(rollout, scores) if detail is not None and kept else None
+        details = detail(rollout, scores) if detail is not None else None
         answers.extend(_answers(rollout, scores, _gold(scorer, rollout), tokenizer, kept, details))
     return summarise(gather(answers) if gather is not None else answers, samples=samples)
 
@@ -163,10 +176,13 @@ def summarise(answers: Sequence[EvaluatedAnswer], *, samples: int) -> PolicyEval
     lengths = [float(a.length) for a in answers]
     # A measure is taken for all answers or for none: scorer and score() do not choose among them.
     gold = [a.gold for a in answers if a.gold is not None]
+    proxy = [a.proxy for a in answers if a.proxy is not None]
     exact = [a.exact_kl for a in answers if a.exact_kl is not None]
     estimates = {
         "gold_per_token": ratio_of_sums(gold, lengths) if gold else (None, None),
         "gold_per_answer": mean_of(gold) if gold else (None, None),
+        "proxy_per_token": ratio_of_sums(proxy, lengths) if proxy else (None, None),
+        "proxy_per_answer": mean_of(proxy) if proxy else (None, None),
         "kl_per_token": ratio_of_sums([a.kl for a in answers], lengths),
         "kl_per_answer": mean_of([a.kl for a in answers]),
         "exact_kl_per_token": ratio_of_sums(exact, lengths) if exact else (None, None),
@@ -240,7 +256,7 @@ def _answers(
 ) -> list[EvaluatedAnswer]:
     mask_BT = rollout.mask_BT
     if detail is not None:
-        for name in ("rewards_BT", "advantages_BT"):
+        for name in ("proxy_BT", "rewards_BT", "advantages_BT"):
             shape = getattr(detail, name).shape
             if shape != mask_BT.shape:
                 raise ShapeError(
@@ -253,12 +269,14 @@ def _answers(
     kl = rows(scores.logprobs_BT - scores.ref_logprobs_BT)
     entropy, values = rows(scores.entropy_BT), rows(scores.values_BT)
     exact = rows(scores.kl_BT) if scores.kl_BT is not None else None
+    proxy = rows(detail.proxy_BT) if detail is not None else None
     answers = []
     for b, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
         answer = EvaluatedAnswer(
             prompt=prompt,
             response=response,
             gold=gold_B[b],
+            proxy=math.fsum(proxy[b]) if proxy is not None else None,
             length=len(kl[b]),
             kl=math.fsum(kl[b]),
             exact_kl=math.fsum(exact[b]) if exact is not None else None,

@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 ARM_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C")
 """Okabe and Ito's palette, told apart by colour-blind readers and on light and dark grounds alike."""
 ARM_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINE_STYLES = ("-", "--", ":", "-.")
+"""The second, third and fourth seven of many arms."""
 INK = "#123456"
 """Stands for the page's text colour until the SVG is finished."""
 
@@ -26,6 +28,15 @@ Curve = Sequence[tuple[float, float]]
 def arm_colour(index: int) -> str:
     """The colour of the index-th arm everywhere in a report."""
     return ARM_COLOURS[index % len(ARM_COLOURS)]
+
+
+def arm_marker(index: int) -> str:
+    """A marker that no other arm of the same colour has, among the first 49."""
+    return ARM_MARKERS[(index + index // len(ARM_COLOURS)) % len(ARM_MARKERS)]
+
+
+def _arm_line(index: int) -> str:
+    return LINE_STYLES[index // len(ARM_COLOURS) % len(LINE_STYLES)]
 
 
 @contextmanager
@@ -76,12 +87,13 @@ def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float]]:
 
 
 def _draw_arm(axes: Axes, index: int, name: str, seeds: Sequence[Curve], mean: Curve, *, marker: bool) -> None:
-    colour, shape = arm_colour(index), ARM_MARKERS[index % len(ARM_MARKERS)] if marker else None
+    colour, shape, line = arm_colour(index), arm_marker(index) if marker else None, _arm_line(index)
     if len(seeds) > 1:
         for curve in seeds:
             axes.plot(*zip(*curve, strict=True), color=colour, linewidth=0.8, alpha=0.4)
     if mean:
-        axes.plot(*zip(*mean, strict=True), linewidth=2.2, markersize=4.5, label=name, color=colour, marker=shape)
+        style: dict[str, Any] = {"linewidth": 2.2, "linestyle": line, "markersize": 4.5, "marker": shape}
+        axes.plot(*zip(*mean, strict=True), label=name, color=colour, **style)
 
 
 def curve_grid(
@@ -109,7 +121,7 @@ def frontier_plot(
     levels: Sequence[float],
     label: str,
 ) -> str:
-    """Gold against KL: each arm's path through training, with the matched levels as dashed lines."""
+    """Gold against KL: each arm's path away from the reference, with the matched levels as dashed lines."""
     with style():
         figure = Figure(figsize=(9.2, 4.6), layout="constrained")
         axes = figure.add_subplot()
@@ -119,6 +131,29 @@ def frontier_plot(
             _draw_arm(axes, arm_order.index(name), name, seeds, means[name], marker=True)
         axes.set_xlabel("KL to the reference, nats per token: how far the policy has moved")
         axes.set_ylabel("gold per token")
+        if len(by_arm) > len(ARM_COLOURS):  # colours alone no longer tell them apart
+            figure.legend(loc="outside right upper", fontsize=9)
+        return svg_text(figure, label)
+
+
+def proxy_plot(by_arm: Mapping[str, tuple[Curve, Curve]], arm_order: Sequence[str], label: str) -> str:
+    """For each arm a panel: the mean gold (solid, left) and the arm's own reward (dotted, right) against KL."""
+    with style():
+        columns = 3
+        rows = math.ceil(len(by_arm) / columns)
+        figure = Figure(figsize=(9.2, 2.3 * rows), layout="constrained")
+        for place, (name, (gold, proxy)) in enumerate(by_arm.items()):
+            axes = figure.add_subplot(rows, columns, place + 1)
+            colour, marker = arm_colour(arm_order.index(name)), arm_marker(arm_order.index(name))
+            axes.plot(*zip(*gold, strict=True), color=colour, marker=marker, markersize=4)
+            own = axes.twinx()
+            own.plot(*zip(*proxy, strict=True), color=INK, linestyle=":", alpha=0.7)
+            own.grid(False)
+            for side in (axes, own):
+                side.locator_params(axis="y", nbins=4)
+            axes.set_title(name, loc="left", fontsize=10)
+            if place >= len(by_arm) - columns:
+                axes.set_xlabel("KL, nats per token")
         return svg_text(figure, label)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from tlcr.config import ModelConfig, RunConfig, TrainingConfig
 from tlcr.errors import ConfigError
+from tlcr.trials import arms_of
 
 __all__ = ["Estimate", "ModelSize", "Role", "advice", "estimate_run", "measure_model"]
 
@@ -120,7 +121,7 @@ def estimate_run(cfg: RunConfig, size: ModelSize) -> list[Estimate]:
 
 def _judges(cfg: RunConfig) -> dict[str, bool]:
     """Which frozen models the rewards, or the value model's start, need."""
-    rewards = [arm.reward for arm in cfg.arms] or [cfg.reward]
+    rewards = [arm.reward for arm in arms_of(cfg)]
     return {
         "discriminator": any(map(cfg.uses_discriminator, rewards)),
         "reward model": any(map(cfg.uses_reward_model, rewards)),

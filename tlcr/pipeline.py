@@ -11,9 +11,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from tlcr.arm import evaluate_arm, train_arm
 from tlcr.checkpoint import write_json
-from tlcr.config import Arm, RunConfig
+from tlcr.config import RunConfig
 from tlcr.config_loading import load_config
 from tlcr.data import embedded
 from tlcr.data.reviser.dry_run import dry_run
@@ -34,7 +34,7 @@ from tlcr.metrics import read_metrics
 from tlcr.models import load_causal_lm
 from tlcr.progress import Progress
 from tlcr.report import print_results, write_report
-from tlcr.run_folder import RunFolder, raw_preferences, revision_cache
+from tlcr.run_folder import RunFolder, open_run, raw_preferences, revision_cache
 from tlcr.train_discriminator import train_discriminator
 from tlcr.train_dpo import train_dpo
 from tlcr.train_reward_model import train_reward_model
@@ -51,26 +51,33 @@ def run(cfg: RunConfig, *, resume: bool = False) -> Path:
     resume: continue in a folder that holds a run; what is done is skipped. Raises ConfigError where ``output_dir``
     holds a run that nobody asked to resume, or one made with other settings.
     """
-    opened = RunFolder(cfg, resume=resume)
-    for name, work in STAGES.items():
-        if opened.wants(name):
-            work(opened)
+    opened = open_run(cfg, resume=resume)
+    if opened.wants("revisions"):
+        _revisions(opened)
+    _models_of_all_seeds(opened)
+    _ppo(opened)
     on_main_process(lambda: report(opened.path))
     return opened.path
 
 
 def stage(cfg: RunConfig, name: str, *, resume: bool = False) -> Path:
-    """Runs one stage of ``STAGES``, whether or not an arm needs it; those before it must have run.
+    """Runs one stage, whether or not an arm needs it; those before it must have run.
 
-    name 'evaluate' evaluates every trained policy again, and writes the report.
+    name: 'revisions', one of ``MODEL_STAGES``, 'ppo', or 'evaluate', which evaluates every trained policy again and
+    writes the report.
     """
-    opened = RunFolder(cfg, resume=resume, whole=False)
+    opened = open_run(cfg, resume=resume, whole=False)
     if name == "evaluate":
-        for arm, seed in opened.ppo_runs:
-            evaluate_arm(opened, arm, seed)
+        for trial in opened.trials:
+            evaluate_arm(opened.per_seed[trial.seed], trial)
         on_main_process(lambda: report(opened.path))
+    elif name == "revisions":
+        _revisions(opened)
+    elif name == "ppo":
+        _ppo(opened)
     else:
-        STAGES[name](opened)
+        for run in opened.model_folders:
+            MODEL_STAGES[name](run)
     return opened.path
 
 
@@ -86,49 +93,8 @@ def report(folder: Path) -> Path:
     return page
 
 
-def _sft(run: RunFolder) -> None:
-    """1. The policy learns to answer, from the preferred answers."""
-
-    def work() -> Mapping[str, Any]:
-        data = run.preferences
-        model = _base_model(run)
-        result = train_sft(
-            run.cfg, run.tokenizer, model, data.train, data.held_out, run.path / "sft", resume=run.resume
-        )
-        return {**result.metrics, **result.evaluation}
-
-    run.once(run.path / "sft", run.settings("model", "data", "sft"), work)
-
-
-def _reward_model(run: RunFolder) -> None:
-    """2. The baseline: one score for a whole answer."""
-
-    def work() -> Mapping[str, Any]:
-        data = run.preferences
-        model = load_causal_lm(run.policy_source)
-        folder = run.path / "reward_model"
-        result = train_reward_model(run.cfg, run.tokenizer, model, data.train, data.held_out, folder, resume=run.resume)
-        return {**result.metrics, **result.evaluation}
-
-    run.once(run.path / "reward_model", run.settings("model", "data", "sft", "reward_model"), work)
-
-
-def _dpo(run: RunFolder) -> None:
-    """3. A rival's reward: the policy that DPO makes of the same preferences."""
-
-    def work() -> Mapping[str, Any]:
-        data = run.preferences
-        model = load_causal_lm(run.policy_source)
-        result = train_dpo(
-            run.cfg, run.tokenizer, model, data.train, data.held_out, run.path / "dpo", resume=run.resume
-        )
-        return {**result.metrics, **result.evaluation}
-
-    run.once(run.path / "dpo", run.settings("model", "data", "sft", "dpo"), work)
-
-
 def _revisions(run: RunFolder) -> None:
-    """4. A reviser mends the answers that people liked less, with the fewest edits."""
+    """1. A reviser mends the answers that people liked less, with the fewest edits."""
 
     def work() -> Mapping[str, Any]:
         if process_count() > 1:
@@ -147,6 +113,47 @@ def _revisions(run: RunFolder) -> None:
     run.once(run.revisions_folder, settings, work, again=True)
 
 
+def _sft(run: RunFolder) -> None:
+    """2. The policy learns to answer, from the preferred answers."""
+
+    def work() -> Mapping[str, Any]:
+        data = run.preferences
+        model = _base_model(run)
+        result = train_sft(
+            run.cfg, run.tokenizer, model, data.train, data.held_out, run.models / "sft", resume=run.resume
+        )
+        return {**result.metrics, **result.evaluation}
+
+    run.once(run.models / "sft", run.settings("model", "data", "sft"), work)
+
+
+def _reward_model(run: RunFolder) -> None:
+    """3. The baseline: one score for a whole answer."""
+
+    def work() -> Mapping[str, Any]:
+        data = run.preferences
+        model = load_causal_lm(run.policy_source)
+        folder = run.models / "reward_model"
+        result = train_reward_model(run.cfg, run.tokenizer, model, data.train, data.held_out, folder, resume=run.resume)
+        return {**result.metrics, **result.evaluation}
+
+    run.once(run.models / "reward_model", run.settings("model", "data", "sft", "reward_model"), work)
+
+
+def _dpo(run: RunFolder) -> None:
+    """4. A rival's reward: the policy that DPO makes of the same preferences."""
+
+    def work() -> Mapping[str, Any]:
+        data = run.preferences
+        model = load_causal_lm(run.policy_source)
+        result = train_dpo(
+            run.cfg, run.tokenizer, model, data.train, data.held_out, run.models / "dpo", resume=run.resume
+        )
+        return {**result.metrics, **result.evaluation}
+
+    run.once(run.models / "dpo", run.settings("model", "data", "sft", "dpo"), work)
+
+
 def _labels(run: RunFolder) -> None:
     """5. Every token of an edited answer: kept, or changed for the better or worse."""
 
@@ -154,12 +161,12 @@ def _labels(run: RunFolder) -> None:
         pairs, statistics = label_pairs(
             [*run.edits.train, *run.edits.held_out], run.tokenizer, run.cfg.data, run.cfg.labels
         )
-        folder = run.path / "labels"
+        folder = run.models / "labels"
         on_main_process(lambda: write_labels(folder / "labels.jsonl", pairs, run.tokenizer))
         on_main_process(lambda: write_json(folder / "statistics.json", asdict(statistics)))
         return asdict(statistics)
 
-    run.once(run.path / "labels", run.settings("model", "data", "labels"), work)
+    run.once(run.models / "labels", run.settings("model", "data", "labels"), work)
 
 
 def _discriminator(run: RunFolder) -> None:
@@ -176,81 +183,115 @@ def _discriminator(run: RunFolder) -> None:
             load_causal_lm(run.policy_source),
             train,
             held_out,
-            run.path / "discriminator",
+            run.models / "discriminator",
             preference_held_out=run.preferences.held_out if run.has_preferences else (),
             resume=run.resume,
         )
         return trained.metrics
 
     settings = run.settings("model", "data", "sft", "labels", "discriminator")
-    run.once(run.path / "discriminator", settings, work)
+    run.once(run.models / "discriminator", settings, work)
 
 
-def _ppo(run: RunFolder) -> None:
-    """7. PPO on the reward of every token: one policy for each arm and seed, compared before and after."""
-    if run.cfg.parallel == 1 or len(run.ppo_runs) == 1:
-        for arm, seed in run.ppo_runs:
-            train_arm(run, arm, seed)
-        return
-    if process_count() > 1:
-        raise ConfigError(
-            f"parallel is {run.cfg.parallel} under a launcher of {process_count()} processes; one or the other: set "
-            "parallel to 1 to share each policy among the processes"
-        )
-    _side_by_side(run)
-
-
-STAGES: dict[str, Callable[[RunFolder], None]] = {
+MODEL_STAGES: dict[str, Callable[[RunFolder], None]] = {
     "sft": _sft,
     "reward_model": _reward_model,
     "dpo": _dpo,
-    "revisions": _revisions,
     "labels": _labels,
     "discriminator": _discriminator,
-    "ppo": _ppo,
 }
+
+
+def _models(run: RunFolder) -> None:
+    """Everything before PPO that an arm needs."""
+    for name, work in MODEL_STAGES.items():
+        if run.wants(name):
+            work(run)
+
+
+def _models_of_all_seeds(run: RunFolder) -> None:
+    if run.cfg.parallel == 1 or len(run.model_folders) == 1:
+        for seeded in run.model_folders:
+            _models(seeded)
+        return
+    jobs = [Job("models", str(s.cfg.seed), s.models) for s in run.model_folders]
+    _side_by_side(run, jobs, 1, lambda job: 0)
+
+
+def _ppo(run: RunFolder) -> None:
+    """7. PPO on the reward of every token: one policy for each trial, compared before and after."""
+    if run.cfg.parallel == 1 or len(run.trials) == 1:
+        for trial in run.trials:
+            train_arm(run.per_seed[trial.seed], trial)
+        return
+    # a process that only finds its work done costs as much as one that begins it: some seconds of imports
+    waiting = [trial for trial in run.trials if not run.per_seed[trial.seed].is_trained(trial)]
+    jobs = [Job("ppo", str(trial.folder), run.trial_folder(trial)) for trial in waiting]
+    updates = run.cfg.ppo.updates
+    _side_by_side(run, jobs, updates, lambda job: _updates_done(job.folder))
 
 
 def _base_model(run: RunFolder) -> PreTrainedModel:
     return embedded.build_model(run.tokenizer, run.cfg.seed) if run.embedded else load_causal_lm(run.cfg.model)
 
 
-# ---- PPO runs side by side, each a process of its own
+# ---- jobs side by side, each a process of its own
 
 
-def _side_by_side(run: RunFolder) -> None:
-    """At most ``parallel`` worker processes at a time. If one fails, the others end with their state saved."""
-    waiting = [(arm, seed) for arm, seed in run.ppo_runs]
-    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
-    updates, done = run.cfg.ppo.updates, 0
+@dataclass(frozen=True)
+class Job:
+    """Work for a process of its own, whose output goes to log.txt in the folder.
+
+    stage 'ppo': the trial whose folder below ppo/ is `name`. stage 'models': all before PPO for the seed `name`.
+    """
+
+    stage: str
+    name: str
+    folder: Path
+
+
+def _side_by_side(run: RunFolder, jobs: Sequence[Job], steps: int, steps_done: Callable[[Job], int]) -> None:
+    """At most ``parallel`` worker processes at a time. If one fails, the others end with their state saved.
+
+    steps: how many the progress bar counts for each job; steps_done: those that a running one has behind it.
+    """
+    if not jobs:
+        return
+    if process_count() > 1:
+        raise ConfigError(
+            f"parallel is {run.cfg.parallel} under a launcher of {process_count()} processes; one or the other: set "
+            "parallel to 1 to share each policy among the processes"
+        )
+    waiting, shown = list(jobs), 0
+    running: dict[Job, subprocess.Popen[bytes]] = {}
     threads = max(1, (os.cpu_count() or 1) // run.cfg.parallel)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TLCR_PROGRESS": "0"}
-    with Progress("ppo", updates * len(waiting)) as progress, _ended(running):
+    with Progress(jobs[0].stage, steps * len(jobs)) as progress, _ended(running):
         while waiting or running:
             while waiting and len(running) < run.cfg.parallel:
-                arm, seed = waiting.pop(0)
-                command = [sys.executable, "-m", "tlcr.pipeline", str(run.path / "config.yaml"), arm.name, str(seed)]
-                log = run.arm_folder(arm, seed) / "log.txt"
-                log.parent.mkdir(parents=True, exist_ok=True)
-                with log.open("ab") as file:
-                    running[arm.name, seed] = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
-            for (name, seed), worker in list(running.items()):
+                job = waiting.pop(0)
+                command = [sys.executable, "-m", "tlcr.pipeline", str(run.path / "config.yaml"), job.stage, job.name]
+                job.folder.mkdir(parents=True, exist_ok=True)
+                with (job.folder / "log.txt").open("ab") as file:
+                    running[job] = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+            for job, worker in list(running.items()):
                 code = worker.poll()
                 if code is None:
                     continue
-                del running[name, seed]
+                del running[job]
                 if code != 0:
-                    log = run.path / "ppo" / name / f"seed-{seed}" / "log.txt"
+                    log = job.folder / "log.txt"
                     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
                     said = lines[-1] if lines else "no output"
                     raise TlcrError(
-                        f"the PPO run {name!r}, seed {seed}, ended with code {code}: {said} ({log}); the others are "
+                        f"{job.stage} {job.name} ended with code {code}: {said} ({log}); the others are "
                         "stopped with their state saved: mend it and pass --resume"
                     )
-            now_done = sum(_updates_done(run, arm, seed) for arm, seed in run.ppo_runs)
-            if now_done > done:
-                done = now_done
-                progress.on_step(done, {})
+            ended = len(jobs) - len(waiting) - len(running)
+            now_done = steps * ended + sum(map(steps_done, running))
+            if now_done > shown:
+                shown = now_done
+                progress.on_step(shown, {})
             time.sleep(0.5)
 
 
@@ -266,19 +307,21 @@ def _ended(running: Mapping[Any, subprocess.Popen[bytes]]) -> Iterator[None]:
             worker.wait()
 
 
-def _updates_done(run: RunFolder, arm: Arm, seed: int) -> int:
-    path = run.arm_folder(arm, seed) / "metrics.jsonl"
+def _updates_done(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
     rows = read_metrics(path) if path.exists() else []
     return int(rows[-1]["step"]) if rows else 0
 
 
-def _worker(config: str, name: str, seed: str) -> int:
-    """One PPO run in a process of its own; always resumes, since its parent decided that it may."""
-    cfg = load_config(config, {})
-    opened = RunFolder(cfg, resume=True, whole=False)
-    arm = next(arm for arm in opened.arms if arm.name == name)
+def _worker(config: str, stage: str, name: str) -> int:
+    """One `Job`; always resumes, since its parent decided that it may."""
+    opened = open_run(load_config(config, {}), resume=True, whole=False)
     try:
-        train_arm(opened, arm, int(seed))
+        if stage == "models":
+            _models(opened.per_seed[int(name)])
+        else:
+            trial = next(trial for trial in opened.trials if str(trial.folder) == name)
+            train_arm(opened.per_seed[trial.seed], trial)
     except TlcrError as error:
         sys.stderr.write(f"{' '.join(str(error).split())}\n")
         return 2

@@ -23,7 +23,7 @@ from rich.table import Table
 from tlcr import figures
 from tlcr.checkpoint import write_aside
 from tlcr.metrics import read_metrics
-from tlcr.results import collect_results, read_config, read_json, write_results
+from tlcr.results import collect_results, models_folder, read_config, read_json, write_results
 
 SHOWN_ANSWERS = 6
 """Prompts whose answers are shown for each arm."""
@@ -62,45 +62,67 @@ DISCRIMINATOR_METRICS = {
 
 
 def write_report(run_folder: str | Path) -> Path:
-    """Write results.json and report.html of a run and return the page's path.
+    """Write results.json, results.md (its tables) and report.html of a run and return the page's path.
 
     Raises DataError where the folder does not exist or a file in it cannot be read.
     """
     folder = Path(run_folder)
     results = write_results(folder)
-    page = folder / "report.html"
-    with write_aside(page) as aside:
-        aside.write_text(render(folder, results), encoding="utf-8")
-    return page
+    for name, text in (("results.md", render_tables(results)), ("report.html", render(folder, results))):
+        with write_aside(folder / name) as aside:
+            aside.write_text(text, encoding="utf-8")
+    return folder / "report.html"
 
 
-def render(folder: Path, results: Mapping[str, Any]) -> str:
-    """The page as text."""
+def _template(name: str, *, html: bool) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tlcr"),
-        autoescape=True,
+        autoescape=html,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["number"] = number
-    arms = [arm["name"] for arm in results["arms"]]
+    return environment.get_template(name)
+
+
+def _tables(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What the tables of page and Markdown show."""
+    arms = list(dict.fromkeys(arm["name"] for arm in results["arms"]))
+    return {
+        "rows": [{**arm, "colour": figures.arm_colour(arms.index(arm["name"]))} for arm in results["arms"]],
+        "arms": [{"name": arm, "colour": figures.arm_colour(index)} for index, arm in enumerate(arms)],
+        "compares_kl": any(arm["kl_coef"] is not None for arm in results["arms"]),
+        "seeds": sorted({seed["seed"] for arm in results["arms"] for seed in arm["seeds"]}),
+        "frontier": results["frontier"],
+    }
+
+
+def render_tables(results: Mapping[str, Any]) -> str:
+    """The tables as Markdown."""
+    return _template("results.md.j2", html=False).render(**_tables(results))
+
+
+def render(folder: Path, results: Mapping[str, Any]) -> str:
+    """The page as text."""
+    arms = list(dict.fromkeys(arm["name"] for arm in results["arms"]))
     config = read_config(folder)
     name = folder.resolve().name
-    return environment.get_template("report.html.j2").render(
+    return _template("report.html.j2", html=True).render(
+        **_tables(results),
         name=name,
-        arms=[{**arm, "colour": figures.arm_colour(index)} for index, arm in enumerate(results["arms"])],
-        seeds=sorted({seed["seed"] for arm in results["arms"] for seed in arm["seeds"]}),
         has_gold=any(arm["after"]["gold_per_token"] is not None for arm in results["arms"]),
-        frontier=results["frontier"],
         verdicts=verdicts(results["frontier"]),
         frontier_plot=_frontier_plot(results, arms),
+        proxy_plot=_proxy_plot(results, arms),
         curves_plot=_curves_plot(folder, results, arms),
-        discriminator=_discriminator(folder),
+        discriminator=_discriminator(models_folder(folder)),
         labels=results["stages"].get("labels"),
         labels_plot=_labels_plot(results["stages"].get("labels")),
-        stages={name: held for name in ("reward_model", "sft") if (held := _held_out(results["stages"].get(name)))},
-        answers=_answers(folder, arms),
+        stages={
+            name: held for name in ("reward_model", "dpo", "sft") if (held := _held_out(results["stages"].get(name)))
+        },
+        answers=_answers(folder, results),
         token_measures=TOKEN_MEASURES,
         config=(folder / "config.yaml").read_text(encoding="utf-8") if (folder / "config.yaml").exists() else None,
         embedded=(config.get("model") or {}).get("path") == "embedded",
@@ -151,13 +173,14 @@ def print_results(run_folder: str | Path, console: Console | None = None) -> Non
     seeds = "one seed" if counts == [1] else f"mean ± sd over {' to '.join(map(str, counts))} seeds"
     # Few columns, so that it stands in 80 characters without cutting a figure.
     table = Table(title=f"Held-out prompts, {seeds}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("arm", overflow="fold")
+    compares_kl = any(arm["kl_coef"] is not None for arm in results["arms"])
+    table.add_column("arm @ KL coefficient" if compares_kl else "arm", overflow="fold")
     for heading in ("gold per token", "KL per token", "tokens", "ended"):
         table.add_column(heading, justify="right", no_wrap=True)
     for arm in results["arms"]:
         before, after = arm["before"], arm["after"]
         table.add_row(
-            arm["name"],
+            arm["name"] if arm["kl_coef"] is None else f"{arm['name']} @ {arm['kl_coef']}",
             f"{_mean(before['gold_per_token'])} → {_spread(after['gold_per_token'])}",
             _spread(after["kl_per_token"]),
             f"{_mean(before['length'], 1)} → {_mean(after['length'], 1)}",
@@ -180,35 +203,54 @@ def _spread(mean: Mapping[str, Any] | None, digits: int = 3) -> str:
 # ---- plots
 
 
-def _frontier_plot(results: Mapping[str, Any], arms: Sequence[str]) -> Markup | None:
-    frontier = results["frontier"]
-    if frontier is None:
-        return None
-    x, y = frontier["against"], frontier["measure"]
-    by_arm, means = {}, {}
-    for arm in results["arms"]:
-        paths = [
-            [(p["update"], p[x], p[y]) for p in seed["curve"] if p.get(x) is not None and p.get(y) is not None]
-            for seed in arm["seeds"]
+def _along(
+    results: Mapping[str, Any], measure: str, against: str = "kl_per_token"
+) -> dict[str, tuple[list[figures.Curve], figures.Curve]]:
+    """Each arm's paths as (KL, measure): that of every seed, and their mean at the same stop."""
+    found: dict[str, tuple[list[figures.Curve], figures.Curve]] = {}
+    for arm, by_seed in results["paths"].items():
+        ways = [
+            [
+                (p["stop"], p[against], p[measure])
+                for p in way
+                if p.get(against) is not None and p.get(measure) is not None
+            ]
+            for way in by_seed.values()
         ]
-        paths = [path for path in paths if path]
-        if paths:
-            by_arm[arm["name"]] = [[(kl, gold) for _, kl, gold in path] for path in paths]
-            # Seeds are averaged at the same update: at the same KL they are in the table.
-            kl_mean = figures.mean_curve([[(update, kl) for update, kl, _ in path] for path in paths])
-            gold_mean = dict(figures.mean_curve([[(update, gold) for update, _, gold in path] for path in paths]))
-            means[arm["name"]] = [(kl, gold_mean[update]) for update, kl in kl_mean]
-    levels = [level["kl"] for level in frontier["levels"]]
+        ways = [way for way in ways if way]
+        if ways:
+            kl = dict(figures.mean_curve([[(stop, x) for stop, x, _ in way] for way in ways]))
+            height = dict(figures.mean_curve([[(stop, y) for stop, _, y in way] for way in ways]))
+            mean = [(kl[stop], height[stop]) for stop in kl]
+            found[arm] = [[(x, y) for _, x, y in way] for way in ways], mean
+    return found
+
+
+def _frontier_plot(results: Mapping[str, Any], arms: Sequence[str]) -> Markup | None:
+    if results["frontier"] is None:
+        return None
+    along = _along(results, results["frontier"]["measure"], results["frontier"]["against"])
+    by_arm = {arm: seeds for arm, (seeds, _) in along.items()}
+    means = {arm: mean for arm, (_, mean) in along.items()}
+    levels = [level["kl"] for level in results["frontier"]["levels"]]
     return Markup(figures.frontier_plot(by_arm, means, arms, levels, "Gold per token against KL for every arm"))
+
+
+def _proxy_plot(results: Mapping[str, Any], arms: Sequence[str]) -> Markup | None:
+    gold, proxy = (_along(results, f"{measure}_per_token") for measure in ("gold", "proxy"))
+    both = {arm: (gold[arm][1], proxy[arm][1]) for arm in gold if arm in proxy}
+    if not both:
+        return None
+    return Markup(figures.proxy_plot(both, arms, "Gold and the arm's own reward against KL, a panel for every arm"))
 
 
 def _curves_plot(folder: Path, results: Mapping[str, Any], arms: Sequence[str]) -> Markup | None:
     panels = []
     rows = {
-        (arm["name"], seed["seed"]): read_metrics(path)
+        (arm["name"], path): read_metrics(path)
         for arm in results["arms"]
         for seed in arm["seeds"]
-        if (path := folder / "ppo" / arm["name"] / f"seed-{seed['seed']}" / "metrics.jsonl").exists()
+        if (path := folder / "ppo" / seed["folder"] / "metrics.jsonl").exists()
     }
     for key, title in CURVES.items():
         by_arm: dict[str, list[figures.Curve]] = {}
@@ -266,14 +308,16 @@ class ColouredToken:
     title: str
 
 
-def _answers(folder: Path, arms: Sequence[str]) -> list[dict[str, Any]]:
+def _answers(folder: Path, results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """For each arm: the first seed's answers before and after, prompt by prompt, and the scale of each measure."""
+    first = {row["name"]: row for row in reversed(results["arms"])}
     shown = []
-    for arm in arms:
-        paths = sorted((folder / "ppo" / arm).glob("seed-*/samples.jsonl"), key=lambda p: int(p.parent.name[5:]))
-        if not paths:
+    for arm in dict.fromkeys(row["name"] for row in results["arms"]):
+        seed = first[arm]["seeds"][0]
+        path = folder / "ppo" / seed["folder"] / "samples.jsonl"
+        if not path.exists():
             continue
-        lines = [json.loads(line) for line in paths[0].read_text(encoding="utf-8").splitlines() if line]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
         if not lines:
             continue
         scales = {measure: _scale([x for line in lines for x in line[measure]]) for measure in TOKEN_MEASURES}
@@ -284,7 +328,8 @@ def _answers(folder: Path, arms: Sequence[str]) -> list[dict[str, Any]]:
         shown.append(
             {
                 "arm": arm,
-                "seed": int(paths[0].parent.name[5:]),
+                "kl_coef": first[arm]["kl_coef"],
+                "seed": seed["seed"],
                 "scales": scales,
                 "prompts": [{"prompt": p, **sides} for p, sides in list(by_prompt.items())[:SHOWN_ANSWERS]],
             }

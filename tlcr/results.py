@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -22,29 +22,48 @@ from tlcr.checkpoint import write_json
 from tlcr.errors import DataError
 from tlcr.evaluate import MEASURES
 from tlcr.metrics import read_metrics
+from tlcr.trials import folder_of, read_folder
+
+Curve = Sequence[Mapping[str, Any]]
+"""Evaluations, measure to value, in the order of training or of KL coefficients."""
 
 LEVELS = (0.25, 0.5, 1.0)
-"""Matched KL is looked at here, as shares of the largest KL that every arm reached."""
+"""Matched KL is looked at here, as shares of the KL that half of the arms reached."""
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class SeedRun:
-    """One trained policy: its seed, what it was before and after, and the evaluations made on the way."""
+    """One trained policy: its arm and seed, what it was before and after, and the evaluations made on the way.
+
+    kl_coef: None where its arm was tried at a single coefficient.
+    """
 
     arm: str
+    kl_coef: float | None
     seed: int
     before: Mapping[str, Any]
     after: Mapping[str, Any]
     curve: tuple[Mapping[str, float], ...]
     """Evaluations in the order of training, {"update": k, measure: value, ...}, the first and the last included."""
 
+    @property
+    def folder(self) -> PurePosixPath:
+        """Where it lies below ppo/."""
+        return folder_of(self.arm, self.kl_coef, self.seed)
+
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean and standard deviation (n - 1) over seeds; no deviation from a single one."""
+    """Mean and standard deviation (n - 1) over seeds, and the two-sided 95 % interval of Student's t for the mean.
+
+    From a single seed there is neither deviation nor interval. Student's t and not a bootstrap, because resampling a
+    handful of seeds gives intervals that are far too short.
+    """
 
     mean: float
     sd: float | None
+    interval: tuple[float, float] | None
     seeds: int
 
 
@@ -52,7 +71,12 @@ def mean_over_seeds(values: Sequence[float]) -> Mean | None:
     """None where there is no value."""
     if not values:
         return None
-    return Mean(math.fsum(values) / len(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return Mean(mean, None, None, 1)
+    sd = statistics.stdev(values)
+    low, high = stats.t.interval(CONFIDENCE, len(values) - 1, loc=mean, scale=stats.sem(values)) if sd else (mean, mean)
+    return Mean(mean, sd, (float(low), float(high)), len(values))
 
 
 # ---- gold at matched KL
@@ -103,26 +127,51 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
     mean = mean_over_seeds([ours[s] - theirs[s] for s in seeds])
     if mean is None:
         return None
-    interval = None
-    if mean.sd is not None:
-        half = float(stats.t.ppf(0.975, mean.seeds - 1)) * mean.sd / math.sqrt(mean.seeds)
-        interval = [mean.mean - half, mean.mean + half]
-    return {"difference": mean.mean, "sd": mean.sd, "interval": interval, "seeds": seeds}
+    found = _plain(mean)
+    return {"difference": found["mean"], "sd": found["sd"], "interval": found["interval"], "seeds": seeds}
+
+
+def paths(runs: Iterable[SeedRun]) -> dict[str, dict[int, Curve]]:
+    """For each arm and seed, the way of its policies away from the reference, as evaluations in their order.
+
+    An arm that was tried at several KL coefficients: the reference, then where training ended under each coefficient,
+    the largest first. An arm with a single one: that run's evaluations on its way. "stop" numbers the points of a way.
+    """
+    grouped: dict[str, dict[int, list[SeedRun]]] = {}
+    for run in runs:
+        grouped.setdefault(run.arm, {}).setdefault(run.seed, []).append(run)
+    return {
+        arm: {
+            seed: _way(own, [run.kl_coef for runs in by_seed.values() for run in runs]) for seed, own in by_seed.items()
+        }
+        for arm, by_seed in grouped.items()
+    }
+
+
+def _way(own: Sequence[SeedRun], kl_coefs: Sequence[float | None]) -> Curve:
+    """The way of one seed. kl_coefs: of all seeds of its arm, so that a stop is the same coefficient for all."""
+    if own[0].kl_coef is None:
+        return [{**point, "stop": point["update"]} for point in own[0].curve]
+    stops = {coef: stop for stop, coef in enumerate(sorted({c for c in kl_coefs if c is not None}, reverse=True), 1)}
+    ends = [{**run.after, "stop": stops[run.kl_coef]} for run in own if run.kl_coef is not None]
+    return [{**own[0].before, "stop": 0}, *sorted(ends, key=lambda point: point["stop"])]
 
 
 def frontier(
     runs: Iterable[SeedRun], *, measure: str = "gold_per_token", against: str = "kl_per_token"
 ) -> dict[str, Any] | None:
-    """Arms compared at matched KL.
+    """Arms compared at matched KL, along their `paths`.
 
-    levels: for shares of the largest KL that every run reached, each arm's gold there over its seeds.
+    levels: each arm's gold over its seeds at shares of the KL that half of the arms reached with every seed; None for
+    an arm that did not reach a level with every seed, because those that did would be a selection.
     comparisons: the first arm against each other one, at the largest KL that all runs of these two reached.
     None where no run has gold at a KL above 0.
     """
-    curves: dict[str, dict[int, Sequence[Mapping[str, Any]]]] = {}
-    for run in runs:
-        if any(p.get(measure) is not None for p in run.curve):
-            curves.setdefault(run.arm, {})[run.seed] = run.curve
+    curves = {
+        arm: measured
+        for arm, by_seed in paths(runs).items()
+        if (measured := {s: c for s, c in by_seed.items() if any(p.get(measure) is not None for p in c)})
+    }
     if not curves:
         return None
     reached = {arm: min(largest_kl(c, against) for c in by_seed.values()) for arm, by_seed in curves.items()}
@@ -130,14 +179,17 @@ def frontier(
     def at(arm: str, kl: float) -> dict[int, float]:
         return gold_at_matched_kl(curves[arm], kl, measure=measure, against=against)
 
-    shared = min(reached.values())
+    half = statistics.median_low(reached.values())
     levels = [
         {
-            "kl": share * shared,
-            "arms": {arm: _plain(mean_over_seeds(list(at(arm, share * shared).values()))) for arm in curves},
+            "kl": share * half,
+            "arms": {
+                arm: _plain_mean(list(at(arm, share * half).values())) if reached[arm] >= share * half else None
+                for arm in curves
+            },
         }
         for share in LEVELS
-        if shared > 0
+        if half > 0
     ]
     first, *others = curves
     comparisons = []
@@ -150,8 +202,8 @@ def frontier(
                     "arm": first,
                     "other": other,
                     "kl": kl,
-                    "arm_gold": _plain(mean_over_seeds(list(ours.values()))),
-                    "other_gold": _plain(mean_over_seeds(list(theirs.values()))),
+                    "arm_gold": _plain_mean(list(ours.values())),
+                    "other_gold": _plain_mean(list(theirs.values())),
                     **(
                         paired_difference(ours, theirs)
                         or {"difference": None, "sd": None, "interval": None, "seeds": []}
@@ -163,28 +215,31 @@ def frontier(
     return {"measure": measure, "against": against, "reached": reached, "levels": levels, "comparisons": comparisons}
 
 
-def _plain(mean: Mean | None) -> dict[str, Any] | None:
-    return None if mean is None else {"mean": mean.mean, "sd": mean.sd, "seeds": mean.seeds}
+def _plain(mean: Mean) -> dict[str, Any]:
+    interval = None if mean.interval is None else list(mean.interval)
+    return {"mean": mean.mean, "sd": mean.sd, "interval": interval, "seeds": mean.seeds}
+
+
+def _plain_mean(values: Sequence[float]) -> dict[str, Any] | None:
+    mean = mean_over_seeds(values)
+    return None if mean is None else _plain(mean)
 
 
 # ---- a run's folder
 
 
 def read_runs(folder: Path) -> list[SeedRun]:
-    """The PPO runs of a folder that have been evaluated, arms in the order of the config, seeds in theirs."""
+    """The PPO runs of a folder that have been evaluated: arms in the order of the config, coefficients from the
+    smallest, seeds in theirs."""
     found = []
-    for path in sorted((folder / "ppo").glob("*/seed-*/evaluation.json"), key=_arm_and_seed):
+    for path in (folder / "ppo").glob("**/seed-*/evaluation.json"):
         evaluation = read_json(path)
-        arm, seed = _arm_and_seed(path)
+        arm, kl_coef, seed = read_folder(PurePosixPath(path.parent.relative_to(folder / "ppo")))
         metrics = path.with_name("metrics.jsonl")
         rows = read_metrics(metrics) if metrics.exists() else []
-        found.append(SeedRun(arm, seed, evaluation["before"], evaluation["after"], _curve(rows, evaluation)))
-    order = _arm_order(folder)
-    return sorted(found, key=lambda run: order.index(run.arm) if run.arm in order else len(order))
-
-
-def _arm_and_seed(evaluation: Path) -> tuple[str, int]:
-    return evaluation.parent.parent.name, int(evaluation.parent.name.removeprefix("seed-"))
+        found.append(SeedRun(arm, kl_coef, seed, evaluation["before"], evaluation["after"], _curve(rows, evaluation)))
+    order = {name: place for place, name in enumerate(_arm_order(folder))}
+    return sorted(found, key=lambda run: (order.get(run.arm, len(order)), run.arm, run.kl_coef or 0.0, run.seed))
 
 
 def _arm_order(folder: Path) -> list[str]:
@@ -210,9 +265,10 @@ def _curve(rows: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any]) -> 
 def collect_results(folder: str | Path) -> dict[str, Any]:
     """Everything that results.json holds, from the files of a run.
 
-    arms: for each its seeds' evaluations and curves, and mean and sd over seeds before and after. frontier: see
-    `frontier`, on gold and KL per token. stages: the metrics of SFT, reward model and discriminator (done.json), the
-    statistics of the labels; what was not run is absent. versions: of the libraries that trained.
+    arms: for each, and each KL coefficient that it was tried at, its seeds' evaluations and curves, and mean, sd and
+    interval over seeds before and after. frontier: see `frontier`, on gold and KL per token; paths: what it compares.
+    stages: the metrics of SFT, reward model, DPO and discriminator (done.json), the statistics of the labels, of the
+    first seed where each has models of its own; what was not run is absent. versions: of the libraries that trained.
 
     Raises DataError where the folder does not exist or a file in it is no JSON.
     """
@@ -221,34 +277,47 @@ def collect_results(folder: str | Path) -> dict[str, Any]:
         raise DataError(f"there is no run folder {str(folder)!r}; name the output_dir of a run")
     runs = read_runs(folder)
     arms = []
-    for name in dict.fromkeys(run.arm for run in runs):
-        own = [run for run in runs if run.arm == name]
+    for name, kl_coef in dict.fromkeys((run.arm, run.kl_coef) for run in runs):
+        own = [run for run in runs if (run.arm, run.kl_coef) == (name, kl_coef)]
         summary = {
             when: {
-                measure: _plain(mean_over_seeds([v for r in own if (v := getattr(r, when).get(measure)) is not None]))
+                measure: _plain_mean([v for r in own if (v := getattr(r, when).get(measure)) is not None])
                 for measure in MEASURES
             }
             for when in ("before", "after")
         }
         seeds = [
-            {"seed": r.seed, "before": dict(r.before), "after": dict(r.after), "curve": [dict(p) for p in r.curve]}
+            {
+                "seed": r.seed,
+                "folder": str(r.folder),
+                "before": dict(r.before),
+                "after": dict(r.after),
+                "curve": [dict(p) for p in r.curve],
+            }
             for r in own
         ]
-        arms.append({"name": name, **summary, "seeds": seeds})
+        arms.append({"name": name, "kl_coef": kl_coef, **summary, "seeds": seeds})
     stages: dict[str, Any] = {}
     versions: dict[str, Any] = {}
-    for stage in ("sft", "reward_model", "discriminator"):
-        done = folder / stage / "done.json"
+    models = models_folder(folder)
+    for stage in ("sft", "reward_model", "dpo", "discriminator"):
+        done = models / stage / "done.json"
         if done.exists():
             record = read_json(done)
             stages[stage] = {"metrics": record.get("metrics", {}), "seconds": record.get("seconds")}
             versions.update(record.get("versions") or {})
-    labels = folder / "labels" / "statistics.json"
+    labels = models / "labels" / "statistics.json"
     if labels.exists():
         stages["labels"] = read_json(labels)
-    for done in sorted((folder / "ppo").glob("*/seed-*/done.json")):
+    for done in sorted((folder / "ppo").glob("**/seed-*/done.json")):
         versions.update(read_json(done).get("versions") or {})
-    return {"arms": arms, "frontier": frontier(runs), "stages": stages, "versions": versions}
+    return {"arms": arms, "frontier": frontier(runs), "paths": paths(runs), "stages": stages, "versions": versions}
+
+
+def models_folder(folder: Path) -> Path:
+    """Where the stages before PPO of a run lie; those of the first seed, where each seed has its own."""
+    seeded = sorted((folder / "models").glob("seed-*"), key=lambda path: int(path.name.removeprefix("seed-")))
+    return seeded[0] if seeded else folder
 
 
 def write_results(folder: str | Path) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerBase
 
 from tlcr.checkpoint import DONE, as_plain, is_done, mark_done, write_aside
 from tlcr.config import (
-    Arm,
     DiscriminatorConfig,
     DPOConfig,
     ModelConfig,
@@ -37,11 +36,14 @@ from tlcr.data.readers import read_edits, read_preferences, read_prompts, read_r
 from tlcr.distributed import barrier, on_main_process
 from tlcr.errors import ConfigError
 from tlcr.models import load_tokenizer
+from tlcr.trials import Trial, arms_of, trials_of
 from tlcr.types import EditPair, PreferencePair
 
 logger = logging.getLogger(__name__)
 
 RecordT = TypeVar("RecordT")
+TRAINED = "arm.json"
+"""The record of a trial that ended: train_ppo keeps done.json in the same folder, and trained is not yet evaluated."""
 EMBEDDED_PROMPTS = 2000
 """Training prompts that the embedded task makes for PPO; some 60 passes' worth of questions are never repeated."""
 
@@ -54,34 +56,60 @@ class Split(Generic[RecordT]):
     held_out: list[RecordT]
 
 
+def open_run(cfg: RunConfig, *, resume: bool, whole: bool = True) -> RunFolder:
+    """Writes ``config.yaml`` into ``output_dir`` and returns the run.
+
+    resume: continue what the folder holds. whole: a run of all stages, which wants the folder for itself. Raises
+    ConfigError where the folder holds a run that nobody asked to resume.
+    """
+    path = Path(cfg.output_dir)
+    if (path / "config.yaml").exists() and whole and not resume:
+        raise ConfigError(
+            f"output_dir {str(path)!r} already holds a run: pass --resume to continue it (what is done is "
+            "kept), name another output_dir, or delete that folder"
+        )
+    barrier()
+    on_main_process(lambda: _write_config(cfg, path))
+    return RunFolder(cfg, resume, path, path)
+
+
+def _write_config(cfg: RunConfig, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path, text = folder / "config.yaml", dump_config(cfg)
+    # Not the same again: PPO runs side by side open their folder at the same time.
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return
+    with write_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+@dataclass(frozen=True, eq=False)
 class RunFolder:
-    """An opened run. Opening writes ``config.yaml`` and refuses a folder that belongs to another run."""
+    """An opened run, as a seed sees it: ``cfg.seed`` is that of the models before PPO, which lie in ``models``."""
 
-    def __init__(self, cfg: RunConfig, *, resume: bool, whole: bool = True) -> None:
-        """resume: continue what the folder holds. whole: a run of all stages, which wants the folder for itself."""
-        self.cfg = cfg
-        self.resume = resume
-        self.path = Path(cfg.output_dir)
-        self.embedded = cfg.model.path == "embedded"
-        names = [arm.name for arm in self.arms]
-        if len(set(names)) < len(names):
-            raise ConfigError(f"two arms share a name in {names}; each writes to a folder of its own: rename one")
-        if (self.path / "config.yaml").exists() and whole and not resume:
-            raise ConfigError(
-                f"output_dir {str(self.path)!r} already holds a run: pass --resume to continue it (what is done is "
-                "kept), name another output_dir, or delete that folder"
-            )
-        barrier()
-        on_main_process(self._write_config)
+    cfg: RunConfig
+    resume: bool
+    path: Path
+    models: Path
 
-    def _write_config(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        path, text = self.path / "config.yaml", dump_config(self.cfg)
-        # Not the same again: PPO runs side by side open their folder at the same time.
-        if path.exists() and path.read_text(encoding="utf-8") == text:
-            return
-        with write_aside(path) as aside:
-            aside.write_text(text, encoding="utf-8")
+    @cached_property
+    def per_seed(self) -> dict[int, RunFolder]:
+        """The run as each of ``seeds`` sees it: this one for all, or one with models of its own for each."""
+        if not self.cfg.models_per_seed:
+            return dict.fromkeys(self.cfg.seeds, self)
+        return {
+            seed: replace(self, cfg=replace(self.cfg, seed=seed), models=self.path / "models" / f"seed-{seed}")
+            for seed in self.cfg.seeds
+        }
+
+    @property
+    def model_folders(self) -> list[RunFolder]:
+        """Those of ``per_seed`` that differ: each has stages before PPO to run."""
+        return list(dict.fromkeys(self.per_seed.values()))
+
+    @property
+    def embedded(self) -> bool:
+        return self.cfg.model.path == "embedded"
 
     @cached_property
     def device(self) -> torch.device:
@@ -93,29 +121,22 @@ class RunFolder:
         settings = {"seed": self.cfg.seed, **{name: getattr(self.cfg, name) for name in sections}}
         return {**settings, "revisions": self._revisions_digest} if "labels" in sections and self.revises else settings
 
-    # ---- arms
+    # ---- trials
 
-    @property
-    def arms(self) -> tuple[Arm, ...]:
-        """The policies to train; without ``arms``, one that the config's own reward describes."""
-        return self.cfg.arms or (Arm(name=self.cfg.reward.kind, reward=self.cfg.reward),)
+    @cached_property
+    def trials(self) -> list[Trial]:
+        return trials_of(self.cfg)
 
-    @property
-    def ppo_runs(self) -> list[tuple[Arm, int]]:
-        """Every arm with every seed; seed by seed, so that an early look compares like with like."""
-        return [(arm, seed) for seed in self.cfg.seeds for arm in self.arms]
+    def trial_folder(self, trial: Trial) -> Path:
+        return self.path / "ppo" / trial.folder
 
-    def arm_config(self, arm: Arm) -> RunConfig:
-        """The config as this arm sees it."""
-        coef = self.cfg.kl.coef if arm.kl_coef is None else arm.kl_coef
-        return replace(self.cfg, reward=arm.reward, kl=replace(self.cfg.kl, coef=coef), arms=())
+    def is_trained(self, trial: Trial) -> bool:
+        """Whether the trial ended, evaluation included, with today's settings."""
+        return is_done(self.trial_folder(trial), self.trial_settings(trial), TRAINED)
 
-    def arm_folder(self, arm: Arm, seed: int) -> Path:
-        return self.path / "ppo" / arm.name / f"seed-{seed}"
-
-    def arm_settings(self, arm: Arm, seed: int) -> dict[str, Any]:
+    def trial_settings(self, trial: Trial) -> dict[str, Any]:
         """What one PPO run depends on, the stages before it included."""
-        cfg = self.arm_config(arm)
+        cfg = trial.config(self.cfg)
         own = {name: getattr(cfg, name) for name in ("reward", "kl", "rollout", "ppo", "evaluation")}
         before = self.settings("model", "data", "sft", "labels")
         judges = {
@@ -123,13 +144,13 @@ class RunFolder:
             "reward_model": cfg.uses_reward_model(cfg.reward) and cfg.reward_model,
             "dpo": cfg.uses_dpo(cfg.reward) and cfg.dpo,
         }
-        return {**before, **judges, **own, "ppo_seed": seed}
+        return {**before, **judges, **own, "ppo_seed": trial.seed}
 
     # ---- what is trained, and where it lies
 
     def wants(self, stage: str) -> bool:
         """Whether a run of all stages includes this one: a judge is trained where an arm needs it and none is named."""
-        cfg, rewards = self.cfg, [arm.reward for arm in self.arms]
+        cfg, rewards = self.cfg, [arm.reward for arm in arms_of(self.cfg)]
         judges: dict[
             str, tuple[RewardModelConfig | DPOConfig | DiscriminatorConfig, Callable[[RewardConfig], bool]]
         ] = {
@@ -168,13 +189,15 @@ class RunFolder:
         return Path(path) if path else self._written("dpo")
 
     def _written(self, stage: str) -> Path:
-        command = "revise" if stage == "revisions" else f"train {stage.replace('_', '-')}"
-        if not (self.path / stage / "done.json").exists():
+        revisions = stage == "revisions"
+        folder = self.revisions_folder if revisions else self.models / stage
+        command = "revise" if revisions else f"train {stage.replace('_', '-')}"
+        if not (folder / "done.json").exists():
             raise ConfigError(
-                f"{self.path / stage} holds no finished stage; run 'tlcr {command}' with this config first, or 'tlcr "
+                f"{folder} holds no finished stage; run 'tlcr {command}' with this config first, or 'tlcr "
                 "run' for all stages"
             )
-        return self.path / stage
+        return folder
 
     # ---- data
 
@@ -193,6 +216,7 @@ class RunFolder:
 
     @property
     def revisions_folder(self) -> Path:
+        """The same for all seeds: a revision is paid for once."""
         return self.path / "revisions"
 
     @cached_property
