@@ -167,9 +167,12 @@ def tlcr_function(case: Case, impl: str) -> Function:
 
 
 def tlcr_implementations(op: str, device: str, *, interpreted: bool = False) -> list[tuple[str, str | None]]:
-    """The fast implementation for this device, or why there is none (then also what runs in its place).
+    """The fast implementation for this device; where it cannot run, with the reason, and what runs in its place.
 
-    interpreted: those for GPUs, on the CPU.
+    Args:
+        op: its name.
+        device: "cpu" or "cuda".
+        interpreted: those for GPUs, on the CPU.
     """
     status = next(status for status in ops.available() if (status.op, status.device) == (op, device))
     on_gpu = "cuda" if op in ("score_tokens", "score_hidden") else "triton"
@@ -226,10 +229,13 @@ class Problem:
     def error(self, function: Function, *, gradients: bool = True) -> float:
         """The largest error of results and gradients, relative to the largest true value of each.
 
-        gradients: whether those are compared; without, the results alone.
+        The function runs on the whole inputs, so that what was compiled for their shape is what is checked, once with
+        no gradient asked for and once with; gradients come from the compared rows alone. Only a mean over all tokens is
+        taken of the cut.
 
-        The function runs on the whole inputs, so that what was compiled for their shape is what is checked; gradients
-        come from the compared rows alone. Only a mean over all tokens is taken of the cut.
+        Args:
+            function: an implementation.
+            gradients: whether those are compared; without, the results alone.
 
         Raises:
             Wrong: above LARGEST_ERROR, or of another shape.
@@ -238,13 +244,18 @@ class Problem:
         if inputs is self.inputs and wanted and wanted[0].ndim:
             counts = torch.arange(len(wanted[0]), device=self.device) < self.rows
             wanted = tuple(gradient * counts for gradient in wanted)
-        got = self._run(function, inputs, wanted if gradients else ())
         bound = LARGEST_ERROR[self.case.dtype]
         if self.case.name == WHITENED:
             # Trainers divide by the count less one, tlcr by the count.
             bound += 1 / max(int(self.inputs["mask"].sum()), 1)
-        true = self.truth if gradients else self.truth[: len(got)]
-        return max(_error(one, wanted, bound) for one, wanted in zip(got, true, strict=True))
+        with torch.no_grad():
+            results = function(**inputs)
+        true = self.truth[: len(self.truth) - len(self.trained)]
+        errors = [_error(got, right, bound) for got, right in zip(results, true, strict=True)]
+        if gradients and self.trained:
+            found = self._run(function, inputs, wanted)
+            errors += [_error(got, right, bound) for got, right in zip(found, self.truth, strict=True)]
+        return max(errors)
 
     def work(self, function: Function, which: str) -> Work:
         """The calls of one pass."""
