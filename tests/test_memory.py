@@ -68,7 +68,7 @@ def test_a_model_that_is_not_there_is_a_config_error(tmp_path: Path) -> None:
         measure_model(ModelConfig(path=str(tmp_path)))
 
 
-@pytest.mark.parametrize(("dtype", "bytes_per_parameter"), [("float32", 4 + 4 + 8), ("bfloat16", 2 + 2 + 8 + 4 + 4)])
+@pytest.mark.parametrize(("dtype", "bytes_per_parameter"), [("float32", 4 + 4 + 8), ("bfloat16", 2 + 2 + 8 + 2)])
 def test_a_trained_model_takes_weights_gradients_moments_and_masters(dtype: str, bytes_per_parameter: int) -> None:
     cfg = load_config(None, {"model.dtype": dtype})
     assert of_stage(estimate_run(cfg, SIZE), "sft").roles[0].total == 1000 * bytes_per_parameter
@@ -78,7 +78,7 @@ def test_a_trained_model_takes_weights_gradients_moments_and_masters(dtype: str,
 def test_the_real_optimiser_keeps_what_is_estimated(
     dtype: torch.dtype, tiny_causal_lm: Callable[..., PreTrainedModel]
 ) -> None:
-    """Moments and masters, as counted in the optimiser after a step; the masters' gradients are gone by then."""
+    """Moments and what the masters have beyond the parameters, as counted in the optimiser after a step."""
     model = tiny_causal_lm().to(dtype)
     count = sum(p.numel() for p in model.parameters())
     optimizer = build_optimizer([{"params": list(model.parameters()), "lr": 1e-3, "weight_decay": 0.0}])
@@ -94,8 +94,7 @@ def test_the_real_optimiser_keeps_what_is_estimated(
     cfg = load_config(None, {"model.dtype": str(dtype).removeprefix("torch.")})
     size = dataclasses.replace(SIZE, parameters=count)
     role = of_stage(estimate_run(cfg, size), "sft").roles[0]
-    gradients_of_masters = 0 if dtype == torch.float32 else 4 * count
-    assert kept == role.optimizer - gradients_of_masters
+    assert kept == role.optimizer
 
 
 def kept_by_autograd(model: PreTrainedModel, ids: torch.Tensor) -> int:

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from tlcr import optim
 from tlcr.optim import (
     MasterWeightAdamW,
     build_optimizer,
@@ -29,6 +30,12 @@ def descend(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, steps: in
         optimizer.step()
         optimizer.zero_grad()
         assert parameter.grad is None
+
+
+def master_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.Tensor:
+    """The float32 weights: the parameter's bits above those of the remainder."""
+    bits = parameter.detach().float().view(torch.int32) + optimizer.state[parameter]["remainder"]
+    return bits.view(torch.float32)
 
 
 def test_updates_far_below_the_resolution_of_bfloat16_accumulate():
@@ -57,7 +64,42 @@ def test_the_masters_follow_float32_adamw_bit_for_bit():
         theirs.step()
         assert torch.equal(low, full.bfloat16()), step
         assert torch.equal(other, alone)
-    assert torch.equal(ours.state_dict()["state"][0]["master"], full)
+    assert torch.equal(master_of(ours, low), full)
+
+
+@pytest.mark.parametrize("shape", [(optim.PIECE // 8 + 3, 24), (2 * optim.PIECE + 5,), (3, optim.PIECE), ()])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_tensors_are_updated_in_pieces_as_if_they_were_whole(shape, dtype):
+    start = torch.randn(shape).to(dtype)
+    low, full = nn.Parameter(start.clone()), nn.Parameter(start.float())
+    rest = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))  # makes it the optimiser of low precision in any case
+    ours = build_optimizer([group(low, 1e-2, 0.1), group(rest)])
+    theirs = torch.optim.AdamW([group(full, 1e-2, 0.1)], betas=(0.9, 0.95), fused=True)
+    for _ in range(3):
+        gradient = torch.randn(shape).to(dtype)
+        low.grad, full.grad = gradient.clone(), gradient.float()
+        ours.step()
+        theirs.step()
+    masters = {torch.bfloat16: master_of, torch.float16: lambda ours, low: ours.state[low]["master"]}
+    assert torch.equal(masters[dtype](ours, low) if dtype in masters else low, full)
+    assert ours.state[low]["step"] == 3
+
+
+def test_any_float32_is_the_nearest_bfloat16_and_a_remainder():
+    """Among them the middles, which go to the larger magnitude, subnormals, the largest finite number, and infinity."""
+    bits = torch.tensor(
+        [0x3F800000, 0x3F807FFF, 0x3F808000, 0x3F808001, 0x3F818000, 0x00008000, 0x7F7FFFFF, 0x7F800000]
+    )
+    bits = torch.cat([bits, torch.randint(0x7F800000, (10_000,))])
+    wanted = torch.cat([bits, bits - 2**31]).to(torch.int32).view(torch.float32)
+    parameter, remainder = torch.empty_like(wanted, dtype=torch.bfloat16), torch.empty_like(wanted, dtype=torch.int16)
+    optim._round(wanted.clone(), {"parameter": parameter, "remainder": remainder})
+    assert torch.equal(optim._master({"parameter": parameter, "remainder": remainder}), wanted)
+    assert parameter[:8].view(torch.int16).tolist() == [
+        0x3F80, 0x3F80, 0x3F81, 0x3F81, 0x3F82, 0x0001, 0x7F80, 0x7F80
+    ]  # fmt: skip
+    middle = (wanted.view(torch.int32) & 0xFFFF) == 0x8000
+    assert torch.equal(parameter[~middle], wanted[~middle].bfloat16())
 
 
 def test_the_first_step_by_hand():
@@ -72,11 +114,13 @@ def test_the_first_step_by_hand():
 
 def test_state_continues_where_it_was_saved():
     first = nn.Parameter(torch.randn(20).bfloat16())
-    skipped = nn.Parameter(torch.randn(4).bfloat16())  # never gets a gradient: has a master, but no moments
+    skipped = nn.Parameter(torch.randn(4).bfloat16())  # never gets a gradient: has no state
     optimizer = build_optimizer([group(first, 1e-3), group(skipped)])
     descend(optimizer, first, 5)
     saved = copy.deepcopy(optimizer.state_dict())
-    assert all(entry.dtype == torch.float32 for entry in saved["state"][0].values())
+    dtypes = {name: entry.dtype for name, entry in saved["state"][0].items()}
+    assert dtypes.pop("remainder") == torch.int16
+    assert set(dtypes.values()) == {torch.float32}
     second, skipped_2 = nn.Parameter(first.detach().clone()), nn.Parameter(skipped.detach().clone())
     again = build_optimizer([group(second, 7.0), group(skipped_2)])
     again.load_state_dict(saved)
@@ -84,7 +128,7 @@ def test_state_continues_where_it_was_saved():
     descend(optimizer, first, 50)
     descend(again, second, 50)
     assert torch.equal(first, second)
-    assert torch.equal(optimizer.state_dict()["state"][0]["master"], again.state_dict()["state"][0]["master"])
+    assert torch.equal(master_of(optimizer, first), master_of(again, second))
     fresh = nn.Parameter(first.detach().clone())  # without the state the run would go elsewhere
     descend(build_optimizer([group(fresh, 1e-3)]), fresh, 50)
     assert not torch.equal(first, fresh)

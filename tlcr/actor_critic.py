@@ -298,12 +298,18 @@ def _inputs(model: nn.Module, ids_BL: Tensor, attention_mask_BL: Tensor) -> dict
 
 def _logits(model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor, response_length: int) -> Tensor:
     inputs = _inputs(model, ids_BL, attention_mask_BL)
-    return model(**inputs, logits_to_keep=response_length).logits[:, -response_length:]
+    keep: int | Tensor = response_length
+    if not torch.is_grad_enabled():
+        # Named one by one the columns are copied together. As a slice, outside autograd, torch would multiply row by
+        # row, with a copy of the whole head for each (2.4 s of a 135M model's scoring pass on a CPU in bfloat16).
+        columns = ids_BL.shape[1] - 1
+        keep = torch.arange(max(0, columns - response_length), columns, device=ids_BL.device)
+    return model(**inputs, logits_to_keep=keep).logits[:, -response_length:]
 
 
 def _hidden_states(model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor, response_length: int) -> Tensor:
     body = backbone(model)
-    return body(**_inputs(body, ids_BL, attention_mask_BL)).last_hidden_state[:, -response_length:]
+    return body(**_inputs(body, ids_BL, attention_mask_BL)).last_hidden_state[:, -response_length:].contiguous()
 
 
 @torch.no_grad()

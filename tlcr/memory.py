@@ -40,7 +40,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Role:
-    """One model in memory, in bytes. ``optimizer``: float32 moments and, for bfloat16, masters and their gradients."""
+    """One model in memory, in bytes. ``optimizer``: float32 moments and, for bfloat16, the rest of the masters."""
 
     name: str
     parameters: int
@@ -134,9 +134,9 @@ def _classes(cfg: RunConfig) -> int:
 
 
 def _trained(name: str, parameters: int, dtype: str) -> Role:
-    masters = 0 if dtype == "float32" else 8
+    remainder = 0 if dtype == "float32" else 2
     width = BYTES[dtype]
-    return Role(name, parameters, parameters * width, parameters * width, parameters * (8 + masters))
+    return Role(name, parameters, parameters * width, parameters * width, parameters * (8 + remainder))
 
 
 def _frozen(name: str, parameters: int, dtype: str) -> Role:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -58,31 +59,16 @@ class MasterWeightAdamW(torch.optim.Optimizer):
     """AdamW whose moments and weights are float32 where the model's parameters are bfloat16 or float16.
 
     step: master <- AdamW(master, float32(grad)); parameter <- round(master). Parameters of any other dtype are their
-    own masters. ``state_dict`` has the layout of AdamW's, with one more entry, "master", for each such parameter.
-    Learning rates are read from ``param_groups``, as schedulers expect.
+    own masters. Moments stand in ``state`` under AdamW's names. Learning rates are read from ``param_groups``, as
+    schedulers expect.
+
+    The master of a bfloat16 parameter is not stored a second time: bfloat16 is the upper half of a float32, so the
+    lower half (``state[p]["remainder"]``, int16) restores it bit for bit, in 2 bytes instead of 4. float16 has other
+    exponents and keeps a float32 (``state[p]["master"]``).
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], betas: tuple[float, float], eps: float) -> None:
         super().__init__(groups, {"lr": 1e-3, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self._adamw: torch.optim.AdamW | None = None  # made at the first step: by then the model is on its device
-
-    def _inner(self) -> torch.optim.AdamW:
-        if self._adamw is None:
-            groups = [{**group, "params": [self._master(p) for p in group["params"]]} for group in self.param_groups]
-            masters = [m for group in groups for m in group["params"]]
-            self._adamw = torch.optim.AdamW(groups, fused=_fused(masters))
-        return self._adamw
-
-    @staticmethod
-    def _master(parameter: Tensor) -> Tensor:
-        return parameter.detach().float() if parameter.dtype in LOW_PRECISION else parameter
-
-    def _pairs(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """Each low-precision parameter with its master."""
-        for group, inner_group in zip(self.param_groups, self._inner().param_groups, strict=True):
-            for parameter, master in zip(group["params"], inner_group["params"], strict=True):
-                if master is not parameter:
-                    yield parameter, master
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -90,45 +76,94 @@ class MasterWeightAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        inner = self._inner()
-        for group, inner_group in zip(self.param_groups, inner.param_groups, strict=True):
-            inner_group.update({key: value for key, value in group.items() if key != "params"})
-        for parameter, master in self._pairs():
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-        inner.step()
-        for parameter, master in self._pairs():
-            parameter.copy_(master)
-            master.grad = None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        outer = super().state_dict()
-        if self._adamw is None:
-            return outer
-        state = {index: dict(entries) for index, entries in self._adamw.state_dict()["state"].items()}
-        for index, _, master in self._indexed_pairs():
-            state.setdefault(index, {})["master"] = master
-        return {"state": state, "param_groups": outer["param_groups"]}
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter] or self._begin(parameter)
+        step = state["step"].clone()
+        state["step"] += 1
+        # In pieces that stay in the cache: the float32 copies of a whole embedding would each be its largest tensor.
+        tensors = {"parameter": parameter, "grad": parameter.grad, **state}
+        del tensors["step"]
+        pieces = {name: _pieces(tensor) for name, tensor in tensors.items()}
+        for values in zip(*pieces.values(), strict=True):
+            piece = dict(zip(pieces, values, strict=True))
+            master = _master(piece)
+            adamw(
+                [master],
+                [piece["grad"].to(master.dtype)],
+                [piece["exp_avg"]],
+                [piece["exp_avg_sq"]],
+                max_exp_avg_sqs=[],
+                state_steps=[step.clone()],
+                fused=_fused([master]),
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            _round(master, piece)
+
+    def _begin(self, parameter: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
+        low = parameter.dtype in LOW_PRECISION
+        dtype = torch.float32 if low else parameter.dtype
+        state["step"] = torch.zeros((), device=parameter.device)
+        state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
+        if parameter.dtype == torch.bfloat16:
+            state["remainder"] = torch.zeros_like(parameter, dtype=torch.int16)
+        elif low:
+            state["master"] = parameter.detach().float()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Unlike torch's, leaves every state in the dtype it was saved in: the moments would become bfloat16."""
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        self._adamw = None
-        if not state_dict["state"]:
-            return
-        inner = self._inner()
-        state = {index: dict(entries) for index, entries in state_dict["state"].items()}
-        with torch.no_grad():
-            for index, _, master in self._indexed_pairs():
-                master.copy_(state[index].pop("master"))
-        moments = {index: entries for index, entries in state.items() if entries}
-        inner.load_state_dict({"state": moments, "param_groups": inner.state_dict()["param_groups"]})
-
-    def _indexed_pairs(self) -> Iterable[tuple[int, Tensor, Tensor]]:
-        """Each low-precision parameter and its master, with the index that ``state_dict`` gives them."""
         parameters = [p for group in self.param_groups for p in group["params"]]
-        index = {id(p): i for i, p in enumerate(parameters)}
-        for parameter, master in self._pairs():
-            yield index[id(parameter)], parameter, master
+        for index, state in state_dict["state"].items():
+            parameter = parameters[index]
+            self.state[parameter] = {name: value.to(parameter.device, copy=True) for name, value in state.items()}
+
+
+# Elements of a piece: its float32 master, gradient and moments, 4 MiB, fit a core's share of the caches.
+PIECE = 1 << 18
+
+
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """Views of `tensor`; all of it on a GPU, where many small kernels would cost more than memory."""
+    tensor = torch.atleast_1d(tensor)
+    if tensor.device.type != "cpu" or tensor.numel() <= PIECE:
+        return [tensor]
+    return tensor.split(max(1, PIECE * tensor.shape[0] // tensor.numel()))
+
+
+def _master(piece: dict[str, Tensor]) -> Tensor:
+    """The weights in the precision that they are trained in."""
+    if "master" in piece:
+        return piece["master"]
+    if "remainder" not in piece:
+        return piece["parameter"]
+    master = piece["parameter"].float()
+    master.view(torch.int32).add_(piece["remainder"])
+    return master
+
+
+def _round(master: Tensor, piece: dict[str, Tensor]) -> None:
+    """parameter <- round(master), to the nearest; of the masters in the middle, to the larger magnitude."""
+    if "remainder" in piece:
+        bits = master.view(torch.int32)
+        piece["remainder"].copy_(bits)  # the lower 16 bits, as a number from -2^15 to 2^15 - 1 ...
+        bits.sub_(piece["remainder"])  # ... without which the upper 16 are the nearest bfloat16
+    if master is not piece["parameter"]:
+        piece["parameter"].copy_(master)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
