@@ -13,11 +13,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from tlcr import attention
 from tlcr.errors import ConfigError
 
 __all__ = ["make_top_layers_bidirectional"]
 
-_ATTENTION = ("eager", "sdpa")
+_ATTENTION = ("eager", "sdpa", attention.NAME)
 
 
 def make_top_layers_bidirectional(model: PreTrainedModel, layers: int) -> None:
@@ -40,7 +41,7 @@ def make_top_layers_bidirectional(model: PreTrainedModel, layers: int) -> None:
     implementation = model.config._attn_implementation
     if implementation not in _ATTENTION:
         raise ConfigError(
-            f"discriminator.bidirectional_layers needs attention implementation {' or '.join(_ATTENTION)}, not "
+            f"discriminator.bidirectional_layers needs attention implementation {' or '.join(_ATTENTION[:2])}, not "
             f"{implementation!r}; set model.attn_implementation accordingly"
         )
     kinds = getattr(model.config, "layer_types", None)

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from tlcr import ops
+from tlcr import attention, ops
 from tlcr.checkpoint import sync_folder, write_aside
 from tlcr.config import ModelConfig
 from tlcr.distributed import on_main_process
@@ -261,9 +261,13 @@ def _template(template: str) -> str:
 def _common(cfg: ModelConfig) -> dict[str, Any]:
     return {
         "dtype": getattr(torch, cfg.dtype),
-        "attn_implementation": cfg.attn_implementation,
+        "attn_implementation": _attention(cfg),
         "trust_remote_code": cfg.trust_remote_code,
     }
+
+
+def _attention(cfg: ModelConfig) -> str:
+    return attention.NAME if cfg.attn_implementation == "sdpa" else cfg.attn_implementation
 
 
 @contextmanager
@@ -316,7 +320,7 @@ def _with_new_head(
     config.label2id = {label: index for index, label in id2label.items()}
     config.classifier_dropout = 0.0
     with no_init_weights():
-        model = auto.from_config(config, dtype=causal_lm.dtype, attn_implementation=cfg.attn_implementation)
+        model = auto.from_config(config, dtype=causal_lm.dtype, attn_implementation=_attention(cfg))
     model.to(causal_lm.device)
     backbone(model).load_state_dict(backbone(causal_lm).state_dict(), strict=True)
     for parameter in classification_head(model).parameters():
