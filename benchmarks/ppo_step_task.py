@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -96,10 +97,16 @@ def prompts_of(task: Task, tokenizer: PreTrainedTokenizerBase, count: int) -> li
     return prompts
 
 
-def causal_lm(task: Task, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    dtype = getattr(torch, task.dtype)
+def load_as_everyone(task: Task) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(task.model, dtype=getattr(torch, task.dtype), local_files_only=True)
+
+
+def causal_lm(
+    task: Task, tokenizer: PreTrainedTokenizerBase, load: Callable[[Task], PreTrainedModel] = load_as_everyone
+) -> PreTrainedModel:
+    """load: how the trainer's users load a model from a folder."""
     if task.model is not None:
-        model = AutoModelForCausalLM.from_pretrained(task.model, dtype=dtype, local_files_only=True)
+        model = load(task)
     else:
         torch.manual_seed(0)
         config = LlamaConfig(
@@ -113,7 +120,7 @@ def causal_lm(task: Task, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        model = LlamaForCausalLM(config).to(dtype)
+        model = LlamaForCausalLM(config).to(getattr(torch, task.dtype))
     model.get_output_embeddings().register_forward_hook(_NeverEnds(tokenizer.eos_token_id))
     return model
 

@@ -10,13 +10,23 @@ from pathlib import Path
 os.environ["TLCR_PROGRESS"] = "0"
 import ppo_step_task as benchmark
 import torch
+from transformers import PreTrainedModel
 
 import tlcr
-from tlcr.actor_critic import ActorCritic
-from tlcr.config import DataConfig, KLConfig, PPOConfig, RewardConfig, RolloutConfig, RunConfig
+from tlcr.actor_critic import ActorCritic, build_value_model
+from tlcr.config import DataConfig, KLConfig, ModelConfig, PPOConfig, RewardConfig, RolloutConfig, RunConfig
 from tlcr.metrics import read_metrics
+from tlcr.models import TWO_CLASSES, load_causal_lm, load_token_classifier
 from tlcr.reward_sources import DiscriminatorSource, Judge
 from tlcr.train_ppo import train_ppo
+
+
+def model_config(task: benchmark.Task) -> ModelConfig:
+    return ModelConfig(path=task.model or "", dtype=task.dtype)
+
+
+def load_with_tlcr(task: benchmark.Task) -> PreTrainedModel:
+    return load_causal_lm(model_config(task))
 
 
 def main() -> None:
@@ -24,11 +34,10 @@ def main() -> None:
     task, result = benchmark.Task.from_argv()
     torch.set_num_threads(task.threads)
     tokenizer = benchmark.tokenizer_of(task)
-    policy, reference = benchmark.causal_lm(task, tokenizer), benchmark.causal_lm(task, tokenizer)
+    policy, reference = (benchmark.causal_lm(task, tokenizer, load_with_tlcr) for _ in range(2))
     separate = task.value_model == "separate"
-    value_model = benchmark.classifier(task, tokenizer, "token", 1) if separate else None
-    discriminator = benchmark.classifier(task, tokenizer, "token", 2)
     cfg = RunConfig(
+        model=model_config(task),
         data=DataConfig(max_prompt_tokens=task.prompt_tokens),
         rollout=RolloutConfig(max_new_tokens=task.response_tokens, batch_size=task.micro_batch),
         reward=RewardConfig(kind="continuous"),
@@ -43,7 +52,9 @@ def main() -> None:
             save_every=0,
         ),
     )
-    judge = Judge(discriminator.eval(), tokenizer, tokenizer, task.prompt_tokens, task.micro_batch)
+    value_model = build_value_model(cfg.ppo, cfg.model, policy=policy)
+    discriminator = load_token_classifier(policy, cfg.model, id2label=TWO_CLASSES)
+    judge = Judge(discriminator, tokenizer, tokenizer, task.prompt_tokens, task.micro_batch)
     with tempfile.TemporaryDirectory() as folder:
         train_ppo(
             cfg,

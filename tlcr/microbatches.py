@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tlcr.types import Rollout
+
+CPU_TOKENS = 256
+"""Tokens of a micro-batch on a CPU: enough to keep its cores at work, and a forward pass of more only keeps more
+activations (ours; measured in docs/benchmarks.md). A GPU has no such number: there the user's limit alone counts."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,18 @@ class MicroBatches:
             ).tolist()
         ]
 
-    def split(self, size: int | None, rows: Sequence[int] | None = None) -> list[MicroBatch]:
-        """All rows, or those named, in micro-batches of `size`, the longest first; None: in a single one."""
+    def split(self, at_most: int | None, rows: Sequence[int] | None = None) -> list[MicroBatch]:
+        """All rows, or those named, in micro-batches of nearly one size, the longest rows first.
+
+        at_most: rows of a micro-batch; None: no limit. On a CPU no more than hold CPU_TOKENS, whatever the limit.
+        """
         rows = range(len(self._lengths)) if rows is None else rows
         by_length = sorted(rows, key=lambda row: sum(self._lengths[row]), reverse=True)
-        step = size or max(1, len(by_length))
-        return [self._cut(by_length[start : start + step]) for start in range(0, len(by_length), step)]
+        number = math.ceil(len(by_length) / (at_most or len(by_length) or 1))
+        if self._rollout.mask_BT.device.type == "cpu":
+            tokens = sum(sum(self._lengths[row]) for row in by_length)
+            number = min(len(by_length), max(number, math.ceil(tokens / CPU_TOKENS)))
+        return [self._cut(list(part)) for part in np.array_split(by_length, number)] if number else []
 
     def _cut(self, rows: Sequence[int]) -> MicroBatch:
         rollout = self._rollout

@@ -175,7 +175,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     with_grad = [p for p in parameters if p.grad is not None]
     if not with_grad:
         return torch.zeros(())
-    norms = [torch.linalg.vector_norm(p.grad, dtype=_at_least_float32(p.grad)) for p in with_grad]  # type: ignore[arg-type]
+    pieces = [piece for p in with_grad for piece in _pieces(p.grad)]  # type: ignore[arg-type]
+    norms = [torch.linalg.vector_norm(piece, dtype=_at_least_float32(piece)) for piece in pieces]
     norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
     torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
     return norm
