@@ -17,8 +17,8 @@ LAYER_NAMES = ("tools", "models", "stages", "recipes", "pipeline", "commands")
 # A new module is added to its layer here; "data" and "ops" stand for all that is in those folders.
 LAYERS = {
     TOOLS: (
-        "bidirectional callbacks chat checkpoint config config_loading distributed errors interrupt kl metrics "
-        "microbatches models ops optim padding progress supervised tokenization trials types"
+        "attention bidirectional callbacks chat checkpoint config config_loading distributed errors interrupt kl "
+        "metrics microbatches models ops optim padding progress supervised tokenization trials types"
     ),
     MODELS: "actor_critic discriminator dpo reward_model sft",
     STAGES: "advantages data discriminator_metrics evaluate labels reward reward_sources rollout update",
