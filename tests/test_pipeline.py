@@ -24,7 +24,7 @@ from tlcr.data import embedded
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.metrics import read_metrics
 from tlcr.pipeline import run, stage
-from tlcr.run_folder import open_run
+from tlcr.run_folder import _differences, open_run
 
 
 def small_config(folder: Path, **changes: object) -> RunConfig:
@@ -103,6 +103,14 @@ def test_results_of_two_configs_are_not_mixed(finished: RunConfig) -> None:
     with pytest.raises(ConfigError, match=r"discriminator\.learning_rate was 1e-05, is 0\.5"):
         run(changed, resume=True)
     (Path(finished.output_dir) / "config.yaml").write_text(written)
+
+
+def test_a_setting_that_is_new_since_then_is_named() -> None:
+    """A folder of an older version has not every knob; that the two differ in None is not to be said."""
+    then, now = {"reward": {"kind": "sign"}}, {"reward": {"kind": "sign", "compat": None}}
+    assert _differences(then, now) == ["reward.compat was not there, is None"]
+    assert _differences(now, then) == []
+    assert _differences({"a": {"b": 1}}, {"a": {"b": 2}}) == ["a.b was 1, is 2"]
 
 
 def test_a_stage_says_which_one_it_lacks(tmp_path: Path) -> None:

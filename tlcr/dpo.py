@@ -8,17 +8,16 @@ be given it (RTO, Zhong et al. 2024, arXiv 2404.18922).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
 from tlcr.distributed import process_count, process_index, sum_over_processes
 from tlcr.models import answer_logprobs
 from tlcr.padding import collate_completions
-from tlcr.supervised import LossParts
+from tlcr.supervised import LossParts, ranking_loss
 from tlcr.types import EncodedComparison
 
 
@@ -44,27 +43,22 @@ def collate_referenced(pairs: Sequence[ReferencedComparison], *, pad_token_id: i
 
 
 def dpo_loss(model: PreTrainedModel, batch: dict[str, Tensor], *, beta: float) -> LossParts:
-    """The sum over pairs of -log sigmoid(r_chosen - r_rejected), and the number of pairs, where
+    """`ranking_loss` of r_chosen - r_rejected (DPO, eq. 7), where
 
         r = beta (log pi(a | x) - log pi_ref(a | x))
 
-    with the log-probability of an answer the sum over its tokens, its end of sequence among them (DPO, eq. 7).
-    Statistics: accuracy, the share of pairs ranked as people did (a tie is half right); margin, r_chosen - r_rejected;
-    reward_chosen and reward_rejected, the means of r: both falling while the margin grows means that probability is
-    taken from both answers.
+    with the log-probability of an answer the sum over its tokens, its end of sequence among them. Statistics beside
+    those of `ranking_loss`: reward_chosen and reward_rejected, the means of r; both falling while the margin grows
+    means that probability is taken from both answers.
     """
     rewards_B = beta * (_answer_totals(model, batch) - batch["ref_logprobs"])
     chosen_B, rejected_B = rewards_B.chunk(2)
-    margin_B = chosen_B - rejected_B
-    pairs = len(margin_B)
-    right = (margin_B > 0).sum() + 0.5 * (margin_B == 0).sum()
-    statistics = {
-        "accuracy": (right, pairs),
-        "margin": (margin_B.sum().detach(), pairs),
+    parts, pairs = ranking_loss(chosen_B - rejected_B), len(chosen_B)
+    rewards = {
         "reward_chosen": (chosen_B.sum().detach(), pairs),
         "reward_rejected": (rejected_B.sum().detach(), pairs),
     }
-    return LossParts(softplus(-margin_B).sum(), pairs, statistics)
+    return replace(parts, statistics={**parts.statistics, **rewards})
 
 
 @torch.no_grad()

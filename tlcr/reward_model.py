@@ -12,13 +12,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
 from tlcr.errors import ConfigError
 from tlcr.models import backbone, classification_head
 from tlcr.padding import pad_right
-from tlcr.supervised import LossParts
+from tlcr.supervised import LossParts, ranking_loss
 from tlcr.types import EncodedComparison
 
 ATTENTION_MODULES = ("self_attn", "attn", "attention", "self_attention")
@@ -33,17 +32,9 @@ def collate_comparisons(comparisons: Sequence[EncodedComparison], *, pad_token_i
 
 
 def bradley_terry_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> LossParts:
-    """The sum over pairs of -log sigmoid(s_chosen - s_rejected), and the number of pairs.
-
-    Statistics: accuracy, the share of pairs ranked as people did (a tie is half right); margin, s_chosen - s_rejected.
-    """
+    """`ranking_loss` of the scores s: the margin of a pair is s_chosen - s_rejected."""
     chosen_B, rejected_B = _scores(model, batch["ids"], batch["attention_mask"]).chunk(2)
-    margin_B = chosen_B - rejected_B
-    pairs = len(margin_B)
-    right = (margin_B > 0).sum() + 0.5 * (margin_B == 0).sum()
-    return LossParts(
-        softplus(-margin_B).sum(), pairs, {"accuracy": (right, pairs), "margin": (margin_B.sum().detach(), pairs)}
-    )
+    return ranking_loss(chosen_B - rejected_B)
 
 
 @torch.no_grad()

@@ -316,6 +316,14 @@ def revision_cache(cfg: RunConfig) -> Path:
 
 def _differences(before: Any, now: Any, path: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
-        keys = list(dict.fromkeys([*before, *now]))
-        return [d for key in keys for d in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
+        paths = {key: f"{path}.{key}".lstrip(".") for key in [*before, *now]}
+        return [
+            difference
+            for key, name in paths.items()
+            for difference in (
+                [f"{name} was not there, is {now[key]!r}"]
+                if key not in before
+                else _differences(before[key], now.get(key), name)
+            )
+        ]
     return [] if before == now else [f"{path} was {before!r}, is {now!r}"]

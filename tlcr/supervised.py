@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
 from tlcr.callbacks import Callback, asks_to_stop
@@ -51,6 +52,18 @@ class LossParts:
     total: Tensor
     weight: Tensor | float
     statistics: Mapping[str, tuple[Tensor | float, Tensor | float]] = field(default_factory=dict)
+
+
+def ranking_loss(margin_B: Tensor) -> LossParts:
+    """The sum over pairs of -log sigmoid(margin), margin = score of the chosen answer less that of the rejected one
+    (Bradley and Terry 1952), and the number of pairs.
+
+    Statistics: accuracy, the share of pairs ranked as people did (a tie is half right); margin.
+    """
+    pairs = len(margin_B)
+    right = (margin_B > 0).sum() + 0.5 * (margin_B == 0).sum()
+    statistics = {"accuracy": (right, pairs), "margin": (margin_B.sum().detach(), pairs)}
+    return LossParts(softplus(-margin_B).sum(), pairs, statistics)
 
 
 Loss = Callable[[PreTrainedModel, Batch], LossParts]

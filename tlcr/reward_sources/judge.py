@@ -57,9 +57,12 @@ class Reading:
     def credit(self, credit_BL: Tensor, mask_BT: Tensor) -> Tensor:
         """What the judge's tokens earned, as (B, T) rewards of the policy's actions: the sum over an answer stays."""
         rewards_BT = credit_BL.new_zeros(mask_BT.shape)
-        for row, (credit_L, answer_L) in enumerate(zip(credit_BL, self.answer_BL, strict=True)):
-            own = credit_L[answer_L]
-            rewards_BT[row, mask_BT[row]] = own if self.weights is None else self.weights[row].to(own) @ own
+        if self.weights is None:
+            rewards_BT[mask_BT] = credit_BL[self.answer_BL]
+            return rewards_BT
+        for row, weights in enumerate(self.weights):
+            own = credit_BL[row, self.answer_BL[row]]
+            rewards_BT[row, mask_BT[row]] = weights.to(own) @ own
         return rewards_BT
 
 
