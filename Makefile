@@ -7,7 +7,7 @@ ENVIRONMENT := $(VENV)/.environment
 INSTALLED := $(VENV)/.installed
 RIVALS := $(VENV)/.rivals
 
-.PHONY: quickstart test lint types bench bench-report wheels
+.PHONY: quickstart test lint types bench bench-report bench-compare wheels
 
 quickstart: $(INSTALLED)
 	$(BIN)/tlcr run examples/quickstart.yaml --resume
@@ -30,6 +30,10 @@ bench: $(RIVALS)
 # docs/benchmarks.md and its plots, from benchmarks/results
 bench-report: $(INSTALLED)
 	$(BIN)/python benchmarks/report.py
+
+# Two commits in alternation: make bench-compare BASE=HEAD~1, or BASE=... HEAD=...; both are built in a folder of their own.
+bench-compare: $(INSTALLED)
+	$(BIN)/python benchmarks/compare.py $(or $(BASE),$(error name a revision: make bench-compare BASE=HEAD~1)) $(HEAD)
 
 # The three kinds of wheel, each installed alone and tested; needs nvcc, and 5 GB for a CUDA build of torch, but no GPU.
 wheels: $(INSTALLED) $(CUDA_VENV)/.environment

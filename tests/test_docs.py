@@ -141,7 +141,7 @@ def test_the_page_on_installing_names_every_variable_of_the_build() -> None:
 
 def test_make_has_a_rule_for_every_target() -> None:
     rules = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    assert make_targets() == rules >= {"quickstart", "test", "lint", "types", "bench", "bench-report"}
+    assert make_targets() == rules >= {"quickstart", "test", "lint", "types", "bench", "bench-report", "bench-compare"}
 
 
 def test_the_python_of_the_readme_runs_and_learns() -> None:
