@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +60,12 @@ def test_whoever_changes_the_words_changes_the_version() -> None:
     words = json.dumps([prompt_module.TASK, prompt_module.CLOSING, prompt_module.SCHEMA])
     known = {"revise-1": "5b28159abb014b21"}
     assert known[prompt_module.VERSION] == hashlib.sha256(words.encode()).hexdigest()[:16]
+
+
+def test_the_page_on_the_reviser_shows_the_words_as_they_are() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "reviser.md").read_text(encoding="utf-8")
+    assert f"```text\n{prompt_module.TASK}{prompt_module.CLOSING['json']}\n```\n" in page
+    assert f"```text\n{prompt_module.CLOSING['marker']}\n```\n" in page
 
 
 def test_the_schema_is_one_that_strict_servers_take_and_that_the_reader_reads() -> None:

@@ -393,6 +393,15 @@ def test_a_dry_run_shows_and_counts_and_asks_and_writes_nothing(tmp_path: Path, 
     assert most >= bytes_of_five + 5 * 100 * 20 / 1e6
 
 
+@pytest.mark.parametrize(("limit", "cut"), [(159, 8), (160, 7), (161, 0)])
+def test_a_dry_run_says_how_many_answers_will_be_cut_off(limit: int, cut: int, tmp_path: Path, capsys) -> None:
+    """One rejected answer has 43 bytes, the others 45 or 47: 10 or 11 tokens, and 150 for the reasoning."""
+    rehearse_revisions(config(tmp_path, None, reviser__max_new_tokens=limit), show=0)
+    shown = capsys.readouterr().out
+    assert (f"{cut} answers will probably be cut off" in shown) == (cut > 0)
+    assert ("cut off" in shown) == (cut > 0)
+
+
 def test_a_dry_run_needs_no_key(tmp_path: Path, monkeypatch, capsys) -> None:
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)

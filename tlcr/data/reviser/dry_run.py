@@ -32,6 +32,8 @@ class Estimate:
     questions: int
     prompt_tokens: int
     answer_tokens: int
+    cut: int
+    """Answers that are probably longer than ``max_new_tokens``, and so would be paid for and set aside."""
     cost: float | None
     cost_bound: float | None
 
@@ -48,16 +50,15 @@ def estimate(pairs: Sequence[RawPreference], cfg: ReviserConfig, cache: Path) ->
         question: pair for question, pair, is_open in zip(questions, pairs, open_, strict=True) if is_open
     }
     prompt_tokens = sum(question.prompt_tokens_estimate for question in left)
-    answer_tokens = sum(
-        min(cfg.max_new_tokens, REASONING_TOKENS + len(pair.rejected.encode()) // BYTES_PER_TOKEN)
-        for pair in left.values()
-    )
+    lengths = [REASONING_TOKENS + len(pair.rejected.encode()) // BYTES_PER_TOKEN for pair in left.values()]
+    answer_tokens = sum(min(cfg.max_new_tokens, length) for length in lengths)
     prices = Prices.of(cfg.endpoint)
     return Estimate(
         answered=len(pairs) - sum(open_),
         questions=len(left),
         prompt_tokens=prompt_tokens,
         answer_tokens=answer_tokens,
+        cut=sum(length > cfg.max_new_tokens for length in lengths),
         cost=prices.cost(prompt_tokens, answer_tokens) if prices else None,
         cost_bound=prices.cost(sum(q.prompt_tokens_bound for q in left), cfg.max_new_tokens * len(left))
         if prices
@@ -87,6 +88,11 @@ def dry_run(pairs: Sequence[RawPreference], cfg: ReviserConfig, cache: Path, *, 
         parts.append(f"about {found.cost:.4f} in the currency of your prices, {found.cost_bound:.4f} at most")
     elif cfg.backend == "endpoint":
         parts.append("no cost is known: set reviser.endpoint.prompt_price and answer_price, per million tokens")
+    if found.cut:
+        parts.append(
+            f"{found.cut} answers will probably be cut off at {cfg.max_new_tokens} tokens, and set aside; raise "
+            "reviser.max_new_tokens"
+        )
     if cfg.attempts > 1:
         parts.append(f"up to {cfg.attempts} times that, for revisions that fail the checks (reviser.attempts)")
     return "\n".join(parts) + "\n"
