@@ -250,6 +250,8 @@ def alternate(
                     lacking.setdefault(case, {})[side] = result["reason"]
                 elif number:
                     taken[side].setdefault(case, []).append(result["seconds"])
+        if number == options.rounds:
+            break
         left = (time.monotonic() - begin) / (number + 1) * (options.rounds - number)
         console.print(
             f"[dim]round {number} of {options.rounds} done, about {duration(left, 2)} left[/dim]", highlight=False

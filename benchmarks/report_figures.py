@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from report_rows import AXES, PASSES, ResultFile, Series, Work, contests, series_of
-from report_tables import PHASES, Memory, Side, Speed, achieved, binary, duration, shape_text, significant
+from report_tables import PHASES, SPACE, Memory, Side, Speed, achieved, binary, duration, shape_text, significant
 
 from tlcr.figures import ARM_COLOURS, ARM_MARKERS, INK, style, svg_text
 
@@ -29,6 +29,8 @@ SCHEMES = (
 )
 WIDTH = 9.6
 """Inches of every figure, so that letters have one size all over the page."""
+LETTERS = 110
+"""That a line of the legend holds."""
 DIGEST = "data-digest"
 """The attribute that says of which figures a plot was made."""
 COLUMNS = 2
@@ -81,18 +83,31 @@ def _row_labels(axes: Axes, labels: Sequence[str]) -> None:
 
 
 def _legend_above(figure: Figure, handles: Sequence[Artist]) -> None:
-    figure.legend(handles=list(handles), loc="outside upper left", ncols=min(len(handles), 5), handletextpad=0.3)
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, min(len(handles), LETTERS // (longest + 6)))
+    figure.legend(handles=list(handles), loc="outside upper left", ncols=columns, handletextpad=0.3)
 
 
 def _labels(axes: Axes, which: str, formatter: Callable[[float], str]) -> None:
-    """Figures with their units; on a short logarithmic axis between its powers of ten too."""
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    if which == "y":
-        low, high = axes.get_ylim()
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-        axis.set_minor_locator(NullLocator())
+    """Figures with their units at the powers of ten, and where these are few between them too."""
+    axis, (low, high) = (axes.xaxis, axes.get_xlim()) if which == "x" else (axes.yaxis, axes.get_ylim())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: formatter(value)))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
+
+
+def _bytes(axes: Axes, formatter: Callable[[float], str]) -> None:
+    """Along x, at every second or fifth power of two."""
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(base=2**5 if high > 2**12 * low else 2**2))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: formatter(value)))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _power(count: float) -> str:
+    """A power of two of bytes, without decimals."""
+    value, unit = binary(count).split(SPACE)
+    return f"{float(value.replace(',', '')):g}{SPACE}{unit}"
 
 
 # ---- speed and memory: a line for each work, a dot for each implementation
@@ -113,9 +128,7 @@ def speed_plot(file: ResultFile, speeds: Sequence[Speed], palette: Palette) -> s
         figure, axes = _dots(lines, palette)
         axes.axvline(1, color=ARM_COLOURS[0], linewidth=2, zorder=1)
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))  # noqa: RUF001
+        _labels(axes, "x", lambda value: f"{value:g}×")  # noqa: RUF001
         axes.set_xlabel("time over tlcr's (right of the line tlcr is faster)")
         named = {name for _, dots in lines for name in dots}
         handles = [palette.line(name, linestyle="") for name in palette.names if name in named]
@@ -139,9 +152,7 @@ def memory_plot(memories: Sequence[Memory], palette: Palette) -> str:
         figure, axes = _dots(lines, palette)
         axes.set_xscale("log", base=2)
         axes.set_xlim(left=NOTHING_TAKEN)
-        axes.xaxis.set_major_locator(LogLocator(base=2**5 if axes.get_xlim()[1] / NOTHING_TAKEN > 2**12 else 2**2))
-        axes.xaxis.set_minor_locator(NullLocator())
-        _labels(axes, "x", lambda value: ("≤ " if value <= NOTHING_TAKEN else "") + binary(value, 1))
+        _bytes(axes, lambda value: ("≤ " if value <= NOTHING_TAKEN else "") + _power(value))
         axes.set_xlabel("peak memory above the inputs")
         named = {name for _, dots in lines for name in dots}
         _legend_above(figure, [palette.line(name, linestyle="") for name in palette.names if name in named])
@@ -187,9 +198,7 @@ def bandwidth_plot(file: ResultFile) -> str:
                     colour, marker = palette[row.work.op]
                     axes.plot(row.bytes_moved, achieved(row, file.clock), marker, color=colour, markersize=5, alpha=0.8)
             axes.set_title(direction, loc="left")
-            axes.xaxis.set_major_locator(LogLocator(base=2**5))
-            axes.xaxis.set_minor_locator(NullLocator())
-            _labels(axes, "x", binary)
+            _bytes(axes, _power)
             _labels(axes, "y", lambda value: f"{significant(value / 1e9, 1)} GB/s")
             axes.set_xlabel("bytes that have to be moved")
         handles = [palette.line(name, linestyle="") for name in palette.names]

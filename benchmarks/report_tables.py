@@ -70,7 +70,10 @@ def ratio(value: float) -> str:
 
 
 def percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.0f}%"  # noqa: RUF001
+    """Of shares below a hundredth one digit, else whole ones."""
+    if share is None:
+        return "–"  # noqa: RUF001
+    return f"{significant(100 * share, 1)}%" if share < 0.01 else f"{100 * share:.0f}%"
 
 
 def shape_text(shape: Mapping[str, int]) -> str:
