@@ -6,7 +6,7 @@
 Each trainer runs in a process of its own, in turn, as often as --repeats says: what disturbs the machine for a while
 disturbs both. `--trl-python` names the interpreter that has TRL, if it is not this one. What is equal and what is
 counted stands in ppo_step_task.py. The figures are medians over the rounds of all repeats, without the first of each;
-speed and memory are relative to TRL's.
+speed and memory are relative to TRL's. On a machine with a GPU both train on it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ppo_step_task import PHASES, Task
-from record import machine
+import record
+import torch
+from ppo_step_task import PHASES, TRL, Task
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -47,10 +48,11 @@ def main() -> None:
         threads=options.threads,
         rounds=options.rounds + 1,
     )
+    commit = record.clean_commit() if options.json else None
     sides = {"tlcr": (sys.executable, "ppo_step_tlcr.py", task)}
     if not options.no_shared:
         sides["tlcr, shared value head"] = (sys.executable, "ppo_step_tlcr.py", replace(task, value_model="shared"))
-    sides["trl"] = (options.trl_python, "ppo_step_trl.py", task)
+    sides[TRL] = (options.trl_python, "ppo_step_trl.py", task)
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     console = Console()
     if not console.is_terminal:
@@ -59,11 +61,13 @@ def main() -> None:
         for name, (python, script, work) in sides.items():
             console.print(f"[dim]{repeat + 1} of {options.repeats}: {name}[/dim]")
             measured[name].append(run(python, script, work))
-    report = {name: summary(task, runs) for name, runs in measured.items()}
-    console.print(table(report))
-    if options.json:
-        about = {"task": json.loads(task.to_json()), "machine": machine(), "sides": report}
-        Path(options.json).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    rows = [row(name, sides[name][2], runs) for name, runs in measured.items()]
+    console.print(table(rows))
+    if commit is not None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        clocks = {"wall": "seconds that a round took, of the wall clock"}
+        found = record.record("ppo_step", rows, commit=commit, clocks=clocks, device=device, threads=task.threads)
+        record.write(options.json, found)
 
 
 def arguments() -> argparse.Namespace:
@@ -81,7 +85,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=2, help="processes of each trainer")
     parser.add_argument("--no-shared", action="store_true", help="leave out the value head on the policy's backbone")
     parser.add_argument("--trl-python", default=sys.executable, help="interpreter that has trl==1.11.0")
-    parser.add_argument("--json", help="file for the figures")
+    parser.add_argument("--json", type=Path, help="file for the figures; only from a clean checkout")
     return parser.parse_args()
 
 
@@ -97,35 +101,37 @@ def run(python: str, script: str, task: Task) -> dict[str, Any]:
         return found
 
 
-def summary(task: Task, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    rounds = [row for one in runs for row in one["rounds"]]
-    seconds = {phase: statistics.median(row[phase] for row in rounds) for phase in TIMED}
-    totals = sorted(row["total"] for row in rounds)
+def row(side: str, task: Task, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    rounds = [measured for one in runs for measured in one["rounds"]]
+    seconds = {phase: statistics.median(measured[phase] for measured in rounds) for phase in TIMED}
+    totals = sorted(measured["total"] for measured in rounds)
     return {
-        "tokens_per_second": task.response_tokens_per_round / seconds["total"],
+        "side": side,
+        "task": {**asdict(task), "model": task.model and Path(task.model).name},
         "seconds": seconds,
         "total_range": [totals[0], totals[-1]],
         "rounds": len(rounds),
+        "tokens_per_second": task.response_tokens_per_round / seconds["total"],
         "peak_bytes": max(one["peak_bytes"] for one in runs),
         "versions": runs[0]["versions"],
     }
 
 
-def table(report: dict[str, dict[str, Any]]) -> Table:
+def table(rows: list[dict[str, Any]]) -> Table:
     made = Table(
         title="one PPO round: seconds of its phases, medians", title_justify="left", box=SIMPLE, pad_edge=False
     )
     for name in ("", *TIMED, "tokens/s", "peak GiB", "speed", "memory"):
         made.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
-    rival = report["trl"]
-    for name, row in report.items():
+    rival = next(found for found in rows if found["side"] == TRL)
+    for found in rows:
         made.add_row(
-            name,
-            *(f"{row['seconds'][phase]:.3g}" for phase in TIMED),
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['peak_bytes'] / 2**30:.2f}",
-            f"{row['tokens_per_second'] / rival['tokens_per_second']:.2f}x",
-            f"{row['peak_bytes'] / rival['peak_bytes']:.2f}x",
+            found["side"],
+            *(f"{found['seconds'][phase]:.3g}" for phase in TIMED),
+            f"{found['tokens_per_second']:,.0f}",
+            f"{found['peak_bytes'] / 2**30:.2f}",
+            f"{found['tokens_per_second'] / rival['tokens_per_second']:.2f}x",
+            f"{found['peak_bytes'] / rival['peak_bytes']:.2f}x",
         )
     return made
 

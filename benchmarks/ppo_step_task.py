@@ -1,7 +1,8 @@
 """The work that both trainers do: the same models, prompts, lengths, epochs and precision.
 
 Every answer has its full length: the end of sequence is never sampled, because TRL goes on computing behind it and tlcr
-does not, which would measure the answers and not the trainers.
+does not, which would measure the answers and not the trainers. How many answers go through a model at a time is the
+trainers' own affair, up to `Task.micro_batch`: it changes their cost, and nothing that they compute.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from transformers import (
 )
 
 PHASES = ("rollout", "score", "reward", "update")
+TRL = "TRL 1.11.0"
 
 # Far below any logit, and finite in bfloat16.
 NEVER = -1e9
@@ -151,7 +153,9 @@ def classifier(task: Task, tokenizer: PreTrainedTokenizerBase, kind: str, labels
 
 
 def write_result(path: Path, rounds: list[dict[str, float]], versions: dict[str, str]) -> None:
-    """rounds: seconds of each of PHASES and of the whole, "total"."""
+    """rounds: seconds of each of PHASES and of the whole, "total". Peak memory is the process's, or the GPU's."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
     result = {"rounds": rounds[1:], "peak_bytes": peak, "versions": versions}
     path.write_text(json.dumps(result), encoding="utf-8")

@@ -30,7 +30,7 @@ class Clock(TrainerCallback):
         self._marks: dict[str, float] = {}
 
     def mark(self, name: str) -> None:
-        self._marks.setdefault(name, time.perf_counter())
+        self._marks.setdefault(name, now())
 
     def mark_scored(self) -> None:
         """Garbage is also collected before a round's answers are generated."""
@@ -41,14 +41,21 @@ class Clock(TrainerCallback):
         self._begin()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        end, marks = time.perf_counter(), self._marks
+        end, marks = now(), self._marks
         times = [marks["begin"], marks["generated"], marks["scored"], marks["rewarded"], end]
         seconds = [later - earlier for earlier, later in itertools.pairwise(times)]
         self.rounds.append({**dict(zip(benchmark.PHASES, seconds, strict=True)), "total": end - times[0]})
         self._begin()
 
     def _begin(self) -> None:
-        self._marks = {"begin": time.perf_counter()}
+        self._marks = {"begin": now()}
+
+
+def now() -> float:
+    """When everything asked of a GPU so far is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def watch_phases(clock: Clock) -> None:

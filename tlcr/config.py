@@ -405,7 +405,7 @@ class PPOConfig(Checked):
     batch_size: int = knob(128, "answers per round, over all processes", ge=1)
     minibatch_size: int = knob(64, "answers per optimiser step, over all processes", ge=1)
     micro_batch_size: int | None = knob(
-        None, "answers per forward pass of a process, at most; default: all of its share, on a CPU 256 tokens", ge=1
+        None, "answers per forward pass of a process, at most; default: all of its share, on a CPU 1024 tokens", ge=1
     )
     epochs: int = knob(1, "passes over each round's answers", source="released code", ge=1)
     learning_rate: float = knob(1e-6, "policy learning rate", source="released code", gt=0)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tlcr.types import Rollout
 
-CPU_TOKENS = 256
-"""Tokens of a micro-batch on a CPU: enough to keep its cores at work, and a forward pass of more only keeps more
+CPU_TOKENS = 1024
+"""Tokens of a micro-batch on a CPU: enough to keep its cores at work; a forward pass of more only keeps more
 activations (ours; measured in docs/benchmarks.md). A GPU has no such number: there the user's limit alone counts."""
 
 
