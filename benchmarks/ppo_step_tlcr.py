@@ -39,7 +39,7 @@ def main() -> None:
     cfg = RunConfig(
         model=model_config(task),
         data=DataConfig(max_prompt_tokens=task.prompt_tokens),
-        rollout=RolloutConfig(max_new_tokens=task.response_tokens, batch_size=task.micro_batch),
+        rollout=RolloutConfig(max_new_tokens=task.response_tokens, batch_size=task.batch),
         reward=RewardConfig(kind="continuous"),
         kl=KLConfig(coef=0.05),
         ppo=PPOConfig(
@@ -54,7 +54,7 @@ def main() -> None:
     )
     value_model = build_value_model(cfg.ppo, cfg.model, policy=policy)
     discriminator = load_token_classifier(policy, cfg.model, id2label=TWO_CLASSES)
-    judge = Judge(discriminator, tokenizer, tokenizer, task.prompt_tokens, task.micro_batch)
+    judge = Judge(discriminator, tokenizer, tokenizer, task.prompt_tokens, task.batch)
     with tempfile.TemporaryDirectory() as folder:
         train_ppo(
             cfg,

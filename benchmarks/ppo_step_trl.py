@@ -108,7 +108,7 @@ def main() -> None:
             per_device_train_batch_size=task.micro_batch,
             gradient_accumulation_steps=task.minibatch // task.micro_batch,
             num_mini_batches=task.batch // task.minibatch,
-            local_rollout_forward_batch_size=task.micro_batch,
+            local_rollout_forward_batch_size=task.batch,
             num_ppo_epochs=task.epochs,
             response_length=task.response_tokens,
             temperature=1.0,

@@ -300,8 +300,8 @@ def _logits(model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor, r
     inputs = _inputs(model, ids_BL, attention_mask_BL)
     keep: int | Tensor = response_length
     if not torch.is_grad_enabled():
-        # Named one by one the columns are copied together. As a slice, outside autograd, torch would multiply row by
-        # row, with a copy of the whole head for each (2.4 s of a 135M model's scoring pass on a CPU in bfloat16).
+        # Named one by one the columns are copied together. With a slice of them, outside autograd, torch multiplies row
+        # by row, and on a CPU copies the whole head for each.
         columns = ids_BL.shape[1] - 1
         keep = torch.arange(max(0, columns - response_length), columns, device=ids_BL.device)
     return model(**inputs, logits_to_keep=keep).logits[:, -response_length:]

@@ -1,8 +1,8 @@
 """Attention for short sequences in bfloat16 on a CPU, where torch's backward pass is several times slower than need be.
 
-`torch.nn.functional.scaled_dot_product_attention` takes 28 ms for the backward pass of one layer of a 135M model (16
-rows of 63 tokens) on one core; written as two matrix products, which use the CPU's bfloat16 units, it takes 3 ms. The
-products keep T x S probabilities for it, so longer sequences stay with torch (figures: docs/benchmarks.md).
+Written as two matrix products, attention uses the CPU's bfloat16 units, forward and backward, which the kernel behind
+`torch.nn.functional.scaled_dot_product_attention` does not do backward (`benchmarks/attention.py` compares them). The
+products keep T x S probabilities for the backward pass, so longer sequences stay with torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-# Keys of one query up to which the probabilities are kept; ours, by the figures above.
+# Keys of one query up to which the probabilities are kept (ours, by that benchmark).
 SHORT = 256
 
 NAME = "tlcr_sdpa"

@@ -14,7 +14,7 @@ from tlcr.types import Rollout
 
 CPU_TOKENS = 1024
 """Tokens of a micro-batch on a CPU: enough to keep its cores at work; a forward pass of more only keeps more
-activations (ours; measured in docs/benchmarks.md). A GPU has no such number: there the user's limit alone counts."""
+activations (ours; docs/ppo_step.md has the figures). A GPU has no such number: there the user's limit alone counts."""
 
 
 @dataclass(frozen=True)
