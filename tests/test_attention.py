@@ -20,6 +20,12 @@ CAUSAL = SimpleNamespace(is_causal=True, num_key_value_groups=3)
 B, HQ, HK, T, D = 2, 6, 2, 7, 16
 
 
+@pytest.fixture(autouse=True)
+def on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed does not depend on the instructions that it is computed with."""
+    monkeypatch.setattr(attention, "multiplies_bfloat16", lambda: True)
+
+
 def inputs(dtype: torch.dtype = torch.bfloat16, length: int = T) -> tuple[Tensor, Tensor, Tensor]:
     """As models make them: heads and tokens change places without a copy."""
     return tuple(torch.randn(B, length, heads, D).to(dtype).transpose(1, 2).requires_grad_() for heads in (HQ, HK, HK))  # type: ignore[return-value]
@@ -100,10 +106,13 @@ def calls_of_sdpa(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         ("a mask that is added", {"attention_mask": torch.zeros(B, 1, T, T)}),
         ("dropout", {"dropout": 0.1}),
         ("softcap", {"softcap": 30.0}),
+        ("no instructions for bfloat16", {}),
     ],
 )
 def test_everything_else_goes_to_sdpa(what: str, arguments: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = calls_of_sdpa(monkeypatch)
+    if what == "no instructions for bfloat16":
+        monkeypatch.setattr(attention, "multiplies_bfloat16", lambda: False)
     query, key, value = inputs(
         torch.float32 if what == "float32" else torch.bfloat16, attention.SHORT + 1 if what == "long" else T
     )

@@ -7,6 +7,7 @@ products keep T x S probabilities for the backward pass, so longer sequences sta
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def attention(
     the values. All but the case that this module is for goes on to transformers' sdpa.
     """
     short = 1 < query.shape[2] == key.shape[2] <= SHORT
-    low_precision = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    low_precision = query.device.type == "cpu" and query.dtype == torch.bfloat16 and multiplies_bfloat16()
     plain = dropout == 0 and not any(kwargs.get(name) for name in BEYOND)
     if not (short and low_precision and plain) or (attention_mask is not None and attention_mask.dtype != torch.bool):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
@@ -56,6 +57,14 @@ def attention(
     return _two_products(
         query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling
     ), None
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16. Without them two products are slower than torch's
+    kernel, which works in float32 (by the same benchmark, with ONEDNN_MAX_CPU_ISA=AVX2 before it)."""
+    say = getattr(torch.cpu, "get_capabilities", None)  # torch 2.9 does not have it
+    return say is not None and bool(say().get("avx512_bf16"))
 
 
 def _two_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
