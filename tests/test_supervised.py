@@ -24,7 +24,8 @@ from tlcr.checkpoint import latest_checkpoint
 from tlcr.config import TrainingConfig
 from tlcr.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from tlcr.metrics import read_metrics
-from tlcr.sft import collate_completions, completion_loss
+from tlcr.padding import collate_completions
+from tlcr.sft import completion_loss
 from tlcr.supervised import FitResult, LossParts, fit, mean_loss
 from tlcr.types import EncodedAnswer
 
