@@ -190,6 +190,7 @@ for broken in (0, 1):  # a full disk on one process fails the save on both, and 
     assert wanted in message, message
     barrier()
     assert not list((folder / "full").iterdir())
+    barrier()  # else the other process may already be writing the next one
 
 if process_index() == 0:
     save_file({f"{i}.{name}": g for i, step in enumerate(gradients.steps) for name, g in step.items()},
