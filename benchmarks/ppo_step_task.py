@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -138,15 +137,15 @@ class _NeverEnds:
         return logits
 
 
-def classifier(task: Task, tokenizer: PreTrainedTokenizerBase, kind: str, labels: int) -> PreTrainedModel:
-    """A "token" or "sequence" classifier of the policy's size: value model, reward model or discriminator."""
-    auto = AutoModelForTokenClassification if kind == "token" else AutoModelForSequenceClassification
+def scorer(task: Task, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A sequence classifier of the policy's size with one output: TRL's value model and reward model."""
+    auto = AutoModelForSequenceClassification
     dtype = getattr(torch, task.dtype)
     if task.model is not None:
-        model = auto.from_pretrained(task.model, dtype=dtype, num_labels=labels, local_files_only=True)
+        model = auto.from_pretrained(task.model, dtype=dtype, num_labels=1, local_files_only=True)
     else:
         config = causal_lm(task, tokenizer).config
-        config.num_labels = labels
+        config.num_labels = 1
         model = auto.from_config(config).to(dtype)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model

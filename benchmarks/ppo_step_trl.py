@@ -121,8 +121,8 @@ def main() -> None:
             processing_class=tokenizer,
             model=benchmark.causal_lm(task, tokenizer),
             ref_model=benchmark.causal_lm(task, tokenizer),
-            reward_model=benchmark.classifier(task, tokenizer, "sequence", 1).eval(),
-            value_model=benchmark.classifier(task, tokenizer, "sequence", 1),
+            reward_model=benchmark.scorer(task, tokenizer).eval(),
+            value_model=benchmark.scorer(task, tokenizer),
             train_dataset=Dataset.from_dict(rows),
             callbacks=[clock],
         )

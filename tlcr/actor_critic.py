@@ -26,6 +26,7 @@ from tlcr.models import (
     backbone,
     classification_head,
     disable_dropout,
+    last_logits,
     load_causal_lm,
     load_token_classifier,
     save_model,
@@ -297,14 +298,7 @@ def _inputs(model: nn.Module, ids_BL: Tensor, attention_mask_BL: Tensor) -> dict
 
 
 def _logits(model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor, response_length: int) -> Tensor:
-    inputs = _inputs(model, ids_BL, attention_mask_BL)
-    keep: int | Tensor = response_length
-    if not torch.is_grad_enabled():
-        # Named one by one the columns are copied together. With a slice of them, outside autograd, torch multiplies row
-        # by row, and on a CPU copies the whole head for each.
-        columns = ids_BL.shape[1] - 1
-        keep = torch.arange(max(0, columns - response_length), columns, device=ids_BL.device)
-    return model(**inputs, logits_to_keep=keep).logits[:, -response_length:]
+    return last_logits(model, _inputs(model, ids_BL, attention_mask_BL), response_length)
 
 
 def _hidden_states(model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor, response_length: int) -> Tensor:

@@ -60,7 +60,8 @@ class MicroBatches:
     def split(self, at_most: int | None, rows: Sequence[int] | None = None) -> list[MicroBatch]:
         """All rows, or those named, in micro-batches of nearly one size, the longest rows first.
 
-        at_most: rows of a micro-batch; None: no limit. On a CPU no more than hold CPU_TOKENS, whatever the limit.
+        at_most: rows of a micro-batch; None: no limit. On a CPU they hold CPU_TOKENS on average, at most, whatever the
+        limit.
         """
         rows = range(len(self._lengths)) if rows is None else rows
         by_length = sorted(rows, key=lambda row: sum(self._lengths[row]), reverse=True)

@@ -154,15 +154,25 @@ def classification_head(model: PreTrainedModel) -> nn.Linear:
     )
 
 
+def last_logits(model: PreTrainedModel, inputs: Mapping[str, Any], count: int) -> Tensor:
+    """The logits (B, count, V) of the last `count` columns of `inputs["input_ids"]`; no others are computed."""
+    keep: int | Tensor = count
+    if not torch.is_grad_enabled():
+        # Named one by one the columns are copied together. With a slice of them, outside autograd, torch multiplies row
+        # by row, and on a CPU copies the whole head for each.
+        ids_BL = inputs["input_ids"]
+        keep = torch.arange(max(0, ids_BL.shape[1] - count), ids_BL.shape[1], device=ids_BL.device)
+    return model(**inputs, logits_to_keep=keep).logits[:, -count:]
+
+
 def answer_logprobs(model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor, columns: int) -> Tensor:
     """log p(token | all before it), (B, K) float32 nats, of the tokens in the last K = `columns` columns.
 
     ids_BL, attention_mask_BL: (B, L), padded on the right; K < L, because nothing predicts the first column. The
     log-probability of column j is read at column j - 1. What stands in padding means nothing. Gradients flow.
     """
-    logits_BKV = model(
-        input_ids=ids_BL, attention_mask=attention_mask_BL.long(), logits_to_keep=columns + 1, use_cache=False
-    ).logits[:, :-1]
+    inputs = {"input_ids": ids_BL, "attention_mask": attention_mask_BL.long(), "use_cache": False}
+    logits_BKV = last_logits(model, inputs, columns + 1)[:, :-1]
     return ops.score_tokens(logits_BKV, ids_BL[:, ids_BL.shape[1] - columns :]).logprobs
 
 

@@ -1,8 +1,8 @@
 """AdamW with float32 masters of low-precision parameters, and the learning-rate schedule.
 
 The weights of a bfloat16 model have 8 significant bits: an update below 1/256 of a weight is rounded away, and with
-the learning rates of RLHF (1e-6) nearly all are. So the optimiser keeps a float32 copy, updates that, and rounds it to
-the model's dtype after each step.
+the learning rates of RLHF (1e-6) nearly all are. So the optimiser keeps what a weight lacks of a float32, updates that
+float32, and rounds it to the model's dtype after each step.
 """
 
 from __future__ import annotations
