@@ -18,7 +18,8 @@ LAYER_NAMES = ("tools", "models", "stages", "recipes", "pipeline", "commands")
 LAYERS = {
     TOOLS: (
         "attention bidirectional bootstrap callbacks chat checkpoint config config_loading distributed errors "
-        "interrupt kl metrics microbatches models ops optim padding progress supervised tokenization trials types"
+        "interrupt kl layers metrics microbatches models ops optim padding progress supervised tokenization "
+        "trials types"
     ),
     MODELS: "actor_critic discriminator dpo reward_model sft",
     STAGES: (
