@@ -87,7 +87,7 @@ class RMSNorm(torch.autograd.Function):
     """y = w x / sqrt(mean(x^2) + eps) over the last axis; the quotient in float32, rounded before it meets w.
 
     With n = x r, r = 1 / sqrt(mean(x^2) + eps), and g the gradient of y, all in float32:
-    dw = sum of g n over all rows; dx = r (g w - n mean(g w n)).
+    dw = sum of g n over all rows; dx = r (g w - n mean(g n w)).
     """
 
     @staticmethod
@@ -101,11 +101,11 @@ class RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        normed, wide = x.float().mul_(scale), grad.float()
-        grad_weight = (wide * normed).flatten(end_dim=-2).sum(0).to(weight.dtype)
-        wide.mul_(weight)
-        along = (wide * normed).mean(-1, keepdim=True)
-        grad_x = wide.sub_(normed.mul_(along)).mul_(scale).to(x.dtype)
+        normed, wide, wide_weight = x.float().mul_(scale), grad.float(), weight.float()
+        products_NH = (wide * normed).flatten(end_dim=-2)
+        grad_weight = products_NH.sum(0).to(weight.dtype)
+        along = (products_NH @ wide_weight).div_(weight.numel()).view(scale.shape)
+        grad_x = wide.mul_(wide_weight).addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype)
         return grad_x, grad_weight, None
 
 
