@@ -66,12 +66,13 @@ def _value_terms(values, old_values, returns, value_clip, CLIPPED: tl.constexpr)
     is_near = loss < 0
     if CLIPPED:
         moved = values - old_values
-        within = (moved >= -value_clip) & (moved <= value_clip)
+        is_far = (moved < -value_clip) | (moved > value_clip)
         moved = tl.where(moved < -value_clip, -value_clip, tl.where(moved > value_clip, value_clip, moved))
         near = old_values + moved - returns
-        is_near = near * near > loss
+        # A move within the bounds is not clipped, even if old + (new - old) rounds to another number than new.
+        is_near = is_far & (near * near > loss)
         loss = tl.where(is_near, near * near, loss)
-        derivative = tl.where(is_near, tl.where(within, near, 0.0), derivative)
+        derivative = tl.where(is_near, 0.0, derivative)
     return 0.5 * loss, is_near, derivative
 
 

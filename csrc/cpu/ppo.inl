@@ -85,9 +85,9 @@ struct PPORow {
     const Vector<Real> move = value - old_value, bound = splat(value_clip);
     const Vector<Real> bounded_move = move < -bound ? -bound : move > bound ? bound : move;
     const Vector<Real> near_error = (old_value + bounded_move) - target, near_squared_error = near_error * near_error;
-    const Mask<Real> is_near = near_squared_error > squared_error;
-    const Vector<Real> near_slope = (move >= -bound) & (move <= bound) ? near_error : zero;
-    return {is_near ? near_squared_error : squared_error, is_near, is_near ? near_slope : error};
+    // A move within the bounds is not clipped, even if old + (new - old) rounds to another number than new.
+    const Mask<Real> is_near = (near_squared_error > squared_error) & ((move < -bound) | (move > bound));
+    return {is_near ? near_squared_error : squared_error, is_near, is_near ? zero : error};
   }
 };
 

@@ -76,7 +76,7 @@ def truth(
                 if value_clip is not None and old_values is not None:
                     old = float(old_values[b, t])
                     near_loss = 0.5 * (old + min(max(value - old, -value_clip), value_clip) - target) ** 2
-                    token["value_clip_fraction"] = float(near_loss > token["value"])
+                    token["value_clip_fraction"] = float(abs(value - old) > value_clip and near_loss > token["value"])
                     token["value"] = max(token["value"], near_loss)
             rows[-1].append(token)
             ratio_max = max(ratio_max, ratio)
@@ -187,6 +187,19 @@ def test_hand_worked(backend: Backend) -> None:
     shifted = ops.ppo_loss(**inputs | {"advantages": inputs["advantages"].roll(1, dims=0)}, **options)
     with pytest.raises(AssertionError):
         assert_matches(shifted, wanted)
+
+
+@backends("ppo_loss")
+def test_a_value_that_moved_within_its_bounds_is_not_clipped(backend: Backend) -> None:
+    """old + (new - old) is rounded, and then further from the return than new is for a part of the tokens."""
+    values, old_values, returns, logprobs = torch.randn(4, 3, 40).unbind()
+    values, old_values = 0.01 * values, old_values.clamp(-0.1, 0.1)  # so different that their difference is rounded
+    assert bool((old_values + (values - old_values) != values).any())
+    mask = torch.ones(3, 40, dtype=torch.bool)
+    inputs = {"values": values, "old_values": old_values, "returns": returns}
+    inputs = to_device(inputs | dict.fromkeys(("logprobs", "old_logprobs", "advantages"), logprobs), backend.device)
+    got = ops.ppo_loss(**inputs, mask=mask.to(backend.device), value_clip=0.2, impl=backend.impl)
+    assert float(got.value_clip_fraction) == 0.0
 
 
 @backends("ppo_loss")

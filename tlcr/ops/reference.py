@@ -259,9 +259,11 @@ def ppo_loss(
         value_loss_BT = (values_BT - returns_BT).square()
         if value_clip is not None and old_values is not None:
             old_values_BT = counted(old_values.detach())
-            near_BT = old_values_BT + (values_BT - old_values_BT).clamp(-value_clip, value_clip)
+            move_BT = values_BT - old_values_BT
+            near_BT = old_values_BT + move_BT.clamp(-value_clip, value_clip)
             near_loss_BT = (near_BT - returns_BT).square()
-            is_near_BT = near_loss_BT > value_loss_BT
+            # A move within the bounds is not clipped, even if old + (new - old) rounds to another number than new.
+            is_near_BT = (near_loss_BT > value_loss_BT) & (move_BT.abs() > value_clip)
             value_loss_BT = torch.where(is_near_BT, near_loss_BT, value_loss_BT)
             value_clip_fraction = mean(is_near_BT.to(dtype))
         value = 0.5 * mean(value_loss_BT)
