@@ -30,7 +30,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, the 95 % percentile interval of the bootstrap over groups, and how many groups it rests on.
+    """A figure, the percentile interval of the bootstrap over groups (95 %), and how many groups it rests on.
 
     interval: None where there is none to be had: a single group, or draws for which the figure is not defined.
     """
@@ -40,10 +40,18 @@ class Estimate:
     groups: int
 
 
-def estimate(statistic: Callable[[Array], float], groups: int) -> Estimate:
+def estimate(
+    statistic: Callable[[Array], float],
+    groups: int,
+    *,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+    seed: int = SEED,
+) -> Estimate:
     """`statistic` of all groups and its interval; it is given the indices of groups, repeated as they were drawn."""
-    value = float(statistic(np.arange(groups)))
-    return Estimate(value, _interval((np.arange(groups),), statistic, vectorized=False), groups)
+    indices = np.arange(groups)
+    interval = _interval((indices,), statistic, vectorized=False, resamples=resamples, confidence=confidence, seed=seed)
+    return Estimate(float(statistic(indices)), interval, groups)
 
 
 def mean_estimate(values_N: npt.ArrayLike, group_N: npt.ArrayLike) -> Estimate | None:
@@ -62,7 +70,15 @@ def mean_estimate(values_N: npt.ArrayLike, group_N: npt.ArrayLike) -> Estimate |
     return Estimate(float(mean(sums, counts)), _interval((sums, counts), mean, vectorized=True), len(sums))
 
 
-def _interval(data: tuple[Array, ...], statistic: Any, *, vectorized: bool) -> tuple[float, float] | None:
+def _interval(
+    data: tuple[Array, ...],
+    statistic: Any,
+    *,
+    vectorized: bool,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+    seed: int = SEED,
+) -> tuple[float, float] | None:
     if len(data[0]) < 2:
         return None
     with warnings.catch_warnings():
@@ -72,11 +88,11 @@ def _interval(data: tuple[Array, ...], statistic: Any, *, vectorized: bool) -> t
             statistic,
             paired=True,
             vectorized=vectorized,
-            n_resamples=RESAMPLES,
+            n_resamples=resamples,
             batch=BATCH,
-            confidence_level=CONFIDENCE,
+            confidence_level=confidence,
             method="percentile",
-            rng=np.random.default_rng(SEED),
+            rng=np.random.default_rng(seed),
         ).confidence_interval
     low, high = float(found.low), float(found.high)
     return None if math.isnan(low) or math.isnan(high) else (low, high)

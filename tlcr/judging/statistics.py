@@ -17,6 +17,8 @@ from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import cohen_kappa_score
 
+from tlcr.bootstrap import estimate
+
 __all__ = [
     "Agreement",
     "LengthControlled",
@@ -116,15 +118,14 @@ def bootstrap_interval(
     for row, question in enumerate(questions):
         rows.setdefault(question, []).append(row)
     groups = list(rows.values())
-    generator = np.random.default_rng(seed)
-    values = []
-    for _ in range(resamples):
-        drawn = generator.integers(len(groups), size=len(groups))
-        values.append(statistic(np.concatenate([groups[group] for group in drawn]).astype(np.intp)))
-    if np.ptp(values) < 1e-9:
-        return None
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    interval = estimate(
+        lambda drawn: statistic(np.concatenate([groups[group] for group in drawn]).astype(np.intp)),
+        len(groups),
+        resamples=resamples,
+        confidence=confidence,
+        seed=seed,
+    ).interval
+    return None if interval is None or interval[1] - interval[0] < 1e-9 else interval
 
 
 def agreement(ours: Sequence[str], theirs: Sequence[str]) -> Agreement:
