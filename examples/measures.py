@@ -2,9 +2,8 @@
 
     python examples/measures.py runs/imdb_comparison --scorer examples/imdb_reviews/classifier.py:positive
 
-prints Markdown: each arm's held-out answers before and after PPO, and gold against KL per answer along their ways.
-Scores of whole answers do not add up over tokens, so this, and not gold per token, is what to compare where answers
-differ in length. Needs a run with `evaluation.samples` at least as large as `evaluation.prompts`.
+prints Markdown: each arm's held-out answers before and after PPO. Gold at matched KL stands in the run's own report and
+results.md. Needs a run with `evaluation.samples` at least as large as `evaluation.prompts`.
 """
 
 from __future__ import annotations
@@ -15,24 +14,22 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from tlcr.errors import DataError
 from tlcr.report import number
-from tlcr.results import Mean, SeedRun, frontier, mean_over_seeds, read_runs
+from tlcr.results import Mean, SeedRun, mean_over_seeds, read_runs
 from tlcr.reward_sources import import_function
 
 Measure = Callable[[Sequence[str], Sequence[str]], float]
 """(prompts, responses) of one policy to one figure."""
 
 
-def figure(mean: Mean | Mapping[str, Any] | None, digits: int = 3) -> str:
-    """Mean [interval] of a `Mean`, or of its plain form in a frontier; a dash where there is none."""
+def figure(mean: Mean | None, digits: int = 3) -> str:
+    """Mean [interval]; a dash where there is none."""
     if mean is None:
         return number(None)
-    value, interval = (mean["mean"], mean["interval"]) if isinstance(mean, Mapping) else (mean.mean, mean.interval)
-    bounds = f" [{number(interval[0], digits)}, {number(interval[1], digits)}]" if interval else ""
-    return number(value, digits) + bounds
+    bounds = f" [{number(mean.interval[0], digits)}, {number(mean.interval[1], digits)}]" if mean.interval else ""
+    return number(mean.mean, digits) + bounds
 
 
 def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -106,37 +103,6 @@ def measured(folder: Path, runs: Sequence[SeedRun], measures: Mapping[str, Measu
     return markdown(["arm", "gold", "KL, nats", *measures], rows)
 
 
-def at_matched_kl(runs: Sequence[SeedRun]) -> str:
-    """Gold per answer along each arm's way, compared where the ways have the same KL per answer."""
-    found = frontier(runs, measure="gold_per_answer", against="kl_per_answer")
-    if found is None:
-        return "No run has gold at a KL above 0."
-    levels = found["levels"]
-    heading = ["arm", *(number(level["kl"], 2) for level in levels)]
-    rows = [[arm, *(figure(level["arms"][arm]) for level in levels)] for arm in found["reached"]]
-    parts = [
-        "Gold per answer at matched KL (nats per answer); a dash where not every seed got there:",
-        markdown(heading, rows),
-    ]
-    if found["comparisons"]:
-        first = found["comparisons"][0]["arm"]
-        pairs = [
-            [
-                c["other"],
-                number(c["kl"], 2),
-                *(number(c[gold]["mean"]) for gold in ("arm_gold", "other_gold")),
-                figure({"mean": c["difference"], "interval": c["interval"]}),
-                str(len(c["seeds"])),
-            ]
-            for c in found["comparisons"]
-        ]
-        parts += [
-            f"{first} against each other arm, at the largest KL that all their runs reached, within seeds:",
-            markdown(["against", "KL", first, "the other", "difference", "seeds"], pairs),
-        ]
-    return "\n\n".join(parts)
-
-
 def tables(folder: Path, scorers: Sequence[str]) -> str:
     """What the command prints. DataError where the folder holds no evaluated run."""
     runs = read_runs(folder)
@@ -144,7 +110,7 @@ def tables(folder: Path, scorers: Sequence[str]) -> str:
         raise DataError(f"{folder} holds no evaluated PPO run; name the output_dir of 'tlcr run'")
     own = {path.rpartition(":")[2]: mean_of(import_function(path, "--scorer")) for path in scorers}
     head = f"Answers to {runs[0].before['answers']} held-out prompts; mean [95 % interval of Student's t] over seeds."
-    return "\n\n".join([head, measured(folder, runs, {**own, **TEXT_MEASURES}), at_matched_kl(runs)])
+    return "\n\n".join([head, measured(folder, runs, {**own, **TEXT_MEASURES})])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -45,9 +45,7 @@ def test_pairs_said_again_count_over_all_answers() -> None:
     assert measures.distinct_pairs([], ["a", ""]) == 0
 
 
-def test_tables_hold_every_measure_over_seeds_and_gold_at_matched_kl(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table_holds_every_measure_over_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.yaml").write_text("arms: [{name: ours}, {name: theirs}]")
     (tmp_path / "scorer.py").write_text(SCORER)
     for seed, extra in enumerate((0.0, 0.2)):
@@ -63,11 +61,6 @@ def test_tables_hold_every_measure_over_seeds_and_gold_at_matched_kl(
     means = [cell.split(" ")[0] for cell in rows[place + 3][2:]]
     assert means == ["4.000", "0.500", "0.250", "1.000", "2.000"]
     assert [cell.split(" ")[0] for cell in rows[place + 4][2:]] == ["2.000", "0.000", "0.000", "0.500", "3.000"]
-    # at 2 nats ours is half way: 0.4 and 0.5 against 0.3 and 0.5, so 0.1 and 0 apart
-    place = rows.index(["against", "KL", "ours", "the other", "difference", "seeds"])
-    assert rows[place + 2] == ["theirs", "2.00", "0.450", "0.400", "0.050 [\u22120.585, 0.685]", "2"]
-    place = rows.index(["arm", "0.50", "1.00", "2.00"])
-    assert [cell.split(" ")[0] for cell in rows[place + 3]] == ["theirs", "0.100", "0.200", "0.400"]
 
 
 def test_answers_that_were_not_kept_are_missed(tmp_path: Path) -> None:

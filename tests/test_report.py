@@ -257,6 +257,31 @@ def test_the_tables_in_markdown_are_whole(grid: Path, run: Path, tmp_path: Path)
     assert "No policy has been trained" in (tmp_path / "results.md").read_text(encoding="utf-8")
 
 
+def test_whole_answers_are_compared_per_answer(tmp_path: Path) -> None:
+    """Page, tables, plots and terminal take gold and KL per answer, and nothing that is compared is per token."""
+    folder = write_run(tmp_path / "run", {"ours": 0.5, "theirs": 0.2}, seeds=(0, 1), updates=20)
+    with (folder / "config.yaml").open("a", encoding="utf-8") as file:
+        file.write("evaluation:\n  scorer: scorer.py:score\n")
+    write_report(folder)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["frontier"]["measure"] == "gold_per_answer" and results["frontier"]["against"] == "kl_per_answer"
+    after = results["arms"][0]["after"]
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    header, row, _ = Page(text).rows["headline"]
+    assert header[2:5] == ["Gold per answerafter", "Gold per tokenafter", "KLnats per answer"]
+    for column, measure in ((2, "gold_per_answer"), (3, "gold_per_token"), (4, "kl_per_answer")):
+        assert row[column].startswith(number(after[measure]["mean"])), measure
+    assert (
+        "gold per answer</text>" in text and "nats per answer: how far" in text and "gold per token</text>" not in text
+    )
+    tables = (folder / "results.md").read_text(encoding="utf-8")
+    assert "Gold per answer at matched KL (nats per answer)" in tables and "per token" not in tables
+    assert f"| ours | {number(after['gold_per_answer']['mean'])} [" in tables
+    file = io.StringIO()
+    print_results(folder, Console(file=file, width=80))
+    assert "KL per answer" in file.getvalue() and "per token" not in file.getvalue()
+
+
 def test_the_table_stands_in_eighty_columns(run: Path) -> None:
     file = io.StringIO()
     print_results(run, Console(file=file, width=80))
@@ -283,15 +308,18 @@ def test_verdicts_claim_no_more_than_the_seeds_do() -> None:
     base = {"arm": "a", "other": "b", "kl": 0.5, "arm_gold": side, "other_gold": side, "seeds": [0, 1, 2]}
 
     def verdict(**figures: object) -> str:
-        (sentence,) = verdicts({"comparisons": [base | figures]})
+        (sentence,) = verdicts({"per": "answer", "frontier": {"comparisons": [base | figures]}})
         return sentence
+
+    assert verdict(difference=0.2, interval=None).startswith("At 0.500 nats per answer a earns 0.500 gold per answer")
 
     assert verdict(difference=0.2, interval=[0.1, 0.3]).endswith("a is ahead.")
     assert verdict(difference=-0.2, interval=[-0.3, -0.1]).endswith("b is ahead.")
     assert verdict(difference=0.2, interval=[-0.1, 0.5]).endswith("the seeds do not tell them apart.")
     assert verdict(difference=0.2, interval=None, seeds=[0]).endswith("one seed says nothing about chance.")
-    assert verdicts({"comparisons": [base | {"difference": None, "interval": None}]}) == []
-    assert verdicts(None) == []
+    undefined = base | {"difference": None, "interval": None}
+    assert verdicts({"per": "token", "frontier": {"comparisons": [undefined]}}) == []
+    assert verdicts({"per": "token", "frontier": None}) == []
 
 
 def test_figures_for_people() -> None:

@@ -14,6 +14,7 @@ from tlcr.errors import DataError
 from tlcr.results import (
     SeedRun,
     collect_results,
+    compared_per,
     frontier,
     gold_at_kl,
     gold_at_matched_kl,
@@ -99,6 +100,41 @@ def test_the_frontier_compares_where_both_have_been() -> None:
     assert (against_discrete["other"], against_discrete["kl"]) == ("discrete", 0.6)
     assert against_discrete["difference"] == pytest.approx(((0.6 - 0.3) + (0.9 - 0.3)) / 2)
     assert (against_sequence["other"], against_sequence["kl"]) == ("sequence", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "per"),
+    [
+        (None, "token"),
+        ({"scorer": None, "per": None}, "token"),
+        ({"scorer": "scorer.py:score"}, "answer"),
+        ({"scorer": "scorer.py:score", "per": "token"}, "token"),
+        ({"scorer": None, "per": "answer"}, "answer"),
+    ],
+)
+def test_a_scorer_of_answers_is_compared_per_answer_unless_told_otherwise(evaluation: dict | None, per: str) -> None:
+    assert compared_per({"evaluation": evaluation}) == per
+
+
+def test_per_answer_the_longer_ones_have_moved_further() -> None:
+    """Equal per token, "long" has twice the tokens: at the KL of an answer it is compared where it was half the way."""
+    ways = {
+        arm: [
+            {
+                "update": step,
+                "kl_per_token": k,
+                "gold_per_token": k,
+                "kl_per_answer": n * k,
+                "gold_per_answer": n * k * k,
+            }
+            for step, k in enumerate((0.0, 0.5, 1.0))
+        ]
+        for arm, n in (("short", 10), ("long", 20))
+    }
+    found = frontier(runs(short=[ways["short"]], long=[ways["long"]]), per="answer")
+    assert found is not None and found["reached"] == {"short": 10, "long": 20}
+    (against,) = found["comparisons"]
+    assert (against["kl"], against["arm_gold"]["mean"], against["other_gold"]["mean"]) == (10, 10, 5)
 
 
 def trial(arm: str, kl_coef: float | None, seed: int, kl: float, gold: float) -> SeedRun:

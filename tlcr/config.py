@@ -477,6 +477,11 @@ class EvaluationConfig(Checked):
         "task has its own",
     )
     samples: int = knob(12, "answers kept with per-token detail for the report", ge=0)
+    per: Literal["token", "answer"] | None = knob(
+        None,
+        "what gold and KL are taken per where arms are compared; default: answer with a scorer, which scores whole "
+        "answers, and token on the embedded task, whose gold is a sum over words",
+    )
 
 
 def _check_kl_coefs(coefs: tuple[float, ...], owner: str) -> None:

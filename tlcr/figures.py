@@ -134,9 +134,11 @@ def frontier_plot(
     means: Mapping[str, Curve],
     arm_order: Sequence[str],
     levels: Sequence[float],
+    per: str,
     label: str,
 ) -> str:
-    """Gold against KL: each arm's path away from the reference, with the matched levels as dashed lines."""
+    """Gold against KL, both per token or per answer: each arm's path away from the reference, with the matched levels
+    as dashed lines."""
     with style():
         figure = Figure(figsize=(9.2, 4.6), layout="constrained")
         axes = figure.add_subplot()
@@ -144,14 +146,14 @@ def frontier_plot(
             axes.axvline(level, color=INK, alpha=0.35, linewidth=0.9, linestyle=(0, (4, 4)))
         for name, seeds in by_arm.items():
             _draw_arm(axes, arm_order.index(name), name, seeds, means[name], marker=True)
-        axes.set_xlabel("KL to the reference, nats per token: how far the policy has moved")
-        axes.set_ylabel("gold per token")
+        axes.set_xlabel(f"KL to the reference, nats per {per}: how far the policy has moved")
+        axes.set_ylabel(f"gold per {per}")
         if len(by_arm) > len(ARM_COLOURS):  # colours alone no longer tell them apart
             figure.legend(loc="outside right upper", fontsize=9)
         return svg_text(figure, label)
 
 
-def proxy_plot(by_arm: Mapping[str, tuple[Curve, Curve]], arm_order: Sequence[str], label: str) -> str:
+def proxy_plot(by_arm: Mapping[str, tuple[Curve, Curve]], arm_order: Sequence[str], per: str, label: str) -> str:
     """For each arm a panel: the mean gold (solid, left) and the arm's own reward (dotted, right) against KL."""
     with style():
         columns = 3
@@ -168,7 +170,7 @@ def proxy_plot(by_arm: Mapping[str, tuple[Curve, Curve]], arm_order: Sequence[st
                 side.locator_params(axis="y", nbins=4)
             axes.set_title(name, loc="left", fontsize=10)
             if place >= len(by_arm) - columns:
-                axes.set_xlabel("KL, nats per token")
+                axes.set_xlabel(f"KL, nats per {per}")
         return svg_text(figure, label)
 
 

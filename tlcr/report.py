@@ -36,7 +36,7 @@ TOKEN_MEASURES = {
 }
 
 CURVES = {
-    "eval/gold_per_token": "Gold per token, held-out prompts",
+    "eval/gold_per_{per}": "Gold per {per}, held-out prompts",
     "reward/mean_score": "Reward per token, KL aside (each arm's own scale)",
     "kl/per_token": "KL to the reference, nats per token",
     "length/mean": "Length, tokens per answer",
@@ -95,6 +95,8 @@ def _tables(results: Mapping[str, Any]) -> dict[str, Any]:
         "compares_kl": any(arm["kl_coef"] is not None for arm in results["arms"]),
         "seeds": sorted({seed["seed"] for arm in results["arms"] for seed in arm["seeds"]}),
         "frontier": results["frontier"],
+        "per": results["per"],
+        "other_per": "token" if results["per"] == "answer" else "answer",
     }
 
 
@@ -112,7 +114,7 @@ def render(folder: Path, results: Mapping[str, Any]) -> str:
         **_tables(results),
         name=name,
         has_gold=any(arm["after"]["gold_per_token"] is not None for arm in results["arms"]),
-        verdicts=verdicts(results["frontier"]),
+        verdicts=verdicts(results),
         frontier_plot=_frontier_plot(results, arms),
         proxy_plot=_proxy_plot(results, arms),
         curves_plot=_curves_plot(folder, results, arms),
@@ -142,14 +144,15 @@ def number(value: float | None, digits: int = 3) -> str:
     return text.replace("-", "\u2212")
 
 
-def verdicts(frontier: Mapping[str, Any] | None) -> list[str]:
+def verdicts(results: Mapping[str, Any]) -> list[str]:
     """What the seeds say of the first arm against each other one, a sentence each."""
     sentences = []
-    for c in (frontier or {}).get("comparisons", []):
+    per = results["per"]
+    for c in (results["frontier"] or {}).get("comparisons", []):
         if c["difference"] is None:
             continue
         sentence = (
-            f"At {number(c['kl'])} nats per token {c['arm']} earns {number(c['arm_gold']['mean'])} gold per token and "
+            f"At {number(c['kl'])} nats per {per} {c['arm']} earns {number(c['arm_gold']['mean'])} gold per {per} and "
             f"{c['other']} {number(c['other_gold']['mean'])}, a difference of {number(c['difference'])}"
         )
         if c["interval"] is None:
@@ -164,7 +167,7 @@ def verdicts(frontier: Mapping[str, Any] | None) -> list[str]:
 
 
 def print_results(run_folder: str | Path, console: Console | None = None) -> None:
-    """Print the table of a run: gold per token, KL, length and ended share of every arm, and what the seeds say."""
+    """Print the table of a run: gold, KL, length and ended share of every arm, and what the seeds say."""
     results = collect_results(run_folder)
     console = console or Console()
     if not results["arms"]:
@@ -176,19 +179,20 @@ def print_results(run_folder: str | Path, console: Console | None = None) -> Non
     table = Table(title=f"Held-out prompts, {seeds}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     compares_kl = any(arm["kl_coef"] is not None for arm in results["arms"])
     table.add_column("arm @ KL coefficient" if compares_kl else "arm", overflow="fold")
-    for heading in ("gold per token", "KL per token", "tokens", "ended"):
+    per = results["per"]
+    for heading in (f"gold per {per}", f"KL per {per}", "tokens", "ended"):
         table.add_column(heading, justify="right", no_wrap=True)
     for arm in results["arms"]:
         before, after = arm["before"], arm["after"]
         table.add_row(
             arm["name"] if arm["kl_coef"] is None else f"{arm['name']} @ {arm['kl_coef']}",
-            f"{_mean(before['gold_per_token'])} → {_spread(after['gold_per_token'])}",
-            _spread(after["kl_per_token"]),
+            f"{_mean(before[f'gold_per_{per}'])} → {_spread(after[f'gold_per_{per}'])}",
+            _spread(after[f"kl_per_{per}"]),
             f"{_mean(before['length'], 1)} → {_mean(after['length'], 1)}",
             _mean(after["ended_share"], 2),
         )
     console.print(table)
-    for sentence in verdicts(results["frontier"]):
+    for sentence in verdicts(results):
         console.print(sentence, highlight=False)
 
 
@@ -204,10 +208,10 @@ def _spread(mean: Mapping[str, Any] | None, digits: int = 3) -> str:
 # ---- plots
 
 
-def _along(
-    results: Mapping[str, Any], measure: str, against: str = "kl_per_token"
-) -> dict[str, tuple[list[figures.Curve], figures.Curve]]:
-    """Each arm's paths as (KL, measure): that of every seed, and their mean at the same stop."""
+def _along(results: Mapping[str, Any], measure: str) -> dict[str, tuple[list[figures.Curve], figures.Curve]]:
+    """Each arm's paths as (KL, measure), both per token or per answer: that of every seed, and their mean at the same
+    stop. measure: gold or proxy."""
+    measure, against = f"{measure}_per_{results['per']}", f"kl_per_{results['per']}"
     found: dict[str, tuple[list[figures.Curve], figures.Curve]] = {}
     for arm, by_seed in results["paths"].items():
         ways = [
@@ -230,19 +234,22 @@ def _along(
 def _frontier_plot(results: Mapping[str, Any], arms: Sequence[str]) -> Markup | None:
     if results["frontier"] is None:
         return None
-    along = _along(results, results["frontier"]["measure"], results["frontier"]["against"])
+    along = _along(results, "gold")
     by_arm = {arm: seeds for arm, (seeds, _) in along.items()}
     means = {arm: mean for arm, (_, mean) in along.items()}
     levels = [level["kl"] for level in results["frontier"]["levels"]]
-    return Markup(figures.frontier_plot(by_arm, means, arms, levels, "Gold per token against KL for every arm"))
+    per = results["per"]
+    label = f"Gold per {per} against KL for every arm"
+    return Markup(figures.frontier_plot(by_arm, means, arms, levels, per, label))
 
 
 def _proxy_plot(results: Mapping[str, Any], arms: Sequence[str]) -> Markup | None:
-    gold, proxy = (_along(results, f"{measure}_per_token") for measure in ("gold", "proxy"))
+    gold, proxy = (_along(results, measure) for measure in ("gold", "proxy"))
     both = {arm: (gold[arm][1], proxy[arm][1]) for arm in gold if arm in proxy}
     if not both:
         return None
-    return Markup(figures.proxy_plot(both, arms, "Gold and the arm's own reward against KL, a panel for every arm"))
+    label = "Gold and the arm's own reward against KL, a panel for every arm"
+    return Markup(figures.proxy_plot(both, arms, results["per"], label))
 
 
 def _curves_plot(folder: Path, results: Mapping[str, Any], arms: Sequence[str]) -> Markup | None:
@@ -253,14 +260,15 @@ def _curves_plot(folder: Path, results: Mapping[str, Any], arms: Sequence[str]) 
         for seed in arm["seeds"]
         if (path := folder / "ppo" / seed["folder"] / "metrics.jsonl").exists()
     }
-    for key, title in CURVES.items():
+    for template, title in CURVES.items():
+        key = template.format(per=results["per"])
         by_arm: dict[str, list[figures.Curve]] = {}
         for (name, _), own in rows.items():
             curve = [(float(row["step"]), float(row[key])) for row in own if row.get(key) is not None]
             if len(curve) > 1:
                 by_arm.setdefault(name, []).append(curve)
         if by_arm:
-            panels.append((title, by_arm))
+            panels.append((title.format(per=results["per"]), by_arm))
     if not panels:
         return None
     return Markup(figures.curve_grid(panels, arms, "Metrics of training against PPO updates, " + ", ".join(arms)))

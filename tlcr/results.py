@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from scipy import stats
@@ -26,6 +26,9 @@ from tlcr.trials import folder_of, read_folder
 
 Curve = Sequence[Mapping[str, Any]]
 """Evaluations, measure to value, in the order of training or of KL coefficients."""
+
+Per = Literal["token", "answer"]
+"""What gold and KL are taken per, so that answers of different length can be compared."""
 
 LEVELS = (0.25, 0.5, 1.0)
 """Matched KL is looked at here, as shares of the KL that half of the arms reached."""
@@ -157,16 +160,15 @@ def _way(own: Sequence[SeedRun], kl_coefs: Sequence[float | None]) -> Curve:
     return [{**own[0].before, "stop": 0}, *sorted(ends, key=lambda point: point["stop"])]
 
 
-def frontier(
-    runs: Iterable[SeedRun], *, measure: str = "gold_per_token", against: str = "kl_per_token"
-) -> dict[str, Any] | None:
-    """Arms compared at matched KL, along their `paths`.
+def frontier(runs: Iterable[SeedRun], *, per: Per = "token") -> dict[str, Any] | None:
+    """Arms compared by gold at matched KL, both per token or per answer, along their `paths`.
 
     levels: each arm's gold over its seeds at shares of the KL that half of the arms reached with every seed; None for
     an arm that did not reach a level with every seed, because those that did would be a selection.
     comparisons: the first arm against each other one, at the largest KL that all runs of these two reached.
     None where no run has gold at a KL above 0.
     """
+    measure, against = f"gold_per_{per}", f"kl_per_{per}"
     curves = {
         arm: measured
         for arm, by_seed in paths(runs).items()
@@ -266,7 +268,8 @@ def collect_results(folder: str | Path) -> dict[str, Any]:
     """Everything that results.json holds, from the files of a run.
 
     arms: for each, and each KL coefficient that it was tried at, its seeds' evaluations and curves, and mean, sd and
-    interval over seeds before and after. frontier: see `frontier`, on gold and KL per token; paths: what it compares.
+    interval over seeds before and after. per: what gold and KL are compared per, `evaluation.per` of the config.
+    frontier: see `frontier`; paths: what it compares.
     stages: the metrics of SFT, reward model, DPO and discriminator (done.json), the statistics of the labels, of the
     first seed where each has models of its own; what was not run is absent. versions: of the libraries that trained.
 
@@ -311,7 +314,22 @@ def collect_results(folder: str | Path) -> dict[str, Any]:
         stages["labels"] = read_json(labels)
     for done in sorted((folder / "ppo").glob("**/seed-*/done.json")):
         versions.update(read_json(done).get("versions") or {})
-    return {"arms": arms, "frontier": frontier(runs), "paths": paths(runs), "stages": stages, "versions": versions}
+    per = compared_per(read_config(folder))
+    return {
+        "arms": arms,
+        "per": per,
+        "frontier": frontier(runs, per=per),
+        "paths": paths(runs),
+        "stages": stages,
+        "versions": versions,
+    }
+
+
+def compared_per(config: Mapping[str, Any]) -> Per:
+    """`evaluation.per` of a run's config, in plain values; its default depends on the scorer."""
+    evaluation = config.get("evaluation") or {}
+    per: Per = evaluation.get("per") or ("answer" if evaluation.get("scorer") else "token")
+    return per
 
 
 def models_folder(folder: Path) -> Path:
