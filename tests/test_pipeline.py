@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tlcr.config import Arm, RewardConfig, RunConfig
 from tlcr.config_loading import dump_config, load_config
 from tlcr.data import embedded
 from tlcr.errors import ConfigError, TlcrError
+from tlcr.evaluate import PolicyEvaluation, evaluate_policy
 from tlcr.metrics import read_metrics
 from tlcr.pipeline import analyse, analyse_edits, run, stage
 from tlcr.run_folder import _differences, open_run, reopen_run
@@ -52,6 +54,13 @@ def small_config(folder: Path, **changes: object) -> RunConfig:
         Arm("sequence", reward=RewardConfig(kind="sequence")),
     )
     return replace(load_config(None, values), arms=arms)
+
+
+def write_pairs(path: Path) -> Path:
+    pairs = embedded.generate_pairs(40, seed=0)[0]
+    lines = [json.dumps({"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}) for p in pairs]
+    path.write_text("\n".join(lines))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +172,35 @@ def test_evaluating_again_finds_what_training_found(finished: RunConfig) -> None
     before = json.loads(path.read_text())
     stage(finished, "evaluate")
     assert json.loads(path.read_text()) == before
+
+
+def test_no_policy_is_evaluated_twice(finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the start, after each update, and not again for evaluation.json, which holds what was logged."""
+    counted: list[int] = []
+
+    def evaluate(prompts: Sequence[str], **arguments: Any) -> PolicyEvaluation:
+        counted.append(len(prompts))
+        return evaluate_policy(prompts, **arguments)
+
+    monkeypatch.setattr("tlcr.arm.evaluate_policy", evaluate)
+    trained = Path(finished.output_dir)
+    cfg = replace(
+        finished,
+        output_dir=str(tmp_path / "run"),
+        model=finished.model.saved_in(trained / "sft"),
+        data=replace(finished.data, preferences=str(write_pairs(tmp_path / "pairs.jsonl"))),
+        sft=replace(finished.sft, enabled=False),
+        discriminator=replace(finished.discriminator, path=str(trained / "discriminator")),
+        ppo=replace(finished.ppo, evaluate_every=1),
+        arms=(Arm("continuous"),),
+    )
+    run(cfg)
+    folder = tmp_path / "run" / "ppo" / "continuous" / "seed-0"
+    logged = [row["eval/kl_per_token"] for row in read_metrics(folder / "metrics.jsonl") if "eval/kl_per_token" in row]
+    assert len(counted) == len(logged) == 3
+    written = json.loads((folder / "evaluation.json").read_text())
+    assert [logged[0], logged[-1]] == [written[when]["kl_per_token"] for when in ("before", "after")]
+    assert len(set(logged)) == 3
 
 
 def test_runs_side_by_side_give_what_runs_in_turn_give(finished: RunConfig, tmp_path: Path) -> None:
@@ -281,7 +319,7 @@ def test_a_grid_shares_the_models_of_a_seed(
 
 def test_every_rival_is_an_arm(finished: RunConfig, tmp_path: Path) -> None:
     """With the models of the run before, but for DPO's, which no arm of it needed."""
-    trained = Path(finished.output_dir)
+    trained, pairs = Path(finished.output_dir), write_pairs(tmp_path / "pairs.jsonl")
     rewards = {
         "spans": RewardConfig(kind="spans"),
         "rto": RewardConfig(kind="dpo", sequence_coef=1.0),
@@ -292,16 +330,13 @@ def test_every_rival_is_an_arm(finished: RunConfig, tmp_path: Path) -> None:
         finished,
         output_dir=str(tmp_path / "run"),
         model=finished.model.saved_in(trained / "sft"),
-        data=replace(finished.data, preferences=str(tmp_path / "pairs.jsonl"), edits=str(tmp_path / "unread")),
+        data=replace(finished.data, preferences=str(pairs), edits=str(tmp_path / "unread")),
         sft=replace(finished.sft, enabled=False),
         reward_model=replace(finished.reward_model, path=str(trained / "reward_model")),
         discriminator=replace(finished.discriminator, path=str(trained / "discriminator")),
         dpo=replace(finished.dpo, learning_rate=1e-3, batch_size=8),
         arms=tuple(Arm(name, reward) for name, reward in rewards.items()),
     )
-    pairs = embedded.generate_pairs(40, seed=0)[0]
-    lines = [json.dumps({"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}) for p in pairs]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     run(cfg)
     assert (tmp_path / "run" / "dpo" / "done.json").is_file() and not (tmp_path / "run" / "reward_model").exists()
     for name in rewards:

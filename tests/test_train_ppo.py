@@ -145,7 +145,7 @@ def documented_keys() -> set[str]:
 
 
 def test_the_keys_logged_are_the_keys_documented(tiny_causal_lm: LM, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    run_ppo(small_config(updates=1), tiny_causal_lm, tiny_tokenizer, tmp_path, evaluate=lambda _: {"gold": 1.0})
+    run_ppo(small_config(updates=1), tiny_causal_lm, tiny_tokenizer, tmp_path, evaluate=lambda *_: {"gold": 1.0})
     before, after = read_metrics(tmp_path / "metrics.jsonl")
     assert before.keys() == {"step", "time", "eval/gold"}
     logged = {"eval/<name>" if key.startswith("eval/") else key for key in after} - {"step", "time"}
@@ -180,11 +180,12 @@ def test_evaluation_comes_first_last_and_in_between(
         tiny_causal_lm,
         tiny_tokenizer,
         tmp_path,
-        evaluate=lambda actor_critic: {"training": float(actor_critic.training)},
+        evaluate=lambda actor_critic, update: {"training": float(actor_critic.training), "update": update},
         callbacks=[Listener()],
     )
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert heard == [0, 2, 4, 5] == [row["step"] for row in rows if "eval/training" in row]
+    assert heard == [row["eval/update"] for row in rows if "eval/update" in row]
     assert all(row.get("eval/training", 0.0) == 0.0 for row in rows)
 
 
@@ -333,7 +334,7 @@ def test_an_earlier_run_is_neither_overwritten_nor_continued_as_another(
 def test_a_finished_run_is_loaded_and_not_repeated(
     tiny_causal_lm: LM, tiny_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    evaluate = {"evaluate": lambda _: {"gold": 0.5}}
+    evaluate = {"evaluate": lambda *_: {"gold": 0.5}}
     for shared in ("separate", "shared"):
         cfg, folder = small_config(updates=2, value_model=shared), tmp_path / shared
         first, result = run_ppo(cfg, tiny_causal_lm, tiny_tokenizer, folder, **evaluate)

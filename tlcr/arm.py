@@ -56,9 +56,16 @@ def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
     # 2. the policy where it starts from, and how good it is there
     actor_critic = _start(run, cfg, judges)
     before = evaluation(actor_critic)
+    latest = {0: before}
+
+    def evaluate(actor_critic: ActorCritic, update: int) -> Mapping[str, float]:
+        if update not in latest:
+            latest.clear()
+            latest[update] = evaluation(actor_critic)
+        return latest[update].metrics()
 
     # 3. PPO
-    train_ppo(
+    result = train_ppo(
         cfg,
         actor_critic=actor_critic,
         reference=reference,
@@ -69,11 +76,11 @@ def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
         folder=folder,
         seed=seed,
         resume=run.resume,
-        evaluate=lambda actor_critic: evaluation(actor_critic).metrics(),
+        evaluate=evaluate,
     )
 
-    # 4. how good it is now
-    after = evaluation(actor_critic)
+    # 4. how good it is now; a run that was found finished has not been evaluated here
+    after = latest.get(result.updates) or evaluation(actor_critic)
     on_main_process(lambda: write_evaluation(folder, before, after))
     return {"before": before.to_json(), "after": after.to_json()}
 

@@ -30,7 +30,8 @@ from tlcr.rollout import PromptStream
 
 logger = logging.getLogger(__name__)
 
-Evaluate = Callable[[ActorCritic], Mapping[str, float]]
+Evaluate = Callable[[ActorCritic, int], Mapping[str, float]]
+"""(policy and value model, updates done) to figures by name."""
 
 # A resumed run may go on longer, save and evaluate more often, and cut its batches in another way.
 FREE_TO_CHANGE = ("updates", "save_every", "keep_checkpoints", "evaluate_every", "micro_batch_size", "chunk_tokens")
@@ -130,7 +131,7 @@ class PPORun:
         """Evaluate the policy; returns what the callbacks answered."""
         if self._evaluate is None:
             return []
-        self.evaluation = dict(self._evaluate(self.actor_critic))
+        self.evaluation = dict(self._evaluate(self.actor_critic, self.update))
         return [callback.on_evaluate(self.update, self.evaluation) for callback in self.callbacks]
 
     def begin(self, resume: bool) -> bool:
