@@ -7,13 +7,14 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
 
 from tests.run_folders import NASTY, add_stages, write_run
 from tlcr.errors import DataError
-from tlcr.figures import ARM_COLOURS, arm_colour, arm_marker, mean_curve
+from tlcr.figures import ARM_COLOURS, STEPS, _linear, arm_colour, arm_marker, mean_curve
 from tlcr.report import number, print_results, verdicts, write_report
 
 ARMS = {"continuous": 0.6, "sum-at-end": 0.35, "sequence": 0.2}
@@ -232,6 +233,27 @@ def test_a_grid_has_a_row_for_each_arm_and_coefficient(grid: Path) -> None:
     assert "arm-8</text>" in text
 
 
+@pytest.mark.parametrize("folder", ["run", "grid"])
+def test_the_frontier_is_a_picture_of_its_own(folder: str, request: pytest.FixtureRequest) -> None:
+    """That results.md shows: with a size, colours for dark pages, and every arm named, however few they are."""
+    path: Path = request.getfixturevalue(folder)
+    svg = (path / "frontier.svg").read_text(encoding="utf-8")
+    root = ElementTree.fromstring(svg)
+    assert root.tag.endswith("svg") and float(root.attrib["width"]) > 800 and "prefers-color-scheme:dark" in svg
+    for arm in json.loads((path / "results.json").read_text())["arms"]:
+        assert f"{arm['name']}</text>" in svg
+    assert "(frontier.svg)" in (path / "results.md").read_text(encoding="utf-8")
+
+
+def test_a_line_of_the_frontier_is_straight_in_kl() -> None:
+    """As the tables read it: on the square-root scale that is no straight line, so points between are drawn."""
+    way = _linear([(0.0, 0.0), (1.0, 2.0), (9.0, 0.0)])
+    assert len(way) == 2 * STEPS + 1
+    assert [way[place] for place in (0, STEPS, 2 * STEPS)] == [(0.0, 0.0), (1.0, 2.0), (9.0, 0.0)]
+    assert way[STEPS // 2] == (0.5, 1.0) and way[STEPS + STEPS // 4] == (3.0, 1.5)
+    assert list(_linear([(0.5, 1.0)])) == [(0.5, 1.0)] and list(_linear([])) == []
+
+
 def test_arms_of_one_colour_differ_in_marker() -> None:
     looks = [(arm_colour(index), arm_marker(index)) for index in range(49)]
     assert len(set(looks)) == 49
@@ -271,9 +293,8 @@ def test_whole_answers_are_compared_per_answer(tmp_path: Path) -> None:
     assert header[2:5] == ["Gold per answerafter", "Gold per tokenafter", "KLnats per answer"]
     for column, measure in ((2, "gold_per_answer"), (3, "gold_per_token"), (4, "kl_per_answer")):
         assert row[column].startswith(number(after[measure]["mean"])), measure
-    assert (
-        "gold per answer</text>" in text and "nats per answer: how far" in text and "gold per token</text>" not in text
-    )
+    assert "gold per answer</text>" in text and "gold per token</text>" not in text
+    assert "KL to the reference, nats per answer" in text
     tables = (folder / "results.md").read_text(encoding="utf-8")
     assert "Gold per answer at matched KL (nats per answer)" in tables and "per token" not in tables
     assert f"| ours | {number(after['gold_per_answer']['mean'])} [" in tables

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
+import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -17,6 +19,8 @@ ARM_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00",
 ARM_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINE_STYLES = ("-", "--", ":", "-.")
 """The second, third and fourth seven of many arms."""
+STEPS = 16
+"""Points drawn for each of a frontier's."""
 INK = "#123456"
 """Stands for the page's text colour until the SVG is finished."""
 
@@ -87,10 +91,15 @@ def svg_text(figure: Figure, label: str) -> str:
 
 
 def svg_file(figure: Figure, label: str) -> str:
-    """The same as a file of its own, shown as an image: with its size, and with colours for light and dark grounds."""
-    # CSS pixels: letters of 11 points are then as large as the page's own.
-    width, height = (96 * inches for inches in figure.get_size_inches())
-    head, rest = svg_text(figure, label).split(">", 1)
+    """The figure as a file of its own, shown as an image."""
+    return as_file(svg_text(figure, label))
+
+
+def as_file(svg: str) -> str:
+    """What `svg_text` gave as a file: with its size, and with colours for light and dark grounds."""
+    head, rest = svg.split(">", 1)
+    # From points to CSS pixels: letters of 11 points are then as large as the page's own.
+    width, height = (float(points) * 96 / 72 for points in head.split('viewBox="0 0 ')[1].split('"')[0].split())
     return f'{head} width="{width:.0f}" height="{height:.0f}"><style>{SCHEMES}</style>{rest}'
 
 
@@ -101,13 +110,17 @@ def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float]]:
     return [(x, math.fsum(points[x] for points in by_x) / len(by_x)) for x in shared]
 
 
-def _draw_arm(axes: Axes, index: int, name: str, seeds: Sequence[Curve], mean: Curve, *, marker: bool) -> None:
+def _draw_arm(
+    axes: Axes, index: int, name: str, seeds: Sequence[Curve], mean: Curve, *, marker: bool, every: int = 1
+) -> None:
+    """every: how many points of a curve there are for one marker."""
     colour, shape, line = arm_colour(index), arm_marker(index) if marker else None, _arm_line(index)
     if len(seeds) > 1:
         for curve in seeds:
             axes.plot(*zip(*curve, strict=True), color=colour, linewidth=0.8, alpha=0.4)
     if mean:
         style: dict[str, Any] = {"linewidth": 2.2, "linestyle": line, "markersize": 4.5, "marker": shape}
+        style["markevery"] = every
         axes.plot(*zip(*mean, strict=True), label=name, color=colour, **style)
 
 
@@ -138,19 +151,38 @@ def frontier_plot(
     label: str,
 ) -> str:
     """Gold against KL, both per token or per answer: each arm's path away from the reference, with the matched levels
-    as dashed lines."""
+    as dashed lines. KL on a square-root scale, on which gold rises nearly straight at first (Gao et al. 2023, arXiv
+    2210.10760), and an arm that ran far away leaves room for the others."""
     with style():
         figure = Figure(figsize=(9.2, 4.6), layout="constrained")
         axes = figure.add_subplot()
         for level in levels:
             axes.axvline(level, color=INK, alpha=0.35, linewidth=0.9, linestyle=(0, (4, 4)))
         for name, seeds in by_arm.items():
-            _draw_arm(axes, arm_order.index(name), name, seeds, means[name], marker=True)
-        axes.set_xlabel(f"KL to the reference, nats per {per}: how far the policy has moved")
+            ways = [_linear(way) for way in seeds]
+            _draw_arm(axes, arm_order.index(name), name, ways, _linear(means[name]), marker=True, every=STEPS)
+        axes.set_xscale("function", functions=(_signed_root, lambda x: np.sign(x) * np.square(x)))
+        axes.set_xlabel(f"KL to the reference, nats per {per}, on a square-root scale: how far the policy has moved")
         axes.set_ylabel(f"gold per {per}")
-        if len(by_arm) > len(ARM_COLOURS):  # colours alone no longer tell them apart
+        if len(by_arm) > len(ARM_COLOURS):
             figure.legend(loc="outside right upper", fontsize=9)
+        else:
+            figure.legend(loc="outside upper left", ncols=4)
         return svg_text(figure, label)
+
+
+def _linear(curve: Curve) -> Curve:
+    """The curve with the points between its points, STEPS for each: straight in KL, on whatever scale it is drawn."""
+    if not curve:
+        return []
+    places = np.linspace(0, len(curve) - 1, STEPS * (len(curve) - 1) + 1)
+    x, y = (np.interp(places, range(len(curve)), axis) for axis in zip(*curve, strict=True))
+    return list(zip(x.tolist(), y.tolist(), strict=True))
+
+
+def _signed_root(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """A KL estimated from samples may lie a little below 0."""
+    return np.sign(x) * np.sqrt(np.abs(x))
 
 
 def proxy_plot(by_arm: Mapping[str, tuple[Curve, Curve]], arm_order: Sequence[str], per: str, label: str) -> str:

@@ -62,13 +62,17 @@ DISCRIMINATOR_METRICS = {
 
 
 def write_report(run_folder: str | Path) -> Path:
-    """Write results.json, results.md (its tables) and report.html of a run and return the page's path.
+    """Write results.json, results.md (its tables), frontier.svg and report.html of a run; return the page's path.
 
     Raises DataError where the folder does not exist or a file in it cannot be read.
     """
     folder = Path(run_folder)
     results = write_results(folder)
-    for name, text in (("results.md", render_tables(results)), ("report.html", render(folder, results))):
+    texts = {"results.md": render_tables(results), "report.html": render(folder, results)}
+    plot = _frontier_plot(results)
+    if plot is not None:
+        texts["frontier.svg"] = figures.as_file(plot)
+    for name, text in texts.items():
         with write_aside(folder / name) as aside:
             aside.write_text(text, encoding="utf-8")
     return folder / "report.html"
@@ -115,7 +119,7 @@ def render(folder: Path, results: Mapping[str, Any]) -> str:
         name=name,
         has_gold=any(arm["after"]["gold_per_token"] is not None for arm in results["arms"]),
         verdicts=verdicts(results),
-        frontier_plot=_frontier_plot(results, arms),
+        frontier_plot=_frontier_plot(results),
         proxy_plot=_proxy_plot(results, arms),
         curves_plot=_curves_plot(folder, results, arms),
         discriminator=_discriminator(models_folder(folder)),
@@ -231,9 +235,10 @@ def _along(results: Mapping[str, Any], measure: str) -> dict[str, tuple[list[fig
     return found
 
 
-def _frontier_plot(results: Mapping[str, Any], arms: Sequence[str]) -> Markup | None:
+def _frontier_plot(results: Mapping[str, Any]) -> Markup | None:
     if results["frontier"] is None:
         return None
+    arms = list(dict.fromkeys(arm["name"] for arm in results["arms"]))
     along = _along(results, "gold")
     by_arm = {arm: seeds for arm, (seeds, _) in along.items()}
     means = {arm: mean for arm, (_, mean) in along.items()}
