@@ -19,7 +19,7 @@ ARM_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00",
 ARM_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINE_STYLES = ("-", "--", ":", "-.")
 """The second, third and fourth seven of many arms."""
-STEPS = 16
+STEPS = 8
 """Points drawn for each of a frontier's."""
 INK = "#123456"
 """Stands for the page's text colour until the SVG is finished."""
