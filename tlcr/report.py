@@ -68,8 +68,8 @@ def write_report(run_folder: str | Path) -> Path:
     """
     folder = Path(run_folder)
     results = write_results(folder)
-    texts = {"results.md": render_tables(results), "report.html": render(folder, results)}
     plot = _frontier_plot(results)
+    texts = {"results.md": render_tables(results), "report.html": render(folder, results, plot)}
     if plot is not None:
         texts["frontier.svg"] = figures.as_file(plot)
     for name, text in texts.items():
@@ -109,7 +109,7 @@ def render_tables(results: Mapping[str, Any]) -> str:
     return _template("results.md.j2", html=False).render(**_tables(results))
 
 
-def render(folder: Path, results: Mapping[str, Any]) -> str:
+def render(folder: Path, results: Mapping[str, Any], frontier_plot: Markup | None) -> str:
     """The page as text."""
     arms = list(dict.fromkeys(arm["name"] for arm in results["arms"]))
     config = read_config(folder)
@@ -119,7 +119,7 @@ def render(folder: Path, results: Mapping[str, Any]) -> str:
         name=name,
         has_gold=any(arm["after"]["gold_per_token"] is not None for arm in results["arms"]),
         verdicts=verdicts(results),
-        frontier_plot=_frontier_plot(results),
+        frontier_plot=frontier_plot,
         proxy_plot=_proxy_plot(results, arms),
         curves_plot=_curves_plot(folder, results, arms),
         discriminator=_discriminator(models_folder(folder)),
