@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from tlcr.kernels import gae, ppo_loss, reward
+from tlcr.kernels import adamw, gae, ppo_loss, reward
 
 TARGETS = (80, 90, 100)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -108,6 +108,11 @@ def calls(dtype: torch.dtype, batch: int = 2, length: int = 4) -> Iterator[tuple
         ppo_loss.ppo_loss_backward(loss, row_weights, *policy, *rest, True, True, True, True)
         return loss, statistics, row_weights
 
+    def step() -> None:
+        weights, moments = x.bfloat16(), x.float()
+        adamw.adamw_step(weights, weights, moments, moments, weights.to(torch.int16), 0.1, 0.9, 0.95, 1e-8, 0.1, 1)
+
+    yield "adamw_step", step
     yield "fused_reward, 2 classes", lambda: reward_of(2, False)
     yield "fused_reward, 3 classes, discrete", lambda: reward_of(3, True)
     yield "fused_gae, padded", lambda: gae_of(False)

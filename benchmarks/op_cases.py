@@ -7,6 +7,7 @@ gradient asked for, "backward" from given gradients after a forward pass that is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ PASSES = ("forward", "backward", "both")
 LAM = 0.95
 """gamma is 1, as in the recipes; with gamma lam below 1 the rivals that cut their sums off can take part."""
 REWARD_OPTIONS = {"kl_coef": 0.1, "clip": 0.9}
+NORM_EPS = 1e-5
 CHECKED_TOKENS = 8
 """Rows of logits, or hidden states, that are compared with float64."""
 CHECKED_SMALL = 2**17
@@ -54,7 +56,7 @@ class Case:
     name: str
     """Which of the op's uses, or "" for the plain one."""
     shape: tuple[int, ...]
-    """(B, T), (N, V) or (N, H, V); packed, B T tokens in B sequences."""
+    """(B, T), (N, V), (N, H) or (N, H, V); packed, B T tokens in B sequences."""
     dtype: torch.dtype = torch.float32
     passes: tuple[str, ...] = PASSES
     rivals: bool = True
@@ -62,14 +64,14 @@ class Case:
 
     @property
     def axes(self) -> dict[str, int]:
-        names = {"score_tokens": "NV", "score_hidden": "NHV"}.get(self.op, "BT")
+        names = {"score_tokens": "NV", "score_hidden": "NHV", "rms_norm": "NH", "gated_silu": "NH"}.get(self.op, "BT")
         return dict(zip(names, self.shape, strict=True))
 
     @property
     def elements(self) -> int:
-        """Of the largest tensor that there is without fusing: logits, or one number a token."""
+        """Of the largest tensor that there is without fusing: logits, activations, or one number a token."""
         axes = self.axes
-        return axes["N"] * axes["V"] if "V" in axes else axes["B"] * axes["T"]
+        return axes["N"] * axes["V"] if "V" in axes else math.prod(self.shape)
 
     def __str__(self) -> str:
         size = " x ".join(f"{name}={size}" for name, size in self.axes.items())
@@ -136,6 +138,10 @@ _FORMULAS = {
     ("score_hidden", LOSS_ONLY, "backward"): "2 N H s + 2 V H s + 8 N + 4",
     ("ppo_loss", "", "forward"): "25 B T + 20",  # six values and the mask; the loss and four statistics
     ("ppo_loss", "", "backward"): "33 B T + 4",  # and two gradients
+    ("rms_norm", "", "forward"): "2 N H s + H s",  # x, y; weight
+    ("rms_norm", "", "backward"): "3 N H s + 2 H s + 4 N",  # x and two gradients; weight and its own; a scale a row
+    ("gated_silu", "", "forward"): "3 N H s",  # gate, up, y
+    ("gated_silu", "", "backward"): "5 N H s",  # gate, up and three gradients
 }
 
 
@@ -161,9 +167,14 @@ def tlcr_function(case: Case, impl: str) -> Function:
     def gae(**inputs: Tensor) -> tuple[Tensor, ...]:
         return tuple(op(**inputs, lam=LAM, whiten=case.name == WHITENED, impl=impl))
 
-    if case.op == "ppo_loss":
-        return loss
-    return {"fused_reward": reward, "fused_gae": gae}.get(case.op, score)
+    def norm(**inputs: Tensor) -> tuple[Tensor, ...]:
+        return (op(**inputs, eps=NORM_EPS, impl=impl),)
+
+    def gate(**inputs: Tensor) -> tuple[Tensor, ...]:
+        return (op(**inputs, impl=impl),)
+
+    own = {"fused_reward": reward, "fused_gae": gae, "ppo_loss": loss, "rms_norm": norm, "gated_silu": gate}
+    return own.get(case.op, score)
 
 
 def tlcr_implementations(op: str, device: str, *, interpreted: bool = False) -> list[tuple[str, str | None]]:
@@ -175,8 +186,8 @@ def tlcr_implementations(op: str, device: str, *, interpreted: bool = False) -> 
         interpreted: those for GPUs, on the CPU.
     """
     status = next(status for status in ops.available() if (status.op, status.device) == (op, device))
-    on_gpu = "cuda" if op in ("score_tokens", "score_hidden") else "triton"
-    fast = "cpp" if device == "cpu" and not interpreted else on_gpu
+    on_gpu = {"score_tokens": "cuda", "score_hidden": "cuda", "rms_norm": "reference", "gated_silu": "reference"}
+    fast = "cpp" if device == "cpu" and not interpreted else on_gpu.get(op, "triton")
     reason = status.reasons.get(fast)
     return [(fast, reason)] if reason is None else [(fast, reason), ("reference", None)]
 
@@ -193,7 +204,8 @@ class Problem:
         for name in self.trained:
             self.inputs[name].requires_grad_()
         differentiable = {"": 2, WITH_REFERENCE: 3}.get(case.name, 1) if case.op.startswith("score") else 1
-        rows = () if case.op == "ppo_loss" or case.name == LOSS_ONLY else case.shape[:1]
+        axes = 2 if "H" in case.axes and "V" not in case.axes else 1
+        rows = () if case.op == "ppo_loss" or case.name == LOSS_ONLY else case.shape[:axes]
         self.gradients = tuple(
             torch.randn(rows, generator=generator, device=device) if rows else torch.ones((), device=device)
             for _ in range(differentiable if self.trained else 0)
@@ -243,6 +255,7 @@ class Problem:
         inputs, wanted = (self._cut() if self.case.name == LOSS_ONLY else self.inputs), self.gradients
         if inputs is self.inputs and wanted and wanted[0].ndim:
             counts = torch.arange(len(wanted[0]), device=self.device) < self.rows
+            counts = counts.view(-1, *[1] * (wanted[0].ndim - 1))
             wanted = tuple(gradient * counts for gradient in wanted)
         bound = LARGEST_ERROR[self.case.dtype]
         if self.case.name == WHITENED:
@@ -287,7 +300,7 @@ def _checked_rows(case: Case) -> int:
         return CHECKED_TOKENS
     if case.op == "ppo_loss" or case.name in (WHITENED, PACKED):
         return case.elements  # a sum over all
-    return max(1, CHECKED_SMALL // case.axes["T"])
+    return max(1, CHECKED_SMALL // case.shape[1])
 
 
 def _error(got: Tensor, true: Tensor, bound: float) -> float:
@@ -324,6 +337,14 @@ def _inputs(case: Case, device: str, generator: torch.Generator) -> tuple[Inputs
             inputs[f"{model}hidden"] = normal(N, H, dtype=case.dtype)
             inputs[f"{model}weight"] = normal(V, H, dtype=case.dtype).div_(H**0.5)
         return inputs, ("hidden", "weight")
+
+    if "H" in case.axes:
+        N, H = case.shape
+        if case.op == "rms_norm":
+            inputs = {"x": normal(N, H, dtype=case.dtype), "weight": normal(H, dtype=case.dtype).mul_(0.1).add_(1)}
+        else:
+            inputs = {name: normal(N, H, dtype=case.dtype) for name in ("gate", "up")}
+        return inputs, tuple(inputs)
 
     B, T = case.shape
     lengths = integers(max(1, T // 4), T + 1, B)
@@ -366,6 +387,9 @@ def cpu_cases() -> Iterator[Case]:
     yield Case("ppo_loss", "", (64, 1024))
     yield Case("score_hidden", "", head)
     yield Case("score_hidden", LOSS_ONLY, head, passes=("forward", "both"))
+    # The layers of a 135M model, over a micro-batch.
+    yield from (Case("rms_norm", "", (1024, 576), dtype) for dtype in (torch.float32, bf16))
+    yield from (Case("gated_silu", "", (1024, 1536), dtype) for dtype in (torch.float32, bf16))
     yield from (
         Case("score_tokens", WITH_REFERENCE, (128, V), dtype, passes=("forward", "both"), rivals=False)
         for V in VOCABULARIES
@@ -428,6 +452,7 @@ def interpreted_cases() -> Iterator[Case]:
     yield Case("ppo_loss", "", (2, 6))
     yield Case("score_tokens", WITH_REFERENCE, (3, 50), torch.bfloat16)
     yield Case("score_hidden", "", (3, 8, 50))
+    yield from (Case(op, "", (3, 8)) for op in ("rms_norm", "gated_silu"))
 
 
 def _series(

@@ -18,6 +18,7 @@ from op_cases import (
     HOLES,
     LAM,
     LOSS_ONLY,
+    NORM_EPS,
     PACKED,
     PADDED,
     PASSES,
@@ -64,6 +65,8 @@ def rivals(case: Case, device: str) -> list[Rival]:
         "score_tokens": _tokens,
         "score_hidden": _hidden,
         "ppo_loss": _loss,
+        "rms_norm": _norm,
+        "gated_silu": _gate,
     }[case.op](case, device)
     return [rival for rival in found if case.rivals or rival.plain]
 
@@ -435,3 +438,45 @@ def _ppo_loss(
         value_clip_fraction = mean((near_loss > far_loss).float(), mask)
         approx_kl, ratio_max = mean(torch.expm1(log_ratio) - log_ratio, mask), (ratio * mask).amax()
     return loss, clip_fraction, value_clip_fraction, approx_kl, ratio_max
+
+
+# rms_norm and gated_silu
+
+
+def _norm(case: Case, device: str) -> Iterator[Rival]:
+    def eager(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+        """In the manner of transformers' models."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + NORM_EPS)
+        return (weight * wide.to(x.dtype),)
+
+    def of_torch(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+        return (F.rms_norm(x, weight.shape, weight, NORM_EPS),)
+
+    yield Rival("eager torch", lambda: eager, plain=True)
+    yield Rival("torch.compile", lambda: _compiled(eager))
+    yield Rival("torch rms_norm", lambda: of_torch)
+    if device == "cuda":
+        yield Rival("Liger RMSNorm", _liger_norm)
+
+
+def _liger_norm() -> Function:
+    from liger_kernel.ops import LigerRMSNormFunction
+
+    return lambda x, weight: (LigerRMSNormFunction.apply(x, weight, NORM_EPS, 0.0, "llama", False),)
+
+
+def _gate(case: Case, device: str) -> Iterator[Rival]:
+    def eager(gate: Tensor, up: Tensor) -> tuple[Tensor]:
+        return (F.silu(gate) * up,)
+
+    yield Rival("eager torch", lambda: eager, plain=True)
+    yield Rival("torch.compile", lambda: _compiled(eager))
+    if device == "cuda":
+        yield Rival("Liger SiLUMul", _liger_gate)
+
+
+def _liger_gate() -> Function:
+    from liger_kernel.ops import LigerSiLUMulFunction
+
+    return lambda gate, up: (LigerSiLUMulFunction.apply(gate, up),)

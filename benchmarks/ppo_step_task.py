@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -109,21 +110,28 @@ def causal_lm(
     if task.model is not None:
         model = load(task)
     else:
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            intermediate_size=3 * WIDTH,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            max_position_embeddings=512,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        model = LlamaForCausalLM(config).to(getattr(torch, task.dtype))
+        with tempfile.TemporaryDirectory() as folder:
+            _random_llama(task, tokenizer).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            model = load(replace(task, model=folder))
     model.get_output_embeddings().register_forward_hook(_NeverEnds(tokenizer.eos_token_id))
     return model
+
+
+def _random_llama(task: Task, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config).to(getattr(torch, task.dtype))
 
 
 class _NeverEnds:

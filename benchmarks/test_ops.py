@@ -31,6 +31,7 @@ CASES = (
     *(Case("score_tokens", name, (N, V)) for name in ("", WITH_REFERENCE)),
     *(Case("score_hidden", name, (N, H, V)) for name in ("", WITH_REFERENCE, LOSS_ONLY)),
     Case("ppo_loss", "", (B, T)),
+    *(Case(op, "", (N, H)) for op in ("rms_norm", "gated_silu")),
 )
 
 # Rivals warn of their own matters.

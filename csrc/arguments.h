@@ -145,4 +145,54 @@ struct PPOBackwardArguments {
   void *g_logprobs, *g_values, *g_entropy, *g_kl;  // out, real [batch][length], each null where it is not wanted
 };
 
+// A step over `count` bfloat16 weights w, each the upper half of a float32 master, with moments m and v, in place:
+// m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2; master = decay master - step_size m / (sqrt(v) / correction
+// + eps); the numbers of this step are the caller's: decay = 1 - rate * weight_decay, step_size = rate / (1 - beta1^t),
+// correction = sqrt(1 - beta2^t).
+struct AdamWArguments {
+  int64_t count;
+  uint16_t* weights;      // bfloat16
+  int16_t* remainders;    // what the weights lack of their masters
+  float *exp_avg, *exp_avg_sq;
+  const void* gradients;  // in, bfloat16
+  double decay, beta1, beta2, step_size, correction, eps;
+};
+
+// y = weight (x scale), scale = 1 / sqrt(mean(x^2) + eps) of each row.
+struct RMSNormArguments {
+  Type type;               // of x, weight and y
+  int64_t rows, width;
+  const void *x, *weight;  // in, [rows][width] and [width]
+  double eps;
+  void* y;                 // out
+  void* scales;            // out, real [rows]
+};
+
+// Rows whose gradients of the weight are summed in one part, by one thread.
+constexpr int64_t kNormRows = 32;
+
+struct RMSNormBackwardArguments {
+  Type type;
+  int64_t rows, width;
+  const void *x, *weight, *g_y;  // in
+  const void* scales;            // in, real [rows], from the forward pass
+  void* g_x;                     // out
+  void* g_weight_parts;          // out, real [ceil(rows / kNormRows)][width], to be summed by the caller
+};
+
+// y = silu(gate) up, silu(z) = z / (1 + exp(-z)), of `count` elements.
+struct GatedSiLUArguments {
+  Type type;  // of every tensor
+  int64_t count;
+  const void *gate, *up;  // in
+  void* y;                // out
+};
+
+struct GatedSiLUBackwardArguments {
+  Type type;
+  int64_t count;
+  const void *gate, *up, *g_y;  // in
+  void *g_gate, *g_up;          // out
+};
+
 }  // namespace tlcr

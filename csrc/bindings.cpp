@@ -1,11 +1,12 @@
 // Registers the kernels with torch, under the schemas of tlcr/ops/_library.py. The ops on (B, T) tensors are here, scoring
-// is in scoring.cpp. Arguments are checked by the Python door; torch checks these signatures against the schemas.
+// is in scoring.cpp, what updates a model in training.cpp. Arguments are checked by the Python door; torch checks these signatures against the schemas.
 #include <torch/library.h>
 
 #include <limits>
 
 #include "run.h"
 #include "scoring.h"
+#include "training.h"
 
 namespace tlcr {
 namespace {
@@ -225,6 +226,11 @@ TORCH_LIBRARY_IMPL(tlcr, CPU, m) {
   m.impl("score_hidden_backward", score_hidden_backward);
   m.impl("ppo_loss", ppo_loss);
   m.impl("ppo_loss_backward", ppo_loss_backward);
+  m.impl("adamw_step", adamw_step);
+  m.impl("rms_norm", rms_norm);
+  m.impl("rms_norm_backward", rms_norm_backward);
+  m.impl("gated_silu", gated_silu);
+  m.impl("gated_silu_backward", gated_silu_backward);
 }
 
 #ifdef TLCR_CUDA

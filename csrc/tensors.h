@@ -49,6 +49,22 @@ inline const void* pointer(const MaybeTensor& tensor) { return tensor.has_value(
 
 inline const uint8_t* bytes(const Tensor& mask) { return reinterpret_cast<const uint8_t*>(mask.const_data_ptr<bool>()); }
 
+// A tensor to be changed where it lies, as contiguous memory: a copy of any other is written back at the end.
+class InPlace {
+ public:
+  explicit InPlace(const Tensor& tensor) : tensor_(tensor), dense_(tensor.contiguous()) {}
+  InPlace(const InPlace&) = delete;
+  InPlace& operator=(const InPlace&) = delete;
+  ~InPlace() noexcept(false) {
+    if (!dense_.is_same(tensor_)) tensor_.copy_(dense_);
+  }
+
+  void* data() const { return pointer(dense_); }
+
+ private:
+  Tensor tensor_, dense_;
+};
+
 // `base` moved by `elements` of `dtype`; null stays null.
 template <typename Pointer>
 Pointer* advanced(Pointer* base, int64_t elements, at::ScalarType dtype) {

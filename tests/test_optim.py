@@ -48,7 +48,15 @@ def test_updates_far_below_the_resolution_of_bfloat16_accumulate():
     assert plain.tolist() == [1.0] * 3  # what happens without them
 
 
-def test_the_masters_follow_float32_adamw_bit_for_bit():
+def assert_follows(ours: torch.optim.Optimizer, low: torch.Tensor, full: torch.Tensor) -> None:
+    """The master is what AdamW arrives at in float32, but for last bits, and the weight is what 8 bits keep of it."""
+    master = master_of(ours, low)
+    torch.testing.assert_close(master, full.detach(), rtol=1e-6, atol=1e-7)
+    error = (low.detach().double() - master.double()).abs()
+    assert bool((error <= master.double().abs() * 2**-8).all())
+
+
+def test_the_masters_follow_float32_adamw():
     start = torch.randn(50).bfloat16()
     low, full = nn.Parameter(start.clone()), nn.Parameter(start.float())
     other = nn.Parameter(torch.randn(7))  # a float32 parameter in the same optimiser is its own master
@@ -56,15 +64,14 @@ def test_the_masters_follow_float32_adamw_bit_for_bit():
     ours = build_optimizer([group(low, 1e-3, 0.1), group(other, 1e-2)])
     theirs = torch.optim.AdamW([group(full, 1e-3, 0.1), group(alone, 1e-2)], betas=(0.9, 0.95), fused=True)
     assert isinstance(ours, MasterWeightAdamW)
-    for step in range(20):
+    for _ in range(20):
         gradient = torch.randn(50).bfloat16()
         low.grad, full.grad = gradient.clone(), gradient.float()
         other.grad = alone.grad = torch.randn(7)
         ours.step()
         theirs.step()
-        assert torch.equal(low, full.bfloat16()), step
+        assert_follows(ours, low, full)
         assert torch.equal(other, alone)
-    assert torch.equal(master_of(ours, low), full)
 
 
 @pytest.mark.parametrize("shape", [(optim.PIECE // 8 + 3, 24), (2 * optim.PIECE + 5,), (3, optim.PIECE), ()])
@@ -80,26 +87,11 @@ def test_tensors_are_updated_in_pieces_as_if_they_were_whole(shape, dtype):
         low.grad, full.grad = gradient.clone(), gradient.float()
         ours.step()
         theirs.step()
-    masters = {torch.bfloat16: master_of, torch.float16: lambda ours, low: ours.state[low]["master"]}
-    assert torch.equal(masters[dtype](ours, low) if dtype in masters else low, full)
+    if dtype == torch.bfloat16:
+        assert_follows(ours, low, full)
+    else:
+        assert torch.equal(ours.state[low]["master"] if dtype == torch.float16 else low, full)
     assert ours.state[low]["step"] == 3
-
-
-def test_any_float32_is_the_nearest_bfloat16_and_a_remainder():
-    """Among them the middles, which go to the larger magnitude, subnormals, the largest finite number, and infinity."""
-    bits = torch.tensor(
-        [0x3F800000, 0x3F807FFF, 0x3F808000, 0x3F808001, 0x3F818000, 0x00008000, 0x7F7FFFFF, 0x7F800000]
-    )
-    bits = torch.cat([bits, torch.randint(0x7F800000, (10_000,))])
-    wanted = torch.cat([bits, bits - 2**31]).to(torch.int32).view(torch.float32)
-    parameter, remainder = torch.empty_like(wanted, dtype=torch.bfloat16), torch.empty_like(wanted, dtype=torch.int16)
-    optim._round(wanted.clone(), {"parameter": parameter, "remainder": remainder})
-    assert torch.equal(optim._master({"parameter": parameter, "remainder": remainder}), wanted)
-    assert parameter[:8].view(torch.int16).tolist() == [
-        0x3F80, 0x3F80, 0x3F81, 0x3F81, 0x3F82, 0x0001, 0x7F80, 0x7F80
-    ]  # fmt: skip
-    middle = (wanted.view(torch.int32) & 0xFFFF) == 0x8000
-    assert torch.equal(parameter[~middle], wanted[~middle].bfloat16())
 
 
 def test_the_first_step_by_hand():

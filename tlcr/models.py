@@ -28,7 +28,7 @@ from tlcr.checkpoint import sync_folder, write_aside
 from tlcr.config import ModelConfig
 from tlcr.distributed import on_main_process
 from tlcr.errors import ConfigError, DataError
-from tlcr.layers import keep_less
+from tlcr.layers import fuse_layers
 
 TWO_CLASSES = {0: "negative", 1: "positive"}
 THREE_CLASSES = {0: "negative", 1: "neutral", 2: "positive"}
@@ -298,7 +298,7 @@ def _loading(what: str, source: str) -> Iterator[None]:
 
 def _prepared(model: PreTrainedModel, cfg: ModelConfig) -> PreTrainedModel:
     disable_dropout(model)
-    keep_less(model)
+    fuse_layers(model)
     if cfg.gradient_checkpointing:
         # transformers 5.23 renamed it and warns of the old name, which is all that 5.20, the last for python 3.10, has
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)

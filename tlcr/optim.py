@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
+from tlcr import ops
+
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -84,38 +86,30 @@ class MasterWeightAdamW(torch.optim.Optimizer):
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter] or self._begin(parameter)
-        step = state["step"].clone()
         state["step"] += 1
-        # In pieces that stay in the cache: the float32 copies of a whole embedding would each be its largest tensor.
-        tensors = {"parameter": parameter, "grad": parameter.grad, **state}
-        del tensors["step"]
+        assert parameter.grad is not None
+        tensors: dict[str, Tensor] = {"parameter": parameter.detach(), "grad": parameter.grad, **state}
+        step = tensors.pop("step")
         pieces = {name: _pieces(tensor) for name, tensor in tensors.items()}
         for values in zip(*pieces.values(), strict=True):
             piece = dict(zip(pieces, values, strict=True))
-            master = _master(piece)
-            adamw(
-                [master],
-                [piece["grad"].to(master.dtype)],
-                [piece["exp_avg"]],
-                [piece["exp_avg_sq"]],
-                max_exp_avg_sqs=[],
-                state_steps=[step.clone()],
-                fused=_fused([master]),
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-            _round(master, piece)
+            if "remainder" in piece:
+                ops.adamw_step(
+                    **piece,
+                    learning_rate=group["lr"],
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    step=int(step),
+                )
+            else:
+                _step_of_torch(piece, step, group)
 
     def _begin(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
         low = parameter.dtype in LOW_PRECISION
         dtype = torch.float32 if low else parameter.dtype
-        state["step"] = torch.zeros((), device=parameter.device)
+        state["step"] = torch.zeros((), device=_home("step", parameter))
         state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
         state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
         if parameter.dtype == torch.bfloat16:
@@ -130,12 +124,39 @@ class MasterWeightAdamW(torch.optim.Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"]]
         for index, state in state_dict["state"].items():
             parameter = parameters[index]
-            self.state[parameter] = {name: value.to(parameter.device, copy=True) for name, value in state.items()}
+            self.state[parameter] = {name: value.to(_home(name, parameter), copy=True) for name, value in state.items()}
 
 
-# Elements of a piece, whose float32 master, gradient and moments are 8 MiB. On one core 2^15 to 2^20 take the same
-# time; two need 2^19 to share it (ours: 45M weights, 190 ms a step on one core, 104 on two; with 2^18, 184 and 140).
-PIECE = 1 << 19
+def _home(name: str, parameter: Tensor) -> torch.device:
+    """Where a state lives. ops.adamw_step is told the step as a number, for which a GPU would have to be waited."""
+    return torch.device("cpu") if name == "step" and parameter.dtype == torch.bfloat16 else parameter.device
+
+
+def _step_of_torch(piece: dict[str, Tensor], step: Tensor, group: dict[str, Any]) -> None:
+    """AdamW on a master that is stored as such, or on a parameter that is its own."""
+    master = piece.get("master", piece["parameter"])
+    adamw(
+        [master],
+        [piece["grad"].to(master.dtype)],
+        [piece["exp_avg"]],
+        [piece["exp_avg_sq"]],
+        max_exp_avg_sqs=[],
+        state_steps=[step - 1],  # which torch increases
+        fused=_fused([master]),
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+    if master is not piece["parameter"]:
+        piece["parameter"].copy_(master)
+
+
+# Elements of a piece: enough for all cores. A float32 copy of a whole embedding would be the largest tensor there is.
+PIECE = 1 << 22
 
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:
@@ -144,27 +165,6 @@ def _pieces(tensor: Tensor) -> Sequence[Tensor]:
     if tensor.device.type != "cpu" or tensor.numel() <= PIECE:
         return [tensor]
     return tensor.split(max(1, PIECE * tensor.shape[0] // tensor.numel()))
-
-
-def _master(piece: dict[str, Tensor]) -> Tensor:
-    """The weights in the precision that they are trained in."""
-    if "master" in piece:
-        return piece["master"]
-    if "remainder" not in piece:
-        return piece["parameter"]
-    master = piece["parameter"].float()
-    master.view(torch.int32).add_(piece["remainder"])
-    return master
-
-
-def _round(master: Tensor, piece: dict[str, Tensor]) -> None:
-    """parameter <- round(master), to the nearest; of the masters in the middle, to the larger magnitude."""
-    if "remainder" in piece:
-        bits = master.view(torch.int32)
-        piece["remainder"].copy_(bits)  # the lower 16 bits, as a number from -2^15 to 2^15 - 1 ...
-        bits.sub_(piece["remainder"])  # ... without which the upper 16 are the nearest bfloat16
-    if master is not piece["parameter"]:
-        piece["parameter"].copy_(master)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

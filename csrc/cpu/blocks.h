@@ -72,7 +72,10 @@ struct WholeBlock {
   TLCR_INLINE Mask<Real> counts(const uint8_t* mask) const {
     return mask == nullptr ? all_lanes<Real>() : load_mask(mask + begin, Real());
   }
-  TLCR_INLINE void write(Real* row, Vector<Real> x) const { store(row + begin, x); }
+  template <class Element>
+  TLCR_INLINE void write(Element* row, Vector<Real> x) const {
+    store(row + begin, x);
+  }
 };
 
 // `size` tokens from `begin` on, fewer than there are lanes: those beyond read as 0, do not count and are not written.
@@ -95,8 +98,9 @@ struct PartBlock {
     for (int lane = 0; lane < size; ++lane) lanes[lane] = mask == nullptr ? 1 : mask[begin + lane];
     return load_mask(lanes, Real());
   }
-  TLCR_INLINE void write(Real* row, Vector<Real> x) const {
-    Real lanes[kLanes<Real>];
+  template <class Element>
+  TLCR_INLINE void write(Element* row, Vector<Real> x) const {
+    Element lanes[kLanes<Real>];
     store(lanes, x);
     for (int lane = 0; lane < size; ++lane) row[begin + lane] = lanes[lane];
   }

@@ -115,11 +115,19 @@ TLCR_INLINE FloatVector load(const BFloat16* from) {
   return bit_cast<FloatVector>(__builtin_convertvector(halves, Vector<uint32_t>) << 16);
 }
 
-// To nearest, ties to even; a NaN stays one.
-TLCR_INLINE void store(BFloat16* to, FloatVector x) {
+// The bits of the nearest bfloat16, of two the even one, in the upper half of each lane; a NaN stays one.
+TLCR_INLINE Vector<uint32_t> nearest_bfloat16(FloatVector x) {
   const auto bits = bit_cast<Vector<uint32_t>>(x);
-  const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const auto halves = __builtin_convertvector(x == x ? rounded : (bits >> 16) | 0x40, HalvesVector);
+  return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
+}
+
+TLCR_INLINE void store(BFloat16* to, FloatVector x) {
+  const auto upper = nearest_bfloat16(x) >> 16;
+#if TLCR_VECTOR_BYTES == 64
+  const __m256i halves = _mm512_cvtepi32_epi16(bit_cast<__m512i>(upper));
+#else
+  const auto halves = __builtin_convertvector(upper, HalvesVector);
+#endif
   __builtin_memcpy(to, &halves, sizeof(halves));
 }
 
@@ -185,6 +193,17 @@ TLCR_INLINE DoubleVector max(DoubleVector a, DoubleVector b) { return _mm256_max
 #else
 TLCR_INLINE FloatVector max(FloatVector a, FloatVector b) { return a > b ? a : b; }
 TLCR_INLINE DoubleVector max(DoubleVector a, DoubleVector b) { return a > b ? a : b; }
+#endif
+
+#if TLCR_VECTOR_BYTES == 64
+TLCR_INLINE FloatVector square_root(FloatVector x) { return _mm512_sqrt_ps(x); }
+#elif TLCR_VECTOR_BYTES == 32
+TLCR_INLINE FloatVector square_root(FloatVector x) { return _mm256_sqrt_ps(x); }
+#else
+TLCR_INLINE FloatVector square_root(FloatVector x) {
+  for (int lane = 0; lane < kLanes<float>; ++lane) x[lane] = __builtin_sqrtf(x[lane]);
+  return x;
+}
 #endif
 
 // Across the lanes, in their order: for the end of a row, not for a loop.

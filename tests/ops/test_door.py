@@ -32,6 +32,12 @@ SIGNATURES = {
         "old_values=None, returns=None, value_clip=0.2, value_coef=1.0, entropy=None, entropy_coef=0.0, kl=None, "
         "kl_coef=0.0, aggregate='token', denominator=None, impl='auto'"
     ),
+    "adamw_step": (
+        "parameter, grad, exp_avg, exp_avg_sq, remainder, *, learning_rate, betas=(0.9, 0.999), eps=1e-08, "
+        "weight_decay=0.0, step, impl='auto'"
+    ),
+    "rms_norm": "x, weight, *, eps, impl='auto'",
+    "gated_silu": "gate, up, *, impl='auto'",
     "token_labels": "rejected_ids, revised_ids",
 }
 
@@ -58,6 +64,8 @@ def calls(device: str) -> dict[str, Any]:
     cu_seqlens = torch.zeros(2, dtype=torch.int32, device=device)
     reward = {"kl": pair, "kl_coef": 0.1, "terminal": pair[:, 0], "kind": "discrete", "band": 0.1, "clip": 1.0}
     trained = {"values": pair, "old_values": pair, "returns": pair, "entropy": pair, "kl": pair}
+    weights = torch.zeros(2, 3, dtype=torch.bfloat16, device=device)
+    remainder = torch.zeros(2, 3, dtype=torch.int16, device=device)
     return {
         "fused_reward": lambda **impl: ops.fused_reward(logits[..., :2], mask, **reward, **impl),
         "reward_from_hidden": lambda **impl: ops.reward_from_hidden(logits, logits[0, :2], mask, **reward, **impl),
@@ -72,6 +80,11 @@ def calls(device: str) -> dict[str, Any]:
         "ppo_loss": lambda **impl: ops.ppo_loss(
             pair, pair, pair, mask, **trained, dual_clip=2.0, kl_coef=0.1, denominator=pair[0, 0], **impl
         ),
+        "adamw_step": lambda **impl: ops.adamw_step(
+            weights, weights, pair.clone(), pair.clone(), remainder, learning_rate=0.1, weight_decay=0.1, step=1, **impl
+        ),
+        "rms_norm": lambda **impl: ops.rms_norm(pair, pair[0], eps=1e-6, **impl),
+        "gated_silu": lambda **impl: ops.gated_silu(pair, pair, **impl),
     }
 
 

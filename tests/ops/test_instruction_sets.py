@@ -75,7 +75,10 @@ def test_the_ops_on_a_lesser_instruction_set(instruction_set: str) -> None:
     assert run(sys.executable, "-c", say, ATEN_CPU_CAPABILITY=capability).strip() == instruction_set
     files = [
         f"tests/ops/test_{name}.py"
-        for name in ("fused_reward", "fused_gae", "ppo_loss", "score_tokens", "scoring_rows")
+        for name in (
+            *("fused_reward", "fused_gae", "ppo_loss", "score_tokens", "scoring_rows"),
+            *("adamw_step", "layer_ops"),
+        )
     ]
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "cpp", "-m", "not slow")
     passed = run(sys.executable, "-m", "pytest", *options, *files, ATEN_CPU_CAPABILITY=capability)

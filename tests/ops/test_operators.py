@@ -11,6 +11,7 @@ from tests.ops.helpers import Backend, assert_close, to_device
 from tlcr import ops
 from tlcr.errors import DataError
 from tlcr.ops import _extension, _library
+from tlcr.ops.reference import join_master
 
 B, T, C, V, H = 3, 5, 3, 11, 6
 
@@ -96,6 +97,18 @@ def samples(op: str, device: str, run: Callable[..., Any]) -> list[list[Any]]:
         few = [leaf(B, T), *torch.randn(2, B, T).unbind(), mask_BT(), 0.2, 0.2, None, *[None] * 4]
         cases = [[*ppo_arguments(), True, None, torch.tensor(7.0)]]
         cases.append([*few, 1.0, None, 0.0, None, 0.0, False, 3.0, None])
+    elif op == "adamw_step":
+        weights, moments = [torch.randn(B, T).bfloat16() for _ in range(2)], [torch.rand(B, T) for _ in range(2)]
+        cases = [[*weights, *moments, torch.zeros(B, T, dtype=torch.int16), 0.1, 0.9, 0.95, 1e-8, 0.1, 3]]
+    elif op == "rms_norm":
+        cases = [[leaf(B, T, H, dtype=dtype), leaf(H, dtype=dtype), 1e-6] for dtype in (torch.float32, torch.bfloat16)]
+    elif op == "rms_norm_backward":
+        forward = [torch.randn(B, T, H), torch.randn(H)]
+        cases = [[torch.randn(B, T, H), *forward, run("rms_norm", [*forward, 1e-6])[1]]]
+    elif op == "gated_silu":
+        cases = [[leaf(B, T, dtype=dtype), leaf(B, T, dtype=dtype)] for dtype in (torch.float32, torch.bfloat16)]
+    elif op == "gated_silu_backward":
+        cases = [[pair, torch.randn(B, T), torch.randn(B, T)]]
     elif op == "score_tokens_backward":
         forward = detached(score_arguments(half=False))
         _, entropy, _, kl, stats, ref_stats = run("score_tokens", forward)
@@ -172,6 +185,21 @@ def loss_call(inputs: dict[str, Any], impl: str) -> Any:
     return result.loss + 0 * result.ratio_max
 
 
+def adamw_call(inputs: dict[str, Any], impl: str) -> Any:
+    names = "parameter", "grad", "exp_avg", "exp_avg_sq", "remainder"
+    state = {name: inputs[name].detach().clone() for name in names}
+    ops.adamw_step(**state, learning_rate=0.1, weight_decay=0.1, step=2, impl=impl)
+    return join_master(state["parameter"], state["remainder"]), state["exp_avg"], state["exp_avg_sq"]
+
+
+def norm_call(inputs: dict[str, Any], impl: str) -> Any:
+    return (ops.rms_norm(inputs["hidden"], inputs["norm"], eps=1e-6, impl=impl) * inputs["hidden"].detach()).sum()
+
+
+def gate_call(inputs: dict[str, Any], impl: str) -> Any:
+    return ops.gated_silu(inputs["pair"], inputs["values"], impl=impl).square().sum()
+
+
 CALLS = {
     "fused_reward": (reward_call, ()),
     "reward_from_hidden": (hidden_reward_call, ()),
@@ -179,6 +207,9 @@ CALLS = {
     "score_tokens": (score_call, ("policy",)),
     "score_hidden": (score_hidden_call, ("hidden", "lm_head")),
     "ppo_loss": (loss_call, ("logprobs", "values")),
+    "adamw_step": (adamw_call, ()),
+    "rms_norm": (norm_call, ("hidden", "norm")),
+    "gated_silu": (gate_call, ("pair", "values")),
 }
 
 
@@ -205,6 +236,12 @@ def call_inputs(length: int, device: str) -> dict[str, Any]:
         "policy": torch.randn(B, length, V),
         "reference": torch.randn(B, length, V),
         "ids": torch.randint(V, (B, length)),
+        "norm": torch.rand(H) + 0.5,
+        "parameter": torch.randn(B, length).bfloat16(),
+        "grad": torch.randn(B, length).bfloat16(),
+        "exp_avg": torch.randn(B, length),
+        "exp_avg_sq": torch.rand(B, length) + 0.1,
+        "remainder": torch.zeros(B, length, dtype=torch.int16),
     }
     return to_device(inputs, device)
 
@@ -271,4 +308,5 @@ def test_every_operator_has_a_kernel_where_it_says_so() -> None:
     for op in _library.SCHEMAS:
         assert has_kernel(f"tlcr::{op}", "CPU") == (_extension.unavailable("cpu") is None)
         with_triton = op in _library.TRITON and _library.has_triton()
-        assert has_kernel(f"tlcr::{op}", "CUDA") == (with_triton or _extension.unavailable("cuda") is None)
+        with_cuda = op.removesuffix("_backward") in _library.CUDA and _extension.unavailable("cuda") is None
+        assert has_kernel(f"tlcr::{op}", "CUDA") == (with_triton or with_cuda)

@@ -37,7 +37,7 @@ def compiling(code: str) -> Any:
 def test_no_kernel_spills() -> None:
     rows = compiling("answer = [one._asdict() for one in resources()]")
     kernels = {"reward_kernel", "gae_kernel", "moments_kernel", "whiten_kernel"}
-    kernels |= {"sums_kernel", "finish_kernel", "gradients_kernel"}
+    kernels |= {"sums_kernel", "finish_kernel", "gradients_kernel", "adamw_kernel"}
     for target in (80, 90, 100):
         assert {row["kernel"] for row in rows if row["target"] == target} == kernels
     assert [row for row in rows if row["spilled"] != 0] == []
@@ -90,7 +90,8 @@ for _, call in calls(torch.float64):
     for kernel, numbers, ptx in compiling(code):
         seen |= numbers.keys()
         assert "fp32" not in numbers.values(), kernel
-        assert re.findall(r"cvt\S*\.f32\.f64|cvt\S*\.f64\.f32", ptx) == [], kernel
+        if kernel != "_adamw_kernel":  # whose state is float32
+            assert re.findall(r"cvt\S*\.f32\.f64|cvt\S*\.f64\.f32", ptx) == [], kernel
         assert ".f64" in ptx
     assert seen >= {"gamma", "lam", "temperature", "scale", "clip", "band", "low", "high", "denominator", "floor"}
     assert seen >= {"kl_coef", "value_coef", "entropy_coef", "dual_clip", "value_clip"}

@@ -30,12 +30,15 @@ __all__ = [
     "PPOLoss",
     "TokenLabel",
     "TokenScores",
+    "adamw_step",
     "available",
     "build_info",
     "fused_gae",
     "fused_reward",
+    "gated_silu",
     "ppo_loss",
     "reward_from_hidden",
+    "rms_norm",
     "score_hidden",
     "score_tokens",
     "token_labels",
@@ -523,3 +526,113 @@ def ppo_loss(
         denominator=denominator,
     )
     return result
+
+
+def adamw_step(
+    parameter: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    remainder: Tensor,
+    *,
+    learning_rate: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    step: int,
+    impl: Impl = "auto",
+) -> None:
+    """One step of AdamW over bfloat16 weights whose float32 masters are stored as what the weights lack of them.
+
+    bfloat16 is the upper half of a float32, so the master's bits are 2^16 times those of the weight plus the remainder,
+    from -2^15 to 2^15 - 1: the weight is the bfloat16 nearest to its master (of two the larger in magnitude), and no
+    second copy of it is kept. In place, in float32, with g = grad, t = step, rate = learning_rate:
+
+        m <- beta1 m + (1 - beta1) g          v <- beta2 v + (1 - beta2) g^2
+        master <- (1 - rate weight_decay) master - rate m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+        parameter, remainder <- master
+
+    Source: Loshchilov and Hutter 2019, arXiv:1711.05101; the split master is ours.
+
+    Args:
+        parameter: bfloat16, any shape; changed.
+        grad: bfloat16, the same shape.
+        exp_avg, exp_avg_sq: m and v, float32, the same shape; changed.
+        remainder: int16, the same shape; changed. 0 where training begins.
+        learning_rate: >= 0.
+        betas: of the moments, 0 <= beta < 1.
+        eps: >= 0.
+        weight_decay: >= 0.
+        step: t, the number of this step, from 1.
+        impl: which implementation runs.
+    """
+    op = "adamw_step"
+    given = {"parameter": parameter, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "remainder": remainder}
+    low, high = torch.bfloat16, torch.float32
+    for (name, tensor), dtype in zip(given.items(), (low, low, high, high, torch.int16), strict=True):
+        _checks.dtype(op, name, tensor, dtype)
+        _checks.same_shape(op, parameter.shape, "parameter", **{name: tensor})
+    device = _checks.same_device(op, **given)
+    if isinstance(step, bool) or not isinstance(step, int) or step < 1:
+        raise ConfigError(f"{op}: step is {step!r}, wanted the number of this step, an int from 1")
+    resolve(op, impl, device.type)(
+        *given.values(),
+        learning_rate=_checks.number(op, "learning_rate", learning_rate, least=0),
+        betas=tuple(_checks.number(op, f"betas[{i}]", beta, least=0, below=1) for i, beta in enumerate(betas)),
+        eps=_checks.number(op, "eps", eps, least=0),
+        weight_decay=_checks.number(op, "weight_decay", weight_decay, least=0),
+        step=step,
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, impl: Impl = "auto") -> Tensor:
+    """y = weight * (x / sqrt(mean(x^2) + eps)), the mean over the last axis: the norm of Llama and its relatives.
+
+    The quotient is formed in float32 (float64) and rounded to x's dtype before it meets the weight, as transformers
+    does. Unlike torch's operations in a row, it keeps x and one number a row for the backward pass. With the quotient
+    n = x s and the incoming gradient g: dweight = sum of g n over all rows; dx = s (g weight - n mean(g weight n)).
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467.
+
+    Args:
+        x: (..., H), a float tensor.
+        weight: (H,), in x's dtype.
+        eps: added to the mean square, >= 0.
+        impl: which implementation runs.
+
+    Returns:
+        (..., H) in x's dtype.
+    """
+    op = "rms_norm"
+    _checks.floating(op, x=x, weight=weight)
+    if x.ndim == 0 or weight.shape != x.shape[-1:]:
+        raise ShapeError(
+            f"{op}: weight has shape {tuple(weight.shape)} and x {tuple(x.shape)}, wanted (H,) and (..., H)"
+        )
+    _checks.dtype(op, "weight", weight, x.dtype)
+    device = _checks.same_device(op, x=x, weight=weight)
+    eps = _checks.number(op, "eps", eps, least=0)
+    y: Tensor = resolve(op, impl, device.type)(x, weight, eps=eps)
+    return y
+
+
+def gated_silu(gate: Tensor, up: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """y = silu(gate) * up with silu(z) = z / (1 + exp(-z)): what stands between the products of a gated feed-forward.
+
+    silu(gate) is rounded to the tensors' dtype before the product, as transformers does. Only gate and up are kept for
+    the backward pass, where torch's two operations keep silu(gate) too. Source: Shazeer 2020, arXiv:2002.05202.
+
+    Args:
+        gate: any shape, a float tensor.
+        up: the same shape and dtype.
+        impl: which implementation runs.
+
+    Returns:
+        the same shape and dtype.
+    """
+    op = "gated_silu"
+    _checks.floating(op, gate=gate, up=up)
+    _checks.same_shape(op, gate.shape, "gate", up=up)
+    _checks.dtype(op, "up", up, gate.dtype)
+    device = _checks.same_device(op, gate=gate, up=up)
+    y: Tensor = resolve(op, impl, device.type)(gate, up)
+    return y

@@ -37,6 +37,14 @@ def integers(op: str, **tensors: Tensor | None) -> None:
             raise ShapeError(f"{op}: {name} has dtype {tensor.dtype}, wanted integers; pass {name}.long()")
 
 
+def dtype(op: str, name: str, tensor: Tensor, wanted: torch.dtype) -> None:
+    """`tensor` must have that dtype and no other."""
+    if not isinstance(tensor, Tensor):
+        raise ShapeError(f"{op}: {name} is a {type(tensor).__name__}, wanted a torch.Tensor")
+    if tensor.dtype != wanted:
+        raise ShapeError(f"{op}: {name} has dtype {tensor.dtype}, wanted {wanted}")
+
+
 def axes(op: str, name: str, tensor: Tensor, names: str) -> None:
     """`tensor` must have as many axes as `names` says, as in "B, T"."""
     wanted = len(names.split(","))
@@ -82,16 +90,19 @@ def number(
     least: float = -math.inf,
     above: float = -math.inf,
     most: float = math.inf,
+    below: float = math.inf,
     finite: bool = True,
 ) -> float:
-    """`value` as a float, checked against `least <= value <= most` and `value > above`."""
+    """`value` as a float, checked against `least <= value <= most` and `above < value < below`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ConfigError(f"{op}: {name} is a {type(value).__name__}, wanted a Python number")
     result = float(value)
     bounds = [f">= {least:g}"] * (least > -math.inf) + [f"> {above:g}"] * (above > -math.inf)
-    bounds += [f"<= {most:g}"] * (most < math.inf) + ["finite"] * finite
+    bounds += [f"<= {most:g}"] * (most < math.inf) + [f"< {below:g}"] * (below < math.inf) + ["finite"] * finite
     # Comparisons alone, which torch.compile can trace, and which a NaN fails.
-    inside = least <= result <= most and (above == -math.inf or result > above)
+    inside = (
+        least <= result <= most and (above == -math.inf or result > above) and (below == math.inf or result < below)
+    )
     if not inside or (finite and not -math.inf < result < math.inf):
         raise ConfigError(f"{op}: {name} is {result:g}, wanted a number {' and '.join(bounds)}")
     return result

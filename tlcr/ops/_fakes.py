@@ -80,6 +80,27 @@ def _ppo_loss_backward(g_loss: Tensor, row_weights: Tensor, logprobs: Tensor, *a
     return tuple(_gradient(row_weights if like is None else like, wanted) for like, wanted in inputs)
 
 
+def _adamw_step(*_: Any) -> None:
+    pass
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    rows = x.numel() // max(1, weight.numel())
+    return x.new_empty(x.shape), x.new_empty((rows,), dtype=arithmetic_dtype(x))
+
+
+def _rms_norm_backward(g_y: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+def _gated_silu_backward(g_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
 def _gradient(like: Tensor, wanted: bool) -> Tensor:
     return like.new_empty(like.shape if wanted else (0,))
 
@@ -94,4 +115,9 @@ FAKES: dict[str, Callable[..., Any]] = {
     "score_hidden_backward": _score_hidden_backward,
     "ppo_loss": _ppo_loss,
     "ppo_loss_backward": _ppo_loss_backward,
+    "adamw_step": _adamw_step,
+    "rms_norm": _rms_norm,
+    "rms_norm_backward": _rms_norm_backward,
+    "gated_silu": _gated_silu,
+    "gated_silu_backward": _gated_silu_backward,
 }

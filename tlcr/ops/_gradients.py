@@ -90,10 +90,41 @@ def _ppo_loss(operators: Any) -> tuple[SetupContext, Backward]:
     return setup_context, backward
 
 
+def _rms_norm(operators: Any) -> tuple[SetupContext, Backward]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, weight, _ = inputs
+        _, scales = output
+        ctx.save_for_backward(x, weight, scales)
+        ctx.mark_non_differentiable(scales)
+        ctx.set_materialize_grads(False)
+
+    @once_differentiable
+    def backward(ctx: Any, g_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g_y is None:
+            return None, None, None
+        return (*operators.rms_norm_backward(g_y, *ctx.saved_tensors), None)
+
+    return setup_context, backward
+
+
+def _gated_silu(operators: Any) -> tuple[SetupContext, Backward]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @once_differentiable
+    def backward(ctx: Any, g_y: Tensor) -> tuple[Tensor | None, ...]:
+        gradients: tuple[Tensor, Tensor] = operators.gated_silu_backward(g_y, *ctx.saved_tensors)
+        return gradients
+
+    return setup_context, backward
+
+
 GRADIENTS: dict[str, Callable[[Any], tuple[SetupContext, Backward]]] = {
     "score_tokens": _score_tokens,
     "score_hidden": _score_hidden,
     "ppo_loss": _ppo_loss,
+    "rms_norm": _rms_norm,
+    "gated_silu": _gated_silu,
 }
 
 

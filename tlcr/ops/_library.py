@@ -67,6 +67,14 @@ SCHEMAS = {
         "bool wants_logprobs, bool wants_values, bool wants_entropy, bool wants_kl) "
         "-> (Tensor logprobs, Tensor values, Tensor entropy, Tensor kl)"
     ),
+    "adamw_step": (
+        "(Tensor(a!) parameter, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) remainder, "
+        "float learning_rate, float beta1, float beta2, float eps, float weight_decay, int step) -> ()"
+    ),
+    "rms_norm": "(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor scales)",
+    "rms_norm_backward": "(Tensor g_y, Tensor x, Tensor weight, Tensor scales) -> (Tensor x, Tensor weight)",
+    "gated_silu": "(Tensor gate, Tensor up) -> Tensor",
+    "gated_silu_backward": "(Tensor g_y, Tensor gate, Tensor up) -> (Tensor gate, Tensor up)",
 }
 
 
@@ -76,7 +84,11 @@ TRITON = {
     "fused_gae": "tlcr.kernels.gae",
     "ppo_loss": "tlcr.kernels.ppo_loss",
     "ppo_loss_backward": "tlcr.kernels.ppo_loss",
+    "adamw_step": "tlcr.kernels.adamw",
 }
+
+# The ops that the CUDA extension has kernels for. What is in neither runs on a GPU as its specification.
+CUDA = ("reward_from_hidden", "score_tokens", "score_hidden")
 
 NAMESPACE, INTERPRETED = "tlcr", "tlcr_interpreted"
 

@@ -154,6 +154,33 @@ class Operators:
         )
         return PPOLoss(loss, *stats.unbind()[1:])
 
+    def adamw_step(
+        self,
+        parameter: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        remainder: Tensor,
+        *,
+        learning_rate: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        step: int,
+    ) -> None:
+        with torch.no_grad():
+            self._ops.adamw_step(
+                parameter, grad, exp_avg, exp_avg_sq, remainder, learning_rate, *betas, eps, weight_decay, step
+            )
+
+    def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+        y: Tensor = self._differentiable("rms_norm", x, weight, eps)[0]
+        return y
+
+    def gated_silu(self, gate: Tensor, up: Tensor) -> Tensor:
+        y: Tensor = self._differentiable("gated_silu", gate, up)
+        return y
+
 
 def _constant(tensor: Any) -> Any:
     return None if tensor is None else tensor.detach()

@@ -40,6 +40,9 @@ _REFERENCE = {
     "ppo_loss": reference,
     "score_tokens": reference_scoring,
     "score_hidden": reference_scoring,
+    "adamw_step": reference,
+    "rms_norm": reference,
+    "gated_silu": reference,
 }
 OPS = tuple(_REFERENCE)
 
@@ -50,8 +53,8 @@ _extension.load()
 
 
 def _on_gpu(op: str) -> str:
-    """The one implementation that an op has for GPUs beside the reference."""
-    return "triton" if op in _library.TRITON else "cuda"
+    """The one implementation that an op has for GPUs, beside the reference if it has another."""
+    return "triton" if op in _library.TRITON else "cuda" if op in _library.CUDA else "reference"
 
 
 def _preference(op: str, device_type: str) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from tlcr.ops.types import PPOLoss
 
@@ -293,3 +294,53 @@ def ppo_loss(
         approx_kl,
         ratio_max,
     )
+
+
+@torch.no_grad()
+def adamw_step(
+    parameter: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    remainder: Tensor,
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    beta1, beta2 = betas
+    gradient = grad.float()
+    exp_avg.mul_(beta1).add_(gradient, alpha=1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    denominator = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
+    master = join_master(parameter, remainder)
+    master.mul_(1 - learning_rate * weight_decay)
+    master.addcdiv_(exp_avg, denominator, value=-learning_rate / (1 - beta1**step))
+    split_master(master, parameter, remainder)
+
+
+def join_master(weight: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 whose upper half is nearly the weight's bits: nearly, as the remainder may be negative."""
+    master = weight.float()
+    master.view(torch.int32).add_(remainder)
+    return master
+
+
+def split_master(master: Tensor, weight: Tensor, remainder: Tensor) -> None:
+    """weight <- the bfloat16 nearest to master, of two the larger in magnitude; remainder <- what it lacks. A NaN lacks
+    nothing: adding to its bits could make them those of a number."""
+    bits = torch.where(master.isnan(), torch.nan, master).view(torch.int32)
+    remainder.copy_(bits)  # the lower 16 bits, as a number from -2^15 to 2^15 - 1 ...
+    weight.copy_((bits - remainder).view(torch.float32))  # ... without which the upper 16 are the nearest bfloat16
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    wide = x.to(arithmetic_dtype(x))
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    return silu(gate) * up

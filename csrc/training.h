@@ -1,0 +1,26 @@
+// What updates a model, as declared in tlcr/ops/_library.py: the optimiser's step, and layers with their backward passes.
+#pragma once
+
+#include <tuple>
+
+#include "tensors.h"
+
+namespace tlcr {
+
+// In place: all but the gradient.
+void adamw_step(Tensor parameter, const Tensor& grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor remainder,
+                double learning_rate, double beta1, double beta2, double eps, double weight_decay, int64_t step);
+
+// y, and 1 / sqrt(mean(x^2) + eps) of each row.
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps);
+
+// Of x and weight.
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& g_y, const Tensor& x, const Tensor& weight,
+                                             const Tensor& scales);
+
+Tensor gated_silu(const Tensor& gate, const Tensor& up);
+
+// Of gate and up.
+std::tuple<Tensor, Tensor> gated_silu_backward(const Tensor& g_y, const Tensor& gate, const Tensor& up);
+
+}  // namespace tlcr
