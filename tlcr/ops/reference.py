@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
+from torch.optim.adamw import adamw
 
 from tlcr.ops.types import PPOLoss
 
@@ -310,14 +311,25 @@ def adamw_step(
     weight_decay: float,
     step: int,
 ) -> None:
-    beta1, beta2 = betas
-    gradient = grad.float()
-    exp_avg.mul_(beta1).add_(gradient, alpha=1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
-    master = join_master(parameter, remainder)
-    master.mul_(1 - learning_rate * weight_decay)
-    master.addcdiv_(exp_avg, denominator, value=-learning_rate / (1 - beta1**step))
+    master, gradient = join_master(parameter, remainder), grad.float()
+    # torch's fused form takes its tensors for contiguous, and does not say so.
+    fused = all(x.is_contiguous() and x.device.type in ("cpu", "cuda") for x in (master, gradient, exp_avg, exp_avg_sq))
+    adamw(
+        [master],
+        [gradient],
+        [exp_avg],
+        [exp_avg_sq],
+        max_exp_avg_sqs=[],
+        state_steps=[torch.tensor(step - 1.0, device=master.device if fused else "cpu")],  # which torch increases
+        fused=fused,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=learning_rate,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )
     split_master(master, parameter, remainder)
 
 
