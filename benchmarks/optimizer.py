@@ -10,7 +10,7 @@ beside the weight and its gradient; and how far a hundred updates of 1e-6 move a
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import chain, count
 
@@ -42,14 +42,14 @@ def main() -> None:
     steps, made = {}, Table(box=SIMPLE, pad_edge=False)
     for column in ("", "ms a step", "ratio", "bytes a weight", f"kept of {UPDATES} updates"):
         made.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for name, form in forms(options.device):
+    for name, form in FORMS.items():
         steps[name] = form(weights(options.layers, options.device))
         steps[name][0]()
     clocks = (GPUClocks if options.device == "cuda" else CPUClocks)(case_seconds=20)
     found = clocks.alternate({name: calls(step) for name, (step, _) in steps.items()})
     size = sum(parameter.numel() for parameter in weights(options.layers, "meta"))
     ours = found["tlcr"]["wall"].median
-    for (name, form), (_, state) in zip(forms(options.device), steps.values(), strict=True):
+    for (name, form), (_, state) in zip(FORMS.items(), steps.values(), strict=True):
         kept = sum(tensor.numel() * tensor.element_size() for tensor in state()) / size
         seconds = found[name]["wall"].median
         made.add_row(name, f"{1e3 * seconds:.1f}", f"{seconds / ours:.2f}x", f"{kept:.1f}", f"{kept_updates(form):.0f}")
@@ -69,13 +69,6 @@ def weights(layers: int, device: str) -> list[nn.Parameter]:
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     return parameters
-
-
-def forms(device: str) -> Iterator[tuple[str, Form]]:
-    yield "tlcr", _split_masters
-    yield "tlcr's specification", partial(_split_masters, impl="reference")
-    yield "torch, float32 masters beside the weights", _masters_of_torch
-    yield "torch, bfloat16 states", _bfloat16_of_torch
 
 
 def _split_masters(parameters: list[nn.Parameter], impl: str = "auto") -> tuple[Callable[[], object], ...]:
@@ -102,7 +95,7 @@ def _masters_of_torch(parameters: list[nn.Parameter]) -> tuple[Callable[[], obje
 
     def step() -> None:
         for master, parameter in zip(masters, parameters, strict=True):
-            master.grad = None if parameter.grad is None else parameter.grad.float()
+            master.grad = parameter.grad.float()
         optimizer.step()
         torch._foreach_copy_([p.detach() for p in parameters], [m.detach() for m in masters])
         optimizer.zero_grad()
@@ -127,6 +120,14 @@ def kept_updates(form: Form) -> float:
         parameter.grad = torch.ones_like(parameter)
         step()
     return (before - parameter.item()) / RATE
+
+
+FORMS: dict[str, Form] = {
+    "tlcr": _split_masters,
+    "tlcr's specification": partial(_split_masters, impl="reference"),
+    "torch, float32 masters beside the weights": _masters_of_torch,
+    "torch, bfloat16 states": _bfloat16_of_torch,
+}
 
 
 if __name__ == "__main__":

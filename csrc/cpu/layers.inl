@@ -2,6 +2,7 @@
 // would round between two operations of a model in half precision is rounded here too, so that a forward pass agrees.
 
 #include "blocks.h"
+#include "rows.h"
 
 namespace tlcr::cpu::TLCR_ISA {
 namespace {
@@ -9,22 +10,13 @@ namespace {
 // As if stored as Element and loaded again.
 TLCR_INLINE FloatVector rounded(FloatVector x, float) { return x; }
 TLCR_INLINE DoubleVector rounded(DoubleVector x, double) { return x; }
-TLCR_INLINE FloatVector rounded(FloatVector x, BFloat16) { return bit_cast<FloatVector>(nearest_bfloat16(x) & 0xffff0000); }
+TLCR_INLINE FloatVector rounded(FloatVector x, BFloat16) {
+  return bit_cast<FloatVector>(nearest_bfloat16(x) & 0xffff0000);
+}
 TLCR_INLINE FloatVector rounded(FloatVector x, Half) {
   Half halves[kLanes<float>];
   store(halves, x);
   return load(halves);
-}
-
-// Calls use(type) with a value of the element's type.
-template <class Use>
-TLCR_INLINE void with_type(Type type, Use use) {
-  switch (type) {
-    case Type::kFloat: return use(float());
-    case Type::kDouble: return use(double());
-    case Type::kBFloat16: return use(BFloat16());
-    case Type::kHalf: return use(Half());
-  }
 }
 
 template <class Element>

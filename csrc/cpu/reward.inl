@@ -168,12 +168,7 @@ void reward_of_classes(const RewardArguments& a, int64_t begin, int64_t end) {
 }
 
 void reward(const RewardArguments& a, int64_t begin, int64_t end) {
-  switch (a.type) {
-    case Type::kFloat: return reward_of_classes<float>(a, begin, end);
-    case Type::kDouble: return reward_of_classes<double>(a, begin, end);
-    case Type::kBFloat16: return reward_of_classes<BFloat16>(a, begin, end);
-    case Type::kHalf: return reward_of_classes<Half>(a, begin, end);
-  }
+  with_type(a.type, [&](auto element) { reward_of_classes<decltype(element)>(a, begin, end); });
 }
 
 template <class Element>
@@ -182,12 +177,7 @@ void hidden_reward_of_classes(const HiddenRewardArguments& a, int64_t begin, int
 }
 
 void hidden_reward(const HiddenRewardArguments& a, int64_t begin, int64_t end) {
-  switch (a.type) {
-    case Type::kFloat: return hidden_reward_of_classes<float>(a, begin, end);
-    case Type::kDouble: return hidden_reward_of_classes<double>(a, begin, end);
-    case Type::kBFloat16: return hidden_reward_of_classes<BFloat16>(a, begin, end);
-    case Type::kHalf: return hidden_reward_of_classes<Half>(a, begin, end);
-  }
+  with_type(a.type, [&](auto element) { hidden_reward_of_classes<decltype(element)>(a, begin, end); });
 }
 
 }  // namespace

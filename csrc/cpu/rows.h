@@ -1,4 +1,4 @@
-// Where a row of a tensor begins.
+// The rows of a tensor, and the type of its elements.
 #pragma once
 
 #include "../arguments.h"
@@ -10,6 +10,17 @@ namespace {
 template <class Element>
 TLCR_INLINE Element* row_of(const Rows& rows, int64_t row) {
   return static_cast<Element*>(rows.data) + row / rows.inner * rows.outer_stride + row % rows.inner * rows.inner_stride;
+}
+
+// Calls use(type) with a value of the element's type.
+template <class Use>
+TLCR_INLINE void with_type(Type type, Use use) {
+  switch (type) {
+    case Type::kFloat: return use(float());
+    case Type::kDouble: return use(double());
+    case Type::kBFloat16: return use(BFloat16());
+    case Type::kHalf: return use(Half());
+  }
 }
 
 }  // namespace

@@ -230,12 +230,7 @@ void score_rows(const ScoreArguments& args, int64_t begin, int64_t end) {
 }
 
 void score(const ScoreArguments& args, int64_t begin, int64_t end) {
-  switch (args.type) {
-    case Type::kFloat: return score_rows<float>(args, begin, end);
-    case Type::kDouble: return score_rows<double>(args, begin, end);
-    case Type::kBFloat16: return score_rows<BFloat16>(args, begin, end);
-    case Type::kHalf: return score_rows<Half>(args, begin, end);
-  }
+  with_type(args.type, [&](auto element) { score_rows<decltype(element)>(args, begin, end); });
 }
 
 // Writes `count` results that stand in `tile`; those of a whole tile of Real are in place already.
@@ -317,12 +312,7 @@ void score_backward_rows(const ScoreBackwardArguments& args, int64_t begin, int6
 }
 
 void score_backward(const ScoreBackwardArguments& args, int64_t begin, int64_t end) {
-  switch (args.type) {
-    case Type::kFloat: return score_backward_rows<float>(args, begin, end);
-    case Type::kDouble: return score_backward_rows<double>(args, begin, end);
-    case Type::kBFloat16: return score_backward_rows<BFloat16>(args, begin, end);
-    case Type::kHalf: return score_backward_rows<Half>(args, begin, end);
-  }
+  with_type(args.type, [&](auto element) { score_backward_rows<decltype(element)>(args, begin, end); });
 }
 
 }  // namespace

@@ -122,12 +122,7 @@ TLCR_INLINE Vector<uint32_t> nearest_bfloat16(FloatVector x) {
 }
 
 TLCR_INLINE void store(BFloat16* to, FloatVector x) {
-  const auto upper = nearest_bfloat16(x) >> 16;
-#if TLCR_VECTOR_BYTES == 64
-  const __m256i halves = _mm512_cvtepi32_epi16(bit_cast<__m512i>(upper));
-#else
-  const auto halves = __builtin_convertvector(upper, HalvesVector);
-#endif
+  const auto halves = __builtin_convertvector(nearest_bfloat16(x) >> 16, HalvesVector);
   __builtin_memcpy(to, &halves, sizeof(halves));
 }
 
