@@ -198,13 +198,13 @@ def cpp_extension(kind: str, torch_version: str, toolkit: Toolkit | str) -> tupl
         "extra_compile_args": flags,
         "extra_link_args": ["-fopenmp"],
     }
-    cpp = files("csrc/*.cpp", "csrc/cpu/*.cpp")
+    cpp = files("csrc/torch/*.cpp", "csrc/kernels/cpu/*.cpp")
     if kind == "cpu":
         return torch_build.CppExtension("tlcr._C", cpp, **options), BuildExtension
     flags["nvcc"] = ["-O3", "-Xfatbin", "-compress-all"]
     if threads := os.environ.get("NVCC_THREADS"):
         flags["nvcc"] += ["--threads", threads]
-    cuda = files("csrc/cuda/*.cu")
+    cuda = files("csrc/kernels/cuda/*.cu")
     extension = torch_build.CUDAExtension("tlcr._C", cpp + cuda, define_macros=[("TLCR_CUDA", None)], **options)
     # A torch from pip comes with headers of the CUDA libraries that a small toolkit lacks.
     beside_torch = Path(torch_build.__file__).parents[2].glob("nvidia/*/include")

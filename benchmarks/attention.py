@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/attention.py
 
 prints milliseconds of processor time, medians of calls in alternation, for about 1000 tokens in rows of several
-lengths, with the heads of a 135M model. tlcr takes its own form up to `tlcr.attention.SHORT` tokens.
+lengths, with the heads of a 135M model. tlcr takes its own form up to `tlcr.models.attention.SHORT` tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tlcr import attention
+from tlcr.models import attention
 
 Form = Callable[..., tuple[Tensor, Any]]
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from tlcr import ops
-from tlcr.optim import build_optimizer
+from tlcr.training.optim import build_optimizer
 
 LAYERS, WIDTH, INNER, KEYS, VOCABULARY = 30, 576, 1536, 192, 49_152
 RATE, UPDATES = 1e-6, 100

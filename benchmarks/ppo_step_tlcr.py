@@ -13,12 +13,12 @@ import torch
 from transformers import PreTrainedModel
 
 import tlcr
-from tlcr.actor_critic import ActorCritic, build_value_model
-from tlcr.config import DataConfig, KLConfig, ModelConfig, PPOConfig, RewardConfig, RolloutConfig, RunConfig
-from tlcr.metrics import read_metrics
-from tlcr.models import TWO_CLASSES, load_causal_lm, load_token_classifier
-from tlcr.reward_sources import DiscriminatorSource, Judge
-from tlcr.train_ppo import train_ppo
+from tlcr.config.schema import DataConfig, KLConfig, ModelConfig, PPOConfig, RewardConfig, RolloutConfig, RunConfig
+from tlcr.models.actor_critic import ActorCritic, build_value_model
+from tlcr.models.loading import TWO_CLASSES, load_causal_lm, load_token_classifier
+from tlcr.recipes.train_ppo import train_ppo
+from tlcr.rewards.sources import DiscriminatorSource, Judge
+from tlcr.training.metrics import read_metrics
 
 
 def model_config(task: benchmark.Task) -> ModelConfig:

@@ -22,7 +22,7 @@ import report_figures as figures
 import report_tables as tables
 from report_rows import AXES, ResultFile, read_results
 
-from tlcr.checkpoint import write_aside
+from tlcr.training.checkpoint import write_aside
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"

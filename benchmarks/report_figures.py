@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from report_rows import AXES, PASSES, ResultFile, Series, Work, contests, series_of
 from report_tables import PHASES, SPACE, Memory, Side, Speed, achieved, binary, duration, shape_text, significant
 
-from tlcr.figures import ARM_COLOURS, ARM_MARKERS, INK, style, svg_file
+from tlcr.report.figures import ARM_COLOURS, ARM_MARKERS, INK, style, svg_file
 
 WIDTH = 9.6
 """Inches of every figure, so that letters have one size all over the page."""

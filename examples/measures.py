@@ -16,9 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from tlcr.errors import DataError
-from tlcr.report import number
-from tlcr.results import Mean, SeedRun, mean_over_seeds, read_runs
-from tlcr.reward_sources import import_function
+from tlcr.report.page import number
+from tlcr.report.results import Mean, SeedRun, mean_over_seeds, read_runs
+from tlcr.rewards.sources import import_function
 
 Measure = Callable[[Sequence[str], Sequence[str]], float]
 """(prompts, responses) of one policy to one figure."""

@@ -1,8 +1,7 @@
 """Token-Level Continuous Reward: dense preference rewards for RLHF (arXiv 2407.16574).
 
 The public names are listed in ``__all__`` and resolved when first used: importing tlcr imports neither torch nor
-anything else of weight, so that ``tlcr --help`` answers at once. The recipes are modules that carry a function of their
-own name: ``from tlcr.train_ppo import train_ppo``.
+anything else of weight, so that ``tlcr --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -11,9 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tlcr import ops, train_discriminator, train_ppo, train_reward_model, train_sft
-    from tlcr.config import RunConfig
-    from tlcr.config_loading import dump_config, load_config
+    from tlcr import ops
+    from tlcr.config.loading import dump_config, load_config
+    from tlcr.config.schema import RunConfig
+    from tlcr.experiment.pipeline import run
+    from tlcr.models.actor_critic import ActorCritic
     from tlcr.ops import (
         PPOLoss,
         TokenLabel,
@@ -27,17 +28,25 @@ if TYPE_CHECKING:
         score_tokens,
         token_labels,
     )
-    from tlcr.pipeline import run
+    from tlcr.recipes.train_discriminator import train_discriminator
+    from tlcr.recipes.train_dpo import train_dpo
+    from tlcr.recipes.train_ppo import train_ppo
+    from tlcr.recipes.train_reward_model import train_reward_model
+    from tlcr.recipes.train_sft import train_sft
+    from tlcr.rewards.sources import RewardSource, build_reward_source
 
     __version__: str
 
 __all__ = [
+    "ActorCritic",
     "PPOLoss",
+    "RewardSource",
     "RunConfig",
     "TokenLabel",
     "TokenScores",
     "__version__",
     "build_info",
+    "build_reward_source",
     "dump_config",
     "fused_gae",
     "fused_reward",
@@ -50,19 +59,27 @@ __all__ = [
     "score_tokens",
     "token_labels",
     "train_discriminator",
+    "train_dpo",
     "train_ppo",
     "train_reward_model",
     "train_sft",
 ]
 
 _HOME = {
-    "RunConfig": "tlcr.config",
-    "dump_config": "tlcr.config_loading",
-    "load_config": "tlcr.config_loading",
-    "run": "tlcr.pipeline",
+    "ActorCritic": "tlcr.models.actor_critic",
+    "RewardSource": "tlcr.rewards.sources",
+    "RunConfig": "tlcr.config.schema",
+    "build_reward_source": "tlcr.rewards.sources",
+    "dump_config": "tlcr.config.loading",
+    "load_config": "tlcr.config.loading",
+    "run": "tlcr.experiment.pipeline",
+    "train_discriminator": "tlcr.recipes.train_discriminator",
+    "train_dpo": "tlcr.recipes.train_dpo",
+    "train_ppo": "tlcr.recipes.train_ppo",
+    "train_reward_model": "tlcr.recipes.train_reward_model",
+    "train_sft": "tlcr.recipes.train_sft",
 }
-_SUBMODULES = {"ops", "train_discriminator", "train_ppo", "train_reward_model", "train_sft"}
-
+"""Where a name that is not an op lives."""
 
 if not TYPE_CHECKING:  # a type checker that saw this would take every misspelt name for Any
 
@@ -73,8 +90,8 @@ if not TYPE_CHECKING:  # a type checker that saw this would take every misspelt 
             from importlib.metadata import version
 
             return version("tlcr")
-        if name in _SUBMODULES:
-            return import_module(f"tlcr.{name}")
+        if name == "ops":
+            return import_module("tlcr.ops")
         value = getattr(import_module(_HOME.get(name, "tlcr.ops")), name)
         globals()[name] = value
         return value

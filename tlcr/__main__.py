@@ -2,6 +2,6 @@
 
 import sys
 
-from tlcr.cli import main
+from tlcr.cli.main import main
 
 sys.exit(main())

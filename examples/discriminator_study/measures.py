@@ -16,12 +16,12 @@ import torch
 from scipy import stats
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tlcr.config import DataConfig
+from tlcr.config.schema import DataConfig
 from tlcr.data import embedded
-from tlcr.discriminator import TokenPredictions, predict_tokens, score_answers, temperature_of
-from tlcr.discriminator_analysis import analysed_tokens, spill
-from tlcr.discriminator_metrics import evaluate_predictions, pairwise_accuracy, token_rewards
-from tlcr.tokenization import character_spans, encode_answers
+from tlcr.evaluation.discriminator_analysis import analysed_tokens, spill
+from tlcr.evaluation.discriminator_metrics import evaluate_predictions, pairwise_accuracy, token_rewards
+from tlcr.models.discriminator import TokenPredictions, predict_tokens, score_answers, temperature_of
+from tlcr.text.tokenization import character_spans, encode_answers
 from tlcr.types import EncodedAnswer, LabelledPair, PreferencePair
 
 

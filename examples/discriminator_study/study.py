@@ -29,18 +29,19 @@ from matplotlib.figure import Figure
 from transformers.utils import logging as transformers_logging
 
 from examples.discriminator_study import measures
-from tlcr import figures, pipeline
-from tlcr.checkpoint import write_aside, write_json
-from tlcr.config import RunConfig
-from tlcr.config_loading import load_config
-from tlcr.discriminator import load_discriminator
+from tlcr.config.loading import load_config
+from tlcr.config.schema import RunConfig
+from tlcr.data.labels import label_pair, label_pairs
 from tlcr.errors import ConfigError, TlcrError
-from tlcr.labels import label_pair, label_pairs
-from tlcr.models import load_causal_lm
-from tlcr.report import number
-from tlcr.results import mean_over_seeds, paired_difference, read_json
-from tlcr.run_folder import RunFolder, open_run
-from tlcr.train_discriminator import train_discriminator
+from tlcr.experiment import pipeline
+from tlcr.experiment.run_folder import RunFolder, open_run
+from tlcr.models.discriminator import load_discriminator
+from tlcr.models.loading import load_causal_lm
+from tlcr.recipes.train_discriminator import train_discriminator
+from tlcr.report import figures
+from tlcr.report.page import number
+from tlcr.report.results import mean_over_seeds, paired_difference, read_json
+from tlcr.training.checkpoint import write_aside, write_json
 from tlcr.types import LabelledPair
 
 logger = logging.getLogger("tlcr.study")

@@ -13,9 +13,9 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from tlcr.config import ModelConfig
+from tlcr.config.schema import ModelConfig
 from tlcr.errors import ConfigError
-from tlcr.models import load_causal_lm, load_tokenizer, save_model
+from tlcr.models.loading import load_causal_lm, load_tokenizer, save_model
 
 
 def packed_model() -> Path:

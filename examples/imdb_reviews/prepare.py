@@ -24,8 +24,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-from tlcr.checkpoint import write_json_lines
 from tlcr.data.openings import edit_record
+from tlcr.training.checkpoint import write_json_lines
 
 logger = logging.getLogger("prepare")
 

@@ -29,8 +29,8 @@ from pathlib import Path
 
 from rapidfuzz.distance import Levenshtein
 
-from tlcr.checkpoint import write_json_lines
 from tlcr.data.openings import edit_record
+from tlcr.training.checkpoint import write_json_lines
 
 logger = logging.getLogger("prepare")
 

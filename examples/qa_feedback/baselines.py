@@ -42,16 +42,23 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import MaxAbsScaler, StandardScaler
 from transformers import PreTrainedModel
 
-from tlcr.checkpoint import write_json
-from tlcr.config_loading import load_config
+from tlcr.config.loading import load_config
+from tlcr.data.labels import label_pairs
 from tlcr.data.readers import read_marked_answers
-from tlcr.evaluate_tokens import MarkedRow, error_scores, mark, marked_tokens, print_evaluations, token_rewards
-from tlcr.judges import load_reference
-from tlcr.labels import label_pairs
-from tlcr.models import answer_logprobs, backbone
-from tlcr.padding import pad_right
-from tlcr.run_folder import RunFolder, open_run
-from tlcr.span_metrics import best_threshold, difference, evaluate_spans
+from tlcr.evaluation.span_metrics import best_threshold, difference, evaluate_spans
+from tlcr.experiment.frozen_models import load_reference
+from tlcr.experiment.run_folder import RunFolder, open_run
+from tlcr.experiment.token_evaluation import (
+    MarkedRow,
+    error_scores,
+    mark,
+    marked_tokens,
+    print_evaluations,
+    token_rewards,
+)
+from tlcr.models.loading import answer_logprobs, backbone
+from tlcr.text.padding import pad_right
+from tlcr.training.checkpoint import write_json
 from tlcr.types import EditPair, MarkedAnswer
 
 Floats = NDArray[np.float64]

@@ -33,10 +33,10 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-from tlcr.checkpoint import write_json_lines
-from tlcr.config import DataConfig
+from tlcr.config.schema import DataConfig
 from tlcr.data.splits import split_held_out
 from tlcr.errors import DataError
+from tlcr.training.checkpoint import write_json_lines
 
 logger = logging.getLogger("prepare")
 

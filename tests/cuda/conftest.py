@@ -19,7 +19,7 @@ def library(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     with open(folder / "emulated_kernels.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            sources = [*(CSRC / "cuda" / name for name in KERNELS), EMULATOR / "entry.cpp"]
+            sources = [*(CSRC / "kernels" / "cuda" / name for name in KERNELS), EMULATOR / "entry.cpp"]
             compile_emulated(path, sources, flags=["-shared", "-fPIC"])
     return path
 

@@ -25,7 +25,7 @@ def compile_emulated(output: Path, sources: Sequence[Path], *, flags: Sequence[s
     """Compile `sources` and the emulator into `output`."""
     # g++ unrolls no loop on request, and does not know that the stand-in for a vector may be copied byte by byte.
     usual = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-class-memaccess"]
-    headers = ["-I", str(EMULATOR / "include"), "-I", str(CSRC / "cuda")]
+    headers = ["-I", str(EMULATOR / "include"), "-I", str(CSRC / "kernels" / "cuda")]
     files = [*map(str, sources), str(EMULATOR / "grid.cpp")]
     done = subprocess.run(
         ["g++", *usual, *flags, *headers, "-o", str(output), "-x", "c++", *files], capture_output=True, text=True
@@ -147,7 +147,7 @@ class KernelFault(Exception):
 
 
 class EmulatedKernels:
-    """The kernels, by the names of csrc/cuda/kernels.h. Every output is poisoned with NaN before a call."""
+    """The kernels, by the names of csrc/kernels/cuda/kernels.h. Every output is poisoned with NaN before a call."""
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))

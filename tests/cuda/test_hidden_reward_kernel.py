@@ -1,4 +1,4 @@
-"""csrc/cuda/hidden_reward.cu on the CPU, held to the float64 reference."""
+"""csrc/kernels/cuda/hidden_reward.cu on the CPU, held to the float64 reference."""
 
 from typing import Any
 

@@ -68,7 +68,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Resources],
     for name in KERNELS:
         binary = tmp_path_factory.getbasetemp() / f"{name}.fatbin"
         command = [nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", *targets, "-fatbin", "-o", str(binary)]
-        done = subprocess.run([*command, str(CSRC / "cuda" / name)], capture_output=True, text=True)
+        done = subprocess.run([*command, str(CSRC / "kernels" / "cuda" / name)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "warning" not in done.stderr.lower(), done.stderr
         resources += read_report(done.stdout + done.stderr)

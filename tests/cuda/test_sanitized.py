@@ -16,7 +16,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("g++ is not on PATH; the CUDA kernels are emulated by compiling them with it")
     path = tmp_path_factory.mktemp("sanitized") / "kernels"
     flags = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    compile_emulated(path, [*(CSRC / "cuda" / name for name in KERNELS), EMULATOR / "sanitize.cpp"], flags=flags)
+    compile_emulated(
+        path, [*(CSRC / "kernels" / "cuda" / name for name in KERNELS), EMULATOR / "sanitize.cpp"], flags=flags
+    )
     return path
 
 

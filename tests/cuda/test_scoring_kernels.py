@@ -1,4 +1,4 @@
-"""csrc/cuda/scoring.cu on the CPU, held to the float64 reference and to the reference in the same arithmetic."""
+"""csrc/kernels/cuda/scoring.cu on the CPU, held to the float64 reference and to it in the same arithmetic."""
 
 from collections.abc import Iterator
 

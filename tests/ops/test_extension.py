@@ -61,7 +61,9 @@ def test_another_torch_or_cuda_does_not(
 
 @pytest.mark.parametrize("with_cuda", [False, True])
 def test_a_library_older_than_its_sources_is_outdated(tmp_path: Path, with_cuda: bool) -> None:
-    library, header, kernel = (tmp_path / name for name in ("_C.so", "csrc/cpu/gae.inl", "csrc/cuda/scoring.cu"))
+    library, header, kernel = (
+        tmp_path / name for name in ("_C.so", "csrc/kernels/cpu/gae.inl", "csrc/kernels/cuda/scoring.cu")
+    )
     for path, written in ((library, 20), (header, 10), (kernel, 10)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

@@ -15,7 +15,7 @@ import pytest
 from tlcr.ops import build_info
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ROOT / "csrc" / "cpu"
+SOURCES = ROOT / "csrc" / "kernels" / "cpu"
 # The widest registers that the code may name, and has to.
 REGISTERS = {"baseline": "xmm", "avx2": "ymm", "avx512": "zmm"}
 

@@ -9,7 +9,7 @@ from typing import Literal
 from tlcr.chat.store import AnswerStore
 from tlcr.chat.types import Answer, ChatModel, NoAnswer, Question
 from tlcr.errors import BudgetExhausted
-from tlcr.progress import Progress
+from tlcr.training.progress import Progress
 
 __all__ = ["ask", "stored"]
 

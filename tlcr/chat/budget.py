@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tlcr.chat.store import AnswerStore
 from tlcr.chat.types import Answer, Question
-from tlcr.config import EndpointConfig
+from tlcr.config.schema import EndpointConfig
 from tlcr.errors import BudgetExhausted
 
 __all__ = ["Budget", "Prices", "Reservation"]

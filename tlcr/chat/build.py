@@ -6,7 +6,7 @@ from typing import Protocol
 
 from tlcr.chat.store import AnswerStore
 from tlcr.chat.types import ChatModel
-from tlcr.config import EndpointConfig, ModelConfig
+from tlcr.config.schema import EndpointConfig, ModelConfig
 from tlcr.errors import ConfigError
 
 __all__ = ["ChatConfig", "chat_model", "model_name"]

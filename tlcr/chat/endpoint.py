@@ -22,9 +22,9 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 from tlcr.chat.budget import Budget
 from tlcr.chat.store import AnswerStore
 from tlcr.chat.types import Answer, Deliver, NoAnswer, Question
-from tlcr.config import EndpointConfig
+from tlcr.config.schema import EndpointConfig
 from tlcr.errors import BackendUnavailable, ConfigError, EndpointError
-from tlcr.interrupt import StopSignals
+from tlcr.training.interrupt import StopSignals
 
 try:
     import openai

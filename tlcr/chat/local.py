@@ -13,11 +13,11 @@ from transformers import GenerationConfig
 
 from tlcr.chat.store import AnswerStore
 from tlcr.chat.types import Answer, Deliver, NoAnswer, Question
-from tlcr.config import ModelConfig
-from tlcr.interrupt import StopSignals
-from tlcr.models import end_of_sequence_ids, generating_with, load_causal_lm, load_tokenizer
-from tlcr.padding import pad_left
-from tlcr.tokenization import decode_text, render_prompt
+from tlcr.config.schema import ModelConfig
+from tlcr.models.loading import end_of_sequence_ids, generating_with, load_causal_lm, load_tokenizer
+from tlcr.text.padding import pad_left
+from tlcr.text.tokenization import decode_text, render_prompt
+from tlcr.training.interrupt import StopSignals
 
 __all__ = ["LocalModel"]
 

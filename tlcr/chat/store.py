@@ -18,8 +18,8 @@ from types import TracebackType
 from filelock import FileLock, Timeout
 
 from tlcr.chat.types import Answer
-from tlcr.checkpoint import unwritable
 from tlcr.errors import ConfigError, DataError
+from tlcr.training.checkpoint import unwritable
 
 __all__ = ["AnswerStore"]
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tlcr.data.edit_codes import check_edit_codes
 from tlcr.errors import DataError
-from tlcr.tokenization import render_answer, render_prompt
+from tlcr.text.tokenization import render_answer, render_prompt
 from tlcr.types import EditPair, ErrorSpan, MarkedAnswer, PreferencePair
 
 __all__ = [

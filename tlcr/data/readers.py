@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from tlcr.config import DataConfig
+from tlcr.config.schema import DataConfig
 from tlcr.data.edit_codes import compare_edit_codes
 from tlcr.data.formats import (
     ASSISTANT,
@@ -37,7 +37,7 @@ from tlcr.data.formats import (
 )
 from tlcr.data.sources import Row, read_rows
 from tlcr.errors import ConfigError, DataError
-from tlcr.tokenization import render_prompt
+from tlcr.text.tokenization import render_prompt
 from tlcr.types import EditPair, MarkedAnswer, PreferencePair
 
 __all__ = [

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, compress
 from typing import Any, Generic, Literal, TypeVar, get_args
 
-from tlcr.config import DataConfig
+from tlcr.config.schema import DataConfig
 from tlcr.data.readers import ReadResult, read_raw_edits, read_raw_prompts
 from tlcr.errors import ConfigError
 

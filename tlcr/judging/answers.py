@@ -10,9 +10,8 @@ from pathlib import Path
 
 from tlcr.chat import Answer, AnswerStore, ChatModel, Message, NoAnswer, Question, ask
 from tlcr.chat.build import chat_model, model_name
-from tlcr.checkpoint import write_json
+from tlcr.config.judging import AnswerConfig
 from tlcr.errors import ConfigError, EndpointError
-from tlcr.judging.config import AnswerConfig
 from tlcr.judging.formats import (
     Benchmark,
     BenchmarkName,
@@ -21,6 +20,7 @@ from tlcr.judging.formats import (
     write_alpaca_eval,
     write_fastchat,
 )
+from tlcr.training.checkpoint import write_json
 
 __all__ = ["AnswerStatistics", "answer_benchmark", "answer_command", "temperature_of"]
 

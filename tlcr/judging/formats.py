@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from tlcr.checkpoint import write_aside, write_json
 from tlcr.errors import DataError
+from tlcr.training.checkpoint import write_aside, write_json
 
 __all__ = [
     "AnswerFile",

@@ -12,13 +12,13 @@ from typing import Any
 from tlcr.chat import Answer, AnswerStore, NoAnswer, Question, ask
 from tlcr.chat.build import chat_model, model_name
 from tlcr.chat.estimate import estimate, rehearsal
-from tlcr.checkpoint import finite, write_aside, write_json, write_json_lines
+from tlcr.config.judging import JudgeConfig
 from tlcr.errors import ConfigError, DataError, EndpointError
-from tlcr.judging.config import JudgeConfig
 from tlcr.judging.formats import AnswerFile, BenchmarkQuestion, read_answers, read_benchmark, read_lines
 from tlcr.judging.prompt import AnswerFormat, comparison_question, grade_question
 from tlcr.judging.results import Label, comparison_results, grade_results, render
 from tlcr.judging.verdicts import Comparison, Grade, read_grade, read_ruling
+from tlcr.training.checkpoint import finite, write_aside, write_json, write_json_lines
 
 __all__ = ["Reply", "compare", "grade", "judge_command", "rehearse_judge"]
 

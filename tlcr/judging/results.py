@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 import jinja2
 import numpy as np
 
-from tlcr.judging.config import JudgeConfig
+from tlcr.config.judging import JudgeConfig
 from tlcr.judging.formats import QuestionId
 from tlcr.judging.statistics import agreement, bootstrap_interval, length_controlled, wilson_interval
 from tlcr.judging.verdicts import FAILURES, Comparison, Grade, Ruling
@@ -142,7 +142,10 @@ def _mean(values: Sequence[float]) -> float:
 def render(results: Mapping[str, Any]) -> str:
     """The figures as Markdown."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tlcr"), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("tlcr.judging"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     return environment.get_template("judged.md.j2").render(results=results, remarks=_remarks(results), total=sum)
 

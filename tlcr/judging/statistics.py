@@ -17,7 +17,7 @@ from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import cohen_kappa_score
 
-from tlcr.bootstrap import estimate
+from tlcr.evaluation.bootstrap import estimate
 
 __all__ = [
     "Agreement",

@@ -1,0 +1,201 @@
+"""What doctor finds, what it advises, and when it blocks."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from transformers import LlamaConfig
+
+from tlcr import ops
+from tlcr.cli import doctor
+from tlcr.cli import main as cli
+from tlcr.cli.doctor import Finding, examine, findings
+from tlcr.cli.memory import measure_model
+from tlcr.config.loading import load_config
+from tlcr.config.schema import RunConfig
+
+GIB = 2**30
+
+
+def shown(cfg: RunConfig, *, memory: bool = True) -> tuple[bool, str]:
+    text = io.StringIO()
+    blocked = examine(cfg, memory=memory, console=Console(file=text, width=400))
+    return blocked, text.getvalue()
+
+
+def by_subject(cfg: RunConfig) -> dict[str, Finding]:
+    return {finding.subject: finding for finding in findings(cfg)}
+
+
+@pytest.fixture
+def cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+@pytest.fixture
+def real_size(tmp_path: Path) -> str:
+    """The config, without weights, of a model of 1.2 billion parameters."""
+    folder = tmp_path / "model"
+    LlamaConfig(
+        vocab_size=128_000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, tie_word_embeddings=True
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_defaults_are_fit_to_run(tmp_path: Path) -> None:
+    blocked, text = shown(load_config(None, {"output_dir": str(tmp_path / "run")}))
+    assert not blocked, text
+    assert "Nothing stands in the way" in text
+    assert "policy" in text and f"{measure_model(RunConfig().model).parameters:,}" in text
+
+
+def test_it_names_the_implementation_that_each_op_takes(tmp_path: Path) -> None:
+    _, text = shown(load_config(None, {"output_dir": str(tmp_path)}), memory=False)
+    for status in ops.available():
+        assert status.op in text
+        assert f"'auto' takes {status.auto} on {status.device}" in text
+    assert "Memory of one process" not in text
+
+
+@pytest.mark.parametrize(
+    ("facts", "gpu", "level", "fact", "remedy"),
+    [
+        (
+            {"extension": None, "remark": "there was no torch"},
+            False,
+            "note",
+            "no compiled kernels: there was no to",
+            True,
+        ),
+        ({"extension": "cpu", "problem": "built for torch 2.1"}, True, "warning", "built for torch 2.1", True),
+        ({"extension": "cpu", "remark": "no nvcc"}, False, "ok", "avx2 code; no CUDA code: no nvcc", False),
+        ({"extension": "cpu", "remark": "no nvcc"}, True, "warning", "avx2 code; no CUDA code: no nvcc", True),
+        ({"extension": "cuda", "cuda": "13.0"}, True, "ok", "avx2 code; CUDA 13.0 code for 8.0;9.0", False),
+    ],
+)
+def test_it_says_how_tlcr_was_built(
+    facts: dict, gpu: bool, level: str, fact: str, remedy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = {"torch": "2.11.0", "compiler": "gcc 12", "instruction_set": "avx2", "arch_list": "8.0;9.0", "problem": None}
+    monkeypatch.setattr(ops, "build_info", lambda: {**info, **facts, "rebuild": "pip install tlcr"})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    (found,) = doctor._build()
+    assert (found.level, found.subject, found.remedy) == (level, "build", "pip install tlcr" if remedy else "")
+    assert fact in found.fact
+
+
+def test_too_little_memory_blocks_and_says_what_to_set(
+    real_size: str, cpu_only: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_free_memory", lambda: 8 * GIB)
+    blocked, text = shown(load_config(None, {"model.path": real_size}))
+    assert blocked
+    assert "this machine has 8.0 GiB free" in text
+    for change in ("model.dtype: bfloat16", "model.gradient_checkpointing: true", "ppo.value_model: shared"):
+        assert f"{change} (then " in text
+
+
+def test_parallel_runs_are_counted_together(cpu_only: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load_config(None, {"parallel": 4, "seeds": [0, 1]})
+    monkeypatch.setattr(doctor, "_free_memory", lambda: int(1.5 * GIB))
+    blocked, text = shown(cfg)
+    assert blocked
+    assert "ppo (2 at a time) needs" in text
+    assert "to do: one or more of: parallel: 1;" in text
+    assert not shown(load_config(None, {"seeds": [0, 1]}))[0]
+
+
+def test_a_model_that_cannot_be_read_blocks(tmp_path: Path) -> None:
+    blocked, text = shown(load_config(None, {"model.path": str(tmp_path)}))
+    assert blocked
+    assert "give a folder that transformers can load" in text
+
+
+def test_a_full_disk_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(GIB, GIB, 2**20))
+    blocked, text = shown(load_config(None, {"output_dir": str(tmp_path)}))
+    assert blocked
+    assert "lower ppo.keep_checkpoints, or name an output_dir on a larger disk" in text
+
+
+def test_a_folder_that_cannot_be_written_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    found = by_subject(load_config(None, {"output_dir": str(tmp_path / "a" / "b")}))["output_dir"]
+    assert (found.level, found.fact) == ("blocked", f"{tmp_path} cannot be written to")
+
+
+def test_what_a_config_needs_and_is_not_installed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    cfg = load_config(None, {"tracker": "tensorboard", "model.gguf_file": "model.gguf"})
+    found = by_subject(cfg)
+    assert (found["tensorboard"].level, found["tensorboard"].remedy) == ("blocked", "pip install tensorboard")
+    assert (found["gguf"].level, found["gguf"].remedy) == ("blocked", "pip install gguf")
+    assert not {"tensorboard", "wandb", "gguf"} & set(by_subject(RunConfig()))
+
+
+def test_a_reviser_behind_an_endpoint_wants_its_packages_and_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    def facts(**changes: object) -> list[tuple[str, str]]:
+        values = {
+            "reviser.backend": "endpoint",
+            "reviser.endpoint.model": "m",
+            "reviser.endpoint.key_variable": "MY_KEY",
+        }
+        found = doctor.findings(load_config(None, values | changes))
+        return [(finding.level, finding.fact) for finding in found if finding.subject == "reviser"]
+
+    for name in ("MY_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    priced = {"reviser.endpoint.prompt_price": 1.0, "reviser.endpoint.answer_price": 1.0}
+    assert facts(**priced) == [("blocked", "the environment variable MY_KEY holds no API key")]
+    assert facts(**priced, **{"reviser.endpoint.base_url": "http://localhost:1/v1"}) == []
+    monkeypatch.setenv("MY_KEY", "k")
+    assert facts(**priced) == []
+    assert facts() == [("note", "no prices are named, so no cost is shown and none is capped")]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openai" else object())
+    assert facts(**priced) == [("blocked", "reviser.backend endpoint needs openai, and that is not installed")]
+    assert [finding for finding in doctor.findings(RunConfig()) if finding.subject == "reviser"] == []
+
+
+def test_a_dependency_out_of_bounds_blocks_and_names_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "requires", lambda _: ["rich>=999", "absent-package>=1", "torch", 'x; extra == "dev"'])
+    found = by_subject(RunConfig())
+    assert (found["rich"].level, found["rich"].remedy) == ("blocked", "pip install 'rich>=999'")
+    assert "tlcr needs >=999" in found["rich"].fact
+    assert found["absent-package"].fact.startswith("not installed")
+    assert found["packages"].fact.startswith("torch ")
+    assert "x" not in found
+
+
+def test_a_missing_data_file_blocks_but_a_hub_name_does_not(tmp_path: Path) -> None:
+    cfg = load_config(None, {"data.edits": str(tmp_path / "no.jsonl"), "data.preferences": "someone/preferences"})
+    found = by_subject(cfg)
+    assert found["data.edits"].level == "blocked"
+    assert "data.preferences" not in found
+
+
+def test_more_threads_than_cores_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.get_num_threads", lambda: 10_000)
+    found = by_subject(RunConfig())["processor"]
+    assert found.level == "warning"
+    assert found.remedy.startswith("export OMP_NUM_THREADS=")
+
+
+def test_bfloat16_without_the_instructions_is_a_warning(monkeypatch: pytest.MonkeyPatch, cpu_only: None) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert by_subject(load_config(None, {"model.dtype": "bfloat16"}))["bfloat16"].level == "warning"
+    assert by_subject(RunConfig())["bfloat16"].level == "note"
+
+
+def test_the_command_ends_with_1_where_something_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--output_dir", str(tmp_path)]) == 0
+    assert cli.main(["doctor", "--output_dir", str(tmp_path), "--data.edits", str(tmp_path / "no.jsonl")]) == 1
+    assert "must be put right" in capsys.readouterr().out

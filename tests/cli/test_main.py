@@ -1,0 +1,265 @@
+"""The command: help without torch, flags over YAML, one-line errors with exit code 2, Ctrl-C with the way to go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tlcr.cli import main as cli
+from tlcr.config.judging import AnswerConfig, JudgeConfig
+from tlcr.config.loading import knobs
+from tlcr.config.schema import RunConfig
+from tlcr.errors import ConfigError
+
+COMMANDS = ("run", "train", "revise", "label", "score", "evaluate", "analyse", "report", "doctor", "answer", "judge")
+WITH_CONFIG = ("run", "train", "revise", "label", "evaluate", "doctor")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
+    """What the command asks of the pipeline, recorded instead of done."""
+    recorded: list[tuple[Any, ...]] = []
+    pipeline = types.ModuleType("tlcr.experiment.pipeline")
+    pipeline.run = lambda cfg, resume: recorded.append(("run", cfg, resume))  # type: ignore[attr-defined]
+    pipeline.stage = lambda cfg, name, resume: recorded.append((name, cfg, resume))  # type: ignore[attr-defined]
+    pipeline.report = lambda folder: recorded.append(("report", folder))  # type: ignore[attr-defined]
+    pipeline.analyse = lambda *asked: recorded.append(("analyse", *asked))  # type: ignore[attr-defined]
+    pipeline.analyse_edits = lambda *asked, preferences: recorded.append((*asked, preferences))  # type: ignore[attr-defined]
+    pipeline.rehearse_revisions = lambda cfg, show: recorded.append(("rehearse", cfg, show))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tlcr.experiment.pipeline", pipeline)
+    monkeypatch.setattr("tlcr.experiment.pipeline", pipeline, raising=False)
+    yield recorded
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
+def test_help_answers_without_importing_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom tlcr.cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as leaving:\n    assert leaving.code in (0, None)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)\nassert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert done.stderr == ""
+
+
+def test_help_answers_in_under_a_second() -> None:
+    """In processor time, of which a process that only computes takes all: the clock would measure our neighbours."""
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "tlcr", "run", "--help"], check=True, capture_output=True, timeout=60)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 1.0
+
+
+@pytest.mark.parametrize("command", WITH_CONFIG)
+def test_help_lists_every_knob_with_its_meaning_and_default(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100000")
+    with pytest.raises(SystemExit) as leaving:
+        cli.main([command, "--help"])
+    assert leaving.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for knob in knobs(RunConfig):
+        assert f"--{knob.path} " in shown
+        assert " ".join(knob.metadata["help"].split()) in shown
+    assert "updates of the policy" not in shown
+    assert "nats per token; default null; above 0" in shown
+    assert "default 0.2; above 0; at most 1; source: PPO, released code" in shown
+
+
+def test_a_flag_wins_over_the_file_and_resume_reaches_the_pipeline(tmp_path: Path, calls: list[Any]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("ppo: {updates: 5, gamma: 0.5}\n", encoding="utf-8")
+    assert cli.main(["run", str(path), "--ppo.updates", "7", "--model.tokenizer=null", "--resume"]) == 0
+    assert cli.main(["run"]) == 0
+    (_, first, resumed), (_, second, fresh) = calls
+    assert (first.ppo.updates, first.ppo.gamma, resumed) == (7, 0.5, True)
+    assert (second, fresh) == (RunConfig(), False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stage", "resume"),
+    [
+        (["train", "sft"], "sft", False),
+        (["train", "reward-model", "--resume"], "reward_model", True),
+        (["train", "discriminator"], "discriminator", False),
+        (["train", "ppo", "--resume"], "ppo", True),
+        (["revise"], "revisions", False),
+        (["label"], "labels", False),
+        (["evaluate"], "evaluate", False),
+    ],
+)
+def test_each_command_calls_its_stage(arguments: list[str], stage: str, resume: bool, calls: list[Any]) -> None:
+    assert cli.main(arguments) == 0
+    assert calls == [(stage, RunConfig(), resume)]
+
+
+@pytest.mark.parametrize(("flags", "show"), [([], 2), (["--show", "5"], 5)])
+def test_a_dry_run_of_the_reviser_is_no_stage(flags: list[str], show: int, calls: list[Any]) -> None:
+    assert cli.main(["revise", "--dry-run", *flags]) == 0
+    assert calls == [("rehearse", RunConfig(), show)]
+
+
+def test_report_takes_a_folder(tmp_path: Path, calls: list[Any]) -> None:
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert calls == [("report", tmp_path)]
+
+
+def test_analyse_takes_a_run_and_other_pairs(tmp_path: Path, calls: list[Any]) -> None:
+    assert cli.main(["analyse", str(tmp_path)]) == 0
+    assert cli.main(["analyse", str(tmp_path), "--edits", "e.jsonl", "--output", "out"]) == 0
+    assert calls == [("analyse", tmp_path), (tmp_path, "e.jsonl", Path("out"), None)]
+
+
+def test_print_config_prints_what_would_run_and_runs_nothing(
+    capsys: pytest.CaptureFixture[str], calls: list[Any]
+) -> None:
+    assert cli.main(["run", "--kl.coef", "0.25", "--arms", "[{name: a, reward: {kind: sign}}]", "--print-config"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["kl"]["coef"] == 0.25
+    assert shown["arms"][0]["reward"] == {**shown["reward"], "kind": "sign"}
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rn"], "unknown command rn; did you mean run?"),
+        (["run", "--ppo.update", "3"], "unknown flag --ppo.update; did you mean --ppo.updates?"),
+        (["run", "--output-dir", "x"], "unknown flag --output-dir; did you mean --output_dir?"),
+        (["label", "--resume"], "unknown flag --resume; 'tlcr label --help' lists them"),
+        (["run", "--ppo.updates", "0"], "ppo.updates is 0; it must be at least 1"),
+        (["run", "--ppo.updates", "many"], "ppo.updates is many; it must be a whole number"),
+        (["run", "--kl.placement", "los"], "kl.placement is los; it must be one of reward, loss"),
+        (["run", "absent.yaml"], "config absent.yaml cannot be read: No such file or directory"),
+        (["revise", "--show", "3"], "--show is about what a dry run shows; add --dry-run, or drop it"),
+        (["revise", "--reviser.endpoint.extra_body", "[1]"], "reviser.endpoint.extra_body is [1]; it must be a JSON"),
+        (["analyse"], "required: FOLDER"),
+        (["analyse", "x", "--edits", "e"], "--edits and --output go together"),
+        (["analyse", "x", "--preferences", "p"], "--preferences needs --edits and --output"),
+        (["train"], "required: STAGE"),
+        (["train", "pop"], "invalid choice: 'pop'"),
+        (["answer"], "no model is named that is to answer: tlcr answer MODEL --prompts FILE"),
+        (["judge"], "0 files of answers are named; give two to compare, or one to grade"),
+        (["answer", "m", "--top_k", "3"], "unknown flag --top_k; did you mean --top_p?"),
+        (["judge", "a", "--temperature", "x"], "temperature is x; it must be a number or null"),
+        (["judge", "a", "--backend", "files"], "backend is files; it must be one of endpoint, local"),
+        (["judge", "a", "--config", "absent.yaml"], "config absent.yaml cannot be read: No such file or directory"),
+        (["score", "--response", "x", "--batch-size", "x"], "--batch-size is x; it must be a whole number"),
+        (["score", "--response", "x", "--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], calls: list[Any]
+) -> None:
+    assert cli.main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("tlcr: error: ")
+    assert message in shown.err
+    assert shown.err.count("\n") == 1
+    assert calls == []
+
+
+def test_a_command_with_a_config_of_its_own_reads_a_file_and_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "judge.yaml"
+    path.write_text("temperature: null\nendpoint:\n  model: m\n  retries: 2\n", encoding="utf-8")
+    command = ["judge", "a.json", "--config", str(path), "--endpoint.retries", "3", "--print-config"]
+    assert cli.main(command) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["temperature"], shown["endpoint"]["model"], shown["endpoint"]["retries"]) == (None, "m", 3)
+    assert set(shown) == {f.name for f in dataclasses.fields(JudgeConfig)}
+    path.write_text("endpoint:\n  retris: 2\n", encoding="utf-8")
+    assert cli.main(command) == 2
+    message = f"tlcr: error: {path}:2: unknown key endpoint.retris; did you mean endpoint.retries?\n"
+    assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize(("command", "cls"), [("answer", AnswerConfig), ("judge", JudgeConfig)])
+def test_their_help_lists_every_knob(
+    command: str, cls: type, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100000")
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for knob in knobs(cls):
+        assert f"--{knob.path} " in shown and " ".join(knob.metadata["help"].split()) in shown
+
+
+def test_an_unknown_key_in_the_file_names_line_and_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("seed: 1\nppo:\n  updats: 3\n", encoding="utf-8")
+    assert cli.main(["run", str(path)]) == 2
+    assert capsys.readouterr().err == (f"tlcr: error: {path}:3: unknown key ppo.updats; did you mean ppo.updates?\n")
+
+
+def test_an_error_of_many_lines_is_shown_as_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: Any) -> int:
+        raise ConfigError("first\n  second")
+
+    monkeypatch.setitem(cli.HANDLERS, "run", fail)
+    assert cli.main(["run"]) == 2
+    assert capsys.readouterr().err == "tlcr: error: first second\n"
+
+
+def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any) -> int:
+        raise KeyError("bug")
+
+    monkeypatch.setitem(cli.HANDLERS, "run", fail)
+    with pytest.raises(KeyError):
+        cli.main(["run"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["run", "a b.yaml"], "go on with: tlcr run 'a b.yaml' --resume"),
+        (["train", "ppo", "--resume"], "go on with: tlcr train ppo --resume"),
+        (["label"], "start again with: tlcr label"),
+        (["revise", "a.yaml"], "what was answered is kept; go on with: tlcr revise a.yaml"),
+        (["answer", "m", "--prompts", "p"], "what was answered is kept; go on with: tlcr answer m --prompts p"),
+        (["judge", "a", "b"], "what was answered is kept; go on with: tlcr judge a b"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on_and_exits_130(
+    arguments: list[str], shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.HANDLERS, arguments[0], interrupt)
+    assert cli.main(arguments) == 130
+    assert capsys.readouterr().err.strip().endswith(shown)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_early_is_no_error(unbuffered: str) -> None:
+    """`tlcr run --print-config | head -0`: the pipe breaks, and nobody complains."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "tlcr", "run", "--print-config"]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, timeout=60, env=environment)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, b"")

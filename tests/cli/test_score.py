@@ -1,0 +1,232 @@
+"""`tlcr score`: what a person sees, what a program reads, and which tokens the numbers stand on."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tlcr.cli import main as cli
+from tlcr.cli.score import Answer, coloured, read_answers
+from tlcr.config.schema import ModelConfig
+from tlcr.errors import DataError
+from tlcr.models.loading import TWO_CLASSES, load_sequence_classifier, load_token_classifier, save_model
+
+PROMPT, RESPONSE = "The food was", " good and the service was not bad"
+
+
+@pytest.fixture(scope="module")
+def discriminator(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_causal_lm: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    folder = tmp_path_factory.mktemp("discriminator")
+    model = load_token_classifier(tiny_causal_lm(), ModelConfig(), id2label=TWO_CLASSES)
+    with torch.no_grad():
+        model.score.weight.normal_(std=2.0)
+    save_model(model, tiny_tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reward_model(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_causal_lm: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    folder = tmp_path_factory.mktemp("reward_model")
+    model = load_sequence_classifier(tiny_causal_lm(), ModelConfig())
+    with torch.no_grad():
+        model.score.weight.normal_(std=2.0)
+    save_model(model, tiny_tokenizer, folder)
+    return folder
+
+
+def expected_rewards(folder: Path, tokenizer: PreTrainedTokenizerFast, prompt: str, response: str) -> list[float]:
+    """2p - 1 at each response token and the end of sequence, from the saved model and nothing else of ours."""
+    from transformers import AutoModelForTokenClassification
+
+    model = AutoModelForTokenClassification.from_pretrained(folder).eval()
+    whole = tokenizer(prompt + response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    with torch.no_grad():
+        positive_L = model(torch.tensor([whole])).logits[0].softmax(-1)[:, 1]
+    return (2 * positive_L[start:] - 1).tolist()
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert cli.main(["score", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_json_has_the_reward_of_every_response_token(
+    discriminator: Path, tiny_tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(["--discriminator", str(discriminator), "--prompt", PROMPT, "--response", RESPONSE, "--json"], capsys)
+    record = json.loads(out)
+    expected = expected_rewards(discriminator, tiny_tokenizer, PROMPT, RESPONSE)
+    assert record["rewards"] == pytest.approx(expected, abs=1e-5)
+    assert record["score"] == pytest.approx(sum(expected) / len(expected), abs=1e-5)
+    assert "".join(record["tokens"][:-1]) == RESPONSE
+    assert record["tokens"][-1] == "<eos>"
+    assert (record["prompt"], record["response"]) == (PROMPT, RESPONSE)
+    assert record["rewards"][:-1] != pytest.approx(expected[1:], abs=1e-5)  # one token late is another answer
+
+
+def test_a_file_is_scored_in_its_order_whatever_the_batch(
+    discriminator: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = [("The food was", " cold"), ("", "A wonderful film with a dull ending"), ("the soup", "")]
+    file = tmp_path / "answers.jsonl"
+    lines = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in answers]
+    file.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    one, three = (
+        [
+            json.loads(line)
+            for line in run(
+                ["--discriminator", str(discriminator), str(file), "--json", "--batch-size", size], capsys
+            ).splitlines()
+        ]
+        for size in ("1", "3")
+    )
+    assert [(record["prompt"], record["response"]) for record in one] == answers
+    for alone, together in zip(one, three, strict=True):
+        assert together["tokens"] == alone["tokens"]
+        assert together["rewards"] == pytest.approx(alone["rewards"], abs=1e-5)
+
+
+def test_standard_input_is_read_without_a_file(
+    reward_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({"prompt": PROMPT, "response": RESPONSE})))
+    record = json.loads(run(["--reward-model", str(reward_model), "--json"], capsys))
+    assert set(record) == {"prompt", "response", "score"}
+
+
+def test_a_reward_model_is_read_at_the_end_of_sequence(
+    reward_model: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    file = tmp_path / "answers.jsonl"
+    file.write_text(
+        "".join(json.dumps({"prompt": PROMPT, "response": text}) + "\n" for text in (RESPONSE, " bad")),
+        encoding="utf-8",
+    )
+    records = [
+        json.loads(line)
+        for line in run(["--reward-model", str(reward_model), str(file), "--json"], capsys).splitlines()
+    ]
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model).eval()
+    for record in records:
+        ids = tiny_tokenizer(record["prompt"] + record["response"], add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            last = model(torch.tensor([[*ids, tiny_tokenizer.eos_token_id]])).logits.item()
+            before = model(torch.tensor([ids])).logits.item()
+        assert record["score"] == pytest.approx(last, abs=1e-4)
+        assert record["score"] != pytest.approx(before, abs=1e-3)
+
+
+def test_people_see_the_answer_and_its_extremes(discriminator: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = run(["--discriminator", str(discriminator), "--prompt", "[bold]x", "--response", RESPONSE], capsys)
+    assert shown.startswith("[bold]x\n" + RESPONSE + "<eos>")
+    assert "mean " in shown and "lowest " in shown and "highest " in shown
+
+
+def test_colours_go_from_red_over_white_to_green_and_stay_legible() -> None:
+    text = coloured(["bad", " so", "\n", "good"], [-1.0, 0.0, 0.5, 1.0])
+    assert text.plain == "bad so\u23ce\ngood"
+    assert [str(span.style) for span in text.spans] == [
+        "black on rgb(214,39,40)",
+        "black on rgb(255,255,255)",
+        "black on rgb(150,208,150)",
+        "black on rgb(44,160,44)",
+    ]
+    out = io.StringIO()
+    Console(file=out, force_terminal=True, color_system="truecolor", width=80).print(text)
+    assert "48;2;214;39;40" in out.getvalue()
+
+
+def test_messages_go_through_the_chat_template(
+    discriminator: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(discriminator)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}Assistant:"
+    folder = tmp_path / "templated"
+    save_model(load_token_classifier(str(discriminator), ModelConfig(path=str(discriminator))), tokenizer, folder)
+    file = tmp_path / "chat.jsonl"
+    file.write_text(
+        json.dumps({"prompt": [{"role": "Human", "content": "How do I bake bread?"}], "response": " Mix flour."}),
+        encoding="utf-8",
+    )
+    record = json.loads(run(["--discriminator", str(folder), str(file), "--json"], capsys))
+    prompt = "Human: How do I bake bread?\nAssistant:"
+    assert record["rewards"] == pytest.approx(expected_rewards(folder, tiny_tokenizer, prompt, " Mix flour."), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "a", "response": "b"}\n{"prompt": "a"', ":2: not JSON"),
+        ('{"prompt": "a", "answer": "b"}', ":1: no text under 'response'"),
+        ('["a", "b"]', ":1: no text under 'response'"),
+        ('{"prompt": 3, "response": "b"}', ":1: 'prompt' is neither text nor a list"),
+        ('{"prompt": [{"role": "user"}], "response": "b"}', ":1: 'prompt' is neither text nor a list"),
+    ],
+)
+def test_a_bad_record_is_named_by_its_line(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "answers.jsonl"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        list(read_answers(str(file)))
+    assert str(caught.value).startswith(f"{file}{message}")
+
+
+def test_good_records_are_read_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    messages = [{"role": "user", "content": "hi"}]
+    file.write_text(
+        '{"response": "b"}\n' + json.dumps({"prompt": messages, "response": "c", "id": 1}) + "\n", encoding="utf-8"
+    )
+    assert list(read_answers(str(file))) == [Answer("", "b"), Answer(messages, "c")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--response", "x"], "name one model to score with"),
+        (["--response", "x", "--discriminator", "a", "--reward-model", "b"], "name one model to score with"),
+        (["file.jsonl", "--response", "x", "--discriminator", "a"], "both FILE file.jsonl and --response"),
+        (["--prompt", "x", "--discriminator", "a"], "--prompt is given without --response"),
+        (["absent.jsonl", "--discriminator", "{discriminator}"], "absent.jsonl cannot be read: No such file"),
+        (["--response", "x", "--discriminator", "absent-folder"], "absent-folder"),
+        (["--response", "x", "--discriminator", "{reward_model}"], "no trained TokenClassification model"),
+        (["--response", "x", "--reward-model", "{discriminator}"], "has 2 outputs"),
+    ],
+)
+def test_a_wrong_use_is_one_line(
+    arguments: list[str], message: str, discriminator: Path, reward_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled = [part.format(discriminator=discriminator, reward_model=reward_model) for part in arguments]
+    assert cli.main(["score", *filled]) == 2
+    shown = capsys.readouterr().err.splitlines()[-1]
+    assert shown.startswith("tlcr: error: ") and message in shown
+
+
+def test_nothing_to_score_at_a_terminal_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stdin", terminal)
+    assert cli.main(["score", "--discriminator", "x"]) == 2
+    assert "nothing to score" in capsys.readouterr().err

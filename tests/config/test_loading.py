@@ -1,0 +1,147 @@
+"""YAML and flags to RunConfig: one path, nothing dropped, every error names the knob."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from tlcr.config.loading import dump_config, knobs, load_config
+from tlcr.config.schema import Arm, RewardConfig, RunConfig
+from tlcr.errors import ConfigError
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_no_file_gives_the_defaults() -> None:
+    assert load_config(None) == RunConfig()
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "# nothing yet\n")) == RunConfig()
+
+
+def test_values_are_typed_and_the_rest_keeps_its_default(tmp_path: Path) -> None:
+    cfg = load_config(
+        write(tmp_path, "seeds: [3, 4]\nsft: {epochs: 5}\nppo: {learning_rate: 1e-5, whiten: no, clip_high: 0.3}\n")
+    )
+    assert cfg.seeds == (3, 4)
+    assert cfg.ppo == dataclasses.replace(RunConfig().ppo, learning_rate=1e-5, whiten=False, clip_high=0.3)
+    assert cfg.sft == dataclasses.replace(RunConfig().sft, epochs=5)
+    assert cfg.sft.batch_size == RunConfig().sft.batch_size != RunConfig().reward_model.batch_size
+    assert cfg.discriminator == RunConfig().discriminator
+
+
+def test_an_override_wins_over_the_file_and_may_be_text_or_typed(tmp_path: Path) -> None:
+    path = write(tmp_path, "ppo: {updates: 5, gamma: 0.5}\nmodel: {tokenizer: other}\n")
+    cfg = load_config(path, {"ppo.updates": "7", "kl.coef": 0.3, "model.tokenizer": None})
+    assert (cfg.ppo.updates, cfg.ppo.gamma, cfg.kl.coef, cfg.model.tokenizer) == (7, 0.5, 0.3, None)
+
+
+def test_an_arm_names_only_what_differs_from_the_reward_around_it(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "reward: {scale: 2.0, clip: 3.0}\n"
+        "arms:\n"
+        "  - name: plain\n"
+        "  - name: discrete\n"
+        "    reward: {kind: discrete, clip: null}\n"
+        "    kl_coefs: [0.2]\n",
+    )
+    cfg = load_config(path, {"reward.scale": 4.0})
+    assert cfg.arms == (
+        Arm("plain", RewardConfig(scale=4.0, clip=3.0)),
+        Arm("discrete", RewardConfig(scale=4.0, clip=None, kind="discrete"), kl_coefs=(0.2,)),
+    )
+
+
+def test_dumped_and_loaded_is_the_same_config(tmp_path: Path) -> None:
+    cfg = dataclasses.replace(
+        RunConfig(),
+        output_dir="runs/größer",
+        seeds=(1, 2),
+        reward=RewardConfig(kind="sign", clip=None),
+        arms=(Arm("a", RewardConfig(kind="discrete", band=0.1)), Arm("b", RewardConfig(), kl_coefs=(0.0,))),
+        ppo=dataclasses.replace(RunConfig().ppo, learning_rate=3e-7, target_kl=0.1),
+    )
+    assert load_config(write(tmp_path, dump_config(cfg))) == cfg
+
+
+def test_the_defaults_survive_dumping(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, dump_config(RunConfig()))) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nppo:\n  updats: 3\n", ":3: unknown key ppo.updats; did you mean ppo.updates?"),
+        ("updates: 3\n", ":1: unknown key updates; did you mean ppo.updates?"),
+        ("labels: {xyzzy: 1}\n", "unknown key labels.xyzzy; known here: end_of_sequence, warn_edited_share"),
+        ("ppo: 3\n", ":1: ppo is 3; it must be a mapping"),
+        ("ppo:\n  updates: 1\n  updates: 2\n", ":3: ppo.updates stands twice, first on line 2"),
+        ("ppo: {updates: 0}\n", "ppo.updates is 0; it must be at least 1"),
+        ("sft: {epochs: 0}\n", "sft.epochs is 0; it must be at least 1"),
+        ("ppo: {updates: null}\n", "ppo.updates is null; it must be a whole number"),
+        ("ppo: {updates: 1.5}\n", "ppo.updates is 1.5; it must be a whole number"),
+        ("ppo: {clip_high: wide}\n", "ppo.clip_high is wide; it must be a number or null"),
+        ("kl: {placement: los}\n", "kl.placement is los; it must be one of reward, loss"),
+        ("model: {trust_remote_code: maybe}\n", "model.trust_remote_code is maybe; it must be true or false"),
+        ("seeds: []\n", "seeds is empty"),
+        ("seeds: [1, 1]\n", "seeds has 1 twice"),
+        ("arms: 3\n", "arms is 3; it must be a list"),
+        ("arms: [{reward: {kind: sign}}]\n", "arms[0] has no name"),
+        ("arms: [{name: a}, {name: a}]\n", "arms has 'a' twice"),
+        ("arms: [{name: ../a}]\n", "it names a folder"),
+        ("arms: [{name: a, reward: {knd: x}}]\n", "unknown key arms[0].reward.knd; did you mean arms[0].reward.kind?"),
+        (
+            "arms: [{name: a}, {name: b, reward: {clip: -1}}]\n",
+            "arms[1].reward.clip is -1.0; it must be greater than 0",
+        ),
+        ("a: [\n", "is not YAML"),
+        ("a: !!python/object/apply:os.getcwd []\n", "is not YAML"),
+        ("- 1\n", "holds list, not a mapping"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_line_that_names_the_place(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_binary_file_are_config_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        load_config(tmp_path / "absent.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        load_config(tmp_path / "binary.yaml")
+
+
+def test_an_unknown_override_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key ppo\.update; did you mean ppo\.updates\?"):
+        load_config(None, {"ppo.update": 3})
+
+
+def test_every_knob_says_what_it_is_and_where_its_default_comes_from() -> None:
+    for knob in (*knobs(RunConfig), *(knob for knob in knobs(Arm) if knob.path != "name")):
+        assert knob.metadata.get("help"), knob.path
+        assert knob.metadata.get("source"), knob.path
+
+
+def test_the_bounds_that_are_declared_are_kept() -> None:
+    """Every declared bound refuses a value just outside it, whichever section it stands in."""
+    tried = 0
+    for knob in knobs(RunConfig):
+        for name, step in (("ge", -1), ("gt", 0), ("le", 1)):
+            bound = knob.metadata.get(name)
+            if bound is None:
+                continue
+            with pytest.raises(ConfigError, match=f"^{knob.path.replace('.', '[.]')} is .*; it must be "):
+                load_config(None, {knob.path: bound + step})
+            tried += 1
+    assert tried > 50

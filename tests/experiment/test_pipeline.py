@@ -1,0 +1,358 @@
+"""The pipeline on the embedded task, at a size that takes seconds: what it writes, skips, refuses and resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+from tlcr.config.loading import dump_config, load_config
+from tlcr.config.schema import Arm, RewardConfig, RunConfig
+from tlcr.data import embedded
+from tlcr.errors import ConfigError, TlcrError
+from tlcr.evaluation.evaluate import PolicyEvaluation, evaluate_policy
+from tlcr.experiment import pipeline
+from tlcr.experiment.pipeline import analyse, analyse_edits, run, stage
+from tlcr.experiment.run_folder import _differences, open_run, reopen_run
+from tlcr.training.checkpoint import as_plain
+from tlcr.training.metrics import read_metrics
+
+
+def small_config(folder: Path, **changes: object) -> RunConfig:
+    values = {
+        "output_dir": str(folder),
+        "data.embedded_pairs": 80,
+        "data.max_prompt_tokens": 48,
+        "data.max_answer_tokens": 48,
+        "sft.epochs": 1,
+        "sft.learning_rate": 3e-3,
+        "reward_model.epochs": 1,
+        "discriminator.epochs": 1,
+        "rollout.max_new_tokens": 12,
+        "ppo.updates": 2,
+        "ppo.batch_size": 4,
+        "ppo.minibatch_size": 4,
+        "ppo.learning_rate": 1e-3,
+        "ppo.save_every": 1,
+        "evaluation.prompts": 6,
+        "evaluation.samples": 2,
+        **changes,
+    }
+    arms = (
+        Arm("continuous"),
+        Arm("sequence", reward=RewardConfig(kind="sequence")),
+    )
+    return replace(load_config(None, values), arms=arms)
+
+
+def write_pairs(path: Path) -> Path:
+    pairs = embedded.generate_pairs(40, seed=0)[0]
+    lines = [json.dumps({"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}) for p in pairs]
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    cfg = small_config(tmp_path_factory.mktemp("run") / "run")
+    run(cfg)
+    return cfg
+
+
+def test_a_run_leaves_models_that_load_anywhere_and_a_report(finished: RunConfig) -> None:
+    folder = Path(finished.output_dir)
+    AutoModelForCausalLM.from_pretrained(folder / "sft")
+    AutoModelForSequenceClassification.from_pretrained(folder / "reward_model")
+    judge = AutoModelForTokenClassification.from_pretrained(folder / "discriminator")
+    assert judge.config.id2label == {0: "negative", 1: "positive"}
+    trained = AutoModelForCausalLM.from_pretrained(folder / "ppo" / "continuous" / "seed-0" / "policy")
+    start = AutoModelForCausalLM.from_pretrained(folder / "sft")
+    moved = [not torch.equal(a, b) for a, b in zip(trained.parameters(), start.parameters(), strict=True)]
+    assert any(moved)
+    assert (folder / "report.html").stat().st_size > 10_000
+    results = json.loads((folder / "results.json").read_text())
+    assert "continuous" in json.dumps(results) and "sequence" in json.dumps(results)
+
+
+def test_the_discriminator_is_analysed_on_what_it_has_not_seen(finished: RunConfig, tmp_path: Path) -> None:
+    folder = Path(finished.output_dir)
+    found = json.loads((folder / "analysis" / "analysis.json").read_text())
+    held_out = reopen_run(folder).edits.held_out
+    assert found["pairs"] == len(held_out) > 0
+    assert {"revised over rejected", "chosen over rejected"} == set(found["comparisons"])
+    assert "By what the edit did" in (folder / "report.html").read_text()
+
+    # the same pairs from a file: the same figures, but calibration at the stored temperature
+    lines = [json.dumps({k: getattr(e, k) for k in ("id", "prompt", "rejected", "revised")}) for e in held_out]
+    (tmp_path / "edits.jsonl").write_text("\n".join(lines))
+    page = analyse_edits(folder, str(tmp_path / "edits.jsonl"), tmp_path / "out")
+    again = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert again["kinds"] == found["kinds"] and again["spill"] == found["spill"]
+    assert page == tmp_path / "out" / "analysis.html" and "edits.jsonl" in page.read_text()
+
+
+def test_an_analysis_can_be_made_again(finished: RunConfig) -> None:
+    path = Path(finished.output_dir) / "analysis" / "analysis.json"
+    before = path.read_text()
+    path.write_text("{}")
+    assert analyse(Path(finished.output_dir)).name == "report.html"
+    assert path.read_text() == before
+
+
+def test_what_holds_no_run_cannot_be_analysed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no run"):
+        analyse(tmp_path)
+    (tmp_path / "config.yaml").write_text(dump_config(small_config(tmp_path, **{"data.held_out": 0})))
+    with pytest.raises(ConfigError, match="held no edit out"):
+        analyse(tmp_path)
+
+
+def test_before_training_every_arm_is_the_reference(finished: RunConfig) -> None:
+    for arm in ("continuous", "sequence"):
+        record = json.loads((Path(finished.output_dir) / "ppo" / arm / "seed-0" / "evaluation.json").read_text())
+        assert record["before"]["kl_per_token"] == pytest.approx(0.0, abs=1e-6)
+        assert record["after"]["kl_per_token"] != 0
+        assert record["before"]["answers"] == 6
+
+
+def test_what_is_done_is_skipped_to_the_byte(finished: RunConfig) -> None:
+    folder = Path(finished.output_dir)
+    files = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".jsonl")]
+    times = {path: path.stat().st_mtime_ns for path in files}
+    run(finished, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in files} == times
+
+
+def test_a_folder_with_a_run_is_not_overwritten(finished: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="already holds a run: pass --resume"):
+        run(finished)
+
+
+def test_results_of_two_configs_are_not_mixed(finished: RunConfig) -> None:
+    changed = replace(finished, discriminator=replace(finished.discriminator, learning_rate=0.5))
+    written = (Path(finished.output_dir) / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"discriminator\.learning_rate was 1e-05, is 0\.5"):
+        run(changed, resume=True)
+    (Path(finished.output_dir) / "config.yaml").write_text(written)
+
+
+def test_a_setting_that_is_new_since_then_is_named() -> None:
+    """A folder of an older version has not every knob; that the two differ in None is not to be said."""
+    then, now = {"reward": {"kind": "sign"}}, {"reward": {"kind": "sign", "compat": None}}
+    assert _differences(then, now) == ["reward.compat was not there, is None"]
+    assert _differences(now, then) == []
+    assert _differences({"a": {"b": 1}}, {"a": {"b": 2}}) == ["a.b was 1, is 2"]
+
+
+def test_a_stage_says_which_one_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="run 'tlcr train sft' with this config first"):
+        stage(small_config(tmp_path / "run"), "discriminator")
+
+
+def test_data_of_ones_own_must_be_named(tmp_path: Path, finished: RunConfig) -> None:
+    own = replace(finished.model, path=str(Path(finished.output_dir) / "sft"))
+    cfg = replace(finished, output_dir=str(tmp_path), model=own)
+    with pytest.raises(ConfigError, match=r"data\.preferences is not set, and SFT and the reward model needs it"):
+        run(cfg)
+
+
+def test_evaluating_again_finds_what_training_found(finished: RunConfig) -> None:
+    path = Path(finished.output_dir) / "ppo" / "continuous" / "seed-0" / "evaluation.json"
+    before = json.loads(path.read_text())
+    stage(finished, "evaluate")
+    assert json.loads(path.read_text()) == before
+
+
+def test_no_policy_is_evaluated_twice(finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the start, after each update, and not again for evaluation.json, which holds what was logged."""
+    counted: list[int] = []
+
+    def evaluate(prompts: Sequence[str], **arguments: Any) -> PolicyEvaluation:
+        counted.append(len(prompts))
+        return evaluate_policy(prompts, **arguments)
+
+    monkeypatch.setattr("tlcr.experiment.arm.evaluate_policy", evaluate)
+    trained = Path(finished.output_dir)
+    cfg = replace(
+        finished,
+        output_dir=str(tmp_path / "run"),
+        model=finished.model.saved_in(trained / "sft"),
+        data=replace(finished.data, preferences=str(write_pairs(tmp_path / "pairs.jsonl"))),
+        sft=replace(finished.sft, enabled=False),
+        discriminator=replace(finished.discriminator, path=str(trained / "discriminator")),
+        ppo=replace(finished.ppo, evaluate_every=1),
+        arms=(Arm("continuous"),),
+    )
+    run(cfg)
+    folder = tmp_path / "run" / "ppo" / "continuous" / "seed-0"
+    logged = [row["eval/kl_per_token"] for row in read_metrics(folder / "metrics.jsonl") if "eval/kl_per_token" in row]
+    assert len(counted) == len(logged) == 3
+    written = json.loads((folder / "evaluation.json").read_text())
+    assert [logged[0], logged[-1]] == [written[when]["kl_per_token"] for when in ("before", "after")]
+    assert len(set(logged)) == 3
+
+
+def test_runs_side_by_side_give_what_runs_in_turn_give(finished: RunConfig, tmp_path: Path) -> None:
+    cfg = replace(finished, output_dir=str(tmp_path / "run"), parallel=2)
+    run(cfg)
+    for arm in ("continuous", "sequence"):
+        ours, theirs = (
+            json.loads((Path(c.output_dir) / "ppo" / arm / "seed-0" / "evaluation.json").read_text())
+            for c in (cfg, finished)
+        )
+        assert ours["after"]["kl_per_token"] == pytest.approx(theirs["after"]["kl_per_token"], rel=1e-4, abs=1e-6)
+
+
+def test_a_run_that_is_opened_again_keeps_its_config_file(finished: RunConfig, tmp_path: Path) -> None:
+    """Workers open their folder at the same time: two that wrote would pull the file from under each other."""
+    cfg = replace(finished, output_dir=str(tmp_path / "run"))
+    path = open_run(cfg, resume=False).path / "config.yaml"
+    before = path.stat().st_ino
+    open_run(load_config(path, {}), resume=True, whole=False)
+    assert path.stat().st_ino == before
+    open_run(replace(cfg, parallel=3), resume=True)
+    assert "parallel: 3" in path.read_text(encoding="utf-8")
+
+
+def test_a_worker_that_fails_is_named_with_its_reason(finished: RunConfig, tmp_path: Path) -> None:
+    arms = (
+        Arm("works"),
+        Arm("breaks", reward=RewardConfig(kind="callable", callable="no_such_module_here:reward")),
+    )
+    cfg = replace(finished, output_dir=str(tmp_path / "run"), parallel=2, arms=arms)
+    with pytest.raises(TlcrError, match=r"ppo breaks/seed-0 ended with code 2: .*no_such_module_here"):
+        run(cfg)
+
+
+def test_an_interrupted_run_resumes_to_the_same_policies(finished: RunConfig, tmp_path: Path) -> None:
+    cfg = replace(finished, output_dir=str(tmp_path / "run"), ppo=replace(finished.ppo, updates=6))
+    whole = replace(cfg, output_dir=str(tmp_path / "whole"))
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(cfg))
+    command = [sys.executable, "-m", "tlcr", "run", str(file), "--resume"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    metrics = Path(cfg.output_dir) / "ppo" / "continuous" / "seed-0" / "metrics.jsonl"
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and read_metrics(metrics)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "--resume" in said.strip().splitlines()[-1]
+    run(cfg, resume=True)
+    run(whole)
+    for arm in ("continuous", "sequence"):
+        ours, theirs = (
+            AutoModelForCausalLM.from_pretrained(Path(c.output_dir) / "ppo" / arm / "seed-0" / "policy")
+            for c in (cfg, whole)
+        )
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+class InThisProcess:
+    """Stands for a worker process: its command runs here and now, which spares the imports."""
+
+    started: ClassVar[list[tuple[str, str]]] = []
+
+    def __init__(self, command: list[str], **_: object) -> None:
+        assert command[:3] == [sys.executable, "-m", "tlcr.experiment.pipeline"]
+        self.started.append((command[4], command[5]))
+        self.code = pipeline._worker(*command[3:])
+
+    def poll(self) -> int:
+        return self.code
+
+
+def test_a_grid_shares_the_models_of_a_seed(
+    finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two seeds with models of their own, two coefficients; then a third coefficient, which repeats nothing."""
+    monkeypatch.setattr(pipeline.subprocess, "Popen", InThisProcess)
+    monkeypatch.setattr(InThisProcess, "started", [])
+    cfg = replace(
+        finished,
+        output_dir=str(tmp_path / "run"),
+        parallel=2,
+        seeds=(0, 3),
+        models_per_seed=True,
+        ppo=replace(finished.ppo, updates=1),
+        kl_coefs=(0.5, 0.05),
+        arms=(Arm("continuous"), Arm("random", RewardConfig(kind="random"), kl_coefs=(0.1,))),
+    )
+    folder = run(cfg)
+    trials = ["continuous/kl-0.5", "random", "continuous/kl-0.05"]
+    ppo = [("ppo", f"{trial}/seed-{seed}") for seed in (0, 3) for trial in trials]
+    assert InThisProcess.started == [("models", "0"), ("models", "3"), *ppo]
+    assert not (folder / "sft").exists() and not (folder / "models" / "seed-3" / "reward_model").exists()
+    first, second = (AutoModelForCausalLM.from_pretrained(folder / "models" / f"seed-{s}" / "sft") for s in (0, 3))
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+    def evaluation(trial: str, seed: int) -> dict:
+        return json.loads((folder / "ppo" / trial / f"seed-{seed}" / "evaluation.json").read_text())
+
+    # the arms and coefficients of a seed start from one model, and those of another seed from another
+    before = {seed: [evaluation(trial, seed)["before"]["gold_per_token"] for trial in trials] for seed in (0, 3)}
+    assert len(set(before[0])) == len(set(before[3])) == 1 and before[0] != before[3]
+    settings = json.loads((folder / "ppo" / "continuous" / "kl-0.05" / "seed-3" / "arm.json").read_text())["config"]
+    assert (settings["seed"], settings["ppo_seed"], settings["kl"]["coef"]) == (3, 3, 0.05)
+    rows = [(row["name"], row["kl_coef"]) for row in json.loads((folder / "results.json").read_text())["arms"]]
+    assert rows == [("continuous", 0.05), ("continuous", 0.5), ("random", None)]
+
+    InThisProcess.started.clear()
+    run(replace(cfg, kl_coefs=(0.5, 0.05, 0.2)), resume=True)
+    assert InThisProcess.started[2:] == [("ppo", f"continuous/kl-0.2/seed-{seed}") for seed in (0, 3)]
+    assert "| continuous | 0.2 |" in (folder / "results.md").read_text(encoding="utf-8")
+
+
+def test_every_rival_is_an_arm(finished: RunConfig, tmp_path: Path) -> None:
+    """With the models of the run before, but for DPO's, which no arm of it needed."""
+    trained, pairs = Path(finished.output_dir), write_pairs(tmp_path / "pairs.jsonl")
+    rewards = {
+        "spans": RewardConfig(kind="spans"),
+        "rto": RewardConfig(kind="dpo", sequence_coef=1.0),
+        "abc": RewardConfig(kind="attention", scale=0.5, sequence_coef=0.5),
+        "official": RewardConfig(compat="tlcr-official"),
+    }
+    cfg = replace(
+        finished,
+        output_dir=str(tmp_path / "run"),
+        model=finished.model.saved_in(trained / "sft"),
+        data=replace(finished.data, preferences=str(pairs), edits=str(tmp_path / "unread")),
+        sft=replace(finished.sft, enabled=False),
+        reward_model=replace(finished.reward_model, path=str(trained / "reward_model")),
+        discriminator=replace(finished.discriminator, path=str(trained / "discriminator")),
+        dpo=replace(finished.dpo, learning_rate=1e-3, batch_size=8),
+        arms=tuple(Arm(name, reward) for name, reward in rewards.items()),
+    )
+    run(cfg)
+    assert (tmp_path / "run" / "dpo" / "done.json").is_file() and not (tmp_path / "run" / "reward_model").exists()
+    for name in rewards:
+        folder = tmp_path / "run" / "ppo" / name / "seed-0"
+        last = read_metrics(folder / "metrics.jsonl")[-1]
+        assert last["reward/mean_abs_token"] > 0 and last["reward/share_kl"] > 0
+        assert (last["reward/share_terminal"] > 0) == (name in ("rto", "abc"))
+        assert last["reward/share_dense"] > 0
+
+
+def test_a_stage_that_is_asked_for_runs_though_no_arm_needs_it(tmp_path: Path) -> None:
+    cfg = replace(small_config(tmp_path / "run"), arms=())
+    stage(cfg, "sft")
+    stage(cfg, "reward_model")
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "reward_model")
+
+
+def test_the_written_config_is_the_run(finished: RunConfig) -> None:
+    assert as_plain(load_config(str(Path(finished.output_dir) / "config.yaml"), {})) == as_plain(finished)

@@ -1,0 +1,319 @@
+"""Policy and value model as one module: the alignment of every output, held to loops over prefixes in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from tlcr.config.schema import ModelConfig, PPOConfig
+from tlcr.errors import CheckpointError, ConfigError
+from tlcr.models.actor_critic import ActorCritic, build_value_model, load_value_head
+from tlcr.models.loading import classification_head, load_sequence_classifier, load_token_classifier
+
+PROMPTS = [[5, 9, 30], [7, 44, 12, 90, 33], [8]]
+ANSWERS = [[41, 17, 60, 2], [23], [99, 3, 14]]
+TEMPERATURE = 0.7
+
+
+def batch(extra_left: int = 0, extra_right: int = 0, pad: int = 0) -> tuple[Tensor, Tensor, int]:
+    """The rows above as (ids_BL, attention_mask_BL, T), padded as a rollout is, and wider on request."""
+    P, T = max(map(len, PROMPTS)) + extra_left, max(map(len, ANSWERS)) + extra_right
+    rows, masks = [], []
+    for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
+        left, right = P - len(prompt), T - len(answer)
+        rows.append([pad] * left + prompt + answer + [pad] * right)
+        masks.append([False] * left + [True] * (len(prompt) + len(answer)) + [False] * right)
+    return torch.tensor(rows), torch.tensor(masks), T
+
+
+def by_prefixes(policy: PreTrainedModel, value_of: Callable[[list[int]], float]) -> list[list[tuple[float, ...]]]:
+    """For each answer token (log-prob, entropy, value), one unpadded prefix at a time: the definition."""
+    rows = []
+    for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
+        row = []
+        for t, token in enumerate(answer):
+            prefix = prompt + answer[:t]
+            logits_V = policy(torch.tensor([prefix])).logits[0, -1] / TEMPERATURE
+            logp_V = logits_V.log_softmax(-1)
+            row.append((logp_V[token].item(), -(logp_V.exp() * logp_V).sum().item(), value_of(prefix)))
+        rows.append(row)
+    return rows
+
+
+def with_random_head(model: PreTrainedModel) -> PreTrainedModel:
+    with torch.no_grad():
+        classification_head(model).weight.normal_(std=0.5)
+        classification_head(model).bias.fill_(0.25)
+    return model
+
+
+@pytest.fixture
+def policy(tiny_causal_lm: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    return tiny_causal_lm(seed=1).double()
+
+
+@pytest.fixture
+def value_model(policy: PreTrainedModel, tiny_causal_lm: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    other = tiny_causal_lm(seed=2).double()
+    model = build_value_model(PPOConfig(), ModelConfig(), policy=other)
+    assert model is not None
+    return with_random_head(model).double()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk_tokens", [None, 3])
+def test_every_output_belongs_to_the_action_that_emitted_the_token(
+    policy: PreTrainedModel, value_model: PreTrainedModel, chunk_tokens: int | None
+) -> None:
+    output = ActorCritic(policy, value_model, chunk_tokens=chunk_tokens)(*batch(), temperature=TEMPERATURE)
+    truth = by_prefixes(policy, lambda prefix: value_model(torch.tensor([prefix])).logits[0, -1, 0].item())
+    for b, row in enumerate(truth):
+        for t, expected in enumerate(row):
+            found = (output.logprobs_BT[b, t], output.entropy_BT[b, t], output.values_BT[b, t])
+            torch.testing.assert_close(torch.stack(found), torch.tensor(expected, dtype=torch.float64))
+
+
+@torch.no_grad()
+def test_a_shared_value_is_the_heads_view_of_the_policys_last_hidden_state(policy: PreTrainedModel) -> None:
+    actor_critic = ActorCritic(policy, None)
+    head = actor_critic.value_head
+    assert head is not None
+    head.weight.normal_(std=0.5)
+    output = actor_critic(*batch(), temperature=TEMPERATURE)
+    truth = by_prefixes(
+        policy, lambda prefix: head(policy.model(torch.tensor([prefix])).last_hidden_state[0, -1]).item()
+    )
+    for b, row in enumerate(truth):
+        for t, expected in enumerate(row):
+            found = (output.logprobs_BT[b, t], output.entropy_BT[b, t], output.values_BT[b, t])
+            torch.testing.assert_close(torch.stack(found), torch.tensor(expected, dtype=torch.float64))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk_tokens", [None, 2])
+def test_the_exact_kl_is_the_sum_over_the_vocabulary(
+    policy: PreTrainedModel,
+    value_model: PreTrainedModel,
+    tiny_causal_lm: Callable[..., PreTrainedModel],
+    chunk_tokens: int | None,
+) -> None:
+    reference = tiny_causal_lm(seed=3).double()
+    actor_critic = ActorCritic(policy, value_model, chunk_tokens=chunk_tokens)
+    ids_BL, mask_BL, T = batch()
+    output = actor_critic(ids_BL, mask_BL, T, temperature=TEMPERATURE, reference=reference)
+    plain_BT = actor_critic.reference_logprobs(reference, ids_BL, mask_BL, T, temperature=TEMPERATURE)
+    for b, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
+        for t, token in enumerate(answer):
+            prefix = torch.tensor([prompt + answer[:t]])
+            logp_V = (policy(prefix).logits[0, -1] / TEMPERATURE).log_softmax(-1)
+            logq_V = (reference(prefix).logits[0, -1] / TEMPERATURE).log_softmax(-1)
+            torch.testing.assert_close(output.kl_BT[b, t], (logp_V.exp() * (logp_V - logq_V)).sum())
+            torch.testing.assert_close(output.ref_logprobs_BT[b, t], logq_V[token])
+            torch.testing.assert_close(plain_BT[b, t], logq_V[token])
+
+
+@torch.no_grad()
+def test_padding_changes_nothing_whatever_its_width_and_its_ids(
+    policy: PreTrainedModel, value_model: PreTrainedModel
+) -> None:
+    actor_critic = ActorCritic(policy, value_model)
+    narrow = actor_critic(*batch(), temperature=TEMPERATURE)
+    wide = actor_critic(*batch(extra_left=4, extra_right=3, pad=77), temperature=TEMPERATURE)
+    for b, answer in enumerate(ANSWERS):
+        for name in ("logprobs_BT", "entropy_BT", "values_BT"):
+            torch.testing.assert_close(getattr(wide, name)[b, : len(answer)], getattr(narrow, name)[b, : len(answer)])
+
+
+@torch.no_grad()
+def test_gpt2_with_learned_positions_counts_them_from_the_first_real_token(
+    tiny_gpt2: Callable[..., PreTrainedModel],
+) -> None:
+    policy = tiny_gpt2(seed=4).double()
+    output = ActorCritic(policy, None)(*batch(extra_left=3), temperature=TEMPERATURE)
+    for b, row in enumerate(by_prefixes(policy, lambda _: 0.0)):
+        for t, (logprob, _, _) in enumerate(row):
+            assert output.logprobs_BT[b, t].item() == pytest.approx(logprob, abs=1e-12)
+
+
+def test_chunked_logits_give_the_same_gradients(
+    tiny_causal_lm: Callable[..., PreTrainedModel], value_model: PreTrainedModel
+) -> None:
+    gradients = []
+    for chunk_tokens in (None, 3):
+        actor_critic = ActorCritic(tiny_causal_lm(seed=1).double(), value_model, chunk_tokens=chunk_tokens)
+        ids_BL, mask_BL, T = batch()
+        output = actor_critic(ids_BL, mask_BL, T, temperature=TEMPERATURE)
+        counted_BT = mask_BL[:, -T:]
+        (output.logprobs_BT + 0.3 * output.entropy_BT)[counted_BT].sum().backward()
+        gradients.append([p.grad for p in actor_critic.policy_parameters()])
+    assert all(g is not None and g.abs().sum() > 0 for g in gradients[0])
+    for plain, chunked in zip(*gradients, strict=True):
+        torch.testing.assert_close(chunked, plain)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_value_terms_alone_send_nothing_into_the_policy(
+    policy: PreTrainedModel, value_model: PreTrainedModel, shared: bool
+) -> None:
+    actor_critic = ActorCritic(policy, None if shared else value_model)
+    output = actor_critic(*batch(), temperature=1.0, terms="value")
+    assert output.logprobs_BT is None and output.entropy_BT is None
+    output.values_BT.sum().backward()
+    assert all(p.grad is None for p in actor_critic.policy_parameters())
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in actor_critic.value_parameters())
+
+
+def test_policy_terms_alone_leave_the_value_model_out(policy: PreTrainedModel, value_model: PreTrainedModel) -> None:
+    output = ActorCritic(policy, value_model)(*batch(), temperature=1.0, terms="policy")
+    assert output.values_BT is None and output.logprobs_BT is not None
+
+
+def test_logits_exist_for_the_answers_columns_only(policy: PreTrainedModel, value_model: PreTrainedModel) -> None:
+    shapes = []
+    policy.lm_head.register_forward_hook(lambda _module, _inputs, output: shapes.append(tuple(output.shape)))
+    ids_BL, mask_BL, T = batch()
+    ActorCritic(policy, value_model)(ids_BL, mask_BL, T, temperature=1.0)
+    assert shapes == [(len(PROMPTS), T, policy.config.vocab_size)]
+
+
+def test_dropout_is_off_in_training_too(tiny_gpt2: Callable[..., PreTrainedModel]) -> None:
+    policy = tiny_gpt2(seed=5, resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5)
+    actor_critic = ActorCritic(policy, None)
+    still = actor_critic.eval()(*batch(), temperature=1.0).logprobs_BT
+    moving = actor_critic.train()(*batch(), temperature=1.0).logprobs_BT
+    torch.testing.assert_close(moving, still, rtol=0, atol=0)
+
+
+def test_gradient_checkpointing_changes_memory_and_nothing_else(
+    tiny_causal_lm: Callable[..., PreTrainedModel],
+) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        policy = tiny_causal_lm(seed=6).double()
+        torch.manual_seed(0)
+        critic = with_random_head(build_value_model(PPOConfig(), ModelConfig(), policy=policy))
+        for model in (policy, critic) if checkpointing else ():
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        actor_critic = ActorCritic(policy, critic).train()
+        assert policy.model.layers[0].gradient_checkpointing == checkpointing
+        output = actor_critic(*batch(), temperature=1.0)
+        (output.logprobs_BT.sum() + output.values_BT.sum()).backward()
+        gradients.append([p.grad for p in actor_critic.parameters()])
+        cached = policy.eval().generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False)
+        assert cached.shape[1] > 2
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_models_that_cap_their_logits_are_refused_where_the_hidden_states_are_read() -> None:
+    small = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32, "vocab_size": 50, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    policy = Gemma2ForCausalLM(Gemma2Config(**small, **heads, final_logit_softcapping=0.5))
+    with pytest.raises(ConfigError, match=r"capped or scaled.*ppo.chunk_tokens=null and ppo.value_model=separate"):
+        ActorCritic(policy, None)
+    value_model = build_value_model(PPOConfig(), ModelConfig(attn_implementation="eager"), policy=policy)
+    ActorCritic(policy, value_model)
+    with pytest.raises(ConfigError, match="capped or scaled"):
+        ActorCritic(policy, value_model, chunk_tokens=8)
+
+
+def test_the_policy_cannot_be_its_own_value_model(policy: PreTrainedModel) -> None:
+    with pytest.raises(ConfigError, match="pass None for a head on the policy"):
+        ActorCritic(policy, policy)
+
+
+def test_a_value_model_starts_from_the_model_that_value_init_names(
+    tiny_causal_lm: Callable[..., PreTrainedModel],
+) -> None:
+    policy, config = tiny_causal_lm(seed=1), ModelConfig()
+    reward_model = load_sequence_classifier(tiny_causal_lm(seed=2), config)
+    discriminator = load_token_classifier(tiny_causal_lm(seed=3), config, id2label={0: "negative", 1: "positive"})
+    with torch.no_grad():
+        classification_head(reward_model).weight.normal_()
+    for init, source, seed in (
+        ("policy", policy, 1),
+        ("reward_model", reward_model, 2),
+        ("discriminator", discriminator, 3),
+    ):
+        model = build_value_model(
+            PPOConfig(value_init=init),
+            config,
+            policy=policy,
+            reward_model=reward_model,
+            discriminator=discriminator,
+        )
+        assert model is not None and model.config.id2label == {0: "value"}
+        expected = tiny_causal_lm(seed=seed).model.layers[0].mlp.up_proj.weight
+        torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight, expected)
+        head = classification_head(model).weight
+        torch.testing.assert_close(
+            head, classification_head(source).weight if init == "reward_model" else torch.zeros_like(head)
+        )
+    with pytest.raises(ConfigError, match=r"there is no such model in this run.*'policy'"):
+        build_value_model(PPOConfig(value_init="reward_model"), config, policy=policy)
+    assert build_value_model(PPOConfig(value_model="shared"), config, policy=policy) is None
+
+
+@torch.no_grad()
+def test_saved_models_load_anywhere(
+    policy: PreTrainedModel, value_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    ids_BL, _, _ = batch()
+    ActorCritic(policy, value_model).save(tiny_tokenizer, tmp_path / "policy", tmp_path / "value")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    torch.testing.assert_close(loaded(ids_BL).logits, policy(ids_BL).logits)
+    both = ActorCritic.load(ModelConfig(path=str(tmp_path / "policy")), tmp_path / "value")
+    assert both.value_model is not None and both.value_model.config.id2label == {0: "value"}
+    critic = AutoModelForTokenClassification.from_pretrained(tmp_path / "value")
+    torch.testing.assert_close(critic(ids_BL).logits, value_model(ids_BL).logits)
+
+
+@torch.no_grad()
+def test_a_shared_value_head_is_saved_and_loaded(
+    policy: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    actor_critic = ActorCritic(policy, None)
+    assert actor_critic.value_head is not None
+    actor_critic.value_head.weight.normal_()
+    actor_critic.save(tiny_tokenizer, tmp_path / "policy", tmp_path / "value")
+    head = load_value_head(tmp_path / "value")
+    loaded = ActorCritic.load(ModelConfig(path=str(tmp_path / "policy")), tmp_path / "value")
+    found = loaded(*batch(), temperature=1.0).values_BT
+    torch.testing.assert_close(found.double(), actor_critic(*batch(), temperature=1.0).values_BT, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(head.weight, actor_critic.value_head.weight, rtol=0, atol=0)
+    with pytest.raises(CheckpointError, match="no value head in"):
+        load_value_head(tmp_path / "policy")
+
+
+def test_a_bfloat16_policy_has_a_float32_shared_head_and_float32_outputs(
+    tiny_causal_lm: Callable[..., PreTrainedModel],
+) -> None:
+    actor_critic = ActorCritic(tiny_causal_lm(seed=1).bfloat16(), None)
+    assert actor_critic.value_head is not None and actor_critic.value_head.weight.dtype == torch.float32
+    output = actor_critic(*batch(), temperature=1.0)
+    assert output.logprobs_BT.dtype == output.values_BT.dtype == torch.float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_bfloat16_policy_that_has_not_moved_is_at_distance_zero(
+    tiny_causal_lm: Callable[..., PreTrainedModel], shared: bool
+) -> None:
+    policy, reference = (tiny_causal_lm(seed=1).bfloat16() for _ in range(2))
+    critic = None if shared else build_value_model(PPOConfig(), ModelConfig(dtype="bfloat16"), policy=policy)
+    actor_critic = ActorCritic(policy, critic)
+    own_BT = actor_critic(*batch(), temperature=1.0).logprobs_BT
+    ref_BT = actor_critic.reference_logprobs(reference, *batch(), temperature=1.0)
+    torch.testing.assert_close(ref_BT, own_BT, rtol=0, atol=0)

@@ -1,0 +1,284 @@
+"""Tokenizers and models: what is checked on loading, what a copied backbone keeps, what a saved folder holds."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
+
+from tlcr.config.schema import ModelConfig
+from tlcr.errors import CheckpointError, ConfigError
+from tlcr.models.loading import (
+    THREE_CLASSES,
+    TWO_CLASSES,
+    backbone,
+    classification_head,
+    disable_dropout,
+    load_causal_lm,
+    load_sequence_classifier,
+    load_token_classifier,
+    load_tokenizer,
+    save_model,
+)
+
+IDS = torch.tensor([[5, 9, 17, 23, 2, 40], [7, 8, 30, 31, 32, 33]])
+
+
+@pytest.fixture(params=["tiny_causal_lm", "tiny_gpt2"])
+def make(request):
+    return request.getfixturevalue(request.param)
+
+
+def config(folder, **changes) -> ModelConfig:
+    return ModelConfig(path=str(folder), **changes)
+
+
+def rewrite(path, **changes) -> None:
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+
+
+# ---- causal language models
+
+
+def test_a_saved_model_loads_bit_for_bit_here_and_elsewhere(tmp_path, tiny_tokenizer, make):
+    model = make()
+    save_model(model, tiny_tokenizer, tmp_path)
+    for loaded in (load_causal_lm(config(tmp_path)), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+        assert not loaded.training
+    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tiny_tokenizer.get_vocab()
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+
+
+def test_the_dtype_is_the_configs(tmp_path, tiny_tokenizer, make):
+    save_model(make(), tiny_tokenizer, tmp_path)
+    model = load_causal_lm(config(tmp_path, dtype="bfloat16"))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    head = load_token_classifier(model, config(tmp_path, dtype="bfloat16"), id2label=TWO_CLASSES)
+    assert {p.dtype for p in head.parameters()} == {torch.bfloat16}
+
+
+def test_saving_over_a_model_replaces_all_of_it_and_keeps_what_else_is_there(tmp_path, tiny_tokenizer, make):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"a shard of an older, larger model")
+    save_model(make(seed=1), tiny_tokenizer, tmp_path)
+    model = make(seed=2)
+    save_model(model, tiny_tokenizer, tmp_path)
+    assert torch.equal(load_causal_lm(config(tmp_path))(IDS).logits, model(IDS).logits)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert "metrics.jsonl" in names
+    assert [name for name in names if name.endswith(".safetensors")] == ["model.safetensors"]
+    assert not [name for name in names if name.startswith(".")]
+
+
+def test_a_model_that_cannot_be_saved_leaves_the_old_one(tmp_path, tiny_tokenizer, make, monkeypatch):
+    model = make(seed=1)
+    save_model(model, tiny_tokenizer, tmp_path)
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tlcr.training.checkpoint.os.fsync", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save_model(make(seed=2), tiny_tokenizer, tmp_path)
+    assert torch.equal(load_causal_lm(config(tmp_path))(IDS).logits, model(IDS).logits)
+
+
+def test_what_cannot_be_loaded_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot load a language model from .*absent") as caught:
+        load_causal_lm(config(tmp_path / "absent"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="cannot load a tokenizer"):
+        load_tokenizer(config(tmp_path))
+    for load in (load_causal_lm, load_tokenizer):
+        with pytest.raises(ConfigError, match="'embedded' is made by the pipeline: use 'tlcr run'"):
+            load(ModelConfig())
+
+
+def test_pickled_weights_are_not_loaded(tmp_path, tiny_tokenizer, make):
+    model = make()
+    save_model(model, tiny_tokenizer, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="cannot load a language model"):
+        load_causal_lm(config(tmp_path))
+
+
+# ---- tokenizers
+
+
+def test_a_missing_padding_token_is_an_error_with_its_remedy(tmp_path, tiny_tokenizer):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    rewrite(tmp_path / "tokenizer_config.json", pad_token=None)
+    with pytest.raises(ConfigError, match=r"has no padding token; set model.pad_token: '<eos>'"):
+        load_tokenizer(config(tmp_path))
+    tokenizer = load_tokenizer(config(tmp_path, pad_token="<eos>"))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == tiny_tokenizer.eos_token_id
+    with pytest.raises(ConfigError, match=r"'<nothing>' is not in the vocabulary .* such as '<eos>'"):
+        load_tokenizer(config(tmp_path, pad_token="<nothing>"))
+    assert len(load_tokenizer(config(tmp_path, pad_token="<eos>"))) == len(tiny_tokenizer)  # nothing was added
+
+
+def test_a_missing_end_of_sequence_token_is_an_error(tmp_path, tiny_tokenizer):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    rewrite(tmp_path / "tokenizer_config.json", eos_token=None)
+    with pytest.raises(ConfigError, match="has no end-of-sequence token"):
+        load_tokenizer(config(tmp_path))
+
+
+def test_the_tokenizer_may_be_another_folder(tmp_path, tiny_tokenizer):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(ModelConfig(path="absent", tokenizer=str(tmp_path))).eos_token == "<eos>"
+
+
+def test_a_chat_template_comes_as_text_or_as_a_file(tmp_path, tiny_tokenizer):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    (tmp_path / "template.jinja").write_text(template)
+    for given in (template, str(tmp_path / "template.jinja")):
+        tokenizer = load_tokenizer(config(tmp_path, chat_template=given))
+        messages = [{"role": "user", "content": "hi"}]
+        assert tokenizer.apply_chat_template(messages, tokenize=False) == "[hi]"
+    with pytest.raises(ConfigError, match="neither a Jinja template nor a file that exists"):
+        load_tokenizer(config(tmp_path, chat_template=str(tmp_path / "absent.jinja")))
+
+
+# ---- classifiers
+
+
+def test_a_new_head_sits_on_a_copy_of_the_backbone_and_knows_nothing(make):
+    source = make()
+    before = copy.deepcopy(source.state_dict())
+    hidden = backbone(source)(IDS).last_hidden_state
+    for classes in (TWO_CLASSES, THREE_CLASSES):
+        model = load_token_classifier(source, ModelConfig(), id2label=classes)
+        assert torch.equal(backbone(model)(IDS).last_hidden_state, hidden)
+        assert torch.equal(model(IDS).logits, torch.zeros(2, 6, len(classes)))
+        assert model.config.id2label == classes
+        assert model.config.label2id == {label: index for index, label in classes.items()}
+    scorer = load_sequence_classifier(source, ModelConfig())
+    assert torch.equal(backbone(scorer)(IDS).last_hidden_state, hidden)
+    assert classification_head(scorer).out_features == 1
+
+    with torch.no_grad():  # a copy: training it does not touch the source, whose config stays a language model's
+        for parameter in (*model.parameters(), *scorer.parameters()):
+            parameter.add_(1.0)
+    assert all(torch.equal(value, before[name]) for name, value in source.state_dict().items())
+    assert source.config.id2label != THREE_CLASSES
+
+
+def test_the_head_moves_at_the_first_step_and_the_backbone_at_the_second(make):
+    model = load_token_classifier(make(), ModelConfig(), id2label=TWO_CLASSES)
+    for moves in (False, True):
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(IDS).logits.flatten(0, 1), torch.ones(12, dtype=torch.long)).backward()
+        assert classification_head(model).weight.grad.abs().sum() > 0
+        gradient = sum(p.grad.abs().sum() for p in backbone(model).parameters() if p.grad is not None)
+        assert bool(gradient > 0) is moves
+        with torch.no_grad():
+            classification_head(model).weight.sub_(classification_head(model).weight.grad)
+
+
+@pytest.mark.parametrize("auto", [AutoModelForTokenClassification, AutoModelForSequenceClassification])
+def test_classifiers_load_with_the_standard_classes(tmp_path, tiny_tokenizer, make, auto):
+    load = load_token_classifier if auto is AutoModelForTokenClassification else load_sequence_classifier
+    options = {"id2label": TWO_CLASSES} if load is load_token_classifier else {}
+    model = load(make(), ModelConfig(), **options)
+    torch.nn.init.normal_(classification_head(model).weight)
+    save_model(model, tiny_tokenizer, tmp_path)
+    anywhere, report = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    ours = load(tmp_path, ModelConfig(), **options)
+    assert torch.equal(anywhere(IDS).logits, model(IDS).logits)
+    assert torch.equal(ours(IDS).logits, model(IDS).logits)
+    assert torch.equal(anywhere.train()(IDS).logits, model(IDS).logits)  # its config switches dropout off, too
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        ({0: "NEGATIVE", 1: "POSITIVE"}, r"has the labels \[NEGATIVE, POSITIVE\]; wanted \[negative, positive\] or"),
+        ({0: "positive", 1: "negative"}, r"\[positive, negative\]; wanted .* in this order"),
+        ({0: "negative", 1: "neutral", 2: "positive"}, None),
+    ],
+)
+def test_a_discriminator_must_have_the_labels(tmp_path, tiny_tokenizer, make, labels, says):
+    save_model(load_token_classifier(make(), ModelConfig(), id2label=labels), tiny_tokenizer, tmp_path)
+    if says is None:
+        assert load_token_classifier(tmp_path, ModelConfig()).config.id2label == labels
+        with pytest.raises(ConfigError, match=r"\[negative, neutral, positive\]; wanted \[negative, positive\],"):
+            load_token_classifier(tmp_path, ModelConfig(), id2label=TWO_CLASSES)
+    else:
+        with pytest.raises(ConfigError, match=says):
+            load_token_classifier(tmp_path, ModelConfig())
+
+
+def test_a_language_model_is_no_trained_classifier(tmp_path, tiny_tokenizer, make):
+    save_model(make(), tiny_tokenizer, tmp_path)
+    for load in (load_token_classifier, load_sequence_classifier):
+        with pytest.raises(ConfigError, match=r"holds no trained \w+ model: it lacks .*(score|classifier)"):
+            load(tmp_path, ModelConfig())
+
+
+def test_a_reward_model_has_one_output(tmp_path, tiny_tokenizer, tiny_causal_lm):
+    source = tiny_causal_lm()
+    source.config.id2label = {0: "a", 1: "b", 2: "c"}
+    model = AutoModelForSequenceClassification.from_config(source.config)
+    save_model(model, tiny_tokenizer, tmp_path)
+    with pytest.raises(ConfigError, match="has 3 outputs; wanted 1"):
+        load_sequence_classifier(tmp_path, ModelConfig())
+
+
+def test_new_classifiers_need_their_labels(tiny_causal_lm):
+    with pytest.raises(ConfigError, match="needs id2label"):
+        load_token_classifier(tiny_causal_lm(), ModelConfig())
+
+
+def test_the_backbone_of_a_backbone_is_refused(tiny_causal_lm):
+    with pytest.raises(ConfigError, match="LlamaModel has no backbone of its own"):
+        backbone(backbone(tiny_causal_lm()))
+    with pytest.raises(ConfigError, match="LlamaForCausalLM has no single linear head under score or classifier"):
+        classification_head(tiny_causal_lm())
+
+
+# ---- dropout and checkpointed gradients
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("tiny_causal_lm", {"attention_dropout": 0.5}),
+        ("tiny_gpt2", {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}),
+    ],
+)
+def test_dropout_is_off_in_modules_and_config(request, name, rates):
+    model = request.getfixturevalue(name)(**rates).train()
+    assert not torch.equal(model(IDS).logits, model(IDS).logits)
+    disable_dropout(model)
+    assert torch.equal(model(IDS).logits, model(IDS).logits)
+    assert torch.equal(model(IDS).logits, model.eval()(IDS).logits)
+    assert {rate: getattr(model.config, rate) for rate in rates} == dict.fromkeys(rates, 0.0)
+
+
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient(tmp_path, tiny_tokenizer, make):
+    save_model(make(), tiny_tokenizer, tmp_path)
+    gradients = []
+    for checkpointing in (False, True):
+        model = load_causal_lm(config(tmp_path, gradient_checkpointing=checkpointing)).train()
+        calls = []
+        layers = getattr(model.base_model, "layers", None) or model.base_model.h
+        layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        assert len(calls) == (2 if checkpointing else 1)
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)

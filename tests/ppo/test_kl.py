@@ -1,0 +1,122 @@
+"""The KL estimators against hand-worked values and exact sums, and the controllers against Ziegler et al.'s rule."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tlcr.config.schema import KLConfig
+from tlcr.errors import CheckpointError, ConfigError, ShapeError, TrainingDiverged
+from tlcr.ppo.kl import AdaptiveKLController, FixedKLController, build_kl_controller, estimate_kl
+
+P = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+Q = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "worked"),
+    [
+        ("k1", [math.log(2.5), math.log(1.5), -math.log(3)]),
+        ("k2", [math.log(2.5) ** 2 / 2, math.log(1.5) ** 2 / 2, math.log(3) ** 2 / 2]),
+        ("k3", [0.4 - 1 + math.log(2.5), 1 / 1.5 - 1 + math.log(1.5), 3 - 1 - math.log(3)]),
+    ],
+)
+def test_estimators_are_the_formulas(estimator: str, worked: list[float]) -> None:
+    estimate = estimate_kl(P.log(), Q.log(), estimator)
+    torch.testing.assert_close(estimate, torch.tensor(worked, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_k1_and_k3_are_unbiased_for_kl_of_policy_from_reference(estimator: str) -> None:
+    exact = (P * (P / Q).log()).sum()
+    torch.testing.assert_close((P * estimate_kl(P.log(), Q.log(), estimator)).sum(), exact)
+    assert not math.isclose((P * estimate_kl(Q.log(), P.log(), estimator)).sum(), exact, rel_tol=0.1)
+
+
+def test_k3_keeps_its_digits_near_zero() -> None:
+    near = torch.tensor([1e-4])
+    torch.testing.assert_close(estimate_kl(near, torch.zeros(1), "k3"), near.square() / 2, rtol=2e-3, atol=0)
+
+
+def test_the_gradient_of_k2_is_the_log_ratio() -> None:
+    logprobs = P.log().requires_grad_()
+    estimate_kl(logprobs, Q.log(), "k2").sum().backward()
+    torch.testing.assert_close(logprobs.grad, (P / Q).log())
+
+
+def test_estimators_refuse_what_they_cannot_do() -> None:
+    with pytest.raises(ShapeError, match=r"ref_logprobs has shape \(2,\), wanted \(3,\)"):
+        estimate_kl(P.log(), Q.log()[:2], "k1")
+    with pytest.raises(ConfigError, match=r"estimator='full', wanted 'k1', 'k2' or 'k3'"):
+        estimate_kl(P.log(), Q.log(), "full")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kl", "answers", "factor"),
+    [
+        (0.11, 100, 1 + 0.1 * 100 / 1000),  # within the clip
+        (0.5, 100, 1 + 0.2 * 100 / 1000),  # far above: clipped
+        (0.0, 100, 1 - 0.2 * 100 / 1000),  # far below: clipped
+        (-0.3, 100, 1 - 0.2 * 100 / 1000),  # k1 may be negative
+        (0.0, 6000, 1 - 0.2),  # a batch of six horizons must not turn the price negative
+    ],
+)
+def test_the_adaptive_controller_follows_its_rule(kl: float, answers: int, factor: float) -> None:
+    controller = AdaptiveKLController(0.4, target=0.1, horizon=1000)
+    controller.update(kl, answers)
+    assert controller.coef == pytest.approx(0.4 * factor, rel=1e-12)
+
+
+def test_the_adaptive_controller_settles_at_its_target() -> None:
+    controller = AdaptiveKLController(0.01, target=0.1, horizon=1000)
+    for _ in range(2000):
+        controller.update(0.02 / controller.coef, 50)  # a policy whose KL falls as its price rises
+    assert 0.02 / controller.coef == pytest.approx(0.1, rel=1e-3)
+
+
+def test_controllers_resume_where_they_stopped() -> None:
+    controller = AdaptiveKLController(0.4, target=0.1, horizon=100)
+    controller.update(0.2, 64)
+    resumed = AdaptiveKLController(0.4, target=0.1, horizon=100)
+    resumed.load_state_dict(controller.state_dict())
+    controller.update(0.05, 64)
+    resumed.update(0.05, 64)
+    assert resumed.coef == controller.coef != 0.4
+    with pytest.raises(CheckpointError, match="wanted a 'coef' of at least 0"):
+        resumed.load_state_dict({})
+
+
+@pytest.mark.parametrize("cfg", [KLConfig(), KLConfig(target=0.1)])
+def test_no_controller_takes_nan_for_a_kl(cfg: KLConfig) -> None:
+    with pytest.raises(TrainingDiverged, match=r"nan nats per token over 8 answers"):
+        build_kl_controller(cfg).update(math.nan, 8)
+
+
+def test_the_config_chooses_the_controller() -> None:
+    fixed = build_kl_controller(KLConfig(coef=0.3))
+    fixed.update(100.0, 1000)
+    assert isinstance(fixed, FixedKLController) and fixed.coef == 0.3
+    adaptive = build_kl_controller(KLConfig(coef=0.3, target=0.2, horizon=7))
+    assert isinstance(adaptive, AdaptiveKLController)
+    assert (adaptive.coef, adaptive.target, adaptive.horizon) == (0.3, 0.2, 7)
+    with pytest.raises(ConfigError, match="coef > 0"):
+        AdaptiveKLController(0.0, target=0.1, horizon=10)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"estimator": "full"}, "does not depend on the action"),
+        ({"estimator": "k1", "placement": "loss"}, "gradient of log p - log q is zero on average"),
+        ({"target": 0.1, "coef": 0.0}, "leave 0 at 0"),
+    ],
+)
+def test_settings_that_would_hold_nothing_back_are_refused(options: dict, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        KLConfig(**options)
+
+
+def test_the_full_kl_may_stand_in_the_loss() -> None:
+    assert KLConfig(estimator="full", placement="loss").estimator == "full"

@@ -1,0 +1,261 @@
+"""README.md tells the truth: its commands exist, its code runs, its paths and names are there, its YAML loads."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from tlcr.cli import main as cli
+from tlcr.config.judging import JudgeConfig
+from tlcr.config.loading import knobs, load_command_config, load_config
+from tlcr.config.schema import RunConfig
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return [body for found, body in FENCE.findall(text) if found == language]
+
+
+def prose(text: str) -> str:
+    return FENCE.sub("", text)
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Command lines of bash blocks, and inline code that starts with make, tlcr or accelerate."""
+    lines = [line for block in blocks(text, "bash") for line in block.splitlines()]
+    lines += re.findall(r"`((?:make|tlcr|accelerate) [^`]+)`", prose(text))
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words:
+            yield words
+
+
+def make_targets() -> set[str]:
+    phony = re.search(r"^\.PHONY:(.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert phony is not None
+    return set(phony[1].split())
+
+
+def check_command(words: list[str]) -> None:
+    """Raises AssertionError for a command that this repository does not know."""
+    if words[0] == "make":
+        assert {word for word in words[1:] if "=" not in word} <= make_targets(), words
+    elif words[0] == "tlcr":
+        check_tlcr(words[1:])
+    elif words[:2] == ["accelerate", "launch"]:
+        assert words[words.index("-m") + 1] == "tlcr", words
+        check_tlcr(words[words.index("-m") + 2 :])
+    elif words[:2] == ["python", "-m"]:
+        assert (ROOT / words[2].replace(".", "/")).with_suffix(".py").is_file(), words
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file(), words
+    elif words[0] == "pip":
+        check_pip(words[1], words[2:])
+    elif "=" in words[0]:
+        assert words[0].partition("=")[0] in build_variables(), words
+        check_command(words[1:])
+    else:
+        raise AssertionError(f"README names a command that nobody checks: {shlex.join(words)}")
+
+
+PIPS_PARSER = """
+import sys
+from pip._internal.commands import create_command
+print(*create_command(sys.argv[1]).parser.parse_args(sys.argv[2:])[1], sep="\\n")
+"""
+
+
+def check_pip(command: str, arguments: list[str]) -> None:
+    """By pip's own parser, in a process of its own; what is installed is the checkout or looks like a package."""
+    parse = [sys.executable, "-c", PIPS_PARSER, command, *arguments]
+    done = subprocess.run(parse, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, f"pip {command} {shlex.join(arguments)}: {done.stderr}"
+    for name in done.stdout.split():
+        assert name == "." or Requirement(name), arguments
+
+
+def build_variables() -> set[str]:
+    """The variables that setup.py reads, as its docstring lists them."""
+    docstring = ast.get_docstring(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))) or ""
+    listed = docstring.partition("Environment variables")[2]
+    return {name for line in listed.splitlines() for name in re.findall(r"\b[A-Z]+(?:_[A-Z]+)*\b", line[:26])}
+
+
+def check_tlcr(arguments: list[str]) -> None:
+    if arguments[-1] == "--help":
+        assert arguments[0] in cli.HANDLERS, arguments
+        arguments = arguments[:-1]
+        if len(arguments) == 1:
+            return
+    try:
+        cli._parse(arguments)
+    except (cli.ConfigError, argparse.ArgumentError) as error:
+        raise AssertionError(f"tlcr {shlex.join(arguments)}: {error}") from error
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_exists(page: Path) -> None:
+    found = list(commands(page.read_text(encoding="utf-8")))
+    for words in found:
+        check_command(words)
+    if page.name == "README.md":
+        assert ["make", "quickstart"] in found and ["make", "test"] in found
+        assert {words[1] for words in found if words[0] == "tlcr"} >= {"run", "train", "score", "report", "doctor"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(
+            "make quickstrat",
+            "tlcr rn a.yaml",
+            "tlcr run a.yaml --ppo.update 3",
+            "accelerate launch -m tlrc run",
+            "rm x",
+            "python -m examples.no_study",
+        ),
+        *("pip instal torch", "pip install --no-isolation .", "TLCR_BILD=cpu pip wheel ."),
+    ],
+)
+def test_a_wrong_command_would_be_caught(line: str) -> None:
+    with pytest.raises(AssertionError):
+        check_command(shlex.split(line))
+
+
+def test_the_page_on_installing_names_every_variable_of_the_build() -> None:
+    page = (ROOT / "docs" / "installation.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `([A-Z_]+)` \|", page, re.MULTILINE))
+    source = (ROOT / "setup.py").read_text(encoding="utf-8")
+    read = set(re.findall(r"environ(?:ment)?\.get\(\"(\w+)\"", source)) - {"CUDA_PATH"}  # which older toolkits set
+    assert listed == build_variables() == read | {"MAX_JOBS"}  # which torch reads
+
+
+def test_make_has_a_rule_for_every_target() -> None:
+    rules = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert make_targets() == rules >= {"quickstart", "test", "lint", "types", "bench", "bench-report", "bench-compare"}
+
+
+def test_the_python_of_the_readme_runs_and_learns() -> None:
+    (snippet,) = blocks(README, "python")
+    names: dict = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    assert names["logits"].grad.abs().sum() > 0
+    assert names["values"].grad.abs().sum() > 0
+    assert (names["rewards"][~names["mask"]] == 0).all()
+
+
+def test_the_json_of_the_readme_is_read_as_records(tmp_path: Path) -> None:
+    import json
+
+    records = [json.loads(block) for block in blocks(README, "json")]
+    assert [set(record) for record in records] == [{"prompt", "chosen", "rejected"}, {"prompt", "rejected", "revised"}]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_yaml_loads(page: Path, tmp_path: Path) -> None:
+    for index, block in enumerate(blocks(page.read_text(encoding="utf-8"), "yaml")):
+        path = tmp_path / f"{index}.yaml"
+        path.write_text(block, encoding="utf-8")
+        if page.name == "judging.md":
+            assert load_command_config(JudgeConfig(), path) != JudgeConfig()
+        else:
+            assert load_config(path) != RunConfig()
+
+
+# a study is no config, but names one: tests/examples/test_discriminator_study.py reads it
+CONFIGS = sorted(path for path in (ROOT / "examples").rglob("*.yaml") if path.name != "study.yaml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_example_loads(path: Path) -> None:
+    assert load_config(path) != RunConfig()
+
+
+def test_the_judge_s_prompt_on_its_page_is_the_one_that_is_asked() -> None:
+    from tlcr.judging.formats import BenchmarkQuestion
+    from tlcr.judging.prompt import comparison_question
+
+    question = BenchmarkQuestion(1, "any", ("{request}",))
+    asked = comparison_question(question, 0, ["{reply}"], ["{reply}"], "json", max_new_tokens=1, temperature=0.0)
+    page = (ROOT / "docs" / "judging.md").read_text(encoding="utf-8")
+    assert blocks(page, "text") == [asked.messages[0].content + "\n"]
+
+
+def unknown_knobs(text: str) -> set[str]:
+    """What inline code calls `section.knob` and the config does not have; a file's name is no knob."""
+    known = {knob.path for knob in knobs(RunConfig)}
+    sections = {path.partition(".")[0] for path in known if "." in path}
+    files = {"html", "json", "jsonl", "md", "py", "yaml"}
+    named = re.findall(r"`(?:--)?(\w+)\.(\w+(?:\.\w+)*)[^`]*`", prose(text))
+    return {f"{section}.{name}" for section, name in named if section in sections and name not in files} - known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_knob_that_is_named_exists(page: Path) -> None:
+    assert unknown_knobs(page.read_text(encoding="utf-8")) == set()
+
+
+def test_an_unknown_knob_would_be_caught() -> None:
+    assert unknown_knobs("Set `ppo.update: 3`, `--kl.coef 1` or `reward.py`.") == {"ppo.update"}
+
+
+def map_paths() -> list[str]:
+    """The paths of the README's map, folders with a slash at the end."""
+    section = README.partition("## Map")[2].partition("\n## ")[0]
+    (tree,) = blocks(section, "text")
+    paths, folders = [], [""]
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name, _, meaning = line.strip().partition(" ")
+        path = folders[depth] + name
+        if name.endswith("/"):
+            folders[depth + 1 :] = [path]
+        assert meaning.strip() or path in ("tlcr/", "docs/"), f"{path} has no meaning"
+        paths.append(path)
+    return paths
+
+
+def test_every_path_of_the_map_exists() -> None:
+    for path in map_paths():
+        assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), path
+
+
+def test_the_map_names_every_room_and_page() -> None:
+    listed = map_paths()
+    modules = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "tlcr").glob("*.py") if not path.name.startswith("__")
+    }
+    folders = {f"tlcr/{path.parent.name}/" for path in (ROOT / "tlcr").glob("*/__init__.py")}
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")}
+    assert modules | folders | pages <= set(listed)
+    assert len(listed) == len(set(listed))
+    assert len(modules) == 2, "what stands at the root of the package is known to every folder; give the module one"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_in_the_prose_exists(page: Path) -> None:
+    text = prose(page.read_text(encoding="utf-8"))
+    for path in re.findall(r"`((?:tlcr|docs|tests|examples|benchmarks|csrc|kernels)/[\w./-]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_public_name_in_the_prose_exists() -> None:
+    import tlcr
+
+    names = {name for page in PAGES for name in re.findall(r"\btlcr\.(?:ops\.)?(\w+)\(", page.read_text("utf-8"))}
+    assert names
+    for name in names:
+        assert hasattr(tlcr, name) or hasattr(tlcr.ops, name), name

@@ -1,0 +1,351 @@
+"""The report: complete in itself, escaped, its figures those of results.json, and no part missing without a word."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+
+from tests.report.run_folders import NASTY, add_stages, write_run
+from tlcr.errors import DataError
+from tlcr.report.figures import ARM_COLOURS, STEPS, _linear, arm_colour, arm_marker, mean_curve
+from tlcr.report.page import number, print_results, verdicts, write_report
+
+ARMS = {"continuous": 0.6, "sum-at-end": 0.35, "sequence": 0.2}
+
+
+class Page(HTMLParser):
+    """The tags of a page, the text of its table cells by table id, and whether every tag is closed in its place."""
+
+    VOID = frozenset({"meta", "br", "hr", "img", "link", "use", "path", "rect"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: dict[str, list[list[str]]] = {}
+        self._table: str | None = None
+        self.feed(text)
+        assert not self.open
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self._table = dict(attrs).get("id")
+        if self._table and tag == "tr":
+            self.rows.setdefault(self._table, []).append([])
+        if self._table and tag in ("td", "th"):
+            self.rows[self._table][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.VOID:
+            return
+        assert self.open.pop() == tag
+        if tag == "table":
+            self._table = None
+
+    def handle_data(self, data: str) -> None:
+        if self._table and {"td", "th"} & set(self.open):
+            self.rows[self._table][-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_run(tmp_path_factory.mktemp("runs") / "made-up", ARMS)
+    add_stages(folder)
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(run: Path) -> str:
+    return (run / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(text: str) -> Page:
+    return Page(text)
+
+
+def test_nothing_comes_from_outside(text: str, page: Page) -> None:
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "img", "base", "object", "embed")
+        for name, value in attributes.items():
+            if name in ("src", "href", "xlink:href", "action"):
+                assert value is not None and value.startswith("#"), (tag, name, value)
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+
+
+def test_what_the_model_wrote_is_text(text: str, page: Page) -> None:
+    assert NASTY not in text
+    assert "&lt;script&gt;" in text
+    assert sum(tag == "script" for tag, _ in page.tags) == 1  # the page's own switch
+
+
+def test_every_anchor_leads_somewhere(page: Page) -> None:
+    ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    links = [a["href"] for tag, a in page.tags if tag == "a"]
+    assert links and all(link is not None and link[1:] in ids for link in links)
+
+
+def test_the_headline_holds_the_figures_of_results_json(run: Path, page: Page) -> None:
+    results = json.loads((run / "results.json").read_text())
+    header, *rows = page.rows["headline"]
+    assert len(rows) == len(results["arms"]) == 3
+    for row, arm in zip(rows, results["arms"], strict=True):
+        assert len(row) == len(header)
+        cells = [" ".join(cell.split()) for cell in row]
+        gold, kl = arm["after"]["gold_per_token"], arm["after"]["kl_per_token"]
+        assert cells[0] == arm["name"]
+        assert cells[1].startswith(number(arm["before"]["gold_per_token"]["mean"]))
+        assert cells[2] == f"{number(gold['mean'])} ± {number(gold['sd'])}"
+        assert cells[4] == f"{number(kl['mean'])} ± {number(kl['sd'])}"
+        assert cells[6].startswith(number(arm["after"]["length"]["mean"], 1))
+    exact = {float(a["data-value"] or "nan") for _, a in page.tags if "data-value" in a}
+    assert {arm["after"]["gold_per_token"]["mean"] for arm in results["arms"]} <= exact
+    paired = {row[0]: row for row in page.rows["paired"][1:]}
+    for comparison in results["frontier"]["comparisons"]:
+        assert paired[comparison["other"]][4].strip() == number(comparison["difference"])
+    assert 0.8765 in exact  # the discriminator's AUC
+
+
+def test_the_other_models_are_judged_on_held_out_data(text: str) -> None:
+    assert ">0.712<" in text and ">0.432<" not in text
+
+
+def test_a_changed_figure_shows(tmp_path: Path) -> None:
+    """The page follows the files: another gold there is another figure here."""
+    folder = write_run(tmp_path / "run", {"continuous": 0.6}, seeds=(0,))
+    before = write_report(folder).read_text()
+    path = folder / "ppo" / "continuous" / "seed-0" / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    evaluation["after"]["gold_per_token"] = 0.98765
+    path.write_text(json.dumps(evaluation))
+    after = write_report(folder).read_text()
+    assert "0.988" in after and "0.988" not in before
+
+
+def test_tokens_are_coloured_by_sign_and_size(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"continuous": 0.6}, seeds=(0,), answers=1)
+    path = folder / "ppo" / "continuous" / "seed-0" / "samples.jsonl"
+    line = json.loads(path.read_text().splitlines()[0])
+    line |= {
+        "tokens": ["a", "b", "c"],
+        "reward": [1.0, -1.0, 0.0],
+        "advantage": [],
+        "value": [0, 0, 0],
+        "kl": [0, 0.5, 1],
+    }
+    path.write_text(json.dumps(line) + "\n")
+    tokens = [a for tag, a in Page(write_report(folder).read_text()).tags if a.get("class") == "t"]
+    styles = [dict(part.split(":") for part in (a.get("style") or "").split(";") if part) for a in tokens]
+    assert [style["--reward"] for style in styles] == ["#2f7ed8d7", "#e6820ed7", "#e6820e00"]
+    assert [style["--kl"] for style in styles] == ["#e6820e00", "#2f7ed86c", "#2f7ed8d7"]
+    assert all("--advantage" not in style and "--value" not in style for style in styles)
+    assert tokens[1]["title"] == "reward −1.000, value 0.000, kl 0.500"  # noqa: RUF001
+    assert "There is no advantage in these samples." in (folder / "report.html").read_text()
+
+
+def test_arms_keep_their_colour(text: str) -> None:
+    for colour in ARM_COLOURS[:3]:
+        assert text.lower().count(colour.lower()) > 3  # dots, frontier and curves
+    assert ARM_COLOURS[3].lower() not in text.lower()
+    assert text.count("<svg") == 5 and text.count('role="img"') == 5
+    assert "#123456" not in text  # the ink became the page's own colour
+
+
+@pytest.mark.parametrize(
+    ("missing", "sentence"),
+    [
+        ("ppo", "No policy has been trained and evaluated in this run yet"),
+        ("discriminator", "No discriminator was trained and evaluated in this run"),
+        ("labels", "No token labels were made in this run"),
+        ("config.yaml", "has no config.yaml"),
+        ("ppo/continuous/seed-0/samples.jsonl", "No answers were kept in this run"),
+        ("ppo/continuous/seed-0/metrics.jsonl", "There are no training curves"),
+    ],
+)
+def test_what_is_missing_is_said(tmp_path: Path, missing: str, sentence: str) -> None:
+    folder = write_run(tmp_path / "run", {"continuous": 0.6}, seeds=(0,))
+    add_stages(folder)
+    assert sentence not in write_report(folder).read_text()
+    target = folder / missing
+    target.rename(tmp_path / "taken-away")
+    text = write_report(folder).read_text()
+    Page(text)
+    assert sentence in text
+
+
+def test_an_empty_folder_has_a_report(tmp_path: Path) -> None:
+    text = write_report(tmp_path).read_text()
+    Page(text)
+    assert "versions that it was made with are not recorded" in text
+    with pytest.raises(DataError, match="there is no run folder"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_without_a_scorer_gold_is_a_dash(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"continuous": 0.6, "sequence": 0.2}, scored=False)
+    text = write_report(folder).read_text()
+    assert [cell.strip() for cell in Page(text).rows["headline"][1][1:4]] == ["–"] * 3  # noqa: RUF001
+    assert "There is no gold score in this run" in text
+    assert "There is nothing to compare" in text
+
+
+def test_the_page_is_the_same_each_time(run: Path, text: str) -> None:
+    assert write_report(run).read_text(encoding="utf-8") == text
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine arms, more than there are colours, at two coefficients."""
+    arms = {f"arm-{number}": 0.6 - 0.05 * number for number in range(9)}
+    folder = write_run(tmp_path_factory.mktemp("runs") / "grid", arms, seeds=(0, 1), kl_coefs=(0.1, 0.02), updates=20)
+    write_report(folder)
+    return folder
+
+
+def test_a_grid_has_a_row_for_each_arm_and_coefficient(grid: Path) -> None:
+    text = (grid / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    header, *rows = page.rows["headline"]
+    assert "KLcoefficient" in header[1] and len(rows) == 18 and all(len(row) == len(header) for row in rows)
+    assert [row[1] for row in rows[:2]] == ["0.02", "0.1"]
+    assert len(page.rows["matched"]) == len(page.rows["paired"]) + 1 == 10
+    results = json.loads((grid / "results.json").read_text())
+    level = results["frontier"]["levels"][0]["arms"]["arm-0"]
+    cells = [" ".join(cell.split()) for cell in page.rows["matched"][1]]
+    assert cells[1] == f"{number(level['mean'])} {number(level['interval'][0])} to {number(level['interval'][1])}"
+    assert "at one KL coefficient after the other" in text and "Gold and what was maximised" in text
+    # beyond the seven colours the figure names its lines itself
+    assert "arm-8</text>" in text
+
+
+@pytest.mark.parametrize("folder", ["run", "grid"])
+def test_the_frontier_is_a_picture_of_its_own(folder: str, request: pytest.FixtureRequest) -> None:
+    """That results.md shows: with a size, colours for dark pages, and every arm named, however few they are."""
+    path: Path = request.getfixturevalue(folder)
+    svg = (path / "frontier.svg").read_text(encoding="utf-8")
+    root = ElementTree.fromstring(svg)
+    assert root.tag.endswith("svg") and float(root.attrib["width"]) > 800 and "prefers-color-scheme:dark" in svg
+    for arm in json.loads((path / "results.json").read_text())["arms"]:
+        assert f"{arm['name']}</text>" in svg
+    assert "(frontier.svg)" in (path / "results.md").read_text(encoding="utf-8")
+
+
+def test_a_line_of_the_frontier_is_straight_in_kl() -> None:
+    """As the tables read it: on the square-root scale that is no straight line, so points between are drawn."""
+    way = _linear([(0.0, 0.0), (1.0, 2.0), (9.0, 0.0)])
+    assert len(way) == 2 * STEPS + 1
+    assert [way[place] for place in (0, STEPS, 2 * STEPS)] == [(0.0, 0.0), (1.0, 2.0), (9.0, 0.0)]
+    assert way[STEPS // 2] == (0.5, 1.0) and way[STEPS + STEPS // 4] == (3.0, 1.5)
+    assert list(_linear([(0.5, 1.0)])) == [(0.5, 1.0)] and list(_linear([])) == []
+
+
+def test_arms_of_one_colour_differ_in_marker() -> None:
+    looks = [(arm_colour(index), arm_marker(index)) for index in range(49)]
+    assert len(set(looks)) == 49
+
+
+def test_the_tables_in_markdown_are_whole(grid: Path, run: Path, tmp_path: Path) -> None:
+    for folder, columns, rows in ((grid, 7, 18), (run, 6, 3)):
+        text = (folder / "results.md").read_text(encoding="utf-8")
+        tables = [block.splitlines() for block in re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE)]
+        assert len(tables) == 3
+        for table in tables:
+            assert len({line.count("|") for line in table}) == 1 and re.fullmatch(r"(\|---)+\|", table[1])
+        assert tables[0][0].count("|") == columns + 1 and len(tables[0]) == rows + 2
+        results = json.loads((folder / "results.json").read_text())
+        first = results["arms"][0]["after"]["gold_per_token"]
+        assert (
+            f"{number(first['mean'])} [{number(first['interval'][0])}, {number(first['interval'][1])}]" in tables[0][2]
+        )
+        assert len(tables[2]) == len(results["frontier"]["comparisons"]) + 2
+        difference = results["frontier"]["comparisons"][0]["difference"]
+        assert f"| {number(difference)} [" in tables[2][2]
+    write_report(tmp_path)
+    assert "No policy has been trained" in (tmp_path / "results.md").read_text(encoding="utf-8")
+
+
+def test_whole_answers_are_compared_per_answer(tmp_path: Path) -> None:
+    """Page, tables, plots and terminal take gold and KL per answer, and nothing that is compared is per token."""
+    folder = write_run(tmp_path / "run", {"ours": 0.5, "theirs": 0.2}, seeds=(0, 1), updates=20)
+    with (folder / "config.yaml").open("a", encoding="utf-8") as file:
+        file.write("evaluation:\n  scorer: scorer.py:score\n")
+    write_report(folder)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["frontier"]["measure"] == "gold_per_answer" and results["frontier"]["against"] == "kl_per_answer"
+    after = results["arms"][0]["after"]
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    header, row, _ = Page(text).rows["headline"]
+    assert header[2:5] == ["Gold per answerafter", "Gold per tokenafter", "KLnats per answer"]
+    for column, measure in ((2, "gold_per_answer"), (3, "gold_per_token"), (4, "kl_per_answer")):
+        assert row[column].startswith(number(after[measure]["mean"])), measure
+    assert "gold per answer</text>" in text and "gold per token</text>" not in text
+    assert "KL to the reference, nats per answer" in text
+    tables = (folder / "results.md").read_text(encoding="utf-8")
+    assert "Gold per answer at matched KL (nats per answer)" in tables and "per token" not in tables
+    assert f"| ours | {number(after['gold_per_answer']['mean'])} [" in tables
+    file = io.StringIO()
+    print_results(folder, Console(file=file, width=80))
+    assert "KL per answer" in file.getvalue() and "per token" not in file.getvalue()
+
+
+def test_the_table_stands_in_eighty_columns(run: Path) -> None:
+    file = io.StringIO()
+    print_results(run, Console(file=file, width=80))
+    printed = file.getvalue()
+    assert max(map(len, printed.splitlines())) <= 80
+    results = json.loads((run / "results.json").read_text())
+    for arm in results["arms"]:
+        row = next(line for line in printed.splitlines() if line.strip().startswith(arm["name"]))
+        gold = arm["after"]["gold_per_token"]
+        assert f"→ {number(gold['mean'])} ± {number(gold['sd'])}" in row
+        assert number(arm["after"]["kl_per_token"]["mean"]) in row
+    assert "over 3 seeds" in printed and "…" not in printed
+    assert "continuous is ahead" in " ".join(printed.split())
+
+
+def test_the_table_says_when_there_is_nothing(tmp_path: Path) -> None:
+    file = io.StringIO()
+    print_results(tmp_path, Console(file=file, width=80))
+    assert "No policy has been evaluated" in " ".join(file.getvalue().split())
+
+
+def test_verdicts_claim_no_more_than_the_seeds_do() -> None:
+    side = {"mean": 0.5, "sd": 0.1, "seeds": 3}
+    base = {"arm": "a", "other": "b", "kl": 0.5, "arm_gold": side, "other_gold": side, "seeds": [0, 1, 2]}
+
+    def verdict(**figures: object) -> str:
+        (sentence,) = verdicts({"per": "answer", "frontier": {"comparisons": [base | figures]}})
+        return sentence
+
+    assert verdict(difference=0.2, interval=None).startswith("At 0.500 nats per answer a earns 0.500 gold per answer")
+
+    assert verdict(difference=0.2, interval=[0.1, 0.3]).endswith("a is ahead.")
+    assert verdict(difference=-0.2, interval=[-0.3, -0.1]).endswith("b is ahead.")
+    assert verdict(difference=0.2, interval=[-0.1, 0.5]).endswith("the seeds do not tell them apart.")
+    assert verdict(difference=0.2, interval=None, seeds=[0]).endswith("one seed says nothing about chance.")
+    undefined = base | {"difference": None, "interval": None}
+    assert verdicts({"per": "token", "frontier": {"comparisons": [undefined]}}) == []
+    assert verdicts({"per": "token", "frontier": None}) == []
+
+
+def test_figures_for_people() -> None:
+    assert number(-0.0004) == "0.000"
+    assert number(-1.5, 1) == "−1.5"  # noqa: RUF001
+    assert number(None) == "–"  # noqa: RUF001
+    assert mean_curve([[(0, 1.0), (1, 3.0)], [(0, 3.0), (1, 5.0), (2, 9.0)]]) == [(0, 2.0), (1, 4.0)]
+    assert mean_curve([]) == []

@@ -1,0 +1,406 @@
+"""Checkpoints: everything comes back bit for bit; whatever goes wrong, the previous one is still there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tlcr.config.schema import RunConfig
+from tlcr.errors import CheckpointError
+from tlcr.training import checkpoint
+from tlcr.training.checkpoint import (
+    as_plain,
+    done_config,
+    is_done,
+    latest_checkpoint,
+    load_checkpoint,
+    mark_done,
+    save_checkpoint,
+    start_or_resume,
+    write_aside,
+    write_json,
+)
+from tlcr.training.optim import build_optimizer, build_scheduler
+
+NOTHING: dict = {"models": {}, "optimizers": {}, "schedulers": {}}
+
+
+class Training:
+    """A model with tied weights and a bfloat16 part, its optimiser and its schedule, some steps into training."""
+
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.model = nn.ModuleDict(
+            {"embed": nn.Embedding(11, 6), "out": nn.Linear(6, 11, bias=False), "low": nn.Linear(6, 6).bfloat16()}
+        )
+        self.model["out"].weight = self.model["embed"].weight
+        groups = [{"params": list(self.model.parameters()), "lr": 0.01, "weight_decay": 0.1}]
+        self.optimizer = build_optimizer(groups)
+        self.scheduler = build_scheduler(self.optimizer, schedule="cosine", total_steps=50, warmup_steps=3)
+
+    def steps(self, count: int) -> list[float]:
+        losses = []
+        for _ in range(count):
+            ids = torch.randint(11, (8,)) + random.randint(0, 0) + np.random.randint(1)
+            hidden = self.model["low"](self.model["embed"](ids).bfloat16()).float()
+            loss = nn.functional.cross_entropy(self.model["out"](hidden), ids)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.scheduler.step()
+            losses.append(loss.item() + random.random() + np.random.rand())
+        return losses
+
+    @property
+    def parts(self) -> dict:
+        return {
+            "models": {"model": self.model},
+            "optimizers": {"adamw": self.optimizer},
+            "schedulers": {"cosine": self.scheduler},
+        }
+
+    def save(self, folder: Path, step: int, keep: int = 2, **changes: object) -> Path:
+        rest: dict = {"state": {"step": step}, "tensors": {}, "config": {"a": 1}, "keep": keep, **changes}
+        return save_checkpoint(folder, step, **self.parts, **rest)
+
+
+def test_a_run_continues_bit_for_bit(tmp_path):
+    """Weights, moments, masters, learning rates and the random states of python, numpy and torch."""
+    first = Training(seed=1)
+    first.steps(5)
+    path = first.save(tmp_path, 5)
+    uninterrupted = first.steps(10)
+
+    second = Training(seed=2)
+    random.seed(99)
+    np.random.seed(99)
+    loaded = load_checkpoint(path, **second.parts)
+    assert loaded.step == 5
+    assert second.steps(10) == uninterrupted
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name]), name
+    assert second.model["out"].weight is second.model["embed"].weight
+    assert second.scheduler.get_last_lr() == first.scheduler.get_last_lr()
+
+    third = Training(seed=2)
+    load_checkpoint(path, **(third.parts | {"optimizers": {}}))
+    assert third.steps(10) != uninterrupted  # the comparison notices a missing optimiser
+
+
+def test_state_tensors_and_config_come_back_exactly(tmp_path):
+    state = {"third": 1 / 3, "tiny": 5e-324, "nan": float("nan"), "int": 2**60, "none": None, "list": [1, [2.5, "ä"]]}
+    generator = torch.Generator().manual_seed(7)
+    tensors = {
+        "generator": generator.get_state(),
+        "view": torch.arange(12.0).reshape(3, 4)[:, 1],
+        "empty": torch.ones(0),
+    }
+    path = save_checkpoint(tmp_path, 3, **NOTHING, state=state, tensors=tensors, config=RunConfig(), keep=1)
+    loaded = load_checkpoint(path, **NOTHING)
+    assert repr(loaded.state) == repr(state)
+    assert loaded.tensors.keys() == tensors.keys()
+    assert all(torch.equal(loaded.tensors[name], tensors[name]) for name in tensors)
+    assert loaded.config == as_plain(RunConfig())
+    assert loaded.config["kl"]["coef"] == 0.1
+
+
+def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path):
+    training = Training(seed=1)
+    training.steps(1)
+    files = sorted(path.name for path in training.save(tmp_path, 1).iterdir())
+    assert {Path(name).suffix for name in files} == {".json", ".safetensors", ".yaml"}
+    assert files == [
+        "checkpoint.json",
+        "config.yaml",
+        "model-model.safetensors",
+        "optimizer-adamw.json",
+        "optimizer-adamw.safetensors",
+        "rng-00000.json",
+        "rng-00000.safetensors",
+        "scheduler-cosine.json",
+        "scheduler-cosine.safetensors",
+        "tensors.json",
+        "tensors.safetensors",
+    ]
+
+
+def test_older_checkpoints_go_once_the_new_one_is_complete(tmp_path, monkeypatch):
+    training = Training(seed=1)
+    for step in (1, 2, 3):
+        training.save(tmp_path, step, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_take_place", fail_with(errno.ENOSPC))
+        with pytest.raises(CheckpointError):
+            training.save(tmp_path, 4, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
+
+
+def test_the_newest_step_is_the_latest_whatever_the_names_sort_like(tmp_path):
+    training = Training(seed=1)
+    for step in (999_999, 1_000_000):
+        training.save(tmp_path, step)
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-1000000"
+    assert latest_checkpoint(tmp_path / "absent") is None
+
+
+def test_incomplete_checkpoints_are_passed_over(tmp_path, caplog):
+    training = Training(seed=1)
+    good = training.save(tmp_path, 1, keep=9)
+    (training.save(tmp_path, 2, keep=9) / "model-model.safetensors").unlink()
+    cut = training.save(tmp_path, 3, keep=9) / "tensors.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    (training.save(tmp_path, 4, keep=9) / "checkpoint.json").unlink()
+    (tmp_path / "step-000005").mkdir()
+    assert latest_checkpoint(tmp_path) == good
+    assert "model-model.safetensors is missing" in caplog.text
+    assert "tensors.safetensors has" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "says"),
+    [
+        ("model-model.safetensors", lambda data: b"\xff" * len(data), r"model-model.safetensors cannot be read"),
+        ("optimizer-adamw.json", lambda data: b"{" * len(data), r"optimizer-adamw cannot be read"),
+        ("rng-00000.safetensors", lambda data: b"\x00" * len(data), r"rng-00000 cannot be read"),
+        ("config.yaml", lambda data: b"\t" * len(data), r"config.yaml cannot be read"),
+        ("checkpoint.json", lambda data: data[: len(data) // 2], r"checkpoint.json cannot be read"),
+        ("tensors.json", None, r"incomplete: tensors.json is missing; delete it to resume from an earlier one"),
+        ("checkpoint.json", None, r"checkpoint.json is missing: is .* a checkpoint of tlcr\?"),
+    ],
+)
+def test_damage_is_one_line_that_names_the_file(tmp_path, file, damage, says):
+    training = Training(seed=1)
+    training.steps(1)
+    path = training.save(tmp_path, 1)
+    if damage is None:
+        (path / file).unlink()
+    else:
+        (path / file).write_bytes(damage((path / file).read_bytes()))
+    with pytest.raises(CheckpointError, match=says) as caught:
+        load_checkpoint(path, **training.parts)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    path = Training(seed=1).save(tmp_path, 1)
+    other = nn.ModuleDict({"embed": nn.Embedding(12, 6)})
+    with pytest.raises(CheckpointError, match="belongs to another model or config"):
+        load_checkpoint(path, models={"model": other}, optimizers={}, schedulers={})
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    path = Training(seed=1).save(tmp_path, 1)
+    manifest = json.loads((path / "checkpoint.json").read_text())
+    (path / "checkpoint.json").write_text(json.dumps(manifest | {"processes": 2}))
+    with pytest.raises(CheckpointError, match="written by 2 processes and is read by 1: start as many"):
+        load_checkpoint(path, **NOTHING)
+
+
+def test_other_versions_are_reported(tmp_path, caplog):
+    path = Training(seed=1).save(tmp_path, 1)
+    load_checkpoint(path, **NOTHING)
+    assert caplog.text == ""
+    manifest = json.loads((path / "checkpoint.json").read_text())
+    manifest["versions"]["torch"] = "1.0"
+    (path / "checkpoint.json").write_text(json.dumps(manifest))
+    load_checkpoint(path, **NOTHING)
+    assert f"torch 1.0 -> {torch.__version__}" in caplog.text
+
+
+def test_starting_over_an_unfinished_run_must_be_said(tmp_path):
+    assert start_or_resume(tmp_path, resume=False) is None
+    assert start_or_resume(tmp_path, resume=True) is None
+    path = Training(seed=1).save(tmp_path, 1)
+    assert start_or_resume(tmp_path, resume=True) == path
+    with pytest.raises(CheckpointError, match="pass --resume to continue it"):
+        start_or_resume(tmp_path, resume=False)
+
+
+def test_state_that_cannot_be_stored_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot store a Linear"):
+        Training(seed=1).save(tmp_path, 1, tensors={"oops": nn.Linear(1, 1)})
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- a full disk
+
+
+def fail_with(number: int):
+    def fail(*args: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@contextlib.contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """A real failure of the operating system: no file of this process may grow beyond ``size`` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("limit", [0, 300, 1500, 3000])
+def test_no_room_left_keeps_the_previous_checkpoint_and_leaves_nothing(tmp_path, limit):
+    training = Training(seed=1)
+    before = training.save(tmp_path, 1)
+    training.steps(3)
+    with (
+        files_limited_to(limit),
+        pytest.raises(CheckpointError, match=r"cannot write .*step-000002: .*free some space") as caught,
+    ):
+        training.save(tmp_path, 2)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == [before]
+    load_checkpoint(before, **Training(seed=2).parts)
+    training.save(tmp_path, 2)  # and once there is room, it goes on
+
+
+def test_a_full_disk_found_at_the_sync_is_the_same_error(tmp_path, monkeypatch):
+    training = Training(seed=1)
+    before = training.save(tmp_path, 1)
+    monkeypatch.setattr(os, "fsync", fail_with(errno.ENOSPC))
+    with pytest.raises(CheckpointError, match=r"No space left on device; .*free some space"):
+        training.save(tmp_path, 2)
+    assert list(tmp_path.iterdir()) == [before]
+
+
+# ---- killed while saving
+
+KILLED = """
+import os, random, signal, sys, time
+import torch
+from pathlib import Path
+from torch import nn
+from tlcr.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+
+torch.set_num_threads(1)
+folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
+rng = random.Random(0)
+
+def run(first):
+    model = nn.Linear(300, 300)
+    for step in range(first, first + 1000):
+        nn.init.constant_(model.weight, step)
+        save_checkpoint(folder, step, models={"model": model}, optimizers={}, schedulers={}, state={"step": step},
+                        tensors={"copy": torch.full((50_000,), float(step))}, config={}, keep=1)
+
+step = interrupted = 0
+for _ in range(rounds):
+    child = os.fork()
+    if child == 0:
+        run(step + 1)
+    time.sleep(rng.uniform(0.05, 0.25))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    interrupted += any(path.name.startswith(".") for path in folder.iterdir())
+    latest = latest_checkpoint(folder)
+    assert latest is not None or step == 0, "the previous checkpoint is gone"
+    if latest is not None:
+        model = nn.Linear(300, 300)
+        loaded = load_checkpoint(latest, models={"model": model}, optimizers={}, schedulers={})
+        assert loaded.step == loaded.state["step"] >= step
+        assert (model.weight == loaded.step).all() and (loaded.tensors["copy"] == loaded.step).all()
+        step = loaded.step
+print(interrupted, step)
+"""
+
+
+def test_killed_at_any_moment_the_previous_checkpoint_still_loads(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), "15"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    interrupted, step = map(int, done.stdout.split())
+    assert interrupted >= 3  # kills did fall into the middle of saves
+    assert step >= 5
+
+
+# ---- single files and folders
+
+
+def test_write_aside_replaces_files_and_folders_whole(tmp_path):
+    for version in ("old", "new"):
+        with write_aside(tmp_path / "file.txt") as aside:
+            aside.write_text(version)
+        with write_aside(tmp_path / "folder") as aside:
+            aside.mkdir()
+            (aside / version).touch()
+    assert (tmp_path / "file.txt").read_text() == "new"
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.txt", "folder"]
+
+
+def test_what_fails_half_way_changes_nothing(tmp_path):
+    (tmp_path / "file.txt").write_text("old")
+    with pytest.raises(ZeroDivisionError), write_aside(tmp_path / "file.txt") as aside:
+        aside.write_text("half")
+        raise ZeroDivisionError
+    assert (tmp_path / "file.txt").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+    with (
+        files_limited_to(10),
+        pytest.raises(CheckpointError, match="File too large"),
+        write_aside(tmp_path / "file.txt") as aside,
+    ):
+        aside.write_text("x" * 100)
+    assert (tmp_path / "file.txt").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_json_keeps_floats_and_writes_null_for_nan(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 0.1 + 0.2, "nan": float("nan"), "list": [float("inf"), 1]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 0.1 + 0.2, "nan": None, "list": [None, 1]}
+
+
+# ---- stages that ended
+
+
+def test_a_stage_is_done_with_its_config_and_its_checkpoints_go(tmp_path):
+    assert not is_done(tmp_path, RunConfig())
+    Training(seed=1).save(tmp_path / "checkpoints", 1)
+    mark_done(tmp_path, config=RunConfig(), metrics={"loss": 0.1, "auc": float("nan")}, seconds=2.5)
+    assert is_done(tmp_path, RunConfig())
+    assert not is_done(tmp_path, RunConfig(seed=1))
+    record = json.loads((tmp_path / "done.json").read_text())
+    assert (record["metrics"], record["seconds"]) == ({"loss": 0.1, "auc": None}, 2.5)
+    assert record["versions"]["torch"] == torch.__version__
+    assert [path.name for path in tmp_path.iterdir()] == ["done.json"]
+    (tmp_path / "done.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"done\.json cannot be read"):
+        is_done(tmp_path, RunConfig())
+
+
+def test_a_knob_that_came_later_is_no_reason_to_train_again(tmp_path):
+    settings = {"seed": 3, "data": RunConfig().data}
+    mark_done(tmp_path, config=settings, metrics={}, seconds=1.0)
+    record = json.loads((tmp_path / "done.json").read_text())
+    for knob in ("shares", "held_out"):
+        del record["config"]["data"][knob]
+    (tmp_path / "done.json").write_text(json.dumps(record))
+    assert is_done(tmp_path, settings)
+    assert done_config(tmp_path, settings) == as_plain(settings)
+    assert not is_done(tmp_path, settings | {"data": replace(RunConfig().data, held_out=0.2)})
+    assert not is_done(tmp_path, settings | {"data": replace(RunConfig().data, limit=5)})
+
+    record["config"]["data"]["knob_of_the_past"] = 1
+    (tmp_path / "done.json").write_text(json.dumps(record))
+    assert not is_done(tmp_path, settings)

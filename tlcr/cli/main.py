@@ -1,0 +1,295 @@
+"""The command ``tlcr``: from what was typed to the function that does it, and from errors to what a person reads.
+
+Parsing imports nothing heavy: torch arrives with the command that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from tlcr.cli.parsers import OWN_CONFIGS, STAGES, build_parser
+from tlcr.config.judging import AnswerConfig, JudgeConfig
+from tlcr.config.loading import dump_config, knobs, load_command_config, load_config, nearest, value_problem
+from tlcr.config.schema import RunConfig
+from tlcr.errors import ConfigError, TlcrError
+
+__all__ = ["main"]
+
+BLOCKED, WRONG, INTERRUPTED = 1, 2, 130
+
+
+def _overrides(arguments: Namespace, cls: type = RunConfig) -> dict[str, Any]:
+    return {knob.path: arguments[knob.path] for knob in knobs(cls) if knob.path in arguments}
+
+
+def _with_config(command: Callable[[RunConfig, Namespace], int]) -> Callable[[Namespace], int]:
+    """The command, given its config; or that config printed, where this was asked for."""
+
+    def handle(arguments: Namespace) -> int:
+        cfg = load_config(arguments.get("config"), _overrides(arguments))
+        if arguments.get("print_config"):
+            sys.stdout.write(dump_config(cfg))
+            return 0
+        return command(cfg, arguments)
+
+    return handle
+
+
+def _with_own_config(name: str, command: Callable[[Any, Namespace], None]) -> Callable[[Namespace], int]:
+    """The same for a command that has a config of its own."""
+
+    def handle(arguments: Namespace) -> int:
+        default = OWN_CONFIGS[name]
+        cfg = load_command_config(default, arguments.get("config"), _overrides(arguments, type(default)))
+        if arguments.get("print_config"):
+            sys.stdout.write(dump_config(cfg))
+            return 0
+        _set_up_output()
+        command(cfg, arguments)
+        return 0
+
+    return handle
+
+
+def _set_up_output() -> None:
+    """Our log lines go to stderr, once for all processes; the libraries' progress bars are off: tlcr has its own."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    from tlcr.training.distributed import is_main_process
+
+    logging.basicConfig(format="tlcr: %(message)s", level=logging.WARNING)
+    logging.getLogger("tlcr").setLevel(logging.INFO if is_main_process() else logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _run(cfg: RunConfig, arguments: Namespace) -> int:
+    from tlcr.experiment import pipeline
+
+    _set_up_output()
+    pipeline.run(cfg, resume=arguments.get("resume", False))
+    return 0
+
+
+def _train(cfg: RunConfig, arguments: Namespace) -> int:
+    from tlcr.experiment import pipeline
+
+    _set_up_output()
+    pipeline.stage(cfg, STAGES[arguments["stage"]][0], resume=arguments.get("resume", False))
+    return 0
+
+
+def _revise(cfg: RunConfig, arguments: Namespace) -> int:
+    from tlcr.experiment import pipeline
+
+    _set_up_output()
+    if (show := _shown(arguments)) is not None:
+        pipeline.rehearse_revisions(cfg, show=show)
+    else:
+        pipeline.stage(cfg, "revisions", resume=False)
+    return 0
+
+
+def _shown(arguments: Namespace) -> int | None:
+    """Requests that a dry run is to show; None where it is none."""
+    if arguments.get("dry_run"):
+        return int(arguments.get("show", 2))
+    if "show" in arguments:
+        raise ConfigError("--show is about what a dry run shows; add --dry-run, or drop it")
+    return None
+
+
+def _answer(cfg: AnswerConfig, arguments: Namespace) -> None:
+    from tlcr.judging.answers import answer_command
+
+    if arguments.get("name") is None:
+        raise ConfigError("no model is named that is to answer: tlcr answer MODEL --prompts FILE")
+    answer_command(cfg.of(arguments["name"]))
+
+
+def _judge(cfg: JudgeConfig, arguments: Namespace) -> None:
+    from tlcr.judging.judge import judge_command, rehearse_judge
+
+    files = arguments.get("answers") or []
+    if len(files) not in (1, 2):
+        raise ConfigError(f"{len(files)} files of answers are named; give two to compare, or one to grade")
+    if (show := _shown(arguments)) is not None:
+        rehearse_judge(files, cfg, show=show)
+    else:
+        judge_command(files, cfg)
+
+
+def _label(cfg: RunConfig, arguments: Namespace) -> int:
+    from tlcr.experiment import pipeline
+
+    _set_up_output()
+    pipeline.stage(cfg, "labels", resume=False)
+    return 0
+
+
+def _evaluate(cfg: RunConfig, arguments: Namespace) -> int:
+    from tlcr.experiment import pipeline
+
+    _set_up_output()
+    pipeline.stage(cfg, "evaluate", resume=False)
+    return 0
+
+
+def _evaluate_tokens(cfg: RunConfig, arguments: Namespace) -> int:
+    if "spans" not in arguments:
+        raise ConfigError("--spans is missing; name a file of answers in which people marked errors")
+    from tlcr.experiment.token_evaluation import evaluate_tokens
+
+    _set_up_output()
+    evaluate_tokens(
+        cfg,
+        spans=arguments["spans"],
+        threshold_spans=arguments.get("threshold_spans"),
+        show=arguments.get("show", 0),
+    )
+    return 0
+
+
+def _doctor(cfg: RunConfig, arguments: Namespace) -> int:
+    from tlcr.cli.doctor import examine
+
+    named = "config" in arguments or bool(_overrides(arguments))
+    return BLOCKED if examine(cfg, memory=named) else 0
+
+
+def _analyse(arguments: Namespace) -> int:
+    edits, preferences, output = arguments["edits"], arguments["preferences"], arguments["output"]
+    if (edits is None) != (output is None):
+        raise ConfigError("--edits and --output go together: name the pairs, and the folder for what is found on them")
+    if preferences is not None and edits is None:
+        raise ConfigError("--preferences needs --edits and --output; without them the run's own pairs are analysed")
+    from tlcr.experiment import pipeline
+
+    _set_up_output()
+    folder = Path(arguments["folder"])
+    if edits is None:
+        page = pipeline.analyse(folder)
+    else:
+        page = pipeline.analyse_edits(folder, edits, Path(output), preferences=preferences)
+    sys.stdout.write(f"{page}\n")
+    return 0
+
+
+def _report(arguments: Namespace) -> int:
+    from tlcr.experiment import pipeline
+
+    pipeline.report(Path(arguments["folder"]))
+    return 0
+
+
+def _score(arguments: Namespace) -> int:
+    for name in ("batch_size", "max_prompt_tokens", "max_answer_tokens"):
+        if arguments[name] < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {arguments[name]}; it must be at least 1")
+    from tlcr.cli.score import Limits, score_command
+
+    _set_up_output()
+    score_command(
+        file=arguments["file"],
+        prompt=arguments["prompt"],
+        response=arguments["response"],
+        discriminator=arguments["discriminator"],
+        reward_model=arguments["reward_model"],
+        as_json=arguments["json"],
+        limits=Limits(arguments["batch_size"], arguments["max_prompt_tokens"], arguments["max_answer_tokens"]),
+    )
+    return 0
+
+
+HANDLERS: dict[str, Callable[[Namespace], int]] = {
+    "run": _with_config(_run),
+    "train": _with_config(_train),
+    "revise": _with_config(_revise),
+    "label": _with_config(_label),
+    "evaluate": _with_config(_evaluate),
+    "evaluate-tokens": _with_config(_evaluate_tokens),
+    "doctor": _with_config(_doctor),
+    "answer": _with_own_config("answer", _answer),
+    "judge": _with_own_config("judge", _judge),
+    "analyse": _analyse,
+    "report": _report,
+    "score": _score,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 1 where doctor found what blocks, 2 for an error, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        parsed = _parse(arguments)
+        code = HANDLERS[parsed["command"]](parsed[parsed["command"]])
+        sys.stdout.flush()
+        return code
+    except TlcrError as error:
+        sys.stderr.write(f"tlcr: error: {' '.join(str(error).split())}\n")
+        return WRONG
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\ntlcr: interrupted; {_how_to_go_on(arguments)}\n")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output (head, less) has left. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parse(arguments: list[str]) -> Namespace:
+    parser = build_parser()
+    commands = parser._subcommands_action.choices  # type: ignore[union-attr]
+    if arguments and arguments[0] in commands:
+        _refuse_unknown_flags(arguments, list(commands[arguments[0]]._option_string_actions))
+    elif arguments and not arguments[0].startswith("-"):
+        raise ConfigError(f"unknown command {arguments[0]}{nearest(arguments[0], list(commands))}")
+    # Of the knobs, only what was typed may be seen: load_config supplies the rest, from the file and the defaults.
+    typed_only = not arguments or arguments[0] not in ("analyse", "report", "score")
+    try:
+        return parser.parse_args(arguments or ["--help"], defaults=not typed_only)
+    except argparse.ArgumentError as error:
+        cls = type(OWN_CONFIGS.get(arguments[0], RunConfig())) if arguments else RunConfig
+        raise ConfigError(value_problem(error, cls) or _argument_problem(error, arguments)) from error
+
+
+def _argument_problem(error: argparse.ArgumentError, arguments: list[str]) -> str:
+    """What argparse found wrong, in the words of the command line."""
+    message = re.sub(r"required: \w+\.(\w+)", lambda found: f"required: {found[1].upper()}", str(error.message))
+    value = re.match(r'Parser key "(\w+)":.*Got value: (.*)', message, re.DOTALL)
+    if value:
+        message = f"--{value[1].replace('_', '-')} is {value[2]}; it must be a whole number"
+    return f"{message}; see 'tlcr {arguments[0]} --help'"
+
+
+def _refuse_unknown_flags(arguments: list[str], known: list[str]) -> None:
+    """Name the flag that an unknown one is nearest to; argparse would only say that it does not know it."""
+    for argument in arguments[1:]:
+        flag = argument.partition("=")[0]
+        if flag == "--":
+            return
+        if flag.startswith("--") and flag not in known:
+            close = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
+            meant = f"did you mean {close[0]}?" if close else f"'tlcr {arguments[0]} --help' lists them"
+            raise ConfigError(f"unknown flag {flag}; {meant}")
+
+
+def _how_to_go_on(arguments: list[str]) -> str:
+    if arguments[:1] in (["run"], ["train"]):
+        again = arguments if "--resume" in arguments else [*arguments, "--resume"]
+        return f"what was saved is kept; go on with: tlcr {shlex.join(again)}"
+    if arguments[:1] in (["revise"], ["answer"], ["judge"]):
+        return f"what was answered is kept; go on with: tlcr {shlex.join(arguments)}"
+    return f"start again with: tlcr {shlex.join(arguments)}"

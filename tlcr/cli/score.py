@@ -1,0 +1,197 @@
+"""``tlcr score``: answers in, each token's reward out, as colours for people or as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from transformers import PreTrainedTokenizerBase
+
+from tlcr.config.schema import ModelConfig
+from tlcr.errors import ConfigError, DataError
+from tlcr.models.discriminator import load_discriminator, score_answers
+from tlcr.models.loading import load_sequence_classifier, load_tokenizer
+from tlcr.models.reward_model import sequence_scores
+from tlcr.report.colours import coloured
+from tlcr.text.tokenization import encode_answers, render_prompt
+
+__all__ = ["Answer", "Limits", "ScoredAnswer", "read_answers", "score_command"]
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to score. The prompt is plain text, or messages for the tokenizer's chat template."""
+
+    prompt: str | list[dict[str, str]]
+    response: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of an answer is read, and how many at a time."""
+
+    batch_size: int
+    max_prompt_tokens: int
+    max_answer_tokens: int
+
+
+@dataclass(frozen=True)
+class ScoredAnswer:
+    """An answer with one score, and with a reward in [-1, 1] for each token where a discriminator judged."""
+
+    answer: Answer
+    score: float
+    tokens: tuple[str, ...] = ()
+    rewards: tuple[float, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        record: dict[str, Any] = {"prompt": self.answer.prompt, "response": self.answer.response, "score": self.score}
+        if self.tokens:
+            record |= {"tokens": list(self.tokens), "rewards": list(self.rewards)}
+        return record
+
+
+def score_command(
+    *,
+    file: str | None,
+    prompt: str,
+    response: str | None,
+    discriminator: str | None,
+    reward_model: str | None,
+    as_json: bool,
+    limits: Limits,
+) -> None:
+    """Read the answers, score them in batches as they come, and write each one out."""
+    if (discriminator is None) == (reward_model is None):
+        raise ConfigError("name one model to score with: --discriminator FOLDER or --reward-model FOLDER")
+    if response is not None and file is not None:
+        raise ConfigError(f"both FILE {file} and --response are given; give one of them")
+    if response is None and prompt:
+        raise ConfigError("--prompt is given without --response; add it, or put both into a file")
+    if response is None and file is None and sys.stdin.isatty():
+        raise ConfigError("nothing to score; give --response TEXT, a FILE, or JSON lines on standard input")
+    answers: Iterable[Answer] = [Answer(prompt, response)] if response is not None else read_answers(file or "-")
+    if discriminator is not None:
+        scored = _by_discriminator(discriminator, answers, limits)
+    else:
+        scored = _by_reward_model(str(reward_model), answers, limits)
+    console = Console(highlight=False, soft_wrap=True)
+    for item in scored:
+        if as_json:
+            sys.stdout.write(json.dumps(item.as_json(), ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+        else:
+            _show(item, console)
+
+
+def read_answers(file: str) -> Iterator[Answer]:
+    """The records of a JSONL file, or of standard input for "-". Raises DataError with the line of a bad one."""
+    if file == "-":
+        yield from _parse_lines(sys.stdin, "standard input")
+        return
+    try:
+        with Path(file).open(encoding="utf-8") as lines:
+            yield from _parse_lines(lines, file)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _parse_lines(lines: TextIO, where: str) -> Iterator[Answer]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}:{number}: not JSON ({error.msg}); wanted one object a line") from error
+        if not isinstance(record, dict) or not isinstance(record.get("response"), str):
+            raise DataError(f"{where}:{number}: no text under 'response'; wanted {{'prompt': ..., 'response': ...}}")
+        prompt = record.get("prompt", "")
+        if not isinstance(prompt, str) and not _are_messages(prompt):
+            raise DataError(f"{where}:{number}: 'prompt' is neither text nor a list of {{'role', 'content'}} messages")
+        yield Answer(prompt, record["response"])
+
+
+def _are_messages(prompt: Any) -> bool:
+    return isinstance(prompt, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in prompt
+    )
+
+
+def _batches(answers: Iterable[Answer], size: int) -> Iterator[list[Answer]]:
+    iterator = iter(answers)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _by_discriminator(folder: str, answers: Iterable[Answer], limits: Limits) -> Iterator[ScoredAnswer]:
+    model, tokenizer = load_discriminator(folder, ModelConfig(path=folder))
+    model.to(_device())  # type: ignore[arg-type]
+    for batch in _batches(answers, limits.batch_size):
+        scores = score_answers(
+            model,
+            tokenizer,
+            [(render_prompt(tokenizer, answer.prompt), answer.response) for answer in batch],
+            max_prompt_tokens=limits.max_prompt_tokens,
+            max_answer_tokens=limits.max_answer_tokens,
+            batch_size=limits.batch_size,
+        )
+        for answer, score in zip(batch, scores, strict=True):
+            yield ScoredAnswer(answer, score.mean_reward, score.pieces, score.rewards)
+
+
+def _by_reward_model(folder: str, answers: Iterable[Answer], limits: Limits) -> Iterator[ScoredAnswer]:
+    cfg = ModelConfig(path=folder)
+    model, tokenizer = load_sequence_classifier(folder, cfg), load_tokenizer(cfg)
+    model.eval().to(_device())
+    for batch in _batches(answers, limits.batch_size):
+        ids_BL, mask_BL = _encode(tokenizer, batch, limits)
+        scores_B = sequence_scores(model, ids_BL.to(model.device), mask_BL.to(model.device))
+        for answer, score in zip(batch, scores_B.tolist(), strict=True):
+            yield ScoredAnswer(answer, score)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, batch: Sequence[Answer], limits: Limits
+) -> tuple[torch.Tensor, torch.Tensor]:
+    encoded = encode_answers(
+        tokenizer,
+        [render_prompt(tokenizer, answer.prompt) for answer in batch],
+        [answer.response for answer in batch],
+        max_prompt_tokens=limits.max_prompt_tokens,
+        max_answer_tokens=limits.max_answer_tokens,
+    )
+    lengths = torch.tensor([len(row.ids) for row in encoded])
+    longest = int(lengths.max())
+    padding = tokenizer.pad_token_id
+    ids_BL = torch.tensor([[*row.ids, *[padding] * (longest - len(row.ids))] for row in encoded])
+    return ids_BL, torch.arange(longest) < lengths[:, None]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _show(item: ScoredAnswer, console: Console) -> None:
+    prompt = item.answer.prompt
+    shown = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    if shown:
+        console.print(f"[dim]{escape(shown)}[/dim]")
+    if not item.tokens:
+        console.print(f"{escape(item.answer.response)}\n[bold]score {item.score:+.3f}[/bold]\n")
+        return
+    console.print(coloured(item.tokens, item.rewards))
+    worst, best = (pick(range(len(item.tokens)), key=item.rewards.__getitem__) for pick in (min, max))
+    console.print(
+        f"[bold]mean {item.score:+.3f}[/bold] over {len(item.tokens)} tokens; "
+        f"lowest {item.rewards[worst]:+.2f} {escape(repr(item.tokens[worst]))}, "
+        f"highest {item.rewards[best]:+.2f} {escape(repr(item.tokens[best]))}\n"
+    )

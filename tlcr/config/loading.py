@@ -1,0 +1,291 @@
+"""From YAML and flags to one ``RunConfig`` and back.
+
+YAML and flags name the same knobs by the same dotted path (``ppo.updates``), go through the same typed parser and meet
+the same checks. Nothing is dropped: an unknown key, a key written twice or a value of the wrong type is an error that
+says where it stands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from jsonargparse import ArgumentParser, get_loader
+
+from tlcr.config.schema import Arm, Checked, RewardConfig, RunConfig
+from tlcr.errors import ConfigError
+
+__all__ = [
+    "Knob",
+    "describe_type",
+    "dump_config",
+    "knobs",
+    "load_command_config",
+    "load_config",
+    "nearest",
+    "value_problem",
+]
+
+ConfigT = TypeVar("ConfigT", bound=Checked)
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One leaf of the config: its dotted path, its type, its default and what its field says of it."""
+
+    path: str
+    type: Any
+    default: Any
+    metadata: Mapping[str, Any]
+
+    @property
+    def section(self) -> str:
+        return self.path.rpartition(".")[0]
+
+
+@cache
+def knobs(cls: type) -> tuple[Knob, ...]:
+    """Every knob of a config dataclass, depth first, with the defaults it has there."""
+    return tuple(_walk(cls, {}, ""))
+
+
+def _walk(cls: type, defaults: Mapping[str, Any], prefix: str) -> Iterator[Knob]:
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        hint = hints[f.name]
+        default = defaults.get(f.name, _field_default(f))
+        if dataclasses.is_dataclass(hint):
+            # The default of a section may differ from that of its class: sft and reward_model share TrainingConfig.
+            values = {g.name: getattr(default, g.name) for g in dataclasses.fields(hint)}
+            yield from _walk(typing.cast(type, hint), values, f"{prefix}{f.name}.")
+        else:
+            yield Knob(f"{prefix}{f.name}", hint, default, f.metadata)
+
+
+def _field_default(f: dataclasses.Field[Any]) -> Any:
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+
+
+def describe_type(hint: Any) -> str:
+    """A type in words, for an error message: ``int | None`` is "a whole number or null"."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(describe_type(part) for part in get_args(hint))
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return "a list, each item " + describe_type(get_args(hint)[0])
+    if dataclasses.is_dataclass(hint):
+        return "a mapping with " + ", ".join(f.name for f in dataclasses.fields(hint))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    return names[hint]
+
+
+def nearest(name: str, names: Sequence[str], prefix: str = "") -> str:
+    """What an unknown dotted name was probably meant to be ("; did you mean ...?"), or the names that stand there."""
+    section, _, last = name.rpartition(".")
+    elsewhere = [known for known in names if known.rpartition(".")[2] == last]
+    close = elsewhere or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {' or '.join(prefix + known for known in close)}?"
+    above = f"{section}." if section else ""
+    here = dict.fromkeys(known[len(above) :].partition(".")[0] for known in names if known.startswith(above))
+    return f"; known here: {', '.join(here)}"
+
+
+def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a YAML file, lay the overrides over it, and make the typed config.
+
+    path: None for the defaults alone. overrides: values by dotted path, typed or as written on a command line; they win
+    over the file. Each entry of ``arms`` names only what differs: its ``reward`` lies over the top-level ``reward``.
+    Raises ConfigError for a file that cannot be read, an unknown or repeated key, a wrong type or a violated bound.
+    """
+    values = _read_values(RunConfig, path, overrides)
+    arms = values.pop("arms", None)
+    cfg = _build(RunConfig(), values, "")
+    if arms is None:
+        return cfg
+    return dataclasses.replace(cfg, arms=_load_arms(arms, cfg.reward, str(path)))
+
+
+def load_command_config(
+    default: ConfigT, path: str | Path | None, overrides: Mapping[str, Any] | None = None
+) -> ConfigT:
+    """The same for the config of a command of its own: ``default`` with what the file and the overrides say."""
+    return _build(default, _read_values(type(default), path, overrides), "")
+
+
+def _read_values(cls: type, path: str | Path | None, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = _flatten(*_read_yaml(Path(path)), cls, str(path))
+    names = [knob.path for knob in knobs(cls)]
+    for name, value in (overrides or {}).items():
+        if name not in names:
+            raise ConfigError(f"unknown key {name}{nearest(name, names)}")
+        values[name] = value
+    return values
+
+
+def dump_config(cfg: Checked) -> str:
+    """The config as YAML that is read back to an equal one."""
+    return yaml.safe_dump(
+        _plain(dataclasses.asdict(cfg)),  # type: ignore[call-overload]
+        sort_keys=False,
+        allow_unicode=True,
+        width=120,
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _load_arms(arms: Any, reward: RewardConfig, where: str) -> tuple[Arm, ...]:
+    if isinstance(arms, str):
+        arms = get_loader("yaml")(arms)
+    if not isinstance(arms, (list, tuple)) or not all(isinstance(arm, (Mapping, Arm)) for arm in arms):
+        raise ConfigError(f"arms is {arms!r}; it must be {describe_type(tuple[Arm, ...])}")
+    loaded = []
+    for index, arm in enumerate(arms):
+        if isinstance(arm, Arm):
+            loaded.append(arm)
+            continue
+        if not arm.get("name"):
+            raise ConfigError(f"arms[{index}] has no name; its runs are written to a folder of that name")
+        values = _flatten(arm, None, Arm, where, prefix=f"arms[{index}].")
+        loaded.append(_build(Arm(name=str(arm["name"]), reward=reward), values, f"arms[{index}]."))
+    return tuple(loaded)
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"config {path} cannot be read: {error.strerror}; give the path of a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = get_loader("yaml")(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}, None
+    if not isinstance(values, dict):
+        raise ConfigError(f"config {path} holds {type(values).__name__}, not a mapping such as 'ppo: {{updates: 100}}'")
+    return values, node
+
+
+def _flatten(
+    values: Mapping[str, Any], node: yaml.Node | None, cls: type, where: str, prefix: str = ""
+) -> dict[str, Any]:
+    """Values by dotted path, once every key is known to be one of cls and to stand there once."""
+    leaves = [knob.path for knob in knobs(cls)]
+    sections = {name.rpartition(".")[0] for name in leaves} - {""}
+    flat: dict[str, Any] = {}
+
+    def visit(values: Mapping[str, Any], node: yaml.Node | None, section: str) -> None:
+        _refuse_repeated_keys(node, where, prefix + section)
+        children = dict(_children(node))
+        for key, value in values.items():
+            name = f"{section}{key}"
+            at = f"{where}:{children[key][0]}: " if key in children else ""
+            if name in leaves:
+                flat[name] = value
+            elif name in sections:
+                if value is None:
+                    continue
+                if not isinstance(value, Mapping):
+                    raise ConfigError(f"{at}{prefix}{name} is {value!r}; it must be a mapping of knobs")
+                visit(value, children[key][1] if key in children else None, f"{name}.")
+            else:
+                raise ConfigError(f"{at}unknown key {prefix}{name}{nearest(name, leaves, prefix)}")
+
+    visit(values, node, "")
+    return flat
+
+
+def _children(node: yaml.Node | None) -> Iterator[tuple[Any, tuple[int, yaml.Node]]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield key.value, (key.start_mark.line + 1, value)
+
+
+def _refuse_repeated_keys(node: yaml.Node | None, where: str, section: str) -> None:
+    seen: dict[Any, int] = {}
+    for key, (line, _) in _children(node):
+        if key in seen:
+            raise ConfigError(f"{where}:{line}: {section}{key} stands twice, first on line {seen[key]}; keep one")
+        seen[key] = line
+
+
+@cache
+def _typed_parser(cls: type) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    for knob in knobs(cls):
+        if knob.path != "arms":
+            parser.add_argument(f"--{knob.path}", type=knob.type)
+    return parser
+
+
+def value_problem(error: argparse.ArgumentError, cls: type = RunConfig) -> str | None:
+    """What jsonargparse found wrong with a knob's value, in one line; None where it is not about a value."""
+    found = re.match(r'Parser key "([^"]+)":(.*)', str(error.message), re.DOTALL)
+    hints = {knob.path: knob.type for knob in knobs(cls)}
+    if found is None or found[1] not in hints:
+        return None
+    value = re.search(r"(?:Got value|value): ?(.*)", found[2])
+    got = f" is {value[1]};" if value else ":"
+    return f"{found[1]}{got} it must be {describe_type(hints[found[1]])}"
+
+
+def _build(default: ConfigT, values: Mapping[str, Any], prefix: str) -> ConfigT:
+    """The default with typed values in place; errors name the path that the user wrote."""
+    cls: type = type(default)
+    hints = {knob.path: knob.type for knob in knobs(cls)}
+    for name, value in values.items():
+        # jsonargparse takes None for "not given"; here it is a value like any other.
+        if value is None and type(None) not in get_args(hints[name]):
+            raise ConfigError(f"{prefix}{name} is null; it must be {describe_type(hints[name])}")
+    try:
+        typed = _typed_parser(cls).parse_object(_nest(values), defaults=False).as_dict()
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{prefix}{value_problem(error, cls) or error.message}") from error
+    return _replace(default, typed, prefix)
+
+
+def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        *sections, last = name.split(".")
+        here = nested
+        for section in sections:
+            here = here.setdefault(section, {})
+        here[last] = value
+    return nested
+
+
+def _replace(default: ConfigT, values: Mapping[str, Any], prefix: str) -> ConfigT:
+    changed = {
+        name: _replace(getattr(default, name), value, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+        for name, value in values.items()
+    }
+    try:
+        return dataclasses.replace(default, **changed)  # type: ignore[type-var]
+    except ConfigError as error:
+        # A dataclass knows its own name only; whoever wrote the YAML knows the path.
+        raise ConfigError(str(error).replace(f"{type(default).__name__}.", prefix, 1)) from error

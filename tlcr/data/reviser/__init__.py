@@ -1,1 +1,0 @@
-"""The reviser: a language model, or files of others, minimally edits the answers that people liked less."""

@@ -1,0 +1,298 @@
+"""How good a policy is: answers to held-out prompts, scored by what training never saw, and their cost in KL.
+
+This stage knows neither how answers are sampled nor how they are judged: both come as functions, so that a run on one
+process and one on many, or a sampler of another kind, are evaluated by the same arithmetic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tlcr.errors import DataError, ShapeError
+from tlcr.text.tokenization import token_pieces
+from tlcr.training.checkpoint import write_aside, write_json
+from tlcr.types import PolicyScores, Rollout
+
+Scorer = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+"""(prompts, responses) to one finite score for each answer, higher is better."""
+
+MEASURES = (
+    "gold_per_token",
+    "gold_per_answer",
+    "proxy_per_token",
+    "proxy_per_answer",
+    "kl_per_token",
+    "kl_per_answer",
+    "exact_kl_per_token",
+    "entropy",
+    "length",
+    "ended_share",
+)
+"""The measures of an evaluation, in the order of its JSON."""
+
+
+@dataclass(frozen=True)
+class TokenDetail:
+    """What the arm's reward says of every action of a rollout, (B, T), all without KL.
+
+    proxy_BT: the reward as its source and `reward.scale` make it. rewards_BT: the same, centred where the arm's is.
+    advantages_BT: the advantage under the latter.
+    """
+
+    proxy_BT: Tensor
+    rewards_BT: Tensor
+    advantages_BT: Tensor
+
+
+class Detailer(Protocol):
+    def __call__(self, rollout: Rollout, scores: PolicyScores) -> TokenDetail: ...
+
+
+@dataclass(frozen=True)
+class EvaluatedAnswer:
+    """One answer and its sums over counted tokens; per-token lists only where the answer was kept as a sample."""
+
+    prompt: str
+    response: str
+    gold: float | None
+    proxy: float | None
+    """Sum of the arm's own reward without KL, not centred; None without a `detail`."""
+    length: int
+    """Counted tokens, the end of sequence among them."""
+    kl: float
+    """Sum of the sampled log-ratios log pi(a_t) - log pi_ref(a_t), nats."""
+    exact_kl: float | None
+    """Sum of the exact KL(pi || pi_ref) at each state, nats; None where it was not computed."""
+    entropy: float
+    """Sum over the states, nats."""
+    ended: bool
+    tokens: tuple[str, ...] = ()
+    reward: tuple[float, ...] = ()
+    advantage: tuple[float, ...] = ()
+    value: tuple[float, ...] = ()
+    token_kl: tuple[float, ...] = ()
+
+    def to_json(self, when: Literal["before", "after"]) -> dict[str, Any]:
+        """A line of samples.jsonl."""
+        return {
+            "when": when,
+            "prompt": self.prompt,
+            "response": self.response,
+            "tokens": list(self.tokens),
+            "reward": list(self.reward),
+            "advantage": list(self.advantage),
+            "value": list(self.value),
+            "kl": list(self.token_kl),
+            "gold": self.gold,
+        }
+
+
+@dataclass(frozen=True)
+class PolicyEvaluation:
+    """Means over the answers to held-out prompts, and their standard errors.
+
+    Per token means a ratio of sums: all answers' gold (or KL, or entropy) over all their tokens, so that a long answer
+    weighs by its length. A measure is None where it was not taken.
+    """
+
+    gold_per_token: float | None
+    gold_per_answer: float | None
+    proxy_per_token: float | None
+    """What PPO maximised, KL aside: the arm's own reward, on its own scale."""
+    proxy_per_answer: float | None
+    kl_per_token: float
+    """Sampled KL(policy || reference), nats per token."""
+    kl_per_answer: float
+    """The same per answer: an unbiased estimate of the KL of whole answers."""
+    exact_kl_per_token: float | None
+    entropy: float
+    """Nats per token."""
+    length: float
+    """Tokens per answer."""
+    ended_share: float
+    answers: int
+    standard_errors: dict[str, float | None]
+    """One for each measure; the answer is the independent unit. None below two answers."""
+    samples: tuple[EvaluatedAnswer, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The "before" or "after" object of evaluation.json; samples go to a file of their own."""
+        values = {name: getattr(self, name) for name in MEASURES}
+        return {**values, "answers": self.answers, "standard_errors": dict(self.standard_errors)}
+
+    def metrics(self) -> dict[str, float]:
+        """Every measure that was taken, by its name: what training logs as ``eval/<measure>``."""
+        return {name: float(value) for name in MEASURES if (value := getattr(self, name)) is not None}
+
+
+def evaluate_policy(
+    prompts: Sequence[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    generate: Callable[[Sequence[str]], Rollout],
+    score: Callable[[Rollout], PolicyScores],
+    scorer: Scorer | None,
+    batch_size: int = 64,
+    samples: int = 0,
+    detail: Detailer | None = None,
+    gather: Callable[[list[EvaluatedAnswer]], list[EvaluatedAnswer]] | None = None,
+) -> PolicyEvaluation:
+    """Answer every prompt once and measure the answers.
+
+    generate: samples one answer for each prompt, at the sampling temperature and from a generator of fixed seed, so
+    that two policies meet the same luck. score: log-probs of policy and reference, values and entropies of a rollout,
+    with the exact KL where it is wanted. scorer: the judge of whole answers; None where there is none. batch_size:
+    prompts given to `generate` at a time. samples: answers kept with per-token detail, the first ones. detail: the
+    arm's reward and advantages (without it those of the samples are empty, and there is no proxy). gather: collects
+    the answers of all processes, each of which evaluated its own share of the prompts
+    (`accelerate.utils.gather_object`).
+
+    Raises DataError without prompts, or where the scorer returns a wrong count or a score that is not finite;
+    ShapeError where `detail` returns another shape than the rollout's.
+    """
+    answers: list[EvaluatedAnswer] = []
+    for start in range(0, len(prompts), batch_size):
+        rollout = generate(prompts[start : start + batch_size])
+        scores = score(rollout)
+        kept = min(max(samples - start, 0), len(rollout.prompts))
+        details = detail(rollout, scores) if detail is not None else None
+        answers.extend(_answers(rollout, scores, _gold(scorer, rollout), tokenizer, kept, details))
+    return summarise(gather(answers) if gather is not None else answers, samples=samples)
+
+
+def summarise(answers: Sequence[EvaluatedAnswer], *, samples: int) -> PolicyEvaluation:
+    """The measures of a set of answers, with its first samples. DataError where there is no answer."""
+    if not answers:
+        raise DataError("there are no held-out prompts to evaluate on; raise evaluation.prompts or data.held_out")
+    lengths = [float(a.length) for a in answers]
+    # A measure is taken for all answers or for none: scorer and score() do not choose among them.
+    gold = [a.gold for a in answers if a.gold is not None]
+    proxy = [a.proxy for a in answers if a.proxy is not None]
+    exact = [a.exact_kl for a in answers if a.exact_kl is not None]
+    estimates = {
+        "gold_per_token": ratio_of_sums(gold, lengths) if gold else (None, None),
+        "gold_per_answer": mean_of(gold) if gold else (None, None),
+        "proxy_per_token": ratio_of_sums(proxy, lengths) if proxy else (None, None),
+        "proxy_per_answer": mean_of(proxy) if proxy else (None, None),
+        "kl_per_token": ratio_of_sums([a.kl for a in answers], lengths),
+        "kl_per_answer": mean_of([a.kl for a in answers]),
+        "exact_kl_per_token": ratio_of_sums(exact, lengths) if exact else (None, None),
+        "entropy": ratio_of_sums([a.entropy for a in answers], lengths),
+        "length": mean_of(lengths),
+        "ended_share": mean_of([float(a.ended) for a in answers]),
+    }
+    return PolicyEvaluation(
+        **{name: estimates[name][0] for name in MEASURES},  # type: ignore[arg-type]
+        answers=len(answers),
+        standard_errors={name: estimates[name][1] for name in MEASURES},
+        samples=tuple(a for a in answers if a.tokens)[:samples],
+    )
+
+
+def mean_of(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and its standard error, sd / sqrt(n) with the n - 1 variance; no error from a single value."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n < 2:
+        return mean, None
+    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+
+
+def ratio_of_sums(values: Sequence[float], counts: Sequence[float]) -> tuple[float, float | None]:
+    """R = sum(values) / sum(counts) and its standard error by the delta method, answers independent:
+    sqrt(sum (v_i - R n_i)^2 / (n (n - 1))) / mean(counts). R is 0 where nothing is counted."""
+    n, total = len(values), math.fsum(counts)
+    if total == 0:
+        return 0.0, None
+    ratio = math.fsum(values) / total
+    if n < 2:
+        return ratio, None
+    spread = math.fsum((v - ratio * c) ** 2 for v, c in zip(values, counts, strict=True))
+    return ratio, math.sqrt(spread / (n * (n - 1))) / (total / n)
+
+
+def write_evaluation(folder: Path, before: PolicyEvaluation, after: PolicyEvaluation) -> None:
+    """Write evaluation.json and samples.jsonl of one PPO run, both aside and then renamed."""
+    write_json(folder / "evaluation.json", {"before": before.to_json(), "after": after.to_json()})
+    lines = [answer.to_json("before") for answer in before.samples] + [a.to_json("after") for a in after.samples]
+    with write_aside(folder / "samples.jsonl") as aside:
+        aside.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines), encoding="utf-8")
+
+
+def _gold(scorer: Scorer | None, rollout: Rollout) -> list[float | None]:
+    if scorer is None:
+        return [None] * len(rollout.prompts)
+    scores = [float(s) for s in scorer(rollout.prompts, rollout.responses)]
+    if len(scores) != len(rollout.prompts):
+        raise DataError(
+            f"the scorer returned {len(scores)} scores for {len(rollout.prompts)} answers; "
+            "it must return one for each, in their order"
+        )
+    for index, value in enumerate(scores):
+        if not math.isfinite(value):
+            raise DataError(
+                f"the scorer returned {value} for the answer {rollout.responses[index][:80]!r}; "
+                "it must return a finite number for every answer, an empty one too"
+            )
+    return list(scores)
+
+
+def _answers(
+    rollout: Rollout,
+    scores: PolicyScores,
+    gold_B: Sequence[float | None],
+    tokenizer: PreTrainedTokenizerBase,
+    kept: int,
+    detail: TokenDetail | None,
+) -> list[EvaluatedAnswer]:
+    mask_BT = rollout.mask_BT
+    if detail is not None:
+        for name in ("proxy_BT", "rewards_BT", "advantages_BT"):
+            shape = getattr(detail, name).shape
+            if shape != mask_BT.shape:
+                raise ShapeError(
+                    f"{name} has shape {tuple(shape)}, the rollout {tuple(mask_BT.shape)}; give one value an action"
+                )
+
+    def rows(values_BT: Tensor) -> list[list[float]]:
+        return [row[mask].tolist() for row, mask in zip(values_BT.double().cpu(), mask_BT.cpu(), strict=True)]
+
+    kl = rows(scores.logprobs_BT - scores.ref_logprobs_BT)
+    entropy, values = rows(scores.entropy_BT), rows(scores.values_BT)
+    exact = rows(scores.kl_BT) if scores.kl_BT is not None else None
+    proxy = rows(detail.proxy_BT) if detail is not None else None
+    answers = []
+    for b, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
+        answer = EvaluatedAnswer(
+            prompt=prompt,
+            response=response,
+            gold=gold_B[b],
+            proxy=math.fsum(proxy[b]) if proxy is not None else None,
+            length=len(kl[b]),
+            kl=math.fsum(kl[b]),
+            exact_kl=math.fsum(exact[b]) if exact is not None else None,
+            entropy=math.fsum(entropy[b]),
+            ended=bool(rollout.ended_B[b]),
+        )
+        if b < kept:
+            ids = rollout.response_ids_BT[b][mask_BT[b]].tolist()
+            context = rollout.prompt_ids_BP[b][rollout.prompt_mask_BP[b]].tolist()
+            answer = dataclasses.replace(
+                answer,
+                tokens=tuple(token_pieces(tokenizer, ids, context=context)),
+                value=tuple(values[b]),
+                token_kl=tuple(kl[b]),
+                reward=tuple(rows(detail.rewards_BT)[b]) if detail is not None else (),
+                advantage=tuple(rows(detail.advantages_BT)[b]) if detail is not None else (),
+            )
+        answers.append(answer)
+    return answers

@@ -1,0 +1,181 @@
+"""One PPO run of a comparison: its models, its reward, training, and evaluation before and after.
+
+An arm is a reward and a KL coefficient; everything else it shares with the other arms of its run, so that what differs
+in the results is the reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel
+
+from tlcr.config.schema import RewardConfig, RunConfig
+from tlcr.config.trials import Trial
+from tlcr.data import embedded
+from tlcr.evaluation.evaluate import EvaluatedAnswer, PolicyEvaluation, TokenDetail, evaluate_policy, write_evaluation
+from tlcr.experiment.frozen_models import Judges, load_judges, load_reference
+from tlcr.experiment.run_folder import TRAINED, RunFolder
+from tlcr.models.actor_critic import ActorCritic, build_value_model
+from tlcr.models.loading import load_causal_lm
+from tlcr.ppo.advantages import compute_advantages
+from tlcr.ppo.rollout import generate, seeded_generator
+from tlcr.ppo.scores import score_rollout
+from tlcr.recipes.train_ppo import train_ppo
+from tlcr.rewards.composition import RunningMean, compose_rewards
+from tlcr.rewards.sources import import_function
+from tlcr.training.distributed import on_main_process, process_count, process_index
+from tlcr.types import PolicyScores, Rewards, Rollout
+
+
+def train_arm(run: RunFolder, trial: Trial) -> None:
+    """Trains and evaluates one policy; writes policy/, value/, metrics.jsonl, evaluation.json and samples.jsonl."""
+    folder = run.trial_folder(trial)
+    run.once(folder, run.trial_settings(trial), lambda: _train(run, trial, folder), record=TRAINED)
+
+
+def evaluate_arm(run: RunFolder, trial: Trial) -> None:
+    """Evaluates a trained policy again, by the evaluation settings of today."""
+    cfg, folder = trial.config(run.cfg), run.trial_folder(trial)
+    judges, reference = load_judges(run, cfg), load_reference(run)
+    evaluation = _Evaluation(run, cfg, judges, reference, trial.seed)
+    before, after = evaluation(_start(run, cfg, judges)), evaluation(_trained(run, cfg, folder))
+    on_main_process(lambda: write_evaluation(folder, before, after))
+
+
+def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
+    cfg, seed = trial.config(run.cfg), trial.seed
+
+    # 1. the judges of this arm and the reference, frozen
+    judges, reference = load_judges(run, cfg), load_reference(run)
+    evaluation = _Evaluation(run, cfg, judges, reference, seed)
+
+    # 2. the policy where it starts from, and how good it is there
+    actor_critic = _start(run, cfg, judges)
+    before = evaluation(actor_critic)
+    latest = {0: before}
+
+    def evaluate(actor_critic: ActorCritic, update: int) -> Mapping[str, float]:
+        if update not in latest:
+            latest.clear()
+            latest[update] = evaluation(actor_critic)
+        return latest[update].metrics()
+
+    # 3. PPO
+    result = train_ppo(
+        cfg,
+        actor_critic=actor_critic,
+        reference=reference,
+        tokenizer=run.tokenizer,
+        reward_source=judges.source(run, cfg, reference, seed),
+        reward_temperature=judges.temperature,
+        prompts=run.prompts.train,
+        folder=folder,
+        seed=seed,
+        resume=run.resume,
+        evaluate=evaluate,
+    )
+
+    # 4. how good it is now; a run that was found finished has not been evaluated here
+    after = latest.get(result.updates) or evaluation(actor_critic)
+    on_main_process(lambda: write_evaluation(folder, before, after))
+    return {"before": before.to_json(), "after": after.to_json()}
+
+
+def _start(run: RunFolder, cfg: RunConfig, judges: Judges) -> ActorCritic:
+    """Policy and value model as training starts with them."""
+    policy = load_causal_lm(run.policy_source)
+    value_model = build_value_model(
+        cfg.ppo,
+        cfg.model,
+        policy=policy,
+        reward_model=judges.reward_model.model if judges.reward_model else None,
+        discriminator=judges.discriminator.model if judges.discriminator else None,
+    )
+    return ActorCritic(policy, value_model, chunk_tokens=cfg.ppo.chunk_tokens).to(run.device)
+
+
+def _trained(run: RunFolder, cfg: RunConfig, folder: Path) -> ActorCritic:
+    """Policy and value model as training left them."""
+    own = cfg.model.saved_in(folder / "policy")
+    return ActorCritic.load(own, folder / "value", chunk_tokens=cfg.ppo.chunk_tokens).to(run.device)
+
+
+class _Evaluation:
+    """Answers to the held-out prompts, the same luck for every policy, measured against the reference."""
+
+    def __init__(self, run: RunFolder, cfg: RunConfig, judges: Judges, reference: PreTrainedModel, seed: int) -> None:
+        self._run, self._cfg, self._judges, self._reference = run, cfg, judges, reference
+        self._source = judges.source(run, cfg, reference, seed)
+        self._scorer = None
+        if cfg.evaluation.scorer is not None:
+            self._scorer = import_function(cfg.evaluation.scorer, "evaluation.scorer")
+        elif run.embedded:
+            self._scorer = embedded.score
+
+    def __call__(self, actor_critic: ActorCritic) -> PolicyEvaluation:
+        run, cfg = self._run, self._cfg
+        generator = seeded_generator("evaluation", run.cfg.seed, process_index())
+
+        def sample(prompts: Sequence[str]) -> Rollout:
+            return generate(
+                actor_critic.policy,
+                run.tokenizer,
+                prompts,
+                cfg.rollout,
+                max_prompt_tokens=cfg.data.max_prompt_tokens,
+                generator=generator,
+            )
+
+        def score(rollout: Rollout) -> PolicyScores:
+            return score_rollout(
+                actor_critic,
+                self._reference,
+                rollout,
+                temperature=cfg.rollout.temperature,
+                micro_batch_size=cfg.rollout.batch_size,
+                exact_kl=True,
+            )
+
+        def gather(answers: list[EvaluatedAnswer]) -> list[EvaluatedAnswer]:
+            return list(gather_object(answers)) if process_count() > 1 else answers
+
+        return evaluate_policy(
+            run.prompts.held_out[process_index() :: process_count()],
+            tokenizer=run.tokenizer,
+            generate=sample,
+            score=score,
+            scorer=self._scorer,
+            batch_size=cfg.rollout.batch_size,
+            samples=cfg.evaluation.samples,
+            detail=self._detail,
+            gather=gather,
+        )
+
+    def _detail(self, rollout: Rollout, scores: PolicyScores) -> TokenDetail:
+        """The arm's reward without KL, not centred and as PPO gets it, and the advantage of each action under it."""
+        signal = self._source(rollout)
+
+        def composed(reward: RewardConfig) -> Rewards:
+            return compose_rewards(
+                signal,
+                rollout.mask_BT,
+                ended_B=rollout.ended_B,
+                kl_BT=None,
+                kl_coef=0.0,
+                cfg=reward,
+                temperature=self._judges.temperature,
+                centre=RunningMean() if reward.centre else None,
+            )
+
+        ppo, reward = self._cfg.ppo, self._cfg.reward
+        rewards = composed(reward)
+        advantages = compute_advantages(
+            rewards, scores, rollout.mask_BT, gamma=ppo.gamma, lam=ppo.lam, whiten=ppo.whiten, accelerator=None
+        )
+        proxy = composed(replace(reward, centre=False)) if reward.centre else rewards
+        return TokenDetail(proxy.rewards_BT, rewards.rewards_BT, advantages.advantages_BT)

@@ -1,0 +1,70 @@
+"""The frozen models of a run that an arm's reward asks, and the reward source that they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from tlcr.config.schema import RunConfig
+from tlcr.experiment.run_folder import RunFolder
+from tlcr.models.discriminator import load_discriminator, temperature_of
+from tlcr.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
+from tlcr.rewards.sources import LoadedModel, RewardSource, build_reward_source
+
+__all__ = ["Judges", "load_judges", "load_reference"]
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The judges that an arm needs, on their device; None where its reward does not ask them."""
+
+    discriminator: LoadedModel | None = None
+    reward_model: LoadedModel | None = None
+    dpo: LoadedModel | None = None
+
+    @property
+    def temperature(self) -> float:
+        return temperature_of(self.discriminator.model) if self.discriminator is not None else 1.0
+
+    def source(self, run: RunFolder, cfg: RunConfig, reference: PreTrainedModel | None, seed: int) -> RewardSource:
+        """reference: the policy as PPO starts with it, which only the kind 'dpo' needs."""
+        return build_reward_source(
+            cfg.reward,
+            policy_tokenizer=run.tokenizer,
+            discriminator=self.discriminator,
+            reward_model=self.reward_model,
+            dpo=self.dpo,
+            reference=reference,
+            dpo_beta=cfg.dpo.beta,
+            data=cfg.data,
+            seed=seed,
+            micro_batch_size=cfg.rollout.batch_size,
+        )
+
+
+def load_judges(run: RunFolder, cfg: RunConfig) -> Judges:
+    """Those that `cfg.reward` asks, trained by the run or named in the config; ConfigError where one is not there."""
+    judges = Judges()
+    if cfg.uses_discriminator(cfg.reward):
+        model, tokenizer = load_discriminator(run.discriminator_folder, cfg.model)
+        judges = replace(judges, discriminator=LoadedModel(_on(run, model), tokenizer))
+    if cfg.uses_reward_model(cfg.reward):
+        own = cfg.model.saved_in(run.reward_model_folder)
+        model = _on(run, load_sequence_classifier(run.reward_model_folder, own))
+        judges = replace(judges, reward_model=LoadedModel(model, load_tokenizer(own)))
+    if cfg.uses_dpo(cfg.reward):
+        own = cfg.model.saved_in(run.dpo_folder)
+        judges = replace(judges, dpo=LoadedModel(_on(run, load_causal_lm(own)), load_tokenizer(own)))
+    return judges
+
+
+def load_reference(run: RunFolder) -> PreTrainedModel:
+    """The policy as PPO starts with it, on the run's device."""
+    return _on(run, load_causal_lm(run.policy_source))
+
+
+def _on(run: RunFolder, model: PreTrainedModel) -> PreTrainedModel:
+    nn.Module.to(model, run.device)  # PreTrainedModel.to is wrapped in a way that loses its type
+    return model

@@ -1,0 +1,424 @@
+"""The whole method, stage by stage: the call order of ``run`` is the pipeline of the paper.
+
+Every stage reads what the ones before it wrote into the run's folder, so that each can be run alone, and one that is
+done is skipped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from tlcr.config.loading import load_config
+from tlcr.config.schema import RunConfig
+from tlcr.data import embedded
+from tlcr.data.labels import label_pairs, write_labels
+from tlcr.data.readers import read_edits, read_preferences
+from tlcr.data.splits import Stage
+from tlcr.errors import ConfigError, TlcrError
+from tlcr.experiment.arm import evaluate_arm, train_arm
+from tlcr.experiment.run_folder import RunFolder, open_run, raw_preferences, reopen_run, revision_cache
+from tlcr.models.discriminator import load_discriminator
+from tlcr.models.loading import load_causal_lm
+from tlcr.recipes.analyse_discriminator import DiscriminatorAnalysis, analyse_discriminator
+from tlcr.recipes.train_discriminator import train_discriminator
+from tlcr.recipes.train_dpo import train_dpo
+from tlcr.recipes.train_reward_model import train_reward_model
+from tlcr.recipes.train_sft import train_sft
+from tlcr.report.analysis import print_analysis
+from tlcr.report.page import print_results, write_analysis_page, write_report
+from tlcr.report.results import read_json
+from tlcr.reviser.dry_run import dry_run
+from tlcr.reviser.prompt import VERSION
+from tlcr.reviser.revise import revise, write_revisions
+from tlcr.training.checkpoint import DONE, write_json
+from tlcr.training.distributed import on_main_process, process_count
+from tlcr.training.metrics import read_metrics
+from tlcr.training.progress import Progress
+from tlcr.types import EditPair, PreferencePair
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["analyse", "analyse_edits", "rehearse_revisions", "report", "run", "stage"]
+
+
+def run(cfg: RunConfig, *, resume: bool = False) -> Path:
+    """Runs everything that ``cfg`` asks for and returns the folder that holds the results.
+
+    resume: continue in a folder that holds a run; what is done is skipped. Raises ConfigError where ``output_dir``
+    holds a run that nobody asked to resume, or one made with other settings.
+    """
+    opened = open_run(cfg, resume=resume)
+    _shares(opened, opened.data_wanted)
+    if opened.wants("revisions"):
+        _revisions(opened)
+    _models_of_all_seeds(opened)
+    _ppo(opened)
+    on_main_process(lambda: report(opened.path))
+    return opened.path
+
+
+def stage(cfg: RunConfig, name: str, *, resume: bool = False) -> Path:
+    """Runs one stage, whether or not an arm needs it; those before it must have run.
+
+    name: 'revisions', one of ``MODEL_STAGES``, 'ppo', or 'evaluate', which evaluates every trained policy again and
+    writes the report.
+    """
+    opened = open_run(cfg, resume=resume, whole=False)
+    _shares(opened)
+    if name == "evaluate":
+        for trial in opened.trials:
+            evaluate_arm(opened.per_seed[trial.seed], trial)
+        on_main_process(lambda: report(opened.path))
+    elif name == "revisions":
+        _revisions(opened)
+    elif name == "ppo":
+        _ppo(opened)
+    else:
+        for run in opened.model_folders:
+            MODEL_STAGES[name](run)
+    return opened.path
+
+
+def rehearse_revisions(cfg: RunConfig, *, show: int) -> None:
+    """Prints the first ``show`` requests to the reviser, and the tokens and money that all of them will take."""
+    sys.stdout.write(dry_run(raw_preferences(cfg), cfg.reviser, revision_cache(cfg), show=show))
+
+
+def report(folder: Path) -> Path:
+    """Writes report.html and results.json of a run and prints its table."""
+    page = write_report(folder)
+    print_results(folder)
+    return page
+
+
+def analyse(folder: Path) -> Path:
+    """Analyses the discriminators of a run on its held-out edits, again if need be, and writes its report."""
+    run = reopen_run(folder)
+    if run.cfg.data.held_out == 0:
+        raise ConfigError(f"the run in {folder} held no edit out (data.held_out is 0); name other pairs with --edits")
+    for seeded in run.model_folders:
+        (seeded.models / "analysis" / DONE).unlink(missing_ok=True)
+        _analysis(seeded)
+    print_analysis(read_json(run.model_folders[0].models / "analysis" / "analysis.json"))
+    return write_report(folder)
+
+
+def analyse_edits(folder: Path, edits: str, output: Path, *, preferences: str | None = None) -> Path:
+    """Analyses the discriminator of a run, of its first seed where each has one, on all pairs of other sources.
+
+    Writes analysis.json and analysis.html to ``output`` and returns the latter.
+    """
+    run = reopen_run(folder).model_folders[0]
+    data = replace(run.cfg.data, edits=edits, edits_format="auto", preferences=preferences, limit=None)
+    found = _analyse(
+        run,
+        read_edits(data, run.tokenizer).records,
+        read_preferences(data, run.tokenizer).records if preferences is not None else (),
+        calibrated_on_them=False,
+    ).to_json()
+    write_json(output / "analysis.json", found)
+    print_analysis(found)
+    return write_analysis_page(output, found, f"{folder.resolve().name} on {Path(edits).name}")
+
+
+def _shares(run: RunFolder, wanted: Sequence[Stage] = ()) -> None:
+    """0. Where data.shares part the prompts, every stage gets its own: who gets how many, before anything is spent.
+
+    wanted: stages that must have something to train on.
+    """
+
+    def work() -> Mapping[str, Any]:
+        statistics = run.share_statistics()
+        logger.info("%s", statistics.summary())
+        statistics.require(wanted)
+        on_main_process(lambda: write_json(run.path / "shares" / "statistics.json", asdict(statistics)))
+        return asdict(statistics)
+
+    if run.cfg.data.shares:
+        run.once(run.path / "shares", {"data": run.cfg.data}, work, again=True)
+
+
+def _revisions(run: RunFolder) -> None:
+    """1. A reviser mends the answers that people liked less, with the fewest edits."""
+
+    def work() -> Mapping[str, Any]:
+        if process_count() > 1:
+            raise ConfigError(
+                f"a reviser asks for hours from one process, while the other {process_count() - 1} would time out; "
+                "run 'tlcr revise' with this config first, without the launcher"
+            )
+        cfg, pairs = run.cfg.reviser, raw_preferences(run.cfg)
+        judged, statistics = revise(pairs, cfg, run.cfg.data, revision_cache(run.cfg))
+        write_json(run.revisions_folder / "statistics.json", asdict(statistics))
+        logger.info("wrote %s", write_revisions(run.revisions_folder, pairs, judged, cfg))
+        return asdict(statistics)
+
+    # Made anew where the settings changed, since what was answered before is in the cache and costs nothing.
+    settings = run.settings("data") | {"reviser": run.cfg.reviser.decisive(), "template": VERSION}
+    run.once(run.revisions_folder, settings, work, again=True)
+
+
+def _sft(run: RunFolder) -> None:
+    """2. The policy learns to answer, from the preferred answers."""
+
+    def work() -> Mapping[str, Any]:
+        data = run.preferences("sft")
+        model = _base_model(run)
+        result = train_sft(
+            run.cfg, run.tokenizer, model, data.train, data.held_out, run.models / "sft", resume=run.resume
+        )
+        return {**result.metrics, **result.evaluation}
+
+    run.once(run.models / "sft", run.settings("model", "data", "sft"), work)
+
+
+def _reward_model(run: RunFolder) -> None:
+    """3. The baseline: one score for a whole answer."""
+
+    def work() -> Mapping[str, Any]:
+        data = run.preferences("reward")
+        model = load_causal_lm(run.policy_source)
+        folder = run.models / "reward_model"
+        result = train_reward_model(run.cfg, run.tokenizer, model, data.train, data.held_out, folder, resume=run.resume)
+        return {**result.metrics, **result.evaluation}
+
+    run.once(run.models / "reward_model", run.settings("model", "data", "sft", "reward_model"), work)
+
+
+def _dpo(run: RunFolder) -> None:
+    """4. A rival's reward: the policy that DPO makes of the same preferences."""
+
+    def work() -> Mapping[str, Any]:
+        data = run.preferences("reward")
+        model = load_causal_lm(run.policy_source)
+        result = train_dpo(
+            run.cfg, run.tokenizer, model, data.train, data.held_out, run.models / "dpo", resume=run.resume
+        )
+        return {**result.metrics, **result.evaluation}
+
+    run.once(run.models / "dpo", run.settings("model", "data", "sft", "dpo"), work)
+
+
+def _labels(run: RunFolder) -> None:
+    """5. Every token of an edited answer: kept, or changed for the better or worse."""
+
+    def work() -> Mapping[str, Any]:
+        pairs, statistics = label_pairs(
+            [*run.edits.train, *run.edits.held_out], run.tokenizer, run.cfg.data, run.cfg.labels
+        )
+        folder = run.models / "labels"
+        on_main_process(lambda: write_labels(folder / "labels.jsonl", pairs, run.tokenizer))
+        on_main_process(lambda: write_json(folder / "statistics.json", asdict(statistics)))
+        return asdict(statistics)
+
+    run.once(run.models / "labels", run.settings("model", "data", "labels"), work)
+
+
+def _discriminator(run: RunFolder) -> None:
+    """6. The discriminator learns the labels in context; its confidence is the reward of a token."""
+
+    def work() -> Mapping[str, Any]:
+        train, held_out = (
+            label_pairs(pairs, run.tokenizer, run.cfg.data, run.cfg.labels)[0]
+            for pairs in (run.edits.train, run.edits.held_out)
+        )
+        trained = train_discriminator(
+            run.cfg,
+            run.tokenizer,
+            load_causal_lm(run.policy_source),
+            train,
+            held_out,
+            run.models / "discriminator",
+            preference_held_out=run.comparisons,
+            resume=run.resume,
+        )
+        return trained.metrics
+
+    settings = run.settings("model", "data", "sft", "labels", "discriminator")
+    run.once(run.models / "discriminator", settings, work)
+
+
+def _analysis(run: RunFolder) -> None:
+    """7. What the discriminator gets right, and where, on the edits that it has not seen."""
+    folder = run.models / "analysis"
+
+    def work() -> Mapping[str, Any]:
+        fitted_here = run.cfg.discriminator.path is None
+        found = _analyse(run, run.edits.held_out, run.comparisons, calibrated_on_them=fitted_here)
+        on_main_process(lambda: write_json(folder / "analysis.json", found.to_json()))
+        return {"pairs": found.pairs, "tokens": found.tokens}
+
+    if run.edits.held_out:
+        settings = run.settings("model", "data", "sft", "labels", "discriminator")
+        run.once(folder, settings, work, again=True)
+    else:
+        logger.info("no edit is held out (data.held_out), so the discriminator is not analysed")
+
+
+def _analyse(
+    run: RunFolder, edits: Sequence[EditPair], preferences: Sequence[PreferencePair], *, calibrated_on_them: bool
+) -> DiscriminatorAnalysis:
+    model, tokenizer = load_discriminator(run.discriminator_folder, run.cfg.model)
+    nn.Module.to(model, run.device)
+    return analyse_discriminator(run.cfg, model, tokenizer, edits, preferences, calibrated_on_them=calibrated_on_them)
+
+
+MODEL_STAGES: dict[str, Callable[[RunFolder], None]] = {
+    "sft": _sft,
+    "reward_model": _reward_model,
+    "dpo": _dpo,
+    "labels": _labels,
+    "discriminator": _discriminator,
+    "analysis": _analysis,
+}
+
+
+def _models(run: RunFolder) -> None:
+    """Everything before PPO that an arm needs."""
+    for name, work in MODEL_STAGES.items():
+        if run.wants(name):
+            work(run)
+
+
+def _models_of_all_seeds(run: RunFolder) -> None:
+    if run.cfg.parallel == 1 or len(run.model_folders) == 1:
+        for seeded in run.model_folders:
+            _models(seeded)
+        return
+    jobs = [Job("models", str(s.cfg.seed), s.models) for s in run.model_folders]
+    _side_by_side(run, jobs, 1, lambda job: 0)
+
+
+def _ppo(run: RunFolder) -> None:
+    """8. PPO on the reward of every token: one policy for each trial, compared before and after."""
+    if run.cfg.parallel == 1 or len(run.trials) == 1:
+        for trial in run.trials:
+            train_arm(run.per_seed[trial.seed], trial)
+        return
+    # a process that only finds its work done costs as much as one that begins it: some seconds of imports
+    waiting = [trial for trial in run.trials if not run.per_seed[trial.seed].is_trained(trial)]
+    jobs = [Job("ppo", str(trial.folder), run.trial_folder(trial)) for trial in waiting]
+    updates = run.cfg.ppo.updates
+    _side_by_side(run, jobs, updates, lambda job: _updates_done(job.folder))
+
+
+def _base_model(run: RunFolder) -> PreTrainedModel:
+    return embedded.build_model(run.tokenizer, run.cfg.seed) if run.embedded else load_causal_lm(run.cfg.model)
+
+
+# ---- jobs side by side, each a process of its own
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work for a process of its own, whose output goes to log.txt in the folder.
+
+    stage 'ppo': the trial whose folder below ppo/ is `name`. stage 'models': all before PPO for the seed `name`.
+    """
+
+    stage: str
+    name: str
+    folder: Path
+
+
+def _side_by_side(run: RunFolder, jobs: Sequence[Job], steps: int, steps_done: Callable[[Job], int]) -> None:
+    """At most ``parallel`` worker processes at a time. If one fails, the others end with their state saved.
+
+    steps: how many the progress bar counts for each job; steps_done: those that a running one has behind it.
+    """
+    if not jobs:
+        return
+    if process_count() > 1:
+        raise ConfigError(
+            f"parallel is {run.cfg.parallel} under a launcher of {process_count()} processes; one or the other: set "
+            "parallel to 1 to share each policy among the processes"
+        )
+    waiting, shown = list(jobs), 0
+    running: dict[Job, subprocess.Popen[bytes]] = {}
+    threads = max(1, (os.cpu_count() or 1) // run.cfg.parallel)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TLCR_PROGRESS": "0"}
+    with Progress(jobs[0].stage, steps * len(jobs)) as progress, _ended(running):
+        while waiting or running:
+            while waiting and len(running) < run.cfg.parallel:
+                job = waiting.pop(0)
+                command = [
+                    sys.executable,
+                    "-m",
+                    "tlcr.experiment.pipeline",
+                    str(run.path / "config.yaml"),
+                    job.stage,
+                    job.name,
+                ]
+                job.folder.mkdir(parents=True, exist_ok=True)
+                with (job.folder / "log.txt").open("ab") as file:
+                    running[job] = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+            for job, worker in list(running.items()):
+                code = worker.poll()
+                if code is None:
+                    continue
+                del running[job]
+                if code != 0:
+                    log = job.folder / "log.txt"
+                    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+                    said = lines[-1] if lines else "no output"
+                    raise TlcrError(
+                        f"{job.stage} {job.name} ended with code {code}: {said} ({log}); the others are "
+                        "stopped with their state saved: mend it and pass --resume"
+                    )
+            ended = len(jobs) - len(waiting) - len(running)
+            now_done = steps * ended + sum(map(steps_done, running))
+            if now_done > shown:
+                shown = now_done
+                progress.on_step(shown, {})
+            time.sleep(0.5)
+
+
+@contextmanager
+def _ended(running: Mapping[Any, subprocess.Popen[bytes]]) -> Iterator[None]:
+    """No worker outlives its parent: on the way out, those still running save their state and end."""
+    try:
+        yield
+    finally:
+        for worker in running.values():
+            worker.terminate()
+        for worker in running.values():
+            worker.wait()
+
+
+def _updates_done(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    rows = read_metrics(path) if path.exists() else []
+    return int(rows[-1]["step"]) if rows else 0
+
+
+def _worker(config: str, stage: str, name: str) -> int:
+    """One `Job`; always resumes, since its parent decided that it may."""
+    opened = open_run(load_config(config, {}), resume=True, whole=False)
+    try:
+        if stage == "models":
+            _models(opened.per_seed[int(name)])
+        else:
+            trial = next(trial for trial in opened.trials if str(trial.folder) == name)
+            train_arm(opened.per_seed[trial.seed], trial)
+    except TlcrError as error:
+        sys.stderr.write(f"{' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(_worker(*sys.argv[1:]))

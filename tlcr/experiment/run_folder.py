@@ -1,0 +1,388 @@
+"""What one run reads and where it writes: the config it was started with, its data, and which stages are done.
+
+A stage that ended leaves a record (``done.json``) beside its results, with the part of the config that made them. A
+later run with the same part skips it; with another part it stops: mixing two configs would be silent damage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
+
+from tlcr.config.loading import dump_config, load_config
+from tlcr.config.schema import (
+    DiscriminatorConfig,
+    DPOConfig,
+    ModelConfig,
+    RewardConfig,
+    RewardModelConfig,
+    RunConfig,
+)
+from tlcr.config.trials import Trial, arms_of, trials_of
+from tlcr.data import embedded
+from tlcr.data.formats import RawPreference, prompt_key
+from tlcr.data.readers import (
+    ReadResult,
+    read_edits,
+    read_preferences,
+    read_prompts,
+    read_raw_edits,
+    read_raw_preferences,
+    read_raw_prompts,
+)
+from tlcr.data.splits import Shares, ShareStatistics, Split, Stage, nothing_left, read_shares
+from tlcr.errors import ConfigError
+from tlcr.models.loading import load_tokenizer
+from tlcr.training.checkpoint import DONE, as_plain, done_config, is_done, mark_done, write_aside
+from tlcr.training.distributed import barrier, on_main_process
+from tlcr.types import EditPair, PreferencePair
+
+logger = logging.getLogger(__name__)
+
+RecordT = TypeVar("RecordT")
+TRAINED = "arm.json"
+"""The record of a trial that ended: train_ppo keeps done.json in the same folder, and trained is not yet evaluated."""
+EMBEDDED_PROMPTS = 2000
+"""Training prompts that the embedded task makes for PPO; some 60 passes' worth of questions are never repeated."""
+
+
+def open_run(cfg: RunConfig, *, resume: bool, whole: bool = True) -> RunFolder:
+    """Writes ``config.yaml`` into ``output_dir`` and returns the run.
+
+    resume: continue what the folder holds. whole: a run of all stages, which wants the folder for itself. Raises
+    ConfigError where the folder holds a run that nobody asked to resume.
+    """
+    path = Path(cfg.output_dir)
+    if (path / "config.yaml").exists() and whole and not resume:
+        raise ConfigError(
+            f"output_dir {str(path)!r} already holds a run: pass --resume to continue it (what is done is "
+            "kept), name another output_dir, or delete that folder"
+        )
+    barrier()
+    on_main_process(lambda: _write_config(cfg, path))
+    return RunFolder(cfg, resume, path, path)
+
+
+def reopen_run(folder: Path) -> RunFolder:
+    """The run that a folder holds, to look at what it made. Raises ConfigError where it holds none."""
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{str(folder)!r} holds no run (no config.yaml); name the output_dir of a run")
+    cfg = replace(load_config(folder / "config.yaml"), output_dir=str(folder))
+    return RunFolder(cfg, resume=True, path=folder, models=folder)
+
+
+def _write_config(cfg: RunConfig, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path, text = folder / "config.yaml", dump_config(cfg)
+    # Not the same again: PPO runs side by side open their folder at the same time.
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return
+    with write_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+@dataclass(frozen=True, eq=False)
+class RunFolder:
+    """An opened run, as a seed sees it: ``cfg.seed`` is that of the models before PPO, which lie in ``models``."""
+
+    cfg: RunConfig
+    resume: bool
+    path: Path
+    models: Path
+
+    @cached_property
+    def per_seed(self) -> dict[int, RunFolder]:
+        """The run as each of ``seeds`` sees it: this one for all, or one with models of its own for each."""
+        if not self.cfg.models_per_seed:
+            return dict.fromkeys(self.cfg.seeds, self)
+        return {
+            seed: replace(self, cfg=replace(self.cfg, seed=seed), models=self.path / "models" / f"seed-{seed}")
+            for seed in self.cfg.seeds
+        }
+
+    @property
+    def model_folders(self) -> list[RunFolder]:
+        """Those of ``per_seed`` that differ: each has stages before PPO to run."""
+        return list(dict.fromkeys(self.per_seed.values()))
+
+    @property
+    def embedded(self) -> bool:
+        return self.cfg.model.path == "embedded"
+
+    @cached_property
+    def device(self) -> torch.device:
+        return PartialState().device
+
+    def settings(self, *sections: str) -> dict[str, Any]:
+        """What the result of a stage depends on: these sections of the config, the seed, and where the stage knows
+        labels and they come from a reviser, what that wrote."""
+        settings = {"seed": self.cfg.seed, **{name: getattr(self.cfg, name) for name in sections}}
+        return {**settings, "revisions": self._revisions_digest} if "labels" in sections and self.revises else settings
+
+    # ---- trials
+
+    @cached_property
+    def trials(self) -> list[Trial]:
+        return trials_of(self.cfg)
+
+    def trial_folder(self, trial: Trial) -> Path:
+        return self.path / "ppo" / trial.folder
+
+    def is_trained(self, trial: Trial) -> bool:
+        """Whether the trial ended, evaluation included, with today's settings."""
+        return is_done(self.trial_folder(trial), self.trial_settings(trial), TRAINED)
+
+    def trial_settings(self, trial: Trial) -> dict[str, Any]:
+        """What one PPO run depends on, the stages before it included."""
+        cfg = trial.config(self.cfg)
+        own = {name: getattr(cfg, name) for name in ("reward", "kl", "rollout", "ppo", "evaluation")}
+        before = self.settings("model", "data", "sft", "labels")
+        judges = {
+            "discriminator": cfg.uses_discriminator(cfg.reward) and cfg.discriminator,
+            "reward_model": cfg.uses_reward_model(cfg.reward) and cfg.reward_model,
+            "dpo": cfg.uses_dpo(cfg.reward) and cfg.dpo,
+        }
+        return {**before, **judges, **own, "ppo_seed": trial.seed}
+
+    # ---- what is trained, and where it lies
+
+    def wants(self, stage: str) -> bool:
+        """Whether a run of all stages includes this one: a judge is trained where an arm needs it and none is named."""
+        cfg, rewards = self.cfg, [arm.reward for arm in arms_of(self.cfg)]
+        judges: dict[
+            str, tuple[RewardModelConfig | DPOConfig | DiscriminatorConfig, Callable[[RewardConfig], bool]]
+        ] = {
+            "reward_model": (cfg.reward_model, cfg.uses_reward_model),
+            "dpo": (cfg.dpo, cfg.uses_dpo),
+            "labels": (cfg.discriminator, cfg.uses_discriminator),
+            "discriminator": (cfg.discriminator, cfg.uses_discriminator),
+            "analysis": (cfg.discriminator, cfg.uses_discriminator),
+        }
+        if stage in judges:
+            training, used = judges[stage]
+            return training.enabled and training.path is None and any(map(used, rewards))
+        if stage == "revisions":
+            return self.revises and self.wants("labels")
+        return cfg.sft.enabled if stage == "sft" else True
+
+    @property
+    def policy_source(self) -> ModelConfig:
+        """The model that reward model, discriminator and PPO start from: what SFT wrote, or the model as it comes."""
+        if not self.cfg.sft.enabled:
+            return self.cfg.model
+        return self.cfg.model.saved_in(self._written("sft"))
+
+    @property
+    def discriminator_folder(self) -> Path:
+        path = self.cfg.discriminator.path
+        return Path(path) if path else self._written("discriminator")
+
+    @property
+    def reward_model_folder(self) -> Path:
+        path = self.cfg.reward_model.path
+        return Path(path) if path else self._written("reward_model")
+
+    @property
+    def dpo_folder(self) -> Path:
+        path = self.cfg.dpo.path
+        return Path(path) if path else self._written("dpo")
+
+    def _written(self, stage: str) -> Path:
+        revisions = stage == "revisions"
+        folder = self.revisions_folder if revisions else self.models / stage
+        command = "revise" if revisions else f"train {stage.replace('_', '-')}"
+        if not (folder / "done.json").exists():
+            raise ConfigError(
+                f"{folder} holds no finished stage; run 'tlcr {command}' with this config first, or 'tlcr "
+                "run' for all stages"
+            )
+        return folder
+
+    # ---- data
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return embedded.build_tokenizer(self.cfg.seed) if self.embedded else load_tokenizer(self.cfg.model)
+
+    @property
+    def has_preferences(self) -> bool:
+        return self.embedded or self.cfg.data.preferences is not None
+
+    @property
+    def revises(self) -> bool:
+        """Whether the edits are made here, by a reviser."""
+        return self.cfg.reviser.backend != "none"
+
+    @property
+    def revisions_folder(self) -> Path:
+        """The same for all seeds: a revision is paid for once."""
+        return self.path / "revisions"
+
+    @cached_property
+    def _revisions_digest(self) -> str:
+        return hashlib.sha256((self._written("revisions") / "revisions.jsonl").read_bytes()).hexdigest()
+
+    @cached_property
+    def shares(self) -> Shares:
+        """Which stage each prompt is for."""
+        return read_shares(self.cfg.data)
+
+    @property
+    def data_wanted(self) -> list[Stage]:
+        """The stages of data.shares that a run of all stages trains in."""
+        wanted: dict[Stage, bool] = {
+            "sft": self.wants("sft"),
+            "reward": any(map(self.wants, ("reward_model", "dpo", "labels"))),
+            "ppo": True,
+        }
+        return [stage for stage, needed in wanted.items() if needed]
+
+    def share_statistics(self) -> ShareStatistics:
+        """Who gets how much: from the sources as they are, which takes no tokenizer."""
+        data = self.cfg.data
+        preferences = read_raw_preferences(data)
+        edits = {} if data.edits is None else {"edits": read_raw_edits(data)}
+        return self.shares.statistics(
+            {
+                "sft": {"preferences": preferences},
+                "reward": {"preferences": preferences, **edits},
+                "ppo": {"prompts": preferences if data.prompts is None else read_raw_prompts(data)},
+            },
+            data.held_out,
+        )
+
+    def preferences(self, stage: Stage) -> Split[PreferencePair]:
+        return self._split(stage, self._all_preferences)
+
+    @property
+    def comparisons(self) -> list[PreferencePair]:
+        """Held-out preferences for the discriminator to rank; none where the run has none."""
+        if not self.has_preferences:
+            return []
+        return self.shares.split("reward", self._all_preferences, self.cfg.data.held_out).held_out
+
+    @cached_property
+    def edits(self) -> Split[EditPair]:
+        if self.revises:
+            made = str(self._written("revisions") / "revisions.jsonl")
+            data = replace(self.cfg.data, edits=made, edits_format="edits", limit=None)
+            return self._split("reward", read_edits(data, self.tokenizer))
+        if self._made_here(self.cfg.data.edits):
+            return self._split("reward", self._embedded_pairs[1])
+        self._named("edits", "the discriminator")
+        return self._split("reward", read_edits(self.cfg.data, self.tokenizer))
+
+    @cached_property
+    def prompts(self) -> Split[str]:
+        if self._made_here(self.cfg.data.prompts or self.cfg.data.preferences):
+            return Split(
+                embedded.prompts(EMBEDDED_PROMPTS, self.cfg.seed, "train"),
+                embedded.prompts(self.cfg.evaluation.prompts, self.cfg.seed, "held_out"),
+            )
+        if self.cfg.data.prompts is None:
+            self._named("preferences", "PPO's prompts")
+        split = self._split("ppo", read_prompts(self.cfg.data, self.tokenizer))
+        return Split(split.train, split.held_out[: self.cfg.evaluation.prompts])
+
+    @cached_property
+    def _all_preferences(self) -> ReadResult[PreferencePair]:
+        if self._made_here(self.cfg.data.preferences):
+            return self._embedded_pairs[0]
+        self._named("preferences", "SFT and the reward model")
+        return read_preferences(self.cfg.data, self.tokenizer)
+
+    @cached_property
+    def _embedded_pairs(self) -> tuple[ReadResult[PreferencePair], ReadResult[EditPair]]:
+        preferences, edits = embedded.generate_pairs(self.cfg.data.embedded_pairs, self.cfg.seed)
+        keys = tuple(prompt_key(pair.prompt) for pair in preferences)
+        return (
+            ReadResult("the embedded task", "preference", tuple(preferences), keys),
+            ReadResult("the embedded task", "edits", tuple(edits), keys),
+        )
+
+    def _made_here(self, source: str | None) -> bool:
+        return self.embedded and source is None
+
+    def _named(self, source: str, what: str) -> None:
+        if getattr(self.cfg.data, source) is None:
+            raise ConfigError(
+                f"data.{source} is not set, and {what} needs it: name a file, a folder or a hub dataset "
+                "(docs/data.md shows the formats), or switch that stage off"
+            )
+
+    def _split(self, stage: Stage, read: ReadResult[RecordT]) -> Split[RecordT]:
+        split = self.shares.split(stage, read, self.cfg.data.held_out)
+        if self.shares.shares and not split.train:
+            raise nothing_left(stage, self.shares.shares, read.source)
+        return split
+
+    # ---- stages
+
+    def once(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        work: Callable[[], Mapping[str, Any]],
+        record: str = DONE,
+        *,
+        again: bool = False,
+    ) -> None:
+        """Runs ``work`` unless ``folder`` says that it ended with these settings; notes its metrics when it ends.
+
+        Where it ended with other settings, raises ConfigError; or runs again, for work that costs little the second
+        time (``again``).
+        """
+        if is_done(folder, settings, record):
+            logger.info("%s is done; skipped", folder)
+            return
+        if (folder / record).exists() and again:
+            barrier()
+            on_main_process((folder / record).unlink)
+        elif (folder / record).exists():
+            changed = _differences(done_config(folder, settings, record), as_plain(settings))
+            raise ConfigError(
+                f"{folder} was made with other settings ({'; '.join(changed[:3])}): restore them, name another "
+                "output_dir, or delete that folder to make it again"
+            )
+        started = time.monotonic()
+        metrics = work()
+        seconds = round(time.monotonic() - started, 1)
+        mark_done(folder, config=settings, metrics=metrics, seconds=seconds, record=record)
+
+
+def raw_preferences(cfg: RunConfig) -> tuple[RawPreference, ...]:
+    """The preference pairs as their source gives them: what a reviser reads, which is no matter of tokenizers."""
+    if cfg.model.path == "embedded" and cfg.data.preferences is None:
+        pairs = embedded.generate_pairs(cfg.data.embedded_pairs, cfg.seed)[0]
+        return tuple(RawPreference(pair.id, pair.prompt, pair.chosen, pair.rejected) for pair in pairs)
+    return read_shares(cfg.data).of("reward", read_raw_preferences(cfg.data)).records
+
+
+def revision_cache(cfg: RunConfig) -> Path:
+    """Where the answers of a reviser are kept."""
+    return Path(cfg.reviser.cache or Path(cfg.output_dir) / "revisions" / "answers.sqlite")
+
+
+def _differences(before: Any, now: Any, path: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        paths = {key: f"{path}.{key}".lstrip(".") for key in [*before, *now]}
+        return [
+            difference
+            for key, name in paths.items()
+            for difference in (
+                [f"{name} was not there, is {now[key]!r}"]
+                if key not in before
+                else _differences(before[key], now.get(key), name)
+            )
+        ]
+    return [] if before == now else [f"{path} was {before!r}, is {now!r}"]

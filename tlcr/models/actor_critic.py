@@ -1,0 +1,322 @@
+"""Policy and value model as one module: what both say of the tokens of an answer, in one forward pass.
+
+The token in column P + t is the action of index t. It was chosen from the logits of column P + t - 1, and the value of
+the state it was chosen in is read from the same column. The last column is therefore never an input, and logits exist
+for the T columns before an answer's tokens only.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tlcr import ops
+from tlcr.config.schema import ModelConfig, PPOConfig
+from tlcr.errors import CheckpointError, ConfigError
+from tlcr.models.loading import (
+    backbone,
+    classification_head,
+    disable_dropout,
+    last_logits,
+    load_causal_lm,
+    load_token_classifier,
+    save_model,
+)
+from tlcr.ops.types import TokenScores
+from tlcr.training.checkpoint import write_aside, write_json
+from tlcr.training.distributed import on_main_process
+
+Terms = Literal["both", "policy", "value"]
+
+
+class PolicyOutput(NamedTuple):
+    """What policy and value model say of T actions; every field (B, T), float32 or float64, None where not asked for.
+
+    Columns beyond a row's answer hold finite numbers without meaning.
+    """
+
+    logprobs_BT: Tensor | None
+    """log-probability of the action at the sampling temperature, nats."""
+    entropy_BT: Tensor | None
+    """Entropy of the distribution it was drawn from, nats."""
+    kl_BT: Tensor | None
+    """Exact KL(policy || reference) over the vocabulary, nats; with a reference only."""
+    values_BT: Tensor | None
+    """Value of the state in which the action was chosen."""
+    ref_logprobs_BT: Tensor | None = None
+    """log-probability of the action under the reference; with a reference only."""
+
+
+class ActorCritic(nn.Module):
+    """Policy and value model in one module, so that data parallelism synchronises their gradients once.
+
+    policy: a causal language model. value_model: a token classifier with one label, or None for a linear head on the
+    policy's last hidden state. chunk_tokens: logits exist for that many tokens at a time.
+
+    Dropout is switched off for good: under dropout the ratio to the rollout's log-probs would be noise (released code).
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        value_model: PreTrainedModel | None,
+        *,
+        chunk_tokens: int | None = None,
+    ) -> None:
+        super().__init__()
+        if value_model is policy:
+            raise ConfigError(
+                "the value model is the policy itself; pass None for a head on the policy, or load a model of its own"
+            )
+        self.policy = policy
+        self.value_model = value_model
+        self.value_head = None if value_model is not None else _new_value_head(policy)
+        self._chunk_tokens = chunk_tokens
+        # Chunked logits and the shared value head both start from the hidden states.
+        self._from_hidden = chunk_tokens is not None or value_model is None
+        for model in [policy] if value_model is None else [policy, value_model]:
+            disable_dropout(model)
+        if self._from_hidden:
+            _check_plain_head(policy)
+        self.eval()
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.policy.parameters() if p.requires_grad]
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        critic = self.value_model if self.value_model is not None else self.value_head
+        assert critic is not None
+        return [p for p in critic.parameters() if p.requires_grad]
+
+    def forward(
+        self,
+        ids_BL: Tensor,
+        attention_mask_BL: Tensor,
+        response_length: int,
+        *,
+        temperature: float,
+        reference: PreTrainedModel | None = None,
+        terms: Terms = "both",
+    ) -> PolicyOutput:
+        """Log-probs, entropies and values of the last `response_length` tokens of each row.
+
+        ids_BL: integers (B, L), prompts padded on the left, answers on the right; attention_mask_BL: bool (B, L).
+        temperature: what the answers were sampled at. reference: also the exact KL to that model, and its log-probs,
+        without gradient to it. terms: "value" leaves the policy out and sends no gradient into it; "policy" leaves the
+        value model out.
+        """
+        scores, values_BT, hidden_BTH = None, None, None
+        if self._from_hidden:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and terms != "value"):
+                hidden_BTH = _hidden_states(self.policy, ids_BL, attention_mask_BL, response_length)
+        if terms != "value":
+            scores = self._scores(
+                self.policy, ids_BL, attention_mask_BL, response_length, temperature, reference, hidden_BTH
+            )
+        if terms != "policy":
+            values_BT = self._values(ids_BL, attention_mask_BL, response_length, hidden_BTH)
+        if scores is None:
+            return PolicyOutput(None, None, None, values_BT)
+        return PolicyOutput(scores.logprobs, scores.entropy, scores.kl, values_BT, scores.ref_logprobs)
+
+    @torch.no_grad()
+    def reference_logprobs(
+        self,
+        reference: PreTrainedModel,
+        ids_BL: Tensor,
+        attention_mask_BL: Tensor,
+        response_length: int,
+        *,
+        temperature: float,
+    ) -> Tensor:
+        """log-probabilities (B, T) of the actions under the reference, rounded on the very path that the policy's are.
+
+        A policy that has not moved is then at distance 0 from its reference, in bfloat16 too.
+        """
+        return self._scores(reference, ids_BL, attention_mask_BL, response_length, temperature, None, None).logprobs
+
+    def _scores(
+        self,
+        model: PreTrainedModel,
+        ids_BL: Tensor,
+        attention_mask_BL: Tensor,
+        response_length: int,
+        temperature: float,
+        reference: PreTrainedModel | None,
+        hidden_BTH: Tensor | None,
+    ) -> TokenScores:
+        inputs = (ids_BL, attention_mask_BL, response_length)
+        action_ids_BT = ids_BL[:, -response_length:]
+        if not self._from_hidden:
+            logits_BTV = _logits(model, *inputs)
+            with torch.no_grad():
+                ref_logits_BTV = None if reference is None else _logits(reference, *inputs)
+            return ops.score_tokens(logits_BTV, action_ids_BT, ref_logits=ref_logits_BTV, temperature=temperature)
+        hidden_BTH = _hidden_states(model, *inputs) if hidden_BTH is None else hidden_BTH
+        with torch.no_grad():
+            ref_hidden_BTH = None if reference is None else _hidden_states(reference, *inputs)
+        head = model.get_output_embeddings()
+        ref_head = None if reference is None else reference.get_output_embeddings()
+        if self._chunk_tokens is None:
+            # a head in the model's own dtype: in bfloat16 a fraction of the time of score_hidden's float32 products
+            with torch.no_grad():
+                ref_logits_BTV = None if ref_head is None else ref_head(ref_hidden_BTH)
+            return ops.score_tokens(head(hidden_BTH), action_ids_BT, ref_logits=ref_logits_BTV, temperature=temperature)
+        return ops.score_hidden(
+            hidden_BTH,
+            head.weight,
+            action_ids_BT,
+            bias=head.bias,
+            ref_hidden=ref_hidden_BTH,
+            ref_weight=None if ref_head is None else ref_head.weight,
+            ref_bias=None if ref_head is None else ref_head.bias,
+            temperature=temperature,
+            chunk_tokens=self._chunk_tokens,
+        )
+
+    def _values(
+        self, ids_BL: Tensor, attention_mask_BL: Tensor, response_length: int, hidden_BTH: Tensor | None
+    ) -> Tensor:
+        if self.value_model is None:
+            assert self.value_head is not None and hidden_BTH is not None
+            return self.value_head(hidden_BTH.to(self.value_head.weight.dtype)).squeeze(-1)
+        output = self.value_model(**_inputs(self.value_model, ids_BL, attention_mask_BL))
+        values_BT = output.logits[:, -response_length:].squeeze(-1)
+        return values_BT if values_BT.dtype == torch.float64 else values_BT.float()
+
+    @classmethod
+    def load(cls, policy: ModelConfig, value_folder: Path, *, chunk_tokens: int | None = None) -> ActorCritic:
+        """The models that `save` wrote: `policy.path` is the policy's folder."""
+        model = load_causal_lm(policy)
+        if (value_folder / "value_head.json").is_file():
+            actor_critic = cls(model, None, chunk_tokens=chunk_tokens)
+            actor_critic.value_head = load_value_head(value_folder)
+            return actor_critic
+        value_model = load_token_classifier(value_folder, policy, id2label={0: "value"})
+        return cls(model, value_model, chunk_tokens=chunk_tokens)
+
+    def save(self, tokenizer: PreTrainedTokenizerBase, policy_folder: Path, value_folder: Path) -> None:
+        """Write both for others to load: `AutoModelForCausalLM`, and `AutoModelForTokenClassification` or, for a shared
+        value model, the head alone (`load_value_head`). Every process calls it."""
+        save_model(self.policy, tokenizer, policy_folder)
+        if self.value_model is not None:
+            save_model(self.value_model, tokenizer, value_folder)
+        else:
+            assert self.value_head is not None
+            save_value_head(self.value_head, value_folder)
+
+
+def build_value_model(
+    cfg: PPOConfig,
+    model: ModelConfig,
+    *,
+    policy: PreTrainedModel,
+    reward_model: PreTrainedModel | None = None,
+    discriminator: PreTrainedModel | None = None,
+) -> PreTrainedModel | None:
+    """The value model that `cfg` asks for: None for a shared one, else a token classifier with the label "value".
+
+    Its backbone is copied from the policy, the reward model or the discriminator (cfg.value_init). The head starts at
+    zero (ours: the first values are then 0), except that a reward model lends its own: it already predicts what an
+    answer is worth (released code).
+    """
+    if cfg.value_model == "shared":
+        return None
+    sources = {"policy": policy, "reward_model": reward_model, "discriminator": discriminator}
+    source = sources[cfg.value_init]
+    if source is None:
+        raise ConfigError(
+            f"ppo.value_init is {cfg.value_init!r}, but there is no such model in this run; train it, or set "
+            f"ppo.value_init to {' or '.join(repr(name) for name, found in sources.items() if found is not None)}"
+        )
+    value_model = load_token_classifier(source, model, id2label={0: "value"})
+    if cfg.value_init == "reward_model":
+        with torch.no_grad():
+            classification_head(value_model).weight.copy_(classification_head(source).weight)
+    return value_model
+
+
+def save_value_head(head: nn.Linear, folder: Path) -> None:
+    """Write the head of a shared value model: safetensors, and a JSON that says what it reads."""
+    about = {
+        "hidden_size": head.in_features,
+        "dtype": str(head.weight.dtype).removeprefix("torch."),
+        "reads": "the policy's last hidden state (after its final norm), in the column before the action's token",
+    }
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with write_aside(folder / "value_head.safetensors") as aside:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}, aside)
+        write_json(folder / "value_head.json", about)
+
+    on_main_process(write)
+
+
+def load_value_head(folder: Path) -> nn.Linear:
+    """The head that `save_value_head` wrote; CheckpointError where there is none."""
+    weights, about = folder / "value_head.safetensors", folder / "value_head.json"
+    if not weights.is_file() or not about.is_file():
+        raise CheckpointError(
+            f"no value head in {folder}: wanted {weights.name} and {about.name}, as a PPO run with "
+            "ppo.value_model=shared writes them; a separate value model loads with AutoModelForTokenClassification"
+        )
+    described = json.loads(about.read_text(encoding="utf-8"))
+    head = nn.Linear(described["hidden_size"], 1, dtype=getattr(torch, described["dtype"]))
+    head.load_state_dict(load_file(weights))
+    return head
+
+
+def _new_value_head(policy: PreTrainedModel) -> nn.Linear:
+    # float32 at least: the 8 bits of a bfloat16 value would be noise in every advantage.
+    weight = policy.get_output_embeddings().weight
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    head = nn.Linear(policy.config.get_text_config().hidden_size, 1, dtype=dtype, device=weight.device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def _inputs(model: nn.Module, ids_BL: Tensor, attention_mask_BL: Tensor) -> dict[str, Tensor | bool]:
+    """The first L - 1 columns as a model's inputs. Positions count real tokens, or padding would shift them."""
+    mask_BK = attention_mask_BL[:, :-1].long()
+    inputs: dict[str, Tensor | bool] = {
+        "input_ids": ids_BL[:, :-1],
+        "attention_mask": mask_BK,
+        "use_cache": False,
+    }
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = (mask_BK.cumsum(dim=1) - 1).clamp(min=0)
+    return inputs
+
+
+def _logits(model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor, response_length: int) -> Tensor:
+    return last_logits(model, _inputs(model, ids_BL, attention_mask_BL), response_length)
+
+
+def _hidden_states(model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor, response_length: int) -> Tensor:
+    body = backbone(model)
+    return body(**_inputs(body, ids_BL, attention_mask_BL)).last_hidden_state[:, -response_length:].contiguous()
+
+
+@torch.no_grad()
+def _check_plain_head(policy: PreTrainedModel) -> None:
+    """Refuse models that do more than one matrix product from the last hidden state to the logits."""
+    head = policy.get_output_embeddings()
+    ids = torch.arange(2, device=head.weight.device).unsqueeze(0)
+    logits = policy(input_ids=ids, use_cache=False).logits
+    product = head(backbone(policy)(input_ids=ids, use_cache=False).last_hidden_state)
+    rounding = 16 * torch.finfo(product.dtype).eps * float(product.abs().max())
+    if not torch.allclose(logits, product, rtol=0, atol=rounding):
+        raise ConfigError(
+            f"the logits of {type(policy).__name__} are not just its last hidden state times its head (they are capped "
+            "or scaled), which ppo.chunk_tokens and ppo.value_model=shared rely on; set ppo.chunk_tokens=null and "
+            "ppo.value_model=separate"
+        )

@@ -1,0 +1,93 @@
+"""Direct preference optimisation (Rafailov et al. 2023): a policy that carries its reward in its own log-ratio.
+
+The policy that maximises a reward under a KL leash has r(x, a) = beta log pi(a | x) / pi_ref(a | x), up to a term of
+the prompt alone; DPO fits that r to comparisons. Token by token the log-ratio is a reward for each action, and PPO can
+be given it (RTO, Zhong et al. 2024, arXiv 2404.18922).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tlcr.models.loading import answer_logprobs
+from tlcr.text.padding import collate_completions
+from tlcr.training.distributed import process_count, process_index, sum_over_processes
+from tlcr.training.supervised import LossParts, ranking_loss
+from tlcr.types import EncodedComparison
+
+
+@dataclass(frozen=True)
+class ReferencedComparison:
+    """A preference pair with the reference's log-probability of either answer, in nats."""
+
+    comparison: EncodedComparison
+    ref_chosen: float
+    ref_rejected: float
+
+    @property
+    def length(self) -> int:
+        return self.comparison.length
+
+
+def collate_referenced(pairs: Sequence[ReferencedComparison], *, pad_token_id: int) -> dict[str, Tensor]:
+    """The chosen answers, then the rejected ones, as rows padded on the right: ids and attention_mask (2B, L),
+    answer_mask (2B, K) over the last K columns, ref_logprobs (2B,)."""
+    answers = [pair.comparison.chosen for pair in pairs] + [pair.comparison.rejected for pair in pairs]
+    references = [pair.ref_chosen for pair in pairs] + [pair.ref_rejected for pair in pairs]
+    return {**collate_completions(answers, pad_token_id=pad_token_id), "ref_logprobs": torch.tensor(references)}
+
+
+def dpo_loss(model: PreTrainedModel, batch: dict[str, Tensor], *, beta: float) -> LossParts:
+    """`ranking_loss` of r_chosen - r_rejected (DPO, eq. 7), where
+
+        r = beta (log pi(a | x) - log pi_ref(a | x))
+
+    with the log-probability of an answer the sum over its tokens, its end of sequence among them. Statistics beside
+    those of `ranking_loss`: reward_chosen and reward_rejected, the means of r; both falling while the margin grows
+    means that probability is taken from both answers.
+    """
+    rewards_B = beta * (_answer_totals(model, batch) - batch["ref_logprobs"])
+    chosen_B, rejected_B = rewards_B.chunk(2)
+    parts, pairs = ranking_loss(chosen_B - rejected_B), len(chosen_B)
+    rewards = {
+        "reward_chosen": (chosen_B.sum().detach(), pairs),
+        "reward_rejected": (rejected_B.sum().detach(), pairs),
+    }
+    return replace(parts, statistics={**parts.statistics, **rewards})
+
+
+@torch.no_grad()
+def with_reference(
+    model: PreTrainedModel, comparisons: Sequence[EncodedComparison], *, pad_token_id: int, batch_size: int
+) -> list[ReferencedComparison]:
+    """The comparisons with `model`'s log-probabilities: the reference is read once, and not needed while training.
+
+    batch_size: comparisons at a time on a process; the processes share the work.
+    """
+    totals_N2 = torch.zeros(len(comparisons), 2, dtype=torch.float64)
+    mine = range(process_index(), len(comparisons), process_count())
+    by_length = sorted(mine, key=lambda i: -comparisons[i].length)
+    for start in range(0, len(by_length), batch_size):
+        rows = by_length[start : start + batch_size]
+        answers = [comparisons[i].chosen for i in rows] + [comparisons[i].rejected for i in rows]
+        batch = {
+            name: tensor.to(model.device)
+            for name, tensor in collate_completions(answers, pad_token_id=pad_token_id).items()
+        }
+        totals_N2[rows] = torch.stack(_answer_totals(model, batch).double().cpu().chunk(2), dim=1)
+    return [
+        ReferencedComparison(comparison, *totals)
+        for comparison, totals in zip(comparisons, sum_over_processes(totals_N2).tolist(), strict=True)
+    ]
+
+
+def _answer_totals(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """(B,) the log-probability of each answer."""
+    answer_mask_BK = batch["answer_mask"]
+    logprobs_BK = answer_logprobs(model, batch["ids"], batch["attention_mask"], answer_mask_BK.shape[1])
+    return torch.where(answer_mask_BK, logprobs_BK, 0.0).sum(dim=1)

@@ -1,0 +1,91 @@
+"""Norms and gated feed-forward layers of transformers' models by the ops of tlcr, in low precision on a CPU.
+
+transformers writes both in a few operations of torch, each of which reads and writes all of a layer's activations and
+keeps what it read for the backward pass. `ops.rms_norm` and `ops.gated_silu` go through them once and keep their
+inputs (docs/ppo_step.md says what that gives). Models in float32 stay as they are, and with them what they say to the
+last bit, here as elsewhere; and so do models on a GPU, for which Liger has such kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from inspect import signature
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tlcr import ops
+from tlcr.training.optim import LOW_PRECISION
+
+Forward = Callable[[Any, Tensor], Tensor]
+
+# Of the elements of a probe in bfloat16, the share that another order of summation may round to a neighbour.
+# Another order of rounding changes more than a tenth, another formula nearly all.
+ROUNDED_OTHERWISE = 0.02
+
+
+def fuse_layers(model: PreTrainedModel) -> None:
+    """Gives the layers of ``model`` that this module knows their forward pass from here, in place.
+
+    Known is a layer that computes the same: a class is tried with random weights on random input before its layers are
+    changed. What a model computes in float32 or on a GPU stays transformers' own.
+    """
+    forwards: dict[type[nn.Module], Forward | None] = {}
+    for module in model.modules():
+        kind = type(module)
+        if kind not in forwards:
+            forwards[kind] = _forward_for(module)
+        forward = forwards[kind]
+        if forward is not None:
+            module.forward = MethodType(forward, module)
+
+
+def _forward_for(module: nn.Module) -> Forward | None:
+    if set(dict(module.named_parameters())) == {"weight"} and hasattr(module, "variance_epsilon"):
+        forward, width = _norm, module.get_parameter("weight").numel()
+    elif {name for name, _ in module.named_children()} == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        forward, width = _gated, getattr(module.get_submodule("gate_proj"), "in_features", 0)
+    else:
+        return None
+    if len(signature(type(module).forward).parameters) != 2:  # self and x
+        return None
+    return forward if _computes(module, forward, width) else None
+
+
+@torch.no_grad()
+def _computes(module: nn.Module, forward: Forward, width: int) -> bool:
+    """Whether ``forward`` is what ``module`` computes: on a copy in bfloat16, which shows where it rounds, and whose
+    weights are all different numbers."""
+    parameters = list(module.parameters())
+    if not parameters or not all(_is_for_us(parameter) for parameter in parameters):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    random = deepcopy(module).bfloat16()
+    for parameter in random.parameters():
+        nn.init.normal_(parameter, mean=1.0, generator=generator)
+    x_NH = torch.randn(64, width, generator=generator).bfloat16()
+    theirs_NH, ours_NH = random(x_NH), forward(random, x_NH)
+    if ours_NH.shape != theirs_NH.shape or ours_NH.dtype != theirs_NH.dtype:
+        return False
+    return bool((ours_NH != theirs_NH).float().mean() <= ROUNDED_OTHERWISE)
+
+
+def _is_for_us(x: Tensor) -> bool:
+    return x.dtype in LOW_PRECISION and x.device.type == "cpu"
+
+
+def _norm(self: Any, x: Tensor) -> Tensor:
+    if not _is_for_us(x) or x.dtype != self.weight.dtype:
+        return type(self).forward(self, x)
+    return ops.rms_norm(x, self.weight, eps=self.variance_epsilon)
+
+
+def _gated(self: Any, x: Tensor) -> Tensor:
+    if not _is_for_us(x):
+        return type(self).forward(self, x)
+    answer: Tensor = self.down_proj(ops.gated_silu(self.gate_proj(x), self.up_proj(x)))
+    return answer

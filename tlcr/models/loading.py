@@ -1,0 +1,347 @@
+"""Tokenizers and models as the Hugging Face libraries know them: loaded, given a head, and saved for anyone to load."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.initialization import no_init_weights
+
+from tlcr import ops
+from tlcr.config.schema import ModelConfig
+from tlcr.errors import ConfigError, DataError
+from tlcr.models import attention
+from tlcr.models.layers import fuse_layers
+from tlcr.training.checkpoint import sync_folder, write_aside
+from tlcr.training.distributed import on_main_process
+
+TWO_CLASSES = {0: "negative", 1: "positive"}
+THREE_CLASSES = {0: "negative", 1: "neutral", 2: "positive"}
+CONFIG = "config.json"
+HEADS = ("score", "classifier")
+
+
+def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of ``cfg``, checked for what tlcr needs: offsets, an end-of-sequence token and a padding token.
+
+    Raises ConfigError where one is missing, with the setting that supplies it.
+    """
+    source = _named(cfg.tokenizer or cfg.path)
+    with _loading("tokenizer", source):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source,
+            trust_remote_code=cfg.trust_remote_code,
+            **({"gguf_file": cfg.gguf_file} if cfg.gguf_file and not cfg.tokenizer else {}),
+        )
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"the tokenizer {source!r} is a {type(tokenizer).__name__}, which gives no character offsets; tlcr aligns "
+            "text and tokens by them: name a fast one (a folder with tokenizer.json) with model.tokenizer"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"the tokenizer {source!r} has no end-of-sequence token; answers could never end: set eos_token in its "
+            "tokenizer_config.json"
+        )
+    if cfg.pad_token is not None:
+        if cfg.pad_token not in tokenizer.get_vocab():
+            raise ConfigError(
+                f"model.pad_token {cfg.pad_token!r} is not in the vocabulary of {source!r}; name a token that is, such "
+                f"as {tokenizer.eos_token!r}"
+            )
+        tokenizer.pad_token = cfg.pad_token
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(
+            f"the tokenizer {source!r} has no padding token; set model.pad_token: {tokenizer.eos_token!r} (its "
+            "end-of-sequence token: safe here, because every mask comes from lengths and never from ids)"
+        )
+    if cfg.chat_template is not None:
+        tokenizer.chat_template = _template(cfg.chat_template)
+    return tokenizer
+
+
+def load_causal_lm(cfg: ModelConfig) -> PreTrainedModel:
+    """The causal language model of ``cfg``, in its dtype, with no dropout. Safetensors only, or the GGUF file named."""
+    source = _named(cfg.path)
+    with _loading("language model", source):
+        if cfg.gguf_file:
+            # packed GGUF blocks can be neither trained nor saved
+            unpacked = GgufConfig(dequantize=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, gguf_file=cfg.gguf_file, quantization_config=unpacked, **_common(cfg)
+            )
+            model.config.quantization_config = None
+            model.hf_quantizer = None  # type: ignore[assignment]
+        else:
+            model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **_common(cfg))
+    return _prepared(model, cfg)
+
+
+def load_token_classifier(
+    source: str | Path | PreTrainedModel, cfg: ModelConfig, *, id2label: Mapping[int, str] | None = None
+) -> PreTrainedModel:
+    """A standard ``AutoModelForTokenClassification`` whose labels are negative/positive or negative/neutral/positive.
+
+    source: a folder (or hub name) with a trained classifier, or a causal LM, whose backbone is copied under a new head
+        (see ``_with_new_head``) and which stays as it is.
+    id2label: the labels wanted. None accepts either set, and is allowed for a folder only.
+
+    Raises ConfigError where a loaded classifier has other labels, or has them in another order.
+    """
+    if isinstance(source, PreTrainedModel):
+        if id2label is None:
+            raise ConfigError(
+                "a new token classifier needs id2label: TWO_CLASSES or THREE_CLASSES of tlcr.models.loading"
+            )
+        return _with_new_head(AutoModelForTokenClassification, source, cfg, dict(id2label))
+    model = _load_classifier(AutoModelForTokenClassification, source, cfg)
+    found = {int(index): label for index, label in (model.config.id2label or {}).items()}
+    accepted = [TWO_CLASSES, THREE_CLASSES] if id2label is None else [dict(id2label)]
+    if found not in accepted:
+        raise ConfigError(
+            f"the token classifier {str(source)!r} has the labels {_names(found)}; wanted "
+            f"{' or '.join(_names(labels) for labels in accepted)}, in this order: train it with 'tlcr train "
+            "discriminator', or rename id2label in its config.json if these are the same classes"
+        )
+    return model
+
+
+def load_sequence_classifier(source: str | Path | PreTrainedModel, cfg: ModelConfig) -> PreTrainedModel:
+    """A standard ``AutoModelForSequenceClassification`` with one output, the score of an answer.
+
+    source: as for ``load_token_classifier``. Raises ConfigError where a loaded classifier has more than one output.
+    """
+    if isinstance(source, PreTrainedModel):
+        return _with_new_head(AutoModelForSequenceClassification, source, cfg, {0: "score"})
+    model = _load_classifier(AutoModelForSequenceClassification, source, cfg)
+    if model.config.num_labels != 1:
+        raise ConfigError(
+            f"the reward model {str(source)!r} has {model.config.num_labels} outputs; wanted 1, the score "
+            "of an answer: train it with 'tlcr train reward-model'"
+        )
+    return model
+
+
+def backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head: ids to ``last_hidden_state`` (B, L, H)."""
+    base = model.base_model
+    if base is model:
+        raise ConfigError(f"{type(model).__name__} has no backbone of its own (base_model is the model itself)")
+    return base  # type: ignore[return-value]
+
+
+def classification_head(model: PreTrainedModel) -> nn.Linear:
+    """The linear layer from hidden states to the outputs of a token or sequence classifier."""
+    for name in HEADS:
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Linear):
+            return head
+    raise ConfigError(
+        f"{type(model).__name__} has no single linear head under {' or '.join(HEADS)}; use a decoder architecture "
+        "such as Llama, Qwen, Mistral, Gemma or GPT-2"
+    )
+
+
+def last_logits(model: PreTrainedModel, inputs: Mapping[str, Any], count: int) -> Tensor:
+    """The logits (B, count, V) of the last `count` columns of `inputs["input_ids"]`; no others are computed."""
+    keep: int | Tensor = count
+    if not torch.is_grad_enabled():
+        # Named one by one the columns are copied together. With a slice of them, outside autograd, torch multiplies row
+        # by row, and on a CPU copies the whole head for each.
+        ids_BL = inputs["input_ids"]
+        keep = torch.arange(max(0, ids_BL.shape[1] - count), ids_BL.shape[1], device=ids_BL.device)
+    return model(**inputs, logits_to_keep=keep).logits[:, -count:]
+
+
+def answer_logprobs(model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor, columns: int) -> Tensor:
+    """log p(token | all before it), (B, K) float32 nats, of the tokens in the last K = `columns` columns.
+
+    ids_BL, attention_mask_BL: (B, L), padded on the right; K < L, because nothing predicts the first column. The
+    log-probability of column j is read at column j - 1. What stands in padding means nothing. Gradients flow.
+    """
+    inputs = {"input_ids": ids_BL, "attention_mask": attention_mask_BL.long(), "use_cache": False}
+    logits_BKV = last_logits(model, inputs, columns + 1)[:, :-1]
+    return ops.score_tokens(logits_BKV, ids_BL[:, ids_BL.shape[1] - columns :]).logprobs
+
+
+def check_fits(model: PreTrainedModel, tokens: int, what: str) -> None:
+    """Raises DataError where ``what``, a text of ``tokens`` tokens, is longer than the model has positions."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise DataError(
+            f"{what} has {tokens} tokens, and the model reads at most {positions} (max_position_embeddings): lower "
+            "data.max_prompt_tokens, data.max_answer_tokens or rollout.max_new_tokens"
+        )
+
+
+def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end an answer: the tokenizer's, and those that the model's generation config names."""
+    named = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    if not ids:
+        raise ConfigError("neither tokenizer nor model names an end-of-sequence token; set the tokenizer's eos_token")
+    return sorted(ids)
+
+
+@contextmanager
+def generating_with(model: PreTrainedModel, sampling: GenerationConfig) -> Iterator[None]:
+    """`generate` fills what a given config leaves open from the model's own; so that one has to step aside."""
+    own = model.generation_config
+    model.generation_config = sampling
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def disable_dropout(model: PreTrainedModel) -> None:
+    """Sets every dropout of ``model`` to 0, in the modules and in the config that is saved with it.
+
+    PPO's ratios compare two passes of one policy: they must be the same function.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):  # some attentions keep the rate as a plain number
+                setattr(module, name, 0.0)
+    for config in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
+        for name, value in list(vars(config).items()):
+            if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
+                setattr(config, name, 0.0)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Writes model and tokenizer to ``folder`` so that ``AutoModel*.from_pretrained`` loads them from there.
+
+    Everything is written aside and then renamed into place, config.json last: a folder with a config.json is complete.
+    Other files of the folder stay. The padding id is noted in the config, for those who load the model elsewhere.
+    """
+    folder = Path(folder)
+
+    def write() -> None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+        parts = folder / ".model"
+        with write_aside(parts) as aside:
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+        names = {part.name for part in parts.iterdir()}
+        (folder / CONFIG).unlink(missing_ok=True)
+        for stale in folder.glob("*.safetensors*"):
+            if stale.name not in names:
+                stale.unlink()
+        for name in sorted(names - {CONFIG}):
+            os.replace(parts / name, folder / name)
+        os.replace(parts / CONFIG, folder / CONFIG)
+        parts.rmdir()
+        sync_folder(folder)
+
+    on_main_process(write)
+
+
+def _named(path: str) -> str:
+    if path == "embedded":
+        raise ConfigError(
+            "model.path 'embedded' is made by the pipeline: use 'tlcr run', or name the folder that it wrote, such as "
+            "<output_dir>/sft"
+        )
+    return path
+
+
+def _template(template: str) -> str:
+    if "{" in template:
+        return template
+    if not Path(template).is_file():
+        raise ConfigError(f"model.chat_template {template!r} is neither a Jinja template nor a file that exists")
+    return Path(template).read_text(encoding="utf-8")
+
+
+def _common(cfg: ModelConfig) -> dict[str, Any]:
+    return {
+        "dtype": getattr(torch, cfg.dtype),
+        "attn_implementation": _attention(cfg),
+        "trust_remote_code": cfg.trust_remote_code,
+    }
+
+
+def _attention(cfg: ModelConfig) -> str:
+    return attention.NAME if cfg.attn_implementation == "sdpa" else cfg.attn_implementation
+
+
+@contextmanager
+def _loading(what: str, source: str) -> Iterator[None]:
+    """Turns what a missing or foreign folder raises into one ConfigError line."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"cannot load a {what} from {source!r}: {reason[:400]}; give a folder that transformers can load (hub "
+            "names need the network, or a filled cache)"
+        ) from error
+
+
+def _prepared(model: PreTrainedModel, cfg: ModelConfig) -> PreTrainedModel:
+    disable_dropout(model)
+    fuse_layers(model)
+    if cfg.gradient_checkpointing:
+        # transformers 5.23 renamed it and warns of the old name, which is all that 5.20, the last for python 3.10, has
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    return model.eval()
+
+
+def _load_classifier(auto: Any, source: str | Path, cfg: ModelConfig) -> PreTrainedModel:
+    source = str(source)
+    with _loading("classifier", source):
+        model, report = auto.from_pretrained(source, use_safetensors=True, output_loading_info=True, **_common(cfg))
+    if report["missing_keys"]:
+        raise ConfigError(
+            f"{source!r} holds no trained {auto.__name__.removeprefix('AutoModelFor')} model: it lacks "
+            f"{', '.join(sorted(report['missing_keys']))}; name the folder of a trained one"
+        )
+    return _prepared(model, cfg)
+
+
+def _with_new_head(
+    auto: Any, causal_lm: PreTrainedModel, cfg: ModelConfig, id2label: dict[int, str]
+) -> PreTrainedModel:
+    """A classifier with a copy of the causal LM's backbone under a head of zeros.
+
+    Zeros (ours) make the first prediction the uninformed one, p = 1/2 for every token and equal scores for every
+    answer, whatever the hidden states' scale and the seed. The head's gradient is not zero there, so it moves at the
+    first step and the backbone from the second on.
+    """
+    config = deepcopy(causal_lm.config)
+    config.id2label = id2label
+    config.label2id = {label: index for index, label in id2label.items()}
+    config.classifier_dropout = 0.0
+    with no_init_weights():
+        model = auto.from_config(config, dtype=causal_lm.dtype, attn_implementation=_attention(cfg))
+    model.to(causal_lm.device)
+    backbone(model).load_state_dict(backbone(causal_lm).state_dict(), strict=True)
+    for parameter in classification_head(model).parameters():
+        nn.init.zeros_(parameter)
+    return _prepared(model, cfg)
+
+
+def _names(labels: Mapping[int, str]) -> str:
+    return "[" + ", ".join(labels[index] for index in sorted(labels)) + "]"

@@ -1,0 +1,155 @@
+"""How far the policy has moved from the reference: estimates of the KL divergence, and what each nat costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from tlcr.config.schema import KLConfig
+from tlcr.errors import CheckpointError, ConfigError, ShapeError, TrainingDiverged
+from tlcr.types import PolicyScores
+
+__all__ = ["AdaptiveKLController", "FixedKLController", "KLController", "build_kl_controller", "estimate_kl", "kl_of"]
+
+# Ziegler et al. 2019, section 2.2: the error that the controller reacts to is clipped to this.
+MAX_ERROR = 0.2
+
+
+def estimate_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
+    """Estimates KL(policy || reference) at each sampled token, in nats.
+
+        k1 = log p(a) - log q(a)        unbiased, of either sign
+        k2 = k1^2 / 2                   biased, never negative
+        k3 = exp(-k1) - 1 + k1          unbiased, never negative
+
+    Both arguments have one shape, that of the result: the log-probabilities, in nats, of the same sampled tokens under
+    the policy (p) and the reference (q). Differentiable. Where a token does not count the value is whatever its inputs
+    make it: mask it. Source: Schulman, "Approximating KL divergence", 2020.
+
+    Raises ShapeError where the shapes differ, ConfigError for another estimator ('full' is a sum over the vocabulary,
+    which two log-probabilities do not determine: it is `PolicyScores.kl_BT`).
+    """
+    if logprobs.shape != ref_logprobs.shape:
+        raise ShapeError(
+            f"estimate_kl: ref_logprobs has shape {tuple(ref_logprobs.shape)}, wanted {tuple(logprobs.shape)} to match "
+            "logprobs; score the same tokens under both models"
+        )
+    log_ratio = logprobs - ref_logprobs
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio.square()
+    if estimator == "k3":
+        # expm1 keeps the digits that exp(x) - 1 loses near 0, where a policy spends its first updates
+        return torch.expm1(-log_ratio) + log_ratio
+    raise ConfigError(
+        f"estimate_kl: estimator={estimator!r}, wanted 'k1', 'k2' or 'k3'; the exact KL ('full') comes from "
+        "score_rollout(exact_kl=True)"
+    )
+
+
+def kl_of(scores: PolicyScores, estimator: Literal["k1", "k2", "k3", "full"]) -> Tensor:
+    """The KL of each action of a rollout, (B, T) nats, by any estimator; 'full' needs scores with the exact KL."""
+    if estimator != "full":
+        return estimate_kl(scores.logprobs_BT, scores.ref_logprobs_BT, estimator)
+    if scores.kl_BT is None:
+        raise ConfigError(
+            "kl_of: estimator is 'full', but the scores hold no exact KL; use score_rollout(exact_kl=True)"
+        )
+    return scores.kl_BT
+
+
+class KLController(Protocol):
+    """Says what a nat of KL costs now, and learns from the KL of each round."""
+
+    coef: float
+
+    def update(self, kl_per_token: float, answers: int) -> None: ...
+
+    def state_dict(self) -> dict[str, float]: ...
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None: ...
+
+
+class FixedKLController:
+    """The same coefficient throughout."""
+
+    def __init__(self, coef: float) -> None:
+        self.coef = coef
+
+    def update(self, kl_per_token: float, answers: int) -> None:
+        """Leaves the coefficient; raises TrainingDiverged where the KL is not finite."""
+        _check_finite(kl_per_token, answers)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Takes the coefficient of a saved run; raises CheckpointError where the state holds none."""
+        self.coef = _saved_coef(state)
+
+
+class AdaptiveKLController:
+    """Moves the coefficient so that the KL settles at a target.
+
+        coef <- coef * (1 + clip(kl / target - 1, -0.2, 0.2) * min(answers / horizon, 1))
+
+    `kl` and `target` are in nats per token, `horizon` in answers. Source: Ziegler et al. 2019 (arXiv 1909.08593),
+    section 2.2. Theirs has no min(..., 1); without it a batch of more than 5 horizons could make the coefficient
+    negative and pay the policy for leaving the reference.
+    """
+
+    def __init__(self, coef: float, *, target: float, horizon: int) -> None:
+        if coef <= 0 or target <= 0 or horizon < 1:
+            raise ConfigError(
+                f"AdaptiveKLController: coef={coef!r}, target={target!r}, horizon={horizon!r}; wanted coef > 0, "
+                "target > 0 and horizon >= 1: a factor cannot move a coefficient away from 0"
+            )
+        self.coef = coef
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, kl_per_token: float, answers: int) -> None:
+        """Adapts to the mean KL (nats per counted token) of the round's `answers`, both over all processes.
+
+        Raises TrainingDiverged where the KL is not finite.
+        """
+        _check_finite(kl_per_token, answers)
+        error = min(max(kl_per_token / self.target - 1, -MAX_ERROR), MAX_ERROR)
+        self.coef *= 1 + error * min(answers / self.horizon, 1)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Takes the coefficient of a saved run; raises CheckpointError where the state holds none."""
+        self.coef = _saved_coef(state)
+
+
+def build_kl_controller(cfg: KLConfig) -> KLController:
+    """The controller that `cfg` describes: adaptive where it names a target, else fixed."""
+    if cfg.target is None:
+        return FixedKLController(cfg.coef)
+    return AdaptiveKLController(cfg.coef, target=cfg.target, horizon=cfg.horizon)
+
+
+def _check_finite(kl_per_token: float, answers: int) -> None:
+    if not math.isfinite(kl_per_token):
+        raise TrainingDiverged(
+            f"the KL to the reference is {kl_per_token} nats per token over {answers} answers, wanted a finite number; "
+            "lower ppo.learning_rate, raise kl.coef, or resume from an earlier checkpoint"
+        )
+
+
+def _saved_coef(state: Mapping[str, float]) -> float:
+    coef = state.get("coef")
+    if not isinstance(coef, (int, float)) or not math.isfinite(coef) or coef < 0:
+        raise CheckpointError(
+            f"the saved KL controller holds {dict(state)!r}, wanted a 'coef' of at least 0; "
+            "resume from another checkpoint"
+        )
+    return float(coef)

@@ -1,0 +1,174 @@
+"""Rollouts: prompts to sampled answers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from tlcr.config.schema import RolloutConfig
+from tlcr.errors import DataError
+from tlcr.models.loading import check_fits, end_of_sequence_ids, generating_with
+from tlcr.text.padding import pad_left
+from tlcr.text.tokenization import decode_text
+from tlcr.types import Rollout
+
+
+class PromptStream:
+    """An endless walk through the prompts, each pass in a new order that only the seed and the pass decide.
+
+    Its whole state is `cursor`, the number of prompts handed out so far.
+    """
+
+    def __init__(self, prompts: Sequence[str], seed: int, cursor: int = 0) -> None:
+        if not prompts:
+            raise DataError("there are no prompts to roll out; name a source with data.prompts or data.preferences")
+        self._prompts = prompts
+        self._seed = seed
+        self._pass, self._order = -1, torch.empty(0, dtype=torch.long)
+        self.cursor = cursor
+
+    def take(self, count: int) -> list[str]:
+        """The next `count` prompts."""
+        taken = [self._at(position) for position in range(self.cursor, self.cursor + count)]
+        self.cursor += count
+        return taken
+
+    def _at(self, position: int) -> str:
+        number, place = divmod(position, len(self._prompts))
+        if number != self._pass:
+            generator = seeded_generator("prompts", self._seed, number)
+            self._pass, self._order = number, torch.randperm(len(self._prompts), generator=generator)
+        return self._prompts[int(self._order[place])]
+
+
+@torch.no_grad()
+def generate(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    cfg: RolloutConfig,
+    *,
+    max_prompt_tokens: int,
+    generator: torch.Generator | None = None,
+) -> Rollout:
+    """Sample one answer for each prompt, at cfg.temperature, until the end of sequence or cfg.max_new_tokens.
+
+    policy: the model itself, not a data-parallel wrapper. A prompt longer than max_prompt_tokens keeps its end.
+    generator: where the randomness comes from; None: torch's global state. Only the settings of `cfg` shape the
+    distribution: sampling defaults that came with the model (top-p, penalties) do not apply.
+
+    The end of sequence is the tokenizer's, or any that the model's generation config names; it is the last counted
+    action of an answer that ended. Raises DataError for no prompts, or a prompt with no token that is
+    not padding.
+    """
+    if not prompts:
+        raise DataError("there are no prompts to answer; check data.prompts, data.held_out and evaluation.prompts")
+    _warn_of_truncated_sampling(cfg)
+    end_ids = end_of_sequence_ids(policy, tokenizer)
+    prompt_ids = _encode_prompts(tokenizer, prompts, max_prompt_tokens)
+    sampling = GenerationConfig(
+        do_sample=True,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        top_k=cfg.top_k,
+        max_new_tokens=cfg.max_new_tokens,
+        eos_token_id=end_ids,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    longest = max((len(ids) for ids in prompt_ids), default=0) + cfg.max_new_tokens
+    check_fits(policy, longest, "a prompt with an answer of full length")
+    answers: list[Tensor] = [torch.empty(0)] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda row: len(prompt_ids[row]))
+    with generating_with(policy, sampling), _seeded_by(generator, policy.device):
+        for start in range(0, len(prompts), cfg.batch_size):
+            rows = by_length[start : start + cfg.batch_size]
+            ids_BP, mask_BP = pad_left([prompt_ids[row] for row in rows], tokenizer.pad_token_id)
+            sampled_BL: Tensor = policy.generate(  # type: ignore[operator]
+                input_ids=ids_BP.to(policy.device), attention_mask=mask_BP.long().to(policy.device)
+            )
+            for row, answer_T in zip(rows, sampled_BL[:, ids_BP.shape[1] :], strict=True):
+                answers[row] = answer_T
+    response_ids_BT, mask_BT, ended_B = _cut_at_end(answers, end_ids, tokenizer.pad_token_id)
+    prompt_ids_BP, prompt_mask_BP = pad_left(prompt_ids, tokenizer.pad_token_id)
+    return Rollout(
+        prompts=tuple(prompts),
+        responses=tuple(
+            decode_text(tokenizer, ids[:length], context=prompt)
+            for prompt, ids, length in zip(
+                prompt_ids, response_ids_BT.tolist(), mask_BT.sum(dim=1).tolist(), strict=True
+            )
+        ),
+        prompt_ids_BP=prompt_ids_BP.to(policy.device),
+        prompt_mask_BP=prompt_mask_BP.to(policy.device),
+        response_ids_BT=response_ids_BT,
+        mask_BT=mask_BT,
+        ended_B=ended_B,
+    )
+
+
+def seeded_generator(purpose: str, *numbers: int) -> torch.Generator:
+    """A CPU generator that depends on its arguments only, so that a resumed run needs none of its history."""
+    state = 0
+    for part in (*purpose.encode(), *numbers):
+        # SplitMix64's finaliser: neighbouring seeds give unrelated streams (Steele, Lea and Flood 2014).
+        state = (state + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return torch.Generator().manual_seed(state >> 1)
+
+
+def _encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_prompt_tokens: int
+) -> list[list[int]]:
+    encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    meaningful = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    for index, ids in enumerate(encoded):
+        if all(token == tokenizer.pad_token_id and token not in meaningful for token in ids):
+            raise DataError(
+                f"prompt {index} is {prompts[index]!r}, which has no token but padding; there is nothing to answer: "
+                "drop it, or begin every prompt with the beginning-of-sequence token"
+            )
+    return [ids[-max_prompt_tokens:] for ids in encoded]
+
+
+def _cut_at_end(answers: Sequence[Tensor], end_ids: Sequence[int], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, mask and `ended` of answers cut after their first end of sequence. Only that one is looked for by its id:
+    what follows it is padding whatever it holds, also where padding and end of sequence share an id."""
+    sampled_BT = torch.nn.utils.rnn.pad_sequence(list(answers), batch_first=True, padding_value=pad_id)
+    is_end_BT = torch.isin(sampled_BT, torch.tensor(end_ids, device=sampled_BT.device))
+    width_B = torch.tensor([len(answer) for answer in answers], device=sampled_BT.device)
+    columns_T = torch.arange(sampled_BT.shape[1], device=sampled_BT.device)
+    is_end_BT &= columns_T < width_B.unsqueeze(1)
+    ended_B = is_end_BT.any(dim=1)
+    length_B = torch.where(ended_B, is_end_BT.int().argmax(dim=1) + 1, width_B)
+    longest = int(length_B.max())
+    mask_BT = columns_T[:longest] < length_B.unsqueeze(1)
+    return torch.where(mask_BT, sampled_BT[:, :longest], pad_id), mask_BT, ended_B
+
+
+@contextmanager
+def _seeded_by(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
+    if generator is None:
+        yield
+        return
+    seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _warn_of_truncated_sampling(cfg: RolloutConfig) -> None:
+    if cfg.top_p < 1 or cfg.top_k > 0:
+        warnings.warn(
+            f"rollout.top_p={cfg.top_p} and rollout.top_k={cfg.top_k} sample from a truncated distribution, while the "
+            "log-probabilities are those of the full one: PPO's ratios and the KL estimates are biased; "
+            "top_p=1 and top_k=0 avoid it",
+            stacklevel=3,
+        )

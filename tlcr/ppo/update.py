@@ -1,0 +1,294 @@
+"""One PPO update: passes over a rollout in minibatches, with clipped losses, guards and statistics.
+
+The update never knows where rewards came from: it sees advantages and returns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from tlcr import ops
+from tlcr.config.schema import KLConfig, PPOConfig
+from tlcr.errors import ConfigError, TrainingDiverged
+from tlcr.models.actor_critic import ActorCritic, PolicyOutput, Terms
+from tlcr.ppo.kl import estimate_kl
+from tlcr.ppo.microbatches import MicroBatch, MicroBatches
+from tlcr.training.optim import clip_gradients
+from tlcr.types import Advantages, PolicyScores, Rollout
+
+
+@dataclass(frozen=True)
+class UpdateStatistics:
+    """What happened in one update: means over its optimiser steps, over all processes.
+
+    Losses, fractions and KL follow PPOConfig.aggregate; `ratio_max` is the largest of all, `explained_variance`
+    1 - Var(returns - values) / Var(returns) of the values before the update. Gradient norms are those before clipping.
+    """
+
+    loss: float
+    policy_loss: float
+    value_loss: float
+    entropy: float
+    kl: float
+    clip_fraction: float
+    value_clip_fraction: float
+    approx_kl: float
+    ratio_max: float
+    policy_grad_norm: float
+    value_grad_norm: float
+    explained_variance: float
+    optimizer_steps: int
+    stopped_early: bool
+
+
+# Sums over micro-batches and processes, in the order of PPOLoss; the largest ratio and the norms are no sums.
+SUMMED = ("loss", "policy", "value", "entropy", "kl", "clip_fraction", "value_clip_fraction", "approx_kl")
+
+
+def ppo_update(
+    actor_critic: ActorCritic | DistributedDataParallel,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    scores: PolicyScores,
+    advantages: Advantages,
+    cfg: PPOConfig,
+    kl: KLConfig,
+    *,
+    kl_coef: float,
+    temperature: float,
+    reference: PreTrainedModel,
+    accelerator: Accelerator,
+    generator: torch.Generator,
+    value_only: bool = False,
+) -> UpdateStatistics:
+    """cfg.epochs passes over this process's share of a rollout; one optimiser step for each minibatch.
+
+    Every loss is a sum over tokens (or answers) divided by their number in the minibatch over all processes and
+    micro-batches, so that how a minibatch is cut or shared out changes nothing. generator: the order of the rows.
+    kl_coef: of the KL in the loss (KLConfig.placement "loss"), else unused. value_only: leave the policy as it is
+    (value warm-up).
+
+    The passes end early once approx_kl, KL(old || new) over a minibatch before its step, exceeds cfg.target_kl.
+    Raises TrainingDiverged, before the step is taken, for a loss or gradient that is not finite or a probability ratio
+    above cfg.max_ratio.
+    """
+    model: ActorCritic = accelerator.unwrap_model(actor_critic)
+    batches = MicroBatches(rollout)
+    counts_B = _weights(rollout.mask_BT, cfg)
+    explained_variance = _explained_variance(scores.values_BT, advantages.returns_BT, rollout.mask_BT, accelerator)
+    steps: list[_Step] = []
+    stopped_early = False
+    actor_critic.train()
+    for minibatches in _passes(len(rollout.mask_BT), cfg, accelerator.num_processes, generator):
+        denominators_M = accelerator.reduce(torch.stack([counts_B[rows].sum() for rows in minibatches]), "sum")
+        for rows, denominator in zip(minibatches, denominators_M.unbind(), strict=True):
+            optimizer.zero_grad(set_to_none=True)
+            micro_batches = batches.split(cfg.micro_batch_size, rows)
+            statistics = [
+                _backward(
+                    actor_critic,
+                    batch,
+                    scores,
+                    advantages,
+                    cfg,
+                    kl,
+                    denominator=denominator,
+                    kl_coef=kl_coef,
+                    temperature=temperature,
+                    reference=reference,
+                    accelerator=accelerator,
+                    value_only=value_only,
+                    last=batch is micro_batches[-1],
+                )
+                for batch in micro_batches
+            ]
+            step = _finish(statistics, model, cfg, accelerator)
+            step.check(cfg.max_ratio)
+            steps.append(step)
+            stopped_early = cfg.target_kl is not None and step.approx_kl > cfg.target_kl
+            if stopped_early:
+                break
+            optimizer.step()
+        if stopped_early:
+            break
+    optimizer.zero_grad(set_to_none=True)
+    actor_critic.eval()
+    return _summary(steps, explained_variance, stopped_early)
+
+
+def _passes(rows: int, cfg: PPOConfig, num_processes: int, generator: torch.Generator) -> Iterator[list[list[int]]]:
+    """For each pass the minibatches of this process: every row once, in a new order."""
+    if cfg.minibatch_size % num_processes:
+        raise ConfigError(
+            f"ppo.minibatch_size is {cfg.minibatch_size}, which {num_processes} processes cannot share evenly; "
+            f"make it a multiple of {num_processes}"
+        )
+    share = cfg.minibatch_size // num_processes
+    for _ in range(cfg.epochs):
+        order = torch.randperm(rows, generator=generator).tolist()
+        yield [order[start : start + share] for start in range(0, rows, share)]
+
+
+def _weights(mask_BT: Tensor, cfg: PPOConfig) -> Tensor:
+    """What each row adds to the denominator: its tokens, or itself."""
+    tokens_B = mask_BT.sum(dim=1)
+    return (tokens_B > 0).long() if cfg.aggregate == "sequence" else tokens_B
+
+
+def _backward(
+    actor_critic: ActorCritic | DistributedDataParallel,
+    batch: MicroBatch,
+    scores: PolicyScores,
+    advantages: Advantages,
+    cfg: PPOConfig,
+    kl: KLConfig,
+    *,
+    denominator: Tensor,
+    kl_coef: float,
+    temperature: float,
+    reference: PreTrainedModel,
+    accelerator: Accelerator,
+    value_only: bool,
+    last: bool,
+) -> ops.PPOLoss:
+    in_loss = kl.placement == "loss" and not value_only
+    terms: Terms = "value" if value_only else "both" if cfg.value_coef > 0 else "policy"
+    old_logprobs_BT = batch.take(scores.logprobs_BT)
+    # Gradients meet once a minibatch: DDP waits for the other processes in the last micro-batch only.
+    with nullcontext() if last else accelerator.no_sync(actor_critic):
+        output: PolicyOutput = actor_critic(
+            batch.ids_BL,
+            batch.attention_mask_BL,
+            batch.response_length,
+            temperature=temperature,
+            reference=reference if in_loss and kl.estimator == "full" else None,
+            terms=terms,
+        )
+        has_values = output.values_BT is not None
+        loss = ops.ppo_loss(
+            # While the value model warms up the policy is the old one, by definition.
+            old_logprobs_BT if output.logprobs_BT is None else output.logprobs_BT,
+            old_logprobs_BT,
+            batch.take(advantages.advantages_BT),
+            batch.mask_BT,
+            clip=cfg.clip,
+            clip_high=cfg.clip_high,
+            dual_clip=cfg.dual_clip,
+            values=output.values_BT,
+            old_values=batch.take(scores.values_BT) if has_values else None,
+            returns=batch.take(advantages.returns_BT) if has_values else None,
+            value_clip=cfg.value_clip,
+            value_coef=cfg.value_coef,
+            entropy=batch.take(scores.entropy_BT) if output.entropy_BT is None else output.entropy_BT,
+            entropy_coef=0.0 if value_only else cfg.entropy_coef,
+            kl=_kl_in_loss(output, batch.take(scores.ref_logprobs_BT), batch.mask_BT, kl) if in_loss else None,
+            kl_coef=kl_coef if in_loss else 0.0,
+            aggregate=cfg.aggregate,
+            denominator=denominator,
+        )
+        # DDP averages over processes; the denominator is global already.
+        accelerator.backward(loss.loss * accelerator.num_processes)
+    return loss
+
+
+def _kl_in_loss(output: PolicyOutput, ref_logprobs_BT: Tensor, mask_BT: Tensor, kl: KLConfig) -> Tensor:
+    if kl.estimator == "full":
+        assert output.kl_BT is not None
+        return output.kl_BT
+    assert output.logprobs_BT is not None
+    # Padding is given a ratio of 1: its exponential could overflow, and 0 times infinity would reach the gradient.
+    ref_logprobs_BT = torch.where(mask_BT, ref_logprobs_BT, output.logprobs_BT.detach())
+    return estimate_kl(output.logprobs_BT, ref_logprobs_BT, kl.estimator)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The statistics of one minibatch over all processes, on the host."""
+
+    summed: Sequence[float]
+    ratio_max: float
+    policy_grad_norm: float
+    value_grad_norm: float
+
+    @property
+    def approx_kl(self) -> float:
+        return self.summed[SUMMED.index("approx_kl")]
+
+    def check(self, max_ratio: float) -> None:
+        remedy = "lower ppo.learning_rate and ppo.value_learning_rate, raise kl.coef, or set ppo.target_kl"
+        for name, value in (
+            ("loss", self.summed[0]),
+            ("norm of the policy's gradient", self.policy_grad_norm),
+            ("norm of the value model's gradient", self.value_grad_norm),
+        ):
+            if not math.isfinite(value):
+                raise TrainingDiverged(f"the {name} is {value}; {remedy}")
+        if not self.ratio_max <= max_ratio:
+            raise TrainingDiverged(
+                f"a token became {self.ratio_max:.3g} times as probable as when it was sampled, more than "
+                f"ppo.max_ratio = {max_ratio:g}; {remedy}"
+            )
+
+
+def _finish(statistics: Sequence[ops.PPOLoss], model: ActorCritic, cfg: PPOConfig, accelerator: Accelerator) -> _Step:
+    """Clip the gradients, each network's by its own norm, and bring the minibatch's statistics to the host, at once."""
+    policy_norm = clip_gradients(model.policy_parameters(), cfg.max_grad_norm)
+    value_norm = clip_gradients(model.value_parameters(), cfg.max_grad_norm)
+    device = statistics[0].loss.device
+    own = torch.stack(
+        [
+            *(torch.stack([getattr(part, name).detach() for part in statistics]).sum() for name in SUMMED),
+            torch.stack([part.ratio_max for part in statistics]).max(),
+            policy_norm.to(device),
+            value_norm.to(device),
+        ]
+    ).double()
+    everyones_PS = accelerator.gather(own.unsqueeze(0))
+    sums = everyones_PS[:, : len(SUMMED)].sum(dim=0)
+    largest = everyones_PS[:, len(SUMMED) :].amax(dim=0)
+    values = torch.cat([sums, largest]).tolist()
+    return _Step(values[: len(SUMMED)], *values[len(SUMMED) :])
+
+
+def _explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, accelerator: Accelerator) -> Tensor:
+    """1 - Var(R - V) / Var(R) over the counted tokens of all processes; 0 where the returns are all alike."""
+
+    def variance(x_BT: Tensor) -> Tensor:
+        counted_BT = torch.where(mask_BT, x_BT.double(), 0.0)
+        total, count = accelerator.reduce(torch.stack([counted_BT.sum(), mask_BT.sum().double()]), "sum").unbind()
+        centred_BT = torch.where(mask_BT, counted_BT - total / count, 0.0)
+        return accelerator.reduce(centred_BT.square().sum(), "sum") / count
+
+    of_returns = variance(returns_BT)
+    return torch.where(of_returns > 0, 1 - variance(returns_BT - values_BT) / of_returns, 0.0)
+
+
+def _summary(steps: Sequence[_Step], explained_variance: Tensor, stopped_early: bool) -> UpdateStatistics:
+    loss, policy, value, entropy, kl, clip_fraction, value_clip_fraction, approx_kl = (
+        sum(column) / len(steps) for column in zip(*(step.summed for step in steps), strict=True)
+    )
+    return UpdateStatistics(
+        loss=loss,
+        policy_loss=policy,
+        value_loss=value,
+        entropy=entropy,
+        kl=kl,
+        clip_fraction=clip_fraction,
+        value_clip_fraction=value_clip_fraction,
+        approx_kl=approx_kl,
+        ratio_max=max(step.ratio_max for step in steps),
+        policy_grad_norm=sum(step.policy_grad_norm for step in steps) / len(steps),
+        value_grad_norm=sum(step.value_grad_norm for step in steps) / len(steps),
+        explained_variance=explained_variance.item(),
+        optimizer_steps=len(steps) - stopped_early,
+        stopped_early=stopped_early,
+    )

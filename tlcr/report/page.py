@@ -1,0 +1,397 @@
+"""The report of a run: one HTML page that needs nothing but itself, and a table for the terminal.
+
+Both show what `results.collect_results` found; no figure is computed twice. A part that the run does not have is
+replaced by a sentence that says so.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from tlcr.report import analysis as analysis_page
+from tlcr.report import figures
+from tlcr.report.results import collect_results, models_folder, read_config, read_json, write_results
+from tlcr.training.checkpoint import write_aside
+from tlcr.training.metrics import read_metrics
+
+SHOWN_ANSWERS = 6
+"""Prompts whose answers are shown for each arm."""
+
+TOKEN_MEASURES = {
+    "reward": ("Reward", "what the arm's reward pays for this token, KL aside"),
+    "advantage": ("Advantage", "how much better this token was than the value model expected: what PPO reinforces"),
+    "value": ("Value", "the reward that the value model expects from here on, before this token"),
+    "kl": ("KL", "log pi(token) - log pi_ref(token) in nats: above 0 the policy likes it more than the reference did"),
+}
+
+CURVES = {
+    "eval/gold_per_{per}": "Gold per {per}, held-out prompts",
+    "reward/mean_score": "Reward per token, KL aside (each arm's own scale)",
+    "kl/per_token": "KL to the reference, nats per token",
+    "length/mean": "Length, tokens per answer",
+    "policy/entropy": "Entropy, nats per token",
+    "length/ended_share": "Share of answers that end by themselves",
+    "value/explained_variance": "Explained variance of the value model",
+    "policy/clip_fraction": "Share of tokens whose update was clipped",
+}
+
+DISCRIMINATOR_METRICS = {
+    "auc_positive_negative": ("ROC-AUC, positive against negative tokens", "0.5 is chance, 1 is perfect"),
+    "auc_negative_rest": ("ROC-AUC, negative against all other tokens", "can it find what a reviser would remove?"),
+    "auc_positive_rest": ("ROC-AUC, positive against all other tokens", "can it find what a reviser would add?"),
+    "f1": ("F1 on edited tokens", "positive class, called positive where the reward is above 0"),
+    "pairwise_accuracy": ("Pairwise accuracy", "the revised answer has the higher mean token score"),
+    "pairwise_accuracy_preferences": ("Pairwise accuracy on preferences", "the same for chosen against rejected"),
+    "ece_before": ("Calibration error as trained", "mean |confidence - truth|; 0 is perfect"),
+    "ece_after": ("Calibration error after temperature", "fitted on the other half of the held-out pairs"),
+    "mean_reward_negative": ("Mean reward of negative tokens", "should be below 0"),
+    "mean_reward_neutral": ("Mean reward of kept tokens", "should be near 0"),
+    "mean_reward_positive": ("Mean reward of positive tokens", "should be above 0"),
+}
+
+
+def write_report(run_folder: str | Path) -> Path:
+    """Write results.json, results.md (its tables), frontier.svg and report.html of a run; return the page's path.
+
+    Raises DataError where the folder does not exist or a file in it cannot be read.
+    """
+    folder = Path(run_folder)
+    results = write_results(folder)
+    plot = _frontier_plot(results)
+    texts = {"results.md": render_tables(results), "report.html": render(folder, results, plot)}
+    if plot is not None:
+        texts["frontier.svg"] = figures.as_file(plot)
+    for name, text in texts.items():
+        with write_aside(folder / name) as aside:
+            aside.write_text(text, encoding="utf-8")
+    return folder / "report.html"
+
+
+def _template(name: str, *, html: bool) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tlcr.report"),
+        autoescape=html,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["number"] = number
+    return environment.get_template(name)
+
+
+def _tables(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What the tables of page and Markdown show."""
+    arms = list(dict.fromkeys(arm["name"] for arm in results["arms"]))
+    return {
+        "rows": [{**arm, "colour": figures.arm_colour(arms.index(arm["name"]))} for arm in results["arms"]],
+        "arms": [{"name": arm, "colour": figures.arm_colour(index)} for index, arm in enumerate(arms)],
+        "compares_kl": any(arm["kl_coef"] is not None for arm in results["arms"]),
+        "seeds": sorted({seed["seed"] for arm in results["arms"] for seed in arm["seeds"]}),
+        "frontier": results["frontier"],
+        "per": results["per"],
+        "other_per": "token" if results["per"] == "answer" else "answer",
+    }
+
+
+def render_tables(results: Mapping[str, Any]) -> str:
+    """The tables as Markdown."""
+    return _template("results.md.j2", html=False).render(**_tables(results))
+
+
+def render(folder: Path, results: Mapping[str, Any], frontier_plot: Markup | None) -> str:
+    """The page as text."""
+    arms = list(dict.fromkeys(arm["name"] for arm in results["arms"]))
+    config = read_config(folder)
+    name = folder.resolve().name
+    return _template("report.html.j2", html=True).render(
+        **_tables(results),
+        name=name,
+        has_gold=any(arm["after"]["gold_per_token"] is not None for arm in results["arms"]),
+        verdicts=verdicts(results),
+        frontier_plot=frontier_plot,
+        proxy_plot=_proxy_plot(results, arms),
+        curves_plot=_curves_plot(folder, results, arms),
+        discriminator=_discriminator(models_folder(folder)),
+        analysis=analysis_page.section(_analysis(models_folder(folder))),
+        labels=results["stages"].get("labels"),
+        labels_plot=_labels_plot(results["stages"].get("labels")),
+        stages={
+            name: held for name in ("reward_model", "dpo", "sft") if (held := _held_out(results["stages"].get(name)))
+        },
+        answers=_answers(folder, results),
+        token_measures=TOKEN_MEASURES,
+        config=(folder / "config.yaml").read_text(encoding="utf-8") if (folder / "config.yaml").exists() else None,
+        embedded=(config.get("model") or {}).get("path") == "embedded",
+        command=shlex.join(["tlcr", "run", f"{name}/config.yaml", "--output_dir", f"{name}-again"]),
+        versions=results["versions"],
+    )
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure for people: a fixed number of decimals, a real minus sign, a dash where there is none."""
+    if value is None:
+        return "–"  # noqa: RUF001
+    text = f"{value:.{digits}f}"
+    if float(text) == 0:
+        text = text.lstrip("-")
+    return text.replace("-", "\u2212")
+
+
+def verdicts(results: Mapping[str, Any]) -> list[str]:
+    """What the seeds say of the first arm against each other one, a sentence each."""
+    sentences = []
+    per = results["per"]
+    for c in (results["frontier"] or {}).get("comparisons", []):
+        if c["difference"] is None:
+            continue
+        sentence = (
+            f"At {number(c['kl'])} nats per {per} {c['arm']} earns {number(c['arm_gold']['mean'])} gold per {per} and "
+            f"{c['other']} {number(c['other_gold']['mean'])}, a difference of {number(c['difference'])}"
+        )
+        if c["interval"] is None:
+            sentence += "; one seed says nothing about chance."
+        else:
+            low, high = c["interval"]
+            sentence += f" (95% interval {number(low)} to {number(high)} over {len(c['seeds'])} seeds)"
+            better = c["arm"] if low > 0 else c["other"] if high < 0 else None
+            sentence += f": {better} is ahead." if better else ": the seeds do not tell them apart."
+        sentences.append(sentence)
+    return sentences
+
+
+def print_results(run_folder: str | Path, console: Console | None = None) -> None:
+    """Print the table of a run: gold, KL, length and ended share of every arm, and what the seeds say."""
+    results = collect_results(run_folder)
+    console = console or Console()
+    if not results["arms"]:
+        console.print(f"No policy has been evaluated in {run_folder} yet; 'tlcr run' trains and evaluates the arms.")
+        return
+    counts = sorted({len(arm["seeds"]) for arm in results["arms"]})
+    seeds = "one seed" if counts == [1] else f"mean ± sd over {' to '.join(map(str, counts))} seeds"
+    # Few columns, so that it stands in 80 characters without cutting a figure.
+    table = Table(title=f"Held-out prompts, {seeds}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    compares_kl = any(arm["kl_coef"] is not None for arm in results["arms"])
+    table.add_column("arm @ KL coefficient" if compares_kl else "arm", overflow="fold")
+    per = results["per"]
+    for heading in (f"gold per {per}", f"KL per {per}", "tokens", "ended"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for arm in results["arms"]:
+        before, after = arm["before"], arm["after"]
+        table.add_row(
+            arm["name"] if arm["kl_coef"] is None else f"{arm['name']} @ {arm['kl_coef']}",
+            f"{_mean(before[f'gold_per_{per}'])} → {_spread(after[f'gold_per_{per}'])}",
+            _spread(after[f"kl_per_{per}"]),
+            f"{_mean(before['length'], 1)} → {_mean(after['length'], 1)}",
+            _mean(after["ended_share"], 2),
+        )
+    console.print(table)
+    for sentence in verdicts(results):
+        console.print(sentence, highlight=False)
+
+
+def _mean(mean: Mapping[str, Any] | None, digits: int = 3) -> str:
+    return number(None if mean is None else mean["mean"], digits)
+
+
+def _spread(mean: Mapping[str, Any] | None, digits: int = 3) -> str:
+    spread = f" ± {number(mean['sd'], digits)}" if mean is not None and mean["sd"] is not None else ""
+    return _mean(mean, digits) + spread
+
+
+# ---- plots
+
+
+def _along(results: Mapping[str, Any], measure: str) -> dict[str, tuple[list[figures.Curve], figures.Curve]]:
+    """Each arm's paths as (KL, measure), both per token or per answer: that of every seed, and their mean at the same
+    stop. measure: gold or proxy."""
+    measure, against = f"{measure}_per_{results['per']}", f"kl_per_{results['per']}"
+    found: dict[str, tuple[list[figures.Curve], figures.Curve]] = {}
+    for arm, by_seed in results["paths"].items():
+        ways = [
+            [
+                (p["stop"], p[against], p[measure])
+                for p in way
+                if p.get(against) is not None and p.get(measure) is not None
+            ]
+            for way in by_seed.values()
+        ]
+        ways = [way for way in ways if way]
+        if ways:
+            kl = dict(figures.mean_curve([[(stop, x) for stop, x, _ in way] for way in ways]))
+            height = dict(figures.mean_curve([[(stop, y) for stop, _, y in way] for way in ways]))
+            mean = [(kl[stop], height[stop]) for stop in kl]
+            found[arm] = [[(x, y) for _, x, y in way] for way in ways], mean
+    return found
+
+
+def _frontier_plot(results: Mapping[str, Any]) -> Markup | None:
+    if results["frontier"] is None:
+        return None
+    arms = list(dict.fromkeys(arm["name"] for arm in results["arms"]))
+    along = _along(results, "gold")
+    by_arm = {arm: seeds for arm, (seeds, _) in along.items()}
+    means = {arm: mean for arm, (_, mean) in along.items()}
+    levels = [level["kl"] for level in results["frontier"]["levels"]]
+    per = results["per"]
+    label = f"Gold per {per} against KL for every arm"
+    return Markup(figures.frontier_plot(by_arm, means, arms, levels, per, label))
+
+
+def _proxy_plot(results: Mapping[str, Any], arms: Sequence[str]) -> Markup | None:
+    gold, proxy = (_along(results, measure) for measure in ("gold", "proxy"))
+    both = {arm: (gold[arm][1], proxy[arm][1]) for arm in gold if arm in proxy}
+    if not both:
+        return None
+    label = "Gold and the arm's own reward against KL, a panel for every arm"
+    return Markup(figures.proxy_plot(both, arms, results["per"], label))
+
+
+def _curves_plot(folder: Path, results: Mapping[str, Any], arms: Sequence[str]) -> Markup | None:
+    panels = []
+    rows = {
+        (arm["name"], path): read_metrics(path)
+        for arm in results["arms"]
+        for seed in arm["seeds"]
+        if (path := folder / "ppo" / seed["folder"] / "metrics.jsonl").exists()
+    }
+    for template, title in CURVES.items():
+        key = template.format(per=results["per"])
+        by_arm: dict[str, list[figures.Curve]] = {}
+        for (name, _), own in rows.items():
+            curve = [(float(row["step"]), float(row[key])) for row in own if row.get(key) is not None]
+            if len(curve) > 1:
+                by_arm.setdefault(name, []).append(curve)
+        if by_arm:
+            panels.append((title.format(per=results["per"]), by_arm))
+    if not panels:
+        return None
+    return Markup(figures.curve_grid(panels, arms, "Metrics of training against PPO updates, " + ", ".join(arms)))
+
+
+def _labels_plot(labels: Mapping[str, Any] | None) -> Markup | None:
+    if not labels or not labels.get("edited_share_histogram"):
+        return None
+    return Markup(figures.histogram_plot(labels["edited_share_histogram"], "Pairs by their share of edited tokens"))
+
+
+def _held_out(stage: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A stage's metrics on held-out data, which it logged as eval/<name>; none where it was not evaluated."""
+    metrics = (stage or {}).get("metrics", {})
+    return {key.removeprefix("eval/"): value for key, value in metrics.items() if key.startswith("eval/")}
+
+
+def _discriminator(folder: Path) -> dict[str, Any] | None:
+    path = folder / "discriminator" / "evaluation.json"
+    if not path.exists():
+        return None
+    evaluation = read_json(path)
+    metrics = evaluation.get("metrics", {})
+    plot = None
+    if evaluation.get("reliability"):
+        plot = Markup(figures.reliability_plot(evaluation["reliability"], "Reliability of the discriminator"))
+    rows = [
+        {"title": title, "hint": hint, "value": metrics[key], "why": evaluation.get("undefined", {}).get(key)}
+        for key, (title, hint) in DISCRIMINATOR_METRICS.items()
+        if key in metrics
+    ]
+    return {"rows": rows, "plot": plot, "tokens": metrics.get("tokens"), "edited_share": metrics.get("edited_share")}
+
+
+def _analysis(folder: Path) -> dict[str, Any] | None:
+    path = folder / "analysis" / "analysis.json"
+    return read_json(path) if path.exists() else None
+
+
+def write_analysis_page(folder: Path, analysis: Mapping[str, Any], name: str) -> Path:
+    """analysis.html of a discriminator: what the report shows of it, and its calibration, as a page of its own."""
+    plot = figures.reliability_plot(analysis["reliability"], "Reliability of the discriminator")
+    text = _template("analysis_page.html.j2", html=True).render(
+        name=name, analysis=analysis_page.section(analysis), reliability_plot=Markup(plot)
+    )
+    with write_aside(folder / "analysis.html") as aside:
+        aside.write_text(text, encoding="utf-8")
+    return folder / "analysis.html"
+
+
+# ---- answers
+
+
+@dataclass(frozen=True)
+class ColouredToken:
+    """A token's text, the background of each measure as a CSS colour, and its figures in words."""
+
+    text: str
+    breaks: bool
+    """True where a line ends with it."""
+    colours: dict[str, str]
+    title: str
+
+
+def _answers(folder: Path, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For each arm: the first seed's answers before and after, prompt by prompt, and the scale of each measure."""
+    first = {row["name"]: row for row in reversed(results["arms"])}
+    shown = []
+    for arm in dict.fromkeys(row["name"] for row in results["arms"]):
+        seed = first[arm]["seeds"][0]
+        path = folder / "ppo" / seed["folder"] / "samples.jsonl"
+        if not path.exists():
+            continue
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        if not lines:
+            continue
+        scales = {measure: _scale([x for line in lines for x in line[measure]]) for measure in TOKEN_MEASURES}
+        colour = partial(_coloured, scales=scales)
+        by_prompt: dict[str, dict[str, Any]] = {}
+        for line in lines:
+            by_prompt.setdefault(line["prompt"], {})[line["when"]] = {"gold": line["gold"], "tokens": colour(line)}
+        shown.append(
+            {
+                "arm": arm,
+                "kl_coef": first[arm]["kl_coef"],
+                "seed": seed["seed"],
+                "scales": scales,
+                "prompts": [{"prompt": p, **sides} for p, sides in list(by_prompt.items())[:SHOWN_ANSWERS]],
+            }
+        )
+    return shown
+
+
+def _scale(values: Sequence[float]) -> float | None:
+    """The size at which a colour is full: the 98th percentile of |x|, so that one outlier does not pale the rest."""
+    sizes = sorted(abs(x) for x in values)
+    if not sizes or sizes[-1] == 0:
+        return None
+    return sizes[min(len(sizes) - 1, int(0.98 * len(sizes)))] or sizes[-1]
+
+
+def _coloured(line: Mapping[str, Any], scales: Mapping[str, float | None]) -> list[ColouredToken]:
+    tokens = []
+    for index, text in enumerate(line["tokens"]):
+        colours, words = {}, []
+        for measure, scale in scales.items():
+            # A rollout scored without a reward has no such list.
+            if index < len(line[measure]):
+                value = line[measure][index]
+                words.append(f"{TOKEN_MEASURES[measure][0].lower()} {number(value)}")
+                if scale:
+                    colours[measure] = _background(value / scale)
+        tokens.append(ColouredToken(text.replace("\n", "↵"), "\n" in text, colours, ", ".join(words)))
+    return tokens
+
+
+def _background(share: float) -> str:
+    """Blue above 0, orange below, as strong as |share|: told apart by colour-blind readers, over light and dark."""
+    base = "#2f7ed8" if share > 0 else "#e6820e"
+    return f"{base}{round(min(abs(share), 1.0) * 215):02x}"

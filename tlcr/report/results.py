@@ -1,0 +1,359 @@
+"""From the files of a run to its figures: what every arm reached, at which KL, and how sure the seeds are of it.
+
+Everything is read from the run's folder and nothing is trained or sampled here, so that a report can be made again
+at any time. Gold is compared at matched KL, because at the same coefficient a reward of larger scale buys more of both.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import yaml
+from scipy import stats
+
+from tlcr.config.trials import folder_of, read_folder
+from tlcr.errors import DataError
+from tlcr.evaluation.evaluate import MEASURES
+from tlcr.training.checkpoint import write_json
+from tlcr.training.metrics import read_metrics
+
+Curve = Sequence[Mapping[str, Any]]
+"""Evaluations, measure to value, in the order of training or of KL coefficients."""
+
+Per = Literal["token", "answer"]
+"""What gold and KL are taken per, so that answers of different length can be compared."""
+
+LEVELS = (0.25, 0.5, 1.0)
+"""Matched KL is looked at here, as shares of the KL that half of the arms reached."""
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class SeedRun:
+    """One trained policy: its arm and seed, what it was before and after, and the evaluations made on the way.
+
+    kl_coef: None where its arm was tried at a single coefficient.
+    """
+
+    arm: str
+    kl_coef: float | None
+    seed: int
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+    curve: tuple[Mapping[str, float], ...]
+    """Evaluations in the order of training, {"update": k, measure: value, ...}, the first and the last included."""
+
+    @property
+    def folder(self) -> PurePosixPath:
+        """Where it lies below ppo/."""
+        return folder_of(self.arm, self.kl_coef, self.seed)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean and standard deviation (n - 1) over seeds, and the two-sided 95 % interval of Student's t for the mean.
+
+    From a single seed there is neither deviation nor interval. Student's t and not a bootstrap, because resampling a
+    handful of seeds gives intervals that are far too short.
+    """
+
+    mean: float
+    sd: float | None
+    interval: tuple[float, float] | None
+    seeds: int
+
+
+def mean_over_seeds(values: Sequence[float]) -> Mean | None:
+    """None where there is no value."""
+    if not values:
+        return None
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return Mean(mean, None, None, 1)
+    sd = statistics.stdev(values)
+    low, high = stats.t.interval(CONFIDENCE, len(values) - 1, loc=mean, scale=stats.sem(values)) if sd else (mean, mean)
+    return Mean(mean, sd, (float(low), float(high)), len(values))
+
+
+# ---- gold at matched KL
+
+
+def gold_at_kl(
+    curve: Sequence[Mapping[str, Any]], kl: float, *, measure: str = "gold_per_token", against: str = "kl_per_token"
+) -> float | None:
+    """Gold where training first reached this KL: linear between the evaluation before and the one that reached it.
+
+    None where the run never got there. A run that leaves the level again and comes back counts as it first passed,
+    so that time spent over-optimising does not choose the best moment.
+    """
+    points = [(p[against], p[measure]) for p in curve if p.get(against) is not None and p.get(measure) is not None]
+    if not points:
+        return None
+    if points[0][0] >= kl:
+        return float(points[0][1])
+    for (kl_0, gold_0), (kl_1, gold_1) in itertools.pairwise(points):
+        if kl_1 >= kl:
+            return float(gold_0 + (gold_1 - gold_0) * (kl - kl_0) / (kl_1 - kl_0))
+    return None
+
+
+def gold_at_matched_kl(
+    curves: Mapping[int, Sequence[Mapping[str, Any]]],
+    kl: float,
+    *,
+    measure: str = "gold_per_token",
+    against: str = "kl_per_token",
+) -> dict[int, float]:
+    """Seed to gold at this KL, for the seeds whose run reached it."""
+    found = {seed: gold_at_kl(curve, kl, measure=measure, against=against) for seed, curve in curves.items()}
+    return {seed: gold for seed, gold in found.items() if gold is not None}
+
+
+def largest_kl(curve: Sequence[Mapping[str, Any]], against: str = "kl_per_token") -> float:
+    """The largest KL that a run reached at an evaluation; 0 where it was not measured."""
+    return max((float(p[against]) for p in curve if p.get(against) is not None), default=0.0)
+
+
+def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[str, Any] | None:
+    """Mean of ours - theirs over the seeds that both have, its sd, and the two-sided 95 % interval of Student's t.
+
+    Seeds share their prompts and sampling luck, so the difference is taken within a seed. None without a common seed.
+    """
+    seeds = sorted(ours.keys() & theirs.keys())
+    mean = mean_over_seeds([ours[s] - theirs[s] for s in seeds])
+    if mean is None:
+        return None
+    found = _plain(mean)
+    return {"difference": found["mean"], "sd": found["sd"], "interval": found["interval"], "seeds": seeds}
+
+
+def paths(runs: Iterable[SeedRun]) -> dict[str, dict[int, Curve]]:
+    """For each arm and seed, the way of its policies away from the reference, as evaluations in their order.
+
+    An arm that was tried at several KL coefficients: the reference, then where training ended under each coefficient,
+    the largest first. An arm with a single one: that run's evaluations on its way. "stop" numbers the points of a way.
+    """
+    grouped: dict[str, dict[int, list[SeedRun]]] = {}
+    for run in runs:
+        grouped.setdefault(run.arm, {}).setdefault(run.seed, []).append(run)
+    return {
+        arm: {
+            seed: _way(own, [run.kl_coef for runs in by_seed.values() for run in runs]) for seed, own in by_seed.items()
+        }
+        for arm, by_seed in grouped.items()
+    }
+
+
+def _way(own: Sequence[SeedRun], kl_coefs: Sequence[float | None]) -> Curve:
+    """The way of one seed. kl_coefs: of all seeds of its arm, so that a stop is the same coefficient for all."""
+    if own[0].kl_coef is None:
+        return [{**point, "stop": point["update"]} for point in own[0].curve]
+    stops = {coef: stop for stop, coef in enumerate(sorted({c for c in kl_coefs if c is not None}, reverse=True), 1)}
+    ends = [{**run.after, "stop": stops[run.kl_coef]} for run in own if run.kl_coef is not None]
+    return [{**own[0].before, "stop": 0}, *sorted(ends, key=lambda point: point["stop"])]
+
+
+def frontier(runs: Iterable[SeedRun], *, per: Per = "token") -> dict[str, Any] | None:
+    """Arms compared by gold at matched KL, both per token or per answer, along their `paths`.
+
+    levels: each arm's gold over its seeds at shares of the KL that half of the arms reached with every seed; None for
+    an arm that did not reach a level with every seed, because those that did would be a selection.
+    comparisons: the first arm against each other one, at the largest KL that all runs of these two reached.
+    None where no run has gold at a KL above 0.
+    """
+    measure, against = f"gold_per_{per}", f"kl_per_{per}"
+    curves = {
+        arm: measured
+        for arm, by_seed in paths(runs).items()
+        if (measured := {s: c for s, c in by_seed.items() if any(p.get(measure) is not None for p in c)})
+    }
+    if not curves:
+        return None
+    reached = {arm: min(largest_kl(c, against) for c in by_seed.values()) for arm, by_seed in curves.items()}
+
+    def at(arm: str, kl: float) -> dict[int, float]:
+        return gold_at_matched_kl(curves[arm], kl, measure=measure, against=against)
+
+    half = statistics.median_low(reached.values())
+    levels = [
+        {
+            "kl": share * half,
+            "arms": {
+                arm: _plain_mean(list(at(arm, share * half).values())) if reached[arm] >= share * half else None
+                for arm in curves
+            },
+        }
+        for share in LEVELS
+        if half > 0
+    ]
+    first, *others = curves
+    comparisons = []
+    for other in others:
+        kl = min(reached[first], reached[other])
+        if kl > 0:
+            ours, theirs = at(first, kl), at(other, kl)
+            comparisons.append(
+                {
+                    "arm": first,
+                    "other": other,
+                    "kl": kl,
+                    "arm_gold": _plain_mean(list(ours.values())),
+                    "other_gold": _plain_mean(list(theirs.values())),
+                    **(
+                        paired_difference(ours, theirs)
+                        or {"difference": None, "sd": None, "interval": None, "seeds": []}
+                    ),
+                }
+            )
+    if not levels and not comparisons:
+        return None
+    return {"measure": measure, "against": against, "reached": reached, "levels": levels, "comparisons": comparisons}
+
+
+def _plain(mean: Mean) -> dict[str, Any]:
+    interval = None if mean.interval is None else list(mean.interval)
+    return {"mean": mean.mean, "sd": mean.sd, "interval": interval, "seeds": mean.seeds}
+
+
+def _plain_mean(values: Sequence[float]) -> dict[str, Any] | None:
+    mean = mean_over_seeds(values)
+    return None if mean is None else _plain(mean)
+
+
+# ---- a run's folder
+
+
+def read_runs(folder: Path) -> list[SeedRun]:
+    """The PPO runs of a folder that have been evaluated: arms in the order of the config, coefficients from the
+    smallest, seeds in theirs."""
+    found = []
+    for path in (folder / "ppo").glob("**/seed-*/evaluation.json"):
+        evaluation = read_json(path)
+        arm, kl_coef, seed = read_folder(PurePosixPath(path.parent.relative_to(folder / "ppo")))
+        metrics = path.with_name("metrics.jsonl")
+        rows = read_metrics(metrics) if metrics.exists() else []
+        found.append(SeedRun(arm, kl_coef, seed, evaluation["before"], evaluation["after"], _curve(rows, evaluation)))
+    order = {name: place for place, name in enumerate(_arm_order(folder))}
+    return sorted(found, key=lambda run: (order.get(run.arm, len(order)), run.arm, run.kl_coef or 0.0, run.seed))
+
+
+def _arm_order(folder: Path) -> list[str]:
+    """Arm names as the config lists them; none where it has a single, unnamed one."""
+    config = read_config(folder)
+    return [arm["name"] for arm in config.get("arms") or []]
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any]) -> tuple[Mapping[str, float], ...]:
+    points: dict[int, dict[str, float]] = {}
+    for row in rows:
+        values = {name: row[f"eval/{name}"] for name in MEASURES if row.get(f"eval/{name}") is not None}
+        if values:
+            points[row["step"]] = {"update": row["step"], **values}
+    last = max((row["step"] for row in rows), default=1)
+    # The first and the last evaluation are those of evaluation.json, whether or not training logged them.
+    for step, when in ((0, "before"), (last, "after")):
+        taken = {name: value for name in MEASURES if (value := evaluation[when].get(name)) is not None}
+        points[step] = {"update": step, **taken}
+    return tuple(points[step] for step in sorted(points))
+
+
+def collect_results(folder: str | Path) -> dict[str, Any]:
+    """Everything that results.json holds, from the files of a run.
+
+    arms: for each, and each KL coefficient that it was tried at, its seeds' evaluations and curves, and mean, sd and
+    interval over seeds before and after. per: what gold and KL are compared per, `evaluation.per` of the config.
+    frontier: see `frontier`; paths: what it compares.
+    stages: the metrics of SFT, reward model, DPO and discriminator (done.json), the statistics of the labels, of the
+    first seed where each has models of its own; what was not run is absent. versions: of the libraries that trained.
+
+    Raises DataError where the folder does not exist or a file in it is no JSON.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"there is no run folder {str(folder)!r}; name the output_dir of a run")
+    runs = read_runs(folder)
+    arms = []
+    for name, kl_coef in dict.fromkeys((run.arm, run.kl_coef) for run in runs):
+        own = [run for run in runs if (run.arm, run.kl_coef) == (name, kl_coef)]
+        summary = {
+            when: {
+                measure: _plain_mean([v for r in own if (v := getattr(r, when).get(measure)) is not None])
+                for measure in MEASURES
+            }
+            for when in ("before", "after")
+        }
+        seeds = [
+            {
+                "seed": r.seed,
+                "folder": str(r.folder),
+                "before": dict(r.before),
+                "after": dict(r.after),
+                "curve": [dict(p) for p in r.curve],
+            }
+            for r in own
+        ]
+        arms.append({"name": name, "kl_coef": kl_coef, **summary, "seeds": seeds})
+    stages: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
+    models = models_folder(folder)
+    for stage in ("sft", "reward_model", "dpo", "discriminator"):
+        done = models / stage / "done.json"
+        if done.exists():
+            record = read_json(done)
+            stages[stage] = {"metrics": record.get("metrics", {}), "seconds": record.get("seconds")}
+            versions.update(record.get("versions") or {})
+    labels = models / "labels" / "statistics.json"
+    if labels.exists():
+        stages["labels"] = read_json(labels)
+    for done in sorted((folder / "ppo").glob("**/seed-*/done.json")):
+        versions.update(read_json(done).get("versions") or {})
+    per = compared_per(read_config(folder))
+    return {
+        "arms": arms,
+        "per": per,
+        "frontier": frontier(runs, per=per),
+        "paths": paths(runs),
+        "stages": stages,
+        "versions": versions,
+    }
+
+
+def compared_per(config: Mapping[str, Any]) -> Per:
+    """`evaluation.per` of a run's config, in plain values; its default depends on the scorer."""
+    evaluation = config.get("evaluation") or {}
+    per: Per = evaluation.get("per") or ("answer" if evaluation.get("scorer") else "token")
+    return per
+
+
+def models_folder(folder: Path) -> Path:
+    """Where the stages before PPO of a run lie; those of the first seed, where each seed has its own."""
+    seeded = sorted((folder / "models").glob("seed-*"), key=lambda path: int(path.name.removeprefix("seed-")))
+    return seeded[0] if seeded else folder
+
+
+def write_results(folder: str | Path) -> dict[str, Any]:
+    """Collect a run's results and write them to its results.json."""
+    results = collect_results(folder)
+    write_json(Path(folder) / "results.json", results)
+    return results
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value. DataError, naming the file, where it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not valid JSON ({error}); delete it and run that stage again") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved config of a run as plain values; empty where the folder has none."""
+    path = folder / "config.yaml"
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}

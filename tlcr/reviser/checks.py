@@ -1,0 +1,98 @@
+"""Is it a minimal edit? What became of each pair, in one word.
+
+A revision that is another answer would label nearly every token as wrong or right; one that changes nothing labels
+none. Both teach the discriminator something false, so they are set aside, and counted.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from rapidfuzz.distance import Levenshtein
+
+from tlcr.chat import Answer, NoAnswer
+from tlcr.chat.reading import is_refusal
+from tlcr.data.formats import RawPreference
+from tlcr.reviser.reading import Revision, read_revision
+
+__all__ = ["OUTCOMES", "Judged", "Outcome", "changed_share", "check_revision", "judge"]
+
+Outcome = Literal[
+    "revised",
+    "unchanged",
+    "empty",
+    "copied",
+    "rewritten",
+    "refusal",
+    "truncated",
+    "unreadable",
+    "declined",
+    "unanswered",
+    "missing",
+]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+
+COPIED = 0.1
+"""A revision that differs from the chosen answer in no more of the words is a copy of it ..."""
+NEAR = 0.3
+"""... unless the chosen answer is itself that near to the rejected one: then a copy is the minimal edit."""
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What became of a pair; ``revised`` is set where there is a revision, whether or not it passed."""
+
+    outcome: Outcome
+    detail: str = ""
+    revised: str | None = None
+    comparison: str = ""
+    reason: str = ""
+    changed_share: float | None = None
+
+
+def changed_share(before: str, after: str) -> float:
+    """Share of words changed: Levenshtein distance over words and marks, divided by the longer side's; in [0, 1]."""
+    return float(Levenshtein.normalized_distance(_WORD.findall(before), _WORD.findall(after)))
+
+
+def judge(pair: RawPreference, answer: Answer | NoAnswer, *, max_changed: float) -> Judged:
+    """What a model's answer, or the lack of one, means for the pair."""
+    if isinstance(answer, NoAnswer):
+        return Judged("declined" if answer.final else "unanswered", answer.reason)
+    if answer.finish == "refusal":
+        return Judged("refusal", answer.text)
+    if answer.finish == "length":
+        return Judged("truncated", f"cut off after {answer.answer_tokens} tokens; raise reviser.max_new_tokens")
+    revision = read_revision(answer.text)
+    if revision is None:
+        return Judged("refusal" if is_refusal(answer.text) else "unreadable", answer.text)
+    return check_revision(pair, revision, max_changed=max_changed)
+
+
+def check_revision(pair: RawPreference, revision: Revision, *, max_changed: float) -> Judged:
+    """Whether a revision is a minimal edit. White space at both ends is always the rejected answer's own: models drop
+    it, and a lost leading space would make the first token another one."""
+    body = revision.revised.strip()
+    if not body:
+        return Judged("empty", "the revision is blank", None, revision.comparison, revision.reason)
+    share = changed_share(pair.rejected, body)
+    outcome: Outcome = "revised"
+    detail = ""
+    if body.split() == pair.rejected.split():
+        outcome = "unchanged"
+    elif changed_share(pair.chosen, body) <= COPIED and changed_share(pair.chosen, pair.rejected) > NEAR:
+        outcome, detail = "copied", "the revision is the chosen answer"
+    elif share > max_changed:
+        outcome, detail = "rewritten", f"{share:.0%} of the words changed; reviser.max_changed is {max_changed:.0%}"
+    revised = pair.rejected if outcome == "unchanged" else _in_place_of(pair.rejected, body)
+    return Judged(outcome, detail, revised, revision.comparison, revision.reason, round(share, 4))
+
+
+def _in_place_of(rejected: str, body: str) -> str:
+    lead = rejected[: len(rejected) - len(rejected.lstrip())]
+    tail = rejected[len(rejected.rstrip()) :]
+    return lead + body + tail

@@ -1,0 +1,164 @@
+"""The reviser: rejected answers to minimally edited ones, checked, counted and written for the labels to read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+from tlcr.chat import AnswerStore, Question, ask
+from tlcr.chat.build import chat_model
+from tlcr.config.schema import DataConfig, ReviserConfig
+from tlcr.data.formats import RawPreference
+from tlcr.errors import ConfigError, DataError, EndpointError
+from tlcr.reviser.checks import OUTCOMES, Judged, Outcome, judge
+from tlcr.reviser.files import match_files
+from tlcr.reviser.prompt import VERSION, AnswerFormat, revision_question
+from tlcr.training.checkpoint import write_aside
+
+__all__ = ["ReviserStatistics", "questions_of", "revise", "write_revisions"]
+
+logger = logging.getLogger("tlcr")
+
+
+@dataclass(frozen=True)
+class ReviserStatistics:
+    """What became of all pairs."""
+
+    pairs: int
+    outcomes: dict[Outcome, int]
+    """Pairs by what became of them; every outcome is there."""
+    kept: int
+    changed_share_mean: float
+    """Mean share of changed words in what is kept, 0 where nothing is."""
+    changed_share_median: float
+    requests: int
+    """Requests that were sent in the life of the cache, and what they cost; 0 where nothing is asked for or paid."""
+    cost: float
+    template: str
+
+    def summary(self) -> str:
+        """One line for people."""
+        others = ", ".join(f"{count} {name}" for name, count in self.outcomes.items() if count and name != "revised")
+        return (
+            f"{self.pairs} pairs, {self.outcomes['revised']} revised ({self.changed_share_median:.0%} of the words "
+            f"changed, at the median){'; ' + others if others else ''}"
+            + (f"; {self.requests} requests, cost {self.cost:.4f}" if self.requests else "")
+        )
+
+
+def revise(
+    pairs: Sequence[RawPreference], cfg: ReviserConfig, data: DataConfig, cache: Path
+) -> tuple[list[Judged], ReviserStatistics]:
+    """What becomes of each pair's rejected answer. Answers of models are kept in ``cache``: what was answered before,
+    in a run that was killed too, is not asked again.
+
+    Raises:
+        ConfigError: ``cfg.backend`` is "none", or the cache is in use.
+        DataError: files that match no pair.
+        EndpointError, BudgetExhausted: see ``tlcr.chat.endpoint.Endpoint``. Where ``cfg.on_unanswered`` is "skip", a
+            cap leaves the pairs that it stopped unanswered.
+    """
+    if cfg.backend == "none":
+        raise ConfigError(
+            "reviser.backend is none; set it to endpoint, local or files, and see docs/reviser.md for what each needs"
+        )
+    if cfg.backend == "files":
+        judged = match_files(pairs, str(cfg.files), data, max_changed=cfg.max_changed)
+        return judged, _statistics(judged, cfg, (0, 0.0))
+    with AnswerStore(cache) as store:
+        model = chat_model(cfg, store)
+        judged = [Judged("unanswered")] * len(pairs)
+        waiting = list(range(len(pairs)))
+        for attempt in range(cfg.attempts):
+            questions = questions_of([pairs[row] for row in waiting], cfg, attempt=attempt)
+            label = "revise" if attempt == 0 else f"revise, attempt {attempt + 1}"
+            answers = ask(model, questions, store, label=label, past_caps=cfg.on_unanswered)
+            for row, answer in zip(waiting, answers, strict=True):
+                judged[row] = judge(pairs[row], answer, max_changed=cfg.max_changed)
+            settled = {*_kept(cfg), "declined", "unanswered"}
+            waiting = [row for row in waiting if judged[row].outcome not in settled]
+        return judged, _statistics(judged, cfg, store.totals())
+
+
+def _kept(cfg: ReviserConfig) -> tuple[Outcome, ...]:
+    """Outcomes that enter the training data."""
+    return ("revised", "unchanged") if cfg.keep_unchanged else ("revised",)
+
+
+def questions_of(pairs: Sequence[RawPreference], cfg: ReviserConfig, *, attempt: int = 0) -> list[Question]:
+    """The request for each pair."""
+    return [
+        revision_question(
+            pair,
+            _answer_format(cfg),
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            attempt=attempt,
+        )
+        for pair in pairs
+    ]
+
+
+def write_revisions(folder: Path, pairs: Sequence[RawPreference], judged: Sequence[Judged], cfg: ReviserConfig) -> Path:
+    """Writes ``revisions.jsonl``, which ``read_edits`` reads, and ``set_aside.jsonl``, with the reason for each; and
+    returns the path of the first.
+
+    Raises EndpointError where pairs are unanswered and ``on_unanswered`` is "raise", once both files are written, and
+    DataError where there is no revision at all.
+    """
+    path = folder / "revisions.jsonl"
+    kept = _kept(cfg)
+    with _lines(path) as revisions, _lines(folder / "set_aside.jsonl") as set_aside:
+        for pair, found in zip(pairs, judged, strict=True):
+            file = revisions if found.outcome in kept else set_aside
+            file.write(json.dumps({**asdict(pair), **asdict(found)}, ensure_ascii=False) + "\n")
+    counts = Counter(found.outcome for found in judged)
+    if counts["unanswered"] and cfg.on_unanswered == "raise":
+        first = next(found for found in judged if found.outcome == "unanswered")
+        raise EndpointError(
+            f"{counts['unanswered']} of {len(judged)} pairs got no answer, the first because: {first.detail}. Run the "
+            "same command again to ask for these alone, or set reviser.on_unanswered=skip to go on without them"
+        )
+    if not any(counts[name] for name in kept):
+        raise DataError(
+            f"none of the {len(judged)} answers is a usable revision "
+            f"({', '.join(f'{count} {name}' for name, count in counts.items())}); {folder / 'set_aside.jsonl'} has "
+            "them with the reasons"
+        )
+    return path
+
+
+@contextmanager
+def _lines(path: Path) -> Iterator[TextIO]:
+    with write_aside(path) as aside, aside.open("w", encoding="utf-8") as file:
+        yield file
+
+
+def _answer_format(cfg: ReviserConfig) -> AnswerFormat:
+    if cfg.answer_format == "auto":
+        return "json" if cfg.backend == "endpoint" else "marker"
+    return cfg.answer_format
+
+
+def _statistics(judged: Sequence[Judged], cfg: ReviserConfig, totals: tuple[int, float]) -> ReviserStatistics:
+    counts = Counter(found.outcome for found in judged)
+    shares = [found.changed_share or 0.0 for found in judged if found.outcome in _kept(cfg)]
+    found = ReviserStatistics(
+        pairs=len(judged),
+        outcomes={name: counts[name] for name in OUTCOMES},
+        kept=len(shares),
+        changed_share_mean=statistics.fmean(shares) if shares else 0.0,
+        changed_share_median=statistics.median(shares) if shares else 0.0,
+        requests=totals[0],
+        cost=totals[1],
+        template=VERSION,
+    )
+    logger.info("revisions: %s", found.summary())
+    return found

@@ -1,0 +1,391 @@
+"""From what a reward source says to the reward of every action, with an account of where it came from.
+
+Arithmetic only: no text, no models. One formula holds for every kind of reward,
+
+    r_t = clamp(scale (c_t - centre), -clip, clip) - kl_coef KL_t - length_penalty + [t is the last token] terminal
+
+where c_t is what the kind pays for token t (`compose_rewards`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tlcr import ops
+from tlcr.config.schema import LOGIT_KINDS, SHARED_SCORE_KINDS, RewardConfig
+from tlcr.errors import CheckpointError, ConfigError, DataError, ShapeError, TrainingDiverged
+from tlcr.types import Rewards, RewardSignal
+
+__all__ = ["PARTS", "RunningMean", "compose_rewards", "reward_accounting"]
+
+PARTS = ("dense", "terminal", "kl", "length")
+
+# One part that makes up more than this share of the return, though others were asked for, leaves them without a say.
+DOMINANT_SHARE = 0.95
+
+
+CENTRE_DECAY = 0.5
+"""What an older round counts for against the one after it (ours): the mean has to keep up with a policy that improves,
+or every token is paid the difference and answers grow to the length limit (docs/embedded_task.md)."""
+
+
+class RunningMean:
+    """The mean of everything seen so far, in which every update makes what came before count less.
+
+        total <- decay * total + sum of the counted values        mean = total / count
+        count <- decay * count + number of counted values
+
+    decay 1 is the plain mean of all values. `reduce` sums a tensor over all processes, so that every process holds the
+    same mean; it is called once for every update, also where nothing counts. The mean is 0 until something counted.
+    """
+
+    def __init__(self, decay: float = CENTRE_DECAY, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        if not 0 < decay <= 1:
+            raise ConfigError(f"RunningMean: decay is {decay!r}; it must be greater than 0 and at most 1")
+        self.decay = decay
+        self.reduce = reduce
+        self.total = 0.0
+        self.count = 0.0
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count if self.count else 0.0
+
+    def update(self, values_BT: Tensor, mask_BT: Tensor) -> None:
+        """Takes in the values, any float dtype, where the mask counts. Both (B, T)."""
+        counted_BT = torch.where(mask_BT, values_BT.double(), 0.0)
+        sums = torch.stack([counted_BT.sum(), mask_BT.sum().double()])
+        if self.reduce is not None:
+            sums = self.reduce(sums)
+        total, count = sums.tolist()
+        self.total = self.decay * self.total + total
+        self.count = self.decay * self.count + count
+
+    def state_dict(self) -> dict[str, float]:
+        return {"total": self.total, "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Takes the sums of a saved run; raises CheckpointError where they are missing or not finite."""
+        for name in ("total", "count"):
+            if not isinstance(state.get(name), (int, float)) or not math.isfinite(state[name]):
+                raise CheckpointError(
+                    f"the saved running mean holds {dict(state)!r}, wanted a finite '{name}'; "
+                    "resume from another checkpoint"
+                )
+        self.total = float(state["total"])
+        self.count = float(state["count"])
+
+
+@torch.no_grad()
+def compose_rewards(
+    signal: RewardSignal,
+    mask_BT: Tensor,
+    *,
+    ended_B: Tensor,
+    kl_BT: Tensor | None,
+    kl_coef: float,
+    cfg: RewardConfig,
+    temperature: float,
+    centre: RunningMean | None,
+) -> Rewards:
+    """The reward of every action: what the source says, less KL and penalties.
+
+    What the kind pays for token t, with p = softmax(logits_t / temperature) and d = p_positive - p_negative:
+
+        continuous      d                       (2 p_positive - 1 for two classes; paper, section 3.3)
+        discrete        0 where |d| <= band, else sign(d)
+        sign            sign(d)
+        positive_only   max(d, 0)
+        negative_only   min(d, 0)
+        sum_at_end      what 'continuous' pays for all counted tokens, at the last one
+        spans           the mean of d over the counted tokens of the span that holds t
+        sequence        nothing; the source's score is paid at the last token
+        uniform, attention, prefix_difference, dpo, random
+                        the source's number
+        callable        the source's numbers; d too, where it gives logits
+
+    compat 'tlcr-official' repeats the released code: it takes the softmax of probabilities, so that two classes pay
+    tanh(d / 2), at most 0.462, with the band on that scale; and what token t earned is paid to the action after it, so
+    that the first action gets nothing and what the last token earned is lost.
+
+    The parts of the result, each (B, T) and 0 where nothing counts, sum to the rewards; a part that was not asked for
+    is absent:
+
+        dense       clamp(scale * c_t, -clip, clip) - centre.mean at every counted token
+        terminal    at the last counted token: scale * terminal_B + sequence_coef * sequence_B; for 'sum_at_end' the sum
+                    of what would have been dense; then within +-terminal_clip
+        kl          -kl_coef * kl_BT at every counted token
+        length      -length_penalty at every counted token; -missing_eos_penalty at the last one where not ended_B
+
+    mask_BT (B, T) bool, ended_B (B,) bool; kl_BT (B, T) in nats, the estimate to be paid for, None where KL is in the
+    loss. With cfg.centre, `centre` takes in this batch's dense and kl parts together, then its mean is subtracted: a
+    token of average worth and average distance earns 0, so that neither talking on nor stopping at once pays (ours).
+    What stands at a position that does not count never matters; a row where nothing counts earns nothing. float32, or
+    float64 where the signal is; no gradient.
+
+    Raises ShapeError for tensors that do not fit, ConfigError for a kind whose signal is missing, DataError for a
+    signal that is not finite, TrainingDiverged for a KL that is not finite.
+    """
+    _check_shapes(signal, mask_BT, ended_B, kl_BT)
+    _check_signal(signal, mask_BT, cfg)
+    dtype = _dtype(signal, kl_BT)
+    last_BT = _last_counted(mask_BT)
+    parts: dict[str, Tensor] = {}
+
+    terminal_B = torch.zeros_like(ended_B, dtype=dtype)
+    pays_at_end = False
+    if kl_BT is not None and kl_coef != 0:
+        _check_kl(kl_BT, mask_BT)
+        parts["kl"] = torch.where(mask_BT, -kl_coef * kl_BT.to(dtype), 0.0)
+    token_BT = _token_rewards(signal, mask_BT, parts.get("kl"), cfg, temperature, centre)
+    if token_BT is not None and cfg.kind == "sum_at_end":
+        terminal_B, pays_at_end = token_BT.sum(-1).to(dtype), True
+    elif token_BT is not None:
+        parts["dense"] = token_BT.to(dtype)
+    if signal.terminal_B is not None:
+        terminal_B, pays_at_end = terminal_B + cfg.scale * signal.terminal_B, True
+    if signal.sequence_B is not None and cfg.sequence_coef != 0:
+        terminal_B, pays_at_end = terminal_B + cfg.sequence_coef * signal.sequence_B, True
+    if cfg.terminal_clip is not None:
+        terminal_B = terminal_B.clamp(-cfg.terminal_clip, cfg.terminal_clip)
+    if pays_at_end:
+        parts["terminal"] = torch.where(last_BT, terminal_B.to(dtype).unsqueeze(-1), 0.0)
+    if cfg.length_penalty != 0 or cfg.missing_eos_penalty != 0:
+        cut_BT = last_BT & ~ended_B.unsqueeze(-1)
+        parts["length"] = -(cfg.length_penalty * mask_BT.to(dtype) + cfg.missing_eos_penalty * cut_BT.to(dtype))
+
+    rewards_BT = torch.zeros(mask_BT.shape, dtype=dtype, device=mask_BT.device)
+    for part_BT in parts.values():
+        rewards_BT = rewards_BT + part_BT
+    return Rewards(rewards_BT, parts)
+
+
+@torch.no_grad()
+def reward_accounting(
+    rewards: Rewards, mask_BT: Tensor, *, reduce: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Where the return comes from: 0-d float64 tensors, ready to log.
+
+        reward/mean_token           mean reward of a counted token, all parts together
+        reward/mean_abs_token       mean |reward| of a counted token: the scale that kl.coef stands against
+        reward/mean_score           mean over counted tokens of dense + terminal: what the source paid
+        reward/mean_return          mean over answers of the sum of their rewards
+        reward/nonzero_share        share of counted tokens where dense + terminal is not 0
+        reward/share_<part>         sum of |part| over the sum of |every part|; dense, terminal, kl, length; 0 if absent
+        reward/dominated            1 where several parts are present and one has more than 95 % of that sum, else 0
+        reward/length_correlation   Pearson correlation, over answers, of return and length; 0 where either is constant
+
+    mask_BT (B, T) bool. `reduce` sums a tensor over all processes (`accelerator.reduce`); it is called once, and the
+    results are then exact over all of them. Answers with no counted token do not count. Source: ours.
+    """
+    rewards_BT = torch.where(mask_BT, rewards.rewards_BT.double(), 0.0)
+    zero_BT = torch.zeros_like(rewards_BT)
+    part_BT = {name: torch.where(mask_BT, rewards.parts.get(name, zero_BT).double(), 0.0) for name in PARTS}
+    score_BT = part_BT["dense"] + part_BT["terminal"]
+    # sums over all processes, then ratios: a mean of ratios would weigh a process by its being one
+    return_B, length_B = rewards_BT.sum(-1), mask_BT.sum(-1).double()
+    counts_B = length_B > 0
+    answers = counts_B.sum().double()
+    sums = torch.stack(
+        [
+            length_B.sum(),
+            answers,
+            rewards_BT.sum(),
+            rewards_BT.abs().sum(),
+            score_BT.sum(),
+            (score_BT != 0).sum().double(),
+            *(part_BT[name].abs().sum() for name in PARTS),
+            return_B.square().sum(),
+            length_B.square().sum(),
+            (return_B * length_B).sum(),
+        ]
+    )
+    if reduce is not None:
+        sums = reduce(sums)
+    tokens, answers, total, absolute, score, nonzero = sums[:6].unbind()
+    magnitudes = sums[6 : 6 + len(PARTS)]
+    return_square, length_square, product = sums[6 + len(PARTS) :].unbind()
+
+    shares = _ratio(magnitudes, magnitudes.sum())
+    dominated = (shares.max() > DOMINANT_SHARE).double() if len(rewards.parts) > 1 else torch.zeros_like(tokens)
+    covariance = answers * product - total * tokens
+    return_variance = answers * return_square - total.square()
+    length_variance = answers * length_square - tokens.square()
+    # what rounding alone leaves of the difference of two equal numbers is no variance
+    varies = (return_variance > 1e-12 * answers * return_square) & (length_variance > 1e-12 * answers * length_square)
+    correlation = _ratio(covariance, torch.where(varies, return_variance * length_variance, 0.0).sqrt())
+    return {
+        "reward/mean_token": _ratio(total, tokens),
+        "reward/mean_abs_token": _ratio(absolute, tokens),
+        "reward/mean_score": _ratio(score, tokens),
+        "reward/mean_return": _ratio(total, answers),
+        "reward/nonzero_share": _ratio(nonzero, tokens),
+        **{f"reward/share_{name}": share for name, share in zip(PARTS, shares.unbind(), strict=True)},
+        "reward/dominated": dominated,
+        "reward/length_correlation": correlation,
+    }
+
+
+def _token_rewards(
+    signal: RewardSignal,
+    mask_BT: Tensor,
+    kl_part_BT: Tensor | None,
+    cfg: RewardConfig,
+    temperature: float,
+    centre: RunningMean | None,
+) -> Tensor | None:
+    """clamp(scale * c_t, -clip, clip) - centre, 0 where not counted; None for a signal without token rewards."""
+    if signal.logits_BTC is None and signal.dense_BT is None:
+        return None
+    if cfg.centre and centre is None:
+        raise ConfigError(
+            "reward.centre is on, but compose_rewards got centre=None; pass a RunningMean that outlives it"
+        )
+    # scaling and clipping commute with the one-sided kinds, so that one call does it all
+    in_one_call = signal.dense_BT is None and cfg.kind != "spans"
+    token_BT = torch.zeros(mask_BT.shape, device=mask_BT.device)
+    logits_BTC = signal.logits_BTC
+    if logits_BTC is not None and cfg.compat == "tlcr-official":
+        logits_BTC, temperature = (logits_BTC / temperature).softmax(dim=-1), 1.0
+    if logits_BTC is not None:
+        token_BT = ops.fused_reward(
+            logits_BTC,
+            mask_BT,
+            temperature=temperature,
+            scale=cfg.scale if in_one_call else 1.0,
+            clip=cfg.clip if in_one_call else None,
+            kind="discrete" if cfg.kind in ("discrete", "sign") else "continuous",
+            band=cfg.band if cfg.kind == "discrete" else 0.0,
+        )
+        if cfg.kind == "positive_only":
+            token_BT = token_BT.clamp(min=0)
+        elif cfg.kind == "negative_only":
+            token_BT = token_BT.clamp(max=0)
+        elif cfg.kind == "spans":
+            token_BT = _span_means(token_BT, signal.spans_BT, mask_BT)
+    if signal.dense_BT is not None:
+        token_BT = token_BT + torch.where(mask_BT, signal.dense_BT, 0.0)
+    if not in_one_call:
+        token_BT = cfg.scale * token_BT
+        if cfg.clip is not None:
+            token_BT = token_BT.clamp(-cfg.clip, cfg.clip)
+    if cfg.compat == "tlcr-official":
+        token_BT = _one_action_late(token_BT, mask_BT)
+    if cfg.centre and centre is not None:
+        centre.update(token_BT if kl_part_BT is None else token_BT + kl_part_BT, mask_BT)
+        token_BT = torch.where(mask_BT, token_BT - centre.mean, 0.0)
+    return token_BT
+
+
+def _span_means(token_BT: Tensor, spans_BT: Tensor | None, mask_BT: Tensor) -> Tensor:
+    """Each counted token's value replaced by the mean over the counted tokens of its span; 0 where not counted."""
+    assert spans_BT is not None  # _check_signal saw to it
+    inside_BT = torch.where(mask_BT, spans_BT, 0)
+    sums_BT = torch.zeros_like(token_BT).scatter_add(1, inside_BT, token_BT)
+    counts_BT = torch.zeros_like(token_BT).scatter_add(1, inside_BT, mask_BT.to(token_BT.dtype))
+    return torch.where(mask_BT, (sums_BT / counts_BT.clamp(min=1)).gather(1, inside_BT), 0.0)
+
+
+def _one_action_late(token_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Each counted token's value at the next counted one: the first gets 0, and the last one's is lost."""
+    late_BT = torch.zeros_like(token_BT)
+    for row, counts_T in enumerate(mask_BT):
+        late_BT[row, counts_T] = pad(token_BT[row, counts_T], (1, 0))[:-1]
+    return late_BT
+
+
+def _last_counted(mask_BT: Tensor) -> Tensor:
+    """(B, T) bool: True at the last counted token of each row."""
+    counted_from_here_BT = mask_BT.flip(-1).cumsum(-1).flip(-1)
+    return mask_BT & (counted_from_here_BT == 1)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.where(denominator != 0, numerator / torch.where(denominator != 0, denominator, 1.0), 0.0)
+
+
+def _dtype(signal: RewardSignal, kl_BT: Tensor | None) -> torch.dtype:
+    given = (signal.logits_BTC, signal.dense_BT, signal.terminal_B, signal.sequence_B, kl_BT)
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in given)
+    return torch.float64 if wide else torch.float32
+
+
+def _check_shapes(signal: RewardSignal, mask_BT: Tensor, ended_B: Tensor, kl_BT: Tensor | None) -> None:
+    if mask_BT.ndim != 2 or mask_BT.dtype != torch.bool:
+        raise ShapeError(
+            f"compose_rewards: mask has shape {tuple(mask_BT.shape)} and dtype {mask_BT.dtype}, wanted (B, T) bool "
+            "(True counts)"
+        )
+    B, T = mask_BT.shape
+    if ended_B.shape != (B,) or ended_B.dtype != torch.bool:
+        raise ShapeError(
+            f"compose_rewards: ended has shape {tuple(ended_B.shape)} and dtype {ended_B.dtype}, wanted ({B},) bool"
+        )
+    logits_BTC = signal.logits_BTC
+    if logits_BTC is not None and (logits_BTC.ndim != 3 or logits_BTC.shape[:2] != (B, T)):
+        raise ShapeError(
+            f"compose_rewards: logits has shape {tuple(logits_BTC.shape)}, wanted ({B}, {T}, 2) or ({B}, {T}, 3); "
+            "index t is the discriminator's view of response token t, read at that token"
+        )
+    for name, tensor, wanted in (
+        ("dense", signal.dense_BT, (B, T)),
+        ("terminal", signal.terminal_B, (B,)),
+        ("sequence", signal.sequence_B, (B,)),
+        ("spans", signal.spans_BT, (B, T)),
+        ("kl", kl_BT, (B, T)),
+    ):
+        if tensor is not None and tensor.shape != wanted:
+            raise ShapeError(
+                f"compose_rewards: {name} has shape {tuple(tensor.shape)}, wanted {wanted}; a score for each answer is "
+                f"({B},), a reward for each token ({B}, {T}) with index t at the action that emitted token t"
+            )
+
+
+def _check_signal(signal: RewardSignal, mask_BT: Tensor, cfg: RewardConfig) -> None:
+    given = {
+        name: tensor
+        for name, tensor in (
+            ("logits", signal.logits_BTC),
+            ("dense", signal.dense_BT),
+            ("terminal", signal.terminal_B),
+            ("sequence", signal.sequence_B),
+        )
+        if tensor is not None
+    }
+    dense = dict.fromkeys((*SHARED_SCORE_KINDS, "dpo", "random"), "dense")
+    needs = {**dict.fromkeys(LOGIT_KINDS, "logits"), **dense, "sequence": "terminal"}.get(cfg.kind)
+    if cfg.kind == "spans" and signal.spans_BT is None:
+        needs = "spans"
+    if not given or (needs is not None and needs not in given):
+        raise ConfigError(
+            f"reward.kind is {cfg.kind!r}, but its source gave {', '.join(given) or 'nothing'} and no "
+            f"{needs or 'reward'}; make the source with build_reward_source, or set reward.kind to what it gives"
+        )
+    source = f"reward source {cfg.kind!r}" + (f" ({cfg.callable})" if cfg.callable else "")
+    for name, tensor in given.items():
+        counts = mask_BT.any(-1) if tensor.ndim == 1 else mask_BT
+        finite = torch.isfinite(tensor)
+        bad = counts & ~(finite.all(-1) if tensor.ndim == 3 else finite)
+        if bad.any():
+            first = bad.nonzero()[0].tolist()
+            place = f"answer {first[0]}" + (f", token {first[1]}" if len(first) > 1 else "")
+            raise DataError(
+                f"{source} gave {int(bad.sum())} of {int(counts.sum())} {name} values that are not finite, first at "
+                f"{place} ({tensor[tuple(first)].tolist()}); return finite numbers, 0 where it has no opinion"
+            )
+
+
+def _check_kl(kl_BT: Tensor, mask_BT: Tensor) -> None:
+    bad_BT = mask_BT & ~torch.isfinite(kl_BT)
+    if bad_BT.any():
+        row, token = bad_BT.nonzero()[0].tolist()
+        raise TrainingDiverged(
+            f"the KL to the reference is not finite at {int(bad_BT.sum())} tokens, first at answer {row}, token "
+            f"{token} ({kl_BT[row, token].item()}); lower ppo.learning_rate or raise kl.coef, and resume from an "
+            "earlier checkpoint"
+        )

@@ -1,0 +1,40 @@
+"""Reward sources: from a rollout to what one judge says of it, whatever the judge's tokenizer.
+
+A source that shares the policy's tokenizer reads the policy's very ids. Another one reads text, and its verdict is
+brought back to the policy's tokens by the characters that they share. Nothing is weighed here: that is
+the composition's work.
+"""
+
+from tlcr.rewards.sources.build import CombinedSource, LoadedModel, build_reward_source
+from tlcr.rewards.sources.callable import CallableSource, import_function
+from tlcr.rewards.sources.discriminator import DiscriminatorSource
+from tlcr.rewards.sources.judge import Judge, same_tokenizer
+from tlcr.rewards.sources.log_ratio import LogRatioSource
+from tlcr.rewards.sources.protocol import RewardSource
+from tlcr.rewards.sources.random import RandomSource
+from tlcr.rewards.sources.sequence import (
+    AttentionSource,
+    PrefixDifferenceSource,
+    SequenceRewardSource,
+    UniformSource,
+)
+from tlcr.rewards.sources.spans import SpanSource
+
+__all__ = [
+    "AttentionSource",
+    "CallableSource",
+    "CombinedSource",
+    "DiscriminatorSource",
+    "Judge",
+    "LoadedModel",
+    "LogRatioSource",
+    "PrefixDifferenceSource",
+    "RandomSource",
+    "RewardSource",
+    "SequenceRewardSource",
+    "SpanSource",
+    "UniformSource",
+    "build_reward_source",
+    "import_function",
+    "same_tokenizer",
+]

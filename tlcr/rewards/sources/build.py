@@ -1,0 +1,111 @@
+"""From a config to its source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tlcr.config.schema import SHARED_SCORE_KINDS, DataConfig, DPOConfig, RewardConfig
+from tlcr.errors import ConfigError
+from tlcr.rewards.sources.callable import CallableSource
+from tlcr.rewards.sources.discriminator import DiscriminatorSource
+from tlcr.rewards.sources.judge import Judge
+from tlcr.rewards.sources.log_ratio import LogRatioSource
+from tlcr.rewards.sources.protocol import RewardSource
+from tlcr.rewards.sources.random import RandomSource
+from tlcr.rewards.sources.sequence import (
+    AttentionSource,
+    PrefixDifferenceSource,
+    SequenceRewardSource,
+    UniformSource,
+)
+from tlcr.rewards.sources.spans import SpanSource
+from tlcr.types import RewardSignal, Rollout
+
+SEQUENCE_SOURCES: dict[str, Callable[[Judge], RewardSource]] = {
+    "sequence": SequenceRewardSource,
+    "uniform": UniformSource,
+    "attention": AttentionSource,
+    "prefix_difference": PrefixDifferenceSource,
+}
+
+
+class CombinedSource:
+    """A source, and beside it the sequence reward model's score, for `reward.sequence_coef` to weigh."""
+
+    def __init__(self, source: RewardSource, sequence: SequenceRewardSource) -> None:
+        self.source = source
+        self.sequence = sequence
+
+    def __call__(self, rollout: Rollout) -> RewardSignal:
+        return replace(self.source(rollout), sequence_B=self.sequence(rollout).terminal_B)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.source.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.source.load_state_dict(state)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A frozen model and the tokenizer that it reads by."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def build_reward_source(
+    cfg: RewardConfig,
+    *,
+    policy_tokenizer: PreTrainedTokenizerBase,
+    discriminator: LoadedModel | None = None,
+    reward_model: LoadedModel | None = None,
+    dpo: LoadedModel | None = None,
+    reference: PreTrainedModel | None = None,
+    dpo_beta: float = DPOConfig.beta,
+    data: DataConfig,
+    seed: int,
+    micro_batch_size: int | None = None,
+) -> RewardSource:
+    """The source that `cfg.kind` asks for, with the sequence reward model's score where `cfg.sequence_coef` is not 0.
+
+    Models that the kind does not need may be None. reference: the policy as PPO starts with it, which DPO started from
+    too. `micro_batch_size` answers are scored at a time, all by default.
+    Raises ConfigError where a model that the kind needs is missing, or its callable cannot be imported.
+    """
+
+    def judge(loaded: LoadedModel | None, name: str, why: str) -> Judge:
+        if loaded is None:
+            raise ConfigError(
+                f"{why} needs the {name}, but there is none; train it (set {name}.enabled: true) or name a trained one "
+                f"in {name}.path"
+            )
+        return Judge(loaded.model, loaded.tokenizer, policy_tokenizer, data.max_prompt_tokens, micro_batch_size)
+
+    kind = f"reward.kind {cfg.kind!r}"
+    source: RewardSource
+    if cfg.kind == "random":
+        source = RandomSource(seed)
+    elif cfg.kind == "callable":
+        if cfg.callable is None:
+            raise ConfigError(f"{kind} needs reward.callable; write it as 'package.module:function'")
+        source = CallableSource(cfg.callable)
+    elif cfg.kind == "dpo":
+        of = judge(dpo, "dpo", kind)
+        if reference is None:
+            raise ConfigError(f"{kind} is a ratio to the reference, but build_reward_source got none; pass reference=")
+        source = LogRatioSource(of, reference, dpo_beta)
+    elif cfg.kind in SEQUENCE_SOURCES:
+        source = SEQUENCE_SOURCES[cfg.kind](judge(reward_model, "reward_model", kind))
+    else:
+        source = DiscriminatorSource(judge(discriminator, "discriminator", kind))
+        if cfg.kind == "spans":
+            source = SpanSource(source, policy_tokenizer, cfg.span_end)
+    if cfg.sequence_coef == 0 or cfg.kind in SHARED_SCORE_KINDS:
+        return source
+    why = f"reward.sequence_coef {cfg.sequence_coef}"
+    return CombinedSource(source, SequenceRewardSource(judge(reward_model, "reward_model", why)))

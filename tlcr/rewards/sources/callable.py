@@ -1,0 +1,136 @@
+"""Rewards by a function of the user's own."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import numbers
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tlcr.errors import ConfigError, DataError, ShapeError
+from tlcr.rewards.sources.judge import counted
+from tlcr.rewards.sources.protocol import Stateless
+from tlcr.types import RewardSignal, Rollout
+
+
+class CallableSource(Stateless):
+    """A function of the user's own, named 'package.module:function'.
+
+    It is called with keywords, once for each rollout of a process:
+
+        prompts         list of B strings, complete (template and special tokens in them)
+        responses       list of B strings
+        response_ids    list of B lists: the ids of the counted tokens, the end of sequence among them
+        mask            (B, T) bool tensor on the CPU, True where a response token counts
+        ended           list of B bools: False where the length limit cut the answer off
+
+    and returns one of: B numbers (list, array or tensor), a score for each answer; B lists of numbers, as long as that
+    row's `response_ids`, a reward for each token; a (B, T) array or tensor, the same padded; or a `RewardSignal`.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.function = import_function(path, "reward.callable")
+
+    def __call__(self, rollout: Rollout) -> RewardSignal:
+        mask_BT = rollout.mask_BT.cpu()
+        try:
+            result = self.function(
+                prompts=list(rollout.prompts),
+                responses=list(rollout.responses),
+                response_ids=counted(rollout.response_ids_BT, mask_BT),
+                mask=mask_BT,
+                ended=rollout.ended_B.tolist(),
+            )
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            raise DataError(
+                f"reward.callable {self.path!r} raised {type(error).__name__}: {error} "
+                f"({last.filename}:{last.lineno}); it is called with the keywords prompts, responses, response_ids, "
+                "mask and ended"
+            ) from error
+        signal = self._signal(result, mask_BT)
+        device = rollout.mask_BT.device
+        given = {name: value.to(device) for name, value in vars(signal).items() if value is not None}
+        return RewardSignal(**given)
+
+    def _signal(self, result: object, mask_BT: Tensor) -> RewardSignal:
+        if isinstance(result, RewardSignal):
+            return result
+        B, T = mask_BT.shape
+        if isinstance(result, np.ndarray) and result.dtype.kind in "biuf":
+            result = torch.as_tensor(result)
+        if isinstance(result, Tensor):
+            if result.shape == (B,):
+                return RewardSignal(terminal_B=result.detach().float())
+            if result.shape == (B, T):
+                return RewardSignal(dense_BT=result.detach().float())
+            raise self._wrong(f"a {type(result).__name__} of shape {tuple(result.shape)}", mask_BT)
+        if not isinstance(result, (list, tuple)):
+            raise self._wrong(f"a {type(result).__name__}", mask_BT)
+        rows = [row.tolist() if isinstance(row, (Tensor, np.ndarray)) else row for row in result]
+        if len(rows) != B:
+            raise self._wrong(f"a {type(result).__name__} of {len(rows)}", mask_BT)
+        if all(isinstance(row, numbers.Real) for row in rows):
+            return RewardSignal(terminal_B=torch.tensor(rows, dtype=torch.float32))
+        dense_BT = torch.zeros(B, T)
+        for b, row in enumerate(rows):
+            if not isinstance(row, (list, tuple)):
+                raise self._wrong(f"a {type(row).__name__} for answer {b}", mask_BT)
+            values = [value.item() if isinstance(value, Tensor) and value.ndim == 0 else value for value in row]
+            wrong = [value for value in values if not isinstance(value, numbers.Real)]
+            if wrong:
+                raise self._wrong(f"a {type(wrong[0]).__name__} among the rewards of answer {b}", mask_BT)
+            if len(values) != int(mask_BT[b].sum()):
+                raise self._wrong(
+                    f"{len(values)} rewards for answer {b}, which has {int(mask_BT[b].sum())} tokens", mask_BT
+                )
+            dense_BT[b, mask_BT[b]] = torch.tensor(values, dtype=torch.float32)
+        return RewardSignal(dense_BT=dense_BT)
+
+    def _wrong(self, got: str, mask_BT: Tensor) -> ShapeError:
+        B, T = mask_BT.shape
+        return ShapeError(
+            f"reward.callable {self.path!r} returned {got}; wanted {B} numbers (a score for each answer), {B} lists of "
+            f"numbers as long as the lists in response_ids (a reward for each token), or an array or tensor of shape "
+            f"({B},) or ({B}, {T}) as the mask has it"
+        )
+
+
+def import_function(path: str, knob: str) -> Callable[..., Any]:
+    """The function that 'package.module:function' or 'folder/file.py:function' names; importing it runs that code.
+
+    Raises ConfigError, naming the knob, where the path is malformed, or the module or the function is not there.
+    """
+    place, _, name = path.rpartition(":")
+    if not place or not name:
+        raise ConfigError(f"{knob} is {path!r}; write it as 'package.module:function' or 'folder/file.py:function'")
+    try:
+        module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{knob} is {path!r}, but there is no file {place!r} here ({Path.cwd()})") from error
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{knob} is {path!r}, but there is no module {error.name!r}; install it, or put its folder on PYTHONPATH"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigError(f"{knob} is {path!r}, but {module.__file__ or place} has no function {name!r}")
+    return function
+
+
+def _load_file(path: Path) -> ModuleType:
+    """The module in a file, under a name that no package has."""
+    spec = importlib.util.spec_from_file_location(f"tlcr_user_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # so for every path that ends in .py
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,216 @@
+"""A frozen model that judges answers, and the text through which it reads them where its tokenizer is its own."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tlcr.text.tokenization import character_spans, cut_answer, decode_text, encode_answers, render_prompt
+from tlcr.types import EncodedAnswer, Rollout
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A frozen model with its tokenizer, and how much text it is given.
+
+    The prompt keeps its last `max_prompt_tokens`, as in the judge's training; `micro_batch_size` answers are scored at
+    a time, all of them by default.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    policy_tokenizer: PreTrainedTokenizerBase
+    max_prompt_tokens: int
+    micro_batch_size: int | None = None
+
+    @property
+    def position_limit(self) -> int | None:
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @cached_property
+    def shares_tokens(self) -> bool:
+        return same_tokenizer(self.policy_tokenizer, self.tokenizer)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A rollout as a judge reads it: rows padded on the right, ids and mask (B, L), and the answers' columns (B, L).
+
+    `weights` carry credit from the judge's tokens of each answer to the policy's (`credit_weights`); None where these
+    are the same tokens.
+    """
+
+    ids_BL: Tensor
+    mask_BL: Tensor
+    answer_BL: Tensor
+    weights: Sequence[Tensor] | None
+
+    def credit(self, credit_BL: Tensor, mask_BT: Tensor) -> Tensor:
+        """What the judge's tokens earned, as (B, T) rewards of the policy's actions: the sum over an answer stays."""
+        rewards_BT = credit_BL.new_zeros(mask_BT.shape)
+        if self.weights is None:
+            rewards_BT[mask_BT] = credit_BL[self.answer_BL]
+            return rewards_BT
+        for row, weights in enumerate(self.weights):
+            own = credit_BL[row, self.answer_BL[row]]
+            rewards_BT[row, mask_BT[row]] = weights.to(own) @ own
+        return rewards_BT
+
+
+def read(judge: Judge, rollout: Rollout) -> Reading:
+    """The rollout's rows as the judge's own ids, on the judge's device: the policy's ids where they share a tokenizer,
+    else the text that `DiscriminatorSource` describes."""
+    weights = None
+    if judge.shares_tokens:
+        rows: Sequence[Sequence[int]] = counted(rollout.ids_BL, rollout.attention_mask_BL)
+        starts = rollout.prompt_mask_BP.sum(dim=1).tolist()
+    else:
+        answers = read_as_text(judge, rollout)
+        rows, starts = [a.encoded.ids for a in answers], [a.encoded.answer_start for a in answers]
+        weights = [credit_weights(judge, answer) for answer in answers]
+    ids_BL, mask_BL = padded(rows, judge.tokenizer)
+    answer_BL = mask_BL & (torch.arange(ids_BL.shape[1]) >= torch.tensor(starts, dtype=torch.long)[:, None])
+    device = judge.model.device
+    return Reading(ids_BL.to(device), mask_BL.to(device), answer_BL.to(device), weights)
+
+
+def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    """Whether ids mean the same to both: equal vocabularies, and the same ends and beginnings of sequence.
+
+    Names and folders say nothing: a fine-tuned model often carries a copy of its base's tokenizer, and sometimes a
+    changed one. The padding token may differ, because no mask is read off ids.
+    """
+    return a is b or (
+        a.eos_token_id == b.eos_token_id and a.bos_token_id == b.bos_token_id and a.get_vocab() == b.get_vocab()
+    )
+
+
+@dataclass(frozen=True)
+class TextAnswer:
+    """One row of a rollout as text: the policy's tokens, the characters that they write, and the judge's tokens.
+
+    `policy_ids` are the counted ones; the last of them is the end of sequence where `ended`.
+    """
+
+    policy_prompt_ids: list[int]
+    policy_ids: list[int]
+    ended: bool
+    prompt: str
+    text: str
+    encoded: EncodedAnswer
+
+
+def read_as_text(judge: Judge, rollout: Rollout) -> list[TextAnswer]:
+    """The rollout as the judge's own tokens. See `DiscriminatorSource` for what becomes of special tokens."""
+    policy = judge.policy_tokenizer
+    unknown = sorted(_special_tokens(policy) - _special_tokens(judge.tokenizer), key=len, reverse=True)
+    foreign = re.compile("|".join(map(re.escape, unknown)))
+    prompts = [render_prompt(judge.tokenizer, foreign.sub("", prompt)) for prompt in rollout.prompts]
+    prompt_ids = counted(rollout.prompt_ids_BP, rollout.prompt_mask_BP)
+    answer_ids = counted(rollout.response_ids_BT, rollout.mask_BT)
+    ended = [flag and len(ids) > 0 for flag, ids in zip(rollout.ended_B.tolist(), answer_ids, strict=True)]
+    texts = [decode_text(policy, ids, context=context) for ids, context in zip(answer_ids, prompt_ids, strict=True)]
+    encoded = encode_answers(
+        judge.tokenizer, prompts, texts, max_prompt_tokens=judge.max_prompt_tokens, max_answer_tokens=None
+    )
+    fitted = [_fit(judge, row if end else _without_end(row)) for row, end in zip(encoded, ended, strict=True)]
+    return list(map(TextAnswer, prompt_ids, answer_ids, ended, prompts, texts, fitted))
+
+
+def counted(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The ids of each row where the mask counts."""
+    return [row[counts].tolist() for row, counts in zip(ids.cpu(), mask.cpu(), strict=True)]
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+
+
+def _without_end(encoded: EncodedAnswer) -> EncodedAnswer:
+    return EncodedAnswer(ids=encoded.ids[:-1], answer_start=encoded.answer_start, complete=False)
+
+
+def _fit(judge: Judge, encoded: EncodedAnswer) -> EncodedAnswer:
+    """Cut to the positions that the judge has: the prompt's beginning goes first, then the answer's end."""
+    limit = judge.position_limit
+    if limit is None or len(encoded.ids) <= limit:
+        return encoded
+    dropped = min(encoded.answer_start, len(encoded.ids) - limit)
+    shorter = replace(encoded, ids=encoded.ids[dropped:], answer_start=encoded.answer_start - dropped)
+    if len(shorter.ids) > limit:
+        logger.warning(
+            "an answer has %d tokens for %s, which has %d positions: what lies beyond earns nothing; "
+            "lower rollout.max_new_tokens",
+            len(shorter.ids),
+            judge.model.name_or_path or type(judge.model).__name__,
+            limit,
+        )
+    return cut_answer(shorter, limit - shorter.answer_start)
+
+
+def opinion_weights(judge: Judge, answer: TextAnswer) -> Tensor:
+    """The weights (policy tokens, judge tokens) of a mean of opinions: a row sums to 1, or is all 0."""
+    overlap = _shared_characters(judge, answer)
+    return overlap / overlap.sum(1, keepdim=True).clamp(min=1)
+
+
+def credit_weights(judge: Judge, answer: TextAnswer) -> Tensor:
+    """The weights (policy tokens, judge tokens) that share out credit: a column sums to 1, so that no credit is lost.
+
+    A judge's token without characters of the policy's (a mark of its own) is paid out at the policy's last token.
+    """
+    overlap = _shared_characters(judge, answer)
+    overlap[-1:, overlap.sum(0) == 0] = 1
+    return overlap / overlap.sum(0).clamp(min=1)
+
+
+def _shared_characters(judge: Judge, answer: TextAnswer) -> Tensor:
+    """How many characters each policy token and each of the judge's have in common; 1 for the two ends of sequence."""
+    policy = character_spans(judge.policy_tokenizer, answer.policy_ids, context=answer.policy_prompt_ids)
+    own = _judge_spans(judge, answer)
+    policy_start, policy_end = torch.tensor(policy, dtype=torch.float64).reshape(-1, 2).unbind(1)
+    start, end = torch.tensor(own, dtype=torch.float64).reshape(-1, 2).unbind(1)
+    overlap = torch.minimum(policy_end[:, None], end) - torch.maximum(policy_start[:, None], start)
+    shared = torch.zeros(len(answer.policy_ids), len(answer.encoded.answer_ids), dtype=torch.float64)
+    shared[:, : len(own)] = overlap.clamp(min=0)
+    if answer.ended and answer.encoded.complete:
+        shared[-1, -1] = 1
+    return shared
+
+
+def _judge_spans(judge: Judge, answer: TextAnswer) -> list[tuple[int, int]]:
+    """For each of the judge's answer tokens, without its end of sequence, the characters of `answer.text` it writes.
+
+    Decoding says it best, white space included. A tokenizer that changes text (lower case, Unicode forms) does not
+    decode to what it read; then the offsets that it gave while reading are used.
+    """
+    encoded = answer.encoded
+    content = encoded.answer_ids[:-1] if encoded.complete else encoded.answer_ids
+    context = encoded.ids[: encoded.answer_start]
+    written = decode_text(judge.tokenizer, content, context=context)
+    if answer.text == written or (not encoded.complete and answer.text.startswith(written)):
+        return character_spans(judge.tokenizer, content, context=context)
+    read = judge.tokenizer(
+        answer.prompt + answer.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    before = len(answer.prompt)
+    spans = [(max(0, start - before), end - before) for start, end in read["offset_mapping"] if end > before]
+    return spans[: len(content)]
+
+
+def padded(sequences: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """ids and mask (B, L), padded on the right; the mask comes from the lengths."""
+    longest = max((len(ids) for ids in sequences), default=0)
+    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids_BL = torch.tensor([[*ids, *[fill] * (longest - len(ids))] for ids in sequences], dtype=torch.long)
+    mask_BL = torch.arange(longest) < torch.tensor([len(ids) for ids in sequences], dtype=torch.long)[:, None]
+    return ids_BL.reshape(len(sequences), longest), mask_BL

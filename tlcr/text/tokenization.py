@@ -1,0 +1,330 @@
+"""Text to token ids and back, aligned by character offsets.
+
+Prompt and answer are tokenised together, because that is how a model meets them: a byte-pair encoder may well tokenise
+" answer" after a prompt differently from " answer" alone. Where the answer begins is read from the offsets that only a
+fast tokenizer gives. Nothing here adds a special token on its own: a prompt's text is complete (see ``render_prompt``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerBase
+
+from tlcr.config.schema import DataConfig
+from tlcr.errors import ConfigError, DataError
+from tlcr.types import EncodedAnswer, EncodedComparison, PreferencePair
+
+__all__ = [
+    "character_spans",
+    "cut_answer",
+    "decode_text",
+    "encode_answer",
+    "encode_answers",
+    "encode_comparisons",
+    "render_answer",
+    "render_prompt",
+    "token_pieces",
+]
+
+Message = Mapping[str, str]
+
+
+def encode_answer(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    answer: str,
+    *,
+    max_prompt_tokens: int,
+    max_answer_tokens: int | None,
+    end_of_sequence: bool = True,
+) -> EncodedAnswer:
+    """Tokenise ``prompt + answer`` as one text and say where the answer begins.
+
+    The answer begins at the first token whose end lies beyond the prompt's last character. A token that straddles the
+    boundary therefore belongs to the answer; the prompt's ids then differ from those of the prompt alone, which is what
+    a policy is given at rollout. End prompts where the tokenizer ends words (a template does) and it cannot happen.
+
+    Args:
+        prompt: complete text, template and beginning-of-sequence token included.
+        max_prompt_tokens: a longer prompt loses its beginning, a beginning-of-sequence token with it.
+        max_answer_tokens: a longer answer loses its end; the end-of-sequence token counts towards this limit, as it
+            does when a policy generates. None: no limit.
+        end_of_sequence: append the end-of-sequence token to an answer that was not cut. ``complete`` says whether it is
+            there, so without it no answer is complete.
+
+    Raises:
+        ConfigError: the tokenizer is not a fast one, or it names no end-of-sequence token.
+    """
+    return encode_answers(
+        tokenizer,
+        [prompt],
+        [answer],
+        max_prompt_tokens=max_prompt_tokens,
+        max_answer_tokens=max_answer_tokens,
+        end_of_sequence=end_of_sequence,
+    )[0]
+
+
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    max_prompt_tokens: int,
+    max_answer_tokens: int | None,
+    end_of_sequence: bool = True,
+) -> list[EncodedAnswer]:
+    """``encode_answer`` for many at once, several times faster than one by one."""
+    _require_fast(tokenizer, "locating an answer in its context")
+    if end_of_sequence and tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"tokenizer {tokenizer.name_or_path!r} names no end-of-sequence token; set its eos_token and save it again"
+        )
+    if not prompts:
+        return []
+    batch = tokenizer(
+        [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        padding=False,
+        truncation=False,
+        verbose=False,
+    )
+    encoded = []
+    for prompt, ids, offsets in zip(prompts, batch["input_ids"], batch["offset_mapping"], strict=True):
+        # An empty prompt owns no token, not even a word-boundary mark of no width.
+        start = next((k for k, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids)) if prompt else 0
+        first = max(0, start - max_prompt_tokens)
+        tail = [tokenizer.eos_token_id] if end_of_sequence else []
+        whole = EncodedAnswer(ids=(*ids[first:], *tail), answer_start=start - first, complete=end_of_sequence)
+        encoded.append(whole if max_answer_tokens is None else cut_answer(whole, max_answer_tokens))
+    return encoded
+
+
+def encode_comparisons(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair], data: DataConfig
+) -> list[EncodedComparison]:
+    """Both answers of each pair, each with its prompt, cut as `data` says."""
+    chosen, rejected = (
+        encode_answers(
+            tokenizer,
+            [pair.prompt for pair in pairs],
+            answers,
+            max_prompt_tokens=data.max_prompt_tokens,
+            max_answer_tokens=data.max_answer_tokens,
+        )
+        for answers in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
+    )
+    return list(map(EncodedComparison, chosen, rejected))
+
+
+def cut_answer(encoded: EncodedAnswer, max_answer_tokens: int) -> EncodedAnswer:
+    """The answer's first ``max_answer_tokens`` tokens; what is cut loses its end-of-sequence token and completeness."""
+    limit = encoded.answer_start + max_answer_tokens
+    if len(encoded.ids) <= limit:
+        return encoded
+    return EncodedAnswer(ids=encoded.ids[:limit], answer_start=encoded.answer_start, complete=False)
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> str:
+    """A prompt's complete text, to be tokenised without adding special tokens.
+
+    Messages ({"role", "content"}) go through the tokenizer's chat template, with the header of the answer to come.
+    Plain text gets the beginning-of-sequence token in front if the tokenizer would itself add one and it is not there.
+
+    Raises:
+        ConfigError: messages, and a tokenizer without a chat template.
+        DataError: the chat template refuses the messages (their order of roles, say).
+    """
+    if not isinstance(prompt, str):
+        return _apply_template(tokenizer, prompt, add_generation_prompt=True)
+    bos = tokenizer.bos_token
+    if bos is None or prompt.startswith(bos) or tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        return prompt
+    return bos + prompt
+
+
+def render_answer(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], answer: str) -> str:
+    """An assistant message's text as it follows ``render_prompt(tokenizer, prompt)``.
+
+    That is the message's content, after the white space (if any) that the chat template writes before it: some
+    templates open an answer with a space, and a model tuned on them expects it.
+    """
+    opening = _apply_template(tokenizer, prompt, add_generation_prompt=True)
+    whole = _apply_template(tokenizer, [*prompt, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+    content = answer.strip()
+    if not whole.startswith(opening) or content not in whole[len(opening) :]:
+        return answer
+    before = whole[len(opening) :].partition(content)[0]
+    return before + content + answer[len(answer.rstrip()) :] if not before.strip() else answer
+
+
+def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, context: Sequence[int] = ()) -> str:
+    """The text that ``ids`` add after ``context``: special tokens left out, no clean-up of spaces.
+
+    The context matters to tokenizers that mark words by a leading space: alone, the first word would lose its own.
+    """
+    text = _decode(tokenizer, [*context, *ids])
+    return text[len(_decode(tokenizer, context)) :] if context else text
+
+
+def character_spans(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, context: Sequence[int] = ()
+) -> list[tuple[int, int]]:
+    """For each id, the characters [start, end) of ``decode_text(tokenizer, ids, context=context)`` that it writes.
+
+    Where one character's bytes are spread over several tokens, each of them has the whole character in its span, so
+    neighbouring spans may share a character; apart from that the spans follow one another without a gap. Special
+    tokens, and tokens of which nothing is seen (a word-boundary mark at the very start), have empty spans.
+
+    The cost is linear for byte-level and SentencePiece-like decoders; for others, each prefix is decoded once.
+
+    Raises:
+        ConfigError: the tokenizer is not a fast one.
+    """
+    _require_fast(tokenizer, "locating tokens in the text")
+    sequence = [*context, *ids]
+    text = _decode(tokenizer, sequence)
+    spans = _spans_by_bytes(tokenizer, sequence, text) or _spans_by_prefixes(tokenizer, sequence, text)
+    offset = len(_decode(tokenizer, context)) if context else 0
+    return [(max(0, start - offset), max(0, end - offset)) for start, end in spans[len(context) :]]
+
+
+def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, context: Sequence[int] = ()) -> list[str]:
+    """Each id's text, for people to read. Joined, the pieces of ordinary tokens are the decoded text.
+
+    A character spread over several tokens is written by the first of them. Special tokens are written by name.
+    """
+    text = decode_text(tokenizer, ids, context=context)
+    special = _special_ids(tokenizer)
+    pieces, written = [], 0
+    for token, (start, end) in zip(ids, character_spans(tokenizer, ids, context=context), strict=True):
+        pieces.append(
+            str(tokenizer.convert_ids_to_tokens(token)) if token in special else text[max(start, written) : end]
+        )
+        written = max(written, end)
+    return pieces
+
+
+def _require_fast(tokenizer: PreTrainedTokenizerBase, purpose: str) -> None:
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"{purpose} needs a fast tokenizer (one with a tokenizer.json), but {tokenizer.name_or_path!r} is a "
+            f"{type(tokenizer).__name__}; convert it, or name another in model.tokenizer"
+        )
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool
+) -> str:
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"the data hold conversations, but tokenizer {tokenizer.name_or_path!r} has no chat template; "
+            "set model.chat_template to one, or give prompts as plain text"
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        raise DataError(f"the tokenizer's chat template refuses this conversation: {error}") from error
+    return str(text)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids that decoding with ``skip_special_tokens`` leaves out; ``all_special_ids`` lists only the named ones."""
+    return {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Byte-level BPE writes printable bytes as themselves and the others as the characters from U+0100 on."""
+    characters = set(ByteLevel.alphabet())
+    themselves = {character: ord(character) for character in characters if ord(character) < 256}
+    others = sorted(characters - themselves.keys())
+    return themselves | dict(zip(others, sorted(set(range(256)) - set(themselves.values())), strict=True))
+
+
+_BYTE_OF_CHARACTER = _byte_level_alphabet()
+
+
+def _token_bytes(token: str, decoders: set[str]) -> bytes:
+    if "ByteLevel" in decoders:
+        if all(character in _BYTE_OF_CHARACTER for character in token):
+            return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+        return token.encode()
+    if "ByteFallback" in decoders and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode()
+
+
+def _spans_by_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> list[tuple[int, int]] | None:
+    """Spans from the bytes of each token; None where these do not add up to the decoded text."""
+    decoder = tokenizer.backend_tokenizer.decoder
+    if decoder is None:
+        return None
+    state: dict[str, Any] = json.loads(decoder.__getstate__())
+    decoders = {part["type"] for part in state.get("decoders", [state])}
+    special = _special_ids(tokenizer)
+    tokens = tokenizer.convert_ids_to_tokens(list(ids))
+    parts = [
+        b"" if id in special or token is None else _token_bytes(token, decoders)
+        for id, token in zip(ids, tokens, strict=True)
+    ]
+    written = b"".join(parts)
+    characters = written.decode(errors="replace")
+    # SentencePiece-like decoders take off the space that their encoders put in front of the text.
+    stripped = 1 if characters == " " + text else 0
+    if characters[stripped:] != text:
+        return None
+    character_of_byte = _characters_of_bytes(written, characters)
+    spans, first = [], 0
+    for part in parts:
+        last = first + len(part)
+        if part:
+            spans.append((character_of_byte[first], character_of_byte[last - 1] + 1))
+        else:
+            spans.append((spans[-1][1],) * 2 if spans else (0, 0))
+        first = last
+    return [(max(0, start - stripped), max(0, end - stripped)) for start, end in spans]
+
+
+def _characters_of_bytes(written: bytes, characters: str) -> list[int]:
+    """For each byte, the index of the character that it belongs to; undecodable bytes belong to their U+FFFD."""
+    indices: list[int] = []
+    for index, character in enumerate(characters):
+        width = len(character.encode())
+        if character == "\ufffd" and not written.startswith(b"\xef\xbf\xbd", len(indices)):
+            try:
+                written[len(indices) : len(indices) + 4].decode()
+            except UnicodeDecodeError as error:
+                width = error.end
+        indices += [index] * width
+    return indices
+
+
+def _spans_by_prefixes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> list[tuple[int, int]]:
+    """Spans for any decoder: how much of the text is settled after each id, and whether a character is left open."""
+    special = _special_ids(tokenizer)
+    spans: list[tuple[int, int]] = []
+    settled = 0
+    for count, id in enumerate(ids, start=1):
+        if id in special:
+            spans.append((settled, settled))
+            continue
+        prefix = _decode(tokenizer, ids[:count])
+        agreed = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prefix, text, strict=False)))
+        # The prefix ends in a replacement character where the text goes on with the character that its bytes began.
+        is_open = agreed < len(prefix)
+        start, settled = settled, max(settled, agreed)
+        spans.append((start, min(len(text), settled + is_open)))
+    return spans

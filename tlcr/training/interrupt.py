@@ -1,0 +1,51 @@
+"""Ctrl-C and SIGTERM between steps, never within one, so that what is saved then is a state the run was in."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from tlcr.training.distributed import any_process
+
+
+class StopSignals:
+    """``with StopSignals() as signals``: the first Ctrl-C or SIGTERM is remembered, the second acts at once.
+
+    The loop asks ``signals.received()`` between steps, saves, and raises ``signals.stopped(...)``. Outside the main
+    thread, where python allows no handlers, signals keep their usual effect.
+    """
+
+    def __init__(self) -> None:
+        self._received = False
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._restore()
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._received = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous = {}
+
+    def received(self) -> bool:
+        """Whether any process was told to stop. Every process must ask."""
+        return any_process(self._received)
+
+    @staticmethod
+    def stopped(step: int, checkpoint: Path) -> KeyboardInterrupt:
+        """What to raise once the state is saved."""
+        return KeyboardInterrupt(
+            f"stopped after step {step}; the state is saved in {checkpoint}: run the same command with --resume"
+        )

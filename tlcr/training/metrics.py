@@ -1,0 +1,107 @@
+"""Metrics as JSON lines, one object a step, so that anything can read them; trackers on request."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from tlcr.config.schema import RunConfig
+from tlcr.errors import ConfigError
+from tlcr.training.checkpoint import as_plain, unwritable, write_aside
+from tlcr.training.distributed import is_main_process, on_main_process
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsLog:
+    """Appends one line per call to ``path``: {"step": 12, "time": seconds since 1970, "loss": 0.5, ...}.
+
+    A number that is not finite becomes null, which every JSON reader knows, and is reported in the log once for each
+    key. With an accelerator whose trackers are initialised (``accelerator.init_trackers``), they get the same numbers.
+    Only the main process writes; the others may call everything.
+    """
+
+    def __init__(self, path: str | Path, accelerator: Accelerator | None = None) -> None:
+        self.path = Path(path)
+        self._accelerator = accelerator
+        self._reported: set[str] = set()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one row. Raises CheckpointError where the disk is full or the file cannot be written."""
+        if self._accelerator is not None and self._accelerator.trackers:
+            self._accelerator.log(dict(values), step=step)
+        if not is_main_process():
+            return
+        row = {"step": step, "time": round(time.time(), 3)} | {key: self._finite(key, v) for key, v in values.items()}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+
+    def rewind(self, step: int) -> None:
+        """Drops the rows after ``step``, and a last line cut short: a resumed run writes them again. Atomic."""
+
+        def rewrite() -> None:
+            if self.path.exists():
+                rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+                with write_aside(self.path) as aside:
+                    aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+        on_main_process(rewrite)
+
+    def _finite(self, key: str, value: float) -> float | int | None:
+        number = value if isinstance(value, int) else float(value)
+        if math.isfinite(number):
+            return number
+        if key not in self._reported:
+            self._reported.add(key)
+            logger.warning("The metric %s is %s; it is written as null in %s", key, number, self.path)
+        return None
+
+
+@contextmanager
+def tracking(cfg: RunConfig, folder: Path) -> Iterator[Accelerator]:
+    """An accelerator without autocast, with ``cfg.tracker`` running in ``folder/tracker`` until the block ends.
+
+    Raises ConfigError where the tracker's package is not installed.
+    """
+    if cfg.tracker == "none":
+        yield Accelerator(mixed_precision="no")
+        return
+    if find_spec(cfg.tracker) is None:
+        raise ConfigError(f"tracker: {cfg.tracker} is not installed: 'pip install {cfg.tracker}', or set tracker: none")
+    accelerator = Accelerator(mixed_precision="no", log_with=cfg.tracker, project_dir=str(folder / "tracker"))
+    accelerator.init_trackers("tlcr", config=_flat(as_plain(cfg)))
+    try:
+        yield accelerator
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names, for trackers that show a table."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return flat
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file, oldest first. A last line that a killed process cut short is left out."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is empty or cut short

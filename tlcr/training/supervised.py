@@ -1,0 +1,404 @@
+"""The loop of SFT, the reward model and the discriminator.
+
+One step: draw the batch, sum the loss over micro-batches and processes, divide the gradient by the weight of the whole
+batch, clip, step. So the step does not depend on how the batch was cut: 1 x 8, 8 x 1 and two processes are the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+from transformers import PreTrainedModel
+
+from tlcr.config.schema import TrainingConfig
+from tlcr.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
+from tlcr.training.callbacks import Callback, asks_to_stop
+from tlcr.training.checkpoint import as_plain, load_checkpoint, save_checkpoint, start_or_resume
+from tlcr.training.distributed import any_process, process_count, process_index, sum_over_processes
+from tlcr.training.interrupt import StopSignals
+from tlcr.training.metrics import MetricsLog
+from tlcr.training.optim import build_optimizer, build_scheduler, clip_gradients, parameter_groups
+from tlcr.training.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+E = TypeVar("E")
+Batch = dict[str, Tensor]
+KEEP_CHECKPOINTS = 2
+SUM, COUNT = "sum of ", "count of "
+FREE_TO_CHANGE = ("enabled", "micro_batch_size", "evaluate_every", "save_every", "path")
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """SUMS over the examples of a micro-batch, so that micro-batches and processes add up.
+
+    The loss of a batch is (sum of ``total``) / (sum of ``weight``); ``total`` is a scalar with a gradient, ``weight``
+    how much it counts for: tokens, answers, pairs. ``statistics`` maps a metric's name to its own (sum, count).
+    """
+
+    total: Tensor
+    weight: Tensor | float
+    statistics: Mapping[str, tuple[Tensor | float, Tensor | float]] = field(default_factory=dict)
+
+
+def ranking_loss(margin_B: Tensor) -> LossParts:
+    """The sum over pairs of -log sigmoid(margin), margin = score of the chosen answer less that of the rejected one
+    (Bradley and Terry 1952), and the number of pairs.
+
+    Statistics: accuracy, the share of pairs ranked as people did (a tie is half right); margin.
+    """
+    pairs = len(margin_B)
+    right = (margin_B > 0).sum() + 0.5 * (margin_B == 0).sum()
+    statistics = {"accuracy": (right, pairs), "margin": (margin_B.sum().detach(), pairs)}
+    return LossParts(softplus(-margin_B).sum(), pairs, statistics)
+
+
+Loss = Callable[[PreTrainedModel, Batch], LossParts]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a stage ended: optimiser steps done, metrics of the last one, the last evaluation, seconds over all runs.
+
+    ``stopped`` is True where a callback asked to end early.
+    """
+
+    steps: int
+    metrics: dict[str, float]
+    evaluation: dict[str, float]
+    seconds: float
+    stopped: bool
+
+
+def fit(
+    *,
+    model: PreTrainedModel,
+    examples: Sequence[E],
+    collate: Callable[[Sequence[E]], Batch],
+    loss: Loss,
+    cfg: TrainingConfig,
+    folder: str | Path,
+    seed: int,
+    resume: bool = False,
+    evaluate: Callable[[PreTrainedModel], Mapping[str, float]] | None = None,
+    callbacks: Sequence[Callback] = (),
+    accelerator: Accelerator | None = None,
+    length: Callable[[E], int] | None = None,
+    config: Any = None,
+) -> FitResult:
+    """Trains ``model`` in place for ``cfg.epochs`` passes over ``examples`` and returns how it ended.
+
+    loss: called as ``loss(model, collate(micro_batch))``; see ``LossParts``. It may call any part of the model.
+    folder: gets ``metrics.jsonl`` and ``checkpoints/``; its name is the label of the progress bar.
+    seed: with the number of the epoch it fixes the order of the examples.
+    resume: continue from the newest checkpoint, bit for bit on one process on the CPU; without one, start.
+    evaluate: called without gradients and in evaluation mode, on every process; its figures are logged as eval/<name>.
+    length: sorts a process's share of each batch, so that the examples of a micro-batch need little padding.
+    config: the run's whole config, kept in the checkpoints for those who find them (default: ``cfg``).
+
+    Raises DataError for no examples; CheckpointError where there is a checkpoint and ``resume`` is False, where the one
+    found belongs to other data or settings, and for a full disk; TrainingDiverged, with the state before that step
+    saved, where a loss or gradient is NaN or infinite; KeyboardInterrupt, with the state saved, on Ctrl-C or SIGTERM.
+    """
+    if not examples:
+        raise DataError(f"{Path(folder).name}: there are no examples to train on; check the data settings")
+    accelerator = accelerator or Accelerator(mixed_precision="no")
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ConfigError(
+            f"tlcr trains with plain data parallelism, and the launcher asks for {accelerator.distributed_type.value}; "
+            "run 'accelerate launch' without DeepSpeed, FSDP or Megatron"
+        )
+    run = _Run(model, examples, collate, loss, cfg, Path(folder), seed, accelerator, length, config or cfg)
+    return run.train(resume, evaluate, callbacks)
+
+
+def mean_loss(
+    model: PreTrainedModel,
+    examples: Sequence[E],
+    *,
+    collate: Callable[[Sequence[E]], Batch],
+    loss: Loss,
+    batch_size: int,
+) -> dict[str, float]:
+    """The loss and its statistics over ``examples``, without gradients; the processes share the work.
+
+    Returns "loss" and each statistic's name. Every process must call it, and each gets the same figures.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    # every process needs the names of the statistics, so the first batch is everybody's and counts on one
+    for i in sorted({0, *range(process_index(), math.ceil(len(examples) / batch_size), process_count())}):
+        batch = collate(examples[i * batch_size : (i + 1) * batch_size])
+        with torch.no_grad():
+            parts = _flat(loss(model, {name: value.to(device) for name, value in batch.items()}))
+        _add(sums, parts, counts=i % process_count() == process_index())
+    model.train(training)
+    return _reduce(sums)[0]
+
+
+class _LossModule(nn.Module):
+    """The loss as the forward pass, so that data parallelism sees every gradient, whatever parts the loss calls."""
+
+    def __init__(self, model: PreTrainedModel, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+
+    def forward(self, batch: Batch) -> LossParts:
+        return self._loss(self.model, batch)
+
+
+class _Run:
+    """The state of one call of ``fit``."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        examples: Sequence[Any],
+        collate: Callable[[Sequence[Any]], Batch],
+        loss: Loss,
+        cfg: TrainingConfig,
+        folder: Path,
+        seed: int,
+        accelerator: Accelerator,
+        length: Callable[[Any], int] | None,
+        config: Any,
+    ) -> None:
+        self.model, self.examples, self.collate, self.cfg = model, examples, collate, cfg
+        self.folder, self.seed, self.accelerator, self.length, self.config = folder, seed, accelerator, length, config
+        self.steps_per_epoch = math.ceil(len(examples) / cfg.batch_size)
+        self.total_steps = cfg.epochs * self.steps_per_epoch
+        optimizer = build_optimizer(
+            parameter_groups(model, learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay)
+        )
+        self.module, self.optimizer = accelerator.prepare(_LossModule(model, loss), optimizer)
+        self.scheduler = build_scheduler(
+            self.optimizer,
+            schedule=cfg.schedule,
+            total_steps=self.total_steps,
+            warmup_steps=int(cfg.warmup_share * self.total_steps),
+        )
+        self.log = MetricsLog(folder / "metrics.jsonl", accelerator)
+        self.step = 0
+        self.metrics: dict[str, float] = {}
+        self.evaluation: dict[str, float] = {}
+        self.seconds_before = 0.0
+        self.started = time.monotonic()
+        self.saved: tuple[int, Path] | None = None
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    # ---- the loop
+
+    def train(
+        self,
+        resume: bool,
+        evaluate: Callable[[PreTrainedModel], Mapping[str, float]] | None,
+        callbacks: Sequence[Callback],
+    ) -> FitResult:
+        self._start(start_or_resume(self.folder / "checkpoints", resume=resume))
+        stopped = False
+        with StopSignals() as signals, Progress(self.folder.name, self.total_steps, self.step) as progress:
+            while self.step < self.total_steps and not stopped:
+                began = time.monotonic()
+                metrics = self._train_step(callbacks)
+                metrics["time/step_s"] = time.monotonic() - began
+                answers = []
+                if evaluate is not None and self._evaluation_is_due():
+                    self.evaluation = self._evaluate(evaluate)
+                    metrics |= {f"eval/{name}": value for name, value in self.evaluation.items()}
+                    answers += [callback.on_evaluate(self.step, self.evaluation) for callback in callbacks]
+                self.metrics = metrics
+                self.log.write(self.step, metrics)
+                answers += [callback.on_step(self.step, metrics) for callback in (progress, *callbacks)]
+                stopped = any_process(asks_to_stop(answers))
+                if signals.received():
+                    raise signals.stopped(self.step, self._save(callbacks))
+                if self.cfg.save_every and self.step % self.cfg.save_every == 0:
+                    self._save(callbacks)
+            path = self._save(callbacks)
+            if signals.received():
+                raise signals.stopped(self.step, path)
+        for callback in callbacks:
+            callback.on_end(self.step, self.metrics)
+        self.model.eval()
+        return FitResult(self.step, self.metrics, self.evaluation, self._seconds(), stopped)
+
+    def _train_step(self, callbacks: Sequence[Callback]) -> dict[str, float]:
+        """One optimiser step on one batch; returns its metrics."""
+        self.module.train()
+        self.optimizer.zero_grad()
+        metrics = self._accumulate_gradients()
+        norm = clip_gradients(self.model.parameters(), self.cfg.max_grad_norm).item()
+        if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
+            self.optimizer.zero_grad()
+            saved = self._save(callbacks)
+            raise TrainingDiverged(
+                f"{self.folder.name}: step {self.step + 1} has the loss {metrics['loss']} and gradient norm {norm}; "
+                f"the state before it is saved in {saved}: lower learning_rate (now {self.cfg.learning_rate}), or look "
+                "at the data of that step"
+            )
+        rate = float(self.scheduler.get_last_lr()[0])
+        self.optimizer.step()
+        self.scheduler.step()
+        self.step += 1
+        return metrics | {"grad_norm": norm, "learning_rate": rate, "epoch": self.step / self.steps_per_epoch}
+
+    def _accumulate_gradients(self) -> dict[str, float]:
+        """Leaves the gradient of the whole batch's loss in the parameters; returns the loss and the statistics."""
+        micro_batches, counts = self._micro_batches(self._batch())
+        sums: dict[str, Tensor] = {}
+        for i, micro_batch in enumerate(micro_batches):
+            batch = {name: value.to(self.accelerator.device) for name, value in self.collate(micro_batch).items()}
+            last = i == len(micro_batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.module):
+                parts = self.module(batch)
+                self.accelerator.backward(parts.total if counts else parts.total * 0.0)
+            _add(sums, _flat(parts), counts=counts)
+        metrics, weight = _reduce(sums)
+        # data parallelism has averaged the gradients of the processes' sums
+        scale = self.accelerator.num_processes / weight if weight > 0 else 0.0
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+        return metrics
+
+    # ---- data
+
+    def _batch(self) -> list[Any]:
+        """The examples of the next step: the number of steps done is the data cursor."""
+        epoch, index = divmod(self.step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+            self._order = epoch, torch.randperm(len(self.examples), generator=generator).tolist()
+        first = index * self.cfg.batch_size
+        return [self.examples[i] for i in self._order[1][first : first + self.cfg.batch_size]]
+
+    def _micro_batches(self, batch: list[Any]) -> tuple[list[list[Any]], bool]:
+        """This process's share of a batch, cut for its forward passes; False where it only keeps the others company.
+
+        Every process must take part in the exchange of gradients, even where a batch has fewer examples than processes.
+        """
+        share = batch[self.accelerator.process_index :: self.accelerator.num_processes]
+        counts = bool(share)
+        share = share or batch[:1]
+        if self.length is not None:
+            share = sorted(share, key=self.length, reverse=True)
+        size = self.cfg.micro_batch_size or len(share)
+        return [share[i : i + size] for i in range(0, len(share), size)], counts
+
+    # ---- evaluation, checkpoints
+
+    def _evaluation_is_due(self) -> bool:
+        every = self.cfg.evaluate_every or self.steps_per_epoch
+        return self.step % every == 0 or self.step == self.total_steps
+
+    def _evaluate(self, evaluate: Callable[[PreTrainedModel], Mapping[str, float]]) -> dict[str, float]:
+        self.model.eval()
+        with torch.no_grad():
+            return {name: float(value) for name, value in evaluate(self.model).items()}
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with this run for the one to continue the other."""
+        settings = {name: value for name, value in as_plain(self.cfg).items() if name not in FREE_TO_CHANGE}
+        return {"settings": settings, "examples": len(self.examples), "seed": self.seed}
+
+    def _save(self, callbacks: Sequence[Callback]) -> Path:
+        if self.saved is None or self.saved[0] != self.step:
+            path = save_checkpoint(
+                self.folder / "checkpoints",
+                self.step,
+                models={"model": self.model},
+                optimizers={"optimizer": self.optimizer},
+                schedulers={"scheduler": self.scheduler},
+                state={
+                    "identity": self._identity(),
+                    "metrics": self.metrics,
+                    "evaluation": self.evaluation,
+                    "seconds": self._seconds(),
+                },
+                tensors={},
+                config=self.config,
+                keep=KEEP_CHECKPOINTS,
+            )
+            self.saved = self.step, path
+            for callback in callbacks:
+                callback.on_save(self.step, path)
+        return self.saved[1]
+
+    def _start(self, checkpoint: Path | None) -> None:
+        if checkpoint is None:
+            self.log.rewind(0)
+            return
+        loaded = load_checkpoint(
+            checkpoint,
+            models={"model": self.model},
+            optimizers={"optimizer": self.optimizer},
+            schedulers={"scheduler": self.scheduler},
+        )
+        _check_identity(checkpoint, loaded.state["identity"], self._identity())
+        self.step = loaded.step
+        self.saved = loaded.step, checkpoint
+        self.metrics, self.evaluation = loaded.state["metrics"], loaded.state["evaluation"]
+        self.seconds_before = loaded.state["seconds"]
+        self.log.rewind(self.step)
+        logger.info("%s: resuming after step %d from %s", self.folder.name, self.step, checkpoint)
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
+
+
+def _flat(parts: LossParts) -> dict[str, Tensor]:
+    """All sums of a micro-batch as float64 scalars on one device, without gradient."""
+    flat = {"total": parts.total, "weight": parts.weight}
+    for name, (amount, count) in parts.statistics.items():
+        flat[SUM + name], flat[COUNT + name] = amount, count
+    device = parts.total.device
+    return {name: torch.as_tensor(v, dtype=torch.float64, device=device).detach() for name, v in flat.items()}
+
+
+def _add(sums: dict[str, Tensor], parts: dict[str, Tensor], *, counts: bool) -> None:
+    for name, value in parts.items():
+        value = value if counts else torch.zeros_like(value)
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def _reduce(sums: dict[str, Tensor]) -> tuple[dict[str, float], float]:
+    """The loss and the statistics over all processes, and the weight. What nothing counted for: 0, or left out."""
+    totals = dict(zip(sums, sum_over_processes(torch.stack(list(sums.values()))).tolist(), strict=True))
+    total, weight = totals["total"], totals["weight"]
+    metrics = {"loss": total / weight if weight > 0 else 0.0}
+    for key, amount in totals.items():
+        name = key.removeprefix(SUM)
+        if name != key and totals[COUNT + name] > 0:
+            metrics[name] = amount / totals[COUNT + name]
+    return metrics, weight
+
+
+def _check_identity(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    before = {**then["settings"], "examples": then["examples"], "seed": then["seed"]}
+    after = {**now["settings"], "examples": now["examples"], "seed": now["seed"]}
+    changed = [
+        f"{name} was {before.get(name)} and is {after.get(name)}"
+        for name in {**before, **after}
+        if before.get(name) != after.get(name)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"the checkpoint {checkpoint} belongs to another run ({'; '.join(changed)}): resume with its settings, or "
+            f"delete {checkpoint.parent} to start again"
+        )
