@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests import benchmark_results as made
+from tests.benchmarks import made_results as made
 
 ROOT = Path(__file__).parents[2]
 

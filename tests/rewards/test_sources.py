@@ -465,7 +465,7 @@ def test_a_return_of_the_wrong_shape_is_refused_with_the_legal_ones(
 def test_an_error_inside_a_function_says_where_it_was_raised(three_rows: Rollout) -> None:
     source = CallableSource("collections:OrderedDict")
     source.function = failing
-    with pytest.raises(DataError, match=r"raised KeyError: 'no such word' \(.*test_reward_sources.py:\d+\)") as caught:
+    with pytest.raises(DataError, match=r"raised KeyError: 'no such word' \(.*test_sources.py:\d+\)") as caught:
         source(three_rows)
     assert isinstance(caught.value.__cause__, KeyError)
 
