@@ -17,7 +17,7 @@ from tlcr.config.schema import DataConfig, KLConfig, ModelConfig, PPOConfig, Rew
 from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.models.loading import TWO_CLASSES, load_causal_lm, load_token_classifier
 from tlcr.recipes.train_ppo import train_ppo
-from tlcr.rewards.sources import DiscriminatorSource, Judge
+from tlcr.rewards.sources import DiscriminatorSource, FrozenModel
 from tlcr.training.metrics import read_metrics
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     )
     value_model = build_value_model(cfg.ppo, cfg.model, policy=policy)
     discriminator = load_token_classifier(policy, cfg.model, id2label=TWO_CLASSES)
-    judge = Judge(discriminator, tokenizer, tokenizer, task.prompt_tokens, task.batch)
+    judge = FrozenModel(discriminator, tokenizer, tokenizer, task.prompt_tokens, task.batch)
     with tempfile.TemporaryDirectory() as folder:
         train_ppo(
             cfg,

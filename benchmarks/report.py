@@ -22,7 +22,7 @@ import report_figures as figures
 import report_tables as tables
 from report_rows import AXES, ResultFile, read_results
 
-from tlcr.training.checkpoint import write_aside
+from tlcr.training.checkpoint import atomic_write
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -58,9 +58,9 @@ def arguments() -> argparse.Namespace:
 def write(page: Page, path: Path) -> None:
     """The text, its plots, and no plot of an earlier page that this one does not show."""
     for name, draw in page.plots.items():
-        with write_aside(path.parent / name) as aside:
+        with atomic_write(path.parent / name) as aside:
             aside.write_text(draw(), encoding="utf-8")
-    with write_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(page.text, encoding="utf-8")
     shown = {path.parent / name for name in page.plots}
     for old in path.with_suffix("").glob("*.svg"):

@@ -50,7 +50,7 @@ class ErrorSpan:
 
 @dataclass(frozen=True)
 class MarkedAnswer:
-    """An answer and the errors that a person marked in it, to judge token rewards by."""
+    """An answer and the errors that a person marked in it, to hold token rewards against."""
 
     id: str
     prompt: str

@@ -41,7 +41,7 @@ from tlcr.recipes.train_discriminator import train_discriminator
 from tlcr.report import figures
 from tlcr.report.page import number
 from tlcr.report.results import mean_over_seeds, paired_difference, read_json
-from tlcr.training.checkpoint import write_aside, write_json
+from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.types import LabelledPair
 
 logger = logging.getLogger("tlcr.study")
@@ -347,7 +347,7 @@ def write_results(study: Study) -> None:
         if any(name in row["measures"] for row in rows):
             texts[f"{name}.svg"] = plot(rows, name)
     for name, text in texts.items():
-        with write_aside(folder / name) as aside:
+        with atomic_write(folder / name) as aside:
             aside.write_text(text, encoding="utf-8")
     logger.info("wrote %s", folder / "results.md")
 

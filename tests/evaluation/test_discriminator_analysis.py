@@ -296,7 +296,7 @@ EDITS = [
 
 
 @pytest.fixture(scope="module")
-def judge(tiny_causal_lm: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+def discriminator(tiny_causal_lm: Callable[..., PreTrainedModel]) -> PreTrainedModel:
     model = load_token_classifier(tiny_causal_lm(), ModelConfig(), id2label=labels_of("soft"))
     torch.nn.init.normal_(classification_head(model).weight, generator=torch.Generator().manual_seed(0))
     model.config.tlcr_temperature = 2.0
@@ -312,15 +312,15 @@ def config(**data: Any) -> RunConfig:
 
 
 def test_the_analysis_reads_the_rewards_that_scoring_gives(
-    judge: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+    discriminator: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     limits = {"max_prompt_tokens": 16, "max_answer_tokens": 64}
-    found = analyse_discriminator(config(), judge, tiny_tokenizer, EDITS, calibrated_on_them=False)
+    found = analyse_discriminator(config(), discriminator, tiny_tokenizer, EDITS, calibrated_on_them=False)
     sums = {"substitution": [0.0, 0], "deletion": [0.0, 0]}
     for edit in EDITS:
         pair = label_pair(edit, tiny_tokenizer, end_of_sequence="neutral", **limits)
         texts = [(edit.prompt, edit.rejected)]
-        rewards = score_answers(judge, tiny_tokenizer, texts, batch_size=1, **limits)[0].rewards
+        rewards = score_answers(discriminator, tiny_tokenizer, texts, batch_size=1, **limits)[0].rewards
         places, _ = edit_structure(pair.rejected.labels[:-1], pair.revised.labels[:-1])
         for place, reward in zip(places, rewards, strict=False):
             if place.kind in sums:
@@ -338,51 +338,53 @@ def test_the_analysis_reads_the_rewards_that_scoring_gives(
 
 
 def test_before_the_first_edit_a_causal_model_says_the_same_of_both_answers(
-    judge: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+    discriminator: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    found = analyse_discriminator(config(), judge, tiny_tokenizer, EDITS, calibrated_on_them=False)
+    found = analyse_discriminator(config(), discriminator, tiny_tokenizer, EDITS, calibrated_on_them=False)
     before = [row.difference.value for row in found.spill if row.last is not None and row.last < 0]
     after = [row.difference.value for row in found.spill if row.first is not None and row.first > 0]
     assert before and np.abs(before).max() < 1e-6
     assert after and np.abs(after).max() > 1e-3
 
 
-def test_preferences_are_compared_too(judge: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_preferences_are_compared_too(discriminator: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     preferences = [
         PreferencePair("1", "ask:", " a good one", " a bad one, that is long"),
         PreferencePair("2", "", "a", "b"),
     ]
-    found = analyse_discriminator(config(), judge, tiny_tokenizer, EDITS, preferences, calibrated_on_them=True)
+    found = analyse_discriminator(config(), discriminator, tiny_tokenizer, EDITS, preferences, calibrated_on_them=True)
     assert found.comparisons["chosen over rejected"].pairs == 2
     assert found.to_json()["comparisons"]["chosen over rejected"]["pairs"] == 2
 
 
-def test_nothing_to_analyse_is_said(judge: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_nothing_to_analyse_is_said(discriminator: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match="no edit pair to analyse"):
-        analyse_discriminator(config(), judge, tiny_tokenizer, [], calibrated_on_them=False)
+        analyse_discriminator(config(), discriminator, tiny_tokenizer, [], calibrated_on_them=False)
 
 
-def test_an_uncalibrated_model_has_no_after(judge: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    cfg, temperature = config(), judge.config.tlcr_temperature
-    del judge.config.tlcr_temperature
+def test_an_uncalibrated_model_has_no_after(
+    discriminator: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    cfg, temperature = config(), discriminator.config.tlcr_temperature
+    del discriminator.config.tlcr_temperature
     try:
         found = analyse_discriminator(
             replace(cfg, data=replace(cfg.data, max_answer_tokens=4)),
-            judge,
+            discriminator,
             tiny_tokenizer,
             EDITS,
             calibrated_on_them=True,
         )
     finally:
-        judge.config.tlcr_temperature = temperature
+        discriminator.config.tlcr_temperature = temperature
     assert set(found.reliability) == {"before"} and found.temperature == 1.0
 
 
 def test_one_held_out_pair_is_no_reason_to_stop(
-    judge: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+    discriminator: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Half of one pair is nothing to fit on; what needs no fit is there."""
-    found = analyse_discriminator(config(), judge, tiny_tokenizer, EDITS[:1], calibrated_on_them=True)
+    found = analyse_discriminator(config(), discriminator, tiny_tokenizer, EDITS[:1], calibrated_on_them=True)
     assert set(found.reliability) == {"before"} and found.pairs == 1
     assert all(row.cell.mean_reward and row.cell.mean_reward.interval is None for row in found.kinds)
 

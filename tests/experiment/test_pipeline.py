@@ -74,8 +74,8 @@ def test_a_run_leaves_models_that_load_anywhere_and_a_report(finished: RunConfig
     folder = Path(finished.output_dir)
     AutoModelForCausalLM.from_pretrained(folder / "sft")
     AutoModelForSequenceClassification.from_pretrained(folder / "reward_model")
-    judge = AutoModelForTokenClassification.from_pretrained(folder / "discriminator")
-    assert judge.config.id2label == {0: "negative", 1: "positive"}
+    discriminator = AutoModelForTokenClassification.from_pretrained(folder / "discriminator")
+    assert discriminator.config.id2label == {0: "negative", 1: "positive"}
     trained = AutoModelForCausalLM.from_pretrained(folder / "ppo" / "continuous" / "seed-0" / "policy")
     start = AutoModelForCausalLM.from_pretrained(folder / "sft")
     moved = [not torch.equal(a, b) for a, b in zip(trained.parameters(), start.parameters(), strict=True)]

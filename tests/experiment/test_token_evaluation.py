@@ -1,4 +1,4 @@
-"""`tlcr evaluate-tokens`: which tokens are judged, by which rewards, and what a person and a program get to see."""
+"""`tlcr evaluate-tokens`: which tokens count, by which rewards, and what a person and a program get to see."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_marked_tokens_are_those_of_the_words_that_were_marked(tiny_tokenize
     pieces = token_pieces(tiny_tokenizer, row.encoded.answer_ids, context=context)
     wrong = [piece for piece, kinds in zip(pieces, row.kinds, strict=True) if kinds]
     assert "".join(wrong) == " the service bad"
-    assert pieces[-1] == "<eos>" and row.is_judged == (*[True] * (len(pieces) - 1), False)
+    assert pieces[-1] == "<eos>" and row.is_counted == (*[True] * (len(pieces) - 1), False)
 
 
 @pytest.mark.parametrize("shift", [-1, 0, 1])
@@ -92,7 +92,7 @@ def test_a_token_that_straddles_prompt_and_answer_is_placed_by_its_part_of_the_a
     assert [bool(kinds) for kinds in row.kinds[:2]] == [True, False]
 
 
-def test_an_answer_is_judged_as_far_as_it_is_read(
+def test_an_answer_is_counted_as_far_as_it_is_read(
     tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole, cut = (

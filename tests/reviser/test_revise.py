@@ -12,7 +12,7 @@ from tlcr.chat import Answer, NoAnswer
 from tlcr.chat.reading import is_refusal
 from tlcr.data.formats import REVISION_MARKER, RawPreference
 from tlcr.reviser import prompt as prompt_module
-from tlcr.reviser.checks import OUTCOMES, Judged, changed_share, check_revision, judge
+from tlcr.reviser.checks import OUTCOMES, CheckedRevision, changed_share, check_answer, check_revision
 from tlcr.reviser.files import content_key
 from tlcr.reviser.prompt import revision_question
 from tlcr.reviser.reading import Revision, read_revision
@@ -224,10 +224,10 @@ def test_white_space_at_the_ends_is_the_rejected_answer_s(lead: str, tail: str, 
     ],
 )
 def test_what_an_answer_means_for_its_pair(answer: Answer | NoAnswer, outcome: str) -> None:
-    found = judge(PAIR, answer, max_changed=0.75)
+    found = check_answer(PAIR, answer, max_changed=0.75)
     assert found.outcome == outcome and outcome in OUTCOMES
     if outcome == "revised":
-        assert found == Judged(
+        assert found == CheckedRevision(
             "revised",
             revised=f" {GOOD}",
             comparison="kinder" if "comparison" in getattr(answer, "text", "") else "",

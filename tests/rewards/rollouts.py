@@ -1,4 +1,4 @@
-"""Rollouts, tokenizers and judges to test reward sources with."""
+"""Rollouts, tokenizers and frozen models to test reward sources with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from tlcr.rewards.sources import Judge
+from tlcr.rewards.sources import FrozenModel
 from tlcr.text.tokenization import decode_text
 from tlcr.types import Rollout
 
@@ -69,7 +69,7 @@ def rollout_of(
 
 
 class Rigged(nn.Module):
-    """A judge that gives each id its own positive logit, and remembers what it was shown."""
+    """A frozen model that gives each id its own positive logit, and remembers what it was shown."""
 
     def __init__(self, positive: dict[int, float], *, positions: int | None = None) -> None:
         super().__init__()
@@ -88,15 +88,15 @@ class Rigged(nn.Module):
         return SimpleNamespace(logits=logits)
 
 
-def judge(
+def frozen_model(
     model: Any,
     tokenizer: PreTrainedTokenizerFast,
     policy: PreTrainedTokenizerFast,
     *,
     max_prompt_tokens: int = 64,
     micro_batch_size: int | None = None,
-) -> Judge:
-    return Judge(model, tokenizer, policy, max_prompt_tokens, micro_batch_size)
+) -> FrozenModel:
+    return FrozenModel(model, tokenizer, policy, max_prompt_tokens, micro_batch_size)
 
 
 def random_rows(tokenizer: PreTrainedTokenizerFast) -> list[Row]:

@@ -12,7 +12,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.rewards.rollouts import PADDINGS, Rigged, Row, character_tokenizer, ids_of, judge, random_rows, rollout_of
+from tests.rewards.rollouts import (
+    PADDINGS,
+    Rigged,
+    Row,
+    character_tokenizer,
+    frozen_model,
+    ids_of,
+    random_rows,
+    rollout_of,
+)
 from tlcr.config.schema import DataConfig, DPOConfig, KLConfig, ModelConfig, RewardConfig, RunConfig
 from tlcr.errors import ConfigError
 from tlcr.models.loading import classification_head, load_sequence_classifier
@@ -101,7 +110,7 @@ def test_each_way_of_sharing_a_score_by_hand(
         PrefixDifferenceSource: [[1.0, -0.5, 1.0], [3.5, -7.0]],
     }
     for kind, truth in worked.items():
-        signal = kind(judge(Rigged({}), tiny_tokenizer, tiny_tokenizer))(rollout)
+        signal = kind(frozen_model(Rigged({}), tiny_tokenizer, tiny_tokenizer))(rollout)
         for row, wanted in zip(dense(signal, rollout), truth, strict=True):
             assert row.tolist() == pytest.approx(wanted)
         assert signal.sequence_B is not None and signal.sequence_B.tolist() == [2.0, -3.0]
@@ -113,7 +122,7 @@ def test_uniform_shares_are_the_score_over_the_length(
 ) -> None:
     rows = rows_of(tiny_tokenizer)
     rollout = rollout_of(rows, tiny_tokenizer, left=left, right=right, filler=tiny_tokenizer.eos_token_id)
-    signal = UniformSource(judge(scorer, tiny_tokenizer, tiny_tokenizer, micro_batch_size=4))(rollout)
+    signal = UniformSource(frozen_model(scorer, tiny_tokenizer, tiny_tokenizer, micro_batch_size=4))(rollout)
     for row, got in zip(rows, dense(signal, rollout), strict=True):
         whole = score(scorer, ids_of(tiny_tokenizer, row.prompt) + row.ids)
         assert got.tolist() == pytest.approx([whole / len(row.ids)] * len(row.ids), rel=1e-3, abs=1e-5)
@@ -130,7 +139,7 @@ def test_attention_credit_is_what_the_scored_position_looks_at(
 ) -> None:
     rows = rows_of(tiny_tokenizer)
     rollout = rollout_of(rows, tiny_tokenizer, left=left, right=right, filler=17)
-    of = judge(scorer, tiny_tokenizer, tiny_tokenizer, micro_batch_size=micro_batch_size)
+    of = frozen_model(scorer, tiny_tokenizer, tiny_tokenizer, micro_batch_size=micro_batch_size)
     own = scorer.config._attn_implementation
     signal = AttentionSource(of)(rollout)
     assert scorer.config._attn_implementation == own != "eager" and not any(m._forward_hooks for m in scorer.modules())
@@ -150,7 +159,7 @@ def test_prefix_differences_are_what_each_token_added(
 ) -> None:
     rows = rows_of(tiny_tokenizer)
     rollout = rollout_of(rows, tiny_tokenizer, left=left, right=right, filler=17)
-    signal = PrefixDifferenceSource(judge(scorer, tiny_tokenizer, tiny_tokenizer, micro_batch_size=4))(rollout)
+    signal = PrefixDifferenceSource(frozen_model(scorer, tiny_tokenizer, tiny_tokenizer, micro_batch_size=4))(rollout)
     truth, telescoped = [], []
     for row in rows:
         prompt = ids_of(tiny_tokenizer, row.prompt)
@@ -168,7 +177,7 @@ def test_a_masked_token_earns_nothing_and_is_not_there_for_the_model(
     whole = rollout_of([Row("The food", [50, 60, 70, 80], False)], tiny_tokenizer)
     holed = rollout_of([Row("The food", [50, 99, 60, 99, 70, 80], False, masked=(1, 3))], tiny_tokenizer, left=2)
     for kind in Sources:
-        source = kind(judge(scorer, tiny_tokenizer, tiny_tokenizer))
+        source = kind(frozen_model(scorer, tiny_tokenizer, tiny_tokenizer))
         torch.testing.assert_close(dense(source(holed), holed), dense(source(whole), whole), rtol=1e-4, atol=1e-5)
 
 
@@ -177,7 +186,7 @@ def test_an_answer_without_tokens_earns_nothing(
 ) -> None:
     rollout = rollout_of([Row("I", [50], False, masked=(0,)), Row("I", [60], False)], tiny_tokenizer)
     for kind in Sources:
-        rewards = kind(judge(scorer, tiny_tokenizer, tiny_tokenizer))(rollout).dense_BT
+        rewards = kind(frozen_model(scorer, tiny_tokenizer, tiny_tokenizer))(rollout).dense_BT
         assert rewards is not None and rewards[0].tolist() == [0.0] and rewards[1, 0] != 0
 
 
@@ -185,7 +194,7 @@ def test_an_answer_without_tokens_earns_nothing(
 def test_through_another_tokenizer_no_credit_is_lost(
     kind: Any, tiny_tokenizer: PreTrainedTokenizerFast, scorer: PreTrainedModel
 ) -> None:
-    """A character policy, judged by words: each word's credit is shared by the characters that spell it."""
+    """A character policy, read by words: each word's credit is shared by the characters that spell it."""
     characters = character_tokenizer()
     prompt, text = "The food was", " not good at"
     rows = [
@@ -200,8 +209,8 @@ def test_through_another_tokenizer_no_credit_is_lost(
         ],
         tiny_tokenizer,
     )
-    signal = kind(judge(scorer, tiny_tokenizer, characters))(rollout)
-    of_words = dense(kind(judge(scorer, tiny_tokenizer, tiny_tokenizer))(own), own)
+    signal = kind(frozen_model(scorer, tiny_tokenizer, characters))(rollout)
+    of_words = dense(kind(frozen_model(scorer, tiny_tokenizer, tiny_tokenizer))(own), own)
     widths = [len(tiny_tokenizer.decode([id])) for id in ids_of(tiny_tokenizer, text)]
     assert len(set(widths)) > 1
     if kind is UniformSource:
@@ -269,7 +278,7 @@ def test_the_log_ratio_of_each_token_is_read_before_it(
     for parameter in dpo.parameters():
         parameter.data *= 3  # far from uniform, so that tokens differ
     rollout = rollout_of(rows, tiny_tokenizer, left=left, right=right, filler=17)
-    of = judge(dpo, tiny_tokenizer, tiny_tokenizer, micro_batch_size=micro_batch_size)
+    of = frozen_model(dpo, tiny_tokenizer, tiny_tokenizer, micro_batch_size=micro_batch_size)
     signal = LogRatioSource(of, reference, beta=0.5)(rollout)
     truth = []
     for row in rows:
@@ -282,7 +291,7 @@ def test_the_log_ratio_of_each_token_is_read_before_it(
 
 
 def test_a_policy_of_other_tokens_has_no_log_ratio(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    of = judge(Rigged({}), character_tokenizer(), tiny_tokenizer)
+    of = frozen_model(Rigged({}), character_tokenizer(), tiny_tokenizer)
     with pytest.raises(ConfigError, match=r"the model in dpo\.path has another tokenizer"):
         LogRatioSource(of, Rigged({}), beta=0.1)  # type: ignore[arg-type]
 
@@ -306,7 +315,7 @@ def composed(signal: RewardSignal, rollout: Rollout, **options: Any) -> Rewards:
 def spans(text: str, span_end: str, tokenizer: PreTrainedTokenizerFast, *, ended: bool = True) -> list[int]:
     ids = [*ids_of(tokenizer, text), *([tokenizer.eos_token_id] if ended else [])]
     rollout = rollout_of([Row("The", ids, ended)], tokenizer, left=1, right=2)
-    rigged = DiscriminatorSource(judge(Rigged({}), tokenizer, tokenizer))
+    rigged = DiscriminatorSource(frozen_model(Rigged({}), tokenizer, tokenizer))
     found = SpanSource(rigged, tokenizer, span_end)(rollout).spans_BT
     assert found is not None
     return found[0, : len(ids)].tolist()
@@ -339,7 +348,7 @@ def test_every_token_of_a_span_earns_the_mean_over_it() -> None:
     logit = {a: torch.tensor(0.8).logit().item(), b: torch.tensor(0.4).logit().item()}
     ids = [*ids_of(characters, "ab.ba,aa"), characters.eos_token_id]
     rollout = rollout_of([Row("a", ids, True, masked=(4,)), Row("b", [a], False)], characters, left=1, right=1)
-    source = SpanSource(DiscriminatorSource(judge(Rigged(logit), characters, characters)), characters, "[.,]")
+    source = SpanSource(DiscriminatorSource(frozen_model(Rigged(logit), characters, characters)), characters, "[.,]")
     first, second = (0.6 - 0.2 + 0) / 3, (-0.2 + 0) / 2  # the masked "a" counts for nothing
     rewards = composed(source(rollout), rollout, kind="spans").rewards_BT
     worked = [[first] * 3 + [second, 0, second] + [0.6, 0.6, 0, 0], [0.6] + [0] * 9]

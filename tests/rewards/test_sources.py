@@ -1,4 +1,4 @@
-"""Reward sources: the judge's word lands on exactly the action that emitted the token, through any tokenizer."""
+"""Reward sources: the frozen model's word lands on exactly the action that emitted the token, through any tokenizer."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tests.rewards.rollouts import (
     Rigged,
     Row,
     character_tokenizer,
+    frozen_model,
     ids_of,
-    judge,
     random_rows,
     rollout_of,
 )
@@ -36,7 +36,7 @@ from tlcr.rewards.sources import (
     CallableSource,
     CombinedSource,
     DiscriminatorSource,
-    Judge,
+    FrozenModel,
     LoadedModel,
     RandomSource,
     SequenceRewardSource,
@@ -70,7 +70,7 @@ def test_the_reward_sits_on_the_action_that_emitted_the_token(
     # padding that looks like the rewarded token, or like the end of sequence, earns nothing
     for filler in (x, eos):
         rollout = rollout_of(rows, tiny_tokenizer, left=left, right=right, filler=filler)
-        source = DiscriminatorSource(judge(Rigged({x: 5.0, eos: 2.0}), tiny_tokenizer, tiny_tokenizer))
+        source = DiscriminatorSource(frozen_model(Rigged({x: 5.0, eos: 2.0}), tiny_tokenizer, tiny_tokenizer))
         assert positive(source, rollout) == [[0, 5, 0, 0, 2], [5, 0], [0, 0, 5], [0, 2]]
         rewards = compose_rewards(
             source(rollout),
@@ -103,7 +103,7 @@ def test_padding_and_batching_do_not_matter_to_a_real_model(
 ) -> None:
     rows = random_rows(tiny_tokenizer)
     rollout = rollout_of(rows, tiny_tokenizer, left=left, right=right, filler=17)
-    of = judge(discriminator, tiny_tokenizer, tiny_tokenizer, micro_batch_size=micro_batch_size)
+    of = frozen_model(discriminator, tiny_tokenizer, tiny_tokenizer, micro_batch_size=micro_batch_size)
     logits = DiscriminatorSource(of)(rollout).logits_BTC
     for b, row in enumerate(rows):
         ids = ids_of(tiny_tokenizer, row.prompt) + row.ids
@@ -121,7 +121,7 @@ def test_a_token_masked_inside_a_row_is_not_there_for_the_judge(
 ) -> None:
     whole = rollout_of([Row("The food", [50, 60, 70, 80], False)], tiny_tokenizer)
     holed = rollout_of([Row("The food", [50, 99, 60, 99, 70, 80], False, masked=(1, 3))], tiny_tokenizer, left=2)
-    source = DiscriminatorSource(judge(discriminator, tiny_tokenizer, tiny_tokenizer))
+    source = DiscriminatorSource(frozen_model(discriminator, tiny_tokenizer, tiny_tokenizer))
     truth, logits = source(whole).logits_BTC[0], source(holed).logits_BTC[0][holed.mask_BT[0]]
     torch.testing.assert_close(logits, truth, rtol=1e-4, atol=1e-5)
 
@@ -138,7 +138,7 @@ def test_a_character_judge_rewards_the_policy_token_that_holds_the_character(
     eos = tiny_tokenizer.eos_token_id
     answer, cut = ids_of(tiny_tokenizer, " was wonderful, the waiter"), ids_of(tiny_tokenizer, " not cold")
     rows = [Row("The food", [*answer, eos], True), Row("w w w I would", cut, False), Row("w", [eos], True)]
-    source = DiscriminatorSource(judge(Rigged({w: 6.0, end: 2.0}), characters, tiny_tokenizer))
+    source = DiscriminatorSource(frozen_model(Rigged({w: 6.0, end: 2.0}), characters, tiny_tokenizer))
     rollout = rollout_of(rows, tiny_tokenizer, left=left, right=right, filler=answer[0])
     texts = [tiny_tokenizer.decode([id]) for id in answer]
     assert len({len(text) for text in texts}) > 1, "the test needs tokens of several lengths"
@@ -161,7 +161,7 @@ def test_a_word_judge_rewards_each_of_the_policys_characters(
         Row(prompt, ids_of(characters, text), False),
     ]
     source = DiscriminatorSource(
-        judge(Rigged({good: 5.0, tiny_tokenizer.eos_token_id: -3.0}), tiny_tokenizer, characters)
+        frozen_model(Rigged({good: 5.0, tiny_tokenizer.eos_token_id: -3.0}), tiny_tokenizer, characters)
     )
     got = positive(source, rollout_of(rows, characters, left=left, right=right, filler=ids_of(characters, "g")[0]))
     worked = [5.0 if 4 <= i < 9 else 0.0 for i in range(len(text))]
@@ -182,7 +182,7 @@ def test_overlaps_are_weighed_by_their_characters() -> None:
     text = "prompt" + "abcdef"
     policy, of_two = chunk_tokenizer(3, text), chunk_tokenizer(2, text)
     ab, cd = ids_of(of_two, "abcd")
-    source = DiscriminatorSource(judge(Rigged({ab: 3.0, cd: 6.0}), of_two, policy))
+    source = DiscriminatorSource(frozen_model(Rigged({ab: 3.0, cd: 6.0}), of_two, policy))
     rollout = rollout_of([Row("prompt", ids_of(policy, "abcdef"), False)], policy)
     # "abc" is two characters of "ab" and one of "cd"; "def" one of "cd" and two of "ef"
     assert positive(source, rollout)[0] == pytest.approx([(2 * 3 + 1 * 6) / 3, (1 * 6 + 2 * 0) / 3])
@@ -193,10 +193,10 @@ def test_one_character_of_several_tokens_is_shared_by_all_of_them(tiny_tokenizer
     ids = ids_of(tiny_tokenizer, "e\u00dfe")
     assert len(ids) == 4, "the test needs a character that the policy spells with two tokens"
     (sharp,) = ids_of(characters, "\u00df")
-    source = DiscriminatorSource(judge(Rigged({sharp: 4.0}), characters, tiny_tokenizer))
+    source = DiscriminatorSource(frozen_model(Rigged({sharp: 4.0}), characters, tiny_tokenizer))
     assert positive(source, rollout_of([Row("A", ids, False)], tiny_tokenizer)) == [[0, 4, 4, 0]]
-    # and back: two of the judge's tokens make one of the policy's, each with half a say
-    back = DiscriminatorSource(judge(Rigged({ids[1]: 4.0}), tiny_tokenizer, characters))
+    # and back: two of the frozen model's tokens make one of the policy's, each with half a say
+    back = DiscriminatorSource(frozen_model(Rigged({ids[1]: 4.0}), tiny_tokenizer, characters))
     row = Row("A", ids_of(characters, "e\u00dfe"), False)
     assert positive(back, rollout_of([row], characters)) == [[0, 2, 0]]
 
@@ -205,7 +205,7 @@ def test_a_judge_that_changes_text_is_aligned_by_what_it_read(tiny_tokenizer: Pr
     lower = character_tokenizer(lowercase=True)
     w = ids_of(lower, "w")[0]
     ids = ids_of(tiny_tokenizer, "Human:    Would   never")
-    source = DiscriminatorSource(judge(Rigged({w: 6.0}), lower, tiny_tokenizer))
+    source = DiscriminatorSource(frozen_model(Rigged({w: 6.0}), lower, tiny_tokenizer))
     texts = [tiny_tokenizer.decode([id]) for id in ids]
     worked = [6.0 * text.lower().count("w") / len(text) for text in texts]
     assert sum(value > 0 for value in worked) == 1
@@ -216,7 +216,9 @@ def test_a_judge_that_changes_text_is_aligned_by_what_it_read(tiny_tokenizer: Pr
 def test_a_special_token_inside_an_answer_is_neutral(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     characters = character_tokenizer()
     w, bos = ids_of(characters, "w")[0], tiny_tokenizer.bos_token_id
-    source = DiscriminatorSource(judge(Rigged({w: 6.0, ids_of(characters, "b")[0]: 9.0}), characters, tiny_tokenizer))
+    source = DiscriminatorSource(
+        frozen_model(Rigged({w: 6.0, ids_of(characters, "b")[0]: 9.0}), characters, tiny_tokenizer)
+    )
     (single,) = ids_of(tiny_tokenizer, "w")
     row = Row("A", [single, bos, single], False)
     assert positive(source, rollout_of([row], tiny_tokenizer)) == [[6, 0, 6]]
@@ -231,7 +233,7 @@ def test_what_the_other_tokenizer_reads(tiny_tokenizer: PreTrainedTokenizerFast,
         Row("<bos>The food", [*ids_of(tiny_tokenizer, " was bad"), eos], True),
         Row("<bos>I", ids_of(tiny_tokenizer, " would"), False),
     ]
-    DiscriminatorSource(judge(model, characters, tiny_tokenizer))(rollout_of(rows, tiny_tokenizer))
+    DiscriminatorSource(frozen_model(model, characters, tiny_tokenizer))(rollout_of(rows, tiny_tokenizer))
     start = [characters.bos_token_id] if own_bos else []
     first = start + ids_of(characters, "The food was bad") + [characters.eos_token_id]
     assert sorted(model.shown) == sorted([first, start + ids_of(characters, "I would")])
@@ -242,7 +244,7 @@ def test_special_tokens_that_both_know_stay(tiny_tokenizer: PreTrainedTokenizerF
     characters.add_special_tokens({"additional_special_tokens": ["<bos>"]})
     model = Rigged({})
     row = Row("<bos>I<pad>", ids_of(tiny_tokenizer, " would"), False)
-    DiscriminatorSource(judge(model, characters, tiny_tokenizer))(rollout_of([row], tiny_tokenizer))
+    DiscriminatorSource(frozen_model(model, characters, tiny_tokenizer))(rollout_of([row], tiny_tokenizer))
     assert model.shown == [[characters.convert_tokens_to_ids("<bos>"), *ids_of(characters, "I would")]]
 
 
@@ -254,16 +256,16 @@ def test_a_judge_with_few_positions_loses_the_prompt_first(
     ids = ids_of(tiny_tokenizer, " and dull")
     row = Row("The food", [*ids, tiny_tokenizer.eos_token_id], True)
     rollout = rollout_of([row], tiny_tokenizer)
-    whole = positive(DiscriminatorSource(judge(Rigged({d: 6.0, end: 2.0}), characters, tiny_tokenizer)), rollout)
+    whole = positive(DiscriminatorSource(frozen_model(Rigged({d: 6.0, end: 2.0}), characters, tiny_tokenizer)), rollout)
 
     short = Rigged({d: 6.0, end: 2.0}, positions=11)
-    assert positive(DiscriminatorSource(judge(short, characters, tiny_tokenizer)), rollout) == whole
+    assert positive(DiscriminatorSource(frozen_model(short, characters, tiny_tokenizer)), rollout) == whole
     assert short.shown == [[*ids_of(characters, "d and dull"), end]]
     assert not caplog.records
 
     shorter = Rigged({d: 6.0, end: 2.0}, positions=4)
     with caplog.at_level(logging.WARNING):
-        got = positive(DiscriminatorSource(judge(shorter, characters, tiny_tokenizer)), rollout)[0]
+        got = positive(DiscriminatorSource(frozen_model(shorter, characters, tiny_tokenizer)), rollout)[0]
     assert shorter.shown == [ids_of(characters, " and")]
     kept = len(ids_of(tiny_tokenizer, " and"))
     assert got[:kept] == whole[0][:kept] and got[kept:] == [0.0] * (len(ids) + 1 - kept)
@@ -273,7 +275,7 @@ def test_a_judge_with_few_positions_loses_the_prompt_first(
 def test_the_prompt_keeps_its_end(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     characters = character_tokenizer()
     model = Rigged({})
-    source = DiscriminatorSource(judge(model, characters, tiny_tokenizer, max_prompt_tokens=4))
+    source = DiscriminatorSource(frozen_model(model, characters, tiny_tokenizer, max_prompt_tokens=4))
     source(rollout_of([Row("The food", ids_of(tiny_tokenizer, " was"), False)], tiny_tokenizer))
     assert model.shown == [ids_of(characters, "food was")]
 
@@ -319,7 +321,7 @@ def test_the_sequence_score_is_read_at_the_last_token(
 ) -> None:
     eos = tiny_tokenizer.eos_token_id
     rows = [*random_rows(tiny_tokenizer), Row("The", [60, 70, eos], True)]
-    source = SequenceRewardSource(judge(reward_model, tiny_tokenizer, tiny_tokenizer, micro_batch_size=4))
+    source = SequenceRewardSource(frozen_model(reward_model, tiny_tokenizer, tiny_tokenizer, micro_batch_size=4))
     scores = source(rollout_of(rows, tiny_tokenizer, left=left, right=right, filler=eos)).terminal_B
     truth = torch.stack([score_alone(reward_model, ids_of(tiny_tokenizer, row.prompt) + row.ids) for row in rows])
     torch.testing.assert_close(scores, truth, rtol=1e-4, atol=1e-5)
@@ -335,7 +337,7 @@ def test_the_sequence_model_reads_text_where_its_tokenizer_differs(
         Row(prompt, [*ids_of(characters, text), characters.eos_token_id], True),
         Row(prompt, ids_of(characters, text), False),
     ]
-    source = SequenceRewardSource(judge(reward_model, tiny_tokenizer, characters))
+    source = SequenceRewardSource(frozen_model(reward_model, tiny_tokenizer, characters))
     own = ids_of(tiny_tokenizer, prompt + text)
     truth = torch.stack(
         [score_alone(reward_model, [*own, tiny_tokenizer.eos_token_id]), score_alone(reward_model, own)]
@@ -518,7 +520,7 @@ def test_kinds_that_read_a_discriminator(kind: str, tiny_tokenizer: PreTrainedTo
     models = {"discriminator": LoadedModel(model, tiny_tokenizer), "policy_tokenizer": tiny_tokenizer}
     source = build(kind, **models)
     assert isinstance(source, DiscriminatorSource)
-    assert source.judge == Judge(model, tiny_tokenizer, tiny_tokenizer, 5, 2)
+    assert source.frozen == FrozenModel(model, tiny_tokenizer, tiny_tokenizer, 5, 2)
     assert source.state_dict() == {}
     with pytest.raises(CheckpointError, match="DiscriminatorSource has no state"):
         source.load_state_dict({"rollouts": 3})

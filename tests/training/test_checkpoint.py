@@ -24,6 +24,7 @@ from tlcr.errors import CheckpointError
 from tlcr.training import checkpoint
 from tlcr.training.checkpoint import (
     as_plain,
+    atomic_write,
     done_config,
     is_done,
     latest_checkpoint,
@@ -31,7 +32,6 @@ from tlcr.training.checkpoint import (
     mark_done,
     save_checkpoint,
     start_or_resume,
-    write_aside,
     write_json,
 )
 from tlcr.training.optim import build_optimizer, build_scheduler
@@ -339,9 +339,9 @@ def test_killed_at_any_moment_the_previous_checkpoint_still_loads(tmp_path):
 
 def test_write_aside_replaces_files_and_folders_whole(tmp_path):
     for version in ("old", "new"):
-        with write_aside(tmp_path / "file.txt") as aside:
+        with atomic_write(tmp_path / "file.txt") as aside:
             aside.write_text(version)
-        with write_aside(tmp_path / "folder") as aside:
+        with atomic_write(tmp_path / "folder") as aside:
             aside.mkdir()
             (aside / version).touch()
     assert (tmp_path / "file.txt").read_text() == "new"
@@ -351,7 +351,7 @@ def test_write_aside_replaces_files_and_folders_whole(tmp_path):
 
 def test_what_fails_half_way_changes_nothing(tmp_path):
     (tmp_path / "file.txt").write_text("old")
-    with pytest.raises(ZeroDivisionError), write_aside(tmp_path / "file.txt") as aside:
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "file.txt") as aside:
         aside.write_text("half")
         raise ZeroDivisionError
     assert (tmp_path / "file.txt").read_text() == "old"
@@ -359,7 +359,7 @@ def test_what_fails_half_way_changes_nothing(tmp_path):
     with (
         files_limited_to(10),
         pytest.raises(CheckpointError, match="File too large"),
-        write_aside(tmp_path / "file.txt") as aside,
+        atomic_write(tmp_path / "file.txt") as aside,
     ):
         aside.write_text("x" * 100)
     assert (tmp_path / "file.txt").read_text() == "old"

@@ -25,6 +25,7 @@ from tlcr.text.tokenization import encode_answers, render_prompt
 
 __all__ = ["Answer", "Limits", "ScoredAnswer", "read_answers", "score_command"]
 
+
 @dataclass(frozen=True)
 class Answer:
     """One answer to score. The prompt is plain text, or messages for the tokenizer's chat template."""

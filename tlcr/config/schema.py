@@ -468,7 +468,7 @@ class PPOConfig(Checked):
 
 @dataclass(frozen=True)
 class EvaluationConfig(Checked):
-    """How a policy is judged."""
+    """How a policy is evaluated."""
 
     prompts: int = knob(256, "held-out prompts", ge=1)
     scorer: str | None = knob(
@@ -515,7 +515,7 @@ class RunConfig(Checked):
     seed: int = knob(0, "seed of every stage before PPO", ge=0)
     seeds: tuple[int, ...] = knob((0,), "one PPO run for each seed, arm and KL coefficient")
     models_per_seed: bool = knob(
-        False, "each of seeds has SFT and judges of its own, shared by its arms; else those of 'seed' serve all"
+        False, "each of seeds has SFT and reward models of its own, shared by its arms; else those of 'seed' serve all"
     )
     kl_coefs: tuple[float, ...] = knob((), "KL coefficients to compare every arm at; default: kl.coef alone")
     tracker: Literal["tensorboard", "wandb", "none"] = knob("none", "also log through this tracker of accelerate")

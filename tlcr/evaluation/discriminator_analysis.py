@@ -324,7 +324,7 @@ def spill(tokens: AnalysedTokens) -> tuple[SpillRow, ...]:
 
 @dataclass(frozen=True)
 class AnswerComparison:
-    """Two answers to each prompt, one known to be better, judged by their mean token reward.
+    """Two answers to each prompt, one known to be better, compared by their mean token reward.
 
     accuracy: share of pairs whose better answer has the higher mean, a tie counting half. accuracy_longer, _shorter,
     _same: the same where the better answer has more, fewer or as many tokens. length_accuracy: of calling the longer

@@ -1,6 +1,6 @@
 """How good a policy is: answers to held-out prompts, scored by what training never saw, and their cost in KL.
 
-This stage knows neither how answers are sampled nor how they are judged: both come as functions, so that a run on one
+This stage knows neither how answers are sampled nor how they are scored: both come as functions, so that a run on one
 process and one on many, or a sampler of another kind, are evaluated by the same arithmetic.
 """
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tlcr.errors import DataError, ShapeError
 from tlcr.text.tokenization import token_pieces
-from tlcr.training.checkpoint import write_aside, write_json
+from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.types import PolicyScores, Rollout
 
 Scorer = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
@@ -150,7 +150,7 @@ def evaluate_policy(
 
     generate: samples one answer for each prompt, at the sampling temperature and from a generator of fixed seed, so
     that two policies meet the same luck. score: log-probs of policy and reference, values and entropies of a rollout,
-    with the exact KL where it is wanted. scorer: the judge of whole answers; None where there is none. batch_size:
+    with the exact KL where it is wanted. scorer: gives whole answers their gold; None where there is none. batch_size:
     prompts given to `generate` at a time. samples: answers kept with per-token detail, the first ones. detail: the
     arm's reward and advantages (without it those of the samples are empty, and there is no proxy). gather: collects
     the answers of all processes, each of which evaluated its own share of the prompts
@@ -224,7 +224,7 @@ def write_evaluation(folder: Path, before: PolicyEvaluation, after: PolicyEvalua
     """Write evaluation.json and samples.jsonl of one PPO run, both aside and then renamed."""
     write_json(folder / "evaluation.json", {"before": before.to_json(), "after": after.to_json()})
     lines = [answer.to_json("before") for answer in before.samples] + [a.to_json("after") for a in after.samples]
-    with write_aside(folder / "samples.jsonl") as aside:
+    with atomic_write(folder / "samples.jsonl") as aside:
         aside.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines), encoding="utf-8")
 
 

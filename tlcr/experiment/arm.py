@@ -18,7 +18,7 @@ from tlcr.config.schema import RewardConfig, RunConfig
 from tlcr.config.trials import Trial
 from tlcr.data import embedded
 from tlcr.evaluation.evaluate import EvaluatedAnswer, PolicyEvaluation, TokenDetail, evaluate_policy, write_evaluation
-from tlcr.experiment.frozen_models import Judges, load_judges, load_reference
+from tlcr.experiment.frozen_models import FrozenModels, load_frozen_models, load_reference
 from tlcr.experiment.run_folder import TRAINED, RunFolder
 from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.models.loading import load_causal_lm
@@ -41,21 +41,21 @@ def train_arm(run: RunFolder, trial: Trial) -> None:
 def evaluate_arm(run: RunFolder, trial: Trial) -> None:
     """Evaluates a trained policy again, by the evaluation settings of today."""
     cfg, folder = trial.config(run.cfg), run.trial_folder(trial)
-    judges, reference = load_judges(run, cfg), load_reference(run)
-    evaluation = _Evaluation(run, cfg, judges, reference, trial.seed)
-    before, after = evaluation(_start(run, cfg, judges)), evaluation(_trained(run, cfg, folder))
+    frozen, reference = load_frozen_models(run, cfg), load_reference(run)
+    evaluation = _Evaluation(run, cfg, frozen, reference, trial.seed)
+    before, after = evaluation(_start(run, cfg, frozen)), evaluation(_trained(run, cfg, folder))
     on_main_process(lambda: write_evaluation(folder, before, after))
 
 
 def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
     cfg, seed = trial.config(run.cfg), trial.seed
 
-    # 1. the judges of this arm and the reference, frozen
-    judges, reference = load_judges(run, cfg), load_reference(run)
-    evaluation = _Evaluation(run, cfg, judges, reference, seed)
+    # 1. the models that this arm asks and the reference, frozen
+    frozen, reference = load_frozen_models(run, cfg), load_reference(run)
+    evaluation = _Evaluation(run, cfg, frozen, reference, seed)
 
     # 2. the policy where it starts from, and how good it is there
-    actor_critic = _start(run, cfg, judges)
+    actor_critic = _start(run, cfg, frozen)
     before = evaluation(actor_critic)
     latest = {0: before}
 
@@ -71,8 +71,8 @@ def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
         actor_critic=actor_critic,
         reference=reference,
         tokenizer=run.tokenizer,
-        reward_source=judges.source(run, cfg, reference, seed),
-        reward_temperature=judges.temperature,
+        reward_source=frozen.source(run, cfg, reference, seed),
+        reward_temperature=frozen.temperature,
         prompts=run.prompts.train,
         folder=folder,
         seed=seed,
@@ -86,15 +86,15 @@ def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
     return {"before": before.to_json(), "after": after.to_json()}
 
 
-def _start(run: RunFolder, cfg: RunConfig, judges: Judges) -> ActorCritic:
+def _start(run: RunFolder, cfg: RunConfig, frozen: FrozenModels) -> ActorCritic:
     """Policy and value model as training starts with them."""
     policy = load_causal_lm(run.policy_source)
     value_model = build_value_model(
         cfg.ppo,
         cfg.model,
         policy=policy,
-        reward_model=judges.reward_model.model if judges.reward_model else None,
-        discriminator=judges.discriminator.model if judges.discriminator else None,
+        reward_model=frozen.reward_model.model if frozen.reward_model else None,
+        discriminator=frozen.discriminator.model if frozen.discriminator else None,
     )
     return ActorCritic(policy, value_model, chunk_tokens=cfg.ppo.chunk_tokens).to(run.device)
 
@@ -108,9 +108,11 @@ def _trained(run: RunFolder, cfg: RunConfig, folder: Path) -> ActorCritic:
 class _Evaluation:
     """Answers to the held-out prompts, the same luck for every policy, measured against the reference."""
 
-    def __init__(self, run: RunFolder, cfg: RunConfig, judges: Judges, reference: PreTrainedModel, seed: int) -> None:
-        self._run, self._cfg, self._judges, self._reference = run, cfg, judges, reference
-        self._source = judges.source(run, cfg, reference, seed)
+    def __init__(
+        self, run: RunFolder, cfg: RunConfig, frozen: FrozenModels, reference: PreTrainedModel, seed: int
+    ) -> None:
+        self._run, self._cfg, self._frozen, self._reference = run, cfg, frozen, reference
+        self._source = frozen.source(run, cfg, reference, seed)
         self._scorer = None
         if cfg.evaluation.scorer is not None:
             self._scorer = import_function(cfg.evaluation.scorer, "evaluation.scorer")
@@ -168,7 +170,7 @@ class _Evaluation:
                 kl_BT=None,
                 kl_coef=0.0,
                 cfg=reward,
-                temperature=self._judges.temperature,
+                temperature=self._frozen.temperature,
                 centre=RunningMean() if reward.centre else None,
             )
 

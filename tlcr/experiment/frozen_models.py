@@ -13,12 +13,12 @@ from tlcr.models.discriminator import load_discriminator, temperature_of
 from tlcr.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
 from tlcr.rewards.sources import LoadedModel, RewardSource, build_reward_source
 
-__all__ = ["Judges", "load_judges", "load_reference"]
+__all__ = ["FrozenModels", "load_frozen_models", "load_reference"]
 
 
 @dataclass(frozen=True)
-class Judges:
-    """The judges that an arm needs, on their device; None where its reward does not ask them."""
+class FrozenModels:
+    """The models that a reward asks, on their device; None where its reward does not ask them."""
 
     discriminator: LoadedModel | None = None
     reward_model: LoadedModel | None = None
@@ -44,20 +44,20 @@ class Judges:
         )
 
 
-def load_judges(run: RunFolder, cfg: RunConfig) -> Judges:
+def load_frozen_models(run: RunFolder, cfg: RunConfig) -> FrozenModels:
     """Those that `cfg.reward` asks, trained by the run or named in the config; ConfigError where one is not there."""
-    judges = Judges()
+    frozen = FrozenModels()
     if cfg.uses_discriminator(cfg.reward):
         model, tokenizer = load_discriminator(run.discriminator_folder, cfg.model)
-        judges = replace(judges, discriminator=LoadedModel(_on(run, model), tokenizer))
+        frozen = replace(frozen, discriminator=LoadedModel(_on(run, model), tokenizer))
     if cfg.uses_reward_model(cfg.reward):
         own = cfg.model.saved_in(run.reward_model_folder)
         model = _on(run, load_sequence_classifier(run.reward_model_folder, own))
-        judges = replace(judges, reward_model=LoadedModel(model, load_tokenizer(own)))
+        frozen = replace(frozen, reward_model=LoadedModel(model, load_tokenizer(own)))
     if cfg.uses_dpo(cfg.reward):
         own = cfg.model.saved_in(run.dpo_folder)
-        judges = replace(judges, dpo=LoadedModel(_on(run, load_causal_lm(own)), load_tokenizer(own)))
-    return judges
+        frozen = replace(frozen, dpo=LoadedModel(_on(run, load_causal_lm(own)), load_tokenizer(own)))
+    return frozen
 
 
 def load_reference(run: RunFolder) -> PreTrainedModel:

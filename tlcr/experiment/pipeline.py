@@ -160,9 +160,9 @@ def _revisions(run: RunFolder) -> None:
                 "run 'tlcr revise' with this config first, without the launcher"
             )
         cfg, pairs = run.cfg.reviser, raw_preferences(run.cfg)
-        judged, statistics = revise(pairs, cfg, run.cfg.data, revision_cache(run.cfg))
+        checked, statistics = revise(pairs, cfg, run.cfg.data, revision_cache(run.cfg))
         write_json(run.revisions_folder / "statistics.json", asdict(statistics))
-        logger.info("wrote %s", write_revisions(run.revisions_folder, pairs, judged, cfg))
+        logger.info("wrote %s", write_revisions(run.revisions_folder, pairs, checked, cfg))
         return asdict(statistics)
 
     # Made anew where the settings changed, since what was answered before is in the cache and costs nothing.

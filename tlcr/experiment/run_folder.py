@@ -43,7 +43,7 @@ from tlcr.data.readers import (
 from tlcr.data.splits import Shares, ShareStatistics, Split, Stage, nothing_left, read_shares
 from tlcr.errors import ConfigError
 from tlcr.models.loading import load_tokenizer
-from tlcr.training.checkpoint import DONE, as_plain, done_config, is_done, mark_done, write_aside
+from tlcr.training.checkpoint import DONE, as_plain, atomic_write, done_config, is_done, mark_done
 from tlcr.training.distributed import barrier, on_main_process
 from tlcr.types import EditPair, PreferencePair
 
@@ -87,7 +87,7 @@ def _write_config(cfg: RunConfig, folder: Path) -> None:
     # Not the same again: PPO runs side by side open their folder at the same time.
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return
-    with write_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
@@ -147,19 +147,19 @@ class RunFolder:
         cfg = trial.config(self.cfg)
         own = {name: getattr(cfg, name) for name in ("reward", "kl", "rollout", "ppo", "evaluation")}
         before = self.settings("model", "data", "sft", "labels")
-        judges = {
+        frozen = {
             "discriminator": cfg.uses_discriminator(cfg.reward) and cfg.discriminator,
             "reward_model": cfg.uses_reward_model(cfg.reward) and cfg.reward_model,
             "dpo": cfg.uses_dpo(cfg.reward) and cfg.dpo,
         }
-        return {**before, **judges, **own, "ppo_seed": trial.seed}
+        return {**before, **frozen, **own, "ppo_seed": trial.seed}
 
     # ---- what is trained, and where it lies
 
     def wants(self, stage: str) -> bool:
-        """Whether a run of all stages includes this one: a judge is trained where an arm needs it and none is named."""
+        """Whether a run of all stages includes this one: a model is trained where an arm needs it and none is named."""
         cfg, rewards = self.cfg, [arm.reward for arm in arms_of(self.cfg)]
-        judges: dict[
+        frozen: dict[
             str, tuple[RewardModelConfig | DPOConfig | DiscriminatorConfig, Callable[[RewardConfig], bool]]
         ] = {
             "reward_model": (cfg.reward_model, cfg.uses_reward_model),
@@ -168,8 +168,8 @@ class RunFolder:
             "discriminator": (cfg.discriminator, cfg.uses_discriminator),
             "analysis": (cfg.discriminator, cfg.uses_discriminator),
         }
-        if stage in judges:
-            training, used = judges[stage]
+        if stage in frozen:
+            training, used = frozen[stage]
             return training.enabled and training.path is None and any(map(used, rewards))
         if stage == "revisions":
             return self.revises and self.wants("labels")

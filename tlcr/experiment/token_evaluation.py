@@ -1,7 +1,7 @@
 """``tlcr evaluate-tokens``: do token rewards fall where people marked errors?
 
 Every arm of a config gives its rewards to answers that people have marked; what finds the marked tokens best is the
-negative of a good reward. Nothing is generated and no policy is trained: only the judges must be there.
+negative of a good reward. Nothing is generated and no policy is trained: the models that rewards ask must be there.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tlcr.evaluation.span_metrics import (
     evaluate_spans,
     is_in_span,
 )
-from tlcr.experiment.frozen_models import load_judges, load_reference
+from tlcr.experiment.frozen_models import load_frozen_models, load_reference
 from tlcr.experiment.run_folder import RunFolder, open_run
 from tlcr.report.colours import coloured
 from tlcr.rewards.composition import compose_rewards
@@ -69,7 +69,7 @@ class MarkedRow:
     """A marked answer as the policy's tokens.
 
     characters: of each answer token, those of the response that it writes; empty for the end of sequence, which nobody
-    can mark and which is not judged. kinds: of each token, the kinds of the errors that it belongs to.
+    can mark and which does not count. kinds: of each token, the kinds of the errors that it belongs to.
     """
 
     answer: MarkedAnswer
@@ -78,7 +78,7 @@ class MarkedRow:
     kinds: tuple[tuple[str, ...], ...]
 
     @property
-    def is_judged(self) -> tuple[bool, ...]:
+    def is_counted(self) -> tuple[bool, ...]:
         return tuple(start < end for start, end in self.characters)
 
 
@@ -138,18 +138,18 @@ def _before_the_answer(answer: MarkedAnswer, text: str, written: Sequence[tuple[
 
 
 def marked_tokens(rows: Sequence[MarkedRow]) -> MarkedTokens:
-    """All judged tokens of the rows, in their order."""
-    judged = [
+    """All counted tokens of the rows, in their order."""
+    counted = [
         (number, kinds)
         for number, row in enumerate(rows)
-        for kinds, is_judged in zip(row.kinds, row.is_judged, strict=True)
-        if is_judged
+        for kinds, is_counted in zip(row.kinds, row.is_counted, strict=True)
+        if is_counted
     ]
-    labels = sorted({kind for _, kinds in judged for kind in kinds})
+    labels = sorted({kind for _, kinds in counted for kind in kinds})
     return MarkedTokens(
-        error_N=np.array([bool(kinds) for _, kinds in judged], dtype=bool),
-        kinds={label: np.array([label in kinds for _, kinds in judged], dtype=bool) for label in labels},
-        answer_N=np.array([number for number, _ in judged], dtype=np.int64),
+        error_N=np.array([bool(kinds) for _, kinds in counted], dtype=bool),
+        kinds={label: np.array([label in kinds for _, kinds in counted], dtype=bool) for label in labels},
+        answer_N=np.array([number for number, _ in counted], dtype=np.int64),
         answers=len(rows),
     )
 
@@ -161,13 +161,13 @@ def token_rewards(run: RunFolder, cfg: RunConfig, rows: Sequence[MarkedRow], *, 
     """What `cfg.reward` pays for each token of each answer, the end of sequence included, as PPO would be paid.
 
     Without KL, centring, length penalties and what is paid for the whole answer at its end: that says nothing of any
-    single token. Raises ConfigError for a reward that pays nothing else, or whose judge is not there.
+    single token. Raises ConfigError for a reward that pays nothing else, or whose model is not there.
     """
-    # No value model is needed, so none of a judge that only that would start from; nor is the score at the end.
+    # No value model is needed, so none of a frozen model that only that would start from; nor is the score at the end.
     reward = replace(cfg.reward, sequence_coef=0.0, centre=False)
     cfg = replace(cfg, reward=reward, ppo=replace(cfg.ppo, value_model="shared"))
-    judges = load_judges(run, cfg)
-    source = judges.source(run, cfg, load_reference(run) if cfg.uses_dpo(reward) else None, cfg.seed)
+    frozen = load_frozen_models(run, cfg)
+    source = frozen.source(run, cfg, load_reference(run) if cfg.uses_dpo(reward) else None, cfg.seed)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].encoded.ids))
     rewards: dict[int, list[float]] = {}
     with Progress(label, len(rows)) as progress:
@@ -181,7 +181,7 @@ def token_rewards(run: RunFolder, cfg: RunConfig, rows: Sequence[MarkedRow], *, 
                 kl_BT=None,
                 kl_coef=0.0,
                 cfg=reward,
-                temperature=judges.temperature,
+                temperature=frozen.temperature,
                 centre=None,
             ).parts
             if "dense" not in parts:
@@ -209,13 +209,13 @@ def _as_rollout(rows: Sequence[MarkedRow], run: RunFolder) -> Rollout:
 
 
 def error_scores(rows: Sequence[MarkedRow], rewards: Sequence[Sequence[float]]) -> NDArray[np.float64]:
-    """The negative of the rewards of all judged tokens: high where an error is likely, as `evaluate_spans` wants it."""
+    """The negative of the rewards of all counted tokens: high where an error is likely, as `evaluate_spans` wants."""
     return -np.array(
         [
             value
             for row, values in zip(rows, rewards, strict=True)
-            for value, is_judged in zip(values, row.is_judged, strict=True)
-            if is_judged
+            for value, is_counted in zip(values, row.is_counted, strict=True)
+            if is_counted
         ],
         dtype=np.float64,
     )
@@ -268,7 +268,7 @@ def _check_apart(rows: Sequence[MarkedRow], tuned: Sequence[MarkedRow]) -> None:
     if shared := len(texts[0] & texts[1]):
         raise DataError(
             f"{shared} answers are both in --spans and in --threshold-spans; a threshold chosen on the answers that "
-            "it is judged by looks better than it is: take them out of one of the two"
+            "it is measured on looks better than it is: take them out of one of the two"
         )
 
 

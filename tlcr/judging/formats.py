@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from tlcr.errors import DataError
-from tlcr.training.checkpoint import write_aside, write_json
+from tlcr.training.checkpoint import atomic_write, write_json
 
 __all__ = [
     "AnswerFile",
@@ -234,7 +234,7 @@ def write_fastchat(
 ) -> None:
     """``model_answer/<model_id>.jsonl``, as FastChat's ``gen_judgment`` reads it, in the order of the question ids."""
     rows = sorted(zip(questions, outputs, strict=True), key=lambda row: (str(type(row[0].id)), row[0].id))
-    with write_aside(path) as aside, aside.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as aside, aside.open("w", encoding="utf-8") as file:
         for question, turns in rows:
             content = json.dumps([model_id, question.id, *turns], ensure_ascii=False)
             record = {

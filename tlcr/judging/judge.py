@@ -18,7 +18,7 @@ from tlcr.judging.formats import AnswerFile, BenchmarkQuestion, read_answers, re
 from tlcr.judging.prompt import AnswerFormat, comparison_question, grade_question
 from tlcr.judging.results import Label, comparison_results, grade_results, render
 from tlcr.judging.verdicts import Comparison, Grade, read_grade, read_ruling
-from tlcr.training.checkpoint import finite, write_aside, write_json, write_json_lines
+from tlcr.training.checkpoint import atomic_write, finite, write_json, write_json_lines
 
 __all__ = ["Reply", "compare", "grade", "judge_command", "rehearse_judge"]
 
@@ -81,7 +81,7 @@ def judge_command(files: Sequence[str], cfg: JudgeConfig) -> dict[str, Any]:
     _write_verdicts(folder / "verdicts.jsonl", names, model_name(cfg), judged, said)
     write_json(folder / "results.json", results)
     report = render(results)
-    with write_aside(folder / "report.md") as aside:
+    with atomic_write(folder / "report.md") as aside:
         aside.write_text(report, encoding="utf-8")
     sys.stdout.write(report)
     logger.info("wrote %s", folder)

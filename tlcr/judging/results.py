@@ -22,7 +22,7 @@ Label = tuple[QuestionId, int, str]
 """Question, turn (from 1) and winner, as someone else saw it."""
 
 RULINGS: tuple[Ruling, ...] = get_args(Ruling)
-SCORES = {"model_a": 1.0, "tie": 0.5, "model_b": 0.0}
+POINTS = {"model_a": 1.0, "tie": 0.5, "model_b": 0.0}
 HARDLY_ANY = 0.2
 """A kappa up to here is called slight agreement (Landis and Koch 1977)."""
 
@@ -80,23 +80,23 @@ def _outcomes(rows: Sequence[Comparison], cfg: JudgeConfig) -> dict[str, Any]:
     found = {"wins": counts["model_a"], "ties": counts["tie"], "losses": counts["model_b"]}
     if not rows:
         return {**found, "win_rate": None}
-    value = _mean(_scores(rows))
+    value = _mean(_points(rows))
     questions = len({each.question_id for each in rows})
     return {**found, "win_rate": {"value": value, "interval": wilson_interval(value, questions, cfg.confidence)}}
 
 
 def _length_controlled(rows: Sequence[Comparison], cfg: JudgeConfig) -> dict[str, Any]:
-    scores = np.array(_scores(rows))
+    points = np.array(_points(rows))
     lengths_a = np.array([each.length_a for each in rows], dtype=float)
     lengths_b = np.array([each.length_b for each in rows], dtype=float)
     interval = bootstrap_interval(
-        lambda drawn: length_controlled(scores[drawn], lengths_a[drawn], lengths_b[drawn]).win_rate,
+        lambda drawn: length_controlled(points[drawn], lengths_a[drawn], lengths_b[drawn]).win_rate,
         [each.question_id for each in rows],
         resamples=cfg.resamples,
         confidence=cfg.confidence,
         seed=cfg.seed,
     )
-    found = length_controlled(scores, lengths_a, lengths_b)
+    found = length_controlled(points, lengths_a, lengths_b)
     return {"value": found.win_rate, "interval": interval, "quality": found.quality, "length": found.length}
 
 
@@ -122,8 +122,8 @@ def _against(rows: Sequence[Comparison], labels: Sequence[Label]) -> dict[str, A
     return {"labels": len(labels), **found}
 
 
-def _scores(rows: Sequence[Comparison]) -> list[float]:
-    return [SCORES[str(each.winner)] for each in rows]
+def _points(rows: Sequence[Comparison]) -> list[float]:
+    return [POINTS[str(each.winner)] for each in rows]
 
 
 def _by(

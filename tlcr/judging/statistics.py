@@ -1,7 +1,7 @@
 """What verdicts come to: win rates with intervals, at equal length too, and agreement.
 
-Wins of model_a score 1, ties 1/2, losses 0. Turns of one conversation are not independent, so intervals take questions,
-not turns, for what was drawn at random.
+A win of model_a is 1 point, a tie 1/2, a loss 0. Turns of one conversation are not independent, so intervals take
+questions, not turns, for what was drawn at random.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ class Agreement:
 
 
 def wilson_interval(mean: float, count: int, confidence: float) -> Interval:
-    """Wilson's score interval (1927) for the mean of ``count`` independent scores in [0, 1].
+    """Wilson's score interval (1927) for the mean of ``count`` independent outcomes in [0, 1].
 
         (m + z^2 / 2n +- z sqrt(m (1 - m) / n + z^2 / 4n^2)) / (1 + z^2 / n)
 
     Exact in form for wins and losses. Scores between 0 and 1 vary less than wins and losses of the same mean, so with
-    ties it is on the wide side. Unlike the bootstrap it does not shrink to a point where every score is the same.
+    ties it is on the wide side. Unlike the bootstrap it does not shrink to a point where every outcome is the same.
     """
     z = float(norm.ppf((1 + confidence) / 2))
     centre = mean + z * z / (2 * count)
@@ -79,23 +79,23 @@ def wilson_interval(mean: float, count: int, confidence: float) -> Interval:
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
-def length_controlled(scores: Array, lengths_a: Array, lengths_b: Array) -> LengthControlled:
+def length_controlled(points: Array, lengths_a: Array, lengths_b: Array) -> LengthControlled:
     """The win rate that model_a would have if its replies were as long as model_b's (Dubois et al. 2024).
 
         P(win) = sigmoid(quality + length * tanh((l_a - l_b) / s)),   s the sample standard deviation of l_a - l_b
 
-    fitted to the scores (a tie counts half as a win, half as a loss); the win rate is sigmoid(quality). AlpacaEval's
-    third term, the difficulty of each of its instructions, needs its own data and is left out. One score or more; all
-    arrays (N,).
+    fitted to the points (a tie counts half as a win, half as a loss); the win rate is sigmoid(quality). AlpacaEval's
+    third term, the difficulty of each of its instructions, needs its own data and is left out. One comparison or more;
+    all arrays (N,).
     """
     difference = lengths_a - lengths_b
     deviation = float(difference.std(ddof=1)) if len(difference) > 1 else 0.0
     term = np.tanh(difference / deviation) if deviation > 0 else np.zeros_like(difference)
-    # Every comparison is there as a win and as a loss, weighted by its score; the constant is a column like the other.
+    # Every comparison is there as a win and as a loss, weighted by its points; the constant is a column like the other.
     columns = np.tile(np.stack([np.ones_like(term), term], axis=1), (2, 1))
-    outcomes = np.repeat([1, 0], len(scores))
+    outcomes = np.repeat([1, 0], len(points))
     model = LogisticRegression(C=INVERSE_PENALTY, fit_intercept=False, tol=1e-8, max_iter=1000)
-    model.fit(columns, outcomes, sample_weight=np.concatenate([scores, 1 - scores]))
+    model.fit(columns, outcomes, sample_weight=np.concatenate([points, 1 - points]))
     quality, length = (float(coefficient) for coefficient in model.coef_[0])
     return LengthControlled(float(expit(quality)), quality, length)
 
@@ -111,7 +111,7 @@ def bootstrap_interval(
     """Percentile bootstrap (Efron 1979) of a statistic of rows, drawing whole questions with replacement.
 
     statistic: takes the indices of rows, some of them several times. questions: which question each row belongs to.
-    None where no resample differs from another, all scores being equal, say: the bootstrap then knows no error, which
+    None where no resample differs from another, all outcomes being equal, say: the bootstrap then knows no error, which
     is not to say that there is none.
     """
     rows: dict[Hashable, list[int]] = {}

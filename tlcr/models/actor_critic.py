@@ -30,7 +30,7 @@ from tlcr.models.loading import (
     save_model,
 )
 from tlcr.ops.types import TokenScores
-from tlcr.training.checkpoint import write_aside, write_json
+from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.training.distributed import on_main_process
 
 Terms = Literal["both", "policy", "value"]
@@ -253,7 +253,7 @@ def save_value_head(head: nn.Linear, folder: Path) -> None:
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        with write_aside(folder / "value_head.safetensors") as aside:
+        with atomic_write(folder / "value_head.safetensors") as aside:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}, aside)
         write_json(folder / "value_head.json", about)
 

@@ -1,6 +1,6 @@
 """The top layers of a decoder made to see the whole sequence (paper, released code's unused option; ours in form).
 
-A causal discriminator judges a token by the prompt and the answer up to that token. With the top `k` layers
+A causal discriminator scores a token by the prompt and the answer up to that token. With the top `k` layers
 bidirectional it also knows how the answer goes on, which tells a good token from a bad one where that is decided later.
 The weights stay those of the model; `model.config.tlcr_bidirectional_layers` remembers `k`, and
 `load_discriminator` applies it again. A plain `from_pretrained` elsewhere gives the same weights, with causal layers.

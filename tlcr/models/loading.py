@@ -28,7 +28,7 @@ from tlcr.config.schema import ModelConfig
 from tlcr.errors import ConfigError, DataError
 from tlcr.models import attention
 from tlcr.models.layers import fuse_layers
-from tlcr.training.checkpoint import sync_folder, write_aside
+from tlcr.training.checkpoint import atomic_write, sync_folder
 from tlcr.training.distributed import on_main_process
 
 TWO_CLASSES = {0: "negative", 1: "positive"}
@@ -238,7 +238,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     def write() -> None:
         model.config.pad_token_id = tokenizer.pad_token_id
         parts = folder / ".model"
-        with write_aside(parts) as aside:
+        with atomic_write(parts) as aside:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
         names = {part.name for part in parts.iterdir()}

@@ -74,7 +74,7 @@ def analyse_discriminator(
     *,
     calibrated_on_them: bool,
 ) -> DiscriminatorAnalysis:
-    """Judges `model` on pairs that it has not been trained on, at its stored temperature.
+    """Measures `model` on pairs that it has not been trained on, at its stored temperature.
 
     cfg: its data and labels sections say how pairs are cut and labelled, its discriminator section what the targets
     were and how many pairs are scored at a time. calibrated_on_them: whether the temperature was fitted on these edits;

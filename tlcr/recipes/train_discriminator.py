@@ -34,7 +34,7 @@ from tlcr.models.discriminator import (
 )
 from tlcr.models.loading import check_fits, load_token_classifier, save_model
 from tlcr.training.callbacks import Callback
-from tlcr.training.checkpoint import write_aside, write_json
+from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.training.distributed import on_main_process
 from tlcr.training.metrics import tracking
 from tlcr.training.supervised import FitResult, LossParts, fit
@@ -96,10 +96,10 @@ def train_discriminator(
     # 2. minimise the cross entropy with the labels' targets, both sides of an edit weighing the same
     batch_size = 2 * (settings.micro_batch_size or settings.batch_size)
     predict = partial(predict_tokens, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size)
-    judge = partial(evaluate_predictions, targets=settings.targets)
+    measure = partial(evaluate_predictions, targets=settings.targets)
 
     def held_out_metrics(model: PreTrainedModel) -> dict[str, float]:
-        return judge(predict(model, labelled_held_out), temperature=1.0, calibrated=False).defined
+        return measure(predict(model, labelled_held_out), temperature=1.0, calibrated=False).defined
 
     with tracking(cfg, folder) as accelerator:
         fitted = fit(
@@ -134,7 +134,7 @@ def train_discriminator(
                 )
 
         # 4. how good it is on edits it has not seen
-        evaluation = judge(predictions, temperature=temperature_of(model), calibrated=settings.calibrate)
+        evaluation = measure(predictions, temperature=temperature_of(model), calibrated=settings.calibrate)
         if preference_held_out:
             accuracy = _preference_accuracy(model, tokenizer, preference_held_out, cfg, batch_size)
             evaluation.metrics["pairwise_accuracy_preferences"] = accuracy
@@ -197,5 +197,5 @@ def _write(folder: Path, calibration: Calibration | None, evaluation: Discrimina
     if evaluation is not None:
         report: dict[str, Any] = evaluation.to_json()
         write_json(folder / "evaluation.json", report)
-        with write_aside(folder / "reliability.png") as aside:
+        with atomic_write(folder / "reliability.png") as aside:
             plot_reliability(evaluation.reliability, aside)

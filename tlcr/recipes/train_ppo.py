@@ -49,11 +49,11 @@ def train_ppo(
 ) -> PPOResult:
     """Trains `actor_critic` in place, by cfg.ppo, cfg.rollout, cfg.reward and cfg.kl; returns how it ended.
 
-    reference: a frozen copy of the policy as it was. reward_source: judges rollouts; reward_temperature: the calibrated
-    temperature of its logits. folder: gets metrics.jsonl (its keys: docs/metrics.md) and checkpoints/ while training,
-    then policy/, value/ and done.json. resume: continue from the newest checkpoint; bit for bit on one process on the
-    CPU. evaluate: called with `actor_critic` and the number of updates done, before the first update, every
-    cfg.ppo.evaluate_every updates and after the last one; its figures are logged as eval/<name>.
+    reference: a frozen copy of the policy as it was. reward_source: what a rollout earns; reward_temperature: the
+    calibrated temperature of its logits. folder: gets metrics.jsonl (its keys: docs/metrics.md) and checkpoints/ while
+    training, then policy/, value/ and done.json. resume: continue from the newest checkpoint; bit for bit on one
+    process on the CPU. evaluate: called with `actor_critic` and the number of updates done, before the first update,
+    every cfg.ppo.evaluate_every updates and after the last one; its figures are logged as eval/<name>.
 
     Raises ConfigError for settings that contradict each other; CheckpointError where there is a checkpoint that nobody
     asked to resume, or one of another run; TrainingDiverged, with the state saved apart, where numbers are lost;

@@ -1,4 +1,4 @@
-"""Recipe: preference pairs to a sequence-level reward model, the baseline that token rewards are judged against."""
+"""Recipe: preference pairs to a sequence-level reward model, the baseline that token rewards are compared with."""
 
 from __future__ import annotations
 

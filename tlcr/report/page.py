@@ -23,7 +23,7 @@ from rich.table import Table
 from tlcr.report import analysis as analysis_page
 from tlcr.report import figures
 from tlcr.report.results import collect_results, models_folder, read_config, read_json, write_results
-from tlcr.training.checkpoint import write_aside
+from tlcr.training.checkpoint import atomic_write
 from tlcr.training.metrics import read_metrics
 
 SHOWN_ANSWERS = 6
@@ -74,7 +74,7 @@ def write_report(run_folder: str | Path) -> Path:
     if plot is not None:
         texts["frontier.svg"] = figures.as_file(plot)
     for name, text in texts.items():
-        with write_aside(folder / name) as aside:
+        with atomic_write(folder / name) as aside:
             aside.write_text(text, encoding="utf-8")
     return folder / "report.html"
 
@@ -320,7 +320,7 @@ def write_analysis_page(folder: Path, analysis: Mapping[str, Any], name: str) ->
     text = _template("analysis_page.html.j2", html=True).render(
         name=name, analysis=analysis_page.section(analysis), reliability_plot=Markup(plot)
     )
-    with write_aside(folder / "analysis.html") as aside:
+    with atomic_write(folder / "analysis.html") as aside:
         aside.write_text(text, encoding="utf-8")
     return folder / "analysis.html"
 

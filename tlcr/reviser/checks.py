@@ -17,7 +17,7 @@ from tlcr.chat.reading import is_refusal
 from tlcr.data.formats import RawPreference
 from tlcr.reviser.reading import Revision, read_revision
 
-__all__ = ["OUTCOMES", "Judged", "Outcome", "changed_share", "check_revision", "judge"]
+__all__ = ["OUTCOMES", "CheckedRevision", "Outcome", "changed_share", "check_answer", "check_revision"]
 
 Outcome = Literal[
     "revised",
@@ -43,7 +43,7 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
-class Judged:
+class CheckedRevision:
     """What became of a pair; ``revised`` is set where there is a revision, whether or not it passed."""
 
     outcome: Outcome
@@ -59,26 +59,28 @@ def changed_share(before: str, after: str) -> float:
     return float(Levenshtein.normalized_distance(_WORD.findall(before), _WORD.findall(after)))
 
 
-def judge(pair: RawPreference, answer: Answer | NoAnswer, *, max_changed: float) -> Judged:
+def check_answer(pair: RawPreference, answer: Answer | NoAnswer, *, max_changed: float) -> CheckedRevision:
     """What a model's answer, or the lack of one, means for the pair."""
     if isinstance(answer, NoAnswer):
-        return Judged("declined" if answer.final else "unanswered", answer.reason)
+        return CheckedRevision("declined" if answer.final else "unanswered", answer.reason)
     if answer.finish == "refusal":
-        return Judged("refusal", answer.text)
+        return CheckedRevision("refusal", answer.text)
     if answer.finish == "length":
-        return Judged("truncated", f"cut off after {answer.answer_tokens} tokens; raise reviser.max_new_tokens")
+        return CheckedRevision(
+            "truncated", f"cut off after {answer.answer_tokens} tokens; raise reviser.max_new_tokens"
+        )
     revision = read_revision(answer.text)
     if revision is None:
-        return Judged("refusal" if is_refusal(answer.text) else "unreadable", answer.text)
+        return CheckedRevision("refusal" if is_refusal(answer.text) else "unreadable", answer.text)
     return check_revision(pair, revision, max_changed=max_changed)
 
 
-def check_revision(pair: RawPreference, revision: Revision, *, max_changed: float) -> Judged:
+def check_revision(pair: RawPreference, revision: Revision, *, max_changed: float) -> CheckedRevision:
     """Whether a revision is a minimal edit. White space at both ends is always the rejected answer's own: models drop
     it, and a lost leading space would make the first token another one."""
     body = revision.revised.strip()
     if not body:
-        return Judged("empty", "the revision is blank", None, revision.comparison, revision.reason)
+        return CheckedRevision("empty", "the revision is blank", None, revision.comparison, revision.reason)
     share = changed_share(pair.rejected, body)
     outcome: Outcome = "revised"
     detail = ""
@@ -89,7 +91,7 @@ def check_revision(pair: RawPreference, revision: Revision, *, max_changed: floa
     elif share > max_changed:
         outcome, detail = "rewritten", f"{share:.0%} of the words changed; reviser.max_changed is {max_changed:.0%}"
     revised = pair.rejected if outcome == "unchanged" else _in_place_of(pair.rejected, body)
-    return Judged(outcome, detail, revised, revision.comparison, revision.reason, round(share, 4))
+    return CheckedRevision(outcome, detail, revised, revision.comparison, revision.reason, round(share, 4))
 
 
 def _in_place_of(rejected: str, body: str) -> str:

@@ -11,7 +11,7 @@ from tlcr.config.schema import DataConfig
 from tlcr.data.formats import Context, RawPreference
 from tlcr.data.readers import read_raw_edits
 from tlcr.errors import DataError
-from tlcr.reviser.checks import Judged, check_revision
+from tlcr.reviser.checks import CheckedRevision, check_revision
 from tlcr.reviser.reading import Revision
 
 __all__ = ["content_key", "match_files"]
@@ -28,7 +28,9 @@ def content_key(prompt: Context, rejected: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def match_files(pairs: Iterable[RawPreference], source: str, data: DataConfig, *, max_changed: float) -> list[Judged]:
+def match_files(
+    pairs: Iterable[RawPreference], source: str, data: DataConfig, *, max_changed: float
+) -> list[CheckedRevision]:
     """What the revisions of ``source`` (a file, folder or hub dataset, in a format of ``read_edits``) say of each pair.
 
     A pair without one is "missing". Where two revise the same, the later one counts. Raises DataError where no pair
@@ -36,16 +38,16 @@ def match_files(pairs: Iterable[RawPreference], source: str, data: DataConfig, *
     """
     edits = read_raw_edits(replace(data, edits=source, edits_format="auto", limit=None)).records
     revised: Mapping[str, str] = {content_key(edit.prompt, edit.rejected): edit.revised for edit in edits}
-    judged = []
+    checked = []
     for pair in pairs:
         text = revised.get(content_key(pair.prompt, pair.rejected))
         if text is None:
-            judged.append(Judged("missing", f"no record of {source} has this prompt and rejected answer"))
+            checked.append(CheckedRevision("missing", f"no record of {source} has this prompt and rejected answer"))
         else:
-            judged.append(check_revision(pair, Revision(text), max_changed=max_changed))
-    if all(found.outcome == "missing" for found in judged):
+            checked.append(check_revision(pair, Revision(text), max_changed=max_changed))
+    if all(found.outcome == "missing" for found in checked):
         raise DataError(
             f"none of the {len(edits)} revisions in {source} belongs to a pair of data.preferences; their 'prompt' and "
             "'rejected' must be those of the preferences, white space aside"
         )
-    return judged
+    return checked

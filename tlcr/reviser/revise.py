@@ -17,10 +17,10 @@ from tlcr.chat.build import chat_model
 from tlcr.config.schema import DataConfig, ReviserConfig
 from tlcr.data.formats import RawPreference
 from tlcr.errors import ConfigError, DataError, EndpointError
-from tlcr.reviser.checks import OUTCOMES, Judged, Outcome, judge
+from tlcr.reviser.checks import OUTCOMES, CheckedRevision, Outcome, check_answer
 from tlcr.reviser.files import match_files
 from tlcr.reviser.prompt import VERSION, AnswerFormat, revision_question
-from tlcr.training.checkpoint import write_aside
+from tlcr.training.checkpoint import atomic_write
 
 __all__ = ["ReviserStatistics", "questions_of", "revise", "write_revisions"]
 
@@ -55,7 +55,7 @@ class ReviserStatistics:
 
 def revise(
     pairs: Sequence[RawPreference], cfg: ReviserConfig, data: DataConfig, cache: Path
-) -> tuple[list[Judged], ReviserStatistics]:
+) -> tuple[list[CheckedRevision], ReviserStatistics]:
     """What becomes of each pair's rejected answer. Answers of models are kept in ``cache``: what was answered before,
     in a run that was killed too, is not asked again.
 
@@ -70,21 +70,21 @@ def revise(
             "reviser.backend is none; set it to endpoint, local or files, and see docs/reviser.md for what each needs"
         )
     if cfg.backend == "files":
-        judged = match_files(pairs, str(cfg.files), data, max_changed=cfg.max_changed)
-        return judged, _statistics(judged, cfg, (0, 0.0))
+        checked = match_files(pairs, str(cfg.files), data, max_changed=cfg.max_changed)
+        return checked, _statistics(checked, cfg, (0, 0.0))
     with AnswerStore(cache) as store:
         model = chat_model(cfg, store)
-        judged = [Judged("unanswered")] * len(pairs)
+        checked = [CheckedRevision("unanswered")] * len(pairs)
         waiting = list(range(len(pairs)))
         for attempt in range(cfg.attempts):
             questions = questions_of([pairs[row] for row in waiting], cfg, attempt=attempt)
             label = "revise" if attempt == 0 else f"revise, attempt {attempt + 1}"
             answers = ask(model, questions, store, label=label, past_caps=cfg.on_unanswered)
             for row, answer in zip(waiting, answers, strict=True):
-                judged[row] = judge(pairs[row], answer, max_changed=cfg.max_changed)
+                checked[row] = check_answer(pairs[row], answer, max_changed=cfg.max_changed)
             settled = {*_kept(cfg), "declined", "unanswered"}
-            waiting = [row for row in waiting if judged[row].outcome not in settled]
-        return judged, _statistics(judged, cfg, store.totals())
+            waiting = [row for row in waiting if checked[row].outcome not in settled]
+        return checked, _statistics(checked, cfg, store.totals())
 
 
 def _kept(cfg: ReviserConfig) -> tuple[Outcome, ...]:
@@ -106,7 +106,9 @@ def questions_of(pairs: Sequence[RawPreference], cfg: ReviserConfig, *, attempt:
     ]
 
 
-def write_revisions(folder: Path, pairs: Sequence[RawPreference], judged: Sequence[Judged], cfg: ReviserConfig) -> Path:
+def write_revisions(
+    folder: Path, pairs: Sequence[RawPreference], checked: Sequence[CheckedRevision], cfg: ReviserConfig
+) -> Path:
     """Writes ``revisions.jsonl``, which ``read_edits`` reads, and ``set_aside.jsonl``, with the reason for each; and
     returns the path of the first.
 
@@ -116,19 +118,19 @@ def write_revisions(folder: Path, pairs: Sequence[RawPreference], judged: Sequen
     path = folder / "revisions.jsonl"
     kept = _kept(cfg)
     with _lines(path) as revisions, _lines(folder / "set_aside.jsonl") as set_aside:
-        for pair, found in zip(pairs, judged, strict=True):
+        for pair, found in zip(pairs, checked, strict=True):
             file = revisions if found.outcome in kept else set_aside
             file.write(json.dumps({**asdict(pair), **asdict(found)}, ensure_ascii=False) + "\n")
-    counts = Counter(found.outcome for found in judged)
+    counts = Counter(found.outcome for found in checked)
     if counts["unanswered"] and cfg.on_unanswered == "raise":
-        first = next(found for found in judged if found.outcome == "unanswered")
+        first = next(found for found in checked if found.outcome == "unanswered")
         raise EndpointError(
-            f"{counts['unanswered']} of {len(judged)} pairs got no answer, the first because: {first.detail}. Run the "
+            f"{counts['unanswered']} of {len(checked)} pairs got no answer, the first because: {first.detail}. Run the "
             "same command again to ask for these alone, or set reviser.on_unanswered=skip to go on without them"
         )
     if not any(counts[name] for name in kept):
         raise DataError(
-            f"none of the {len(judged)} answers is a usable revision "
+            f"none of the {len(checked)} answers is a usable revision "
             f"({', '.join(f'{count} {name}' for name, count in counts.items())}); {folder / 'set_aside.jsonl'} has "
             "them with the reasons"
         )
@@ -137,7 +139,7 @@ def write_revisions(folder: Path, pairs: Sequence[RawPreference], judged: Sequen
 
 @contextmanager
 def _lines(path: Path) -> Iterator[TextIO]:
-    with write_aside(path) as aside, aside.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as aside, aside.open("w", encoding="utf-8") as file:
         yield file
 
 
@@ -147,11 +149,11 @@ def _answer_format(cfg: ReviserConfig) -> AnswerFormat:
     return cfg.answer_format
 
 
-def _statistics(judged: Sequence[Judged], cfg: ReviserConfig, totals: tuple[int, float]) -> ReviserStatistics:
-    counts = Counter(found.outcome for found in judged)
-    shares = [found.changed_share or 0.0 for found in judged if found.outcome in _kept(cfg)]
+def _statistics(checked: Sequence[CheckedRevision], cfg: ReviserConfig, totals: tuple[int, float]) -> ReviserStatistics:
+    counts = Counter(found.outcome for found in checked)
+    shares = [found.changed_share or 0.0 for found in checked if found.outcome in _kept(cfg)]
     found = ReviserStatistics(
-        pairs=len(judged),
+        pairs=len(checked),
         outcomes={name: counts[name] for name in OUTCOMES},
         kept=len(shares),
         changed_share_mean=statistics.fmean(shares) if shares else 0.0,

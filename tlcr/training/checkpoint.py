@@ -37,7 +37,7 @@ from safetensors.torch import save_model as save_weights
 from torch import Tensor, nn
 
 from tlcr.errors import CheckpointError
-from tlcr.training.distributed import is_main_process, on_main_process, process_count, process_index, together
+from tlcr.training.distributed import is_main_process, on_all_processes, on_main_process, process_count, process_index
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class LoadedCheckpoint:
 
 
 @contextmanager
-def write_aside(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a path beside ``path`` at which to write a file or a folder; at the end it takes the place of ``path``.
 
     What was written is forced to disk before the rename, so ``path`` is at any moment the old version or the new one.
@@ -96,13 +96,13 @@ def write_aside(path: str | Path) -> Iterator[Path]:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Writes ``value`` as indented JSON, atomically. Floats keep every bit; NaN and infinity become null."""
-    with write_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_json_lines(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Writes each record as a line of JSON, all of them or none; text stays as it is read."""
-    with write_aside(path) as aside, aside.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as aside, aside.open("w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
@@ -237,7 +237,7 @@ def save_checkpoint(
 
     try:
         on_main_process(prepare)
-        together(write_own)
+        on_all_processes(write_own)
         on_main_process(complete)
     except BaseException as error:
         if is_main_process():

@@ -46,10 +46,10 @@ def any_process(flag: bool) -> bool:
 
 def on_main_process(action: Callable[[], object]) -> None:
     """Runs ``action`` on the main process while the others wait. If it fails there, every process raises."""
-    together(action if is_main_process() else lambda: None)
+    on_all_processes(action if is_main_process() else lambda: None)
 
 
-def together(action: Callable[[], object]) -> None:
+def on_all_processes(action: Callable[[], object]) -> None:
     """Runs ``action`` on every process and waits for all. If it fails on one, all raise: nobody waits forever."""
     failed = True
     try:

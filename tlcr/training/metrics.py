@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from tlcr.config.schema import RunConfig
 from tlcr.errors import ConfigError
-from tlcr.training.checkpoint import as_plain, unwritable, write_aside
+from tlcr.training.checkpoint import as_plain, atomic_write, unwritable
 from tlcr.training.distributed import is_main_process, on_main_process
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class MetricsLog:
         def rewrite() -> None:
             if self.path.exists():
                 rows = [row for row in read_metrics(self.path) if row["step"] <= step]
-                with write_aside(self.path) as aside:
+                with atomic_write(self.path) as aside:
                     aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
         on_main_process(rewrite)

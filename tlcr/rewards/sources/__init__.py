@@ -1,4 +1,4 @@
-"""Reward sources: from a rollout to what one judge says of it, whatever the judge's tokenizer.
+"""Reward sources: from a rollout to what one frozen model says of it, whatever its tokenizer.
 
 A source that shares the policy's tokenizer reads the policy's very ids. Another one reads text, and its verdict is
 brought back to the policy's tokens by the characters that they share. Nothing is weighed here: that is
@@ -8,7 +8,7 @@ the composition's work.
 from tlcr.rewards.sources.build import CombinedSource, LoadedModel, build_reward_source
 from tlcr.rewards.sources.callable import CallableSource, import_function
 from tlcr.rewards.sources.discriminator import DiscriminatorSource
-from tlcr.rewards.sources.judge import Judge, same_tokenizer
+from tlcr.rewards.sources.frozen_model import FrozenModel, same_tokenizer
 from tlcr.rewards.sources.log_ratio import LogRatioSource
 from tlcr.rewards.sources.protocol import RewardSource
 from tlcr.rewards.sources.random import RandomSource
@@ -25,7 +25,7 @@ __all__ = [
     "CallableSource",
     "CombinedSource",
     "DiscriminatorSource",
-    "Judge",
+    "FrozenModel",
     "LoadedModel",
     "LogRatioSource",
     "PrefixDifferenceSource",

@@ -12,7 +12,7 @@ from tlcr.config.schema import SHARED_SCORE_KINDS, DataConfig, DPOConfig, Reward
 from tlcr.errors import ConfigError
 from tlcr.rewards.sources.callable import CallableSource
 from tlcr.rewards.sources.discriminator import DiscriminatorSource
-from tlcr.rewards.sources.judge import Judge
+from tlcr.rewards.sources.frozen_model import FrozenModel
 from tlcr.rewards.sources.log_ratio import LogRatioSource
 from tlcr.rewards.sources.protocol import RewardSource
 from tlcr.rewards.sources.random import RandomSource
@@ -25,7 +25,7 @@ from tlcr.rewards.sources.sequence import (
 from tlcr.rewards.sources.spans import SpanSource
 from tlcr.types import RewardSignal, Rollout
 
-SEQUENCE_SOURCES: dict[str, Callable[[Judge], RewardSource]] = {
+SEQUENCE_SOURCES: dict[str, Callable[[FrozenModel], RewardSource]] = {
     "sequence": SequenceRewardSource,
     "uniform": UniformSource,
     "attention": AttentionSource,
@@ -78,13 +78,13 @@ def build_reward_source(
     Raises ConfigError where a model that the kind needs is missing, or its callable cannot be imported.
     """
 
-    def judge(loaded: LoadedModel | None, name: str, why: str) -> Judge:
+    def frozen_model(loaded: LoadedModel | None, name: str, why: str) -> FrozenModel:
         if loaded is None:
             raise ConfigError(
                 f"{why} needs the {name}, but there is none; train it (set {name}.enabled: true) or name a trained one "
                 f"in {name}.path"
             )
-        return Judge(loaded.model, loaded.tokenizer, policy_tokenizer, data.max_prompt_tokens, micro_batch_size)
+        return FrozenModel(loaded.model, loaded.tokenizer, policy_tokenizer, data.max_prompt_tokens, micro_batch_size)
 
     kind = f"reward.kind {cfg.kind!r}"
     source: RewardSource
@@ -95,17 +95,17 @@ def build_reward_source(
             raise ConfigError(f"{kind} needs reward.callable; write it as 'package.module:function'")
         source = CallableSource(cfg.callable)
     elif cfg.kind == "dpo":
-        of = judge(dpo, "dpo", kind)
+        of = frozen_model(dpo, "dpo", kind)
         if reference is None:
             raise ConfigError(f"{kind} is a ratio to the reference, but build_reward_source got none; pass reference=")
         source = LogRatioSource(of, reference, dpo_beta)
     elif cfg.kind in SEQUENCE_SOURCES:
-        source = SEQUENCE_SOURCES[cfg.kind](judge(reward_model, "reward_model", kind))
+        source = SEQUENCE_SOURCES[cfg.kind](frozen_model(reward_model, "reward_model", kind))
     else:
-        source = DiscriminatorSource(judge(discriminator, "discriminator", kind))
+        source = DiscriminatorSource(frozen_model(discriminator, "discriminator", kind))
         if cfg.kind == "spans":
             source = SpanSource(source, policy_tokenizer, cfg.span_end)
     if cfg.sequence_coef == 0 or cfg.kind in SHARED_SCORE_KINDS:
         return source
     why = f"reward.sequence_coef {cfg.sequence_coef}"
-    return CombinedSource(source, SequenceRewardSource(judge(reward_model, "reward_model", why)))
+    return CombinedSource(source, SequenceRewardSource(frozen_model(reward_model, "reward_model", why)))

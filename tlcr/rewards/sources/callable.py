@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tlcr.errors import ConfigError, DataError, ShapeError
-from tlcr.rewards.sources.judge import counted
+from tlcr.rewards.sources.frozen_model import counted
 from tlcr.rewards.sources.protocol import Stateless
 from tlcr.types import RewardSignal, Rollout
 

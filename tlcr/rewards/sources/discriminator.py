@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tlcr.models.discriminator import token_logits
-from tlcr.rewards.sources.judge import Judge, opinion_weights, padded, read_as_text
+from tlcr.rewards.sources.frozen_model import FrozenModel, opinion_weights, padded, read_as_text
 from tlcr.rewards.sources.protocol import Stateless
 from tlcr.types import RewardSignal, Rollout
 
@@ -20,43 +20,43 @@ class DiscriminatorSource(Stateless):
 
     A policy token without characters of its own (a special token, a word-boundary mark) gets logits 0: neutral. The
     policy's end of sequence gets the logits of the discriminator's, where the policy ended its answer. A discriminator
-    token may reach beyond the policy token that it judges; a reward may therefore know up to one discriminator token of
-    the future. Source: ours.
+    token may reach beyond the policy token that it is about; a reward may therefore know up to one discriminator token
+    of the future. Source: ours.
 
     What the other tokenizer reads: the rollout's prompt without the policy's special tokens, except those that are
     special to the discriminator too (two models with one chat template), and with the discriminator's own
     beginning-of-sequence token. The roles that a foreign template writes as words stay, as words.
     """
 
-    def __init__(self, judge: Judge) -> None:
-        self.judge = judge
+    def __init__(self, frozen: FrozenModel) -> None:
+        self.frozen = frozen
 
     def __call__(self, rollout: Rollout) -> RewardSignal:
-        judge, mask_BT = self.judge, rollout.mask_BT
-        device = judge.model.device
-        if judge.shares_tokens:
+        frozen, mask_BT = self.frozen, rollout.mask_BT
+        device = frozen.model.device
+        if frozen.shares_tokens:
             P, L = rollout.prompt_ids_BP.shape[1], rollout.ids_BL.shape[1]
             logits_BTC = token_logits(
-                judge.model,
+                frozen.model,
                 rollout.ids_BL.to(device),
                 rollout.attention_mask_BL.to(device),
                 slice(P, L),
-                micro_batch_size=judge.micro_batch_size,
+                micro_batch_size=frozen.micro_batch_size,
             )
             return RewardSignal(logits_BTC=logits_BTC.to(mask_BT.device))
 
-        answers = read_as_text(judge, rollout)
-        ids_BL, mask_BL = padded([answer.encoded.ids for answer in answers], judge.tokenizer)
+        answers = read_as_text(frozen, rollout)
+        ids_BL, mask_BL = padded([answer.encoded.ids for answer in answers], frozen.tokenizer)
         logits_BLC = token_logits(
-            judge.model,
+            frozen.model,
             ids_BL.to(device),
             mask_BL.to(device),
             slice(0, ids_BL.shape[1]),
-            micro_batch_size=judge.micro_batch_size,
+            micro_batch_size=frozen.micro_batch_size,
         ).to(mask_BT.device)
         logits_BTC = logits_BLC.new_zeros((*mask_BT.shape, logits_BLC.shape[-1]))
         for row, answer in enumerate(answers):
-            weights = opinion_weights(judge, answer).to(logits_BLC)
+            weights = opinion_weights(frozen, answer).to(logits_BLC)
             logits_BTC[row, mask_BT[row]] = (
                 weights @ logits_BLC[row, answer.encoded.answer_start : len(answer.encoded.ids)]
             )

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from tlcr.errors import ConfigError
 from tlcr.models.loading import answer_logprobs
-from tlcr.rewards.sources.judge import Judge, read
+from tlcr.rewards.sources.frozen_model import FrozenModel, read
 from tlcr.rewards.sources.protocol import Stateless
 from tlcr.types import RewardSignal, Rollout
 
@@ -15,25 +15,25 @@ from tlcr.types import RewardSignal, Rollout
 class LogRatioSource(Stateless):
     """r_t = beta (log pi_dpo(a_t | x, a_<t) - log pi_ref(a_t | x, a_<t)), in rewards of the DPO objective, (B, T).
 
-    judge.model is pi_dpo; reference is pi_ref, the model that DPO started from; both speak the policy's tokens. Source:
-    reinforced token optimisation, RTO (Zhong et al. 2024, arXiv 2404.18922), which adds a reward model's score at the
-    last token (`reward.sequence_coef`). beta: `dpo.beta`, by which `reward.scale` is multiplied.
+    frozen.model is pi_dpo; reference is pi_ref, the model that DPO started from; both speak the policy's tokens.
+    Source: reinforced token optimisation, RTO (Zhong et al. 2024, arXiv 2404.18922), which adds a reward model's score
+    at the last token (`reward.sequence_coef`). beta: `dpo.beta`, by which `reward.scale` is multiplied.
 
     Raises ConfigError where pi_dpo has another tokenizer: a log-probability of other tokens is no reward for these.
     """
 
-    def __init__(self, judge: Judge, reference: PreTrainedModel, beta: float) -> None:
-        if not judge.shares_tokens:
+    def __init__(self, frozen: FrozenModel, reference: PreTrainedModel, beta: float) -> None:
+        if not frozen.shares_tokens:
             raise ConfigError(
                 "reward.kind 'dpo' compares the probabilities of the policy's own tokens, but the model in dpo.path "
                 "has another tokenizer; name one trained from the policy's model"
             )
-        self.judge, self.reference, self.beta = judge, reference, beta
+        self.frozen, self.reference, self.beta = frozen, reference, beta
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> RewardSignal:
-        reading, mask_BT = read(self.judge, rollout), rollout.mask_BT
-        size = self.judge.micro_batch_size or max(len(mask_BT), 1)
+        reading, mask_BT = read(self.frozen, rollout), rollout.mask_BT
+        size = self.frozen.micro_batch_size or max(len(mask_BT), 1)
         ratios_BL = torch.zeros(reading.ids_BL.shape, device=reading.ids_BL.device)
         # from the first column that an answer stands in; nothing predicts column 0, which is a prompt's
         columns = ratios_BL.shape[1] - max(1, int(reading.answer_BL.any(dim=0).int().argmax()))
@@ -41,7 +41,7 @@ class LogRatioSource(Stateless):
             rows = slice(start, start + size)
             dpo_bK, ref_bK = (
                 answer_logprobs(model, reading.ids_BL[rows], reading.mask_BL[rows], columns)
-                for model in (self.judge.model, self.reference)
+                for model in (self.frozen.model, self.reference)
             )
             ratios_BL[rows, -columns:] = dpo_bK - ref_bK
         dense_BT = reading.credit(self.beta * ratios_BL, mask_BT.to(ratios_BL.device))

@@ -10,7 +10,7 @@ from tlcr.types import RewardSignal, Rollout
 
 
 class RewardSource(Protocol):
-    """Judges a rollout. Its state, JSON-able, is part of a checkpoint; most sources have none."""
+    """FrozenModels a rollout. Its state, JSON-able, is part of a checkpoint; most sources have none."""
 
     def __call__(self, rollout: Rollout) -> RewardSignal: ...
 

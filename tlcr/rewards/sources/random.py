@@ -17,7 +17,7 @@ from tlcr.types import RewardSignal, Rollout
 class RandomSource(Stateless):
     """Uniform in [-1, 1] for every token: the control that a real reward has to beat.
 
-    Reproducible: the numbers follow from the seed, the process and how many rollouts were judged before.
+    Reproducible: the numbers follow from the seed, the process and how many rollouts were answered before.
     """
 
     def __init__(self, seed: int) -> None:

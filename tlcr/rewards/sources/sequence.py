@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tlcr.models.reward_model import prefix_scores, scores_and_attention, sequence_scores
-from tlcr.rewards.sources.judge import Judge, Reading, read
+from tlcr.rewards.sources.frozen_model import FrozenModel, Reading, read
 from tlcr.rewards.sources.protocol import Stateless
 from tlcr.types import RewardSignal, Rollout
 
@@ -23,22 +23,22 @@ class SequenceRewardSource(Stateless):
     The last token is the end of sequence where the policy ended its answer, else the last token of the cut answer.
     """
 
-    def __init__(self, judge: Judge) -> None:
-        self.judge = judge
+    def __init__(self, frozen: FrozenModel) -> None:
+        self.frozen = frozen
 
     def __call__(self, rollout: Rollout) -> RewardSignal:
-        return RewardSignal(terminal_B=_scores(self.judge, read(self.judge, rollout)).to(rollout.mask_BT.device))
+        return RewardSignal(terminal_B=_scores(self.frozen, read(self.frozen, rollout)).to(rollout.mask_BT.device))
 
 
 class UniformSource(Stateless):
     """The score in equal parts: r_t = R / n for each of the n counted tokens of an answer (ABC's baseline)."""
 
-    def __init__(self, judge: Judge) -> None:
-        self.judge = judge
+    def __init__(self, frozen: FrozenModel) -> None:
+        self.frozen = frozen
 
     def __call__(self, rollout: Rollout) -> RewardSignal:
         mask_BT = rollout.mask_BT
-        scores_B = _scores(self.judge, read(self.judge, rollout)).to(mask_BT.device)
+        scores_B = _scores(self.frozen, read(self.frozen, rollout)).to(mask_BT.device)
         share_B = scores_B / mask_BT.sum(dim=1).clamp(min=1)
         return RewardSignal(dense_BT=torch.where(mask_BT, share_B[:, None], 0.0), sequence_B=scores_B)
 
@@ -52,13 +52,13 @@ class AttentionSource(Stateless):
     beta of 0.5 is `reward.scale` 0.5 with `reward.sequence_coef` 0.5.
     """
 
-    def __init__(self, judge: Judge) -> None:
-        self.judge = judge
+    def __init__(self, frozen: FrozenModel) -> None:
+        self.frozen = frozen
 
     def __call__(self, rollout: Rollout) -> RewardSignal:
-        judge, reading = self.judge, read(self.judge, rollout)
+        frozen, reading = self.frozen, read(self.frozen, rollout)
         scores_B, attention_BL = scores_and_attention(
-            judge.model, reading.ids_BL, reading.mask_BL, micro_batch_size=judge.micro_batch_size
+            frozen.model, reading.ids_BL, reading.mask_BL, micro_batch_size=frozen.micro_batch_size
         )
         attention_BL = torch.where(reading.answer_BL, attention_BL, 0.0)
         # a row without an answer has no attention on it; dividing it by 1 leaves its zeros
@@ -75,21 +75,23 @@ class PrefixDifferenceSource(Stateless):
     score at the last token: `reward.scale` and `reward.sequence_coef`.
     """
 
-    def __init__(self, judge: Judge) -> None:
-        self.judge = judge
+    def __init__(self, frozen: FrozenModel) -> None:
+        self.frozen = frozen
 
     def __call__(self, rollout: Rollout) -> RewardSignal:
-        judge, reading = self.judge, read(self.judge, rollout)
-        scores_BL = prefix_scores(judge.model, reading.ids_BL, reading.mask_BL, micro_batch_size=judge.micro_batch_size)
-        # nothing read yet scores 0: only a prompt that is empty in the judge's tokens begins there
+        frozen, reading = self.frozen, read(self.frozen, rollout)
+        scores_BL = prefix_scores(
+            frozen.model, reading.ids_BL, reading.mask_BL, micro_batch_size=frozen.micro_batch_size
+        )
+        # nothing read yet scores 0: only a prompt that is empty in the frozen model's tokens begins there
         before_BL = pad(scores_BL[:, :-1], (1, 0))
         credit_BL = torch.where(reading.answer_BL, scores_BL - before_BL, 0.0)
         last_B1 = (reading.mask_BL.sum(dim=1, keepdim=True) - 1).clamp(min=0)
         return _signal(scores_BL.gather(1, last_B1)[:, 0], credit_BL, reading, rollout.mask_BT)
 
 
-def _scores(judge: Judge, reading: Reading) -> Tensor:
-    return sequence_scores(judge.model, reading.ids_BL, reading.mask_BL, micro_batch_size=judge.micro_batch_size)
+def _scores(frozen: FrozenModel, reading: Reading) -> Tensor:
+    return sequence_scores(frozen.model, reading.ids_BL, reading.mask_BL, micro_batch_size=frozen.micro_batch_size)
 
 
 def _signal(scores_B: Tensor, credit_BL: Tensor, reading: Reading, mask_BT: Tensor) -> RewardSignal:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tlcr.rewards.sources.judge import counted
+from tlcr.rewards.sources.frozen_model import counted
 from tlcr.rewards.sources.protocol import RewardSource
 from tlcr.text.tokenization import character_spans, decode_text
 from tlcr.types import RewardSignal, Rollout

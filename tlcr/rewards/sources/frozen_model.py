@@ -1,4 +1,4 @@
-"""A frozen model that judges answers, and the text through which it reads them where its tokenizer is its own."""
+"""A frozen model that a reward asks, and the text through which it reads answers where its tokenizer is its own."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Judge:
+class FrozenModel:
     """A frozen model with its tokenizer, and how much text it is given.
 
-    The prompt keeps its last `max_prompt_tokens`, as in the judge's training; `micro_batch_size` answers are scored at
+    The prompt keeps its last `max_prompt_tokens`, as in the model's training; `micro_batch_size` answers are scored at
     a time, all of them by default.
     """
 
@@ -43,9 +43,9 @@ class Judge:
 
 @dataclass(frozen=True)
 class Reading:
-    """A rollout as a judge reads it: rows padded on the right, ids and mask (B, L), and the answers' columns (B, L).
+    """A rollout as the model reads it: rows padded on the right, ids and mask (B, L), and the answers' columns (B, L).
 
-    `weights` carry credit from the judge's tokens of each answer to the policy's (`credit_weights`); None where these
+    `weights` carry credit from the model's tokens of each answer to the policy's (`credit_weights`); None where these
     are the same tokens.
     """
 
@@ -55,7 +55,7 @@ class Reading:
     weights: Sequence[Tensor] | None
 
     def credit(self, credit_BL: Tensor, mask_BT: Tensor) -> Tensor:
-        """What the judge's tokens earned, as (B, T) rewards of the policy's actions: the sum over an answer stays."""
+        """What the model's tokens earned, as (B, T) rewards of the policy's actions: the sum over an answer stays."""
         rewards_BT = credit_BL.new_zeros(mask_BT.shape)
         if self.weights is None:
             rewards_BT[mask_BT] = credit_BL[self.answer_BL]
@@ -66,20 +66,20 @@ class Reading:
         return rewards_BT
 
 
-def read(judge: Judge, rollout: Rollout) -> Reading:
-    """The rollout's rows as the judge's own ids, on the judge's device: the policy's ids where they share a tokenizer,
+def read(frozen: FrozenModel, rollout: Rollout) -> Reading:
+    """The rollout's rows as the model's own ids, on the model's device: the policy's ids where they share a tokenizer,
     else the text that `DiscriminatorSource` describes."""
     weights = None
-    if judge.shares_tokens:
+    if frozen.shares_tokens:
         rows: Sequence[Sequence[int]] = counted(rollout.ids_BL, rollout.attention_mask_BL)
         starts = rollout.prompt_mask_BP.sum(dim=1).tolist()
     else:
-        answers = read_as_text(judge, rollout)
+        answers = read_as_text(frozen, rollout)
         rows, starts = [a.encoded.ids for a in answers], [a.encoded.answer_start for a in answers]
-        weights = [credit_weights(judge, answer) for answer in answers]
-    ids_BL, mask_BL = padded(rows, judge.tokenizer)
+        weights = [credit_weights(frozen, answer) for answer in answers]
+    ids_BL, mask_BL = padded(rows, frozen.tokenizer)
     answer_BL = mask_BL & (torch.arange(ids_BL.shape[1]) >= torch.tensor(starts, dtype=torch.long)[:, None])
-    device = judge.model.device
+    device = frozen.model.device
     return Reading(ids_BL.to(device), mask_BL.to(device), answer_BL.to(device), weights)
 
 
@@ -96,7 +96,7 @@ def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bo
 
 @dataclass(frozen=True)
 class TextAnswer:
-    """One row of a rollout as text: the policy's tokens, the characters that they write, and the judge's tokens.
+    """One row of a rollout as text: the policy's tokens, the characters that they write, and the model's tokens.
 
     `policy_ids` are the counted ones; the last of them is the end of sequence where `ended`.
     """
@@ -109,20 +109,20 @@ class TextAnswer:
     encoded: EncodedAnswer
 
 
-def read_as_text(judge: Judge, rollout: Rollout) -> list[TextAnswer]:
-    """The rollout as the judge's own tokens. See `DiscriminatorSource` for what becomes of special tokens."""
-    policy = judge.policy_tokenizer
-    unknown = sorted(_special_tokens(policy) - _special_tokens(judge.tokenizer), key=len, reverse=True)
+def read_as_text(frozen: FrozenModel, rollout: Rollout) -> list[TextAnswer]:
+    """The rollout as the model's own tokens. See `DiscriminatorSource` for what becomes of special tokens."""
+    policy = frozen.policy_tokenizer
+    unknown = sorted(_special_tokens(policy) - _special_tokens(frozen.tokenizer), key=len, reverse=True)
     foreign = re.compile("|".join(map(re.escape, unknown)))
-    prompts = [render_prompt(judge.tokenizer, foreign.sub("", prompt)) for prompt in rollout.prompts]
+    prompts = [render_prompt(frozen.tokenizer, foreign.sub("", prompt)) for prompt in rollout.prompts]
     prompt_ids = counted(rollout.prompt_ids_BP, rollout.prompt_mask_BP)
     answer_ids = counted(rollout.response_ids_BT, rollout.mask_BT)
     ended = [flag and len(ids) > 0 for flag, ids in zip(rollout.ended_B.tolist(), answer_ids, strict=True)]
     texts = [decode_text(policy, ids, context=context) for ids, context in zip(answer_ids, prompt_ids, strict=True)]
     encoded = encode_answers(
-        judge.tokenizer, prompts, texts, max_prompt_tokens=judge.max_prompt_tokens, max_answer_tokens=None
+        frozen.tokenizer, prompts, texts, max_prompt_tokens=frozen.max_prompt_tokens, max_answer_tokens=None
     )
-    fitted = [_fit(judge, row if end else _without_end(row)) for row, end in zip(encoded, ended, strict=True)]
+    fitted = [_fit(frozen, row if end else _without_end(row)) for row, end in zip(encoded, ended, strict=True)]
     return list(map(TextAnswer, prompt_ids, answer_ids, ended, prompts, texts, fitted))
 
 
@@ -139,9 +139,9 @@ def _without_end(encoded: EncodedAnswer) -> EncodedAnswer:
     return EncodedAnswer(ids=encoded.ids[:-1], answer_start=encoded.answer_start, complete=False)
 
 
-def _fit(judge: Judge, encoded: EncodedAnswer) -> EncodedAnswer:
-    """Cut to the positions that the judge has: the prompt's beginning goes first, then the answer's end."""
-    limit = judge.position_limit
+def _fit(frozen: FrozenModel, encoded: EncodedAnswer) -> EncodedAnswer:
+    """Cut to the positions that the model has: the prompt's beginning goes first, then the answer's end."""
+    limit = frozen.position_limit
     if limit is None or len(encoded.ids) <= limit:
         return encoded
     dropped = min(encoded.answer_start, len(encoded.ids) - limit)
@@ -151,32 +151,32 @@ def _fit(judge: Judge, encoded: EncodedAnswer) -> EncodedAnswer:
             "an answer has %d tokens for %s, which has %d positions: what lies beyond earns nothing; "
             "lower rollout.max_new_tokens",
             len(shorter.ids),
-            judge.model.name_or_path or type(judge.model).__name__,
+            frozen.model.name_or_path or type(frozen.model).__name__,
             limit,
         )
     return cut_answer(shorter, limit - shorter.answer_start)
 
 
-def opinion_weights(judge: Judge, answer: TextAnswer) -> Tensor:
-    """The weights (policy tokens, judge tokens) of a mean of opinions: a row sums to 1, or is all 0."""
-    overlap = _shared_characters(judge, answer)
+def opinion_weights(frozen: FrozenModel, answer: TextAnswer) -> Tensor:
+    """The weights (policy tokens, the model's tokens) of a mean of opinions: a row sums to 1, or is all 0."""
+    overlap = _shared_characters(frozen, answer)
     return overlap / overlap.sum(1, keepdim=True).clamp(min=1)
 
 
-def credit_weights(judge: Judge, answer: TextAnswer) -> Tensor:
-    """The weights (policy tokens, judge tokens) that share out credit: a column sums to 1, so that no credit is lost.
+def credit_weights(frozen: FrozenModel, answer: TextAnswer) -> Tensor:
+    """The weights (policy tokens, the model's tokens) that share out credit: a column sums to 1, so that none is lost.
 
-    A judge's token without characters of the policy's (a mark of its own) is paid out at the policy's last token.
+    A model's token without characters of the policy's (a mark of its own) is paid out at the policy's last token.
     """
-    overlap = _shared_characters(judge, answer)
+    overlap = _shared_characters(frozen, answer)
     overlap[-1:, overlap.sum(0) == 0] = 1
     return overlap / overlap.sum(0).clamp(min=1)
 
 
-def _shared_characters(judge: Judge, answer: TextAnswer) -> Tensor:
-    """How many characters each policy token and each of the judge's have in common; 1 for the two ends of sequence."""
-    policy = character_spans(judge.policy_tokenizer, answer.policy_ids, context=answer.policy_prompt_ids)
-    own = _judge_spans(judge, answer)
+def _shared_characters(frozen: FrozenModel, answer: TextAnswer) -> Tensor:
+    """How many characters each policy token and each of the model's have in common; 1 for the two ends of sequence."""
+    policy = character_spans(frozen.policy_tokenizer, answer.policy_ids, context=answer.policy_prompt_ids)
+    own = _spans_of(frozen, answer)
     policy_start, policy_end = torch.tensor(policy, dtype=torch.float64).reshape(-1, 2).unbind(1)
     start, end = torch.tensor(own, dtype=torch.float64).reshape(-1, 2).unbind(1)
     overlap = torch.minimum(policy_end[:, None], end) - torch.maximum(policy_start[:, None], start)
@@ -187,8 +187,8 @@ def _shared_characters(judge: Judge, answer: TextAnswer) -> Tensor:
     return shared
 
 
-def _judge_spans(judge: Judge, answer: TextAnswer) -> list[tuple[int, int]]:
-    """For each of the judge's answer tokens, without its end of sequence, the characters of `answer.text` it writes.
+def _spans_of(frozen: FrozenModel, answer: TextAnswer) -> list[tuple[int, int]]:
+    """For each of the model's answer tokens, without its end of sequence, the characters of `answer.text` it writes.
 
     Decoding says it best, white space included. A tokenizer that changes text (lower case, Unicode forms) does not
     decode to what it read; then the offsets that it gave while reading are used.
@@ -196,10 +196,10 @@ def _judge_spans(judge: Judge, answer: TextAnswer) -> list[tuple[int, int]]:
     encoded = answer.encoded
     content = encoded.answer_ids[:-1] if encoded.complete else encoded.answer_ids
     context = encoded.ids[: encoded.answer_start]
-    written = decode_text(judge.tokenizer, content, context=context)
+    written = decode_text(frozen.tokenizer, content, context=context)
     if answer.text == written or (not encoded.complete and answer.text.startswith(written)):
-        return character_spans(judge.tokenizer, content, context=context)
-    read = judge.tokenizer(
+        return character_spans(frozen.tokenizer, content, context=context)
+    read = frozen.tokenizer(
         answer.prompt + answer.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
     before = len(answer.prompt)
