@@ -22,18 +22,18 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-# Every op and rival on this machine, in some 10 minutes. On a GPU: python benchmarks/ops.py --device cuda
+# Every op and rival on this machine, in some 10 minutes. On a GPU: python -m benchmarks.ops --device cuda
 bench: $(RIVALS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest benchmarks --benchmark-only
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/ops.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ops
 
 # docs/benchmarks.md and its plots, from benchmarks/results
 bench-report: $(INSTALLED)
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python -m benchmarks.report
 
 # Two commits in alternation: make bench-compare BASE=HEAD~1, or BASE=... HEAD=...; both are built in a folder of their own.
 bench-compare: $(INSTALLED)
-	$(BIN)/python benchmarks/compare.py $(or $(BASE),$(error name a revision: make bench-compare BASE=HEAD~1)) $(HEAD)
+	$(BIN)/python -m benchmarks.compare $(or $(BASE),$(error name a revision: make bench-compare BASE=HEAD~1)) $(HEAD)
 
 # The three kinds of wheel, each installed alone and tested; needs nvcc, and 5 GB for a CUDA build of torch, but no GPU.
 wheels: $(INSTALLED) $(CUDA_VENV)/.environment

@@ -1,6 +1,6 @@
 """One layer's attention in bfloat16 on a CPU: tlcr's two products beside torch's scaled_dot_product_attention.
 
-    OMP_NUM_THREADS=1 python benchmarks/attention.py
+    OMP_NUM_THREADS=1 python -m benchmarks.attention
 
 prints milliseconds of processor time, medians of calls in alternation, for about 1000 tokens in rows of several
 lengths, with the heads of a 135M model. tlcr takes its own form up to `tlcr.models.attention.SHORT` tokens.
@@ -15,13 +15,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from clocks import CPUClocks, calls, calls_after
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from benchmarks.clocks import CPUClocks, calls, calls_after
 from tlcr.models import attention
 
 Form = Callable[..., tuple[Tensor, Any]]

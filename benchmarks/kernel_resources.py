@@ -1,7 +1,7 @@
 """What the Triton kernels take of a GPU: registers, spills and shared memory, read from the binaries. Needs no GPU.
 
-    python benchmarks/kernel_resources.py                    # every kernel and dtype for the targets that are tested
-    python benchmarks/kernel_resources.py --targets 90 --dtypes float32
+    python -m benchmarks.kernel_resources                    # every kernel and dtype for the targets that are tested
+    python -m benchmarks.kernel_resources --targets 90 --dtypes float32
 
 The functions of `tlcr.kernels` run as ever, on tensors without data, but where they would launch a kernel it is
 compiled for the target instead, by the same path, and so with the same types, options and specialisation. Exits with

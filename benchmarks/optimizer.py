@@ -1,6 +1,6 @@
 """One step of AdamW over the bfloat16 weights of a 135M model: tlcr's split masters beside what torch offers.
 
-    python benchmarks/optimizer.py                    on this machine; on its GPU with --device cuda
+    python -m benchmarks.optimizer                    on this machine; on its GPU with --device cuda
 
 prints milliseconds of a step, wall-clock medians of steps in alternation; the bytes that a form keeps for each weight,
 beside the weight and its gradient; and how far a hundred updates of 1e-6 move a weight whose neighbours in bfloat16 are
@@ -15,12 +15,12 @@ from functools import partial
 from itertools import chain, count
 
 import torch
-from clocks import CPUClocks, GPUClocks, calls
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.clocks import CPUClocks, GPUClocks, calls
 from tlcr import ops
 from tlcr.training.optim import build_optimizer
 

@@ -103,7 +103,11 @@ def record(
 
 
 def command(argv: Sequence[str]) -> str:
-    """The command line from the root of a checkout; of a path elsewhere only the last part, which others can use."""
+    """The command line from the root of a checkout; of a path elsewhere only the last part, which others can use.
+
+    Args:
+        argv: the file of the module that runs, which Python puts there for `python -m` too, and then the arguments.
+    """
 
     def plain(argument: str) -> str:
         path = Path(argument)
@@ -112,7 +116,11 @@ def command(argv: Sequence[str]) -> str:
         return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
     script = Path(argv[0]).resolve()
-    return shlex.join(["python", plain(str(script)), *map(plain, argv[1:])])
+    program = [plain(str(script))]
+    if script.is_relative_to(ROOT) and script.suffix == ".py":
+        parts = script.relative_to(ROOT).with_suffix("").parts
+        program = ["-m", ".".join(parts[:-1] if parts[-1] == "__main__" else parts)]
+    return shlex.join(["python", *program, *map(plain, argv[1:])])
 
 
 def machine(device: str = "cpu", threads: int | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The ops and their rivals under pytest-benchmark, at a few small sizes; `ops.py` has the sizes, clocks and the file.
+"""The ops and their rivals under pytest-benchmark, at a few small sizes; `benchmarks.ops` has all sizes and clocks.
 
     pytest benchmarks --benchmark-only --benchmark-group-by=group
 
@@ -8,18 +8,24 @@ the reference in float64: tlcr fails on a wrong result, a rival is skipped. Not 
 """
 
 import functools
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from op_cases import FORWARD, GAE_NAMES, LOSS_ONLY, WITH_REFERENCE, Case, Problem, tlcr_function, tlcr_implementations
-from op_rivals import rivals
-from op_runs import one_line
+from benchmarks.ops.cases import (
+    FORWARD,
+    GAE_NAMES,
+    LOSS_ONLY,
+    WITH_REFERENCE,
+    Case,
+    Problem,
+    tlcr_function,
+    tlcr_implementations,
+)
+from benchmarks.ops.rivals import rivals
+from benchmarks.ops.runs import one_line
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LARGE = DEVICE == "cuda"

@@ -1,4 +1,4 @@
-"""Result files of the benchmarks with made-up figures, in the schema that the scripts in benchmarks/ write."""
+"""Result files of the benchmarks with made-up figures, in the schema that the benchmarks write."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def about(kind: str, device: str = "cpu") -> dict[str, Any]:
     return {
         "schema": 1,
         "kind": kind,
-        "command": f"python benchmarks/{'ops' if kind == 'ops' else 'ppo_step'}.py --made-up",
+        "command": f"python -m benchmarks.{kind} --made-up",
         "machine": {
             "device": device,
             "name": "Made-up GPU" if gpu else "Made-up processor",

@@ -5,84 +5,78 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
+from benchmarks.clocks import CPUClocks
+from benchmarks.compare import __main__ as command
+from benchmarks.compare import cases, commits, process, ratios, rounds
 from tlcr import ops
 
-
-@pytest.fixture(scope="module")
-def compare(benchmarks: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmarks("compare")
-
-
-@pytest.fixture(scope="module")
-def cases(benchmarks: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmarks("compare_cases")
-
+ROOT = Path(__file__).parents[2]
 
 # ---- statistics
 
 
-def test_the_ratio_and_its_interval_by_hand(compare: ModuleType) -> None:
+def test_the_ratio_and_its_interval_by_hand() -> None:
     base = [1.0, 2.0, 4.0] * 4  # each round as slow as it likes: only the ratio within it counts
-    ratios = [1.10, 1.02, 1.12, 1.04, 1.06, 1.08, 1.03, 1.11, 1.05, 1.07, 1.09, 1.01]
-    (found,) = compare.compare({"op": base}, {"op": [b * r for b, r in zip(base, ratios, strict=True)]})
+    slower = [1.10, 1.02, 1.12, 1.04, 1.06, 1.08, 1.03, 1.11, 1.05, 1.07, 1.09, 1.01]
+    (found,) = ratios.compare({"op": base}, {"op": [b * r for b, r in zip(base, slower, strict=True)]})
     assert found.ratio == pytest.approx(math.sqrt(1.06 * 1.07))
     # 12 signs: 2 or fewer on one side have 79 chances in 4096, 3 or fewer 299, of which 102.4 are allowed.
     assert found.interval == pytest.approx((1.03, 1.10))
     assert found.beyond_noise and found.verdict == "slower"
 
 
-def test_faster_is_called_faster(compare: ModuleType) -> None:
-    (found,) = compare.compare({"op": [1.0] * 8}, {"op": [0.5 + 0.01 * k for k in range(8)]})
+def test_faster_is_called_faster() -> None:
+    (found,) = ratios.compare({"op": [1.0] * 8}, {"op": [0.5 + 0.01 * k for k in range(8)]})
     assert found.verdict == "faster" and found.interval[1] < 1
 
 
-def test_one_disturbed_round_changes_nothing(compare: ModuleType) -> None:
+def test_one_disturbed_round_changes_nothing() -> None:
     head = [1.0 + 0.01 * (-1) ** k for k in range(12)]
-    (quiet,) = compare.compare({"op": [1.0] * 12}, {"op": head})
-    (found,) = compare.compare({"op": [1.0] * 12}, {"op": [100.0, *head[1:]]})
+    (quiet,) = ratios.compare({"op": [1.0] * 12}, {"op": head})
+    (found,) = ratios.compare({"op": [1.0] * 12}, {"op": [100.0, *head[1:]]})
     assert found.ratio == pytest.approx(quiet.ratio) and found.verdict == "within the noise"
 
 
-def test_a_commit_against_itself_is_within_the_noise(compare: ModuleType) -> None:
+def test_a_commit_against_itself_is_within_the_noise() -> None:
     """Of 50 cases some 2 would be beyond intervals of 95%: over all cases none is."""
     generator = random.Random(0)
 
     def noise() -> dict[str, list[float]]:
         return {str(case): [generator.lognormvariate(0, 0.1) for _ in range(12)] for case in range(50)}
 
-    found = compare.compare(noise(), noise())
+    found = ratios.compare(noise(), noise())
     assert not any(one.beyond_noise for one in found)
     assert any(not one.interval[0] <= 1 <= one.interval[1] for one in found)
 
 
-def test_a_change_is_found_among_many_cases(compare: ModuleType) -> None:
+def test_a_change_is_found_among_many_cases() -> None:
     generator = random.Random(1)
     sides = [{str(c): [generator.lognormvariate(0, 0.02) for _ in range(12)] for c in range(20)} for _ in range(2)]
     sides[1]["7"] = [1.2 * seconds for seconds in sides[1]["7"]]
-    assert [one.case for one in compare.compare(*sides) if one.beyond_noise] == ["7"]
+    assert [one.case for one in ratios.compare(*sides) if one.beyond_noise] == ["7"]
 
 
-def test_nothing_measured_is_nothing_found(compare: ModuleType) -> None:
-    assert compare.compare({}, {}) == []
+def test_nothing_measured_is_nothing_found() -> None:
+    assert ratios.compare({}, {}) == []
 
 
 # ---- what is refused
 
 
 @pytest.fixture
-def repository(tmp_path: Path, compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A made-up checkout of two commits, whose tlcr takes one second and then two, with scripts that say so."""
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A made-up checkout of two commits, whose tlcr takes one second and then two, with benchmarks that say so."""
     root = tmp_path / "made-up"
     (root / "tlcr").mkdir(parents=True)
     (root / "setup.py").write_text("from setuptools import setup; setup(name='tlcr', packages=['tlcr'])\n")
@@ -92,18 +86,21 @@ def repository(tmp_path: Path, compare: ModuleType, monkeypatch: pytest.MonkeyPa
         (root / "tlcr" / "__init__.py").write_text(f"SECONDS = {seconds}\n{'PPO = 3.0' if seconds > 1 else ''}\n")
         git(root, "add", "-A")
         git(root, "commit", "-qm", f"{seconds} seconds")
-    scripts = tmp_path / "scripts"
-    scripts.mkdir()
-    (scripts / "compare_cases.py").write_text(
+    package = tmp_path / "made-up benchmarks" / "benchmarks"
+    for folder in (package, package / "compare", package / "ppo_step"):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
+    (package / "compare" / "cases.py").write_text(
         "import json, sys, tlcr; json.dump({'op': {'seconds': tlcr.SECONDS}}, open(sys.argv[1], 'w'))\n"
     )
-    (scripts / "ppo_step_tlcr.py").write_text(
+    (package / "ppo_step" / "with_tlcr.py").write_text(
         "import json, sys, tlcr\n"
         "times = dict.fromkeys(('rollout', 'score', 'reward', 'update', 'total'), tlcr.PPO)\n"
         "json.dump({'rounds': [times]}, open(sys.argv[2], 'w'))\n"
     )
-    monkeypatch.setattr(compare, "ROOT", root)
-    monkeypatch.setattr(compare, "HERE", scripts)
+    monkeypatch.setattr(commits, "ROOT", root)
+    shutil.copy(process.__file__, package / "compare")
+    monkeypatch.setattr(rounds, "ROOT", package.parent)
     return root
 
 
@@ -114,25 +111,25 @@ def git(root: Path, *arguments: str) -> str:
     ).stdout.strip()
 
 
-def test_an_unknown_revision_is_refused(compare: ModuleType, repository: Path) -> None:
+def test_an_unknown_revision_is_refused(repository: Path) -> None:
     for pair in (("nowhere", "HEAD"), ("HEAD", "nowhere"), ("--all", "HEAD")):
         with pytest.raises(SystemExit, match="is no revision"):
-            compare.revisions(*pair)
+            commits.revisions(*pair)
 
 
-def test_revisions_are_commits(compare: ModuleType, repository: Path) -> None:
-    base, head = compare.revisions("HEAD~1", "HEAD")
+def test_revisions_are_commits(repository: Path) -> None:
+    base, head = commits.revisions("HEAD~1", "HEAD")
     assert (base.commit, head.commit) == (git(repository, "rev-parse", "HEAD~1"), git(repository, "rev-parse", "HEAD"))
     git(repository, "-c", "tag.gpgsign=false", "tag", "-a", "v1", "-m", "one")
-    assert compare.revisions("v1", "main")[0].commit == head.commit  # and not the tag's own name
+    assert commits.revisions("v1", "main")[0].commit == head.commit  # and not the tag's own name
 
 
-def test_a_checkout_with_changes_is_refused_unless_asked_for(compare: ModuleType, repository: Path) -> None:
+def test_a_checkout_with_changes_is_refused_unless_asked_for(repository: Path) -> None:
     (repository / "new.py").touch()
     with pytest.raises(SystemExit, match=r"differs from HEAD.*--dirty.*\n.*new\.py"):
-        compare.revisions("HEAD~1", "HEAD")
-    assert compare.revisions("HEAD~1", "main")[1].commit  # a commit is a commit, whatever lies about
-    _, head = compare.revisions("HEAD", "HEAD", dirty=True)
+        commits.revisions("HEAD~1", "HEAD")
+    assert commits.revisions("HEAD~1", "main")[1].commit  # a commit is a commit, whatever lies about
+    _, head = commits.revisions("HEAD", "HEAD", dirty=True)
     assert head.dirty and "and changes" in str(head)
 
 
@@ -141,31 +138,30 @@ def test_a_checkout_with_changes_is_refused_unless_asked_for(compare: ModuleType
     [(["HEAD", "--rounds", "5"], "at least 6"), (["HEAD", "main", "--dirty"], "leave out 'main'"), ([], "base")],
 )
 def test_arguments_that_make_no_sense_are_refused(
-    compare: ModuleType, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        compare.arguments(arguments)
+        command.arguments(arguments)
     assert said in capsys.readouterr().err
 
 
 # ---- whole runs
 
 
-def run(compare: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments, "--rounds", "6"])
-    compare.main()
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["compare", *arguments, "--rounds", "6"])
+    command.main()
 
 
 @pytest.mark.slow
 def test_two_commits_are_built_timed_and_told_apart(
-    compare: ModuleType,
     repository: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     kept, result = tmp_path / "kept", tmp_path / "result.json"
-    run(compare, monkeypatch, "HEAD~1", "--folder", str(kept), "--json", str(result))
+    run(monkeypatch, "HEAD~1", "--folder", str(kept), "--json", str(result))
     told = capsys.readouterr().out
     assert "base runs WITHOUT compiled kernels" in told and "op: slower, 2.000 times base's time" in told
     assert "base did not run it: AttributeError" in " ".join(told.split())
@@ -175,12 +171,12 @@ def test_two_commits_are_built_timed_and_told_apart(
 
     assert len(list(kept.iterdir())) == 2  # both commits, and nothing half-made
     with pytest.raises(SystemExit, match=r"more than 1\.2 times base's time: op"):
-        run(compare, monkeypatch, "HEAD~1", "--folder", str(kept), "--fail-above", "1.2", "--only", "op")
+        run(monkeypatch, "HEAD~1", "--folder", str(kept), "--fail-above", "1.2", "--only", "op")
     assert "building" not in capsys.readouterr().out
-    run(compare, monkeypatch, "HEAD~1", "--folder", str(kept), "--fail-above", "3", "--only", "op")
+    run(monkeypatch, "HEAD~1", "--folder", str(kept), "--fail-above", "3", "--only", "op")
 
     (repository / "tlcr" / "__init__.py").write_text("SECONDS = 0.5\n")
-    run(compare, monkeypatch, "HEAD~1", "--dirty", "--folder", str(kept), "--only", "op")
+    run(monkeypatch, "HEAD~1", "--dirty", "--folder", str(kept), "--only", "op")
     assert "op: faster, 0.500 times base's time" in capsys.readouterr().out
     assert len(list(kept.iterdir())) == 2  # what is not committed is not kept
     assert git(repository, "worktree", "list").count("\n") == 0 and not (repository / "build").exists()
@@ -188,30 +184,30 @@ def test_two_commits_are_built_timed_and_told_apart(
 
 @pytest.mark.slow
 def test_a_commit_that_cannot_be_built_leaves_nothing(
-    compare: ModuleType, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (repository / "setup.py").write_text("raise SystemExit('no compiler today')\n")
     git(repository, "commit", "-qam", "broken")
     with pytest.raises(SystemExit, match=r"(?s)building HEAD.* failed.*no compiler today"):
-        run(compare, monkeypatch, "HEAD", "--folder", str(tmp_path / "kept"))
+        run(monkeypatch, "HEAD", "--folder", str(tmp_path / "kept"))
     assert list((tmp_path / "kept").iterdir()) == []
 
 
-def test_the_sides_take_turns_in_being_first(compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sides_take_turns_in_being_first(monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
 
     def one_round(folder: str, options: Any) -> dict[str, Any]:
         order.append(folder)
         return {"op": {"seconds": len(order)}}
 
-    monkeypatch.setattr(compare, "one_round", one_round)
-    options = compare.arguments(["HEAD", "--rounds", "6"])
-    taken, lacking = compare.alternate({"base": "b", "head": "h"}, options, compare.Console(quiet=True))
+    monkeypatch.setattr(rounds, "one_round", one_round)
+    options = command.arguments(["HEAD", "--rounds", "6"])
+    taken, lacking = rounds.alternate({"base": "b", "head": "h"}, options, Console(quiet=True))
     assert "".join(order) == "hb" + "bhhb" * 3 and lacking == {}
     assert taken["base"]["op"] == [3, 6, 7, 10, 11, 14]  # the first round is not counted
 
 
-def test_an_interrupted_run_reports_what_it_has(compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_reports_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def one_round(folder: str, options: Any) -> dict[str, Any]:
@@ -220,24 +216,75 @@ def test_an_interrupted_run_reports_what_it_has(compare: ModuleType, monkeypatch
             raise KeyboardInterrupt
         return {"op": {"seconds": 1.0}}
 
-    monkeypatch.setattr(compare, "one_round", one_round)
-    options = compare.arguments(["HEAD", "--rounds", "12"])
-    taken, _ = compare.alternate({"base": "b", "head": "h"}, options, compare.Console(quiet=True))
+    monkeypatch.setattr(rounds, "one_round", one_round)
+    options = command.arguments(["HEAD", "--rounds", "12"])
+    taken, _ = rounds.alternate({"base": "b", "head": "h"}, options, Console(quiet=True))
     assert taken == {"base": {"op": [1.0] * 7}, "head": {"op": [1.0] * 7}}
     calls[:] = ["b"] * 14  # in the second round
     with pytest.raises(KeyboardInterrupt):
-        compare.alternate({"base": "b", "head": "h"}, options, compare.Console(quiet=True))
+        rounds.alternate({"base": "b", "head": "h"}, options, Console(quiet=True))
+
+
+# ---- what a round imports
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A folder as pip leaves it, with a tlcr in which there is nothing."""
+    folder = tmp_path / "installed"
+    (folder / "tlcr").mkdir(parents=True)
+    (folder / "tlcr" / "__init__.py").touch()
+    return folder
+
+
+MODULE = """
+import importlib, sys
+import benchmarks.compare, tlcr
+print(benchmarks.compare.__file__, tlcr.__file__, *sys.argv[1:], sep="\\n")
+for name in ("tlcr.there", "tlcr.ops", "tlcr._C"):
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        print(error.name)
+"""
+
+
+def test_a_process_of_a_round_has_the_installed_tlcr_and_no_part_of_another(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even one that the installed tlcr lacks, where another tlcr is in the checkout, on the path and installed."""
+    monkeypatch.chdir(ROOT)
+    (installed / "tlcr" / "there.py").touch()
+    (installed / "asked.py").write_text(MODULE)
+    done = rounds.start("asked", "--an-argument", installed=installed, threads=1)
+    assert done.returncode == 0, done.stderr
+    ours, theirs, *rest = done.stdout.splitlines()
+    assert Path(ours) == ROOT / "benchmarks" / "compare" / "__init__.py"
+    assert Path(theirs) == installed / "tlcr" / "__init__.py"
+    assert rest == ["--an-argument", "tlcr.ops", "tlcr._C"]
+
+
+def test_a_commit_without_ops_ends_the_run(installed: Path) -> None:
+    with pytest.raises(
+        SystemExit, match=r"(?s)timing the ops of installed failed.*cannot import name 'ops' from 'tlcr'"
+    ):
+        rounds.one_round(installed, command.arguments(["HEAD", "--only", "fused_gae"]))
+
+
+def test_a_commit_without_the_trainer_s_modules_lacks_its_rounds(installed: Path) -> None:
+    found = rounds.one_round(installed, command.arguments(["HEAD", "--only", rounds.PPO]))
+    assert set(found) == {rounds.PPO} and "ModuleNotFoundError: No module named 'tlcr." in found[rounds.PPO]["reason"]
 
 
 # ---- the cases
 
 
 @pytest.fixture(scope="module")
-def clocks(benchmarks: Callable[[str], ModuleType]) -> Any:
-    return benchmarks("clocks").CPUClocks(rounds=3, case_seconds=0.0)
+def clocks() -> Any:
+    return CPUClocks(rounds=3, case_seconds=0.0)
 
 
-def test_every_case_has_a_name_of_its_own(cases: ModuleType) -> None:
+def test_every_case_has_a_name_of_its_own() -> None:
     names = [f"{case} {which}" for case in cases.CASES for which in case.passes]
     assert len(set(names)) == len(names) > 10
     assert {case.op for case in cases.CASES} == {
@@ -249,19 +296,19 @@ def test_every_case_has_a_name_of_its_own(cases: ModuleType) -> None:
     }
 
 
-def test_a_case_is_measured_by_the_seconds_of_its_passes(cases: ModuleType, clocks: Any) -> None:
+def test_a_case_is_measured_by_the_seconds_of_its_passes(clocks: Any) -> None:
     found = cases.measure(cases.Case("ppo_loss", "", (2, 8), passes=("forward", "backward")), clocks, "cpu")
     assert list(found) == [f"ppo_loss (B=2 x T=8, float32, {which})" for which in ("forward", "backward")]
     assert all(result["seconds"] > 0 for result in found.values())
 
 
-def test_what_a_commit_lacks_is_said(cases: ModuleType, clocks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_commit_lacks_is_said(clocks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(ops, "ppo_loss")
     found = cases.measure(cases.Case("ppo_loss", "", (2, 8)), clocks, "cpu")
     assert len(found) == 3 and all("AttributeError" in result["reason"] for result in found.values())
 
 
-def test_an_older_signature_is_said(cases: ModuleType, clocks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_signature_is_said(clocks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def older(rewards: Tensor, values: Tensor) -> Tensor:
         return rewards - values
 
@@ -270,7 +317,7 @@ def test_an_older_signature_is_said(cases: ModuleType, clocks: Any, monkeypatch:
     assert "TypeError" in result["reason"] and "unexpected keyword" in result["reason"]
 
 
-def test_a_wrong_result_is_not_timed(cases: ModuleType, clocks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_result_is_not_timed(clocks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.fused_reward
 
     def wrong(*args: Any, impl: str, **options: Any) -> Tensor:
@@ -281,12 +328,10 @@ def test_a_wrong_result_is_not_timed(cases: ModuleType, clocks: Any, monkeypatch
     assert "relative error" in result["reason"] and "seconds" not in result
 
 
-def test_another_tlcr_than_the_one_asked_for_is_refused(
-    cases: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_tlcr_than_the_one_asked_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
     given = ["--installed", tmp_path, "--device", "cpu", "--threads", "1", "--only", ""]
-    monkeypatch.setattr(sys, "argv", ["compare_cases.py", str(tmp_path / "result.json"), *map(str, given)])
+    monkeypatch.setattr(sys, "argv", ["cases", str(tmp_path / "result.json"), *map(str, given)])
     with pytest.raises(SystemExit, match="tlcr is imported from"):
         cases.main()
     assert torch.get_num_threads() == threads and not (tmp_path / "result.json").exists()

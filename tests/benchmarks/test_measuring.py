@@ -9,41 +9,18 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import clocks, record
+from benchmarks.ops import cases, rivals, runs
 from tlcr import ops
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def record(benchmarks: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmarks("record")
-
-
-@pytest.fixture(scope="module")
-def clocks(benchmarks: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmarks("clocks")
-
-
-@pytest.fixture(scope="module")
-def op_cases(benchmarks: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmarks("op_cases")
-
-
-@pytest.fixture(scope="module")
-def op_rivals(benchmarks: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmarks("op_rivals")
-
-
-@pytest.fixture(scope="module")
-def op_runs(benchmarks: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmarks("op_runs")
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -67,17 +44,17 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_the_commit_of_a_clean_checkout(record: ModuleType, checkout: Path) -> None:
+def test_the_commit_of_a_clean_checkout(checkout: Path) -> None:
     assert record.clean_commit(checkout) == git(checkout, "rev-parse", "HEAD")
 
 
-def test_a_changed_file_is_refused_and_named(record: ModuleType, checkout: Path) -> None:
+def test_a_changed_file_is_refused_and_named(checkout: Path) -> None:
     (checkout / "tlcr" / "__init__.py").write_text("changed = True\n")
     with pytest.raises(SystemExit, match=r"differs from commit .*commit or stash[\s\S]*tlcr/__init__.py"):
         record.clean_commit(checkout)
 
 
-def test_an_untracked_file_is_refused_unless_it_is_a_result(record: ModuleType, checkout: Path) -> None:
+def test_an_untracked_file_is_refused_unless_it_is_a_result(checkout: Path) -> None:
     results = checkout / record.RESULTS
     results.mkdir(parents=True)
     (results / "ops.json").write_text("{}")
@@ -87,27 +64,25 @@ def test_an_untracked_file_is_refused_unless_it_is_a_result(record: ModuleType, 
         record.clean_commit(checkout)
 
 
-def test_no_commit_is_refused(record: ModuleType, checkout: Path) -> None:
+def test_no_commit_is_refused(checkout: Path) -> None:
     git(checkout, "update-ref", "-d", "HEAD")
     with pytest.raises(SystemExit, match="no git checkout with a commit"):
         record.clean_commit(checkout)
 
 
-def test_code_from_elsewhere_is_refused(
-    record: ModuleType, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_from_elsewhere_is_refused(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tlcr.__file__", str(tmp_path / "elsewhere" / "tlcr" / "__init__.py"))
     with pytest.raises(SystemExit, match=r"imported from .*elsewhere.*PYTHONPATH"):
         record.clean_commit(checkout)
 
 
 def test_a_record_holds_the_facts_and_nothing_of_this_machine_s_paths(
-    record: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = ROOT / "benchmarks" / "ops.py"
-    monkeypatch.setattr(sys, "argv", [str(script), "--json", str(tmp_path / "x.json"), "--python", "/opt/x/python"])
+    module = ROOT / "benchmarks" / "ops" / "__main__.py"
+    monkeypatch.setattr(sys, "argv", [str(module), "--json", str(tmp_path / "x.json"), "--python", "/opt/x/python"])
     made = record.record("ops", [{"op": "x"}], commit="0" * 40, clocks={"wall": "time"}, packages=["nowhere"], more=1)
-    assert made["command"] == "python benchmarks/ops.py --json x.json --python python"
+    assert made["command"] == "python -m benchmarks.ops --json x.json --python python"
     assert set(made["versions"]) >= {"python", "torch", "tlcr"} and "nowhere" not in made["versions"]
     assert made["machine"]["threads"] == torch.get_num_threads() and made["machine"]["memory_bytes"] > 2**30
     assert made["machine"]["last_level_cache_bytes"] is None or made["machine"]["last_level_cache_bytes"] >= 2**18
@@ -117,7 +92,7 @@ def test_a_record_holds_the_facts_and_nothing_of_this_machine_s_paths(
     assert json.loads((tmp_path / "results" / "x.json").read_text()) == made
 
 
-def test_a_write_that_fails_leaves_what_was_there(record: ModuleType, tmp_path: Path) -> None:
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text("before")
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -152,51 +127,51 @@ def test_a_write_that_fails_leaves_what_was_there(record: ModuleType, tmp_path: 
     ],
 )
 def test_bytes_moved_are_those_counted_by_hand(
-    op_cases: ModuleType, op: str, name: str, shape: tuple[int, ...], dtype: torch.dtype, which: str, wanted: int
+    op: str, name: str, shape: tuple[int, ...], dtype: torch.dtype, which: str, wanted: int
 ) -> None:
-    assert op_cases.traffic(op_cases.Case(op, name, shape, dtype), which).bytes == wanted
+    assert cases.traffic(cases.Case(op, name, shape, dtype), which).bytes == wanted
 
 
-def test_products_of_a_head_are_those_counted_by_hand(op_cases: ModuleType) -> None:
-    case = op_cases.Case("score_hidden", "with reference and KL", (7, 2, 11))
+def test_products_of_a_head_are_those_counted_by_hand() -> None:
+    case = cases.Case("score_hidden", "with reference and KL", (7, 2, 11))
     # Forward the logits of two models; backward the gradients of hidden states and head; 2 a multiply-add.
-    assert op_cases.traffic(case, "forward").flops == 2 * 2 * 7 * 2 * 11
-    assert op_cases.traffic(case, "both").flops == (2 + 2) * 2 * 7 * 2 * 11
-    assert op_cases.traffic(op_cases.Case("ppo_loss", "", (3, 5)), "both").flops is None
+    assert cases.traffic(case, "forward").flops == 2 * 2 * 7 * 2 * 11
+    assert cases.traffic(case, "both").flops == (2 + 2) * 2 * 7 * 2 * 11
+    assert cases.traffic(cases.Case("ppo_loss", "", (3, 5)), "both").flops is None
 
 
-def test_every_case_has_its_bytes_and_its_rivals(op_cases: ModuleType, op_rivals: ModuleType) -> None:
-    for cases, device in (
-        (op_cases.cpu_cases, "cpu"),
-        (op_cases.gpu_cases, "cuda"),
-        (op_cases.interpreted_cases, "cpu"),
+def test_every_case_has_its_bytes_and_its_rivals() -> None:
+    for listed, device in (
+        (cases.cpu_cases, "cpu"),
+        (cases.gpu_cases, "cuda"),
+        (cases.interpreted_cases, "cpu"),
     ):
-        for case in cases():
+        for case in listed():
             for which in case.passes:
-                assert op_cases.traffic(case, which).bytes > 0
-            names = [rival.name for rival in op_rivals.rivals(case, device)]
+                assert cases.traffic(case, which).bytes > 0
+            names = [rival.name for rival in rivals.rivals(case, device)]
             assert names and len(set(names)) == len(names), case
 
 
-def test_no_two_rows_say_the_same(op_cases: ModuleType) -> None:
-    for cases in (op_cases.cpu_cases(), op_cases.gpu_cases(), op_cases.interpreted_cases()):
-        rows = [(case.op, case.name, case.shape, case.dtype) for case in op_cases.once(cases)]
+def test_no_two_rows_say_the_same() -> None:
+    for listed in (cases.cpu_cases(), cases.gpu_cases(), cases.interpreted_cases()):
+        rows = [(case.op, case.name, case.shape, case.dtype) for case in cases.once(listed)]
         assert len(set(rows)) == len(rows)
 
 
-def test_the_cases_have_the_vocabularies_and_double_one_axis_at_a_time(op_cases: ModuleType) -> None:
-    for cases in (op_cases.once(op_cases.cpu_cases()), op_cases.once(op_cases.gpu_cases())):
-        scored = [case for case in cases if case.op == "score_tokens"]
+def test_the_cases_have_the_vocabularies_and_double_one_axis_at_a_time() -> None:
+    for listed in (cases.once(cases.cpu_cases()), cases.once(cases.gpu_cases())):
+        scored = [case for case in listed if case.op == "score_tokens"]
         assert {case.axes["V"] for case in scored} >= {32_000, 50_257, 128_256, 151_936}
         for op, axes in (("fused_gae", "BT"), ("ppo_loss", "BT"), ("score_tokens", "NV"), ("score_hidden", "NV")):
             for axis in axes:
-                assert any(len(points) >= 4 for points in doublings(cases, op, axis)), (op, axis)
+                assert any(len(points) >= 4 for points in doublings(listed, op, axis)), (op, axis)
 
 
-def doublings(cases: list[Any], op: str, axis: str) -> Iterator[list[int]]:
+def doublings(listed: list[Any], op: str, axis: str) -> Iterator[list[int]]:
     """Sizes along one axis with everything else equal, from each on as long as they double."""
     groups: dict[Any, list[int]] = {}
-    for case in cases:
+    for case in listed:
         if case.op == op:
             rest = tuple(size for name, size in case.axes.items() if name != axis)
             groups.setdefault((case.name, case.dtype, rest), []).append(case.axes[axis])
@@ -211,30 +186,28 @@ def doublings(cases: list[Any], op: str, axis: str) -> Iterator[list[int]]:
 # Correct first.
 
 
-def small(op_cases: ModuleType) -> Any:
-    return op_cases.Case("score_tokens", "with reference and KL", (12, 40))
+def small() -> Any:
+    return cases.Case("score_tokens", "with reference and KL", (12, 40))
 
 
 @pytest.fixture
-def run(op_runs: ModuleType, clocks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
+def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A run of one short round a case, of which the copy is not measured."""
     monkeypatch.setattr(clocks, "COPIED", (2**16,))
     monkeypatch.setattr(clocks, "TURN", 0.0)
-    return op_runs.Run(clocks.CPUClocks(rounds=2, case_seconds=0), "cpu", minutes=5)
+    return runs.Run(clocks.CPUClocks(rounds=2, case_seconds=0), "cpu", minutes=5)
 
 
-def planted(op_rivals: ModuleType, **functions: Callable[[], Any]) -> Callable[..., list[Any]]:
-    return lambda case, device: [op_rivals.Rival(name, make) for name, make in functions.items()]
+def planted(**functions: Callable[[], Any]) -> Callable[..., list[Any]]:
+    return lambda case, device: [rivals.Rival(name, make) for name, make in functions.items()]
 
 
-def test_rows_have_the_fields_that_the_report_reads(
-    run: Any, op_cases: ModuleType, op_rivals: ModuleType, op_runs: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_have_the_fields_that_the_report_reads(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent() -> Any:
         raise ModuleNotFoundError("No module named 'liger'")
 
-    monkeypatch.setattr(op_runs, "rivals", planted(op_rivals, eager=lambda: op_rivals._scores, liger=absent))
-    rows = run.measure(small(op_cases))
+    monkeypatch.setattr(runs, "rivals", planted(eager=lambda: rivals._scores, liger=absent))
+    rows = run.measure(small())
     assert [row["pass"] for row in rows if row["implementation"] == "eager"] == ["forward", "backward", "both"]
     assert {row["implementation"].split()[0] for row in rows} == {"tlcr", "eager", "liger"}
     for row in rows:
@@ -253,38 +226,33 @@ def test_rows_have_the_fields_that_the_report_reads(
         else:
             assert "no compiled kernels" in row["reason"], row
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
-    text = op_runs.table(rows, "processor")
+    text = runs.table(rows, "processor")
     assert "No module named 'liger'" in text and "score_tokens, with reference and KL, backward" in text
 
 
 @pytest.mark.parametrize("where", ["result", "result without gradient", "gradient", "shape"])
 def test_a_wrong_rival_is_not_timed(
     run: Any,
-    op_cases: ModuleType,
-    op_rivals: ModuleType,
-    op_runs: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     where: str,
 ) -> None:
     def wrong(**inputs: Tensor) -> tuple[Tensor, ...]:
-        logprobs, entropy, kl, ref_logprobs = op_rivals._scores(**inputs)
+        logprobs, entropy, kl, ref_logprobs = rivals._scores(**inputs)
         if where == "result" or (where == "result without gradient" and not torch.is_grad_enabled()):
             entropy = entropy + 1e-3
         if where == "gradient":
             entropy = entropy.detach() + 0 * kl
         return (logprobs[:-5] if where == "shape" else logprobs), entropy, kl, ref_logprobs
 
-    monkeypatch.setattr(op_runs, "rivals", planted(op_rivals, wrong=lambda: wrong, right=lambda: op_rivals._scores))
-    rows = run.measure(small(op_cases))
+    monkeypatch.setattr(runs, "rivals", planted(wrong=lambda: wrong, right=lambda: rivals._scores))
+    rows = run.measure(small())
     refused = [row for row in rows if row["implementation"] == "wrong"]
     assert [row["status"] for row in refused] == ["not run"] * 3
     assert all("wrong" in row["reason"] or "shape" in row["reason"] for row in refused)
     assert {row["status"] for row in rows if row["implementation"] == "right"} == {"measured"}
 
 
-def test_a_wrong_tlcr_stops_the_run(
-    run: Any, op_cases: ModuleType, op_runs: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_tlcr_stops_the_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.score_tokens
 
     def wrong(*args: Any, impl: Any, **options: Any) -> Any:
@@ -292,74 +260,68 @@ def test_a_wrong_tlcr_stops_the_run(
         return scores if impl == "reference" else scores._replace(kl=scores.kl * 1.001)
 
     monkeypatch.setattr(ops, "score_tokens", wrong)
-    monkeypatch.setattr(op_runs, "tlcr_implementations", lambda *_, **__: [("auto", None)])
+    monkeypatch.setattr(runs, "tlcr_implementations", lambda *_, **__: [("auto", None)])
     with pytest.raises(SystemExit, match=r"tlcr auto is wrong on score_tokens.*relative error 1\.0e-03"):
-        run.measure(small(op_cases))
+        run.measure(small())
     assert run.rows == []
 
 
 @pytest.mark.parametrize("name", ["", "padded rows", "holes", "packed", "padded rows, whitened"])
-def test_every_loop_and_scan_of_gae_is_right(op_cases: ModuleType, op_rivals: ModuleType, name: str) -> None:
-    case = op_cases.Case("fused_gae", name, (16, 512), passes=("forward",))
-    problem = op_cases.Problem(case, "cpu")
-    for rival in op_rivals.rivals(case, "cpu"):
+def test_every_loop_and_scan_of_gae_is_right(name: str) -> None:
+    case = cases.Case("fused_gae", name, (16, 512), passes=("forward",))
+    problem = cases.Problem(case, "cpu")
+    for rival in rivals.rivals(case, "cpu"):
         if "torchrl" in rival.name or "masked_whiten" in rival.name or "compile" in rival.name:
             continue  # packages of another environment; what is compiled, eagerly below
         problem.error(rival.make())
     if name in ("", "padded rows"):
-        problem.error(op_rivals._chunks)
+        problem.error(rivals._chunks)
     if name in ("", "padded rows", "holes"):
-        problem.error(op_rivals._doubling)
+        problem.error(rivals._doubling)
 
 
-def test_a_missing_package_is_a_row_with_the_exception(
-    run: Any, op_cases: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_is_a_row_with_the_exception(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchrl", None)
-    rows = run.measure(op_cases.Case("fused_gae", "packed", (4, 16), passes=("forward",)))
+    rows = run.measure(cases.Case("fused_gae", "packed", (4, 16), passes=("forward",)))
     (row,) = (row for row in rows if row["implementation"] == "torchrl vec_gae")
     assert row["status"] == "not run" and row["reason"].startswith("ModuleNotFoundError: ")
 
 
-def test_no_path_of_this_machine_stands_in_a_reason(op_runs: ModuleType) -> None:
-    said = op_runs.one_line(RuntimeError(f"cannot open {ROOT}/x.so,\n  {Path.home()}/y"))
+def test_no_path_of_this_machine_stands_in_a_reason() -> None:
+    said = runs.one_line(RuntimeError(f"cannot open {ROOT}/x.so,\n  {Path.home()}/y"))
     assert said == "RuntimeError: cannot open .../x.so, .../y"
 
 
 # Time and memory.
 
 
-def test_what_the_budget_leaves_no_time_for_is_a_row(run: Any, op_cases: ModuleType) -> None:
+def test_what_the_budget_leaves_no_time_for_is_a_row(run: Any) -> None:
     run.deadline = 0.0
-    rows = run.measure(small(op_cases))
+    rows = run.measure(small())
     assert [(row["pass"], row["implementation"], row["status"]) for row in rows] == [
         (which, "all", "not run") for which in ("forward", "backward", "both")
     ]
     assert {row["reason"] for row in rows} == {"not reached within 5 minutes; --minutes gives more"}
 
 
-def test_a_rival_that_the_budget_does_not_reach_is_a_row(
-    run: Any, op_cases: ModuleType, op_rivals: ModuleType, op_runs: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rival_that_the_budget_does_not_reach_is_a_row(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def slow() -> Any:
         run.deadline = 0.0
-        return op_rivals._scores
+        return rivals._scores
 
-    monkeypatch.setattr(op_runs, "rivals", planted(op_rivals, slow=slow, late=lambda: pytest.fail("was begun")))
-    rows = run.measure(small(op_cases))
+    monkeypatch.setattr(runs, "rivals", planted(slow=slow, late=lambda: pytest.fail("was begun")))
+    rows = run.measure(small())
     assert all("not reached" in row["reason"] for row in rows if row["implementation"] in ("slow", "late"))
     assert {row["implementation"] for row in rows} >= {"slow", "late"}
 
 
-def test_a_case_that_does_not_fit_is_a_row(
-    run: Any, op_cases: ModuleType, op_runs: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(op_runs, "_free_memory", lambda device: 1000)
-    rows = run.measure(small(op_cases))
+def test_a_case_that_does_not_fit_is_a_row(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "_free_memory", lambda device: 1000)
+    rows = run.measure(small())
     assert {row["reason"] for row in rows} == {"needs about 0.0 GiB and 0.0 GiB are free"}
 
 
-def test_peak_memory_is_what_is_held_at_once(clocks: ModuleType) -> None:
+def test_peak_memory_is_what_is_held_at_once() -> None:
     x = torch.ones(1000)
 
     def two_at_a_time() -> Tensor:
@@ -372,7 +334,7 @@ def test_peak_memory_is_what_is_held_at_once(clocks: ModuleType) -> None:
     assert clocks.CPUClocks().peak(saved) in range(8000, 8100)
 
 
-def test_the_clocks_time_calls_in_turn(clocks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clocks_time_calls_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clocks, "TURN", 0.0)
     order: list[str] = []
     works = {name: clocks.calls(lambda name=name: order.append(name)) for name in "ab"}
@@ -381,7 +343,7 @@ def test_the_clocks_time_calls_in_turn(clocks: ModuleType, monkeypatch: pytest.M
     assert len(timings["a"]["wall"].rounds) == 4
 
 
-def test_a_share_of_the_copy_is_taken_at_the_nearest_size(clocks: ModuleType) -> None:
+def test_a_share_of_the_copy_is_taken_at_the_nearest_size() -> None:
     copies = [{"bytes": 100, "bytes_per_second": 10.0}, {"bytes": 10_000, "bytes_per_second": 5.0}]
     assert clocks.bandwidth_share(200, 40.0, copies) == 0.5
     assert clocks.bandwidth_share(9_000, 3_600.0, copies) == 0.5
@@ -416,9 +378,7 @@ class FakeCUDA:
         return 164
 
 
-def test_the_gpu_s_clocks_wait_flush_and_count_in_this_order(
-    clocks: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gpu_s_clocks_wait_flush_and_count_in_this_order(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, empty = FakeCUDA(), torch.empty
     monkeypatch.setattr(torch, "cuda", cuda)
     monkeypatch.setattr(torch, "empty", lambda size, dtype, device: empty(size, dtype=dtype))
@@ -437,7 +397,7 @@ def test_the_gpu_s_clocks_wait_flush_and_count_in_this_order(
     assert measured.peak(work) == 64 and cuda.said == ["reset", "call"]
 
 
-# The script.
+# `python -m benchmarks.ops`.
 
 NOT_NEEDED = (
     *(
@@ -457,15 +417,14 @@ RUNNER = """
 import runpy, sys
 for name in sys.argv[1].split(","):
     sys.modules[name] = None
-sys.argv = sys.argv[2:]
-sys.path[0] = sys.argv[0].rpartition("/")[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
+del sys.argv[1]
+runpy.run_module("benchmarks.ops", run_name="__main__", alter_sys=True)
 """
 
 
 @pytest.fixture(scope="module")
 def bare_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of the repository that the script needs, at a commit, without what was built or installed."""
+    """The files of the repository that `benchmarks.ops` needs, at a commit, without what was built or installed."""
     folder = tmp_path_factory.mktemp("bare").resolve() / "checkout"
     unwanted = shutil.ignore_patterns("__pycache__", "*.so", "_build.json", "results", "kernels")
     for name in ("benchmarks", "tlcr"):
@@ -479,19 +438,19 @@ def bare_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def script(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The script with torch and triton alone; without compiling, which would take most of the test's time."""
-    command = [sys.executable, "-c", RUNNER, ",".join(NOT_NEEDED), str(checkout / "benchmarks" / "ops.py"), *arguments]
+def run_ops(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """It with torch and triton alone; without compiling, which would take most of the test's time."""
+    command = [sys.executable, "-c", RUNNER, ",".join(NOT_NEEDED), *arguments]
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": ""}
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env=environment, cwd=checkout.parent
+        command, capture_output=True, text=True, timeout=300, check=False, env=environment, cwd=checkout
     )
 
 
 @pytest.mark.slow
 def test_the_path_of_a_gpu_run_at_tiny_sizes(bare_checkout: Path, tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    done = script(bare_checkout, "--interpret", "--json", str(tmp_path / "ops.json"))
+    done = run_ops(bare_checkout, "--interpret", "--json", str(tmp_path / "ops.json"))
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "ops.json").read_text())
     assert found["kind"] == "ops" and found["interpreted"] and found["machine"]["device"] == "cpu"
@@ -513,16 +472,16 @@ def test_the_path_of_a_gpu_run_at_tiny_sizes(bare_checkout: Path, tmp_path: Path
 def test_a_gpu_run_without_a_gpu_is_refused(bare_checkout: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    done = script(bare_checkout, "--device", "cuda")
+    done = run_ops(bare_checkout, "--device", "cuda")
     assert done.returncode == 1 and "torch sees no GPU" in done.stderr and "--interpret" in done.stderr
-    done = script(bare_checkout, "--device", "cuda", "--interpret")
+    done = run_ops(bare_checkout, "--device", "cuda", "--interpret")
     assert done.returncode == 2 and "leave out --device cuda" in done.stderr
 
 
 def test_a_changed_checkout_is_refused_before_anything_is_measured(bare_checkout: Path, tmp_path: Path) -> None:
     changed = bare_checkout / "tlcr" / "changed.py"
     changed.touch()
-    done = script(bare_checkout, "--interpret", "--json", str(tmp_path / "ops.json"))
+    done = run_ops(bare_checkout, "--interpret", "--json", str(tmp_path / "ops.json"))
     changed.unlink()
     assert done.returncode == 1 and "changed.py" in done.stderr and "commit or stash" in done.stderr
     assert done.stdout == "" and list(tmp_path.iterdir()) == []

@@ -5,35 +5,21 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from benchmarks.report import figures, rows, tables
+from benchmarks.report.__main__ import PAGE, RESULTS
+from benchmarks.report.page import render, write
 from tests.benchmarks import made_results as made
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def report(benchmarks: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmarks("report")
-
-
-@pytest.fixture(scope="module")
-def rows(benchmarks: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmarks("report_rows")
-
-
-@pytest.fixture(scope="module")
-def tables(benchmarks: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmarks("report_tables")
-
-
-@pytest.fixture(scope="module")
-def everything(report: ModuleType, rows: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The page on every kind of file but those of GPUs; names say nothing about what is in them."""
     folder = made.write(
         tmp_path_factory.mktemp("results"),
@@ -41,7 +27,7 @@ def everything(report: ModuleType, rows: ModuleType, tmp_path_factory: pytest.Te
         a=made.ppo_result(),
         zz=made.ppo_result("SmolLM2-135M", "bfloat16", faster=1.4),
     )
-    return report.render(rows.read_results(folder), folder="page")
+    return render(rows.read_results(folder), folder="page")
 
 
 def section(text: str, heading: str) -> str:
@@ -72,10 +58,10 @@ def digest_of(svg: str) -> str:
 # ---- the committed page
 
 
-def test_the_committed_page_is_that_of_the_committed_results(report: ModuleType, rows: ModuleType) -> None:
-    page = report.render(rows.read_results(report.RESULTS), folder=report.PAGE.stem)
-    assert report.PAGE.read_text(encoding="utf-8") == page.text, "make bench-report writes it anew"
-    folder = report.PAGE.with_suffix("")
+def test_the_committed_page_is_that_of_the_committed_results() -> None:
+    page = render(rows.read_results(RESULTS), folder=PAGE.stem)
+    assert PAGE.read_text(encoding="utf-8") == page.text, "make bench-report writes it anew"
+    folder = PAGE.with_suffix("")
     committed = {f"{folder.name}/{path.name}": path.read_text(encoding="utf-8") for path in folder.glob("*.svg")}
     # Other versions of matplotlib draw other lines; the digest is that of the figures which they show.
     assert {name: digest_of(svg) for name, svg in committed.items()} == {
@@ -102,8 +88,7 @@ def test_plots_are_svg_files_for_light_and_dark_pages(everything: Any) -> None:
         assert "prefers-color-scheme:dark" in svg and "currentColor" in svg, name
 
 
-def test_a_plot_s_digest_follows_its_figures(benchmarks: Callable[[str], ModuleType], tables: ModuleType) -> None:
-    figures = benchmarks("report_figures")
+def test_a_plot_s_digest_follows_its_figures() -> None:
     assert figures.digest({"a": [1.0, 2]}) == figures.digest({"a": [1.0, 2]}) != figures.digest({"a": [1.0, 3]})
 
 
@@ -113,8 +98,24 @@ def test_every_table_names_where_it_was_measured(everything: Any) -> None:
     assert len(ends) > 10
     for end in ends:
         told = lines[end + 2]
-        assert lines[end + 1] == "" and told.startswith("<sub>`python benchmarks/"), (lines[end], told)
+        assert lines[end + 1] == "" and told.startswith("<sub>`python -m benchmarks."), (lines[end], told)
         assert made.COMMIT[:12] in told and "Made-up processor" in told and "torch 2.13.0" in told
+
+
+@pytest.mark.parametrize(
+    ("recorded", "shown"),
+    [
+        ("python benchmarks/ops.py --json ops_cpu.json", "python -m benchmarks.ops --json ops_cpu.json"),
+        ("python benchmarks/ppo_step.py", "python -m benchmarks.ppo_step"),
+        ("python -m benchmarks.ops --only fused_gae", "python -m benchmarks.ops --only fused_gae"),
+        ("python mine.py benchmarks/ops.py", "python mine.py benchmarks/ops.py"),
+    ],
+)
+def test_a_command_of_before_the_package_is_shown_as_it_is_today(tmp_path: Path, recorded: str, shown: str) -> None:
+    folder = made.write(tmp_path, x=made.ppo_result() | {"command": recorded})
+    text = render(rows.read_results(folder), folder="page").text
+    assert f"<sub>`{shown}` on Made-up processor" in text
+    assert ("it is in the result file" in text) == (recorded != shown)
 
 
 def test_tables_are_whole(everything: Any) -> None:
@@ -129,8 +130,8 @@ def test_tables_are_whole(everything: Any) -> None:
     assert "||" not in everything.text and "None" not in everything.text and "nan" not in everything.text
 
 
-def test_a_page_without_results_says_what_to_do(report: ModuleType) -> None:
-    page = report.render([], folder="page")
+def test_a_page_without_results_says_what_to_do() -> None:
+    page = render([], folder="page")
     assert page.plots == {} and "No result file holds PPO rounds yet" in page.text
     assert (
         "No result file holds timings of ops yet" in page.text
@@ -144,13 +145,13 @@ def test_a_page_without_results_says_what_to_do(report: ModuleType) -> None:
 
 def test_missing_gpu_figures_are_said_and_how_to_get_them(everything: Any) -> None:
     told = section(everything.text, "## GPU")
-    assert "still to come" in told and "python benchmarks/ops.py --device cuda" in told and "make bench-report" in told
+    assert "still to come" in told and "python -m benchmarks.ops --device cuda" in told and "make bench-report" in told
     assert "GPU: figures are still to come" in section(everything.text, "## In short")
 
 
-def test_gpu_figures_are_shown_where_there_are_some(report: ModuleType, rows: ModuleType, tmp_path: Path) -> None:
+def test_gpu_figures_are_shown_where_there_are_some(tmp_path: Path) -> None:
     files = rows.read_results(made.write(tmp_path, any_name=made.ops_result("cuda")))
-    page = report.render(files, folder="page")
+    page = render(files, folder="page")
     assert "## Ops on GPU: Made-up GPU" in page.text and "GPU figures of the ops" not in page.text
     assert "GPU figures of PPO rounds are still to come:" in section(page.text, "## GPU")
     assert "by the clock “device”" in page.text and "| amortised | call | device |" in page.text
@@ -162,10 +163,10 @@ def test_what_did_not_run_is_listed_once_with_its_reason(everything: Any) -> Non
     ]
 
 
-def test_rivals_that_all_ran_are_not_made_up(report: ModuleType, rows: ModuleType, tmp_path: Path) -> None:
+def test_rivals_that_all_ran_are_not_made_up(tmp_path: Path) -> None:
     result = made.ops_result()
     result["rows"] = [row for row in result["rows"] if row["status"] == "measured"]
-    page = report.render(rows.read_results(made.write(tmp_path, x=result)), folder="page")
+    page = render(rows.read_results(made.write(tmp_path, x=result)), folder="page")
     assert "Every rival ran." in section(page.text, "### What did not run")
 
 
@@ -197,9 +198,7 @@ def test_where_a_rival_is_faster_is_said(everything: Any) -> None:
     assert f"fastest in {contests - len(lost)} of {contests} comparisons" in everything.text.replace("\n", " ")
 
 
-def test_the_shown_size_is_the_largest_that_the_most_rivals_ran_at(
-    tables: ModuleType, rows: ModuleType, tmp_path: Path
-) -> None:
+def test_the_shown_size_is_the_largest_that_the_most_rivals_ran_at(tmp_path: Path) -> None:
     shapes = [{"B": 64, "T": t} for t in (512, 1024, 2048, 4096)]
     found = [made.row("fused_gae", shape, "tlcr cpp", 1e-3) for shape in shapes]
     found += [made.row("fused_gae", shape, "eager torch", 2e-3) for shape in shapes]
@@ -213,9 +212,7 @@ def test_the_shown_size_is_the_largest_that_the_most_rivals_ran_at(
     assert speed.ratio == 2 and speed.sizes == 4
 
 
-def test_a_reference_beside_a_kernel_is_not_what_tlcr_runs(
-    tables: ModuleType, rows: ModuleType, tmp_path: Path
-) -> None:
+def test_a_reference_beside_a_kernel_is_not_what_tlcr_runs(tmp_path: Path) -> None:
     shape = {"B": 64, "T": 512}
     reference = made.row("fused_gae", shape, "tlcr reference", 1e-4)
     kernel = made.row("fused_gae", shape, "tlcr cpp", 1e-3)
@@ -246,7 +243,7 @@ def test_bandwidth_is_bytes_over_seconds_and_a_share_of_the_copy(everything: Any
 # ---- growth
 
 
-def growth_of(tables: ModuleType, rows: ModuleType, folder: Path, cost: made.Cost) -> Any:
+def growth_of(folder: Path, cost: made.Cost) -> Any:
     result = made.ops_result(cost=cost)
     result["rows"] = [row for row in result["rows"] if row["op"] == "fused_gae"]
     (file,) = rows.read_results(made.write(folder, x=result))
@@ -254,10 +251,8 @@ def growth_of(tables: ModuleType, rows: ModuleType, folder: Path, cost: made.Cos
     return {growth.series.axis: growth for growth in found if growth.series.implementation == "tlcr cpp"}
 
 
-def test_a_linear_op_doubles_with_its_size_and_is_not_named(
-    tables: ModuleType, rows: ModuleType, tmp_path: Path, everything: Any
-) -> None:
-    by_axis = growth_of(tables, rows, tmp_path, lambda shape: 1e-9 * math.prod(shape.values()))
+def test_a_linear_op_doubles_with_its_size_and_is_not_named(tmp_path: Path, everything: Any) -> None:
+    by_axis = growth_of(tmp_path, lambda shape: 1e-9 * math.prod(shape.values()))
     assert by_axis["B"].series.sizes == [16, 64, 256, 1024] and by_axis["B"].series.fixed == {"T": 1024}
     assert by_axis["T"].series.sizes == [256, 512, 1024, 2048, 4096] and by_axis["T"].series.fixed == {"B": 64}
     for growth in by_axis.values():
@@ -268,16 +263,14 @@ def test_a_linear_op_doubles_with_its_size_and_is_not_named(
     ]
 
 
-def test_super_linear_growth_is_named_with_its_exponent(
-    report: ModuleType, tables: ModuleType, rows: ModuleType, tmp_path: Path
-) -> None:
+def test_super_linear_growth_is_named_with_its_exponent(tmp_path: Path) -> None:
     def cost(shape: Any) -> float:
         return float(1e-9 * shape["B"] * shape["T"] ** 1.5) if "T" in shape else made.linear(shape)
 
-    growth = growth_of(tables, rows, tmp_path / "one", cost)["T"]
+    growth = growth_of(tmp_path / "one", cost)["T"]
     assert growth.exponent == pytest.approx(1.5) and growth.faster_than_linear
     assert growth.last.doubling == pytest.approx(2**1.5)
-    page = report.render(rows.read_results(made.write(tmp_path / "all", x=made.ops_result(cost=cost))), folder="page")
+    page = render(rows.read_results(made.write(tmp_path / "all", x=made.ops_result(cost=cost))), folder="page")
     named = cells(section(page.text, "#### What grows faster than linearly").split("<details>")[0])
     assert {(row[0], row[1], row[2]) for row in named if row[1] == "tlcr cpp"} == {
         (f"`{op}`, {direction}", "tlcr cpp", "T at B=64")
@@ -287,14 +280,12 @@ def test_super_linear_growth_is_named_with_its_exponent(
     assert {row[4] for row in named} == {"2.8×"}  # noqa: RUF001
 
 
-def test_a_single_steep_step_is_named_and_a_cache_that_it_leaves(
-    tables: ModuleType, rows: ModuleType, tmp_path: Path
-) -> None:
+def test_a_single_steep_step_is_named_and_a_cache_that_it_leaves(tmp_path: Path) -> None:
     def cost(shape: Any) -> float:
         elements = math.prod(shape.values())
         return float(1e-9 * elements * (3 if elements >= 2**20 else 1))
 
-    growth = growth_of(tables, rows, tmp_path, cost)["B"]
+    growth = growth_of(tmp_path, cost)["B"]
     assert [step.faster for step in growth.steps] == [False, False, True]
     assert growth.steepest.sizes == (256, 1024) and growth.steepest.exponent == pytest.approx(
         math.log(12) / math.log(4)
@@ -304,7 +295,7 @@ def test_a_single_steep_step_is_named_and_a_cache_that_it_leaves(
     assert steep.leaves_cache and not tables.growth(growth.series, "processor", None).steepest.leaves_cache
 
 
-def test_noise_is_not_growth(tables: ModuleType, rows: ModuleType, tmp_path: Path) -> None:
+def test_noise_is_not_growth(tmp_path: Path) -> None:
     result = made.ops_result()
     seconds = (1e-3, 2.3e-3, 4e-3, 8.8e-3)  # steps of 2.3, 1.7 and 2.2 for twice the size
     spread = [made.row("fused_gae", {"B": 2**k, "T": 64}, "tlcr cpp", s) for k, s in enumerate(seconds)]
@@ -316,9 +307,9 @@ def test_noise_is_not_growth(tables: ModuleType, rows: ModuleType, tmp_path: Pat
     assert growth.steepest.doubling == pytest.approx(2.3) and not growth.faster_than_linear
 
 
-def test_too_few_sizes_are_no_curve(report: ModuleType, rows: ModuleType, tmp_path: Path) -> None:
+def test_too_few_sizes_are_no_curve(tmp_path: Path) -> None:
     two = [made.row("fused_gae", {"B": b, "T": 64}, "tlcr cpp", 1e-3) for b in (1, 2)]
-    page = report.render(rows.read_results(made.write(tmp_path, x=made.ops_result() | {"rows": two})), folder="page")
+    page = render(rows.read_results(made.write(tmp_path, x=made.ops_result() | {"rows": two})), folder="page")
     assert "not known: no axis has enough sizes" in page.text and "| nothing |" not in page.text
 
 
@@ -339,10 +330,10 @@ def test_ppo_rounds_are_told_with_ratios_to_trl(everything: Any) -> None:
     assert "tlcr, rollout 28%, score 9%, reward 4%, update 57%" in told
 
 
-def test_a_ppo_file_without_trl_has_no_ratios(report: ModuleType, rows: ModuleType, tmp_path: Path) -> None:
+def test_a_ppo_file_without_trl_has_no_ratios(tmp_path: Path) -> None:
     result = made.ppo_result()
     result["rows"] = result["rows"][:2]
-    page = report.render(rows.read_results(made.write(tmp_path, x=result)), folder="page")
+    page = render(rows.read_results(made.write(tmp_path, x=result)), folder="page")
     assert all(row[7] == row[9] == "" for row in cells(section(page.text, "### PPO on the CPU")))
 
 
@@ -359,27 +350,25 @@ def test_a_ppo_file_without_trl_has_no_ratios(report: ModuleType, rows: ModuleTy
         ({"rows": [made.row("fused_gae", {"B": 1}, "x", 1.0) | {"status": "not run"}]}, "'not run'"),
     ],
 )
-def test_a_file_that_is_no_result_is_named(rows: ModuleType, tmp_path: Path, change: Any, said: str) -> None:
+def test_a_file_that_is_no_result_is_named(tmp_path: Path, change: Any, said: str) -> None:
     result = {key: value for key, value in (made.ops_result() | change).items() if value is not ...}
     with pytest.raises(SystemExit) as stopped:
         rows.read_results(made.write(tmp_path, odd=result))
     assert "odd.json" in str(stopped.value) and said in str(stopped.value)
 
 
-def test_a_broken_file_is_named(rows: ModuleType, tmp_path: Path) -> None:
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "half.json").write_text(json.dumps(made.ops_result())[:100], encoding="utf-8")
     with pytest.raises(SystemExit, match=r"half\.json is no JSON"):
         rows.read_results(tmp_path)
 
 
-def test_writing_takes_away_plots_that_are_no_longer_shown(
-    report: ModuleType, rows: ModuleType, tmp_path: Path
-) -> None:
+def test_writing_takes_away_plots_that_are_no_longer_shown(tmp_path: Path) -> None:
     page = tmp_path / "docs" / "page.md"
     both = rows.read_results(made.write(tmp_path / "results", a=made.ppo_result(), b=made.ops_result()))
-    report.write(report.render(both, folder="page"), page)
+    write(render(both, folder="page"), page)
     (page.with_suffix("") / "mine.svg").write_text("<svg/>", encoding="utf-8")
-    report.write(report.render([file for file in both if file.kind == "ppo_step"], folder="page"), page)
+    write(render([file for file in both if file.kind == "ppo_step"], folder="page"), page)
     assert sorted(path.name for path in page.with_suffix("").iterdir()) == ["mine.svg", "ppo-cpu.svg"]
     assert "page/ppo-cpu.svg" in page.read_text(encoding="utf-8")
 
@@ -395,10 +384,10 @@ def test_writing_takes_away_plots_that_are_no_longer_shown(
         (12345.0, "12,300 s"),
     ],
 )
-def test_durations_for_people(tables: ModuleType, seconds: float, text: str) -> None:
+def test_durations_for_people(seconds: float, text: str) -> None:
     assert tables.duration(seconds).replace("\u00a0", " ") == text
 
 
-def test_ranges_name_a_unit_once(tables: ModuleType) -> None:
+def test_ranges_name_a_unit_once() -> None:
     assert tables.between(1e-3, 2e-3).split() == ["1.00", "to", "2.00", "ms"]
     assert tables.between(9e-4, 2e-3).split() == ["900", "µs", "to", "2.00", "ms"]

@@ -101,7 +101,7 @@ def test_the_listing_is_for_people() -> None:
     arguments = ["--targets", "90", "--dtypes", "float32"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "benchmarks/kernel_resources.py", *arguments],
+        [sys.executable, "-m", "benchmarks.kernel_resources", *arguments],
         cwd=ROOT,
         env=environment | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

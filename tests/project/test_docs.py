@@ -34,9 +34,9 @@ def prose(text: str) -> str:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """Command lines of bash blocks, and inline code that starts with make, tlcr or accelerate."""
+    """Command lines of bash blocks, and inline code that starts with make, tlcr, accelerate or python."""
     lines = [line for block in blocks(text, "bash") for line in block.splitlines()]
-    lines += re.findall(r"`((?:make|tlcr|accelerate) [^`]+)`", prose(text))
+    lines += re.findall(r"`((?:make|tlcr|accelerate|python) [^`]+)`", prose(text))
     for line in lines:
         words = shlex.split(line, comments=True)
         if words:
@@ -59,7 +59,7 @@ def check_command(words: list[str]) -> None:
         assert words[words.index("-m") + 1] == "tlcr", words
         check_tlcr(words[words.index("-m") + 2 :])
     elif words[:2] == ["python", "-m"]:
-        assert (ROOT / words[2].replace(".", "/")).with_suffix(".py").is_file(), words
+        assert is_module(words[2]), words
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file(), words
     elif words[0] == "pip":
@@ -69,6 +69,12 @@ def check_command(words: list[str]) -> None:
         check_command(words[1:])
     else:
         raise AssertionError(f"README names a command that nobody checks: {shlex.join(words)}")
+
+
+def is_module(name: str) -> bool:
+    """Whether `python -m` runs it from the root of the checkout: a file, or a package with a `__main__`."""
+    path = ROOT / name.replace(".", "/")
+    return path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
 
 
 PIPS_PARSER = """
@@ -126,6 +132,9 @@ def test_every_command_exists(page: Path) -> None:
             "accelerate launch -m tlrc run",
             "rm x",
             "python -m examples.no_study",
+            "python -m benchmarks",  # a package that is not run
+            "python -m benchmarks.report.templates",
+            "python benchmarks/ops.py",
         ),
         *("pip instal torch", "pip install --no-isolation .", "TLCR_BILD=cpu pip wheel ."),
     ],
@@ -133,6 +142,22 @@ def test_every_command_exists(page: Path) -> None:
 def test_a_wrong_command_would_be_caught(line: str) -> None:
     with pytest.raises(AssertionError):
         check_command(shlex.split(line))
+
+
+def test_a_wrong_command_within_a_sentence_would_be_caught() -> None:
+    (words,) = commands("`python -m\nbenchmarks.nothing --json x.json` measures it.")
+    with pytest.raises(AssertionError, match=r"benchmarks\.nothing"):
+        check_command(words)
+
+
+def test_every_benchmark_that_sources_and_rules_name_exists() -> None:
+    files = [ROOT / "Makefile", ROOT / "pyproject.toml"]
+    files += [path for folder in ("benchmarks", "tlcr", "examples") for path in (ROOT / folder).rglob("*.py")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    named = set(re.findall(r"-m (benchmarks\.\w[.\w]*)", text))
+    assert len(named) >= 7
+    assert [name for name in named if not is_module(name)] == []
+    assert [path for path in re.findall(r"python (benchmarks/\w\S*)", text) if not (ROOT / path).is_file()] == []
 
 
 def test_the_page_on_installing_names_every_variable_of_the_build() -> None:

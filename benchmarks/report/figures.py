@@ -17,9 +17,20 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-from report_rows import AXES, PASSES, ResultFile, Series, Work, contests, series_of
-from report_tables import PHASES, SPACE, Memory, Side, Speed, achieved, binary, duration, shape_text, significant
 
+from benchmarks.report.rows import AXES, PASSES, ResultFile, Series, Work, contests, series_of
+from benchmarks.report.tables import (
+    PHASES,
+    SPACE,
+    Memory,
+    Side,
+    Speed,
+    achieved,
+    binary,
+    duration,
+    shape_text,
+    significant,
+)
 from tlcr.report.figures import ARM_COLOURS, ARM_MARKERS, INK, style, svg_file
 
 WIDTH = 9.6

@@ -1,11 +1,12 @@
 """Every op against what else computes it: time by several clocks, peak memory, and the share of the copy bandwidth.
 
-    python benchmarks/ops.py                                            one thread of the CPU
-    python benchmarks/ops.py --device cuda --json benchmarks/results/ops_h100.json
-    python benchmarks/ops.py --only fused_gae --minutes 2               some ops
-    python benchmarks/ops.py --interpret                                a GPU run's path at tiny sizes, without a GPU
+    python -m benchmarks.ops                                            one thread of the CPU
+    python -m benchmarks.ops --device cuda --json benchmarks/results/ops_h100.json
+    python -m benchmarks.ops --only fused_gae --minutes 2               some ops
+    python -m benchmarks.ops --interpret                                a GPU run's path at tiny sizes, without a GPU
 
-Needs a checkout and an installed torch, for GPUs also triton, and no network. Each rival that is installed takes part;
+Run from the root of a checkout, whose tlcr is the one that is measured. Needs an installed torch, for GPUs also triton,
+and no network. Each rival that is installed takes part;
 one that is not, or cannot run, is a row that says why. Before anything is timed its results and gradients are compared
 with tlcr's specification in float64: a rival that is wrong is not timed, and if tlcr is wrong the run stops. Cases come
 in the order of importance; what --minutes leaves no time for is a row that says so.
@@ -20,8 +21,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,14 +38,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """All cases of the device, printed as they come, and written if --json names a file."""
-    # The checkout's tlcr, installed or not; behind the folder of this script, where its own modules are.
-    sys.path.insert(1, str(ROOT))
-    import op_cases
-    import record
     import torch
-    from clocks import Clocks, CPUClocks, GPUClocks, InterpretedClocks
-    from op_rivals import PACKAGES
-    from op_runs import Run, table
+
+    from benchmarks import record
+    from benchmarks.clocks import Clocks, CPUClocks, GPUClocks, InterpretedClocks
+    from benchmarks.ops.cases import cpu_cases, gpu_cases, interpreted_cases, once
+    from benchmarks.ops.rivals import PACKAGES
+    from benchmarks.ops.runs import Run, table
 
     commit = record.clean_commit() if options.json else None
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -54,16 +52,16 @@ def measure(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     clocks: Clocks
     if options.interpret:
-        clocks, cases = InterpretedClocks(rounds=2, case_seconds=0), op_cases.interpreted_cases()
+        clocks, cases = InterpretedClocks(rounds=2, case_seconds=0), interpreted_cases()
     elif options.device == "cuda":
-        clocks, cases = GPUClocks(), op_cases.gpu_cases()
+        clocks, cases = GPUClocks(), gpu_cases()
     else:
-        clocks, cases = CPUClocks(), op_cases.cpu_cases()
+        clocks, cases = CPUClocks(), cpu_cases()
     for facts in (record.machine(options.device), record.versions(PACKAGES), record.build(), clocks.descriptions):
         say(f"{facts}\n")
     begin = time.monotonic()
     run = Run(clocks, options.device, options.minutes, interpreted=options.interpret)
-    for case in op_cases.once(cases):
+    for case in once(cases):
         if case.op.startswith(options.only):
             say(table(run.measure(case), clocks.main))
     say(f"\n{(time.monotonic() - begin) / 60:.1f} minutes\n")

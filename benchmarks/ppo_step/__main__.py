@@ -1,12 +1,12 @@
 """Response tokens per second and peak memory of whole PPO rounds, tlcr beside TRL 1.11.0 on the same work.
 
-    python benchmarks/ppo_step.py                                        the embedded size, random weights
-    python benchmarks/ppo_step.py --model FOLDER --dtype bfloat16 ...    any causal language model
+    python -m benchmarks.ppo_step                                        the embedded size, random weights
+    python -m benchmarks.ppo_step --model FOLDER --dtype bfloat16 ...    any causal language model
 
 Each trainer runs in a process of its own, in turn, as often as --repeats says: what disturbs the machine for a while
-disturbs both. `--trl-python` names the interpreter that has TRL, if it is not this one. What is equal and what is
-counted stands in ppo_step_task.py. The figures are medians over the rounds of all repeats, without the first of each;
-speed and memory are relative to TRL's. On a machine with a GPU both train on it.
+disturbs both. `--trl-python` names the interpreter that has TRL, if it is not this one; it needs no tlcr. What is equal
+and what is counted stands in task.py. The figures are medians over the rounds of all repeats, without the first of
+each; speed and memory are relative to TRL's. On a machine with a GPU both train on it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import record
 import torch
-from ppo_step_task import PHASES, TRL, Task
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-HERE = Path(__file__).parent
+from benchmarks import record
+from benchmarks.ppo_step.task import PHASES, TRL, Task
+
 WIDTH = 110  # of the table where the output is no terminal
 TIMED = (*PHASES, "total")
 
@@ -49,18 +49,18 @@ def main() -> None:
         rounds=options.rounds + 1,
     )
     commit = record.clean_commit() if options.json else None
-    sides = {"tlcr": (sys.executable, "ppo_step_tlcr.py", task)}
+    sides = {"tlcr": (sys.executable, "with_tlcr", task)}
     if not options.no_shared:
-        sides["tlcr, shared value head"] = (sys.executable, "ppo_step_tlcr.py", replace(task, value_model="shared"))
-    sides[TRL] = (options.trl_python, "ppo_step_trl.py", task)
+        sides["tlcr, shared value head"] = (sys.executable, "with_tlcr", replace(task, value_model="shared"))
+    sides[TRL] = (options.trl_python, "with_trl", task)
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
     for repeat in range(options.repeats):
-        for name, (python, script, work) in sides.items():
+        for name, (python, module, work) in sides.items():
             console.print(f"[dim]{repeat + 1} of {options.repeats}: {name}[/dim]")
-            measured[name].append(run(python, script, work))
+            measured[name].append(run(python, module, work))
     rows = [row(name, sides[name][2], runs) for name, runs in measured.items()]
     console.print(table(rows))
     if commit is not None:
@@ -89,14 +89,17 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(python: str, script: str, task: Task) -> dict[str, Any]:
+def run(python: str, module: str, task: Task) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        environment = {**os.environ, "OMP_NUM_THREADS": str(task.threads), "HF_HUB_OFFLINE": "1"}
-        command = [python, str(HERE / script), task.to_json(), str(result)]
+        # The interpreter with TRL knows this checkout only by its path.
+        path = os.pathsep.join(filter(None, (str(record.ROOT), os.environ.get("PYTHONPATH"))))
+        threads = str(task.threads)
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+        command = [python, "-m", f"benchmarks.ppo_step.{module}", task.to_json(), str(result)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise SystemExit(f"{script} failed with code {done.returncode}:\n{done.stderr[-4000:]}")
+            raise SystemExit(f"{module} failed with code {done.returncode}:\n{done.stderr[-4000:]}")
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         return found
 

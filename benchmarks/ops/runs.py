@@ -10,9 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clocks import Clocks, Trial, Work, bandwidth_share
-from op_cases import FORWARD, PASSES, Case, Function, Problem, Wrong, case_row, tlcr_function, tlcr_implementations
-from op_rivals import rivals
+
+from benchmarks.clocks import Clocks, Trial, Work, bandwidth_share
+from benchmarks.ops.cases import (
+    FORWARD,
+    PASSES,
+    Case,
+    Function,
+    Problem,
+    Wrong,
+    case_row,
+    tlcr_function,
+    tlcr_implementations,
+)
+from benchmarks.ops.rivals import rivals
 
 Row = dict[str, Any]
 

@@ -58,7 +58,7 @@ class Task:
 
     @classmethod
     def from_argv(cls) -> tuple[Task, Path]:
-        """What `ppo_step.py` hands to each trainer's process: the task, and where the result goes."""
+        """What `benchmarks.ppo_step` hands to each trainer's process: the task, and where the result goes."""
         return cls(**json.loads(sys.argv[1])), Path(sys.argv[2])
 
     def to_json(self) -> str:

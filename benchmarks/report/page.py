@@ -1,16 +1,11 @@
-"""Write docs/benchmarks.md and its plots from the result files.
+"""The page on the benchmarks, from result files: its text by a template, its plots by `figures`.
 
-    python benchmarks/report.py
-    python benchmarks/report.py --results mine --page mine/benchmarks.md     figures of another machine
-
-Reads every JSON file of the folder, whatever its name, and shows what there is. No figure stands in the page that is
-not in one of them: its sentences are those of templates/benchmarks.md.j2, filled in by report_tables.py; the plots
-are report_figures.py's. Needs no GPU, and measures nothing.
+No figure stands in the page that is not in a result file: its sentences are those of templates/benchmarks.md.j2, filled
+in by `tables`.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,15 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import report_figures as figures
-import report_tables as tables
-from report_rows import AXES, ResultFile, read_results
 
+from benchmarks.report import figures, tables
+from benchmarks.report.rows import AXES, ResultFile
 from tlcr.training.checkpoint import atomic_write
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
-PAGE = HERE.parent / "docs" / "benchmarks.md"
 
 
 @dataclass(frozen=True)
@@ -36,23 +28,6 @@ class Page:
     text: str
     plots: Mapping[str, Callable[[], str]]
     """By the path from the page's folder what draws an SVG file."""
-
-
-def main() -> None:
-    options = arguments()
-    page = render(read_results(options.results), folder=options.page.stem)
-    write(page, options.page)
-
-
-def arguments() -> argparse.Namespace:
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
-    parser.add_argument("--page", type=Path, default=PAGE, help="the Markdown file; its plots go to a folder beside it")
-    options = parser.parse_args()
-    if options.results != RESULTS and not options.results.is_dir():
-        parser.error(f"--results {options.results} is no folder")
-    return options
 
 
 def write(page: Page, path: Path) -> None:
@@ -86,6 +61,7 @@ def render(files: Sequence[ResultFile], *, folder: str) -> Page:
             rounds=[section for section in rounds if section["tasks"]],
             gpu_ops=any(file.kind == "ops" and file.on_gpu for file in files),
             gpu_rounds=any(file.kind == "ppo_step" and file.on_gpu for file in files),
+            rerun=any(file.command != file.command_today for file in files),
             axes=AXES,
             phases=tables.PHASES,
             beyond_noise=tables.BEYOND_NOISE,
@@ -165,7 +141,3 @@ def ops_section(file: ResultFile, keep: Callable[..., str]) -> dict[str, Any]:
         },
         "not_run": tables.not_run(file),
     }
-
-
-if __name__ == "__main__":
-    main()

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from clocks import Work, calls, calls_after
 from torch import Tensor
 from torch.nn.functional import pad
 
+from benchmarks.clocks import Work, calls, calls_after
 from tlcr import ops
 
 Inputs = dict[str, Tensor]

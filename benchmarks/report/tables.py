@@ -8,8 +8,9 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from report_rows import AXES, Contest, ResultFile, Row, Series, Work, by_work, contests, headlines, series_of
 from scipy import stats
+
+from benchmarks.report.rows import AXES, Contest, ResultFile, Row, Series, Work, by_work, contests, headlines, series_of
 
 BEYOND_NOISE = 1.1
 """A step grows faster than linearly where even its lower quartile, over the upper one at the smaller size, is this many

@@ -1,4 +1,4 @@
-"""PPO rounds of the task with TRL's PPOTrainer; started by ppo_step.py.
+"""PPO rounds of the task with TRL's PPOTrainer; started by `benchmarks.ppo_step`.
 
 The trainer is used as it comes. Its phases are told apart by what it calls between them: `batch_generation` ends the
 rollout, `gc.collect` the scoring (which includes its reward model), `numpy.random.permutation` begins the update.
@@ -13,13 +13,14 @@ import types
 import warnings
 from typing import Any
 
-import ppo_step_task as benchmark
 import torch
 import transformers
 import trl
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+from benchmarks.ppo_step.task import PHASES, Task, causal_lm, prompts_of, scorer, tokenizer_of, write_result
 
 
 class Clock(TrainerCallback):
@@ -44,7 +45,7 @@ class Clock(TrainerCallback):
         end, marks = now(), self._marks
         times = [marks["begin"], marks["generated"], marks["scored"], marks["rewarded"], end]
         seconds = [later - earlier for earlier, later in itertools.pairwise(times)]
-        self.rounds.append({**dict(zip(benchmark.PHASES, seconds, strict=True)), "total": end - times[0]})
+        self.rounds.append({**dict(zip(PHASES, seconds, strict=True)), "total": end - times[0]})
         self._begin()
 
     def _begin(self) -> None:
@@ -86,13 +87,13 @@ def watch_phases(clock: Clock) -> None:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    task, result = benchmark.Task.from_argv()
+    task, result = Task.from_argv()
     torch.set_num_threads(task.threads)
-    tokenizer = benchmark.tokenizer_of(task)
+    tokenizer = tokenizer_of(task)
     tokenizer.padding_side = "left"
     clock = Clock()
     watch_phases(clock)
-    prompts = benchmark.prompts_of(task, tokenizer, task.batch)
+    prompts = prompts_of(task, tokenizer, task.batch)
     rows = {"input_ids": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]}
     with tempfile.TemporaryDirectory() as folder:
         cfg = PPOConfig(
@@ -119,16 +120,16 @@ def main() -> None:
         trainer = PPOTrainer(
             args=cfg,
             processing_class=tokenizer,
-            model=benchmark.causal_lm(task, tokenizer),
-            ref_model=benchmark.causal_lm(task, tokenizer),
-            reward_model=benchmark.scorer(task, tokenizer).eval(),
-            value_model=benchmark.scorer(task, tokenizer),
+            model=causal_lm(task, tokenizer),
+            ref_model=causal_lm(task, tokenizer),
+            reward_model=scorer(task, tokenizer).eval(),
+            value_model=scorer(task, tokenizer),
             train_dataset=Dataset.from_dict(rows),
             callbacks=[clock],
         )
         trainer.train()
     versions = {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    benchmark.write_result(result, clock.rounds, versions)
+    write_result(result, clock.rounds, versions)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Times a few cases of the tlcr that Python finds, and writes them to a file; started by compare.py for each commit.
+"""Times a few cases of the tlcr that Python finds, and writes them to a file; `benchmarks.compare` starts it for each.
 
-It is the same script for every commit, and so asks for no more than `tlcr.ops` has always promised: a case of which a
+It is the same code for every commit, and so asks for no more than `tlcr.ops` has always promised: a case of which a
 commit lacks something is a row that says what. Every result is compared with that commit's reference in float64 first.
 """
 
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clocks import Clocks, CPUClocks, GPUClocks
-from op_cases import FORWARD, PACKED, PADDED, WITH_REFERENCE, Case, Problem, Wrong, tlcr_function
 
 import tlcr
+from benchmarks.clocks import Clocks, CPUClocks, GPUClocks
+from benchmarks.ops.cases import FORWARD, PACKED, PADDED, WITH_REFERENCE, Case, Problem, Wrong, tlcr_function
 
 CASES = (
     # Where the call costs more than the work.

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from op_cases import (
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.ops.cases import (
     HOLES,
     LAM,
     LOSS_ONLY,
@@ -28,8 +31,6 @@ from op_cases import (
     Case,
     Function,
 )
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 PACKAGES = ("liger-kernel", "cut-cross-entropy", "trl", "torchrl")
 

@@ -1,4 +1,4 @@
-"""PPO rounds of the task with tlcr; started by ppo_step.py."""
+"""PPO rounds of the task with tlcr; started by `benchmarks.ppo_step`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import warnings
 from pathlib import Path
 
 os.environ["TLCR_PROGRESS"] = "0"
-import ppo_step_task as benchmark
 import torch
 from transformers import PreTrainedModel
 
 import tlcr
+from benchmarks.ppo_step.task import PHASES, Task, causal_lm, prompts_of, tokenizer_of, write_result
 from tlcr.config.schema import DataConfig, KLConfig, ModelConfig, PPOConfig, RewardConfig, RolloutConfig, RunConfig
 from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.models.loading import TWO_CLASSES, load_causal_lm, load_token_classifier
@@ -21,20 +21,20 @@ from tlcr.rewards.sources import DiscriminatorSource, FrozenModel
 from tlcr.training.metrics import read_metrics
 
 
-def model_config(task: benchmark.Task) -> ModelConfig:
+def model_config(task: Task) -> ModelConfig:
     return ModelConfig(path=task.model or "", dtype=task.dtype)
 
 
-def load_with_tlcr(task: benchmark.Task) -> PreTrainedModel:
+def load_with_tlcr(task: Task) -> PreTrainedModel:
     return load_causal_lm(model_config(task))
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    task, result = benchmark.Task.from_argv()
+    task, result = Task.from_argv()
     torch.set_num_threads(task.threads)
-    tokenizer = benchmark.tokenizer_of(task)
-    policy, reference = (benchmark.causal_lm(task, tokenizer, load_with_tlcr) for _ in range(2))
+    tokenizer = tokenizer_of(task)
+    policy, reference = (causal_lm(task, tokenizer, load_with_tlcr) for _ in range(2))
     separate = task.value_model == "separate"
     cfg = RunConfig(
         model=model_config(task),
@@ -62,7 +62,7 @@ def main() -> None:
             reference=reference.eval(),
             tokenizer=tokenizer,
             reward_source=DiscriminatorSource(judge),
-            prompts=benchmark.prompts_of(task, tokenizer, task.batch),
+            prompts=prompts_of(task, tokenizer, task.batch),
             folder=Path(folder),
             seed=0,
         )
@@ -70,9 +70,9 @@ def main() -> None:
     for row in logged:
         if row["length/tokens"] != task.response_tokens_per_round:
             raise SystemExit(f"{row['length/tokens']} response tokens, wanted {task.response_tokens_per_round}")
-    rounds = [{name: row[f"time/{name}_s"] for name in (*benchmark.PHASES, "total")} for row in logged]
+    rounds = [{name: row[f"time/{name}_s"] for name in (*PHASES, "total")} for row in logged]
     versions = {"tlcr": tlcr.__version__, "torch": torch.__version__}
-    benchmark.write_result(result, rounds, versions)
+    write_result(result, rounds, versions)
 
 
 if __name__ == "__main__":

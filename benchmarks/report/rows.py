@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -104,6 +105,7 @@ class ResultFile:
     name: str
     kind: str
     command: str
+    """As it was recorded."""
     machine: Mapping[str, Any]
     versions: Mapping[str, str | None]
     build: Mapping[str, Any]
@@ -128,6 +130,11 @@ class ResultFile:
         return next((clock for clock in MAIN_CLOCKS if clock in self.clocks), next(iter(self.clocks)))
 
     @property
+    def command_today(self) -> str:
+        """The recorded command line as this checkout runs it: before benchmarks/ was a package it held scripts."""
+        return re.sub(r"^python benchmarks/(\w+)\.py(?!\S)", r"python -m benchmarks.\1", self.command)
+
+    @property
     def where(self) -> str:
         """The device in a few words, for headings."""
         return f"{'GPU' if self.on_gpu else 'CPU'}: {self.machine['name']}"
@@ -143,7 +150,7 @@ def read_results(folder: Path) -> list[ResultFile]:
 
 
 def _read(path: Path) -> ResultFile:
-    remedy = f"measure it again with the script that writes it, or take it out of {path.parent.name}/"
+    remedy = f"measure it again with the benchmark that writes it, or take it out of {path.parent.name}/"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -1,0 +1,1 @@
+"""Two commits of tlcr: installed (`commits`), timed in turn (`rounds` of `cases`), and told apart (`ratios`)."""

@@ -1,0 +1,1 @@
+"""Every op against what else computes it: `cases` and their truth, the `rivals`, and `runs` over them."""
