@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import record
-from benchmarks.ppo_step.task import PHASES, TRL, Task
+from benchmarks.ppo_step.task import PHASES, TRL, TRL_VERSION, Task
 
 WIDTH = 110  # of the table where the output is no terminal
 TIMED = (*PHASES, "total")
@@ -49,6 +49,7 @@ def main() -> None:
         rounds=options.rounds + 1,
     )
     commit = record.clean_commit() if options.json else None
+    check_trl(options.trl_python)
     sides = {"tlcr": (sys.executable, "with_tlcr", task)}
     if not options.no_shared:
         sides["tlcr, shared value head"] = (sys.executable, "with_tlcr", replace(task, value_model="shared"))
@@ -87,6 +88,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trl-python", default=sys.executable, help="interpreter that has trl==1.11.0")
     parser.add_argument("--json", type=Path, help="file for the figures; only from a clean checkout")
     return parser.parse_args()
+
+
+def check_trl(python: str) -> None:
+    """Raises SystemExit, before anything is timed, where `python` has no TRL of the version that is compared with."""
+    asked = [python, "-c", "from importlib.metadata import version; print(version('trl'))"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise SystemExit(f"--trl-python {python} cannot be run: {error}") from error
+    found = done.stdout.strip() if done.returncode == 0 else "none"
+    if found != TRL_VERSION:
+        raise SystemExit(
+            f"{python} has TRL {found}, wanted {TRL_VERSION}: {python} -m pip install trl=={TRL_VERSION}, or name "
+            "another interpreter, which has it, with --trl-python"
+        )
 
 
 def run(python: str, module: str, task: Task) -> dict[str, Any]:

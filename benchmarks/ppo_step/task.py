@@ -32,7 +32,8 @@ from transformers import (
 )
 
 PHASES = ("rollout", "score", "reward", "update")
-TRL = "TRL 1.11.0"
+TRL_VERSION = "1.11.0"
+TRL = f"TRL {TRL_VERSION}"
 
 # Far below any logit, and finite in bfloat16.
 NEVER = -1e9
