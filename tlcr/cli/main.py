@@ -5,20 +5,17 @@ Parsing imports nothing heavy: torch arrives with the command that needs it.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import logging
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
-
 from tlcr.cli.parsers import OWN_CONFIGS, STAGES, build_parser
+from tlcr.config.argument_parser import Namespace, Unparsable, flags_of, parse_arguments
 from tlcr.config.judging import AnswerConfig, JudgeConfig
 from tlcr.config.loading import dump_config, knobs, load_command_config, load_config, nearest, value_problem
 from tlcr.config.schema import RunConfig
@@ -250,27 +247,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str]) -> Namespace:
-    parser = build_parser()
-    commands = parser._subcommands_action.choices  # type: ignore[union-attr]
+    parser, commands = build_parser()
+    cls = type(OWN_CONFIGS.get(arguments[0], RunConfig())) if arguments else RunConfig
     if arguments and arguments[0] in commands:
-        _refuse_unknown_flags(arguments, list(commands[arguments[0]]._option_string_actions))
+        _refuse_unknown_flags(arguments, flags_of(commands[arguments[0]]))
     elif arguments and not arguments[0].startswith("-"):
         raise ConfigError(f"unknown command {arguments[0]}{nearest(arguments[0], list(commands))}")
     # Of the knobs, only what was typed may be seen: load_config supplies the rest, from the file and the defaults.
     typed_only = not arguments or arguments[0] not in ("analyse", "report", "score")
     try:
-        return parser.parse_args(arguments or ["--help"], defaults=not typed_only)
-    except argparse.ArgumentError as error:
-        cls = type(OWN_CONFIGS.get(arguments[0], RunConfig())) if arguments else RunConfig
+        return parse_arguments(parser, arguments or ["--help"], defaults=not typed_only)
+    except Unparsable as error:
         raise ConfigError(value_problem(error, cls) or _argument_problem(error, arguments)) from error
 
 
-def _argument_problem(error: argparse.ArgumentError, arguments: list[str]) -> str:
-    """What argparse found wrong, in the words of the command line."""
-    message = re.sub(r"required: \w+\.(\w+)", lambda found: f"required: {found[1].upper()}", str(error.message))
-    value = re.match(r'Parser key "(\w+)":.*Got value: (.*)', message, re.DOTALL)
-    if value:
-        message = f"--{value[1].replace('_', '-')} is {value[2]}; it must be a whole number"
+def _argument_problem(error: Unparsable, arguments: list[str]) -> str:
+    """What is wrong with an argument that is no knob, in the words of the command line."""
+    message = str(error)
+    if error.missing:
+        message = f"the following arguments are required: {', '.join(error.missing).upper()}"
+    elif error.name is not None:
+        message = f"--{error.name.replace('_', '-')} is {error.value}; it must be a whole number"
     return f"{message}; see 'tlcr {arguments[0]} --help'"
 
 

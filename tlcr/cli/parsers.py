@@ -9,8 +9,7 @@ import argparse
 from operator import attrgetter
 from typing import Any, Literal, Union, get_args, get_origin
 
-from jsonargparse import ArgumentParser
-
+from tlcr.config.argument_parser import ArgumentParser
 from tlcr.config.judging import AnswerConfig, JudgeConfig
 from tlcr.config.loading import Knob, knobs
 from tlcr.config.schema import Checked, RunConfig
@@ -36,8 +35,8 @@ class HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=38)
 
 
-def build_parser() -> ArgumentParser:
-    """The parser of ``tlcr`` and all its subcommands."""
+def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+    """The parser of ``tlcr``, and that of each command by its name."""
     from tlcr import __version__
 
     parser = _parser(
@@ -48,6 +47,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"tlcr {__version__}")
     commands = parser.add_subcommands(dest="command", title="commands", description=None, metavar="COMMAND")
+    parsers: dict[str, ArgumentParser] = {}
     for name, (make, help) in {
         "run": (_run_parser, "the whole pipeline: train, evaluate, report"),
         "train": (_train_parser, "one stage: " + ", ".join(STAGES)),
@@ -62,8 +62,9 @@ def build_parser() -> ArgumentParser:
         "report": (_report_parser, "write report.html of a run"),
         "doctor": (_doctor_parser, "check this machine and, with a config, estimate its memory"),
     }.items():
-        commands.add_subcommand(name, make(), help=help)
-    return parser
+        parsers[name] = make()
+        commands.add_subcommand(name, parsers[name], help=help)
+    return parser, parsers
 
 
 def _parser(description: str, *, prog: str, usage: str, epilog: str | None = None) -> ArgumentParser:

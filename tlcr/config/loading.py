@@ -7,10 +7,8 @@ says where it stands.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
-import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from jsonargparse import ArgumentParser, get_loader
 
+from tlcr.config.argument_parser import Unparsable, parse_values, read_yaml
 from tlcr.config.schema import Arm, Checked, RewardConfig, RunConfig
 from tlcr.errors import ConfigError
 
@@ -156,7 +154,7 @@ def _plain(value: Any) -> Any:
 
 def _load_arms(arms: Any, reward: RewardConfig, where: str) -> tuple[Arm, ...]:
     if isinstance(arms, str):
-        arms = get_loader("yaml")(arms)
+        arms = read_yaml(arms)
     if not isinstance(arms, (list, tuple)) or not all(isinstance(arm, (Mapping, Arm)) for arm in arms):
         raise ConfigError(f"arms is {arms!r}; it must be {describe_type(tuple[Arm, ...])}")
     loaded = []
@@ -180,7 +178,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
         raise ConfigError(f"config {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = get_loader("yaml")(text)
+        values = read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
     if values is None:
@@ -233,24 +231,13 @@ def _refuse_repeated_keys(node: yaml.Node | None, where: str, section: str) -> N
         seen[key] = line
 
 
-@cache
-def _typed_parser(cls: type) -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False)
-    for knob in knobs(cls):
-        if knob.path != "arms":
-            parser.add_argument(f"--{knob.path}", type=knob.type)
-    return parser
-
-
-def value_problem(error: argparse.ArgumentError, cls: type = RunConfig) -> str | None:
-    """What jsonargparse found wrong with a knob's value, in one line; None where it is not about a value."""
-    found = re.match(r'Parser key "([^"]+)":(.*)', str(error.message), re.DOTALL)
+def value_problem(error: Unparsable, cls: type = RunConfig) -> str | None:
+    """What is wrong with a knob's value, in one line; None where the error is not about a knob."""
     hints = {knob.path: knob.type for knob in knobs(cls)}
-    if found is None or found[1] not in hints:
+    if error.name not in hints:
         return None
-    value = re.search(r"(?:Got value|value): ?(.*)", found[2])
-    got = f" is {value[1]};" if value else ":"
-    return f"{found[1]}{got} it must be {describe_type(hints[found[1]])}"
+    got = ":" if error.value is None else f" is {error.value};"
+    return f"{error.name}{got} it must be {describe_type(hints[error.name])}"
 
 
 def _build(default: ConfigT, values: Mapping[str, Any], prefix: str) -> ConfigT:
@@ -262,28 +249,23 @@ def _build(default: ConfigT, values: Mapping[str, Any], prefix: str) -> ConfigT:
         if value is None and type(None) not in get_args(hints[name]):
             raise ConfigError(f"{prefix}{name} is null; it must be {describe_type(hints[name])}")
     try:
-        typed = _typed_parser(cls).parse_object(_nest(values), defaults=False).as_dict()
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"{prefix}{value_problem(error, cls) or error.message}") from error
+        typed = parse_values(hints, values)
+    except Unparsable as error:
+        raise ConfigError(f"{prefix}{value_problem(error, cls) or error}") from error
     return _replace(default, typed, prefix)
 
 
-def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for name, value in values.items():
-        *sections, last = name.split(".")
-        here = nested
-        for section in sections:
-            here = here.setdefault(section, {})
-        here[last] = value
-    return nested
-
-
 def _replace(default: ConfigT, values: Mapping[str, Any], prefix: str) -> ConfigT:
-    changed = {
-        name: _replace(getattr(default, name), value, f"{prefix}{name}.") if isinstance(value, Mapping) else value
-        for name, value in values.items()
-    }
+    changed: dict[str, Any] = {}
+    sections: dict[str, dict[str, Any]] = {}
+    for path, value in values.items():
+        name, _, rest = path.partition(".")
+        if rest:
+            sections.setdefault(name, {})[rest] = value
+        else:
+            changed[name] = value
+    for name, inner in sections.items():
+        changed[name] = _replace(getattr(default, name), inner, f"{prefix}{name}.")
     try:
         return dataclasses.replace(default, **changed)  # type: ignore[type-var]
     except ConfigError as error:
