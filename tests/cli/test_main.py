@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -41,7 +42,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
     yield recorded
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS), ["run", "--help-all"]]
+)
 def test_help_answers_without_importing_torch(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom tlcr.cli.main import main\n"
@@ -71,7 +74,7 @@ def test_help_lists_every_knob_with_its_meaning_and_default(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100000")
     with pytest.raises(SystemExit) as leaving:
-        cli.main([command, "--help"])
+        cli.main([command, "--help-all"])
     assert leaving.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     for knob in knobs(RunConfig):
@@ -80,6 +83,46 @@ def test_help_lists_every_knob_with_its_meaning_and_default(
     assert "updates of the policy" not in shown
     assert "nats per token; default null; above 0" in shown
     assert "default 0.2; above 0; at most 1; source: PPO, released code" in shown
+
+
+@pytest.mark.parametrize(
+    ("command", "cls"), [*((name, RunConfig) for name in WITH_CONFIG), ("answer", AnswerConfig), ("judge", JudgeConfig)]
+)
+def test_help_leaves_what_few_runs_set_to_help_all(command: str, cls: type, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        cli.main([command, "--help"])
+    assert leaving.value.code == 0
+    shown = capsys.readouterr().out
+    flags = set(re.findall(r"^  --([\w.]+)", shown, re.MULTILINE)) & {knob.path for knob in knobs(cls)}
+    assert flags == {knob.path for knob in knobs(cls) if not knob.advanced}
+    left_out = sum(knob.advanced for knob in knobs(cls))
+    assert f"{left_out} more knobs, which few runs set: 'tlcr {command} --help-all'." in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_fits_the_terminal(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help-all"])
+    assert [line for line in capsys.readouterr().out.splitlines() if len(line) > columns] == []
+
+
+def test_a_knob_of_many_choices_names_them_where_lines_are_broken(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100000")
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--reward.kind NAME what a token earns (one of continuous, discrete, sign, " in shown
+    assert "--kl.estimator k1|k2|k3|full k1 log-ratio" in shown
+
+
+def test_an_advanced_knob_is_a_flag_like_any_other(calls: list[Any]) -> None:
+    assert cli.main(["run", "--ppo.dual_clip", "3", "--model.tokenizer", "t"]) == 0
+    assert (calls[0][1].ppo.dual_clip, calls[0][1].model.tokenizer) == (3.0, "t")
 
 
 def test_a_flag_wins_over_the_file_and_resume_reaches_the_pipeline(tmp_path: Path, calls: list[Any]) -> None:
@@ -142,6 +185,12 @@ def test_print_config_prints_what_would_run_and_runs_nothing(
         (["rn"], "unknown command rn; did you mean run?"),
         (["run", "--ppo.update", "3"], "unknown flag --ppo.update; did you mean --ppo.updates?"),
         (["run", "--output-dir", "x"], "unknown flag --output-dir; did you mean --output_dir?"),
+        (["report", "x", "--help-all"], "unknown flag --help-all; did you mean --help?"),
+        (
+            ["run", "--labels.warn_edited_share", "0.6"],
+            "unknown flag --labels.warn_edited_share; tlcr has no such",
+        ),
+        (["judge", "a", "--cache=b"], "unknown flag --cache; tlcr has no such knob any more: the judge's answers are"),
         (["label", "--resume"], "unknown flag --resume; 'tlcr label --help' lists them"),
         (["run", "--ppo.updates", "0"], "ppo.updates is 0; it must be at least 1"),
         (["run", "--ppo.updates", "many"], "ppo.updates is many; it must be a whole number"),
@@ -198,7 +247,7 @@ def test_their_help_lists_every_knob(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100000")
     with pytest.raises(SystemExit):
-        cli.main([command, "--help"])
+        cli.main([command, "--help-all"])
     shown = " ".join(capsys.readouterr().out.split())
     for knob in knobs(cls):
         assert f"--{knob.path} " in shown and " ".join(knob.metadata["help"].split()) in shown

@@ -12,7 +12,7 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedMo
 
 from tlcr.cli.memory import Estimate, ModelSize, advice, estimate_run, measure_model
 from tlcr.config.loading import load_config
-from tlcr.config.schema import Arm, ModelConfig, PPOConfig, RewardConfig, RolloutConfig, RunConfig, TrainingConfig
+from tlcr.config.schema import Arm, ModelConfig, PPOConfig, RewardConfig, RolloutConfig, RunConfig, SFTConfig
 from tlcr.data import embedded
 from tlcr.errors import ConfigError
 from tlcr.training.optim import build_optimizer
@@ -133,7 +133,7 @@ def test_activations_are_of_the_size_that_autograd_keeps(checkpointing: bool) ->
     cfg = RunConfig(
         model=ModelConfig(gradient_checkpointing=checkpointing),
         data=dataclasses.replace(RunConfig().data, max_prompt_tokens=columns // 2, max_answer_tokens=columns // 2),
-        sft=TrainingConfig(batch_size=rows),
+        sft=SFTConfig(batch_size=rows),
     )
     estimated = of_stage(estimate_run(cfg, size), "sft").phases["training"]
     if checkpointing:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.text.test_tokenization import byte_level
 from tlcr.config.schema import DataConfig, LabelConfig
+from tlcr.data import labels
 from tlcr.data.labels import EndOfSequence, label_pair, label_pairs, write_labels
 from tlcr.data.readers import read_edits, read_preferences
 from tlcr.text.tokenization import character_spans
@@ -191,13 +192,15 @@ class TestStatistics:
         pairs, statistics = label_pairs([], LETTERS, DataConfig(), LabelConfig())
         assert (pairs, statistics.pairs, statistics.edited_share) == ([], 0, 0.0)
 
-    def test_warns_where_most_was_edited(self, caplog: Any) -> None:
+    def test_warns_where_most_was_edited(self, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         with caplog.at_level(logging.WARNING, logger="tlcr"):
-            self.run(warn_edited_share=7 / 33)
+            monkeypatch.setattr(labels, "MOSTLY_EDITED", 7 / 33)
+            self.run()
             assert [message.split(" have")[0] for message in caplog.messages] == ["1 of 4 edit pairs"]
             caplog.clear()
-            self.run(warn_edited_share=0.2)
-        assert caplog.messages[0].startswith("21% of the answer tokens were edited (labels.warn_edited_share is 20%)")
+            monkeypatch.setattr(labels, "MOSTLY_EDITED", 0.2)
+            self.run()
+        assert caplog.messages[0].startswith("21% of the answer tokens were edited, more than 20%")
         assert "chosen" in caplog.messages[0]
         assert "have a reviser edit" in caplog.messages[0]
 

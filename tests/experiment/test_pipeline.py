@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from tlcr.config.dropped import dropped_knobs
 from tlcr.config.loading import dump_config, load_config
 from tlcr.config.schema import Arm, RewardConfig, RunConfig
 from tlcr.data import embedded
@@ -153,6 +156,39 @@ def test_a_setting_that_is_new_since_then_is_named() -> None:
     assert _differences(then, now) == ["reward.compat was not there, is None"]
     assert _differences(now, then) == []
     assert _differences({"a": {"b": 1}}, {"a": {"b": 2}}) == ["a.b was 1, is 2"]
+    assert _differences({"a": {"b": 1}}, {"a": {}}) == ["a.b was 1, is no longer there"]
+
+
+def with_dropped_knobs(values: dict[str, Any], cls: type) -> dict[str, Any]:
+    """A section as an older version wrote it: with the knobs that it had, at their defaults."""
+    hints = get_type_hints(cls)
+    sections = {name: hint for name, hint in hints.items() if is_dataclass(hint) and isinstance(values.get(name), dict)}
+    inner = {name: with_dropped_knobs(values[name], hint) for name, hint in sections.items()}
+    return {**values, **{name: gone.default for name, gone in dropped_knobs(cls).items()}, **inner}
+
+
+def test_a_run_of_an_older_version_goes_on_and_is_reported(finished: RunConfig, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished.output_dir, tmp_path / "run"))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(with_dropped_knobs(config, RunConfig)))
+    aged = set()
+    for name in ("done.json", "arm.json"):
+        for path in folder.rglob(name):
+            record = json.loads(path.read_text())
+            # Each holds some sections of the config; train_ppo's own, only what no knob has been dropped of.
+            config = with_dropped_knobs(record["config"], RunConfig)
+            aged |= {name for name in config if config[name] != record["config"].get(name)}
+            path.write_text(json.dumps({**record, "config": config}))
+    assert aged == {"labels", "discriminator", "reward_model"}
+
+    files = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".jsonl")]
+    times = {path: path.stat().st_mtime_ns for path in files}
+    cfg = load_config(folder / "config.yaml", {"output_dir": str(folder)})
+    assert replace(cfg, output_dir=finished.output_dir) == finished
+    run(cfg, resume=True)
+    pipeline.report(folder)
+    assert {path: path.stat().st_mtime_ns for path in files} == times
+    assert "warn_edited_share" not in (folder / "config.yaml").read_text()
 
 
 def test_a_stage_says_which_one_it_lacks(tmp_path: Path) -> None:

@@ -392,7 +392,7 @@ def test_a_model_run_here_judges_when_it_is_held_to_a_word(tmp_path: Path, tiny_
         (["ours", "theirs"], ["--labels", '["empty.jsonl"]'], "no verdict between ours and theirs"),
         (["ours", "theirs"], ["--backend", "local"], "name a model that follows instructions: model.path"),
         (["ours", "theirs"], ["--show", "1"], "--show is about what a dry run shows"),
-        (["ours", "theirs"], ["--confidence", "2"], "confidence is 2.0; it must be at most 0.999"),
+        (["ours", "theirs"], ["--resamples", "1"], "resamples is 1; it must be at least 100"),
     ],
 )
 def test_what_cannot_be_judged_is_named(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tlcr.config.schema import RunConfig, TrainingConfig
+from tlcr.config.schema import RunConfig, SFTConfig
 from tlcr.models.sft import completion_loss
 from tlcr.recipes.train_sft import train_sft
 from tlcr.text.padding import collate_completions
@@ -72,7 +72,7 @@ def test_the_end_of_sequence_is_learned_as_an_answer_token(tiny_tokenizer):
 
 def test_training_learns_the_answers_and_the_folder_loads_anywhere(tmp_path, tiny_tokenizer, tiny_causal_lm):
     cfg = replace(
-        RunConfig(), sft=TrainingConfig(epochs=20, batch_size=3, learning_rate=2e-2, weight_decay=0.0, save_every=0)
+        RunConfig(), sft=SFTConfig(epochs=20, batch_size=3, learning_rate=2e-2, weight_decay=0.0, save_every=0)
     )
     result = train_sft(cfg, tiny_tokenizer, tiny_causal_lm(), PAIRS[:5], PAIRS[5:], tmp_path / "sft")
     rows = read_metrics(tmp_path / "sft" / "metrics.jsonl")

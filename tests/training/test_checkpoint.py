@@ -404,3 +404,18 @@ def test_a_knob_that_came_later_is_no_reason_to_train_again(tmp_path):
     record["config"]["data"]["knob_of_the_past"] = 1
     (tmp_path / "done.json").write_text(json.dumps(record))
     assert not is_done(tmp_path, settings)
+
+
+def test_a_knob_that_was_dropped_is_no_reason_to_train_again_where_it_had_its_default(tmp_path):
+    settings = {"labels": RunConfig().labels, "reviser": {"model": RunConfig().reviser.model}, "sft": RunConfig().sft}
+    mark_done(tmp_path, config=settings, metrics={}, seconds=1.0)
+    record = json.loads((tmp_path / "done.json").read_text())
+    record["config"]["labels"]["warn_edited_share"] = 0.6
+    record["config"]["reviser"]["model"]["gradient_checkpointing"] = False
+    (tmp_path / "done.json").write_text(json.dumps(record))
+    assert is_done(tmp_path, settings)
+    assert not is_done(tmp_path, settings | {"sft": replace(RunConfig().sft, enabled=False)})
+
+    record["config"]["labels"]["warn_edited_share"] = 0.7
+    (tmp_path / "done.json").write_text(json.dumps(record))
+    assert not is_done(tmp_path, settings)

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from tlcr.chat.store import AnswerStore
 from tlcr.chat.types import ChatModel
-from tlcr.config.schema import EndpointConfig, ModelConfig
+from tlcr.config.schema import EndpointConfig, GeneratorConfig
 from tlcr.errors import ConfigError
 
 __all__ = ["ChatConfig", "chat_model", "model_name"]
@@ -24,7 +24,7 @@ class ChatConfig(Protocol):
     def endpoint(self) -> EndpointConfig: ...
 
     @property
-    def model(self) -> ModelConfig: ...
+    def model(self) -> GeneratorConfig: ...
 
     @property
     def batch_size(self) -> int:
@@ -50,6 +50,6 @@ def model_name(cfg: ChatConfig) -> str:
         if cfg.endpoint.model is None:
             raise ConfigError("the backend is 'endpoint'; name the model there: endpoint.model")
         return cfg.endpoint.model
-    if cfg.model.path == ModelConfig().path:
+    if cfg.model.path == GeneratorConfig().path:
         raise ConfigError("the backend is 'local'; name a model that follows instructions: model.path")
     return cfg.model.path

@@ -51,7 +51,7 @@ class Endpoint:
     def __init__(self, cfg: EndpointConfig, store: AnswerStore) -> None:
         self._cfg, self._store = cfg, store
         self._extra: dict[str, Any] = json.loads(cfg.extra_body) if cfg.extra_body else {}
-        self.takes_schema = cfg.json_schema == "auto"
+        self.takes_schema = True
         self._budget = Budget(cfg, store)
 
     @property

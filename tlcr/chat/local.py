@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from tlcr.chat.store import AnswerStore
 from tlcr.chat.types import Answer, Deliver, NoAnswer, Question
-from tlcr.config.schema import ModelConfig
+from tlcr.config.schema import GeneratorConfig
 from tlcr.models.loading import end_of_sequence_ids, generating_with, load_causal_lm, load_tokenizer
 from tlcr.text.padding import pad_left
 from tlcr.text.tokenization import decode_text, render_prompt
@@ -28,7 +28,7 @@ class LocalModel:
     Choices bind it; schemas are left to the words of the question. Loads the model when it is first asked.
     """
 
-    def __init__(self, cfg: ModelConfig, store: AnswerStore, *, batch_size: int) -> None:
+    def __init__(self, cfg: GeneratorConfig, store: AnswerStore, *, batch_size: int) -> None:
         self._cfg, self._store, self._batch_size = cfg, store, batch_size
         self._weights = _weights(Path(cfg.path))
         self._loaded = False

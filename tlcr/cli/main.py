@@ -16,6 +16,7 @@ from typing import Any
 
 from tlcr.cli.parsers import OWN_CONFIGS, STAGES, build_parser
 from tlcr.config.argument_parser import Namespace, Unparsable, flags_of, parse_arguments
+from tlcr.config.dropped import dropped_paths
 from tlcr.config.judging import AnswerConfig, JudgeConfig
 from tlcr.config.loading import dump_config, knobs, load_command_config, load_config, nearest, value_problem
 from tlcr.config.schema import RunConfig
@@ -250,7 +251,7 @@ def _parse(arguments: list[str]) -> Namespace:
     parser, commands = build_parser()
     cls = type(OWN_CONFIGS.get(arguments[0], RunConfig())) if arguments else RunConfig
     if arguments and arguments[0] in commands:
-        _refuse_unknown_flags(arguments, flags_of(commands[arguments[0]]))
+        _refuse_unknown_flags(arguments, flags_of(commands[arguments[0]]), cls)
     elif arguments and not arguments[0].startswith("-"):
         raise ConfigError(f"unknown command {arguments[0]}{nearest(arguments[0], list(commands))}")
     # Of the knobs, only what was typed may be seen: load_config supplies the rest, from the file and the defaults.
@@ -271,13 +272,16 @@ def _argument_problem(error: Unparsable, arguments: list[str]) -> str:
     return f"{message}; see 'tlcr {arguments[0]} --help'"
 
 
-def _refuse_unknown_flags(arguments: list[str], known: list[str]) -> None:
+def _refuse_unknown_flags(arguments: list[str], known: list[str], cls: type) -> None:
     """Name the flag that an unknown one is nearest to; argparse would only say that it does not know it."""
+    gone = dropped_paths(cls)
     for argument in arguments[1:]:
         flag = argument.partition("=")[0]
         if flag == "--":
             return
         if flag.startswith("--") and flag not in known:
+            if flag[2:] in gone:
+                raise ConfigError(f"unknown flag {flag}; tlcr has no such knob any more: {gone[flag[2:]].instead}")
             close = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
             meant = f"did you mean {close[0]}?" if close else f"'tlcr {arguments[0]} --help' lists them"
             raise ConfigError(f"unknown flag {flag}; {meant}")

@@ -110,11 +110,11 @@ def estimate_run(cfg: RunConfig, size: ModelSize) -> list[Estimate]:
     estimates = []
     if cfg.sft.enabled:
         estimates.append(_supervised("sft", cfg, size, cfg.sft, rows=1, outputs=None))
-    if cfg.reward_model.enabled and cfg.reward_model.path is None and _judges(cfg)["reward model"]:
+    if cfg.reward_model.path is None and _judges(cfg)["reward model"]:
         estimates.append(_supervised("reward model", cfg, size, cfg.reward_model, rows=2, outputs=1))
-    if cfg.dpo.enabled and cfg.dpo.path is None and _judges(cfg)["DPO policy"]:
+    if cfg.dpo.path is None and _judges(cfg)["DPO policy"]:
         estimates.append(_supervised("dpo", cfg, size, cfg.dpo, rows=2, outputs=None))
-    if cfg.discriminator.enabled and cfg.discriminator.path is None and _judges(cfg)["discriminator"]:
+    if cfg.discriminator.path is None and _judges(cfg)["discriminator"]:
         estimates.append(_supervised("discriminator", cfg, size, cfg.discriminator, rows=2, outputs=_classes(cfg)))
     return [*estimates, _ppo(cfg, size)]
 

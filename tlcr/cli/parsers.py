@@ -6,6 +6,8 @@ Every knob of a config is a flag of the commands that take it: ``RunConfig``, or
 from __future__ import annotations
 
 import argparse
+import types
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -28,11 +30,29 @@ OWN_CONFIGS: dict[str, Checked] = {"answer": AnswerConfig(), "judge": JudgeConfi
 """Commands whose config is not ``RunConfig``."""
 
 
+LONGEST_METAVAR = 30
+"""Characters of choices beside a flag; more stand in its help, where lines are broken."""
+
+
 class HelpFormatter(argparse.HelpFormatter):
     """Plain argparse help with room for the knobs' names; jsonargparse's own would repeat type and default."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=38)
+        super().__init__(prog, max_help_position=34)
+
+
+class _HelpAll(argparse.Action):
+    """``--help-all``: the help, with what ``--help`` leaves out."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help)
+        self.left_out: list[tuple[argparse.Action, str]] = []
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        for action, help in self.left_out:
+            action.help = help
+        parser.print_help()
+        parser.exit()
 
 
 def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
@@ -43,7 +63,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         "Token-Level Continuous Reward for RLHF: from preference pairs to a PPO-trained policy.",
         prog="tlcr",
         usage="tlcr COMMAND ...",
-        epilog="'tlcr COMMAND --help' describes a command and, where it takes a config, every knob.",
+        epilog="'tlcr COMMAND --help' describes a command and, where it takes a config, its knobs.",
     )
     parser.add_argument("--version", action="version", version=f"tlcr {__version__}")
     commands = parser.add_subcommands(dest="command", title="commands", description=None, metavar="COMMAND")
@@ -85,7 +105,7 @@ def _config_parser(description: str, *, prog: str, positional: str = "", resume:
         description,
         prog=prog,
         usage=f"{prog}{positional} [CONFIG] {resumes}[--print-config] [--KNOB VALUE ...]",
-        epilog="A flag wins over the file. Defaults without a source are ours.",
+        epilog=_about_knobs(RunConfig, prog),
     )
     if positional:
         stages = "; ".join(f"{name}: {help}" for name, (_, help) in STAGES.items())
@@ -97,8 +117,17 @@ def _config_parser(description: str, *, prog: str, positional: str = "", resume:
     return parser
 
 
+def _about_knobs(cls: type, prog: str) -> str:
+    left_out = sum(knob.advanced for knob in knobs(cls))
+    return (
+        f"A flag wins over the file. Defaults without a source are ours. {left_out} more knobs, which few runs set: "
+        f"'{prog} --help-all'."
+    )
+
+
 def _add_knobs(parser: ArgumentParser, default: Checked, title: str) -> None:
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and stop")
+    help_all: Any = parser.add_argument("--help-all", action=_HelpAll, help="like --help, with every knob")
     cls: type = type(default)
     groups: dict[str, Any] = {}
     for knob in knobs(cls):
@@ -107,7 +136,11 @@ def _add_knobs(parser: ArgumentParser, default: Checked, title: str) -> None:
             groups[knob.section] = parser.add_argument_group(knob.section or title, str(about).replace("%", "%%"))
         typ = tuple[dict, ...] if knob.path == "arms" else knob.type
         # Without defaults, only what was typed is in the namespace; load_config supplies the rest.
-        groups[knob.section].add_argument(f"--{knob.path}", type=typ, metavar=_metavar(typ), help=_help(knob))
+        help = _help(knob)
+        shown = argparse.SUPPRESS if knob.advanced else help
+        action = groups[knob.section].add_argument(f"--{knob.path}", type=typ, metavar=_metavar(typ), help=shown)
+        if knob.advanced:
+            help_all.left_out.append((action, help))
 
 
 def _help(knob: Knob) -> str:
@@ -117,19 +150,35 @@ def _help(knob: Knob) -> str:
     default = "null" if knob.default is None else str(knob.default).lower() if knob.default in (True, False) else None
     if default is None:
         default = str(list(knob.default)) if isinstance(knob.default, tuple) else str(knob.default)
-    facts = [f"default {default}", *bounds]
+    # "default: the model's own" says more than null
+    facts = bounds if "default:" in meta["help"] and knob.default in (None, ()) else [f"default {default}", *bounds]
+    choices = _choices(knob.type)
+    if len("|".join(choices)) > LONGEST_METAVAR:
+        facts.insert(0, f"one of {', '.join(choices)}")
     if meta["unit"]:
         facts.insert(0, meta["unit"])
     if meta["source"] != "ours":
         facts.append(f"source: {meta['source']}")
-    return f"{meta['help']} ({'; '.join(facts)})".replace("%", "%%")
+    return (meta["help"] + (f" ({'; '.join(facts)})" if facts else "")).replace("%", "%%")
+
+
+def _choices(hint: Any) -> list[str]:
+    """What a knob may be, where that is one of a few words; None among them is no word."""
+    if get_origin(hint) is Literal:
+        return list(map(str, get_args(hint)))
+    return [choice for part in get_args(hint) for choice in _choices(part)] if _is_union(hint) else []
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType)
 
 
 def _metavar(hint: Any) -> str:
-    if get_origin(hint) is Union or type(hint).__name__ == "UnionType":
+    if _is_union(hint):
         return next(_metavar(part) for part in get_args(hint) if part is not type(None))
-    if get_origin(hint) is Literal:
-        return "|".join(map(str, get_args(hint)))
+    if choices := _choices(hint):
+        joined = "|".join(choices)
+        return joined if len(joined) <= LONGEST_METAVAR else "NAME"
     if get_origin(hint) in (tuple, list):
         return f"[{_metavar(get_args(hint)[0])},...]"
     return {int: "INT", float: "FLOAT", bool: "true|false", dict: "{...}"}.get(hint, "TEXT")
@@ -178,7 +227,7 @@ def _own_config_parser(name: str, description: str, *, positional: str) -> Argum
         description,
         prog=f"tlcr {name}",
         usage=f"tlcr {name} {positional} [--config FILE] [--print-config] [--KNOB VALUE ...]",
-        epilog="A flag wins over the file. Defaults without a source are ours. More: docs/judging.md.",
+        epilog=f"{_about_knobs(type(OWN_CONFIGS[name]), f'tlcr {name}')} More: docs/judging.md.",
     )
     parser.add_argument("--config", metavar="FILE", help="a YAML file with the knobs below")
     _add_knobs(parser, OWN_CONFIGS[name], "the command")

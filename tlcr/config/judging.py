@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from tlcr.config.schema import Checked, EndpointConfig, ModelConfig, knob
+from tlcr.config.schema import Checked, EndpointConfig, GeneratorConfig, knob
 from tlcr.errors import ConfigError
 
 __all__ = ["AnswerConfig", "JudgeConfig"]
@@ -22,7 +22,7 @@ class AnswerConfig(Checked):
     model_id: str | None = knob(None, "the model's name in the files that are written; default: the end of its path")
     output_dir: str = knob("answers", "the files go here, in the folders where the tools look for them")
     backend: Literal["local", "endpoint"] = knob("local", "a model that is run here, or one behind an endpoint")
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: GeneratorConfig = field(default_factory=GeneratorConfig)
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     temperature: float | None = knob(
         None, "sampling temperature, 0 is greedy; null: the benchmark's own", source="FastChat, alpaca_eval", ge=0
@@ -38,7 +38,7 @@ class AnswerConfig(Checked):
     def of(self, model: str) -> AnswerConfig:
         """The same for a model: a folder or hub name, or its name at the endpoint."""
         named, default = (
-            (self.endpoint.model, None) if self.backend == "endpoint" else (self.model.path, ModelConfig().path)
+            (self.endpoint.model, None) if self.backend == "endpoint" else (self.model.path, GeneratorConfig().path)
         )
         if named not in (default, model):
             raise ConfigError(f"two models are named, {model} and {named}; name the one that is to answer")
@@ -55,7 +55,7 @@ class JudgeConfig(Checked):
     output_dir: str = knob("judged", "results go to a folder in here that is named after the models")
     backend: Literal["endpoint", "local"] = knob("endpoint", "a model behind an endpoint, or one that is run here")
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: GeneratorConfig = field(default_factory=GeneratorConfig)
     batch_size: int = knob(8, "verdicts that a local model generates at a time", ge=1)
     answer_format: Literal["auto", "json", "line", "word"] = knob(
         "auto",
@@ -69,13 +69,12 @@ class JudgeConfig(Checked):
     labels: tuple[str, ...] = knob(
         (), "verdicts of people or of other judges on the same answers (JSON lines), to measure agreement with"
     )
-    confidence: float = knob(0.95, "level of the intervals", gt=0.5, le=0.999)
-    resamples: int = knob(1000, "bootstrap resamples, of questions", ge=100)
-    seed: int = knob(0, "seed of the bootstrap", ge=0)
+    resamples: int = knob(1000, "bootstrap resamples, of questions", ge=100, advanced=True)
     on_unanswered: Literal["skip", "raise"] = knob(
-        "raise", "where requests failed through all retries: go on without those verdicts, or stop and ask again later"
+        "raise",
+        "where requests failed through all retries: go on without those verdicts, or stop and ask again later",
+        advanced=True,
     )
-    cache: str | None = knob(None, "file that keeps every answer of the judge; default: answers.sqlite in output_dir")
 
     def __post_init__(self) -> None:
         super().__post_init__()

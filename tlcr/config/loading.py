@@ -1,14 +1,15 @@
 """From YAML and flags to one ``RunConfig`` and back.
 
 YAML and flags name the same knobs by the same dotted path (``ppo.updates``), go through the same typed parser and meet
-the same checks. Nothing is dropped: an unknown key, a key written twice or a value of the wrong type is an error that
-says where it stands.
+the same checks. Nothing is passed over: an unknown key, a key written twice or a value of the wrong type is an error
+that says where it stands. The one exception is a knob of an older version (tlcr/config/dropped.py) at its default.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 from tlcr.config.argument_parser import Unparsable, parse_values, read_yaml
+from tlcr.config.dropped import dropped_paths
 from tlcr.config.schema import Arm, Checked, RewardConfig, RunConfig
 from tlcr.errors import ConfigError
 
@@ -49,6 +51,10 @@ class Knob:
     @property
     def section(self) -> str:
         return self.path.rpartition(".")[0]
+
+    @property
+    def advanced(self) -> bool:
+        return bool(self.metadata.get("advanced"))
 
 
 @cache
@@ -128,10 +134,20 @@ def _read_values(cls: type, path: str | Path | None, overrides: Mapping[str, Any
         values = _flatten(*_read_yaml(Path(path)), cls, str(path))
     names = [knob.path for knob in knobs(cls)]
     for name, value in (overrides or {}).items():
-        if name not in names:
+        if name in names:
+            values[name] = value
+        elif not _is_dropped(cls, name, value):
             raise ConfigError(f"unknown key {name}{nearest(name, names)}")
-        values[name] = value
     return values
+
+
+def _is_dropped(cls: type, name: str, value: Any, place: str = "") -> bool:
+    """Whether this knob was dropped and stands at the default that it had; ConfigError at any other value."""
+    gone = dropped_paths(cls).get(name)
+    if gone is not None and value != gone.default:
+        written = value if isinstance(value, str) else json.dumps(value)
+        raise ConfigError(f"{place}{name} is {written}, and tlcr has no such knob any more: {gone.instead}")
+    return gone is not None
 
 
 def dump_config(cfg: Checked) -> str:
@@ -210,7 +226,7 @@ def _flatten(
                 if not isinstance(value, Mapping):
                     raise ConfigError(f"{at}{prefix}{name} is {value!r}; it must be a mapping of knobs")
                 visit(value, children[key][1] if key in children else None, f"{name}.")
-            else:
+            elif not _is_dropped(cls, name, value, f"{at}{prefix}"):
                 raise ConfigError(f"{at}unknown key {prefix}{name}{nearest(name, leaves, prefix)}")
 
     visit(values, node, "")

@@ -52,9 +52,14 @@ def knob(
     ge: float | None = None,
     gt: float | None = None,
     le: float | None = None,
+    advanced: bool = False,
 ) -> Any:
-    """A dataclass field that knows its meaning, its unit, its bounds and where its default comes from."""
-    metadata = {"help": help, "source": source, "unit": unit, "ge": ge, "gt": gt, "le": le}
+    """A dataclass field that knows its meaning, its unit, its bounds and where its default comes from.
+
+    advanced: few runs set it; ``--help`` leaves it to ``--help-all``. Path and flag are those of any other knob.
+    tests/config/knobs.txt lists every knob, and says how a new one gets in.
+    """
+    metadata = {"help": help, "source": source, "unit": unit, "ge": ge, "gt": gt, "le": le, "advanced": advanced}
     if isinstance(default, (list, tuple)):
         return field(default_factory=lambda: tuple(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -79,17 +84,25 @@ class Checked:
 
 
 @dataclass(frozen=True)
-class ModelConfig(Checked):
-    """The language model that everything starts from."""
+class GeneratorConfig(Checked):
+    """A language model that is run here, and only generates."""
 
     path: str = knob("embedded", "a model folder or hub name; 'embedded' makes the small model of the embedded task")
-    tokenizer: str | None = knob(None, "a tokenizer folder or hub name, where it is not the model's own")
-    gguf_file: str | None = knob(None, "the GGUF file in that folder, for models distributed so")
+    tokenizer: str | None = knob(None, "a tokenizer folder or hub name, where it is not the model's own", advanced=True)
+    gguf_file: str | None = knob(None, "the GGUF file in that folder, for models distributed so", advanced=True)
     dtype: Dtype = knob("float32", "dtype of weights and activations; the optimiser keeps float32 masters of bfloat16")
-    pad_token: str | None = knob(None, "a token to pad with, for a tokenizer that names none")
+    pad_token: str | None = knob(None, "a token to pad with, for a tokenizer that names none", advanced=True)
     chat_template: str | None = knob(None, "a Jinja template (text, or a file's path) for a tokenizer without one")
-    attn_implementation: str = knob("sdpa", "attention implementation of transformers")
-    trust_remote_code: bool = knob(False, "run code that comes with the model: only for sources you trust")
+    attn_implementation: str = knob("sdpa", "attention implementation of transformers", advanced=True)
+    trust_remote_code: bool = knob(
+        False, "run code that comes with the model: only for sources you trust", advanced=True
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig(GeneratorConfig):
+    """The language model that everything starts from."""
+
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
 
     def saved_in(self, folder: object) -> ModelConfig:
@@ -104,11 +117,15 @@ class DataConfig(Checked):
     """Where preferences, edits and prompts come from. A source is a local file, a folder or a hub dataset's name."""
 
     preferences: str | None = knob(None, "preference pairs, for SFT, the sequence reward model and DPO")
-    preferences_format: Literal["auto", "preference", "hh", "tlcr"] = knob("auto", "how those records are written")
+    preferences_format: Literal["auto", "preference", "hh", "tlcr"] = knob(
+        "auto", "how those records are written", advanced=True
+    )
     edits: str | None = knob(None, "edit pairs, for the discriminator")
-    edits_format: Literal["auto", "edits", "tlcr"] = knob("auto", "how those records are written")
+    edits_format: Literal["auto", "edits", "tlcr"] = knob("auto", "how those records are written", advanced=True)
     prompts: str | None = knob(None, "prompts for PPO (a 'prompt' column); default: the prompts of the preferences")
-    embedded_pairs: int = knob(2000, "pairs that the embedded task generates, when no source is named", ge=1)
+    embedded_pairs: int = knob(
+        2000, "pairs that the embedded task generates, when no source is named", ge=1, advanced=True
+    )
     split: str = knob("train", "the split to read, for hub datasets")
     limit: int | None = knob(None, "read at most this many records of each source", ge=1)
     held_out: float = knob(
@@ -123,7 +140,9 @@ class DataConfig(Checked):
         256, "longer prompts lose their beginning", source="released code", unit="tokens", ge=1
     )
     max_answer_tokens: int = knob(256, "longer answers lose their end", source="released code", unit="tokens", ge=1)
-    on_malformed: Literal["skip", "raise"] = knob("raise", "a record that cannot be used: report and skip it, or stop")
+    on_malformed: Literal["skip", "raise"] = knob(
+        "raise", "a record that cannot be used: report and skip it, or stop", advanced=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,25 +169,27 @@ class EndpointConfig(Checked):
         None, "the server's address, such as http://localhost:8000/v1; default: OPENAI_BASE_URL, else OpenAI"
     )
     key_variable: str = knob(
-        "OPENAI_API_KEY", "environment variable that holds the API key, which never belongs in a config"
-    )
-    json_schema: Literal["auto", "never"] = knob(
-        "auto", "hold answers to a JSON schema where the server can; 'never' only asks for JSON in words"
+        "OPENAI_API_KEY", "environment variable that holds the API key, which never belongs in a config", advanced=True
     )
     length_field: Literal["max_tokens", "max_completion_tokens"] = knob(
-        "max_tokens", "how the server calls the limit of an answer; OpenAI's newer models want the second"
+        "max_tokens",
+        "how the server calls the limit of an answer; OpenAI's newer models want the second",
+        advanced=True,
     )
     extra_body: str | None = knob(
-        None, """further fields of a request as a JSON object, such as '{"reasoning_effort": "low"}'"""
+        None, """further fields of a request as a JSON object, such as '{"reasoning_effort": "low"}'""", advanced=True
     )
     concurrency: int = knob(8, "requests under way at a time", ge=1)
-    requests_per_minute: float | None = knob(None, "requests are spaced to this rate", gt=0)
+    requests_per_minute: float | None = knob(None, "requests are spaced to this rate", gt=0, advanced=True)
     tokens_per_minute: float | None = knob(
-        None, "and held to this rate of tokens, prompts and full-length answers counted", gt=0
+        None, "and held to this rate of tokens, prompts and full-length answers counted", gt=0, advanced=True
     )
-    timeout: float = knob(120.0, "a request that takes longer is given up", unit="seconds", gt=0)
+    timeout: float = knob(120.0, "a request that takes longer is given up", unit="seconds", gt=0, advanced=True)
     retries: int = knob(
-        6, "times that a request is sent again after a time-out, a broken connection, a 429 or a 5xx", ge=0
+        6,
+        "times that a request is sent again after a time-out, a broken connection, a 429 or a 5xx",
+        ge=0,
+        advanced=True,
     )
     prompt_price: float | None = knob(None, "price of a million prompt tokens, in any one currency", ge=0)
     answer_price: float | None = knob(None, "price of a million answer tokens, in the same currency", ge=0)
@@ -176,7 +197,7 @@ class EndpointConfig(Checked):
         None, "no request is sent that could bring the cost above this, earlier runs on the same cache included", gt=0
     )
     max_requests: int | None = knob(
-        None, "no more requests than this are sent, retries and earlier runs included", ge=1
+        None, "no more requests than this are sent, retries and earlier runs included", ge=1, advanced=True
     )
 
     def __post_init__(self) -> None:
@@ -212,31 +233,42 @@ class ReviserConfig(Checked):
         "none", "a model behind an endpoint, a model run here, or revisions that someone else made"
     )
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: GeneratorConfig = field(default_factory=GeneratorConfig)
     files: str | None = knob(None, "for 'files': a source in a format of data.edits, matched by prompt and rejected")
     answer_format: Literal["auto", "json", "marker"] = knob(
-        "auto", "what the model is asked for; 'auto': JSON at an endpoint, a marker line from a local model"
+        "auto",
+        "what the model is asked for; 'auto': JSON at an endpoint, a marker line from a local model",
+        advanced=True,
     )
     temperature: float | None = knob(0.0, "sampling temperature; null leaves it to the server", ge=0)
     max_new_tokens: int = knob(1024, "length limit of reasoning and revision together", unit="tokens", ge=1)
     batch_size: int = knob(8, "answers that a local model generates at a time", ge=1)
     attempts: int = knob(
-        1, "times a model is asked, and paid, for a revision that passes the checks; above 1 wants a temperature", ge=1
+        1,
+        "times a model is asked, and paid, for a revision that passes the checks; above 1 wants a temperature",
+        ge=1,
+        advanced=True,
     )
     max_changed: float = knob(
-        0.75, "a revision that changes more of the words is set aside as another answer", gt=0, le=1
+        0.75, "a revision that changes more of the words is set aside as another answer", gt=0, le=1, advanced=True
     )
-    keep_unchanged: bool = knob(False, "keep answers in which the reviser found nothing to mend: all labels neutral")
+    keep_unchanged: bool = knob(
+        False, "keep answers in which the reviser found nothing to mend: all labels neutral", advanced=True
+    )
     on_unanswered: Literal["skip", "raise"] = knob(
-        "raise", "where requests failed through all retries: go on without those pairs, or stop and ask again later"
+        "raise",
+        "where requests failed through all retries: go on without those pairs, or stop and ask again later",
+        advanced=True,
     )
-    cache: str | None = knob(None, "file that keeps every answer; default: revisions/answers.sqlite in output_dir")
+    cache: str | None = knob(
+        None, "file that keeps every answer; default: revisions/answers.sqlite in output_dir", advanced=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.backend == "endpoint" and self.endpoint.model is None:
             raise ConfigError("ReviserConfig.backend is 'endpoint'; name the model there: endpoint.model")
-        if self.backend == "local" and self.model.path == ModelConfig().path:
+        if self.backend == "local" and self.model.path == GeneratorConfig().path:
             raise ConfigError("ReviserConfig.backend is 'local'; name a model that follows instructions: model.path")
         if (self.backend == "files") != (self.files is not None):
             raise ConfigError(
@@ -268,28 +300,35 @@ class LabelConfig(Checked):
         "label of the end-of-sequence token: always neutral; ignored in the loss (released code); or 'boundary', "
         "negative where the reviser moved the end away from here and positive where it moved it here",
     )
-    warn_edited_share: float = knob(0.6, "warn when more of the tokens than this were edited", ge=0, le=1)
 
 
 @dataclass(frozen=True)
 class TrainingConfig(Checked):
     """A supervised stage: SFT, the reward model, the discriminator."""
 
-    enabled: bool = knob(True, "run this stage; SFT off means that model.path is already fine-tuned")
     epochs: int = knob(2, "passes over the data", source="released code", ge=1)
     batch_size: int = knob(32, "examples in one optimiser step, over all processes", source="released code", ge=1)
     micro_batch_size: int | None = knob(
         None, "examples in one forward pass of a process; default: all of its share", ge=1
     )
     learning_rate: float = knob(1e-5, "peak learning rate", source="released code", gt=0)
-    weight_decay: float = knob(0.1, "AdamW weight decay", source="released code", ge=0)
-    warmup_share: float = knob(0.05, "share of the steps in which the rate rises linearly", ge=0, le=1)
+    weight_decay: float = knob(0.1, "AdamW weight decay", source="released code", ge=0, advanced=True)
+    warmup_share: float = knob(0.05, "share of the steps in which the rate rises linearly", ge=0, le=1, advanced=True)
     schedule: Literal["cosine", "linear", "constant"] = knob(
-        "cosine", "decay after the warm-up", source="released code"
+        "cosine", "decay after the warm-up", source="released code", advanced=True
     )
-    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm", gt=0)
-    evaluate_every: int = knob(0, "optimiser steps between evaluations; 0: at the end of each epoch", ge=0)
+    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm", gt=0, advanced=True)
+    evaluate_every: int = knob(
+        0, "optimiser steps between evaluations; 0: at the end of each epoch", ge=0, advanced=True
+    )
     save_every: int = knob(100, "optimiser steps between checkpoints; 0: at the end only", ge=0)
+
+
+@dataclass(frozen=True)
+class SFTConfig(TrainingConfig):
+    """Supervised fine-tuning of the policy on the preferred answers."""
+
+    enabled: bool = knob(True, "run this stage; off means that model.path is already fine-tuned")
 
 
 @dataclass(frozen=True)
@@ -301,8 +340,10 @@ class DiscriminatorConfig(TrainingConfig):
         "soft: neutral is 0.5; hard: neutral tokens do not count; three_class: neutral is a class",
         source="paper",
     )
-    bidirectional_layers: int = knob(0, "top layers that see the whole answer", source="released code", ge=0)
-    calibrate: bool = knob(True, "fit a temperature on held-out edits and store it with the model")
+    bidirectional_layers: int = knob(
+        0, "top layers that see the whole answer", source="released code", ge=0, advanced=True
+    )
+    calibrate: bool = knob(True, "fit a temperature on held-out edits and store it with the model", advanced=True)
     path: str | None = knob(None, "use this trained discriminator and skip its training")
 
 
@@ -329,19 +370,24 @@ class RewardConfig(Checked):
 
     kind: RewardKind = knob("continuous", "what a token earns", source="paper")
     band: float = knob(
-        0.2, "'discrete' pays nothing where |2p - 1| is at most this", source="released code", ge=0, le=1
+        0.2, "'discrete' pays nothing where |2p - 1| is at most this", source="released code", ge=0, le=1, advanced=True
     )
     scale: float = knob(1.0, "factor on the token or sequence reward", ge=0)
     clip: float | None = knob(5.0, "bound on |scaled token reward|", source="released code", gt=0)
     centre: bool = knob(False, "subtract the running mean of what a token earns, KL included: length pays nothing")
-    length_penalty: float = knob(0.0, "cost of every token", ge=0)
+    length_penalty: float = knob(0.0, "cost of every token", ge=0, advanced=True)
     missing_eos_penalty: float = knob(0.0, "cost, at the last token, of an answer cut off by the length limit", ge=0)
     sequence_coef: float = knob(0.0, "adds the sequence reward model's score, times this, at the last token", ge=0)
     terminal_clip: float | None = knob(
-        None, "bound on |what is paid for a whole answer at its last token|; 5 in the released code", gt=0
+        None,
+        "bound on |what is paid for a whole answer at its last token|; 5 in the released code",
+        gt=0,
+        advanced=True,
     )
     span_end: str = knob(
-        r"[.,;:!?\n]+", "for kind 'spans': a regular expression; a span of the answer ends with each match"
+        r"[.,;:!?\n]+",
+        "for kind 'spans': a regular expression; a span of the answer ends with each match",
+        advanced=True,
     )
     compat: Literal["tlcr-official"] | None = knob(
         None,
@@ -393,7 +439,9 @@ class KLConfig(Checked):
         "in the loss: in the reward it does not depend on the action",
     )
     target: float | None = knob(None, "adapt the coefficient to hold this KL", unit="nats per token", gt=0)
-    horizon: int = knob(10_000, "answers over which the coefficient adapts", source="Ziegler et al. 2019", ge=1)
+    horizon: int = knob(
+        10_000, "answers over which the coefficient adapts", source="Ziegler et al. 2019", ge=1, advanced=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -435,34 +483,44 @@ class PPOConfig(Checked):
     epochs: int = knob(1, "passes over each round's answers", source="released code", ge=1)
     learning_rate: float = knob(1e-6, "policy learning rate", source="released code", gt=0)
     value_learning_rate: float = knob(1e-6, "value learning rate", source="released code", gt=0)
-    weight_decay: float = knob(0.0, "AdamW weight decay", ge=0)
-    schedule: Literal["cosine", "linear", "constant"] = knob("constant", "learning-rate decay over the updates")
-    warmup_updates: int = knob(0, "updates in which the learning rates rise linearly", ge=0)
-    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm", gt=0)
+    weight_decay: float = knob(0.0, "AdamW weight decay", ge=0, advanced=True)
+    schedule: Literal["cosine", "linear", "constant"] = knob(
+        "constant", "learning-rate decay over the updates", advanced=True
+    )
+    warmup_updates: int = knob(0, "updates in which the learning rates rise linearly", ge=0, advanced=True)
+    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm", gt=0, advanced=True)
     gamma: float = knob(1.0, "discount", source="released code", ge=0, le=1)
     lam: float = knob(0.95, "lambda of the advantage estimate", source="released code", ge=0, le=1)
     whiten: bool = knob(True, "advantages get zero mean and unit variance over all counted tokens of all processes")
     clip: float = knob(0.2, "the ratio is clipped at 1 - clip", source="PPO, released code", gt=0, le=1)
-    clip_high: float | None = knob(None, "and at 1 + clip_high; default: clip", gt=0)
-    dual_clip: float | None = knob(None, "bound on the loss of negative advantages; above 1", gt=1)
+    clip_high: float | None = knob(None, "and at 1 + clip_high; default: clip", gt=0, advanced=True)
+    dual_clip: float | None = knob(None, "bound on the loss of negative advantages; above 1", gt=1, advanced=True)
     value_clip: float | None = knob(
-        0.2, "values move at most this far from the rollout's", source="released code", gt=0
+        0.2, "values move at most this far from the rollout's", source="released code", gt=0, advanced=True
     )
-    value_coef: float = knob(0.5, "weight of the value loss", source="PPO", ge=0)
+    value_coef: float = knob(0.5, "weight of the value loss", source="PPO", ge=0, advanced=True)
     entropy_coef: float = knob(0.0, "weight of the entropy bonus", source="released code", ge=0)
-    aggregate: Literal["token", "sequence"] = knob("token", "mean over tokens, or over answers of their token means")
-    target_kl: float | None = knob(None, "end a round's passes once KL(old || new) exceeds this", unit="nats", gt=0)
-    max_ratio: float = knob(1e4, "stop, with the state saved, when a probability ratio exceeds this", gt=1)
+    aggregate: Literal["token", "sequence"] = knob(
+        "token", "mean over tokens, or over answers of their token means", advanced=True
+    )
+    target_kl: float | None = knob(
+        None, "end a round's passes once KL(old || new) exceeds this", unit="nats", gt=0, advanced=True
+    )
+    max_ratio: float = knob(
+        1e4, "stop, with the state saved, when a probability ratio exceeds this", gt=1, advanced=True
+    )
     value_model: Literal["separate", "shared"] = knob(
         "separate", "a backbone of its own, or a head on the policy's", source="released code"
     )
     value_init: Literal["reward_model", "discriminator", "policy"] = knob(
         "policy", "weights that a separate value model starts from (released code: reward_model)"
     )
-    value_warmup_updates: int = knob(0, "first updates that train the value model only", ge=0)
-    chunk_tokens: int | None = knob(None, "compute logits for this many tokens at a time: less memory, more time", ge=1)
+    value_warmup_updates: int = knob(0, "first updates that train the value model only", ge=0, advanced=True)
+    chunk_tokens: int | None = knob(
+        None, "compute logits for this many tokens at a time: less memory, more time", ge=1, advanced=True
+    )
     save_every: int = knob(50, "updates between checkpoints; 0: at the end only", ge=0)
-    keep_checkpoints: int = knob(2, "older checkpoints are deleted", ge=1)
+    keep_checkpoints: int = knob(2, "older checkpoints are deleted", ge=1, advanced=True)
     evaluate_every: int = knob(0, "updates between evaluations; 0: at the start and end only", ge=0)
 
 
@@ -481,6 +539,7 @@ class EvaluationConfig(Checked):
         None,
         "what gold and KL are taken per where arms are compared; default: answer with a scorer, which scores whole "
         "answers, and token on the embedded task, whose gold is a sum over words",
+        advanced=True,
     )
 
 
@@ -515,7 +574,9 @@ class RunConfig(Checked):
     seed: int = knob(0, "seed of every stage before PPO", ge=0)
     seeds: tuple[int, ...] = knob((0,), "one PPO run for each seed, arm and KL coefficient")
     models_per_seed: bool = knob(
-        False, "each of seeds has SFT and reward models of its own, shared by its arms; else those of 'seed' serve all"
+        False,
+        "each of seeds has SFT and reward models of its own, shared by its arms; else those of 'seed' serve all",
+        advanced=True,
     )
     kl_coefs: tuple[float, ...] = knob((), "KL coefficients to compare every arm at; default: kl.coef alone")
     tracker: Literal["tensorboard", "wandb", "none"] = knob("none", "also log through this tracker of accelerate")
@@ -524,7 +585,7 @@ class RunConfig(Checked):
     data: DataConfig = field(default_factory=DataConfig)
     reviser: ReviserConfig = field(default_factory=ReviserConfig)
     labels: LabelConfig = field(default_factory=LabelConfig)
-    sft: TrainingConfig = field(default_factory=lambda: TrainingConfig(batch_size=16, weight_decay=0.0))
+    sft: SFTConfig = field(default_factory=lambda: SFTConfig(batch_size=16, weight_decay=0.0))
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     dpo: DPOConfig = field(default_factory=lambda: DPOConfig(epochs=1, learning_rate=1e-6, weight_decay=0.0))

@@ -31,6 +31,8 @@ BINS = 10
 """Bins of the histogram of edited shares."""
 CHUNK = 1024
 """Answers tokenised in one call: enough for the tokenizer's threads, little enough for memory."""
+MOSTLY_EDITED = 0.6
+"""Above this share of edited tokens there is a warning. Source: ours."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +112,13 @@ def label_pairs(
         )
     statistics = _statistics(labelled)
     logger.info("token labels: %s", statistics.summary())
-    if statistics.edited_share > labels.warn_edited_share:
+    if statistics.edited_share > MOSTLY_EDITED:
         logger.warning(
-            "%.0f%% of the answer tokens were edited (labels.warn_edited_share is %.0f%%): few neutral tokens are "
+            "%.0f%% of the answer tokens were edited, more than %.0f%%: few neutral tokens are "
             "left, and the labels say little about which words were wrong. Likely the 'revised' answers are other "
             "answers (the chosen ones, say), not minimal edits of the rejected ones; have a reviser edit those instead",
             100 * statistics.edited_share,
-            100 * labels.warn_edited_share,
+            100 * MOSTLY_EDITED,
         )
     if statistics.unedited_pairs:
         logger.warning(

@@ -170,7 +170,7 @@ class RunFolder:
         }
         if stage in frozen:
             training, used = frozen[stage]
-            return training.enabled and training.path is None and any(map(used, rewards))
+            return training.path is None and any(map(used, rewards))
         if stage == "revisions":
             return self.revises and self.wants("labels")
         return cfg.sft.enabled if stage == "sft" else True
@@ -382,6 +382,8 @@ def _differences(before: Any, now: Any, path: str = "") -> list[str]:
             for difference in (
                 [f"{name} was not there, is {now[key]!r}"]
                 if key not in before
+                else [f"{name} was {before[key]!r}, is no longer there"]
+                if key not in now and before[key] is not None
                 else _differences(before[key], now.get(key), name)
             )
         ]

@@ -14,6 +14,7 @@ from tlcr.chat.build import chat_model, model_name
 from tlcr.chat.estimate import estimate, rehearsal
 from tlcr.config.judging import JudgeConfig
 from tlcr.errors import ConfigError, DataError, EndpointError
+from tlcr.evaluation.bootstrap import CONFIDENCE
 from tlcr.judging.formats import AnswerFile, BenchmarkQuestion, read_answers, read_benchmark, read_lines
 from tlcr.judging.prompt import AnswerFormat, comparison_question, grade_question
 from tlcr.judging.results import Label, comparison_results, grade_results, render
@@ -70,7 +71,9 @@ def judge_command(files: Sequence[str], cfg: JudgeConfig) -> dict[str, Any]:
         **names,
         "judge": model_name(cfg),
         "settings": {
-            **{name: getattr(cfg, name) for name in ("temperature", "max_new_tokens", "confidence", "resamples")},
+            **{name: getattr(cfg, name) for name in ("temperature", "max_new_tokens")},
+            "confidence": CONFIDENCE,
+            "resamples": cfg.resamples,
             "prompt": questions[0].template,
         },
         "questions": len({reply.question.id for reply in replies}),
@@ -252,7 +255,7 @@ def _refuse_unanswered(said: Sequence[Answer | NoAnswer], cfg: JudgeConfig) -> N
 
 
 def _cache(cfg: JudgeConfig) -> Path:
-    return Path(cfg.cache) if cfg.cache is not None else Path(cfg.output_dir) / "answers.sqlite"
+    return Path(cfg.output_dir) / "answers.sqlite"
 
 
 def _file_name(model_id: str) -> str:

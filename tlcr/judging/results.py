@@ -11,6 +11,7 @@ import jinja2
 import numpy as np
 
 from tlcr.config.judging import JudgeConfig
+from tlcr.evaluation.bootstrap import CONFIDENCE
 from tlcr.judging.formats import QuestionId
 from tlcr.judging.statistics import agreement, bootstrap_interval, length_controlled, wilson_interval
 from tlcr.judging.verdicts import FAILURES, Comparison, Grade, Ruling
@@ -23,6 +24,8 @@ Label = tuple[QuestionId, int, str]
 
 RULINGS: tuple[Ruling, ...] = get_args(Ruling)
 POINTS = {"model_a": 1.0, "tie": 0.5, "model_b": 0.0}
+SEED = 0
+"""Of the bootstrap: the same verdicts give the same intervals."""
 HARDLY_ANY = 0.2
 """A kappa up to here is called slight agreement (Landis and Koch 1977)."""
 
@@ -44,7 +47,7 @@ def comparison_results(
         "judged": len(judged),
         "rulings": rulings.total(),
         "failures": {name: rulings[name] for name in FAILURES},
-        **_outcomes(judged, cfg),
+        **_outcomes(judged),
         "length_controlled": _length_controlled(judged, cfg) if judged else None,
         "mean_length": {
             "model_a": _mean([each.length_a for each in comparisons]),
@@ -55,8 +58,8 @@ def comparison_results(
             "inconsistent": sum(ab != ba for ab, ba in winners),
             "said": {name: rulings[name] / readable if readable else None for name in RULINGS},
         },
-        "categories": _by(judged, lambda each: each.category, lambda rows: _outcomes(rows, cfg)),
-        "turns": _by(judged, lambda each: each.turn, lambda rows: _outcomes(rows, cfg)),
+        "categories": _by(judged, lambda each: each.category, _outcomes),
+        "turns": _by(judged, lambda each: each.turn, _outcomes),
         "labels": {source: _against(judged, theirs) for source, theirs in labels.items()},
     }
 
@@ -75,14 +78,14 @@ def grade_results(grades: Sequence[Grade], cfg: JudgeConfig) -> dict[str, Any]:
     }
 
 
-def _outcomes(rows: Sequence[Comparison], cfg: JudgeConfig) -> dict[str, Any]:
+def _outcomes(rows: Sequence[Comparison]) -> dict[str, Any]:
     counts = Counter(each.winner for each in rows)
     found = {"wins": counts["model_a"], "ties": counts["tie"], "losses": counts["model_b"]}
     if not rows:
         return {**found, "win_rate": None}
     value = _mean(_points(rows))
     questions = len({each.question_id for each in rows})
-    return {**found, "win_rate": {"value": value, "interval": wilson_interval(value, questions, cfg.confidence)}}
+    return {**found, "win_rate": {"value": value, "interval": wilson_interval(value, questions, CONFIDENCE)}}
 
 
 def _length_controlled(rows: Sequence[Comparison], cfg: JudgeConfig) -> dict[str, Any]:
@@ -93,8 +96,8 @@ def _length_controlled(rows: Sequence[Comparison], cfg: JudgeConfig) -> dict[str
         lambda drawn: length_controlled(points[drawn], lengths_a[drawn], lengths_b[drawn]).win_rate,
         [each.question_id for each in rows],
         resamples=cfg.resamples,
-        confidence=cfg.confidence,
-        seed=cfg.seed,
+        confidence=CONFIDENCE,
+        seed=SEED,
     )
     found = length_controlled(points, lengths_a, lengths_b)
     return {"value": found.win_rate, "interval": interval, "quality": found.quality, "length": found.length}
@@ -108,8 +111,8 @@ def _grades(rows: Sequence[Grade], cfg: JudgeConfig) -> dict[str, Any]:
         lambda drawn: float(grades[drawn].mean()),
         [each.question_id for each in rows],
         resamples=cfg.resamples,
-        confidence=cfg.confidence,
-        seed=cfg.seed,
+        confidence=CONFIDENCE,
+        seed=SEED,
     )
     return {"grades": len(rows), "grade": {"value": float(grades.mean()), "interval": interval}}
 

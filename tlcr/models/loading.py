@@ -24,7 +24,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from tlcr import ops
-from tlcr.config.schema import ModelConfig
+from tlcr.config.schema import GeneratorConfig, ModelConfig
 from tlcr.errors import ConfigError, DataError
 from tlcr.models import attention
 from tlcr.models.layers import fuse_layers
@@ -37,7 +37,7 @@ CONFIG = "config.json"
 HEADS = ("score", "classifier")
 
 
-def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(cfg: GeneratorConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of ``cfg``, checked for what tlcr needs: offsets, an end-of-sequence token and a padding token.
 
     Raises ConfigError where one is missing, with the setting that supplies it.
@@ -76,7 +76,7 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_causal_lm(cfg: ModelConfig) -> PreTrainedModel:
+def load_causal_lm(cfg: GeneratorConfig) -> PreTrainedModel:
     """The causal language model of ``cfg``, in its dtype, with no dropout. Safetensors only, or the GGUF file named."""
     source = _named(cfg.path)
     with _loading("language model", source):
@@ -272,7 +272,7 @@ def _template(template: str) -> str:
     return Path(template).read_text(encoding="utf-8")
 
 
-def _common(cfg: ModelConfig) -> dict[str, Any]:
+def _common(cfg: GeneratorConfig) -> dict[str, Any]:
     return {
         "dtype": getattr(torch, cfg.dtype),
         "attn_implementation": _attention(cfg),
@@ -280,7 +280,7 @@ def _common(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _attention(cfg: ModelConfig) -> str:
+def _attention(cfg: GeneratorConfig) -> str:
     return attention.NAME if cfg.attn_implementation == "sdpa" else cfg.attn_implementation
 
 
@@ -299,10 +299,10 @@ def _loading(what: str, source: str) -> Iterator[None]:
         ) from error
 
 
-def _prepared(model: PreTrainedModel, cfg: ModelConfig) -> PreTrainedModel:
+def _prepared(model: PreTrainedModel, cfg: GeneratorConfig) -> PreTrainedModel:
     disable_dropout(model)
     fuse_layers(model)
-    if cfg.gradient_checkpointing:
+    if isinstance(cfg, ModelConfig) and cfg.gradient_checkpointing:
         # transformers 5.23 renamed it and warns of the old name, which is all that 5.20, the last for python 3.10, has
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})

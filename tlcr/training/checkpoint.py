@@ -36,6 +36,7 @@ from safetensors.torch import load_file, load_model, save_file
 from safetensors.torch import save_model as save_weights
 from torch import Tensor, nn
 
+from tlcr.config.dropped import without_dropped
 from tlcr.errors import CheckpointError
 from tlcr.training.distributed import is_main_process, on_all_processes, on_main_process, process_count, process_index
 
@@ -343,23 +344,24 @@ def is_done(folder: str | Path, config: Any, record: str = DONE) -> bool:
 def done_config(folder: str | Path, config: Any, record: str = DONE) -> Any:
     """The config that the stage in ``folder`` ended with, in plain values, to compare with ``config``.
 
-    Knobs that ``config`` has and that did not exist then are there with their defaults: a new version of tlcr is no
-    reason to train again.
+    Knobs that ``config`` has and that did not exist then are there with their defaults; knobs that were dropped since
+    are gone where they had theirs. A new version of tlcr is no reason to train again.
     """
     path = Path(folder) / record
     with _reading(path):
-        return _with_new_knobs(json.loads(path.read_text(encoding="utf-8"))["config"], config)
+        return _with_the_knobs_of_today(json.loads(path.read_text(encoding="utf-8"))["config"], config)
 
 
-def _with_new_knobs(before: Any, config: Any) -> Any:
+def _with_the_knobs_of_today(before: Any, config: Any) -> Any:
     if not isinstance(before, dict):
         return before
     new, now = {}, dict(config) if isinstance(config, Mapping) else {}
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        before = without_dropped(type(config), before)
         fields = dataclasses.fields(config)
         new = {field.name: as_plain(_default(field)) for field in fields if field.name not in before}
         now = {field.name: getattr(config, field.name) for field in fields}
-    return new | {name: _with_new_knobs(value, now.get(name)) for name, value in before.items()}
+    return new | {name: _with_the_knobs_of_today(value, now.get(name)) for name, value in before.items()}
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

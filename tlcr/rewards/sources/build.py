@@ -81,8 +81,8 @@ def build_reward_source(
     def frozen_model(loaded: LoadedModel | None, name: str, why: str) -> FrozenModel:
         if loaded is None:
             raise ConfigError(
-                f"{why} needs the {name}, but there is none; train it (set {name}.enabled: true) or name a trained one "
-                f"in {name}.path"
+                f"{why} needs the {name}, but there is none; train it ('tlcr train {name.replace('_', '-')}') or name "
+                f"a trained one in {name}.path"
             )
         return FrozenModel(loaded.model, loaded.tokenizer, policy_tokenizer, data.max_prompt_tokens, micro_batch_size)
 
