@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import re
 import shlex
@@ -15,6 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 
 from tlcr.cli import main as cli
+from tlcr.cli.parsers import build_parser
+from tlcr.config.argument_parser import flags_of
 from tlcr.config.judging import JudgeConfig
 from tlcr.config.loading import knobs, load_command_config, load_config
 from tlcr.config.schema import RunConfig
@@ -101,14 +102,15 @@ def build_variables() -> set[str]:
 
 
 def check_tlcr(arguments: list[str]) -> None:
-    if arguments[-1] == "--help":
+    if arguments[-1] in ("--help", "--help-all"):
         assert arguments[0] in cli.HANDLERS, arguments
+        assert arguments[-1] in flags_of(build_parser()[1][arguments[0]]), arguments
         arguments = arguments[:-1]
         if len(arguments) == 1:
             return
     try:
         cli._parse(arguments)
-    except (cli.ConfigError, argparse.ArgumentError) as error:
+    except cli.ConfigError as error:
         raise AssertionError(f"tlcr {shlex.join(arguments)}: {error}") from error
 
 
@@ -129,6 +131,7 @@ def test_every_command_exists(page: Path) -> None:
             "make quickstrat",
             "tlcr rn a.yaml",
             "tlcr run a.yaml --ppo.update 3",
+            "tlcr report --help-all",
             "accelerate launch -m tlrc run",
             "rm x",
             "python -m examples.no_study",
