@@ -97,7 +97,7 @@ def words_of(text: str) -> set[str]:
 
 def length_features(row: MarkedRow) -> list[Features]:
     """For each judged token: how many stand before it, in all and as a share of the answer, and how many there are."""
-    tokens = sum(row.is_judged)
+    tokens = sum(row.is_counted)
     return [{"number": float(k), "share": k / tokens, "tokens": float(tokens)} for k in range(tokens)]
 
 
@@ -107,8 +107,8 @@ def lexical_features(row: MarkedRow, source: Source) -> list[Features]:
     word_at = {k: match[0].lower() for match in WORD.finditer(text) for k in range(*match.span())}
     question, passages = words_of(source.question), words_of(" ".join(source.passages))
     features = []
-    for (start, end), is_judged in zip(row.characters, row.is_judged, strict=True):
-        if is_judged:
+    for (start, end), is_counted in zip(row.characters, row.is_counted, strict=True):
+        if is_counted:
             word = next((word_at[k] for k in range(start, end) if k in word_at), " ")
             among = {"in question": float(word in question), "in passages": float(word in passages)}
             features.append({f"word {word}": 1.0, **among})
@@ -128,8 +128,8 @@ def surprise_features(rows: Sequence[MarkedRow], model: PreTrainedModel, pad_tok
             # nothing predicts the first token of all, which is a prompt's: column j is number j - 1 here
             start = row.encoded.answer_start - 1
             own = logprobs_K[start : start + len(row.characters)].tolist()
-            judged = [value for value, is_judged in zip(own, row.is_judged, strict=True) if is_judged]
-            found.append([{"surprise": -value} for value in judged])
+            counted = [value for value, is_counted in zip(own, row.is_counted, strict=True) if is_counted]
+            found.append([{"surprise": -value} for value in counted])
     return found
 
 
@@ -145,7 +145,7 @@ def hidden_states(rows: Sequence[MarkedRow], model: PreTrainedModel, pad_token_i
             ).last_hidden_state
         for row, states_LH in zip(batch, states_BLH.float().cpu(), strict=True):
             own_TH = states_LH[row.encoded.answer_start :][: len(row.characters)]
-            found.append(own_TH[torch.tensor(row.is_judged)].double().numpy())
+            found.append(own_TH[torch.tensor(row.is_counted)].double().numpy())
     return found
 
 
@@ -156,7 +156,8 @@ def taken_out(pairs: Sequence[EditPair], run: RunFolder) -> tuple[list[MarkedRow
     labels = []
     for pair, row in zip(labelled, rows, strict=True):
         assert pair.rejected.encoded == row.encoded  # one encoder: label k is of token k
-        labels += [label < 0 for label, is_judged in zip(pair.rejected.labels, row.is_judged, strict=True) if is_judged]
+        pairs = zip(pair.rejected.labels, row.is_counted, strict=True)
+        labels += [label < 0 for label, is_counted in pairs if is_counted]
     return rows, np.array(labels, dtype=bool)
 
 
@@ -211,11 +212,11 @@ def baselines(run: RunFolder, sources: Mapping[str, Source]) -> dict[str, Scorer
 
     def scorer(features: Callable[[Sequence[MarkedRow]], Sequence[OfAnswer]], answers: int = len(rows)) -> Scorer:
         own = rows[:answers]
-        model = fitted(features(own), is_error_N[: sum(sum(row.is_judged) for row in own)])
+        model = fitted(features(own), is_error_N[: sum(sum(row.is_counted) for row in own)])
         return lambda rows: log_odds(model, features(rows))
 
     return {
-        "constant": lambda rows: np.full(sum(sum(row.is_judged) for row in rows), np.log(share / (1 - share))),
+        "constant": lambda rows: np.full(sum(sum(row.is_counted) for row in rows), np.log(share / (1 - share))),
         "length": scorer(length),
         "lexical": scorer(lexical),
         "lexical and length": scorer(both),

@@ -131,7 +131,7 @@ def row(tiny_tokenizer: PreTrainedTokenizerFast) -> MarkedRow:
 
 
 def test_length_features_say_where_a_token_stands(row: MarkedRow) -> None:
-    tokens = sum(row.is_judged)
+    tokens = sum(row.is_counted)
     features = baselines.length_features(row)
     assert len(features) == tokens == len(row.characters) - 1  # all but the end of sequence
     assert features[0] == {"number": 0, "share": 0, "tokens": tokens}
