@@ -64,11 +64,17 @@ def same_shape(op: str, shape: torch.Size, like: str, **tensors: Tensor | None) 
 
 def same_device(op: str, **tensors: Tensor | None) -> torch.device:
     """All tensors that are given must live on one device, which is returned."""
-    given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    (first, device), *rest = given.items()
-    for name, other in rest:
-        if other != device:
-            raise ShapeError(f"{op}: {name} is on {other} but {first} is on {device}; move one with .to(device)")
+    first, device = "", None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise ShapeError(
+                f"{op}: {name} is on {tensor.device} but {first} is on {device}; move one with .to(device)"
+            )
+    assert device is not None, "every op has a tensor that must be given"
     return device
 
 
@@ -94,16 +100,17 @@ def number(
     finite: bool = True,
 ) -> float:
     """`value` as a float, checked against `least <= value <= most` and `above < value < below`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    # Most are floats, and to ask whether something is a Real takes long.
+    if not isinstance(value, float) and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise ConfigError(f"{op}: {name} is a {type(value).__name__}, wanted a Python number")
     result = float(value)
-    bounds = [f">= {least:g}"] * (least > -math.inf) + [f"> {above:g}"] * (above > -math.inf)
-    bounds += [f"<= {most:g}"] * (most < math.inf) + [f"< {below:g}"] * (below < math.inf) + ["finite"] * finite
     # Comparisons alone, which torch.compile can trace, and which a NaN fails.
     inside = (
         least <= result <= most and (above == -math.inf or result > above) and (below == math.inf or result < below)
     )
     if not inside or (finite and not -math.inf < result < math.inf):
+        bounds = [f">= {least:g}"] * (least > -math.inf) + [f"> {above:g}"] * (above > -math.inf)
+        bounds += [f"<= {most:g}"] * (most < math.inf) + [f"< {below:g}"] * (below < math.inf) + ["finite"] * finite
         raise ConfigError(f"{op}: {name} is {result:g}, wanted a number {' and '.join(bounds)}")
     return result
 
