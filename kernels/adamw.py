@@ -8,9 +8,10 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from tlcr.kernels.launch import device_of, jit, launch_options
+from tlcr.ops._spec import takes
+from tlcr.ops.adamw import AdamWArguments
 
 # Weights per program: 8 to each thread, in loads of 16 bytes and more.
 TILE = 1024
@@ -61,38 +62,27 @@ def _adamw_kernel(
     tl.store(remainder + begin + lane, tl.where(is_number, bits, 0).to(tl.int16), mask=exists)
 
 
-def adamw_step(
-    parameter: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    remainder: Tensor,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-) -> None:
-    """`tlcr.ops.adamw_step` with its options in the order of the schema."""
-    if parameter.numel() == 0:
+@takes(AdamWArguments)
+def adamw_step(a: AdamWArguments) -> None:
+    """`tlcr.ops.adamw_step` of checked arguments."""
+    if a.parameter.numel() == 0:
         return
-    in_place = parameter, exp_avg, exp_avg_sq, remainder
+    in_place = a.parameter, a.exp_avg, a.exp_avg_sq, a.remainder
     parameter_N, exp_avg_N, exp_avg_sq_N, remainder_N = dense = [tensor.contiguous() for tensor in in_place]
-    with device_of(parameter):
-        _adamw_kernel[(triton.cdiv(parameter.numel(), TILE),)](
+    with device_of(a.parameter):
+        _adamw_kernel[(triton.cdiv(a.parameter.numel(), TILE),)](
             parameter_N.view(torch.int16),
-            grad.contiguous(),
+            a.grad.contiguous(),
             exp_avg_N,
             exp_avg_sq_N,
             remainder_N,
-            parameter.numel(),
-            beta1,
-            beta2,
-            1 - learning_rate * weight_decay,
-            learning_rate / (1 - beta1**step),
-            math.sqrt(1 - beta2**step),
-            eps,
+            a.parameter.numel(),
+            a.beta1,
+            a.beta2,
+            1 - a.learning_rate * a.weight_decay,
+            a.learning_rate / (1 - a.beta1**a.step),
+            math.sqrt(1 - a.beta2**a.step),
+            a.eps,
             TILE=TILE,
             **OPTIONS,
         )

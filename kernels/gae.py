@@ -19,7 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tlcr.kernels.launch import contiguous, device_of, jit, launch_options
-from tlcr.ops.reference import WHITEN_FLOOR, arithmetic_dtype
+from tlcr.ops._arithmetic import arithmetic_dtype
+from tlcr.ops._spec import takes
+from tlcr.ops.gae import WHITEN_FLOOR, GAEArguments
 
 # Tokens that a program scans at once, 8 to each thread: most responses fit in one or two tiles, and the carry between
 # tiles, which is the serial part of a long row, is paid once in a thousand tokens.
@@ -191,16 +193,10 @@ def _whiten_kernel(
     tl.store(advantages + first + lane, (advantage - high - low) * scale, mask=counts)
 
 
-def fused_gae(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    gamma: float,
-    lam: float,
-    whiten: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`tlcr.ops.fused_gae` with its options in the order of the schema."""
+@takes(GAEArguments)
+def fused_gae(arguments: GAEArguments) -> tuple[Tensor, Tensor]:
+    """`tlcr.ops.fused_gae` of checked arguments."""
+    rewards, values, mask, gamma, lam, whiten, cu_seqlens = arguments
     dtype = arithmetic_dtype(rewards, values)
     advantages, returns = (torch.empty(rewards.shape, dtype=dtype, device=rewards.device) for _ in range(2))
     if rewards.numel() == 0:

@@ -1,7 +1,7 @@
 """What the Triton kernels and the functions that launch them have in common.
 
-Each of the other files holds kernels and the host functions that launch them; these take checked arguments in the order
-of the operator's schema (`tlcr.ops._library`), and only `tlcr.ops` calls them.
+Each of the other files holds kernels and the host functions that launch them; these take the arguments that the spec in
+`tlcr.ops` describes, checked and in the order of the operator's schema, and only `tlcr.ops` calls them.
 
 Conventions of the kernels:
 - `real` is the type of the arithmetic and of the results. Python's numbers arrive as float64, because Triton would pass

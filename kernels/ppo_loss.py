@@ -8,14 +8,14 @@ a clipped value loss, 1 more each with entropy and kl; backward the same without
 every gradient. In float32 with everything: 33 and 41. Masked tokens cost 1 byte forward, and their zeros backward.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tlcr.kernels.launch import contiguous, device_of, jit, launch_options
-from tlcr.ops.reference import LOG_RATIO_MAX, arithmetic_dtype
+from tlcr.ops._arithmetic import arithmetic_dtype
+from tlcr.ops._spec import takes
+from tlcr.ops.ppo import LOG_RATIO_MAX, PPOArguments, PPOBackward, PPOInputs
 from tlcr.ops.types import PPOLoss
 
 # Tokens per program, 8 to each thread: up to 8 inputs are loaded for each, which is plenty in flight.
@@ -293,58 +293,31 @@ def _gradients_kernel(
         tl.store(g_kl_BT + begin + lane, tl.where(counts, gradient, 0.0), mask=exists)
 
 
-def ppo_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip: float,
-    clip_high: float,
-    dual_clip: float | None,
-    values: Tensor | None,
-    old_values: Tensor | None,
-    returns: Tensor | None,
-    value_clip: float | None,
-    value_coef: float,
-    entropy: Tensor | None,
-    entropy_coef: float,
-    kl: Tensor | None,
-    kl_coef: float,
-    per_sequence: bool,
-    denominator: float | None,
-    denominator_tensor: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`tlcr.ops.ppo_loss` with its options in the order of the schema: the loss, all statistics, the row weights.
+@takes(PPOArguments)
+def ppo_loss(arguments: PPOArguments) -> tuple[Tensor, Tensor, Tensor]:
+    """`tlcr.ops.ppo_loss` of checked arguments: the loss, all statistics, the row weights.
 
     A row weight is the weight of each of the row's counted tokens in a mean; the backward pass needs nothing else.
     """
-    dtype = arithmetic_dtype(logprobs, old_logprobs, advantages, values, old_values, returns, entropy, kl)
-    batch, length = logprobs.shape
+    a, per_sequence, denominator, denominator_tensor = arguments
+    dtype = arithmetic_dtype(*(value for value in a if isinstance(value, Tensor)))
+    batch, length = a.mask.shape
     tiles = triton.cdiv(length, TILE)
-    loss = mask.new_empty((), dtype=dtype)
-    statistics = mask.new_empty(len(PPOLoss._fields), dtype=dtype)
-    row_weights_B = mask.new_empty(batch, dtype=dtype)
-    sums = mask.new_empty((len(PPOLoss._fields), tiles, batch), dtype=dtype)
-    with device_of(logprobs):
-        if logprobs.numel() > 0:
+    loss = a.mask.new_empty((), dtype=dtype)
+    statistics = a.mask.new_empty(len(PPOLoss._fields), dtype=dtype)
+    row_weights_B = a.mask.new_empty(batch, dtype=dtype)
+    sums = a.mask.new_empty((len(PPOLoss._fields), tiles, batch), dtype=dtype)
+    with device_of(a.mask):
+        if a.mask.numel() > 0:
             _sums_kernel[(batch * tiles,)](
-                logprobs.contiguous(),
-                old_logprobs.contiguous(),
-                advantages.contiguous(),
-                mask.contiguous(),
-                contiguous(values),
-                contiguous(old_values) if value_clip is not None else None,
-                contiguous(returns),
-                contiguous(entropy),
-                contiguous(kl),
+                *_tensors(a),
+                contiguous(a.entropy),
+                contiguous(a.kl),
                 sums,
                 batch,
                 length,
                 tiles,
-                1 - clip,
-                1 + clip_high,
-                _bound(dual_clip),
-                _bound(value_clip),
+                *_bounds(a),
                 TILE=TILE,
                 **OPTIONS,
             )
@@ -357,9 +330,9 @@ def ppo_loss(
             batch,
             tiles,
             0.0 if denominator is None else denominator,
-            value_coef,
-            entropy_coef,
-            kl_coef,
+            a.value_coef,
+            a.entropy_coef,
+            a.kl_coef,
             PER_SEQUENCE=per_sequence,
             ROWS=FINISH_ROWS,
             **FINISH_OPTIONS,
@@ -367,64 +340,45 @@ def ppo_loss(
     return loss, statistics, row_weights_B
 
 
-def ppo_loss_backward(
-    g_loss: Tensor,
-    row_weights: Tensor,
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip: float,
-    clip_high: float,
-    dual_clip: float | None,
-    values: Tensor | None,
-    old_values: Tensor | None,
-    returns: Tensor | None,
-    value_clip: float | None,
-    value_coef: float,
-    entropy: Tensor | None,
-    entropy_coef: float,
-    kl: Tensor | None,
-    kl_coef: float,
-    wants_logprobs: bool,
-    wants_values: bool,
-    wants_entropy: bool,
-    wants_kl: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@takes(PPOBackward)
+def ppo_loss_backward(arguments: PPOBackward) -> tuple[Tensor, ...]:
     """The gradients of the loss times `g_loss`, each in the dtype of its input, of no elements where not wanted."""
-    inputs = ((logprobs, wants_logprobs), (values, wants_values), (entropy, wants_entropy), (kl, wants_kl))
-    gradients: list[Any] = [
-        row_weights.new_empty(mask.shape if wanted else (0,), dtype=None if like is None else like.dtype)
-        for like, wanted in inputs
+    g_loss, row_weights, a, *wanted = arguments
+    gradients: list[Tensor] = [
+        row_weights.new_empty(a.mask.shape if wants else (0,), dtype=None if like is None else like.dtype)
+        for like, wants in zip((a.logprobs, a.values, a.entropy, a.kl), wanted, strict=True)
     ]
-    batch, length = logprobs.shape
-    if logprobs.numel() > 0 and any(wanted for _, wanted in inputs):
+    batch, length = a.mask.shape
+    if a.mask.numel() > 0 and any(wanted):
         tiles = triton.cdiv(length, TILE)
-        with device_of(logprobs):
+        with device_of(a.mask):
             _gradients_kernel[(batch * tiles,)](
                 g_loss,
                 row_weights,
-                logprobs.contiguous(),
-                old_logprobs.contiguous(),
-                advantages.contiguous(),
-                mask.contiguous(),
-                contiguous(values),
-                contiguous(old_values) if value_clip is not None else None,
-                contiguous(returns),
-                *(gradient if wanted else None for gradient, (_, wanted) in zip(gradients, inputs, strict=True)),
+                *_tensors(a),
+                *(gradient if wants else None for gradient, wants in zip(gradients, wanted, strict=True)),
                 length,
                 tiles,
-                1 - clip,
-                1 + clip_high,
-                _bound(dual_clip),
-                _bound(value_clip),
-                value_coef,
-                entropy_coef,
-                kl_coef,
+                *_bounds(a),
+                a.value_coef,
+                a.entropy_coef,
+                a.kl_coef,
                 TILE=TILE,
                 **OPTIONS,
             )
     return tuple(gradients)
+
+
+def _tensors(a: PPOInputs) -> tuple[Tensor | None, ...]:
+    """What both passes load, in the order of their kernels' parameters."""
+    old_values = a.old_values if a.value_clip is not None else None
+    loaded = a.logprobs, a.old_logprobs, a.advantages, a.mask, a.values, old_values, a.returns
+    return tuple(contiguous(tensor) for tensor in loaded)
+
+
+def _bounds(a: PPOInputs) -> tuple[float, ...]:
+    """How far the ratio, the loss and the value may go."""
+    return 1 - a.clip, 1 + a.clip_high, _bound(a.dual_clip), _bound(a.value_clip)
 
 
 def _bound(limit: float | None) -> float:

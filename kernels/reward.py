@@ -10,7 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tlcr.kernels.launch import contiguous, device_of, jit, launch_options
-from tlcr.ops.reference import arithmetic_dtype
+from tlcr.ops._arithmetic import arithmetic_dtype
+from tlcr.ops._spec import takes
+from tlcr.ops.reward import RewardArguments
 
 # Tokens per program: 4 to each thread, so that the loads of a warp overlap, and programs enough to occupy a GPU from
 # 64 rows of 1024 tokens on.
@@ -88,19 +90,10 @@ def _reward_kernel(
     tl.store(rewards_BT + begin + lane, reward, mask=exists)
 
 
-def fused_reward(
-    logits: Tensor,
-    mask: Tensor,
-    kl: Tensor | None,
-    kl_coef: float,
-    terminal: Tensor | None,
-    temperature: float,
-    scale: float,
-    clip: float | None,
-    discrete: bool,
-    band: float,
-) -> Tensor:
-    """`tlcr.ops.fused_reward` with its options in the order of the schema."""
+@takes(RewardArguments)
+def fused_reward(arguments: RewardArguments) -> Tensor:
+    """`tlcr.ops.fused_reward` of checked arguments."""
+    logits, mask, a = arguments
     rewards_BT = mask.new_empty(mask.shape, dtype=arithmetic_dtype(logits))
     if rewards_BT.numel() == 0:
         return rewards_BT
@@ -110,18 +103,18 @@ def fused_reward(
         _reward_kernel[(batch * tiles,)](
             logits.contiguous(),
             mask.contiguous(),
-            contiguous(kl) if kl_coef != 0 else None,
-            contiguous(terminal),
+            contiguous(a.kl) if a.kl_coef != 0 else None,
+            contiguous(a.terminal),
             rewards_BT,
             length,
             tiles,
-            temperature,
-            scale,
-            float("inf") if clip is None else clip,
-            kl_coef,
-            band,
+            a.temperature,
+            a.scale,
+            float("inf") if a.clip is None else a.clip,
+            a.kl_coef,
+            a.band,
             CLASSES=classes,
-            DISCRETE=discrete,
+            DISCRETE=a.discrete,
             TILE=TILE,
             **OPTIONS,
         )

@@ -1,6 +1,6 @@
-// Registers the kernels with torch, under the schemas of tlcr/ops/_library.py. The ops on (B, T) tensors are here, scoring
-// is in scoring.cpp, what updates a model in training.cpp. Arguments are checked by the Python door; torch checks these
-// signatures against the schemas.
+// Registers the kernels with torch, under the schemas that the specs in tlcr/ops/ make. The ops on (B, T) tensors are
+// here, scoring is in scoring.cpp, what updates a model in training.cpp. The Python door checks arguments; torch checks
+// these signatures against the schemas.
 #include <torch/library.h>
 
 #include <limits>

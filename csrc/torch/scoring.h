@@ -1,4 +1,4 @@
-// The scoring operators, as declared in tlcr/ops/_library.py.
+// The scoring operators, as declared in tlcr/ops/scoring.py.
 #pragma once
 
 #include <optional>

@@ -1,4 +1,5 @@
-// What updates a model, as declared in tlcr/ops/_library.py: the optimiser's step, and layers with their backward passes.
+// What updates a model, as declared in tlcr/ops/{adamw,layers}.py: the optimiser's step, and layers with their backward
+// passes.
 #pragma once
 
 #include <tuple>

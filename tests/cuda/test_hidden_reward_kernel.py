@@ -8,20 +8,9 @@ from torch import Tensor
 
 from tests.cuda.emulated import EmulatedKernels, HiddenRewardArguments, KernelFault, real
 from tests.ops.helpers import INF, NAN, assert_close
-from tlcr.ops import reference
+from tlcr import ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DEFAULTS: dict[str, Any] = {
-    "bias": None,
-    "kl": None,
-    "kl_coef": 0.0,
-    "terminal": None,
-    "temperature": 1.0,
-    "scale": 1.0,
-    "clip": None,
-    "kind": "continuous",
-    "band": 0.0,
-}
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -46,7 +35,7 @@ def example(
 
 def truth(hidden: Tensor, weight: Tensor, mask: Tensor, **options: Any) -> Tensor:
     wide = {name: value.double() if isinstance(value, Tensor) else value for name, value in options.items()}
-    return reference.reward_from_hidden(hidden.double(), weight.double(), mask, **DEFAULTS | wide)
+    return ops.reward_from_hidden(hidden.double(), weight.double(), mask, **wide, impl="reference")
 
 
 # The odd ones are not read in packs.

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tests.cuda.emulated import EmulatedKernels, KernelFault, ScoreArguments, Scores, real
 from tests.ops.helpers import INF, NAN, assert_close, assert_no_worse_than_reference
-from tlcr.ops import TokenScores, reference_scoring
+from tlcr import ops
+from tlcr.ops import TokenScores
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Around a warp, a pack, a tile of a warp and of a block, and where a block takes over from a warp; the last is cut into
@@ -48,7 +49,7 @@ def reference(
 ) -> TokenScores:
     if isinstance(temperature, Tensor):
         temperature = temperature.to(real(logits.dtype))
-    return reference_scoring.score_tokens(logits, token_ids, ref_logits=ref_logits, temperature=temperature)
+    return ops.score_tokens(logits, token_ids, ref_logits=ref_logits, temperature=temperature, impl="reference")
 
 
 def gradient(

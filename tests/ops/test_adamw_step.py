@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.ops.helpers import INF, NAN, Backend, assert_no_worse_than_reference, backends, interpreted, strided
 from tlcr import ops
 from tlcr.errors import ConfigError, ShapeError
-from tlcr.ops.reference import join_master, split_master
+from tlcr.ops.adamw import join_master, split_master
 
 OPTIONS: dict[str, Any] = {"learning_rate": 0.01, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 IN_PLACE = ("parameter", "exp_avg", "exp_avg_sq", "remainder")

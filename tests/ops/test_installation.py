@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import tlcr
-from tlcr.ops import _library
 
 EXPECTED = os.environ.get("TLCR_EXPECTED")
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -32,11 +31,11 @@ def test_this_is_the_installation_that_was_meant() -> None:
 class TestCUDABuild:
     def test_every_operator_has_a_kernel_for_the_cpu_and_where_it_says_so_one_for_gpus(self) -> None:
         """Whether or not there is a GPU here."""
-        forward = {op: op.removesuffix("_backward") for op in _library.SCHEMAS}
-        on_gpus = {op for op in forward if op in _library.TRITON or forward[op] in _library.CUDA}
-        assert {forward[op] for op in forward if op not in on_gpus} == {"rms_norm", "gated_silu"}
-        assert [op for op in forward if not has_kernel(f"tlcr::{op}", "CPU")] == []
-        assert [op for op in on_gpus if not has_kernel(f"tlcr::{op}", "CUDA")] == []
+        assert {op.name for op in tlcr.ops.OPS if op.on_gpu == "reference"} == {"rms_norm", "gated_silu"}
+        on_cpu = [operator.name for op in tlcr.ops.OPS for operator in op.operators]
+        on_gpus = [operator.name for op in tlcr.ops.OPS if op.on_gpu != "reference" for operator in op.operators]
+        assert [name for name in on_cpu if not has_kernel(f"tlcr::{name}", "CPU")] == []
+        assert [name for name in on_gpus if not has_kernel(f"tlcr::{name}", "CUDA")] == []
 
     def test_the_library_holds_code_for_every_architecture_of_its_record(self) -> None:
         triton = importlib.util.find_spec("triton")

@@ -20,7 +20,7 @@ from tests.ops.helpers import (
 )
 from tlcr import ops
 from tlcr.errors import ConfigError, DataError, ShapeError
-from tlcr.ops import TokenScores, reference_scoring
+from tlcr.ops import TokenScores, scoring
 
 FIELDS = ("logprobs", "entropy", "ref_logprobs", "kl")
 DIFFERENTIABLE = ("logprobs", "entropy", "kl")
@@ -99,7 +99,7 @@ def random_weights(shape: tuple[int, ...], names: tuple[str, ...] = DIFFERENTIAB
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference's chunk of logits: everything at once, one row at a time, or a size that divides nothing."""
     if request.param is not None:
-        monkeypatch.setitem(reference_scoring.CHUNK_LOGITS, "cpu", request.param)
+        monkeypatch.setitem(scoring.CHUNK_LOGITS, "cpu", request.param)
 
 
 @backends("score_tokens")
@@ -304,7 +304,7 @@ def test_a_slice_is_scored_without_a_copy(backend: Backend) -> None:
     assert_close(got.logprobs, wanted.logprobs)
     assert all(
         block is not None and block.untyped_storage().data_ptr() == wide.untyped_storage().data_ptr()
-        for _, blocks in reference_scoring._row_blocks(4, wide[:, :-1])
+        for _, blocks in scoring._row_blocks(4, wide[:, :-1])
         for block in blocks
     )
 

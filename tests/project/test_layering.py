@@ -95,7 +95,7 @@ def test_every_contract_can_be_broken(copy: Path) -> None:
         "rewards/composition": "tlcr.rewards.sources.build",
         "ppo/update": "tlcr.ppo.rollout",
         "ppo/advantages": "tlcr.models.discriminator",
-        "ops/reference": "tlcr.config.schema",
+        "ops/gae": "tlcr.config.schema",
         "types": "tlcr.errors",
         "recipes/train_sft": "tlcr.recipes.train_dpo",
         "training/optim": "tlcr.cli.main",

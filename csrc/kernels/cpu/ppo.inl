@@ -6,7 +6,7 @@
 namespace tlcr::cpu::TLCR_ISA {
 namespace {
 
-constexpr double kLogRatioMax = 40;  // as in tlcr/ops/reference.py
+constexpr double kLogRatioMax = 40;  // as in tlcr/ops/ppo.py
 
 // The tensors of one row and the options, as both passes need them: what a token's losses are, and whether it was
 // clipped, is worked out here and nowhere else.

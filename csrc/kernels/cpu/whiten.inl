@@ -5,7 +5,7 @@
 namespace tlcr::cpu::TLCR_ISA {
 namespace {
 
-constexpr double kWhitenFloor = 16;  // as in tlcr/ops/reference.py
+constexpr double kWhitenFloor = 16;  // as in tlcr/ops/gae.py
 
 template <class Real>
 void whiten_of(const WhitenArguments& a) {

@@ -1,7 +1,8 @@
-"""The scoring ops, specified in plain torch, a chunk of tokens at a time.
+"""`score_tokens` and `score_hidden`: what a policy, and optionally a reference, say about given tokens.
 
-With x the logits over the temperature, p = softmax(x) for the policy and q for the reference, the gradient that reaches
-x from the gradients g of the three differentiable results is, for each token and each entry v of the vocabulary,
+Both are specified in plain torch, a chunk of tokens at a time. With x the logits over the temperature, p = softmax(x)
+for the policy and q for the reference, the gradient that reaches x from the gradients g of the three differentiable
+results is, for each token and each entry v of the vocabulary,
 
     g_logprob (1[v = token] - p_v) - g_entropy p_v (log p_v + H) + g_kl p_v (log p_v - log q_v - KL)
 
@@ -11,13 +12,16 @@ vocabulary is taken over log-probabilities, never over raw logits: those share a
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tlcr.ops.reference import arithmetic_dtype, no_autocast
+from tlcr.errors import ConfigError, ShapeError
+from tlcr.ops import _checks
+from tlcr.ops._arithmetic import arithmetic_dtype, no_autocast
+from tlcr.ops._spec import Gradient, Impl, Op
 from tlcr.ops.types import TokenScores
 
 # Logits held at a time, by device type: a few temporaries of this size exist at once. Small enough for the last-level
@@ -27,14 +31,97 @@ CHUNK_LOGITS_ACCELERATOR = 1 << 26
 HIDDEN_ROWS_LEAST = 128
 
 
+class ScoreTokensArguments(NamedTuple):
+    logits: Tensor
+    token_ids: Tensor
+    ref_logits: Tensor | None
+    temperature: float
+    temperatures: Tensor | None
+
+
+class ScoreTokensBackward(NamedTuple):
+    g_logprobs: Tensor | None
+    g_entropy: Tensor | None
+    g_kl: Tensor | None
+    inputs: ScoreTokensArguments
+    entropy: Tensor
+    kl: Tensor
+    stats: Tensor
+    ref_stats: Tensor
+
+
+class ScoreHiddenArguments(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    token_ids: Tensor
+    bias: Tensor | None
+    ref_hidden: Tensor | None
+    ref_weight: Tensor | None
+    ref_bias: Tensor | None
+    temperature: float
+    temperatures: Tensor | None
+    chunk_tokens: int | None
+
+
+class ScoreHiddenBackward(NamedTuple):
+    g_logprobs: Tensor | None
+    g_entropy: Tensor | None
+    g_kl: Tensor | None
+    inputs: ScoreHiddenArguments
+    entropy: Tensor
+    kl: Tensor
+    stats: Tensor
+    ref_stats: Tensor
+    wants_hidden: bool
+    wants_weight: bool
+    wants_bias: bool
+
+
 def score_tokens(
-    logits: Tensor, token_ids: Tensor, *, ref_logits: Tensor | None, temperature: float | Tensor
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    ref_logits: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    impl: Impl = "auto",
 ) -> TokenScores:
-    dtype = arithmetic_dtype(logits, ref_logits)
-    ref_logits = None if ref_logits is None else ref_logits.detach()
-    ids_N1, temperature_N1 = _per_token(token_ids, temperature, dtype)
-    scores: tuple[Tensor | None, ...] = _ScoreTokens.apply(logits, ids_N1, ref_logits, temperature_N1, dtype)
-    return _token_scores(scores, token_ids.shape)
+    """Log-probability and entropy of given tokens, and the KL to a reference, from logits.
+
+    With p = softmax(logits / temperature) and q = softmax(ref_logits / temperature):
+
+        logprobs = log p[token]         entropy = -sum p log p
+        ref_logprobs = log q[token]     kl = sum p (log p - log q)
+
+    Equal to `log_softmax` and sums over V, but nothing of size V is kept for the backward pass beside the inputs.
+    Gradients of logprobs, entropy and kl flow to `logits`; the reference and the temperature are constants. A token
+    whose incoming gradient is 0 sends exactly 0 to its logits, even if they are NaN.
+
+    Logits of -inf are legal: p log p is 0 at p = 0, and so is the KL's term, whatever q is. Where p > 0 and the
+    reference's logit is -inf the KL is inf, and has no gradient that could be used. p = 0 means as computed: a logit so
+    low that its exponential underflows counts as masked. A token of probability 0 has logprob -inf.
+
+    Args:
+        logits: (..., V).
+        token_ids: (...) integers in [0, V), also where the result will be masked. Out-of-range ids raise `DataError`
+            on the CPU and fail a device assertion elsewhere.
+        ref_logits: (..., V) of the reference, already aligned with `logits`.
+        temperature: a number > 0, or a (...) tensor of such, which is not checked; divides both logits.
+        impl: which implementation runs.
+
+    Returns:
+        `TokenScores`, each field (...).
+    """
+    op = "score_tokens"
+    _checks.floating(op, logits=logits, ref_logits=ref_logits)
+    _checks.integers(op, token_ids=token_ids)
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ShapeError(f"{op}: logits has shape {tuple(logits.shape)}, wanted (..., V) with V >= 1")
+    _checks.same_shape(op, logits.shape[:-1], "logits without V", token_ids=token_ids)
+    _checks.same_shape(op, logits.shape, "logits", ref_logits=ref_logits)
+    number, tensor = _temperature(op, temperature, token_ids)
+    device = _checks.same_device(op, logits=logits, token_ids=token_ids, ref_logits=ref_logits, temperature=tensor)
+    _checks.vocabulary_ids(op, token_ids, logits.shape[-1])
+    return SCORE_TOKENS(impl, device, ScoreTokensArguments(logits, token_ids, ref_logits, number, tensor))
 
 
 def score_hidden(
@@ -42,22 +129,115 @@ def score_hidden(
     weight: Tensor,
     token_ids: Tensor,
     *,
-    bias: Tensor | None,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ref_bias: Tensor | None,
-    temperature: float | Tensor,
-    chunk_tokens: int | None,
+    bias: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    chunk_tokens: int | None = None,
+    impl: Impl = "auto",
 ) -> TokenScores:
-    dtype = arithmetic_dtype(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    reference = tuple(None if x is None else x.detach() for x in (ref_hidden, ref_weight, ref_bias))
-    ids_N1, temperature_N1 = _per_token(token_ids, temperature, dtype)
-    # Every chunk reads the weight and adds to its gradient, (V, H) both: chunks of a few tokens do nothing else.
-    rows = max(HIDDEN_ROWS_LEAST, _chunk_rows(weight.shape[0], weight.device)) if chunk_tokens is None else chunk_tokens
-    scores: tuple[Tensor | None, ...] = _ScoreHidden.apply(
-        hidden, weight, bias, ids_N1, *reference, temperature_N1, rows, dtype
+    """`score_tokens(hidden @ weight.T + bias, ...)` with logits present for `chunk_tokens` tokens at a time only.
+
+    The logits are formed in float32 (float64) whatever the inputs are, and again in the backward pass. Gradients flow
+    to `hidden`, `weight` and `bias`; the reference's tensors and the temperature are constants. What `score_tokens`
+    says of -inf, of KL and of tokens whose incoming gradient is 0 holds here too.
+
+    Args:
+        hidden: (..., H), the policy's last hidden states.
+        weight: (V, H), its `lm_head` weight.
+        token_ids: (...) integers in [0, V).
+        bias: (V,).
+        ref_hidden: (..., H') of the reference; wants `ref_weight` beside it.
+        ref_weight: (V, H'); pass `weight` again if the two share their head.
+        ref_bias: (V,).
+        temperature: a number > 0, or a (...) tensor of such, which is not checked; divides both logits.
+        chunk_tokens: tokens whose logits exist at once, >= 1; None: as many as fit a fixed budget, and 128 at least.
+        impl: which implementation runs.
+
+    Returns:
+        `TokenScores`, each field (...).
+    """
+    op = "score_hidden"
+    _checks.floating(
+        op, hidden=hidden, weight=weight, bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias
     )
+    _checks.integers(op, token_ids=token_ids)
+    if (ref_hidden is None) != (ref_weight is None) or (ref_bias is not None and ref_hidden is None):
+        raise ConfigError(
+            f"{op}: of ref_hidden, ref_weight and ref_bias only some are given; pass the first two together "
+            "(ref_weight=weight for a shared head)"
+        )
+    for name, states, head in (("weight", hidden, weight), ("ref_weight", ref_hidden, ref_weight)):
+        if states is None or head is None:
+            continue
+        if states.ndim == 0 or head.ndim != 2 or head.shape[0] == 0 or head.shape[1] != states.shape[-1]:
+            raise ShapeError(
+                f"{op}: {name} has shape {tuple(head.shape)}, wanted (V, H) with V >= 1 for hidden states of shape "
+                f"{tuple(states.shape)}"
+            )
+        if head.shape[0] != weight.shape[0] or states.shape[:-1] != hidden.shape[:-1]:
+            raise ShapeError(
+                f"{op}: ref_hidden {tuple(states.shape)} and ref_weight {tuple(head.shape)} do not match hidden "
+                f"{tuple(hidden.shape)} and weight {tuple(weight.shape)}; both need the same tokens and vocabulary"
+            )
+    _checks.same_shape(op, hidden.shape[:-1], "hidden without H", token_ids=token_ids)
+    _checks.same_shape(op, weight.shape[:1], "weight's vocabulary", bias=bias, ref_bias=ref_bias)
+    number, tensor = _temperature(op, temperature, token_ids)
+    if chunk_tokens is not None and (not isinstance(chunk_tokens, int) or chunk_tokens < 1):
+        raise ConfigError(f"{op}: chunk_tokens is {chunk_tokens!r}, wanted an int >= 1 or None")
+    device = _checks.same_device(
+        op,
+        hidden=hidden,
+        weight=weight,
+        token_ids=token_ids,
+        bias=bias,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        ref_bias=ref_bias,
+        temperature=tensor,
+    )
+    _checks.vocabulary_ids(op, token_ids, weight.shape[0])
+    heads = hidden, weight, token_ids, bias, ref_hidden, ref_weight, ref_bias
+    return SCORE_HIDDEN(impl, device, ScoreHiddenArguments(*heads, number, tensor, chunk_tokens))
+
+
+def _temperature(op: str, temperature: float | Tensor, token_ids: Tensor) -> tuple[float, Tensor | None]:
+    """As operators take it: a number, or 1 and a tensor."""
+    if not isinstance(temperature, Tensor):
+        return _checks.number(op, "temperature", temperature, above=0), None
+    _checks.floating(op, temperature=temperature)
+    _checks.same_shape(op, token_ids.shape, "token_ids", temperature=temperature)
+    if temperature.requires_grad:
+        raise ConfigError(f"{op}: temperature requires a gradient, but is a constant here; pass temperature.detach()")
+    return 1.0, temperature
+
+
+def _reference_tokens(arguments: ScoreTokensArguments) -> TokenScores:
+    logits, token_ids, ref_logits, temperature, temperatures = arguments
+    dtype = arithmetic_dtype(logits, ref_logits)
+    ref_logits = None if ref_logits is None else ref_logits.detach()
+    ids_N1, temperature_N1 = _per_token(token_ids, temperature, temperatures, dtype)
+    scores: tuple[Tensor | None, ...] = _ScoreTokens.apply(logits, ids_N1, ref_logits, temperature_N1, dtype)
     return _token_scores(scores, token_ids.shape)
+
+
+def _reference_hidden(a: ScoreHiddenArguments) -> TokenScores:
+    dtype = _dtype_of(a)
+    reference = tuple(None if x is None else x.detach() for x in (a.ref_hidden, a.ref_weight, a.ref_bias))
+    ids_N1, temperature_N1 = _per_token(a.token_ids, a.temperature, a.temperatures, dtype)
+    rows = a.chunk_tokens
+    if rows is None:
+        # Every chunk reads the weight and adds to its gradient, (V, H) both: chunks of a few tokens do nothing else.
+        rows = max(HIDDEN_ROWS_LEAST, _chunk_rows(a.weight.shape[0], a.weight.device))
+    scores: tuple[Tensor | None, ...] = _ScoreHidden.apply(
+        a.hidden, a.weight, a.bias, ids_N1, *reference, temperature_N1, rows, dtype
+    )
+    return _token_scores(scores, a.token_ids.shape)
+
+
+def _dtype_of(a: ScoreHiddenArguments) -> torch.dtype:
+    return arithmetic_dtype(a.hidden, a.weight, a.bias, a.ref_hidden, a.ref_weight, a.ref_bias)
 
 
 class _ScoreTokens(torch.autograd.Function):
@@ -228,10 +408,12 @@ def _finish(ctx: Any, scores: Sequence[Tensor | None], *inputs: Tensor | None) -
     ctx.set_materialize_grads(False)
 
 
-def _per_token(token_ids: Tensor, temperature: float | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _per_token(
+    token_ids: Tensor, temperature: float, temperatures: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     ids_N1 = token_ids.reshape(-1, 1).long()
-    if isinstance(temperature, Tensor):
-        return ids_N1, temperature.detach().to(dtype).reshape(-1, 1)
+    if temperatures is not None:
+        return ids_N1, temperatures.detach().to(dtype).reshape(-1, 1)
     return ids_N1, torch.full_like(ids_N1, temperature, dtype=dtype)
 
 
@@ -284,3 +466,56 @@ def _flattens(tensor: Tensor) -> bool:
         return True
     leading = [(n, stride) for n, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if n != 1]
     return all(outer[1] == inner[0] * inner[1] for outer, inner in itertools.pairwise(leading))
+
+
+def _fake_scores(token_ids: Tensor, dtype: torch.dtype, *, with_reference: bool) -> tuple[Tensor, ...]:
+    shape = token_ids.shape
+    ref_shape = shape if with_reference else (0,)
+    shapes = (shape, shape, ref_shape, ref_shape, (*shape, 2), (*ref_shape, 2))
+    return tuple(token_ids.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def _fake_tokens(a: ScoreTokensArguments) -> tuple[Tensor, ...]:
+    dtype = arithmetic_dtype(a.logits, a.ref_logits)
+    return _fake_scores(a.token_ids, dtype, with_reference=a.ref_logits is not None)
+
+
+def _fake_hidden(a: ScoreHiddenArguments) -> tuple[Tensor, ...]:
+    return _fake_scores(a.token_ids, _dtype_of(a), with_reference=a.ref_hidden is not None)
+
+
+def _result(results: tuple[Tensor, ...], *, with_reference: bool) -> TokenScores:
+    logprobs, entropy, ref_logprobs, kl, _, _ = results
+    return TokenScores(logprobs, entropy, *((ref_logprobs, kl) if with_reference else ()))
+
+
+_RESULTS = ("logprobs", "entropy", "ref_logprobs", "kl", "stats", "ref_stats")
+
+SCORE_TOKENS = Op(
+    door=score_tokens,
+    arguments=ScoreTokensArguments,
+    results=_RESULTS,
+    reference=_reference_tokens,
+    fake=_fake_tokens,
+    result=lambda arguments, results: _result(results, with_reference=arguments.ref_logits is not None),
+    gradient=Gradient(of=("logits",), arguments=ScoreTokensBackward, only_with={"kl": "ref_logits"}),
+    cpp=True,
+    cuda=True,
+)
+
+SCORE_HIDDEN = Op(
+    door=score_hidden,
+    arguments=ScoreHiddenArguments,
+    results=_RESULTS,
+    reference=_reference_hidden,
+    fake=_fake_hidden,
+    result=lambda arguments, results: _result(results, with_reference=arguments.ref_hidden is not None),
+    gradient=Gradient(
+        of=("hidden", "weight", "bias"),
+        arguments=ScoreHiddenBackward,
+        absent="weight",
+        only_with={"kl": "ref_hidden"},
+    ),
+    cpp=True,
+    cuda=True,
+)

@@ -1,0 +1,211 @@
+"""What an op is, written down once: an `Op`. The rest is read from it.
+
+An op's arguments are a NamedTuple. The door fills it with checked values, and every implementation in Python takes it.
+The names and types of its fields make the schema of the torch operator. A field may be a group of arguments, which is a
+NamedTuple too: the schema lists the fields of a group one by one, and so do `torch.ops` and C++.
+
+Read from an `Op`: the torch operators with their schemas, fakes and Triton kernels (`_library`), how gradients pass
+them (`_autograd`), which implementation runs (`_registry`), and what the tests of all ops go through.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_type_hints
+
+import torch
+
+from tlcr.errors import BackendUnavailable, ConfigError
+
+Impl = Literal["auto", "reference", "cpp", "triton", "cuda"]
+IMPLS = ("reference", "cpp", "triton", "cuda")
+
+OTHER_DEVICE = "other devices"
+DEVICES = ("cpu", "cuda", OTHER_DEVICE)
+
+ArgumentsT = TypeVar("ArgumentsT", bound=tuple[Any, ...])
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The operator of an op's backward pass, ``<op>_backward``.
+
+    The names of its arguments say what it is given: ``g_<result>`` the gradient that came for a result, None where none
+    came and the type allows it; ``wants_<argument>`` whether that gradient is asked for; any other name the op's
+    argument or result of that name, kept from the forward pass. A result that no ``g_`` names has no gradient.
+    """
+
+    of: tuple[str, ...]
+    """The arguments whose gradients it returns, in this order; one that is not wanted has no elements."""
+    arguments: type[tuple[Any, ...]]
+    absent: str | None = None
+    """The argument whose dtype the gradient of an argument that was not given has, which has no elements."""
+    only_with: Mapping[str, str] = field(default_factory=dict)
+    """Results that exist, and so have a gradient, only where an optional argument is given."""
+
+    def fake(self, arguments: tuple[Any, ...]) -> Any:
+        """What the operator returns, in shapes and dtypes."""
+        values = dict(zip(names(self.arguments), flat(arguments), strict=True))
+        gradients = []
+        for name in self.of:
+            like = values[name] if values[name] is not None else values[self.absent or name]
+            gradients.append(like.new_empty(like.shape if values.get(f"wants_{name}", True) else (0,)))
+        return gradients[0] if len(gradients) == 1 else tuple(gradients)
+
+
+class Operator(NamedTuple):
+    """One torch operator of an op."""
+
+    name: str
+    schema: str
+    arguments: type[tuple[Any, ...]]
+    fake: Callable[[Any], Any]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Op(Generic[ArgumentsT, ResultT]):
+    """One op, complete but for its kernels."""
+
+    door: Callable[..., ResultT]
+    """The function that users call. It checks what it is given and then calls this object."""
+    arguments: type[ArgumentsT]
+    """What every implementation takes: checked, masks as bool."""
+    results: tuple[str, ...]
+    """The tensors that the torch operator returns. One that does not exist in a call has no elements."""
+    reference: Callable[[ArgumentsT], ResultT]
+    """The specification, in plain torch."""
+    fake: Callable[[ArgumentsT], Any]
+    """What the operator returns, in shapes and dtypes: for torch.compile, which traces without computing."""
+    result: Callable[[ArgumentsT, Any], ResultT] = lambda arguments, results: results
+    """From what the operator returns to what users get."""
+    gradient: Gradient | None = None
+    """None: the results are constants."""
+    changes: tuple[str, ...] = ()
+    """The arguments that are changed in place."""
+    cpp: bool = False
+    """Whether the extension has kernels for the CPU."""
+    triton: str | None = None
+    """The module of the Triton kernels, one function per operator. An op has these for GPUs or `cuda`, not both."""
+    cuda: bool = False
+    """Whether the extension has kernels for GPUs. Without either, the op runs there as its specification."""
+    implementations: dict[tuple[str, str], Callable[[ArgumentsT], ResultT]] = field(default_factory=dict, init=False)
+    """By name ("auto" is one) and kind of device: what can run here. `_registry` fills it."""
+    reasons: dict[tuple[str, str], str] = field(default_factory=dict, init=False)
+    """Why each of the others cannot."""
+
+    @functools.cached_property
+    def name(self) -> str:
+        return self.door.__name__
+
+    @property
+    def on_gpu(self) -> str:
+        """The one implementation for GPUs, beside the reference if there is another."""
+        return "triton" if self.triton else "cuda" if self.cuda else "reference"
+
+    @functools.cached_property
+    def operators(self) -> tuple[Operator, ...]:
+        schema = f"{_schema(self.arguments, self.changes)} -> {_returns(self.results)}"
+        forward = Operator(self.name, schema, self.arguments, self.fake)
+        if self.gradient is None:
+            return (forward,)
+        schema = f"{_schema(self.gradient.arguments)} -> {_returns(self.gradient.of)}"
+        return forward, Operator(f"{self.name}_backward", schema, self.gradient.arguments, self.gradient.fake)
+
+    def __call__(self, impl: str, device: torch.device, arguments: ArgumentsT) -> ResultT:
+        """Run an implementation. A named one is that one or an error, never another.
+
+        Raises:
+            ConfigError: no implementation has this name.
+            BackendUnavailable: it has one that cannot run here.
+        """
+        kind = device.type
+        # Looked up and not computed on a call: torch.compile traces through here.
+        key = impl, kind if kind in DEVICES else OTHER_DEVICE
+        if key in self.implementations:
+            return self.implementations[key](arguments)
+        if impl not in IMPLS:
+            choices = ", ".join(map(repr, ("auto", *IMPLS)))
+            raise ConfigError(f"{self.name}: impl={impl!r} is unknown, choose from {choices}")
+        raise BackendUnavailable(
+            f"{self.name}: impl={impl!r} is unavailable: {self.reasons[key]}; use impl='auto' or impl='reference' "
+            "(tlcr.ops.available() lists what can run)"
+        )
+
+
+class Field(NamedTuple):
+    """One argument of an operator."""
+
+    name: str
+    kind: type
+    """Tensor, float, bool or int."""
+    optional: bool
+
+
+@functools.cache
+def fields(arguments: type[tuple[Any, ...]]) -> tuple[Field, ...]:
+    """The arguments that a NamedTuple stands for, groups one by one."""
+    found: list[Field] = []
+    for name, hint in get_type_hints(arguments).items():
+        if _is_group(hint):
+            found += fields(hint)
+        else:
+            kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+            found.append(Field(name, kinds[0], optional=hint is not kinds[0]))
+    return tuple(found)
+
+
+def names(arguments: type[tuple[Any, ...]]) -> tuple[str, ...]:
+    return tuple(argument.name for argument in fields(arguments))
+
+
+def flat(arguments: tuple[Any, ...]) -> list[Any]:
+    """The values one by one, as torch operators take them."""
+    values: list[Any] = []
+    for value in arguments:
+        if isinstance(value, tuple):
+            values += flat(value)
+        else:
+            values.append(value)
+    return values
+
+
+def grouped(arguments: type[ArgumentsT], values: Iterator[Any]) -> ArgumentsT:
+    """The NamedTuple from its values one by one."""
+    return arguments(*(next(values) if group is None else grouped(group, values) for group in _groups(arguments)))
+
+
+@functools.cache
+def _groups(arguments: type[tuple[Any, ...]]) -> tuple[type[tuple[Any, ...]] | None, ...]:
+    """By field of a NamedTuple, the NamedTuple of a group, and None of a single argument."""
+    return tuple(hint if _is_group(hint) else None for hint in get_type_hints(arguments).values())
+
+
+def takes(arguments: type[ArgumentsT]) -> Callable[[Callable[[ArgumentsT], ResultT]], Callable[..., ResultT]]:
+    """Make a function of a NamedTuple one that can be a kernel of a torch operator: torch passes values one by one."""
+
+    def decorate(function: Callable[[ArgumentsT], ResultT]) -> Callable[..., ResultT]:
+        @functools.wraps(function)
+        def call(*values: Any) -> ResultT:
+            return function(grouped(arguments, iter(values)))
+
+        return call
+
+    return decorate
+
+
+def _is_group(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, tuple)
+
+
+def _schema(arguments: type[tuple[Any, ...]], changes: tuple[str, ...] = ()) -> str:
+    words = []
+    for name, kind, optional in fields(arguments):
+        # torch wants a letter of its own for the memory of each argument that is changed.
+        memory = f"({'abcdefgh'[changes.index(name)]}!)" if name in changes else ""
+        words.append(f"{kind.__name__}{memory}{'?' * optional} {name}")
+    return f"({', '.join(words)})"
+
+
+def _returns(results: tuple[str, ...]) -> str:
+    return "Tensor" if len(results) == 1 else f"({', '.join(f'Tensor {name}' for name in results)})"

@@ -1,0 +1,264 @@
+"""`ppo_loss`: the losses of PPO with a reward for every token."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tlcr.errors import ConfigError, ShapeError
+from tlcr.ops import _checks
+from tlcr.ops._arithmetic import arithmetic_dtype
+from tlcr.ops._spec import Gradient, Impl, Op
+from tlcr.ops.types import PPOLoss
+
+# log r is capped here, far beyond any ratio that can be trained on: an infinite ratio times an advantage or a gradient
+# of 0 would be NaN.
+LOG_RATIO_MAX = 40.0
+
+
+class PPOInputs(NamedTuple):
+    """What both passes read."""
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    mask: Tensor
+    clip: float
+    clip_high: float
+    dual_clip: float | None
+    values: Tensor | None
+    old_values: Tensor | None
+    returns: Tensor | None
+    value_clip: float | None
+    value_coef: float
+    entropy: Tensor | None
+    entropy_coef: float
+    kl: Tensor | None
+    kl_coef: float
+
+
+class PPOArguments(NamedTuple):
+    inputs: PPOInputs
+    per_sequence: bool
+    denominator: float | None
+    denominator_tensor: Tensor | None
+
+
+class PPOBackward(NamedTuple):
+    g_loss: Tensor
+    row_weights: Tensor
+    inputs: PPOInputs
+    wants_logprobs: bool
+    wants_values: bool
+    wants_entropy: bool
+    wants_kl: bool
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float = 0.2,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+    values: Tensor | None = None,
+    old_values: Tensor | None = None,
+    returns: Tensor | None = None,
+    value_clip: float | None = 0.2,
+    value_coef: float = 1.0,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    kl: Tensor | None = None,
+    kl_coef: float = 0.0,
+    aggregate: Literal["token", "sequence"] = "token",
+    denominator: float | Tensor | None = None,
+    impl: Impl = "auto",
+) -> PPOLoss:
+    """The clipped policy and value losses of PPO with a reward for every token, and their statistics.
+
+    With r = exp(logprobs - old_logprobs) and A the advantages:
+
+        policy = mean max(-A r, -A clamp(r, 1 - clip, 1 + clip_high)), and at most -dual_clip A where A < 0
+        value = mean 0.5 max((V - R)^2, (V_old + clamp(V - V_old, -value_clip, value_clip) - R)^2)
+        loss = policy + value_coef value - entropy_coef mean(entropy) + kl_coef mean(kl)
+        approx_kl = mean(r - 1 - log r)
+
+    mean is over all counted tokens ("token"), or over the rows that have any of each row's mean ("sequence"). With a
+    `denominator` it is the sum of tokens, or of row means, over that number: the same for every part of a batch, so
+    that losses and gradients of the parts add up to those of the whole.
+
+    Gradients flow to logprobs, values, entropy and kl; everything else is a constant. At a tie of the two sides of a
+    max the gradient is that of the unclipped side. A term whose coefficient is 0 is reported but takes no part in the
+    loss. log r is capped at 40, so that an exploded ratio is large and not NaN. Sources: Schulman et al. 2017,
+    arXiv:1707.06347; dual clip: Ye et al. 2020, arXiv:1912.09729; approx_kl: Schulman's k3.
+
+    Args:
+        logprobs: (B, T), of the policy that is trained, nats.
+        old_logprobs: (B, T), of the policy that sampled.
+        advantages: (B, T).
+        mask: (B, T), True counts.
+        clip: the ratio is clipped at 1 - clip, >= 0.
+        clip_high: and at 1 + clip_high, >= 0; None: clip.
+        dual_clip: bound c > 1 of the loss where A < 0; None: no bound.
+        values, old_values, returns: (B, T), V, V at sampling time, and what V regresses to. Without them there is no
+            value loss. `old_values` is needed unless `value_clip` is None.
+        value_clip: how far V may move from V_old, > 0; None: no bound.
+        value_coef: weight of the value loss.
+        entropy, kl: (B, T), nats, as from `score_tokens`.
+        entropy_coef, kl_coef: their weights.
+        aggregate: "token" or "sequence".
+        denominator: the global count of tokens or rows, a number > 0 or a tensor of one element (a tensor is not
+            checked, and 0, where nothing counts anywhere, is taken as 1).
+        impl: which implementation runs.
+
+    Returns:
+        `PPOLoss`: scalars on the device; only `loss` carries a gradient.
+    """
+    op = "ppo_loss"
+    per_token = {
+        "old_logprobs": old_logprobs,
+        "advantages": advantages,
+        "values": values,
+        "old_values": old_values,
+        "returns": returns,
+        "entropy": entropy,
+        "kl": kl,
+    }
+    _checks.floating(op, logprobs=logprobs, **per_token)
+    _checks.axes(op, "logprobs", logprobs, "B, T")
+    _checks.same_shape(op, logprobs.shape, "logprobs", **per_token)
+    mask = _checks.bool_mask(op, mask, logprobs.shape, "logprobs")
+    _checks.choice(op, "aggregate", aggregate, ("token", "sequence"))
+    clip = _checks.number(op, "clip", clip, least=0)
+    clip_high = clip if clip_high is None else _checks.number(op, "clip_high", clip_high, least=0)
+    if dual_clip is not None:
+        dual_clip = _checks.number(op, "dual_clip", dual_clip, above=1)
+    if value_clip is not None:
+        value_clip = _checks.number(op, "value_clip", value_clip, above=0, finite=False)
+    value_coef = _checks.number(op, "value_coef", value_coef)
+    entropy_coef = _checks.number(op, "entropy_coef", entropy_coef)
+    kl_coef = _checks.number(op, "kl_coef", kl_coef)
+    if values is None and (old_values is not None or returns is not None):
+        raise ConfigError(f"{op}: old_values or returns is given but values is missing; pass values or neither")
+    if values is not None and returns is None:
+        raise ConfigError(f"{op}: values is given but returns is missing; pass the returns that fused_gae gives")
+    if values is not None and value_clip is not None and old_values is None:
+        raise ConfigError(f"{op}: value_clip is {value_clip:g} but old_values is missing; pass it or value_clip=None")
+    for name, coefficient, tensor in (("entropy", entropy_coef, entropy), ("kl", kl_coef, kl)):
+        if coefficient != 0 and tensor is None:
+            raise ConfigError(f"{op}: {name}_coef is {coefficient:g} but {name} is missing; pass it or {name}_coef=0")
+    if isinstance(denominator, Tensor):
+        if denominator.numel() != 1:
+            raise ShapeError(f"{op}: denominator has shape {tuple(denominator.shape)}, wanted one element")
+        denominator = denominator.reshape(())
+    elif denominator is not None:
+        denominator = _checks.number(op, "denominator", denominator, above=0)
+    count = denominator if isinstance(denominator, Tensor) else None
+    device = _checks.same_device(op, logprobs=logprobs, mask=mask, denominator=count, **per_token)
+    policy = logprobs, old_logprobs, advantages, mask, clip, clip_high, dual_clip
+    value = values, old_values, returns, value_clip, value_coef
+    inputs = PPOInputs(*policy, *value, entropy, entropy_coef, kl, kl_coef)
+    number = None if isinstance(denominator, Tensor) else denominator
+    return PPO_LOSS(impl, device, PPOArguments(inputs, aggregate == "sequence", number, count))
+
+
+def _reference(arguments: PPOArguments) -> PPOLoss:
+    a, per_sequence, denominator, denominator_tensor = arguments
+    dtype, mask = _dtype(a), a.mask
+    zero = torch.zeros((), dtype=dtype, device=mask.device)
+
+    def counted(x_BT: Tensor) -> Tensor:
+        return torch.where(mask, x_BT.to(dtype), 0.0)
+
+    def mean(x_BT: Tensor) -> Tensor:
+        count_B = mask.sum(dim=-1)
+        if per_sequence:
+            sums, count = x_BT.sum(dim=-1) / count_B.clamp(min=1), (count_B > 0).sum()
+        else:
+            sums, count = x_BT, count_B.sum()
+        total = sums.sum()
+        if denominator is not None:
+            return total / denominator
+        if denominator_tensor is not None:
+            return total / torch.where(denominator_tensor == 0, 1.0, denominator_tensor.detach().to(dtype))
+        return total / count.clamp(min=1)
+
+    log_ratio_BT = (counted(a.logprobs) - counted(a.old_logprobs.detach())).clamp(max=LOG_RATIO_MAX)
+    ratio_BT = log_ratio_BT.exp()
+    advantages_BT = counted(a.advantages.detach())
+    unclipped_BT = -advantages_BT * ratio_BT
+    clipped_BT = -advantages_BT * ratio_BT.clamp(1 - a.clip, 1 + a.clip_high)
+    # A choice and not a maximum, which would split the gradient at a tie: a tie takes the unclipped branch.
+    is_clipped_BT = clipped_BT > unclipped_BT
+    policy_BT = torch.where(is_clipped_BT, clipped_BT, unclipped_BT)
+    if a.dual_clip is not None:
+        bound_BT = -a.dual_clip * advantages_BT
+        policy_BT = torch.where((advantages_BT < 0) & (policy_BT > bound_BT), bound_BT, policy_BT)
+    policy = mean(policy_BT)
+    loss = policy
+
+    value, value_clip_fraction = zero, zero
+    if a.values is not None and a.returns is not None:
+        values_BT, returns_BT = counted(a.values), counted(a.returns.detach())
+        value_loss_BT = (values_BT - returns_BT).square()
+        if a.value_clip is not None and a.old_values is not None:
+            old_values_BT = counted(a.old_values.detach())
+            move_BT = values_BT - old_values_BT
+            near_BT = old_values_BT + move_BT.clamp(-a.value_clip, a.value_clip)
+            near_loss_BT = (near_BT - returns_BT).square()
+            # A move within the bounds is not clipped, even if old + (new - old) rounds to another number than new.
+            is_near_BT = (near_loss_BT > value_loss_BT) & (move_BT.abs() > a.value_clip)
+            value_loss_BT = torch.where(is_near_BT, near_loss_BT, value_loss_BT)
+            value_clip_fraction = mean(is_near_BT.to(dtype))
+        value = 0.5 * mean(value_loss_BT)
+        # A term with coefficient 0 is reported and left out: 0 times an infinite term would be NaN.
+        loss = loss + a.value_coef * value if a.value_coef != 0 else loss
+
+    mean_entropy = mean(counted(a.entropy)) if a.entropy is not None else zero
+    if a.entropy_coef != 0:
+        loss = loss - a.entropy_coef * mean_entropy
+    mean_kl = mean(counted(a.kl)) if a.kl is not None else zero
+    if a.kl_coef != 0:
+        loss = loss + a.kl_coef * mean_kl
+
+    with torch.no_grad():
+        # expm1, because r - 1 loses every digit of a ratio near 1.
+        approx_kl = mean(torch.expm1(log_ratio_BT) - log_ratio_BT)
+        clip_fraction = mean(is_clipped_BT.to(dtype))
+        ratio_max = torch.where(mask, ratio_BT, 0.0).amax() if mask.numel() else zero
+    return PPOLoss(
+        loss,
+        policy.detach(),
+        value.detach(),
+        mean_entropy.detach(),
+        mean_kl.detach(),
+        clip_fraction,
+        value_clip_fraction.detach(),
+        approx_kl,
+        ratio_max,
+    )
+
+
+def _fake(arguments: PPOArguments) -> tuple[Tensor, ...]:
+    mask = arguments.inputs.mask
+    shapes = ((), (len(PPOLoss._fields),), mask.shape[:1])
+    return tuple(mask.new_empty(shape, dtype=_dtype(arguments.inputs)) for shape in shapes)
+
+
+def _dtype(inputs: PPOInputs) -> torch.dtype:
+    return arithmetic_dtype(*(value for value in inputs if isinstance(value, Tensor)))
+
+
+PPO_LOSS = Op(
+    door=ppo_loss,
+    arguments=PPOArguments,
+    results=("loss", "stats", "row_weights"),
+    reference=_reference,
+    fake=_fake,
+    result=lambda arguments, results: PPOLoss(results[0], *results[1].unbind()[1:]),
+    gradient=Gradient(of=("logprobs", "values", "entropy", "kl"), arguments=PPOBackward, absent="row_weights"),
+    cpp=True,
+    triton="tlcr.kernels.ppo_loss",
+)
