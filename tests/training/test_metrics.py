@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import replace
 
 import pytest
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, on_main_process
 
-from tlcr.config.schema import RunConfig
-from tlcr.errors import CheckpointError, ConfigError
-from tlcr.training.metrics import MetricsLog, read_metrics, tracking
+from tlcr.errors import CheckpointError
+from tlcr.training.metrics import MetricsLog, read_metrics
 
 
 def test_rows_keep_their_numbers(tmp_path):
@@ -91,12 +89,3 @@ def test_trackers_get_the_same_numbers(tmp_path):
     MetricsLog(tmp_path / "metrics.jsonl", accelerator).write(7, {"loss": 0.5})
     assert recorder.rows == [(7, {"loss": 0.5})]
     assert read_metrics(tmp_path / "metrics.jsonl")[0]["loss"] == 0.5
-
-
-def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("tlcr.training.metrics.find_spec", lambda name: None)
-    with (
-        pytest.raises(ConfigError, match="wandb is not installed: 'pip install wandb'"),
-        tracking(replace(RunConfig(), tracker="wandb"), tmp_path),
-    ):
-        pass

@@ -33,10 +33,10 @@ from tlcr.models.discriminator import (
     temperature_of,
 )
 from tlcr.models.loading import check_fits, load_token_classifier, save_model
+from tlcr.training.accelerator import open_accelerator
 from tlcr.training.callbacks import Callback
 from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.training.distributed import on_main_process
-from tlcr.training.metrics import tracking
 from tlcr.training.supervised import FitResult, LossParts, fit
 from tlcr.types import LabelledPair, PreferencePair
 
@@ -101,7 +101,7 @@ def train_discriminator(
     def held_out_metrics(model: PreTrainedModel) -> dict[str, float]:
         return measure(predict(model, labelled_held_out), temperature=1.0, calibrated=False).defined
 
-    with tracking(cfg, folder) as accelerator:
+    with open_accelerator(cfg, folder) as accelerator:
         fitted = fit(
             model=model,
             examples=labelled_train,

@@ -12,8 +12,8 @@ from tlcr.config.schema import RunConfig
 from tlcr.models.dpo import collate_referenced, dpo_loss, with_reference
 from tlcr.models.loading import check_fits, save_model
 from tlcr.text.tokenization import encode_comparisons
+from tlcr.training.accelerator import open_accelerator
 from tlcr.training.callbacks import Callback
-from tlcr.training.metrics import tracking
 from tlcr.training.supervised import FitResult, fit, mean_loss
 from tlcr.types import PreferencePair
 
@@ -53,7 +53,7 @@ def train_dpo(
     def held_out_ranking(model: PreTrainedModel) -> dict[str, float]:
         return mean_loss(model, held_out_referenced, collate=collate, loss=loss, batch_size=batch_size)
 
-    with tracking(cfg, Path(folder)) as accelerator:
+    with open_accelerator(cfg, Path(folder)) as accelerator:
         result = fit(
             model=model,
             examples=train_referenced,

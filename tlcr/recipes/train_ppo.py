@@ -11,25 +11,20 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import RunConfig
-from tlcr.errors import TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic
 from tlcr.ppo.advantages import compute_advantages
 from tlcr.ppo.kl import kl_of
 from tlcr.ppo.metrics import Stopwatch, rollout_metrics, update_metrics
 from tlcr.ppo.rollout import generate, seeded_generator
-from tlcr.ppo.run import Evaluate, PPOResult, PPORun
+from tlcr.ppo.run import Evaluate, PPOResult, PPORun, ddp_options
 from tlcr.ppo.scores import score_rollout
 from tlcr.ppo.update import ppo_update
 from tlcr.rewards.composition import compose_rewards
 from tlcr.rewards.sources import RewardSource
-from tlcr.training.callbacks import Callback, asks_to_stop
-from tlcr.training.distributed import any_process
-from tlcr.training.interrupt import StopSignals
-from tlcr.training.progress import Progress
+from tlcr.training.accelerator import open_accelerator
+from tlcr.training.callbacks import Callback
 
 __all__ = ["PPOResult", "train_ppo"]
-
-SHOWN = ("reward/mean_score", "kl/per_token", "policy/entropy", "length/mean")
 
 
 def train_ppo(
@@ -39,59 +34,68 @@ def train_ppo(
     reference: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     reward_source: RewardSource,
+    reward_temperature: float = 1.0,
     prompts: Sequence[str],
-    folder: Path,
+    folder: str | Path,
     seed: int,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
     evaluate: Evaluate | None = None,
-    reward_temperature: float = 1.0,
 ) -> PPOResult:
-    """Trains `actor_critic` in place, by cfg.ppo, cfg.rollout, cfg.reward and cfg.kl; returns how it ended.
+    """Trains a policy and its value model by PPO on a reward for every token.
 
-    reference: a frozen copy of the policy as it was. reward_source: what a rollout earns; reward_temperature: the
-    calibrated temperature of its logits. folder: gets metrics.jsonl (its keys: docs/metrics.md) and checkpoints/ while
-    training, then policy/, value/ and done.json. resume: continue from the newest checkpoint; bit for bit on one
-    process on the CPU. evaluate: called with `actor_critic` and the number of updates done, before the first update,
-    every cfg.ppo.evaluate_every updates and after the last one; its figures are logged as eval/<name>.
+    Source: the paper, sections 3.3 and 3.4; PPO by Schulman et al. 2017 (arXiv 1707.06347), advantages by Schulman et
+    al. 2016 (arXiv 1506.02438), the adaptive KL coefficient by Ziegler et al. 2019 (arXiv 1909.08593). The formulas are
+    in the docstrings of ``tlcr.fused_reward``, ``tlcr.fused_gae`` and ``tlcr.ppo_loss``.
 
-    Raises ConfigError for settings that contradict each other; CheckpointError where there is a checkpoint that nobody
-    asked to resume, or one of another run; TrainingDiverged, with the state saved apart, where numbers are lost;
-    KeyboardInterrupt, with the state saved, on Ctrl-C or SIGTERM.
+    Args:
+        cfg: its sections ``ppo``, ``rollout``, ``reward`` and ``kl`` say how; ``data`` how prompts are cut.
+        actor_critic: policy and value model, trained in place.
+        reference: a frozen copy of the policy as it was; KL is measured against it.
+        tokenizer: the policy's.
+        reward_source: what a rollout earns.
+        reward_temperature: the calibrated temperature of the source's logits, which they are divided by.
+        prompts: texts to answer, complete with template and beginning-of-sequence token.
+        folder: gets ``metrics.jsonl`` (its keys: docs/metrics.md) and ``checkpoints/`` while training, then
+            ``policy/``, ``value/`` and ``done.json``.
+        seed: fixes the order of the prompts and every sampled token.
+        resume: continue from the newest checkpoint in ``folder``; bit for bit on one process on the CPU. A finished
+            run is loaded into ``actor_critic``.
+        callbacks: told of every update, evaluation and checkpoint.
+        evaluate: called with ``actor_critic`` and the number of updates done, before the first update, every
+            ``cfg.ppo.evaluate_every`` updates and after the last one; its figures are logged as eval/<name>.
+
+    Returns:
+        How the run ended: folders of policy and value model, updates, last metrics, last evaluation, seconds.
+
+    Raises:
+        ConfigError: settings contradict each other, the reference is the policy itself, the tracker is not installed,
+            or the launcher asks for another kind of parallelism.
+        DataError: the reward source gave something that is no reward, or a prompt with an answer of full length is
+            longer than the model can read.
+        CheckpointError: a checkpoint or a finished run is there that nobody asked to resume or that belongs to another
+            run; a full disk.
+        TrainingDiverged: numbers are not finite or the ratio exploded; the state is saved apart, in ``diverged/``.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, with the state saved.
     """
-    run = PPORun(
-        cfg,
-        actor_critic=actor_critic,
-        reference=reference,
-        tokenizer=tokenizer,
-        reward_source=reward_source,
-        prompts=prompts,
-        folder=folder,
-        seed=seed,
-        callbacks=callbacks,
-        evaluate=evaluate,
-    )
-    if not run.begin(resume):
-        return run.result(stopped=False)
-    stopped = False
-    with StopSignals() as signals, Progress("ppo", cfg.ppo.updates, run.update, keys=SHOWN) as progress:
-        while run.update < cfg.ppo.updates and not stopped:
-            try:
-                metrics = _round(run, reward_temperature)
-            except TrainingDiverged as error:
-                raise TrainingDiverged(
-                    f"update {run.update + 1}: {error}. The state is saved in {run.save_diverged()}; --resume "
-                    "continues from the last checkpoint before it"
-                ) from error
-            answers = run.finish_round(metrics)
-            progress.on_step(run.update, run.metrics)
-            stopped = any_process(asks_to_stop(answers))
-            if signals.received():
-                raise signals.stopped(run.update, run.save())
-            if run.save_is_due:
-                run.save()
-        run.save()
-    return run.end(stopped=stopped)
+    with open_accelerator(cfg, folder, ddp=ddp_options(cfg.ppo)) as accelerator:
+        run = PPORun(
+            cfg,
+            accelerator=accelerator,
+            actor_critic=actor_critic,
+            reference=reference,
+            tokenizer=tokenizer,
+            reward_source=reward_source,
+            prompts=prompts,
+            folder=folder,
+            seed=seed,
+            callbacks=callbacks,
+            evaluate=evaluate,
+        )
+        if not run.begin(resume):
+            return run.result(stopped=False)
+        stopped = run.train(lambda: _round(run, reward_temperature))
+        return run.end(stopped=stopped)
 
 
 def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:

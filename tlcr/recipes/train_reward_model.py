@@ -12,8 +12,8 @@ from tlcr.config.schema import RunConfig
 from tlcr.models.loading import check_fits, load_sequence_classifier, save_model
 from tlcr.models.reward_model import bradley_terry_loss, collate_comparisons
 from tlcr.text.tokenization import encode_comparisons
+from tlcr.training.accelerator import open_accelerator
 from tlcr.training.callbacks import Callback
-from tlcr.training.metrics import tracking
 from tlcr.training.supervised import FitResult, fit, mean_loss
 from tlcr.types import PreferencePair
 
@@ -56,7 +56,7 @@ def train_reward_model(
             batch_size=cfg.reward_model.micro_batch_size or cfg.reward_model.batch_size,
         )
 
-    with tracking(cfg, Path(folder)) as accelerator:
+    with open_accelerator(cfg, Path(folder)) as accelerator:
         result = fit(
             model=model,
             examples=train,

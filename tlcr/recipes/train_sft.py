@@ -14,8 +14,8 @@ from tlcr.models.loading import check_fits, save_model
 from tlcr.models.sft import completion_loss
 from tlcr.text.padding import collate_completions
 from tlcr.text.tokenization import encode_answers
+from tlcr.training.accelerator import open_accelerator
 from tlcr.training.callbacks import Callback
-from tlcr.training.metrics import tracking
 from tlcr.training.supervised import FitResult, fit, mean_loss
 from tlcr.types import EncodedAnswer, PreferencePair
 
@@ -54,7 +54,7 @@ def train_sft(
         )
         return figures | {"perplexity": math.exp(figures["loss"])}
 
-    with tracking(cfg, Path(folder)) as accelerator:
+    with open_accelerator(cfg, Path(folder)) as accelerator:
         result = fit(
             model=model,
             examples=train,

@@ -46,6 +46,7 @@ FORMAT = 1
 MANIFEST = "checkpoint.json"
 DONE = "done.json"
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
+DIGEST = re.compile(r"[0-9a-f]{64}")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -255,11 +256,15 @@ def load_checkpoint(
     models: Mapping[str, nn.Module],
     optimizers: Mapping[str, Stateful],
     schedulers: Mapping[str, Stateful],
+    identity: Mapping[str, Any] | None = None,
 ) -> LoadedCheckpoint:
     """Fills models, optimisers and schedulers from a checkpoint and restores this process's random states.
 
-    Raises CheckpointError where a file is missing or damaged, does not fit what is to be filled, or was written by
-    another number of processes. Other versions of tlcr, torch, transformers or python are reported in the log.
+    identity: what the entry "identity" of the saved state must equal; None where nothing has to.
+
+    Raises CheckpointError where a file is missing or damaged, does not fit what is to be filled, was written by another
+    number of processes, or belongs to a run of another identity; the last two before anything is filled. Other versions
+    of tlcr, torch, transformers or python are reported in the log.
     """
     path = Path(path)
     manifest = _manifest(path)
@@ -273,6 +278,8 @@ def load_checkpoint(
             f"the checkpoint {path} was written by {manifest['processes']} processes and is read by {process_count()}: "
             "start as many processes, so that each continues its own random state"
         )
+    if identity is not None:
+        _check_identity(path, manifest["state"]["identity"], identity)
     for name, model in models.items():
         file = path / f"model-{name}.safetensors"
         with _reading(file):
@@ -291,6 +298,36 @@ def load_checkpoint(
         _restore_random_state(_read_tree(rng))
     _report_versions(path, manifest["versions"])
     return LoadedCheckpoint(manifest["step"], manifest["state"], tensors, config, manifest["versions"])
+
+
+def _check_identity(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises CheckpointError, with each difference, unless the two are equal. A name that one lacks is None there."""
+    before, after = _dotted(then), _dotted(now)
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    if changed:
+        parts = dict.fromkeys(name.partition(".")[0] for name in changed)
+        differences = "; ".join(
+            f"{name.removeprefix('settings.')} was {_shown(before.get(name))} and is {_shown(after.get(name))}"
+            for name in changed
+        )
+        raise CheckpointError(
+            f"the checkpoint {path} belongs to a run with other {' and '.join(parts)} ({differences}): restore them, "
+            f"name another output_dir, or delete {path.parent} to start again"
+        )
+
+
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping's values by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: of a digest, the beginning."""
+    text = str(value)
+    return f"{text[:8]}..." if DIGEST.fullmatch(text) else text
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:

@@ -6,17 +6,13 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from tlcr.config.schema import RunConfig
-from tlcr.errors import ConfigError
-from tlcr.training.checkpoint import as_plain, atomic_write, unwritable
+from tlcr.training.checkpoint import atomic_write, unwritable
 from tlcr.training.distributed import is_main_process, on_main_process
 
 logger = logging.getLogger(__name__)
@@ -26,7 +22,7 @@ class MetricsLog:
     """Appends one line per call to ``path``: {"step": 12, "time": seconds since 1970, "loss": 0.5, ...}.
 
     A number that is not finite becomes null, which every JSON reader knows, and is reported in the log once for each
-    key. With an accelerator whose trackers are initialised (``accelerator.init_trackers``), they get the same numbers.
+    key. With an accelerator whose tracker is running (``open_accelerator``), it gets the same numbers.
     Only the main process writes; the others may call everything.
     """
 
@@ -68,37 +64,6 @@ class MetricsLog:
             self._reported.add(key)
             logger.warning("The metric %s is %s; it is written as null in %s", key, number, self.path)
         return None
-
-
-@contextmanager
-def tracking(cfg: RunConfig, folder: Path) -> Iterator[Accelerator]:
-    """An accelerator without autocast, with ``cfg.tracker`` running in ``folder/tracker`` until the block ends.
-
-    Raises ConfigError where the tracker's package is not installed.
-    """
-    if cfg.tracker == "none":
-        yield Accelerator(mixed_precision="no")
-        return
-    if find_spec(cfg.tracker) is None:
-        raise ConfigError(f"tracker: {cfg.tracker} is not installed: 'pip install {cfg.tracker}', or set tracker: none")
-    accelerator = Accelerator(mixed_precision="no", log_with=cfg.tracker, project_dir=str(folder / "tracker"))
-    accelerator.init_trackers("tlcr", config=_flat(as_plain(cfg)))
-    try:
-        yield accelerator
-    finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted names, for trackers that show a table."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return flat
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

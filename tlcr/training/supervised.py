@@ -6,33 +6,28 @@ batch, clip, step. So the step does not depend on how the batch was cut: 1 x 8, 
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
 from tlcr.config.schema import TrainingConfig
-from tlcr.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
-from tlcr.training.callbacks import Callback, asks_to_stop
-from tlcr.training.checkpoint import as_plain, load_checkpoint, save_checkpoint, start_or_resume
-from tlcr.training.distributed import any_process, process_count, process_index, sum_over_processes
-from tlcr.training.interrupt import StopSignals
-from tlcr.training.metrics import MetricsLog
+from tlcr.errors import DataError, TrainingDiverged
+from tlcr.training.accelerator import check_parallelism
+from tlcr.training.callbacks import Callback
+from tlcr.training.distributed import process_count, process_index, sum_over_processes
+from tlcr.training.loop import TrainingLoop, settings_without
 from tlcr.training.optim import build_optimizer, build_scheduler, clip_gradients, parameter_groups
-from tlcr.training.progress import Progress
-
-logger = logging.getLogger(__name__)
 
 E = TypeVar("E")
 Batch = dict[str, Tensor]
@@ -116,13 +111,22 @@ def fit(
     if not examples:
         raise DataError(f"{Path(folder).name}: there are no examples to train on; check the data settings")
     accelerator = accelerator or Accelerator(mixed_precision="no")
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ConfigError(
-            f"tlcr trains with plain data parallelism, and the launcher asks for {accelerator.distributed_type.value}; "
-            "run 'accelerate launch' without DeepSpeed, FSDP or Megatron"
-        )
-    run = _Run(model, examples, collate, loss, cfg, Path(folder), seed, accelerator, length, config or cfg)
-    return run.train(resume, evaluate, callbacks)
+    check_parallelism(accelerator)
+    run = _Run(
+        model,
+        examples,
+        collate,
+        loss,
+        cfg,
+        Path(folder),
+        seed,
+        accelerator,
+        length,
+        config or cfg,
+        evaluate,
+        callbacks,
+    )
+    return run.train(resume)
 
 
 def mean_loss(
@@ -164,7 +168,7 @@ class _LossModule(nn.Module):
 
 
 class _Run:
-    """The state of one call of ``fit``."""
+    """One call of ``fit``: what its step is."""
 
     def __init__(
         self,
@@ -178,85 +182,76 @@ class _Run:
         accelerator: Accelerator,
         length: Callable[[Any], int] | None,
         config: Any,
+        evaluate: Callable[[PreTrainedModel], Mapping[str, float]] | None,
+        callbacks: Sequence[Callback],
     ) -> None:
         self.model, self.examples, self.collate, self.cfg = model, examples, collate, cfg
-        self.folder, self.seed, self.accelerator, self.length, self.config = folder, seed, accelerator, length, config
+        self.seed, self.accelerator, self.length = seed, accelerator, length
         self.steps_per_epoch = math.ceil(len(examples) / cfg.batch_size)
-        self.total_steps = cfg.epochs * self.steps_per_epoch
+        total_steps = cfg.epochs * self.steps_per_epoch
         optimizer = build_optimizer(
             parameter_groups(model, learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay)
         )
         self.module, self.optimizer = accelerator.prepare(_LossModule(model, loss), optimizer)
-        self.scheduler = build_scheduler(
-            self.optimizer,
-            schedule=cfg.schedule,
-            total_steps=self.total_steps,
-            warmup_steps=int(cfg.warmup_share * self.total_steps),
+        self.loop = TrainingLoop(
+            folder,
+            total_steps=total_steps,
+            evaluate_every=cfg.evaluate_every or self.steps_per_epoch,
+            save_every=cfg.save_every,
+            keep_checkpoints=KEEP_CHECKPOINTS,
+            accelerator=accelerator,
+            models={"model": model},
+            optimizer=self.optimizer,
+            scheduler=build_scheduler(
+                self.optimizer,
+                schedule=cfg.schedule,
+                total_steps=total_steps,
+                warmup_steps=int(cfg.warmup_share * total_steps),
+            ),
+            identity={
+                "settings": settings_without(cfg, FREE_TO_CHANGE),
+                "examples": len(examples),
+                "seed": seed,
+            },
+            config=config,
+            evaluate=None if evaluate is None else partial(self._evaluate, evaluate),
+            callbacks=callbacks,
         )
-        self.log = MetricsLog(folder / "metrics.jsonl", accelerator)
-        self.step = 0
-        self.metrics: dict[str, float] = {}
-        self.evaluation: dict[str, float] = {}
-        self.seconds_before = 0.0
-        self.started = time.monotonic()
-        self.saved: tuple[int, Path] | None = None
         self._order: tuple[int, list[int]] = (-1, [])
 
     # ---- the loop
 
-    def train(
-        self,
-        resume: bool,
-        evaluate: Callable[[PreTrainedModel], Mapping[str, float]] | None,
-        callbacks: Sequence[Callback],
-    ) -> FitResult:
-        self._start(start_or_resume(self.folder / "checkpoints", resume=resume))
-        stopped = False
-        with StopSignals() as signals, Progress(self.folder.name, self.total_steps, self.step) as progress:
-            while self.step < self.total_steps and not stopped:
-                began = time.monotonic()
-                metrics = self._train_step(callbacks)
-                metrics["time/step_s"] = time.monotonic() - began
-                answers = []
-                if evaluate is not None and self._evaluation_is_due():
-                    self.evaluation = self._evaluate(evaluate)
-                    metrics |= {f"eval/{name}": value for name, value in self.evaluation.items()}
-                    answers += [callback.on_evaluate(self.step, self.evaluation) for callback in callbacks]
-                self.metrics = metrics
-                self.log.write(self.step, metrics)
-                answers += [callback.on_step(self.step, metrics) for callback in (progress, *callbacks)]
-                stopped = any_process(asks_to_stop(answers))
-                if signals.received():
-                    raise signals.stopped(self.step, self._save(callbacks))
-                if self.cfg.save_every and self.step % self.cfg.save_every == 0:
-                    self._save(callbacks)
-            path = self._save(callbacks)
-            if signals.received():
-                raise signals.stopped(self.step, path)
-        for callback in callbacks:
-            callback.on_end(self.step, self.metrics)
+    def train(self, resume: bool) -> FitResult:
+        loop = self.loop
+        loop.start(resume=resume)
+        stopped = loop.run(self._timed_step, label=loop.folder.name)
+        loop.end()
         self.model.eval()
-        return FitResult(self.step, self.metrics, self.evaluation, self._seconds(), stopped)
+        return FitResult(loop.step, loop.metrics, loop.evaluation, loop.seconds, stopped)
 
-    def _train_step(self, callbacks: Sequence[Callback]) -> dict[str, float]:
+    def _timed_step(self) -> dict[str, float]:
+        began = time.monotonic()
+        metrics = self._train_step()
+        return metrics | {"time/step_s": time.monotonic() - began}
+
+    def _train_step(self) -> dict[str, float]:
         """One optimiser step on one batch; returns its metrics."""
+        step = self.loop.step + 1
         self.module.train()
         self.optimizer.zero_grad()
         metrics = self._accumulate_gradients()
         norm = clip_gradients(self.model.parameters(), self.cfg.max_grad_norm).item()
         if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
             self.optimizer.zero_grad()
-            saved = self._save(callbacks)
+            saved = self.loop.save()
             raise TrainingDiverged(
-                f"{self.folder.name}: step {self.step + 1} has the loss {metrics['loss']} and gradient norm {norm}; "
+                f"{self.loop.folder.name}: step {step} has the loss {metrics['loss']} and gradient norm {norm}; "
                 f"the state before it is saved in {saved}: lower learning_rate (now {self.cfg.learning_rate}), or look "
                 "at the data of that step"
             )
-        rate = float(self.scheduler.get_last_lr()[0])
+        rate = float(self.loop.scheduler.get_last_lr()[0])
         self.optimizer.step()
-        self.scheduler.step()
-        self.step += 1
-        return metrics | {"grad_norm": norm, "learning_rate": rate, "epoch": self.step / self.steps_per_epoch}
+        return metrics | {"grad_norm": norm, "learning_rate": rate, "epoch": step / self.steps_per_epoch}
 
     def _accumulate_gradients(self) -> dict[str, float]:
         """Leaves the gradient of the whole batch's loss in the parameters; returns the loss and the statistics."""
@@ -281,7 +276,7 @@ class _Run:
 
     def _batch(self) -> list[Any]:
         """The examples of the next step: the number of steps done is the data cursor."""
-        epoch, index = divmod(self.step, self.steps_per_epoch)
+        epoch, index = divmod(self.loop.step, self.steps_per_epoch)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
             self._order = epoch, torch.randperm(len(self.examples), generator=generator).tolist()
@@ -301,65 +296,12 @@ class _Run:
         size = self.cfg.micro_batch_size or len(share)
         return [share[i : i + size] for i in range(0, len(share), size)], counts
 
-    # ---- evaluation, checkpoints
-
-    def _evaluation_is_due(self) -> bool:
-        every = self.cfg.evaluate_every or self.steps_per_epoch
-        return self.step % every == 0 or self.step == self.total_steps
+    # ---- evaluation
 
     def _evaluate(self, evaluate: Callable[[PreTrainedModel], Mapping[str, float]]) -> dict[str, float]:
         self.model.eval()
         with torch.no_grad():
             return {name: float(value) for name, value in evaluate(self.model).items()}
-
-    def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with this run for the one to continue the other."""
-        settings = {name: value for name, value in as_plain(self.cfg).items() if name not in FREE_TO_CHANGE}
-        return {"settings": settings, "examples": len(self.examples), "seed": self.seed}
-
-    def _save(self, callbacks: Sequence[Callback]) -> Path:
-        if self.saved is None or self.saved[0] != self.step:
-            path = save_checkpoint(
-                self.folder / "checkpoints",
-                self.step,
-                models={"model": self.model},
-                optimizers={"optimizer": self.optimizer},
-                schedulers={"scheduler": self.scheduler},
-                state={
-                    "identity": self._identity(),
-                    "metrics": self.metrics,
-                    "evaluation": self.evaluation,
-                    "seconds": self._seconds(),
-                },
-                tensors={},
-                config=self.config,
-                keep=KEEP_CHECKPOINTS,
-            )
-            self.saved = self.step, path
-            for callback in callbacks:
-                callback.on_save(self.step, path)
-        return self.saved[1]
-
-    def _start(self, checkpoint: Path | None) -> None:
-        if checkpoint is None:
-            self.log.rewind(0)
-            return
-        loaded = load_checkpoint(
-            checkpoint,
-            models={"model": self.model},
-            optimizers={"optimizer": self.optimizer},
-            schedulers={"scheduler": self.scheduler},
-        )
-        _check_identity(checkpoint, loaded.state["identity"], self._identity())
-        self.step = loaded.step
-        self.saved = loaded.step, checkpoint
-        self.metrics, self.evaluation = loaded.state["metrics"], loaded.state["evaluation"]
-        self.seconds_before = loaded.state["seconds"]
-        self.log.rewind(self.step)
-        logger.info("%s: resuming after step %d from %s", self.folder.name, self.step, checkpoint)
-
-    def _seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.started
 
 
 def _flat(parts: LossParts) -> dict[str, Tensor]:
@@ -387,18 +329,3 @@ def _reduce(sums: dict[str, Tensor]) -> tuple[dict[str, float], float]:
         if name != key and totals[COUNT + name] > 0:
             metrics[name] = amount / totals[COUNT + name]
     return metrics, weight
-
-
-def _check_identity(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    before = {**then["settings"], "examples": then["examples"], "seed": then["seed"]}
-    after = {**now["settings"], "examples": now["examples"], "seed": now["seed"]}
-    changed = [
-        f"{name} was {before.get(name)} and is {after.get(name)}"
-        for name in {**before, **after}
-        if before.get(name) != after.get(name)
-    ]
-    if changed:
-        raise CheckpointError(
-            f"the checkpoint {checkpoint} belongs to another run ({'; '.join(changed)}): resume with its settings, or "
-            f"delete {checkpoint.parent} to start again"
-        )

@@ -1,0 +1,79 @@
+"""The one place that makes the accelerator of a training: how its processes work together, and which tracker it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+
+from tlcr.config.schema import RunConfig
+from tlcr.errors import ConfigError
+from tlcr.training.checkpoint import as_plain
+
+PROJECT = "tlcr"
+"""The name of the project under which trackers file a run."""
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+@contextmanager
+def open_accelerator(
+    cfg: RunConfig, folder: str | Path, *, ddp: DistributedDataParallelKwargs | None = None
+) -> Iterator[Accelerator]:
+    """An accelerator without autocast, whose tracker (``cfg.tracker``) runs until the block ends, also by an error.
+
+    The tracker gets the config as hyperparameters, nested settings under dotted names (``ppo.gamma``), and whatever
+    ``MetricsLog`` logs. A tracker that keeps files keeps them in ``<folder>/tracker``.
+
+    Args:
+        cfg: the run's config.
+        folder: the folder of the stage that is trained.
+        ddp: options of ``DistributedDataParallel``, for a model of which some parameters get no gradient in some steps.
+
+    Yields:
+        The accelerator, placed on this process's device.
+
+    Raises:
+        ConfigError: the tracker's package is not installed, or the launcher asks for another kind of parallelism.
+    """
+    tracked = cfg.tracker != "none"
+    if tracked and find_spec(cfg.tracker) is None:
+        raise ConfigError(f"tracker: {cfg.tracker} is not installed: 'pip install {cfg.tracker}', or set tracker: none")
+    accelerator = Accelerator(
+        mixed_precision="no",
+        log_with=cfg.tracker if tracked else None,
+        project_dir=str(Path(folder) / "tracker") if tracked else None,
+        kwargs_handlers=None if ddp is None else [ddp],
+    )
+    check_parallelism(accelerator)
+    if tracked:
+        accelerator.init_trackers(PROJECT, config=_hyperparameters(as_plain(cfg)))
+    try:
+        yield accelerator
+    finally:
+        for tracker in accelerator.trackers:  # not end_training: it would part the processes for good
+            tracker.finish()
+
+
+def check_parallelism(accelerator: Accelerator) -> None:
+    """Raises ConfigError where the launcher asked for DeepSpeed, FSDP or Megatron, which tlcr does not train with."""
+    if accelerator.distributed_type not in SUPPORTED:
+        raise ConfigError(
+            f"tlcr trains with plain data parallelism, and the launcher asks for {accelerator.distributed_type.value}; "
+            "run 'accelerate launch' without DeepSpeed, FSDP or Megatron"
+        )
+
+
+def _hyperparameters(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names, for trackers that show a table."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _hyperparameters(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return flat

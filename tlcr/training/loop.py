@@ -1,0 +1,212 @@
+"""What every training shares, supervised or PPO: steps that are counted, logged, evaluated, saved, stopped and resumed.
+
+A training says what one step is and what a checkpoint holds beside the figures; everything around it is here.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from tlcr.training.callbacks import Callback, asks_to_stop
+from tlcr.training.checkpoint import as_plain, load_checkpoint, save_checkpoint, start_or_resume
+from tlcr.training.distributed import any_process
+from tlcr.training.interrupt import StopSignals
+from tlcr.training.metrics import MetricsLog
+from tlcr.training.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+Answers = list[bool | None]
+
+
+def settings_without(cfg: Any, free_to_change: Sequence[str]) -> dict[str, Any]:
+    """The settings of a config section that a resumed run must share with its checkpoint, in plain values."""
+    return {name: value for name, value in as_plain(cfg).items() if name not in free_to_change}
+
+
+class TrainingLoop:
+    """The steps of one training: how far it is, its figures, its time over all sittings, its log and its checkpoints.
+
+    Attributes:
+        step: steps done (optimiser steps; PPO: updates), over all sittings.
+        metrics: what the last step logged, with the evaluation where there was one.
+        evaluation: the figures of the last evaluation, without the prefix "eval/".
+        log: ``metrics.jsonl`` in the folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        total_steps: int,
+        evaluate_every: int,
+        save_every: int,
+        keep_checkpoints: int,
+        accelerator: Accelerator,
+        models: Mapping[str, nn.Module],
+        optimizer: Optimizer,
+        scheduler: LRScheduler,
+        identity: Mapping[str, Any],
+        config: Any,
+        evaluate: Callable[[], dict[str, float]] | None,
+        callbacks: Sequence[Callback],
+        own_state: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        """Starts at step 0; ``start`` continues from a checkpoint.
+
+        Args:
+            folder: gets ``metrics.jsonl`` and ``checkpoints/``.
+            total_steps: steps of the whole training, those of earlier sittings included.
+            evaluate_every: steps from one evaluation to the next; 0: after the last step only, where there is always
+                one.
+            save_every: steps from one checkpoint to the next; 0: at the end only.
+            keep_checkpoints: how many of the newest checkpoints stay.
+            models: unwrapped modules by the names that their files have in a checkpoint.
+            scheduler: stepped once after each step.
+            identity: what a checkpoint must share with this training for the one to continue the other: "settings",
+                which may be nested, and other names beside it. JSON must be able to hold it.
+            config: the run's whole config, kept in the checkpoints for those who find them.
+            evaluate: figures by name; called by every process.
+            own_state: what a checkpoint holds beside the figures, as JSON can hold it; ``start`` hands it back.
+        """
+        self.folder, self.total_steps = folder, total_steps
+        self.scheduler = scheduler
+        self.log = MetricsLog(folder / "metrics.jsonl", accelerator)
+        self.step = 0
+        self.metrics: dict[str, float] = {}
+        self.evaluation: dict[str, float] = {}
+        self._evaluate_every, self._save_every, self._keep_checkpoints = evaluate_every, save_every, keep_checkpoints
+        self._models, self._optimizer, self._identity, self._config = models, optimizer, identity, config
+        self._evaluate, self._callbacks, self._own_state = evaluate, callbacks, own_state
+        self._saved: tuple[int, Path] | None = None
+        self._seconds_before, self._started = 0.0, time.monotonic()
+
+    # ---- the steps
+
+    def start(self, *, resume: bool) -> dict[str, Any] | None:
+        """Continues from the newest checkpoint, whose state it returns; or empties the log and returns None.
+
+        Raises CheckpointError where there is a checkpoint that nobody asked to resume, or one of another training.
+        """
+        path = start_or_resume(self.folder / "checkpoints", resume=resume)
+        if path is None:
+            self.log.rewind(-1)
+            return None
+        loaded = load_checkpoint(
+            path,
+            models=self._models,
+            optimizers={"optimizer": self._optimizer},
+            schedulers={"scheduler": self.scheduler},
+            identity=self._identity,
+        )
+        state = loaded.state
+        self.take_up(
+            loaded.step, metrics=state["metrics"], evaluation=state["evaluation"], seconds=float(state["seconds"])
+        )
+        self._saved = loaded.step, path
+        self.log.rewind(loaded.step)
+        logger.info("%s: resuming after step %d from %s", self.folder.name, loaded.step, path)
+        return state
+
+    def take_up(self, step: int, *, metrics: dict[str, float], evaluation: dict[str, float], seconds: float) -> None:
+        """Sets the figures to those at which an earlier sitting ended."""
+        self.step, self.metrics, self.evaluation, self._seconds_before = step, metrics, evaluation, seconds
+
+    def run(self, take_step: Callable[[], dict[str, float]], *, label: str, shown: tuple[str, ...] = ()) -> bool:
+        """Takes the steps that are left, and saves the state at the end; True where a callback ended them early.
+
+        Args:
+            take_step: changes the models once and returns the metrics of that step.
+            label: what the progress bar calls the training.
+            shown: the metrics that the progress bar shows; without, the first few.
+
+        Raises KeyboardInterrupt, with the state saved, on Ctrl-C or SIGTERM.
+        """
+        stopped = False
+        with StopSignals() as signals, Progress(label, self.total_steps, self.step, keys=shown) as progress:
+            while self.step < self.total_steps and not stopped:
+                metrics = take_step()
+                self.scheduler.step()
+                self.step += 1
+                stopped = any_process(asks_to_stop(self._finish_step(metrics, progress)))
+                if signals.received():
+                    raise signals.stopped(self.step, self.save())
+                if self._save_every and self.step % self._save_every == 0:
+                    self.save()
+            path = self.save()
+            if signals.received():
+                raise signals.stopped(self.step, path)
+        return stopped
+
+    def _finish_step(self, metrics: dict[str, float], progress: Progress) -> Answers:
+        """Evaluates where that is due and logs the step; returns what the callbacks answered."""
+        answers: Answers = []
+        every = self._evaluate_every
+        if self._evaluate is not None and (self.step == self.total_steps or (every and self.step % every == 0)):
+            answers += self.evaluate()
+            metrics = metrics | self.evaluation_metrics
+        self.metrics = metrics
+        self.log.write(self.step, metrics)
+        return answers + [callback.on_step(self.step, metrics) for callback in (progress, *self._callbacks)]
+
+    def evaluate(self) -> Answers:
+        """Evaluates where anything evaluates; returns what the callbacks answered."""
+        if self._evaluate is None:
+            return []
+        self.evaluation = self._evaluate()
+        return [callback.on_evaluate(self.step, self.evaluation) for callback in self._callbacks]
+
+    @property
+    def evaluation_metrics(self) -> dict[str, float]:
+        """The last evaluation under the names that metrics.jsonl has for it."""
+        return {f"eval/{name}": figure for name, figure in self.evaluation.items()}
+
+    def end(self) -> None:
+        """Tells the callbacks that the training has ended."""
+        for callback in self._callbacks:
+            callback.on_end(self.step, self.metrics)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time since the training began, over all sittings."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    # ---- checkpoints
+
+    def save(self) -> Path:
+        """A checkpoint of the state after the last step, written once however often it is asked for."""
+        if self._saved is None or self._saved[0] != self.step:
+            path = self.save_to(self.folder / "checkpoints", keep=self._keep_checkpoints)
+            self._saved = self.step, path
+            for callback in self._callbacks:
+                callback.on_save(self.step, path)
+        return self._saved[1]
+
+    def save_to(self, folder: Path, *, keep: int) -> Path:
+        """The same state in another folder, which no resumed training starts from; no callback hears of it."""
+        return save_checkpoint(
+            folder,
+            self.step,
+            models=self._models,
+            optimizers={"optimizer": self._optimizer},
+            schedulers={"scheduler": self.scheduler},
+            state={
+                "identity": self._identity,
+                **self._own_state(),
+                "metrics": self.metrics,
+                "evaluation": self.evaluation,
+                "seconds": self.seconds,
+            },
+            tensors={},
+            config=self._config,
+            keep=keep,
+        )
