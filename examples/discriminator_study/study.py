@@ -213,7 +213,13 @@ def train(study: Study, seed: Seed, cell: Cell) -> None:
             raise ConfigError(f"{cell.name} asks for {cell.pairs} of {len(labelled)} training pairs; name fewer")
         started = time.process_time()
         trained = train_discriminator(
-            cfg, run.tokenizer, seed.backbone, labelled[: cell.pairs], held_out, folder, resume=True
+            cfg,
+            backbone=seed.backbone,
+            tokenizer=run.tokenizer,
+            train=labelled[: cell.pairs],
+            held_out=held_out,
+            folder=folder,
+            resume=True,
         )
         return {**trained.metrics, "processor_seconds": time.process_time() - started}
 

@@ -315,7 +315,9 @@ def test_the_analysis_reads_the_rewards_that_scoring_gives(
     discriminator: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     limits = {"max_prompt_tokens": 16, "max_answer_tokens": 64}
-    found = analyse_discriminator(config(), discriminator, tiny_tokenizer, EDITS, calibrated_on_them=False)
+    found = analyse_discriminator(
+        config(), model=discriminator, tokenizer=tiny_tokenizer, edits=EDITS, calibrated_on_them=False
+    )
     sums = {"substitution": [0.0, 0], "deletion": [0.0, 0]}
     for edit in EDITS:
         pair = label_pair(edit, tiny_tokenizer, end_of_sequence="neutral", **limits)
@@ -340,7 +342,9 @@ def test_the_analysis_reads_the_rewards_that_scoring_gives(
 def test_before_the_first_edit_a_causal_model_says_the_same_of_both_answers(
     discriminator: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    found = analyse_discriminator(config(), discriminator, tiny_tokenizer, EDITS, calibrated_on_them=False)
+    found = analyse_discriminator(
+        config(), model=discriminator, tokenizer=tiny_tokenizer, edits=EDITS, calibrated_on_them=False
+    )
     before = [row.difference.value for row in found.spill if row.last is not None and row.last < 0]
     after = [row.difference.value for row in found.spill if row.first is not None and row.first > 0]
     assert before and np.abs(before).max() < 1e-6
@@ -352,14 +356,23 @@ def test_preferences_are_compared_too(discriminator: PreTrainedModel, tiny_token
         PreferencePair("1", "ask:", " a good one", " a bad one, that is long"),
         PreferencePair("2", "", "a", "b"),
     ]
-    found = analyse_discriminator(config(), discriminator, tiny_tokenizer, EDITS, preferences, calibrated_on_them=True)
+    found = analyse_discriminator(
+        config(),
+        model=discriminator,
+        tokenizer=tiny_tokenizer,
+        edits=EDITS,
+        preferences=preferences,
+        calibrated_on_them=True,
+    )
     assert found.comparisons["chosen over rejected"].pairs == 2
     assert found.to_json()["comparisons"]["chosen over rejected"]["pairs"] == 2
 
 
 def test_nothing_to_analyse_is_said(discriminator: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match="no edit pair to analyse"):
-        analyse_discriminator(config(), discriminator, tiny_tokenizer, [], calibrated_on_them=False)
+        analyse_discriminator(
+            config(), model=discriminator, tokenizer=tiny_tokenizer, edits=[], calibrated_on_them=False
+        )
 
 
 def test_an_uncalibrated_model_has_no_after(
@@ -370,9 +383,9 @@ def test_an_uncalibrated_model_has_no_after(
     try:
         found = analyse_discriminator(
             replace(cfg, data=replace(cfg.data, max_answer_tokens=4)),
-            discriminator,
-            tiny_tokenizer,
-            EDITS,
+            model=discriminator,
+            tokenizer=tiny_tokenizer,
+            edits=EDITS,
             calibrated_on_them=True,
         )
     finally:
@@ -384,7 +397,9 @@ def test_one_held_out_pair_is_no_reason_to_stop(
     discriminator: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Half of one pair is nothing to fit on; what needs no fit is there."""
-    found = analyse_discriminator(config(), discriminator, tiny_tokenizer, EDITS[:1], calibrated_on_them=True)
+    found = analyse_discriminator(
+        config(), model=discriminator, tokenizer=tiny_tokenizer, edits=EDITS[:1], calibrated_on_them=True
+    )
     assert set(found.reliability) == {"before"} and found.pairs == 1
     assert all(row.cell.mean_reward and row.cell.mean_reward.interval is None for row in found.kinds)
 

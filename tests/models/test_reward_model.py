@@ -80,7 +80,14 @@ def test_the_recipe_learns_the_comparison_and_leaves_its_source_alone(tmp_path, 
     cfg = replace(RunConfig(), reward_model=RewardModelConfig(epochs=8, batch_size=3, learning_rate=5e-3, save_every=0))
     source = tiny_causal_lm()
     before = {name: value.clone() for name, value in source.state_dict().items()}
-    result = train_reward_model(cfg, tiny_tokenizer, source, PAIRS[:5], PAIRS[5:], tmp_path / "reward_model")
+    result = train_reward_model(
+        cfg,
+        backbone=source,
+        tokenizer=tiny_tokenizer,
+        train=PAIRS[:5],
+        held_out=PAIRS[5:],
+        folder=tmp_path / "reward_model",
+    )
     assert result.evaluation["accuracy"] == 1
     assert result.evaluation["loss"] < 0.1
     assert all(torch.equal(value, before[name]) for name, value in source.state_dict().items())

@@ -74,12 +74,12 @@ def trained(
     preferences = [PreferencePair(chosen, "", chosen, rejected) for chosen, rejected in zip(good, bad, strict=False)]
     result = train_discriminator(
         config(micro_batch_size=8),
-        tiny_tokenizer,
-        tiny_causal_lm(),
-        edits(320, seed=1),
-        edits(80, seed=2),
-        folder,
-        preference_held_out=preferences,
+        backbone=tiny_causal_lm(),
+        tokenizer=tiny_tokenizer,
+        train=edits(320, seed=1),
+        held_out=edits(80, seed=2),
+        held_out_preferences=preferences,
+        folder=folder,
     )
     return result, folder
 
@@ -152,7 +152,12 @@ def test_the_other_targets_learn_too(
     targets: str, tmp_path: Path, tiny_causal_lm: Make, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     result = train_discriminator(
-        config(targets=targets), tiny_tokenizer, tiny_causal_lm(), edits(320, 1), edits(40, 2), tmp_path / "d"
+        config(targets=targets),
+        backbone=tiny_causal_lm(),
+        tokenizer=tiny_tokenizer,
+        train=edits(320, 1),
+        held_out=edits(40, 2),
+        folder=tmp_path / "d",
     )
     assert result.metrics["auc_positive_negative"] > 0.97
     assert result.metrics["pairwise_accuracy"] > 0.9
@@ -167,11 +172,11 @@ def test_only_bidirectional_layers_can_judge_by_what_follows(
     for layers in (0, 1):
         result = train_discriminator(
             config(epochs=5, bidirectional_layers=layers),
-            tiny_tokenizer,
-            tiny_causal_lm(),
-            edits(320, 1, label_next=True),
-            held_out,
-            tmp_path / str(layers),
+            backbone=tiny_causal_lm(),
+            tokenizer=tiny_tokenizer,
+            train=edits(320, 1, label_next=True),
+            held_out=held_out,
+            folder=tmp_path / str(layers),
         )
         auc[layers] = auc_within_rejected(result.model, held_out)
     assert auc[0] < 0.65
@@ -193,7 +198,15 @@ def test_a_stopped_training_resumes_to_the_same_model(
     train, held_out = edits(64, 1), edits(16, 2)
 
     def run(folder: Path, **options: object) -> TrainedDiscriminator:
-        return train_discriminator(cfg, tiny_tokenizer, tiny_causal_lm(), train, held_out, folder, **options)  # type: ignore[arg-type]
+        return train_discriminator(
+            cfg,
+            backbone=tiny_causal_lm(),
+            tokenizer=tiny_tokenizer,
+            train=train,
+            held_out=held_out,
+            folder=folder,
+            **options,  # type: ignore[arg-type]
+        )
 
     whole = run(tmp_path / "whole")
     part = run(tmp_path / "part", callbacks=[_Stop(3)])
@@ -211,12 +224,19 @@ def test_a_stopped_training_resumes_to_the_same_model(
 def test_without_held_out_pairs_it_trains_when_calibration_is_off(
     tmp_path: Path, tiny_causal_lm: Make, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    train = edits(16, 1)
+    def run(cfg: RunConfig) -> TrainedDiscriminator:
+        return train_discriminator(
+            cfg,
+            backbone=tiny_causal_lm(),
+            tokenizer=tiny_tokenizer,
+            train=edits(16, 1),
+            held_out=[],
+            folder=tmp_path / "d",
+        )
+
     with pytest.raises(DataError, match=r"data\.held_out.*discriminator\.calibrate"):
-        train_discriminator(config(), tiny_tokenizer, tiny_causal_lm(), train, [], tmp_path / "d")
-    result = train_discriminator(
-        config(calibrate=False, epochs=1), tiny_tokenizer, tiny_causal_lm(), train, [], tmp_path / "d"
-    )
+        run(config())
+    result = run(config(calibrate=False, epochs=1))
     assert result.evaluation is None and result.metrics == {"temperature": 1.0}
     assert not (tmp_path / "d" / "calibration.json").exists()
 
@@ -231,4 +251,11 @@ def test_pairs_without_an_edit_stop_before_training(
         revised=replace(pair.revised, labels=(0,) * len(pair.revised.labels)),
     )
     with pytest.raises(DataError, match="none of the 2 training pairs has an edited token"):
-        train_discriminator(config(), tiny_tokenizer, tiny_causal_lm(), [same] * 2, [pair], tmp_path / "d")
+        train_discriminator(
+            config(),
+            backbone=tiny_causal_lm(),
+            tokenizer=tiny_tokenizer,
+            train=[same] * 2,
+            held_out=[pair],
+            folder=tmp_path / "d",
+        )

@@ -97,7 +97,14 @@ def test_training_learns_the_preferences_and_the_folder_loads_anywhere(
     cfg = replace(
         RunConfig(), dpo=DPOConfig(epochs=15, batch_size=3, learning_rate=3e-3, weight_decay=0.0, save_every=0)
     )
-    result = train_dpo(cfg, tiny_tokenizer, tiny_causal_lm(), PAIRS[:5], PAIRS[5:], tmp_path / "dpo")
+    result = train_dpo(
+        cfg,
+        model=tiny_causal_lm(),
+        tokenizer=tiny_tokenizer,
+        train=PAIRS[:5],
+        held_out=PAIRS[5:],
+        folder=tmp_path / "dpo",
+    )
     rows = read_metrics(tmp_path / "dpo" / "metrics.jsonl")
     assert rows[0]["loss"] == pytest.approx(math.log(2), rel=1e-3)  # it starts at its own reference
     assert result.evaluation["accuracy"] == 1 and result.evaluation["margin"] > 1

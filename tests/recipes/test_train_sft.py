@@ -74,7 +74,14 @@ def test_training_learns_the_answers_and_the_folder_loads_anywhere(tmp_path, tin
     cfg = replace(
         RunConfig(), sft=SFTConfig(epochs=20, batch_size=3, learning_rate=2e-2, weight_decay=0.0, save_every=0)
     )
-    result = train_sft(cfg, tiny_tokenizer, tiny_causal_lm(), PAIRS[:5], PAIRS[5:], tmp_path / "sft")
+    result = train_sft(
+        cfg,
+        model=tiny_causal_lm(),
+        tokenizer=tiny_tokenizer,
+        train=PAIRS[:5],
+        held_out=PAIRS[5:],
+        folder=tmp_path / "sft",
+    )
     rows = read_metrics(tmp_path / "sft" / "metrics.jsonl")
     assert result.steps == len(rows) == 40
     assert rows[0]["loss"] > 5  # about log(vocabulary)

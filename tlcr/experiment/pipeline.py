@@ -46,6 +46,7 @@ from tlcr.training.checkpoint import DONE, write_json
 from tlcr.training.distributed import on_main_process, process_count
 from tlcr.training.metrics import read_metrics
 from tlcr.training.progress import Progress
+from tlcr.training.supervised import FitResult
 from tlcr.types import EditPair, PreferencePair
 
 logger = logging.getLogger(__name__)
@@ -173,42 +174,48 @@ def _revisions(run: RunFolder) -> None:
 def _sft(run: RunFolder) -> None:
     """2. The policy learns to answer, from the preferred answers."""
 
-    def work() -> Mapping[str, Any]:
-        data = run.preferences("sft")
-        model = _base_model(run)
-        result = train_sft(
-            run.cfg, run.tokenizer, model, data.train, data.held_out, run.models / "sft", resume=run.resume
-        )
-        return {**result.metrics, **result.evaluation}
+    def train(**given: Any) -> FitResult:
+        return train_sft(run.cfg, model=_base_model(run), **given)
 
-    run.once(run.models / "sft", run.settings("model", "data", "sft"), work)
+    _from_preferences(run, "sft", train, share="sft", sections=("model", "data", "sft"))
 
 
 def _reward_model(run: RunFolder) -> None:
     """3. The baseline: one score for a whole answer."""
 
-    def work() -> Mapping[str, Any]:
-        data = run.preferences("reward")
-        model = load_causal_lm(run.policy_source)
-        folder = run.models / "reward_model"
-        result = train_reward_model(run.cfg, run.tokenizer, model, data.train, data.held_out, folder, resume=run.resume)
-        return {**result.metrics, **result.evaluation}
+    def train(**given: Any) -> FitResult:
+        return train_reward_model(run.cfg, backbone=load_causal_lm(run.policy_source), **given)
 
-    run.once(run.models / "reward_model", run.settings("model", "data", "sft", "reward_model"), work)
+    _from_preferences(run, "reward_model", train, share="reward", sections=("model", "data", "sft", "reward_model"))
 
 
 def _dpo(run: RunFolder) -> None:
     """4. A rival's reward: the policy that DPO makes of the same preferences."""
 
+    def train(**given: Any) -> FitResult:
+        return train_dpo(run.cfg, model=load_causal_lm(run.policy_source), **given)
+
+    _from_preferences(run, "dpo", train, share="reward", sections=("model", "data", "sft", "dpo"))
+
+
+def _from_preferences(
+    run: RunFolder, name: str, train: Callable[..., FitResult], *, share: Stage, sections: Sequence[str]
+) -> None:
+    """Trains the model ``name`` on preference pairs, unless it is there.
+
+    train: a recipe that lacks only the tokenizer, the pairs and the folder. share: whose part of the pairs it gets.
+    sections: those of the config that the result depends on.
+    """
+    folder = run.models / name
+
     def work() -> Mapping[str, Any]:
-        data = run.preferences("reward")
-        model = load_causal_lm(run.policy_source)
-        result = train_dpo(
-            run.cfg, run.tokenizer, model, data.train, data.held_out, run.models / "dpo", resume=run.resume
+        pairs = run.preferences(share)
+        result = train(
+            tokenizer=run.tokenizer, train=pairs.train, held_out=pairs.held_out, folder=folder, resume=run.resume
         )
         return {**result.metrics, **result.evaluation}
 
-    run.once(run.models / "dpo", run.settings("model", "data", "sft", "dpo"), work)
+    run.once(folder, run.settings(*sections), work)
 
 
 def _labels(run: RunFolder) -> None:
@@ -236,12 +243,12 @@ def _discriminator(run: RunFolder) -> None:
         )
         trained = train_discriminator(
             run.cfg,
-            run.tokenizer,
-            load_causal_lm(run.policy_source),
-            train,
-            held_out,
-            run.models / "discriminator",
-            preference_held_out=run.comparisons,
+            backbone=load_causal_lm(run.policy_source),
+            tokenizer=run.tokenizer,
+            train=train,
+            held_out=held_out,
+            held_out_preferences=run.comparisons,
+            folder=run.models / "discriminator",
             resume=run.resume,
         )
         return trained.metrics
@@ -272,7 +279,14 @@ def _analyse(
 ) -> DiscriminatorAnalysis:
     model, tokenizer = load_discriminator(run.discriminator_folder, run.cfg.model)
     nn.Module.to(model, run.device)
-    return analyse_discriminator(run.cfg, model, tokenizer, edits, preferences, calibrated_on_them=calibrated_on_them)
+    return analyse_discriminator(
+        run.cfg,
+        model=model,
+        tokenizer=tokenizer,
+        edits=edits,
+        preferences=preferences,
+        calibrated_on_them=calibrated_on_them,
+    )
 
 
 MODEL_STAGES: dict[str, Callable[[RunFolder], None]] = {

@@ -67,20 +67,32 @@ class DiscriminatorAnalysis:
 
 def analyse_discriminator(
     cfg: RunConfig,
+    *,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     edits: Sequence[EditPair],
     preferences: Sequence[PreferencePair] = (),
-    *,
     calibrated_on_them: bool,
 ) -> DiscriminatorAnalysis:
-    """Measures `model` on pairs that it has not been trained on, at its stored temperature.
+    """Measures a discriminator on pairs that it has not been trained on, at its stored temperature.
 
-    cfg: its data and labels sections say how pairs are cut and labelled, its discriminator section what the targets
-    were and how many pairs are scored at a time. calibrated_on_them: whether the temperature was fitted on these edits;
-    calibration is then measured across halves of them, and not at all where a half has nothing to fit on.
+    Source: the rewards are those of the paper, section 3.3; what is measured of them is ours.
 
-    Raises DataError without edits.
+    Args:
+        cfg: its data and labels sections say how pairs are cut and labelled, its discriminator section what the targets
+            were and how many pairs are scored at a time.
+        model: a token classifier of two or three classes, with its temperature in its config.
+        tokenizer: the model's.
+        edits: rejected answers and their revisions.
+        preferences: chosen and rejected answers, to compare as wholes. May be empty.
+        calibrated_on_them: whether the temperature was fitted on these edits; calibration is then measured across
+            halves of them, and not at all where a half has nothing to fit on.
+
+    Returns:
+        Figures by kind of edit, by position, near edits and of whole answers, with the calibration.
+
+    Raises:
+        DataError: there are no edits.
     """
     if not edits:
         raise DataError(

@@ -32,12 +32,12 @@ from tlcr.models.discriminator import (
     score_answers,
     temperature_of,
 )
-from tlcr.models.loading import check_fits, load_token_classifier, save_model
-from tlcr.training.accelerator import open_accelerator
+from tlcr.models.loading import load_token_classifier, save_model
+from tlcr.recipes.fitting import check_lengths, fit_tracked, micro_batch_size
 from tlcr.training.callbacks import Callback
 from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.training.distributed import on_main_process
-from tlcr.training.supervised import FitResult, LossParts, fit
+from tlcr.training.supervised import FitResult, LossParts
 from tlcr.types import LabelledPair, PreferencePair
 
 __all__ = ["TrainedDiscriminator", "train_discriminator"]
@@ -66,62 +66,82 @@ class TrainedDiscriminator:
 
 def train_discriminator(
     cfg: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    backbone_lm: PreTrainedModel,
-    labelled_train: Sequence[LabelledPair],
-    labelled_held_out: Sequence[LabelledPair],
-    folder: str | Path,
     *,
-    preference_held_out: Sequence[PreferencePair] = (),
+    backbone: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Sequence[LabelledPair],
+    held_out: Sequence[LabelledPair],
+    held_out_preferences: Sequence[PreferencePair] = (),
+    folder: str | Path,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> TrainedDiscriminator:
-    """Trains a token classifier on a copy of `backbone_lm`'s backbone, calibrates it and measures it.
+    """Trains a token classifier on a copy of a causal LM's backbone, calibrates it and measures it.
 
-    Writes to `folder` the model (loads anywhere with `AutoModelForTokenClassification.from_pretrained`, and with its
-    bidirectional layers through `load_discriminator`), calibration.json, evaluation.json and reliability.png.
-    `preference_held_out` adds the pairwise accuracy of chosen over rejected answers.
+    The loss is the cross entropy of each answer token's classes with the target of its label (positive 1, negative 0,
+    neutral 1/2 where ``cfg.discriminator.targets`` is "soft"), the mean over the tokens of either side of an edit, both
+    sides weighing the same. Source: the paper, section 3.2; calibration by one temperature (Guo et al. 2017) is ours.
 
-    Raises DataError before training where nothing was edited, or calibration is on and nothing is held out.
+    Args:
+        cfg: its ``discriminator`` section says what the targets are, how long and how fast; ``data`` how texts are cut;
+            ``model`` how the classifier is loaded; ``seed`` orders the pairs.
+        backbone: a causal LM, the SFT model's in the paper, whose layers are copied; it stays as it is.
+        tokenizer: the backbone's.
+        train: rejected answers and their revisions, with a label for each token.
+        held_out: labelled pairs to fit the temperature on and to measure on. May be empty where
+            ``cfg.discriminator.calibrate`` is off.
+        held_out_preferences: adds the pairwise accuracy of chosen over rejected answers. May be empty.
+        folder: gets ``metrics.jsonl`` and ``checkpoints/`` while training, then the model with its tokenizer (it loads
+            anywhere with ``AutoModelForTokenClassification.from_pretrained``, and with its bidirectional layers through
+            ``load_discriminator``), calibration.json, evaluation.json and reliability.png.
+        resume: continue from the newest checkpoint in ``folder``; bit for bit on one process on the CPU.
+        callbacks: told of every step, evaluation and checkpoint.
+
+    Returns:
+        The model, on its device and in evaluation mode, with how its training ended, calibration and evaluation.
+
+    Raises:
+        DataError: nothing was edited; calibration is on and nothing is held out; or an answer with its prompt is longer
+            than the model can read. All before training.
+        ConfigError: the tracker is not installed, or the launcher asks for another kind of parallelism.
+        CheckpointError: a checkpoint is there that nobody asked to resume or that belongs to another run; a full disk.
+        TrainingDiverged: a loss or a gradient is not finite; the state before that step is saved.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, with the state saved.
     """
     settings, folder = cfg.discriminator, Path(folder)
-    _check(settings, labelled_train, labelled_held_out)
-    sides = [side for pair in (*labelled_train, *labelled_held_out) for side in (pair.rejected, pair.revised)]
-    check_fits(backbone_lm, max(len(side.encoded.ids) for side in sides), "an answer with its prompt")
+    _check(settings, train, held_out)
+    check_lengths(backbone, [_length(pair) for pair in (*train, *held_out)])
 
     # 1. the classifier: the backbone of the SFT model under a new head
-    model = load_token_classifier(backbone_lm, cfg.model, id2label=labels_of(settings.targets))
+    model = load_token_classifier(backbone, cfg.model, id2label=labels_of(settings.targets))
     make_top_layers_bidirectional(model, settings.bidirectional_layers)
 
     # 2. minimise the cross entropy with the labels' targets, both sides of an edit weighing the same
-    batch_size = 2 * (settings.micro_batch_size or settings.batch_size)
+    batch_size = 2 * micro_batch_size(settings)
     predict = partial(predict_tokens, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size)
     measure = partial(evaluate_predictions, targets=settings.targets)
 
     def held_out_metrics(model: PreTrainedModel) -> dict[str, float]:
-        return measure(predict(model, labelled_held_out), temperature=1.0, calibrated=False).defined
+        return measure(predict(model, held_out), temperature=1.0, calibrated=False).defined
 
-    with open_accelerator(cfg, folder) as accelerator:
-        fitted = fit(
-            model=model,
-            examples=labelled_train,
-            collate=partial(collate_pairs, pad_token_id=tokenizer.pad_token_id, targets=settings.targets),
-            loss=_loss,
-            cfg=settings,
-            folder=folder,
-            seed=cfg.seed,
-            resume=resume,
-            evaluate=held_out_metrics if labelled_held_out else None,
-            callbacks=callbacks,
-            accelerator=accelerator,
-            length=lambda pair: max(len(pair.rejected.encoded.ids), len(pair.revised.encoded.ids)),
-            config=cfg,
-        )
+    fitted = fit_tracked(
+        cfg,
+        settings,
+        model=model,
+        examples=train,
+        collate=partial(collate_pairs, pad_token_id=tokenizer.pad_token_id, targets=settings.targets),
+        loss=_loss,
+        length=_length,
+        evaluate=held_out_metrics if held_out else None,
+        folder=folder,
+        resume=resume,
+        callbacks=callbacks,
+    )
 
     # 3. one temperature, so that the confidence can be taken at its word
     calibration = evaluation = None
-    if labelled_held_out:
-        predictions = predict(model, labelled_held_out)
+    if held_out:
+        predictions = predict(model, held_out)
         if settings.calibrate:
             calibration = fit_temperature(predictions, settings.targets)
             model.config.tlcr_temperature = calibration.temperature
@@ -135,8 +155,8 @@ def train_discriminator(
 
         # 4. how good it is on edits it has not seen
         evaluation = measure(predictions, temperature=temperature_of(model), calibrated=settings.calibrate)
-        if preference_held_out:
-            accuracy = _preference_accuracy(model, tokenizer, preference_held_out, cfg, batch_size)
+        if held_out_preferences:
+            accuracy = _preference_accuracy(model, tokenizer, held_out_preferences, cfg, batch_size)
             evaluation.metrics["pairwise_accuracy_preferences"] = accuracy
 
     # 5. a model folder, with the temperature in its config
@@ -145,16 +165,19 @@ def train_discriminator(
     return TrainedDiscriminator(model, fitted, calibration, evaluation)
 
 
-def _check(
-    settings: DiscriminatorConfig, labelled_train: Sequence[LabelledPair], labelled_held_out: Sequence[LabelledPair]
-) -> None:
-    edited = any(any(side.labels) for pair in labelled_train for side in (pair.rejected, pair.revised))
+def _length(pair: LabelledPair) -> int:
+    """Tokens of the longer side with its prompt."""
+    return max(len(pair.rejected.encoded.ids), len(pair.revised.encoded.ids))
+
+
+def _check(settings: DiscriminatorConfig, train: Sequence[LabelledPair], held_out: Sequence[LabelledPair]) -> None:
+    edited = any(any(side.labels) for pair in train for side in (pair.rejected, pair.revised))
     if not edited:
         raise DataError(
-            f"none of the {len(labelled_train)} training pairs has an edited token, so there is nothing to learn; "
+            f"none of the {len(train)} training pairs has an edited token, so there is nothing to learn; "
             "check that data.edits names pairs of a rejected answer and its revision that differ"
         )
-    if settings.calibrate and not labelled_held_out:
+    if settings.calibrate and not held_out:
         raise DataError(
             "discriminator.calibrate is on, but no pair is held out to fit the temperature on; set data.held_out above "
             "0, bring more edits, or set discriminator.calibrate to false"

@@ -9,67 +9,80 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import RunConfig
-from tlcr.models.dpo import collate_referenced, dpo_loss, with_reference
-from tlcr.models.loading import check_fits, save_model
+from tlcr.models.dpo import ReferencedComparison, collate_referenced, dpo_loss, with_reference
+from tlcr.recipes.fitting import encode_splits, fit_and_save, micro_batch_size
 from tlcr.text.tokenization import encode_comparisons
-from tlcr.training.accelerator import open_accelerator
 from tlcr.training.callbacks import Callback
-from tlcr.training.supervised import FitResult, fit, mean_loss
-from tlcr.types import PreferencePair
+from tlcr.training.supervised import FitResult
+from tlcr.types import EncodedComparison, PreferencePair
 
 __all__ = ["train_dpo"]
 
 
 def train_dpo(
     cfg: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
-    pairs_train: Sequence[PreferencePair],
-    pairs_held_out: Sequence[PreferencePair],
-    folder: str | Path,
     *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Sequence[PreferencePair],
+    held_out: Sequence[PreferencePair],
+    folder: str | Path,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> FitResult:
-    """Trains the causal LM ``model``, in place, with itself as it comes for the reference; writes it to ``folder``.
+    """Trains a causal LM by direct preference optimisation, with itself as it comes for the reference.
 
-    The evaluation has the loss, the accuracy, the margin and both rewards on held-out pairs. Errors: see ``fit``.
+    The loss of a batch is the mean over its pairs of -log sigmoid(r_chosen - r_rejected), where
+    r = cfg.dpo.beta * (log pi(answer | prompt) - log pi_ref(answer | prompt)), in nats.
+    Source: Rafailov et al. 2023, eq. 7; as a reward for each token: Zhong et al. 2024 (RTO, arXiv 2404.18922).
+
+    Args:
+        cfg: its ``dpo`` section says how long and how fast; ``data`` how texts are cut; ``seed`` orders the pairs.
+        model: a causal LM, trained in place.
+        tokenizer: the model's.
+        train: pairs of a chosen and a rejected answer to a prompt.
+        held_out: pairs to evaluate on: loss, accuracy, margin and both rewards. May be empty.
+        folder: gets ``metrics.jsonl`` and ``checkpoints/`` while training, then the model with its tokenizer.
+        resume: continue from the newest checkpoint in ``folder``; bit for bit on one process on the CPU.
+        callbacks: told of every step, evaluation and checkpoint.
+
+    Returns:
+        How the training ended: steps, metrics of the last one, the last evaluation, seconds.
+
+    Raises:
+        DataError: there is no pair to train on, or an answer with its prompt is longer than the model can read.
+        ConfigError: the tracker is not installed, or the launcher asks for another kind of parallelism.
+        CheckpointError: a checkpoint is there that nobody asked to resume or that belongs to another run; a full disk.
+        TrainingDiverged: a loss or a gradient is not finite; the state before that step is saved.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, with the state saved.
     """
     # 1. both answers to each prompt, tokenised in context
-    train, held_out = (encode_comparisons(tokenizer, pairs, cfg.data) for pairs in (pairs_train, pairs_held_out))
-    check_fits(model, max((pair.length for pair in train + held_out), default=0), "an answer with its prompt")
+    encode = partial(encode_comparisons, tokenizer, data=cfg.data)
+    splits = encode_splits(encode, train, held_out, model=model, length=_length)
 
     # 2. how likely they are to the reference, before the first step (also of a resumed run: its weights come later)
-    batch_size = cfg.dpo.micro_batch_size or cfg.dpo.batch_size
-    train_referenced, held_out_referenced = (
-        with_reference(model, pairs, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size)
-        for pairs in (train, held_out)
+    train_pairs, held_out_pairs = (
+        with_reference(model, pairs, pad_token_id=tokenizer.pad_token_id, batch_size=micro_batch_size(cfg.dpo))
+        for pairs in splits
     )
 
-    # 3. maximise the likelihood of people's choices under the log-ratio, and watch the held-out pairs
-    collate = partial(collate_referenced, pad_token_id=tokenizer.pad_token_id)
-    loss = partial(dpo_loss, beta=cfg.dpo.beta)
+    # 3. maximise the likelihood of people's choices under the log-ratio, watch the held-out pairs, and 4. write a model
+    # folder that loads anywhere
+    return fit_and_save(
+        cfg,
+        cfg.dpo,
+        model=model,
+        tokenizer=tokenizer,
+        train=train_pairs,
+        held_out=held_out_pairs,
+        collate=partial(collate_referenced, pad_token_id=tokenizer.pad_token_id),
+        loss=partial(dpo_loss, beta=cfg.dpo.beta),
+        length=_length,
+        folder=folder,
+        resume=resume,
+        callbacks=callbacks,
+    )
 
-    def held_out_ranking(model: PreTrainedModel) -> dict[str, float]:
-        return mean_loss(model, held_out_referenced, collate=collate, loss=loss, batch_size=batch_size)
 
-    with open_accelerator(cfg, Path(folder)) as accelerator:
-        result = fit(
-            model=model,
-            examples=train_referenced,
-            collate=collate,
-            loss=loss,
-            cfg=cfg.dpo,
-            folder=folder,
-            seed=cfg.seed,
-            resume=resume,
-            evaluate=held_out_ranking if held_out else None,
-            callbacks=callbacks,
-            accelerator=accelerator,
-            length=lambda pair: pair.length,
-            config=cfg,
-        )
-
-    # 4. a model folder that loads anywhere
-    save_model(model, tokenizer, folder)
-    return result
+def _length(pair: EncodedComparison | ReferencedComparison) -> int:
+    return pair.length

@@ -9,70 +9,80 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import RunConfig
-from tlcr.models.loading import check_fits, load_sequence_classifier, save_model
+from tlcr.models.loading import load_sequence_classifier
 from tlcr.models.reward_model import bradley_terry_loss, collate_comparisons
+from tlcr.recipes.fitting import encode_splits, fit_and_save
 from tlcr.text.tokenization import encode_comparisons
-from tlcr.training.accelerator import open_accelerator
 from tlcr.training.callbacks import Callback
-from tlcr.training.supervised import FitResult, fit, mean_loss
-from tlcr.types import PreferencePair
+from tlcr.training.supervised import FitResult
+from tlcr.types import EncodedComparison, PreferencePair
 
 __all__ = ["train_reward_model"]
 
 
 def train_reward_model(
     cfg: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    causal_lm: PreTrainedModel,
-    pairs_train: Sequence[PreferencePair],
-    pairs_held_out: Sequence[PreferencePair],
-    folder: str | Path,
     *,
+    backbone: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Sequence[PreferencePair],
+    held_out: Sequence[PreferencePair],
+    folder: str | Path,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> FitResult:
-    """Trains a score on a copy of ``causal_lm``'s backbone (the SFT model's) and writes it to ``folder``.
+    """Trains one score for a whole answer on a copy of a causal LM's backbone.
 
-    ``load_sequence_classifier(folder, cfg.model)`` loads it; ``causal_lm`` stays as it is. The evaluation has the loss,
-    the pairwise accuracy and the margin on held-out pairs. Errors: see ``fit``.
+    The loss of a batch is the mean over its pairs of -log sigmoid(score of the chosen answer - score of the rejected
+    one). Source: Bradley and Terry 1952, as a reward model in Ouyang et al. 2022 (InstructGPT), eq. 1.
+    ``load_sequence_classifier(folder, cfg.model)`` loads what is written.
+
+    Args:
+        cfg: its ``reward_model`` section says how long and how fast; ``data`` how texts are cut; ``model`` how the
+            classifier is loaded; ``seed`` orders the pairs.
+        backbone: a causal LM, the SFT model's in the paper, whose layers are copied; it stays as it is.
+        tokenizer: the backbone's.
+        train: pairs of a chosen and a rejected answer to a prompt.
+        held_out: pairs to evaluate on: loss, accuracy and margin of the scores. May be empty.
+        folder: gets ``metrics.jsonl`` and ``checkpoints/`` while training, then the model with its tokenizer.
+        resume: continue from the newest checkpoint in ``folder``; bit for bit on one process on the CPU.
+        callbacks: told of every step, evaluation and checkpoint.
+
+    Returns:
+        How the training ended: steps, metrics of the last one, the last evaluation, seconds.
+
+    Raises:
+        DataError: there is no pair to train on, or an answer with its prompt is longer than the model can read.
+        ConfigError: the tracker is not installed, or the launcher asks for another kind of parallelism.
+        CheckpointError: a checkpoint is there that nobody asked to resume or that belongs to another run; a full disk.
+        TrainingDiverged: a loss or a gradient is not finite; the state before that step is saved.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, with the state saved.
     """
     # 1. both answers to each prompt, tokenised in context
-    train, held_out = (encode_comparisons(tokenizer, pairs, cfg.data) for pairs in (pairs_train, pairs_held_out))
-    check_fits(causal_lm, max((pair.length for pair in train + held_out), default=0), "an answer with its prompt")
+    encode = partial(encode_comparisons, tokenizer, data=cfg.data)
+    train_pairs, held_out_pairs = encode_splits(encode, train, held_out, model=backbone, length=_length)
 
     # 2. the classifier: the causal LM's backbone under one output
-    model = load_sequence_classifier(causal_lm, cfg.model)
+    model = load_sequence_classifier(backbone, cfg.model)
     model.config.pad_token_id = tokenizer.pad_token_id
 
-    # 3. maximise the likelihood of people's choices (Bradley-Terry), and watch the held-out pairs
-    collate = partial(collate_comparisons, pad_token_id=tokenizer.pad_token_id)
+    # 3. maximise the likelihood of people's choices (Bradley-Terry), watch the held-out pairs, and 4. write a model
+    # folder that loads anywhere
+    return fit_and_save(
+        cfg,
+        cfg.reward_model,
+        model=model,
+        tokenizer=tokenizer,
+        train=train_pairs,
+        held_out=held_out_pairs,
+        collate=partial(collate_comparisons, pad_token_id=tokenizer.pad_token_id),
+        loss=bradley_terry_loss,
+        length=_length,
+        folder=folder,
+        resume=resume,
+        callbacks=callbacks,
+    )
 
-    def held_out_ranking(model: PreTrainedModel) -> dict[str, float]:
-        return mean_loss(
-            model,
-            held_out,
-            collate=collate,
-            loss=bradley_terry_loss,
-            batch_size=cfg.reward_model.micro_batch_size or cfg.reward_model.batch_size,
-        )
 
-    with open_accelerator(cfg, Path(folder)) as accelerator:
-        result = fit(
-            model=model,
-            examples=train,
-            collate=collate,
-            loss=bradley_terry_loss,
-            cfg=cfg.reward_model,
-            folder=folder,
-            seed=cfg.seed,
-            resume=resume,
-            evaluate=held_out_ranking if held_out else None,
-            callbacks=callbacks,
-            accelerator=accelerator,
-            length=lambda comparison: comparison.length,
-            config=cfg,
-        )
-
-    # 4. a model folder that loads anywhere
-    save_model(model, tokenizer, folder)
-    return result
+def _length(pair: EncodedComparison) -> int:
+    return pair.length

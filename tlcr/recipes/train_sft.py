@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import RunConfig
-from tlcr.models.loading import check_fits, save_model
 from tlcr.models.sft import completion_loss
+from tlcr.recipes.fitting import encode_splits, fit_and_save
 from tlcr.text.padding import collate_completions
 from tlcr.text.tokenization import encode_answers
-from tlcr.training.accelerator import open_accelerator
 from tlcr.training.callbacks import Callback
-from tlcr.training.supervised import FitResult, fit, mean_loss
+from tlcr.training.supervised import FitResult
 from tlcr.types import EncodedAnswer, PreferencePair
 
 __all__ = ["train_sft"]
@@ -24,56 +23,60 @@ __all__ = ["train_sft"]
 
 def train_sft(
     cfg: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
-    pairs_train: Sequence[PreferencePair],
-    pairs_held_out: Sequence[PreferencePair],
-    folder: str | Path,
     *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Sequence[PreferencePair],
+    held_out: Sequence[PreferencePair],
+    folder: str | Path,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> FitResult:
-    """Trains the causal LM ``model``, in place, on the chosen answers and writes it with its tokenizer to ``folder``.
+    """Trains a causal LM on the chosen answers: the policy that every later stage starts from.
 
-    The loss is the mean over all answer tokens of a batch; prompts carry none. Errors: see ``fit``.
+    The loss of a batch is the mean of -log p(token) in nats over all its answer tokens; prompts carry none.
+    Source: supervised fine-tuning as in Ouyang et al. 2022 (InstructGPT), 3.5; the mean over tokens is ours.
+
+    Args:
+        cfg: its ``sft`` section says how long and how fast; ``data`` how texts are cut; ``seed`` orders the examples.
+        model: a causal LM, trained in place.
+        tokenizer: the model's.
+        train: pairs, of which the prompt and the chosen answer are used.
+        held_out: pairs to evaluate on: loss, and perplexity = exp(loss). May be empty.
+        folder: gets ``metrics.jsonl`` and ``checkpoints/`` while training, then the model with its tokenizer.
+        resume: continue from the newest checkpoint in ``folder``; bit for bit on one process on the CPU.
+        callbacks: told of every step, evaluation and checkpoint.
+
+    Returns:
+        How the training ended: steps, metrics of the last one, the last evaluation, seconds.
+
+    Raises:
+        DataError: there is no pair to train on, or an answer with its prompt is longer than the model can read.
+        ConfigError: the tracker is not installed, or the launcher asks for another kind of parallelism.
+        CheckpointError: a checkpoint is there that nobody asked to resume or that belongs to another run; a full disk.
+        TrainingDiverged: a loss or a gradient is not finite; the state before that step is saved.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, with the state saved.
     """
     # 1. prompt and preferred answer as one text; an answer that was not cut ends with the end-of-sequence token
-    train, held_out = (_encode(pairs, tokenizer, cfg) for pairs in (pairs_train, pairs_held_out))
-    check_fits(model, max((len(answer.ids) for answer in train + held_out), default=0), "an answer with its prompt")
+    encode, length = partial(_encode, tokenizer=tokenizer, cfg=cfg), _length
+    train_answers, held_out_answers = encode_splits(encode, train, held_out, model=model, length=length)
 
-    # 2. maximise the likelihood of the answers, and watch those held out
-    collate = partial(collate_completions, pad_token_id=tokenizer.pad_token_id)
-
-    def held_out_likelihood(model: PreTrainedModel) -> dict[str, float]:
-        figures = mean_loss(
-            model,
-            held_out,
-            collate=collate,
-            loss=completion_loss,
-            batch_size=cfg.sft.micro_batch_size or cfg.sft.batch_size,
-        )
-        return figures | {"perplexity": math.exp(figures["loss"])}
-
-    with open_accelerator(cfg, Path(folder)) as accelerator:
-        result = fit(
-            model=model,
-            examples=train,
-            collate=collate,
-            loss=completion_loss,
-            cfg=cfg.sft,
-            folder=folder,
-            seed=cfg.seed,
-            resume=resume,
-            evaluate=held_out_likelihood if held_out else None,
-            callbacks=callbacks,
-            accelerator=accelerator,
-            length=lambda answer: len(answer.ids),
-            config=cfg,
-        )
-
-    # 3. a model folder that loads anywhere
-    save_model(model, tokenizer, folder)
-    return result
+    # 2. maximise the likelihood of the answers, watch those held out, and 3. write a model folder that loads anywhere
+    return fit_and_save(
+        cfg,
+        cfg.sft,
+        model=model,
+        tokenizer=tokenizer,
+        train=train_answers,
+        held_out=held_out_answers,
+        collate=partial(collate_completions, pad_token_id=tokenizer.pad_token_id),
+        loss=completion_loss,
+        length=length,
+        further=_perplexity,
+        folder=folder,
+        resume=resume,
+        callbacks=callbacks,
+    )
 
 
 def _encode(pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, cfg: RunConfig) -> list[EncodedAnswer]:
@@ -84,3 +87,11 @@ def _encode(pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase,
         max_prompt_tokens=cfg.data.max_prompt_tokens,
         max_answer_tokens=cfg.data.max_answer_tokens,
     )
+
+
+def _length(answer: EncodedAnswer) -> int:
+    return len(answer.ids)
+
+
+def _perplexity(figures: Mapping[str, float]) -> dict[str, float]:
+    return {"perplexity": math.exp(figures["loss"])}

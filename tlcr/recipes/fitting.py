@@ -1,0 +1,118 @@
+"""What the supervised recipes share: examples that fit the model, the fit with its tracker, and the model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tlcr.config.schema import RunConfig, TrainingConfig
+from tlcr.models.loading import check_fits, save_model
+from tlcr.training.accelerator import open_accelerator
+from tlcr.training.callbacks import Callback
+from tlcr.training.supervised import Batch, FitResult, Loss, fit, mean_loss
+
+P = TypeVar("P")
+E = TypeVar("E")
+
+
+def encode_splits(
+    encode: Callable[[Sequence[P]], list[E]],
+    train: Sequence[P],
+    held_out: Sequence[P],
+    *,
+    model: PreTrainedModel,
+    length: Callable[[E], int],
+) -> tuple[list[E], list[E]]:
+    """Both splits as token ids. Raises DataError where an example is longer than ``model`` can read."""
+    encoded = encode(train), encode(held_out)
+    check_lengths(model, [length(example) for split in encoded for example in split])
+    return encoded
+
+
+def check_lengths(model: PreTrainedModel, lengths: Sequence[int]) -> None:
+    """Raises DataError where an answer with its prompt, of one of these numbers of tokens, is longer than ``model``
+    can read."""
+    check_fits(model, max(lengths, default=0), "an answer with its prompt")
+
+
+def micro_batch_size(settings: TrainingConfig) -> int:
+    """How many examples one forward pass takes, in training and in evaluation."""
+    return settings.micro_batch_size or settings.batch_size
+
+
+def fit_tracked(
+    cfg: RunConfig,
+    settings: TrainingConfig,
+    *,
+    model: PreTrainedModel,
+    examples: Sequence[E],
+    collate: Callable[[Sequence[E]], Batch],
+    loss: Loss,
+    length: Callable[[E], int],
+    evaluate: Callable[[PreTrainedModel], Mapping[str, float]] | None,
+    folder: str | Path,
+    resume: bool,
+    callbacks: Sequence[Callback],
+) -> FitResult:
+    """``fit`` by one section of a run's config, under the run's tracker."""
+    with open_accelerator(cfg, folder) as accelerator:
+        return fit(
+            model=model,
+            examples=examples,
+            collate=collate,
+            loss=loss,
+            cfg=settings,
+            folder=folder,
+            seed=cfg.seed,
+            resume=resume,
+            evaluate=evaluate,
+            callbacks=callbacks,
+            accelerator=accelerator,
+            length=length,
+            config=cfg,
+        )
+
+
+def fit_and_save(
+    cfg: RunConfig,
+    settings: TrainingConfig,
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Sequence[E],
+    held_out: Sequence[E],
+    collate: Callable[[Sequence[E]], Batch],
+    loss: Loss,
+    length: Callable[[E], int],
+    folder: str | Path,
+    resume: bool,
+    callbacks: Sequence[Callback],
+    further: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda figures: {},
+) -> FitResult:
+    """Minimises ``loss`` over ``train``, watches it on ``held_out``, and writes a model folder that loads anywhere.
+
+    further: figures to evaluate beside the loss and its statistics, which it is given.
+    """
+
+    def held_out_loss(model: PreTrainedModel) -> dict[str, float]:
+        figures = mean_loss(model, held_out, collate=collate, loss=loss, batch_size=micro_batch_size(settings))
+        return {**figures, **further(figures)}
+
+    result = fit_tracked(
+        cfg,
+        settings,
+        model=model,
+        examples=train,
+        collate=collate,
+        loss=loss,
+        length=length,
+        evaluate=held_out_loss if held_out else None,
+        folder=folder,
+        resume=resume,
+        callbacks=callbacks,
+    )
+    save_model(model, tokenizer, folder)
+    return result
