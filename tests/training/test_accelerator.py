@@ -1,0 +1,193 @@
+"""The one builder of accelerators: what reaches the tracker, of supervised training and of PPO, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tests.ppo.helpers import run_ppo, small_config
+from tests.recipes.test_train_sft import PAIRS
+from tlcr.config.schema import RunConfig, TrainingConfig
+from tlcr.errors import ConfigError
+from tlcr.ppo.run import ddp_options
+from tlcr.recipes.train_sft import train_sft
+from tlcr.training import accelerator as builder
+from tlcr.training.accelerator import open_accelerator
+from tlcr.training.callbacks import Callback
+from tlcr.training.metrics import read_metrics
+
+LM = Callable[..., PreTrainedModel]
+Tokenizer = PreTrainedTokenizerFast
+
+
+class Recorder(GeneralTracker):
+    """A tracker that keeps what it is given. Accelerate starts it in `init_trackers`, and nowhere else."""
+
+    name = "recorder"
+    requires_logging_directory = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started = self.finished = 0
+        self.hyperparameters: dict[str, Any] = {}
+        self.rows: list[tuple[int | None, dict[str, Any]]] = []
+
+    @property
+    def tracker(self) -> list[tuple[int | None, dict[str, Any]]]:
+        return self.rows
+
+    def start(self) -> None:
+        self.started += 1
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.hyperparameters |= values
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        self.rows.append((step, values))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+class Installed:
+    """The tracker that the config names, as if its package were there, and the options of the accelerators made."""
+
+    def __init__(self) -> None:
+        self.recorder = Recorder()
+        self.options: list[dict[str, Any]] = []
+
+    def __call__(self, **options: Any) -> Accelerator:
+        self.options.append(options)
+        return Accelerator(**(options | ({"log_with": self.recorder} if options["log_with"] == "tensorboard" else {})))
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Installed:
+    made = Installed()
+    monkeypatch.setattr(builder, "find_spec", lambda name: object())
+    monkeypatch.setattr(builder, "Accelerator", made)
+    return made
+
+
+class Crash(Callback):
+    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        raise OSError("the power went out")
+
+
+def sft(make_lm: LM, tokenizer: Tokenizer, folder: Path, **options: Any) -> None:
+    cfg = RunConfig(tracker="tensorboard", sft=TrainingConfig(epochs=1, batch_size=3, learning_rate=0.125))
+    train_sft(cfg, model=make_lm(), tokenizer=tokenizer, train=PAIRS[:5], held_out=PAIRS[5:], folder=folder, **options)
+
+
+def ppo(make_lm: LM, tokenizer: Tokenizer, folder: Path, **options: Any) -> None:
+    cfg = replace(small_config(updates=2, gamma=0.875), tracker="tensorboard")
+    run_ppo(cfg, make_lm, tokenizer, folder, evaluate=lambda *_: {"gold": 0.5}, **options)
+
+
+@pytest.mark.parametrize(
+    ("train", "setting", "value"), [(sft, "sft.learning_rate", 0.125), (ppo, "ppo.gamma", 0.875)], ids=["sft", "ppo"]
+)
+def test_the_tracker_gets_every_figure_and_the_config_and_is_finished(
+    installed: Installed,
+    tiny_causal_lm: LM,
+    tiny_tokenizer: Tokenizer,
+    tmp_path: Path,
+    train: Callable[..., None],
+    setting: str,
+    value: float,
+) -> None:
+    train(tiny_causal_lm, tiny_tokenizer, tmp_path)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    logged = [{"step": step, **values} for step, values in installed.recorder.rows]
+    assert len(rows) >= 2 and any("eval/" in key for key in rows[-1])
+    assert logged == [{key: figure for key, figure in row.items() if key != "time"} for row in rows]
+    assert installed.recorder.hyperparameters[setting] == value
+    assert installed.recorder.hyperparameters["seed"] == 0
+    assert (installed.recorder.started, installed.recorder.finished) == (1, 1)
+    assert installed.options[0]["project_dir"] == str(tmp_path / "tracker")
+
+
+@pytest.mark.parametrize("train", [sft, ppo])
+def test_the_tracker_is_finished_where_training_fails(
+    installed: Installed, tiny_causal_lm: LM, tiny_tokenizer: Tokenizer, tmp_path: Path, train: Callable[..., None]
+) -> None:
+    with pytest.raises(OSError, match="power"):
+        train(tiny_causal_lm, tiny_tokenizer, tmp_path, callbacks=[Crash()])
+    assert (installed.recorder.started, installed.recorder.finished) == (1, 1)
+    assert len(installed.recorder.rows) >= 1
+
+
+@pytest.mark.parametrize("train", [sft, ppo])
+def test_a_tracker_that_is_not_installed_stops_every_training(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_causal_lm: LM,
+    tiny_tokenizer: Tokenizer,
+    tmp_path: Path,
+    train: Callable[..., None],
+) -> None:
+    monkeypatch.setattr(builder, "find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match="tensorboard is not installed: 'pip install tensorboard', or set tracker: no"
+    ):
+        train(tiny_causal_lm, tiny_tokenizer, tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tlcr.training.accelerator.find_spec", lambda name: None)
+    with (
+        pytest.raises(ConfigError, match="wandb is not installed: 'pip install wandb'"),
+        open_accelerator(replace(RunConfig(), tracker="wandb"), tmp_path),
+    ):
+        pass
+
+
+def test_without_a_tracker_nothing_is_tracked(installed: Installed, tmp_path: Path) -> None:
+    with open_accelerator(RunConfig(), tmp_path) as accelerator:
+        assert accelerator.trackers == []
+    assert installed.options == [
+        {"mixed_precision": "no", "log_with": None, "project_dir": None, "kwargs_handlers": None}
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+def test_other_kinds_of_parallelism_are_refused_before_a_tracker_starts(
+    installed: Installed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: DistributedType
+) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", kind)
+    with (
+        pytest.raises(ConfigError, match=f"the launcher asks for {kind.value}; run 'accelerate launch' without DeepSp"),
+        open_accelerator(RunConfig(tracker="tensorboard"), tmp_path),
+    ):
+        pass
+    assert installed.recorder.started == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "partial"),
+    [({}, False), ({"value_warmup_updates": 1}, True), ({"value_coef": 0.0}, True)],
+    ids=["both", "warm-up", "policy only"],
+)
+def test_ppo_looks_for_unused_parameters_only_where_a_network_sits_out(
+    installed: Installed,
+    tiny_causal_lm: LM,
+    tiny_tokenizer: Tokenizer,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    partial: bool,
+) -> None:
+    cfg = small_config(updates=1, **changes)
+    run_ppo(cfg, tiny_causal_lm, tiny_tokenizer, tmp_path)
+    assert installed.options[0]["kwargs_handlers"] == [ddp_options(cfg.ppo)]
+    assert ddp_options(cfg.ppo) == DistributedDataParallelKwargs(
+        find_unused_parameters=partial, broadcast_buffers=False
+    )
