@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,7 @@ REWARD_OPTIONS = (
     "kl=None, kl_coef=0.0, terminal=None, temperature=1.0, scale=1.0, clip=None, "
     "kind='continuous', band=0.0, impl='auto'"
 )
+ON_PAIRS = "tokenizer, train, held_out, folder, resume=False, callbacks=()"
 SIGNATURES = {
     "fused_reward": f"(logits, mask, *, {REWARD_OPTIONS})",
     "reward_from_hidden": f"(hidden, weight, mask, *, bias=None, {REWARD_OPTIONS})",
@@ -58,7 +61,24 @@ SIGNATURES = {
     "kl_coef=0.0, aggregate='token', denominator=None, impl='auto')",
     "token_labels": "(rejected_ids, revised_ids)",
     "build_info": "()",
+    "train_sft": f"(cfg, *, model, {ON_PAIRS})",
+    "train_reward_model": f"(cfg, *, backbone, {ON_PAIRS})",
+    "train_dpo": f"(cfg, *, model, {ON_PAIRS})",
+    "train_discriminator": "(cfg, *, backbone, tokenizer, train, held_out, held_out_preferences=(), folder, "
+    "resume=False, callbacks=())",
+    "train_ppo": "(cfg, *, actor_critic, reference, tokenizer, reward_source, reward_temperature=1.0, prompts, folder, "
+    "seed, resume=False, callbacks=(), evaluate=None)",
+    "build_reward_source": "(cfg, *, policy_tokenizer, discriminator=None, reward_model=None, dpo=None, "
+    "reference=None, dpo_beta=0.1, data, seed, micro_batch_size=None)",
+    "ActorCritic.__init__": "(self, policy, value_model, *, chunk_tokens=None)",
+    "RewardSource.__call__": "(self, rollout)",
+    "RewardSource.state_dict": "(self)",
+    "RewardSource.load_state_dict": "(self, state)",
+    "load_config": "(path, overrides=None)",
+    "dump_config": "(cfg)",
+    "run": "(cfg, *, resume=False)",
 }
+RECIPES = tuple(name for name in SIGNATURES if name.startswith("train_"))
 FIELDS = {
     "TokenScores": ("logprobs", "entropy", "ref_logprobs", "kl"),
     "PPOLoss": (
@@ -75,14 +95,43 @@ def test_the_public_names_are_these_and_all_resolve() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(SIGNATURES))
-def test_the_ops_have_the_agreed_signature(name: str) -> None:
-    signature = inspect.signature(getattr(tlcr, name))
+def test_everything_that_is_called_has_the_agreed_signature(name: str) -> None:
+    signature = inspect.signature(attrgetter(name)(tlcr))
     bare = signature.replace(
         parameters=[p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()],
         return_annotation=inspect.Signature.empty,
     )
     assert str(bare) == SIGNATURES[name]
     assert signature.return_annotation is not inspect.Signature.empty
+
+
+def test_no_public_function_is_forgotten() -> None:
+    assert {name for name in NAMES if inspect.isfunction(getattr(tlcr, name))} == {
+        name for name in SIGNATURES if "." not in name
+    }
+
+
+def test_the_recipes_name_what_they_share_in_one_order() -> None:
+    """Models, tokenizer, data, folder, seed, resume, callbacks, evaluate; what two recipes share stands alike."""
+    order = (
+        *("cfg", "actor_critic", "model", "backbone", "reference", "tokenizer", "reward_source", "reward_temperature"),
+        *("train", "held_out", "held_out_preferences", "prompts", "folder", "seed", "resume", "callbacks", "evaluate"),
+    )
+    for name in RECIPES:
+        parameters = inspect.signature(getattr(tlcr, name)).parameters
+        assert list(parameters) == [parameter for parameter in order if parameter in parameters]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_documents_every_argument_its_source_and_its_errors(name: str) -> None:
+    recipe = getattr(tlcr, name)
+    docstring = inspect.getdoc(recipe)
+    assert docstring is not None and "Source: " in docstring
+    arguments = docstring.split("\nArgs:\n")[1].split("\nReturns:\n")[0]
+    documented = re.findall(r"^    (\w+):", arguments, re.MULTILINE)
+    assert documented == list(inspect.signature(recipe).parameters)
+    raised = re.findall(r"^    (\w+):", docstring.split("\nRaises:\n")[1], re.MULTILINE)
+    assert {"DataError", "ConfigError", "CheckpointError", "TrainingDiverged", "KeyboardInterrupt"} == set(raised)
 
 
 @pytest.mark.parametrize("name", sorted(FIELDS))

@@ -211,6 +211,18 @@ def test_another_number_of_processes_is_refused(tmp_path):
         load_checkpoint(path, **NOTHING)
 
 
+def test_a_checkpoint_without_the_identity_asked_for_is_refused(tmp_path):
+    path = Training(seed=1).save(tmp_path, 1, state={"identity": {"settings": {"a": 1}, "seed": 2}})
+    load_checkpoint(path, **NOTHING, identity={"settings": {"a": 1}, "seed": 2})
+    with pytest.raises(
+        CheckpointError, match=r"run with other seed \(seed was 2 and is 3\): restore them, name another"
+    ):
+        load_checkpoint(path, **NOTHING, identity={"settings": {"a": 1}, "seed": 3})
+    foreign = Training(seed=1).save(tmp_path, 2)
+    with pytest.raises(CheckpointError, match=r"checkpoint.json cannot be read into this run \(KeyError: 'identity'\)"):
+        load_checkpoint(foreign, **NOTHING, identity={"settings": {"a": 1}, "seed": 2})
+
+
 def test_other_versions_are_reported(tmp_path, caplog):
     path = Training(seed=1).save(tmp_path, 1)
     load_checkpoint(path, **NOTHING)

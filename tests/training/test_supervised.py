@@ -334,6 +334,47 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, tiny_causal_lm):
     train(tiny_causal_lm(), tmp_path, config(micro_batch_size=1, save_every=7), resume=True)  # changes no result
 
 
+STATE_OF_AN_EARLIER_VERSION = {
+    "identity": {
+        "settings": {
+            "epochs": 3,
+            "batch_size": 4,
+            "learning_rate": 0.001,
+            "weight_decay": 0.1,
+            "warmup_share": 0.05,
+            "schedule": "cosine",
+            "max_grad_norm": 1.0,
+        },
+        "examples": 10,
+        "seed": 3,
+    },
+    "metrics": {"loss": 7.151407639185588, "grad_norm": 2.1189756393432617, "epoch": 5 / 3},
+    "evaluation": {"loss": 5.819731521606445},
+    "seconds": 1000.5,
+}
+"""What version 0.1.0 wrote of a training with the settings below."""
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path, tiny_causal_lm):
+    cfg = TrainingConfig(epochs=3, batch_size=4, micro_batch_size=3, learning_rate=1e-3, save_every=2)
+    whole = tiny_causal_lm()
+    train(whole, tmp_path / "whole", cfg)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_causal_lm(), tmp_path / "cut", cfg, callbacks=[PressCtrlC(5)])
+    manifest = tmp_path / "cut" / "checkpoints" / "step-000005" / "checkpoint.json"
+    written = json.loads(manifest.read_text())
+    assert written["state"].keys() == STATE_OF_AN_EARLIER_VERSION.keys()
+    assert written["state"]["identity"] == STATE_OF_AN_EARLIER_VERSION["identity"]
+    manifest.write_text(json.dumps(written | {"state": STATE_OF_AN_EARLIER_VERSION}))
+
+    again = tiny_causal_lm(seed=9)
+    result = train(again, tmp_path / "cut", cfg, resume=True)
+    assert result.steps == 9 and result.evaluation == {"loss": 5.819731521606445}
+    assert 1000.5 < result.seconds < 1100
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    assert rows_without_time(tmp_path / "cut") == rows_without_time(tmp_path / "whole")
+
+
 # ---- order, evaluation, callbacks
 
 

@@ -279,7 +279,8 @@ def load_checkpoint(
             "start as many processes, so that each continues its own random state"
         )
     if identity is not None:
-        _check_identity(path, manifest["state"]["identity"], identity)
+        with _reading(path / MANIFEST):
+            _check_identity(path, manifest["state"]["identity"], identity)
     for name, model in models.items():
         file = path / f"model-{name}.safetensors"
         with _reading(file):

@@ -1,0 +1,254 @@
+"""The loop that every training shares: what is counted, logged, evaluated, saved and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from tlcr.errors import CheckpointError
+from tlcr.training.callbacks import Callback
+from tlcr.training.checkpoint import latest_checkpoint
+from tlcr.training.loop import TrainingLoop, settings_without
+from tlcr.training.metrics import read_metrics
+from tlcr.training.optim import build_scheduler
+
+IDENTITY = {"settings": {"rate": 0.1, "inner": {"depth": 3}}, "seed": 5}
+
+
+class Adder:
+    """A training whose step adds 1 to its only weight."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        identity: Mapping[str, Any] = IDENTITY,
+        callbacks: tuple[Callback, ...] = (),
+        total_steps: int = 4,
+        evaluate_every: int = 2,
+        save_every: int = 2,
+        keep_checkpoints: int = 2,
+        evaluate: bool = True,
+    ) -> None:
+        self.model = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.model.weight)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+        self.scheduler = build_scheduler(self.optimizer, schedule="linear", total_steps=total_steps, warmup_steps=0)
+        self.loop = TrainingLoop(
+            folder,
+            total_steps=total_steps,
+            evaluate_every=evaluate_every,
+            save_every=save_every,
+            keep_checkpoints=keep_checkpoints,
+            accelerator=Accelerator(),
+            models={"adder": self.model},
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            identity=identity,
+            config={"name": "adder"},
+            evaluate=(lambda: {"weight": self.weight}) if evaluate else None,
+            callbacks=callbacks,
+            own_state=lambda: {"tripled": 3 * self.weight},
+        )
+
+    @property
+    def weight(self) -> float:
+        return self.model.weight.item()
+
+    def step(self) -> dict[str, float]:
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.model.weight.grad = torch.full((1, 1), -1 / rate)
+        self.optimizer.step()
+        return {"sum": self.weight}
+
+    def run(self, take_step: Callable[[], dict[str, float]] | None = None) -> bool:
+        return self.loop.run(take_step or self.step, label="adder")
+
+
+class Listener(Callback):
+    """Hears everything; answers what it is told to, at one step."""
+
+    def __init__(self, on_step: int = -1, on_evaluate: int = -1) -> None:
+        self.heard: list[tuple[str, int]] = []
+        self._on_step, self._on_evaluate = on_step, on_evaluate
+
+    def on_step(self, step: int, metrics: Mapping[str, float]) -> bool:
+        self.heard.append(("step", step))
+        return step == self._on_step
+
+    def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> bool:
+        self.heard.append(("evaluate", step))
+        return step == self._on_evaluate
+
+    def on_save(self, step: int, path: Path) -> None:
+        self.heard.append(("save", step))
+
+    def on_end(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.heard.append(("end", step))
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [{key: row[key] for key in row if key != "time"} for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_steps_are_counted_logged_evaluated_and_saved_in_their_order(tmp_path: Path) -> None:
+    listener = Listener()
+    adder = Adder(tmp_path, callbacks=(listener,), total_steps=5)
+    assert adder.loop.start(resume=False) is None
+    assert adder.run() is False
+    adder.loop.end()
+    assert listener.heard == [
+        *[("step", 1), ("evaluate", 2), ("step", 2), ("save", 2), ("step", 3)],
+        *[("evaluate", 4), ("step", 4), ("save", 4), ("evaluate", 5), ("step", 5), ("save", 5), ("end", 5)],
+    ]
+    assert rows(tmp_path) == [
+        {"step": 1, "sum": 1.0},
+        {"step": 2, "sum": 2.0, "eval/weight": 2.0},
+        {"step": 3, "sum": 3.0},
+        {"step": 4, "sum": 4.0, "eval/weight": 4.0},
+        {"step": 5, "sum": 5.0, "eval/weight": 5.0},
+    ]
+    assert adder.loop.metrics == {"sum": 5.0, "eval/weight": 5.0} and adder.loop.evaluation == {"weight": 5.0}
+    assert adder.scheduler.get_last_lr() == [0.0]  # once after each step
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
+
+
+def test_without_an_evaluation_nothing_is_evaluated_and_every_zero_means_at_the_end(tmp_path: Path) -> None:
+    silent = Adder(tmp_path / "silent", evaluate=False)
+    silent.loop.start(resume=False)
+    silent.run()
+    assert silent.loop.evaluation == {} and not any("eval/weight" in row for row in rows(tmp_path / "silent"))
+    listener = Listener()
+    last = Adder(tmp_path / "last", callbacks=(listener,), evaluate_every=0, save_every=0)
+    last.loop.start(resume=False)
+    last.run()
+    assert [event for event in listener.heard if event[0] != "step"] == [("evaluate", 4), ("save", 4)]
+
+
+@pytest.mark.parametrize(("answer", "at"), [({"on_step": 3}, 3), ({"on_evaluate": 2}, 2)])
+def test_a_callback_ends_the_training_with_its_state_saved(tmp_path: Path, answer: dict[str, int], at: int) -> None:
+    adder = Adder(tmp_path, callbacks=(Listener(**answer),))
+    adder.loop.start(resume=False)
+    assert adder.run() is True
+    saved = latest_checkpoint(tmp_path / "checkpoints")
+    assert adder.loop.step == at and saved is not None and saved.name == f"step-00000{at}"
+
+
+def test_a_step_is_saved_once_however_often_that_is_asked(tmp_path: Path) -> None:
+    listener = Listener()
+    adder = Adder(tmp_path, callbacks=(listener,), save_every=1, total_steps=2)
+    adder.loop.start(resume=False)
+    adder.run()
+    first = adder.loop.save()
+    stamp = json.loads((first / "checkpoint.json").read_text())["saved_at"]
+    assert adder.loop.save() == first
+    assert json.loads((first / "checkpoint.json").read_text())["saved_at"] == stamp
+    assert [event for event in listener.heard if event[0] == "save"] == [("save", 1), ("save", 2)]
+
+
+def test_a_state_saved_apart_is_no_checkpoint_to_resume_from(tmp_path: Path) -> None:
+    listener = Listener()
+    adder = Adder(tmp_path, callbacks=(listener,))
+    path = adder.loop.save_to(tmp_path / "apart", keep=1)
+    assert path.parent == tmp_path / "apart" and (path / "checkpoint.json").is_file()
+    assert latest_checkpoint(tmp_path / "checkpoints") is None and listener.heard == []
+
+
+def test_a_resumed_training_takes_up_everything(tmp_path: Path) -> None:
+    whole = Adder(tmp_path / "whole")
+    whole.loop.start(resume=False)
+    whole.run()
+
+    def fail_at_3() -> dict[str, float]:
+        if cut.loop.step == 3:
+            raise OSError("the power went out")
+        return cut.step()
+
+    cut = Adder(tmp_path / "cut")
+    cut.loop.start(resume=False)
+    cut.loop._started -= 1000  # as if those two steps had taken so long
+    with pytest.raises(OSError, match="power"):
+        cut.run(fail_at_3)
+    again = Adder(tmp_path / "cut")
+    state = again.loop.start(resume=True)
+    assert state is not None and state["tripled"] == 6.0
+    assert (again.loop.step, again.weight) == (2, 2.0)
+    assert again.loop.metrics == {"sum": 2.0, "eval/weight": 2.0} and again.loop.evaluation == {"weight": 2.0}
+    assert again.scheduler.get_last_lr() == [0.5]
+    assert 1000 < again.loop.seconds < 1100
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")[:2]  # the third step is taken again
+    again.run()
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole") and again.weight == whole.weight
+
+
+def test_a_fresh_start_empties_a_log_that_was_left(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "sum": 7.0}\n{"step": 1, "sum": 8.0}\n')
+    Adder(tmp_path).loop.start(resume=False)
+    assert rows(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("identity", "message"),
+    [
+        (
+            {"settings": {"rate": 0.2, "inner": {"depth": 3}}, "seed": 5},
+            r"with other settings \(rate was 0.1 and is 0.2\): restore them, name another output_dir, or delete .*",
+        ),
+        (
+            {"settings": {"rate": 0.1, "inner": {"depth": 4}}, "seed": 6},
+            r"with other settings and seed \(inner.depth was 3 and is 4; seed was 5 and is 6\)",
+        ),
+        ({"settings": {"rate": 0.1, "inner": {}}, "seed": 5}, r"with other settings \(inner.depth was 3 and is None\)"),
+        ({**IDENTITY, "data": "0f" * 32}, r"with other data \(data was None and is 0f0f0f0f\.\.\.\)"),
+    ],
+)
+def test_a_checkpoint_of_another_training_changes_nothing_and_names_what_differs(
+    tmp_path: Path, identity: dict[str, Any], message: str
+) -> None:
+    first = Adder(tmp_path)
+    first.loop.start(resume=False)
+    first.run()
+    other = Adder(tmp_path, identity=identity)
+    with pytest.raises(CheckpointError, match=f"checkpoint .*step-000004 belongs to a run {message}") as caught:
+        other.loop.start(resume=True)
+    assert "\n" not in str(caught.value)
+    assert (other.weight, other.loop.step) == (0.0, 0)
+    assert len(rows(tmp_path)) == 4
+
+
+def test_a_setting_that_did_not_exist_then_and_is_none_now_is_no_difference(tmp_path: Path) -> None:
+    first = Adder(tmp_path)
+    first.loop.start(resume=False)
+    first.run()
+    Adder(tmp_path, identity={"settings": {**IDENTITY["settings"], "new": None}, "seed": 5}).loop.start(resume=True)  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("when", ["step", "last save"])
+def test_ctrl_c_ends_the_training_after_the_step_or_the_save_that_it_met(tmp_path: Path, when: str) -> None:
+    class Press(Callback):
+        def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
+            if when == "step" and step == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        def on_save(self, step: int, path: Path) -> None:
+            if when == "last save" and step == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    adder = Adder(tmp_path, callbacks=(Press(),), save_every=0)
+    adder.loop.start(resume=False)
+    step = 1 if when == "step" else 4
+    with pytest.raises(KeyboardInterrupt, match=f"stopped after step {step}; .*step-00000{step}: .*--resume"):
+        adder.run()
+
+
+def test_settings_without_what_may_change() -> None:
+    assert settings_without({"a": (1, 2), "b": 3}, ("b",)) == {"a": [1, 2]}
