@@ -190,6 +190,17 @@ def test_a_resumed_training_takes_up_everything(tmp_path: Path) -> None:
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole") and again.weight == whole.weight
 
 
+def test_a_training_resumed_at_its_end_saves_nothing_again(tmp_path: Path) -> None:
+    first = Adder(tmp_path)
+    first.loop.start(resume=False)
+    first.run()
+    listener = Listener()
+    again = Adder(tmp_path, callbacks=(listener,))
+    again.loop.start(resume=True)
+    assert again.run() is False and again.loop.save() == tmp_path / "checkpoints" / "step-000004"
+    assert listener.heard == []
+
+
 def test_a_fresh_start_empties_a_log_that_was_left(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "sum": 7.0}\n{"step": 1, "sum": 8.0}\n')
     Adder(tmp_path).loop.start(resume=False)
