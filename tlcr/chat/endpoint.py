@@ -66,6 +66,10 @@ class Endpoint:
     def answer_all(self, questions: Sequence[Question], deliver: Deliver) -> None:
         """See ``ChatModel``.
 
+        Args:
+            questions: what to ask.
+            deliver: takes the number of a question and its answer.
+
         Raises:
             ConfigError: there is no API key, and no ``base_url`` of a server that may do without.
             BudgetExhausted: a cap is reached. What was under way has been delivered.

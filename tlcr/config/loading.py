@@ -109,9 +109,16 @@ def nearest(name: str, names: Sequence[str], prefix: str = "") -> str:
 def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """Read a YAML file, lay the overrides over it, and make the typed config.
 
-    path: None for the defaults alone. overrides: values by dotted path, typed or as written on a command line; they win
-    over the file. Each entry of ``arms`` names only what differs: its ``reward`` lies over the top-level ``reward``.
-    Raises ConfigError for a file that cannot be read, an unknown or repeated key, a wrong type or a violated bound.
+    Args:
+        path: None for the defaults alone.
+        overrides: values by dotted path, typed or as written on a command line; they win over the file. Each entry of
+            ``arms`` names only what differs: its ``reward`` lies over the top-level ``reward``.
+
+    Returns:
+        The config.
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown or repeated key, a wrong type or a violated bound.
     """
     values = _read_values(RunConfig, path, overrides)
     arms = values.pop("arms", None)

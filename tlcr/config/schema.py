@@ -628,7 +628,7 @@ class RunConfig(Checked):
 
     @property
     def kl_estimator(self) -> Literal["k1", "k2", "k3", "full"]:
-        """The KL that PPO pays for: kl.estimator, but the exact one where the reward repeats the released code."""
+        """The KL that PPO pays for is kl.estimator, but the exact one where the reward repeats the released code."""
         return "full" if self.reward.compat is not None else self.kl.estimator
 
     def uses_reward_model(self, reward: RewardConfig) -> bool:

@@ -47,7 +47,7 @@ __all__ = [
 
 Values = Mapping[str, Any]
 Context = str | list[dict[str, str]]
-"""What comes before an answer: text, or messages that still want a chat template."""
+"""The text before an answer, plain or as messages that still want a chat template."""
 
 REVISION_MARKER = "<|Start Of Modified Response|>\n"
 """In the published TLCR data a reviser's raw text is its reasoning, this marker, and the revision."""
@@ -138,6 +138,16 @@ def hh_preference(id: str, values: Values) -> RawPreference:
     r"""``chosen`` and ``rejected`` as whole transcripts "\n\nHuman: ..\n\nAssistant: .." that differ in the last turn.
 
     The prompt is the transcript they share, through the last "\n\nAssistant:"; answers keep their leading space.
+
+    Args:
+        id: the record's name.
+        values: the columns.
+
+    Returns:
+        The pair.
+
+    Raises:
+        Malformed: a column is missing, or an earlier turn differs.
     """
     (prompt, chosen), (other, rejected) = (_split_transcript(values, name) for name in ("chosen", "rejected"))
     if prompt != other:
@@ -168,6 +178,16 @@ def tlcr_edit(id: str, values: Values) -> RawEdit:
 
     Edit codes, where the record has them, must be consistent (``check_edit_codes``). They are not the source of the
     labels: they speak of tokens of answers that were tokenised alone, and labels are of tokens in context.
+
+    Args:
+        id: the record's name.
+        values: the columns.
+
+    Returns:
+        The edit.
+
+    Raises:
+        Malformed: a column is missing, or the edit codes contradict each other.
     """
     context = _tlcr_context(values)
     rejected = _tlcr_answer(text_field(values, "reject_response"))
@@ -198,7 +218,15 @@ def tlcr_revision(values: Values) -> str:
 def marked_answer(id: str, values: Values) -> RawMarkedAnswer:
     """``prompt``, ``response`` (see ``_answers``) and ``spans``: a list of {"start", "end", and perhaps "label"}.
 
-    Offsets count characters of the response as the record has it.
+    Args:
+        id: the record's name.
+        values: the columns; offsets count characters of the response as the record has it.
+
+    Returns:
+        The answer and its marked errors.
+
+    Raises:
+        Malformed: a column is missing, or a span is not inside the response.
     """
     context, (answer,) = _answers(values, ("response",))
     given = values["response"] if isinstance(values["response"], str) else answer
@@ -242,8 +270,14 @@ def prompt(values: Values) -> RawPrompt:
 
 
 def prompt_key(prompt: Context) -> str:
-    """The words of a prompt, which are the same in every source: without white space, roles, or a transcript's marks of
-    turns."""
+    """The words of a prompt, which are the same in every source.
+
+    Args:
+        prompt: text or messages.
+
+    Returns:
+        The text without white space, roles, or a transcript's marks of turns.
+    """
     if isinstance(prompt, str):
         text = _TURN.sub(" ", "\n\n" + prompt.lstrip())
     else:

@@ -55,7 +55,7 @@ class LabelStatistics:
     truncated_pairs: int
     """Pairs of which at least one side was cut at the length limit."""
     edited_share_histogram: tuple[int, ...]
-    """Pairs by their own edited share, in ten bins: [0, .1), [.1, .2), ... [.9, 1]."""
+    """Pairs by their own edited share, in the ten bins [0, .1), [.1, .2), ... [.9, 1]."""
 
     def summary(self) -> str:
         """One line for people."""
@@ -83,6 +83,16 @@ def label_pair(
 
     A side that is longer than ``max_answer_tokens``, its end of sequence included, keeps that many tokens with the
     labels that they have in the whole edit; what was cut, the end of sequence among it, is neither there nor counted.
+
+    Args:
+        pair: the edit.
+        tokenizer: a fast tokenizer.
+        max_prompt_tokens: a longer prompt keeps its end.
+        max_answer_tokens: a longer answer keeps its beginning.
+        end_of_sequence: "neutral", "ignore" or "boundary".
+
+    Returns:
+        Both sides, labelled.
 
     Raises:
         ConfigError: the tokenizer is not a fast one, or it names no end-of-sequence token.
@@ -134,6 +144,11 @@ def write_labels(path: str | Path, pairs: Iterable[LabelledPair], tokenizer: Pre
 
     One line holds {"id", "prompt", "rejected": {"tokens", "ids", "labels", "counted", "complete"}, "revised": {...}};
     the prompt is the rejected side's, as far as it was kept.
+
+    Args:
+        path: the file to write.
+        pairs: what to write.
+        tokenizer: turns ids to text.
     """
     lines = (
         {

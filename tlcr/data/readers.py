@@ -97,11 +97,21 @@ class ReadResult(Generic[T]):
 def read_preferences(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadResult[PreferencePair]:
     """``cfg.preferences`` as preference pairs.
 
-    Formats, told apart by their columns under "auto":
-    preference: ``prompt``, ``chosen``, ``rejected`` as texts or messages; conversations may hold the prompt themselves.
-    hh: ``chosen`` and ``rejected`` as transcripts.
-    tlcr: ``context``, ``chosen_response``, ``reject_response``.
+    The columns tell the formats apart, where ``cfg.preferences_format`` is "auto":
+
+    - preference: ``prompt``, ``chosen``, ``rejected`` as texts or messages; conversations may hold the prompt
+      themselves.
+    - hh: ``chosen`` and ``rejected`` as transcripts.
+    - tlcr: ``context``, ``chosen_response``, ``reject_response``.
+
     An ``id`` column names the records; else the file and row do.
+
+    Args:
+        cfg: source, format, and what to do with a malformed record.
+        tokenizer: its chat template renders messages.
+
+    Returns:
+        The pairs, and the records that could not be used.
 
     Raises:
         ConfigError: no source is set, or its conversations meet a tokenizer without a chat template.
@@ -117,13 +127,23 @@ def read_preferences(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rea
 def read_edits(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadResult[EditPair]:
     """``cfg.edits`` as edit pairs.
 
-    Formats, told apart by their columns under "auto":
-    edits: ``prompt``, ``rejected``, ``revised`` and perhaps ``chosen``, as texts or messages.
-    tlcr: the published data, ``context``, ``reject_response``, and ``response`` or ``raw_response``.
+    The columns tell the formats apart, where ``cfg.edits_format`` is "auto":
+
+    - edits: ``prompt``, ``rejected``, ``revised`` and perhaps ``chosen``, as texts or messages.
+    - tlcr: the published data, ``context``, ``reject_response``, and ``response`` or ``raw_response``.
+
     A revision that changes nothing is kept, and noted: it says that the rejected answer has nothing to mend.
 
+    Args:
+        cfg: source, format, and what to do with a malformed record.
+        tokenizer: its chat template renders messages.
+
+    Returns:
+        The edits, and the records that could not be used.
+
     Raises:
-        as ``read_preferences``.
+        ConfigError: as ``read_preferences``.
+        DataError: as ``read_preferences``.
     """
     source, rows, name = _edit_rows(cfg)
     read, used = _convert(source, rows, name, EDIT_FORMATS[name], lambda raw: rendered_edit(raw, tokenizer), cfg)
@@ -144,8 +164,16 @@ def read_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadRes
 
     A source has a ``prompt`` column of texts or messages, or is in a format of ``read_preferences``.
 
+    Args:
+        cfg: source, format, and what to do with a malformed record.
+        tokenizer: its chat template renders messages.
+
+    Returns:
+        The prompts, and the records that could not be used.
+
     Raises:
-        as ``read_preferences``.
+        ConfigError: as ``read_preferences``.
+        DataError: as ``read_preferences``.
     """
     source, rows, name, read_one = _prompt_rows(cfg)
     read, _ = _convert(source, rows, name, read_one, lambda raw: render_prompt(tokenizer, raw.prompt), cfg)
@@ -158,8 +186,17 @@ def read_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadRes
 def read_marked_answers(source: str, cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadResult[MarkedAnswer]:
     """Answers with the errors that people marked: ``prompt``, ``response`` and ``spans`` (``formats.marked_answer``).
 
+    Args:
+        source: a file, folder or hub dataset.
+        cfg: split, limit, and what to do with a malformed record.
+        tokenizer: its chat template renders messages.
+
+    Returns:
+        The answers, and the records that could not be used.
+
     Raises:
-        as ``read_preferences``.
+        ConfigError: as ``read_preferences``.
+        DataError: as ``read_preferences``.
     """
     rows = read_rows(source, split=cfg.split, limit=None)
     columns = _columns(rows)
@@ -173,8 +210,15 @@ def read_marked_answers(source: str, cfg: DataConfig, tokenizer: PreTrainedToken
 def read_raw_preferences(cfg: DataConfig) -> ReadResult[RawPreference]:
     """``cfg.preferences`` as the source gives them, for whoever reads them without the policy's tokenizer.
 
+    Args:
+        cfg: source, format, and what to do with a malformed record.
+
+    Returns:
+        The pairs, and the records that could not be used.
+
     Raises:
-        as ``read_preferences``.
+        ConfigError: as ``read_preferences``.
+        DataError: as ``read_preferences``.
     """
     source, rows, name = _preference_rows(cfg)
     read, _ = _convert(source, rows, name, PREFERENCE_FORMATS[name], _as_it_is, cfg)
@@ -184,8 +228,15 @@ def read_raw_preferences(cfg: DataConfig) -> ReadResult[RawPreference]:
 def read_raw_edits(cfg: DataConfig) -> ReadResult[RawEdit]:
     """``cfg.edits`` as the source gives them.
 
+    Args:
+        cfg: source, format, and what to do with a malformed record.
+
+    Returns:
+        The edits, and the records that could not be used.
+
     Raises:
-        as ``read_preferences``.
+        ConfigError: as ``read_preferences``.
+        DataError: as ``read_preferences``.
     """
     source, rows, name = _edit_rows(cfg)
     read, _ = _convert(source, rows, name, EDIT_FORMATS[name], _as_it_is, cfg)
@@ -195,8 +246,15 @@ def read_raw_edits(cfg: DataConfig) -> ReadResult[RawEdit]:
 def read_raw_prompts(cfg: DataConfig) -> ReadResult[RawPrompt]:
     """``cfg.prompts`` (or the prompts of ``cfg.preferences``) as the source gives them, repeated ones too.
 
+    Args:
+        cfg: source, format, and what to do with a malformed record.
+
+    Returns:
+        The prompts, and the records that could not be used.
+
     Raises:
-        as ``read_preferences``.
+        ConfigError: as ``read_preferences``.
+        DataError: as ``read_preferences``.
     """
     source, rows, name, read_one = _prompt_rows(cfg)
     read, _ = _convert(source, rows, name, read_one, _as_it_is, cfg)

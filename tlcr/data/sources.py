@@ -48,11 +48,19 @@ class Row:
 
 
 def read_rows(source: str, *, split: str, limit: int | None) -> list[Row]:
-    """The first ``limit`` records (all, for None) of a file, a folder, or a hub dataset ("owner/name:configuration").
+    """The records of a file, a folder, or a hub dataset.
 
     Files end in .jsonl, .ndjson, .json (one record a line, or a list of records), .csv, .tsv (with a header), each also
     with .gz, or in .parquet or .arrow. Folders are what ``Dataset.save_to_disk`` wrote, or hold data files that
-    ``datasets`` recognises. ``split`` applies to folders and hub datasets.
+    ``datasets`` recognises.
+
+    Args:
+        source: a path, or "owner/name:configuration".
+        split: for folders and hub datasets.
+        limit: read so many records, the first ones; None: all.
+
+    Returns:
+        The records, each with its place.
 
     Raises:
         DataError: nothing is there under that name, it is empty or damaged, or its kind is not known.

@@ -31,7 +31,7 @@ __all__ = [
 T = TypeVar("T")
 
 Stage = Literal["sft", "reward", "ppo"]
-"""reward: whatever learns what is good from the preferences: reviser, labels, discriminator, reward model, DPO."""
+"""The stages that get a share. "reward" is the reviser, labels, discriminator, reward model and DPO."""
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
@@ -108,8 +108,19 @@ class Shares:
         )
 
     def split(self, stage: Stage, read: ReadResult[T], held_out: float) -> Split[T]:
-        """The same, parted in records to train on and held-out ones; where there are shares, by prompts (a prompt that
-        is held out from one stage then is from all), else by the records' ids."""
+        """The records of a stage, parted in records to train on and held-out ones.
+
+        Where there are shares, prompts decide: a prompt that is held out from one stage is held out from all. Else the
+        records' ids decide.
+
+        Args:
+            stage: "sft", "reward" or "ppo".
+            read: what a reader returned.
+            held_out: share of the records to hold out, in [0, 1).
+
+        Returns:
+            Training and held-out records.
+        """
         part = self.of(stage, read)
         return split_held_out(part.records, held_out, names=part.prompt_keys if self.shares else None)
 
@@ -129,11 +140,20 @@ class Shares:
 
 
 def read_shares(cfg: DataConfig) -> Shares:
-    """The shares that ``cfg`` asks for. A source that was named for one stage keeps its prompts for it: those of
-    ``cfg.edits`` for reward learning, and those of ``cfg.prompts`` that are not among them for PPO.
+    """The shares that ``cfg`` asks for.
+
+    A source that was named for one stage keeps its prompts for it: those of ``cfg.edits`` for reward learning, and
+    those of ``cfg.prompts`` that are not among them for PPO.
+
+    Args:
+        cfg: the shares and the sources.
+
+    Returns:
+        Which stage may see which prompt.
 
     Raises:
-        as ``readers.read_edits`` does.
+        ConfigError: as ``readers.read_preferences``.
+        DataError: as ``readers.read_preferences``.
     """
     if not cfg.shares:
         return Shares()
@@ -156,10 +176,17 @@ def nothing_left(stage: Stage, shares: Sequence[float], source: str) -> ConfigEr
 def split_held_out(records: Sequence[T], share: float, *, names: Sequence[str] | None = None) -> Split[T]:
     """Training and held-out records; a record's side depends on its name and the share alone.
 
-    names: what decides for each record; by default its id, or for a text the text itself. Records of one name stay
-    together. A record is held out where bytes 0 to 7 of the SHA-256 of its name, read as a fraction of 1, are below
-    ``share``. Of two or more names and a share above 0, that of the lowest fraction is held out and that of the highest
-    is not, whatever the share.
+    A record is held out where bytes 0 to 7 of the SHA-256 of its name, read as a fraction of 1, are below ``share``. Of
+    two or more names and a share above 0, that of the lowest fraction is held out and that of the highest is not,
+    whatever the share. Records of one name stay together.
+
+    Args:
+        records: what to part.
+        share: share of the names to hold out, in [0, 1).
+        names: what decides for each record; None: its id, or for a text the text itself.
+
+    Returns:
+        Training and held-out records, in their order.
     """
     fractions = [_fraction(name, 0) for name in (map(_name, records) if names is None else names)]
     if share <= 0 or len(set(fractions)) < 2:

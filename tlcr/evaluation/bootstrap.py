@@ -55,9 +55,14 @@ def estimate(
 
 
 def mean_estimate(values_N: npt.ArrayLike, group_N: npt.ArrayLike) -> Estimate | None:
-    """The mean of values (N,) that belong to groups (N,) of integers, every value weighing the same.
+    """The mean of values that belong to groups, every value weighing the same.
 
-    Groups without a value are not drawn. None without values.
+    Args:
+        values_N: (N,) numbers.
+        group_N: (N,) integers, the group of each value. Groups without a value are not drawn.
+
+    Returns:
+        The mean and its interval; None without values.
     """
     values, (_, group) = np.asarray(values_N, dtype=np.float64), np.unique(np.asarray(group_N), return_inverse=True)
     if not len(values):

@@ -78,10 +78,18 @@ def edit_structure(
     """What the labels of a whole pair, without its end-of-sequence tokens, say of each token.
 
     The kept tokens of both sides are the same in the same order; between two of them lie n tokens that were taken away
-    and m that were put in. Of a minimal script min(n, m) are substitutions, and by the tie rule of `ops.token_labels`
+    and m that were put in. Of a minimal script min(n, m) are substitutions, and by the tie rule of ``ops.token_labels``
     they are the first of each side; what is left over was deleted or inserted.
 
-    Raises ValueError where the two sides have not as many kept tokens.
+    Args:
+        rejected_labels: labels of the rejected answer.
+        revised_labels: labels of its revision.
+
+    Returns:
+        One place for each token of either side.
+
+    Raises:
+        ValueError: the two sides have not as many kept tokens.
     """
     gaps = [_edited_between_kept(labels) for labels in (rejected_labels, revised_labels)]
     if len(gaps[0]) != len(gaps[1]):
@@ -146,10 +154,19 @@ class AnalysedTokens:
 def analysed_tokens(
     pairs: Sequence[LabelledPair], whole: Sequence[LabelledPair], rewards_N: npt.ArrayLike
 ) -> AnalysedTokens:
-    """Puts rewards (N,), in the order of `predict_tokens(pairs)`, together with what the edits did.
+    """Puts rewards together with what the edits did.
 
-    whole: the same pairs, labelled without a limit of length, because only a whole alignment tells a substitution from
-    a deletion.
+    Args:
+        pairs: the labelled edits that were scored.
+        whole: the same pairs, labelled without a limit of length, because only a whole alignment tells a substitution
+            from a deletion.
+        rewards_N: (N,) rewards, in the order of ``predict_tokens(pairs)``.
+
+    Returns:
+        Every counted token with its reward and its place.
+
+    Raises:
+        ValueError: there is not one reward for each counted token.
     """
     parts = [[np.empty(0, dtype=np.int64)] * len(_FIELDS)]
     for number, (pair, uncut) in enumerate(zip(pairs, whole, strict=True)):
@@ -297,10 +314,16 @@ class SpillRow:
 
 
 def spill(tokens: AnalysedTokens) -> tuple[SpillRow, ...]:
-    """How far the reward of an edit reaches to the tokens that the edit kept: `TokenPlace.distance` says how they lie.
+    """How far the reward of an edit reaches to tokens that the edit kept: ``TokenPlace.distance`` says how they lie.
 
     Over tokens that count on both sides. A causal model says the same of a token before the first edit twice, so that
     its differences at negative distances are 0.
+
+    Args:
+        tokens: every counted token with its reward and its place.
+
+    Returns:
+        One row for each distance.
     """
     kept = tokens.where((tokens.kept >= 0) & (tokens.distance != 0))
     sides = [kept.where(kept.revised == revised) for revised in (0, 1)]
@@ -352,9 +375,14 @@ class AnswerComparison:
 
 
 def compare_answers(better: Sequence[Sequence[float]], worse: Sequence[Sequence[float]]) -> AnswerComparison | None:
-    """From the token rewards of the better and the worse answer of each pair; None without pairs.
+    """Compares whole answers by the mean reward of their tokens; an answer without tokens has mean 0, as everywhere.
 
-    An answer without tokens has mean 0, as everywhere.
+    Args:
+        better: token rewards of the better answer of each pair.
+        worse: token rewards of the worse one.
+
+    Returns:
+        The comparison; None without pairs.
     """
     if not better:
         return None

@@ -72,12 +72,22 @@ class Calibration:
 
 
 def fit_temperature(predictions: TokenPredictions, targets: Targets) -> Calibration:
-    """The temperature that minimises the training loss on held-out tokens (Guo et al. 2017, with soft targets).
+    """The temperature that minimises the training loss on held-out tokens (Guo et al. 2017, with soft targets)::
 
         T = argmin over [0.05, 20] of  mean_n - sum_c q_nc log softmax(logits_n / T)_c
 
-    over the tokens that enter the training loss, each weighing the same; convex in 1 / T, so there is one minimum.
-    Raises DataError where there is no such token.
+    over the tokens that enter the training loss, each weighing the same. It is convex in 1 / T, so there is one
+    minimum.
+
+    Args:
+        predictions: logits and labels of held-out tokens.
+        targets: which tokens enter the training loss.
+
+    Returns:
+        The temperature, and the loss before and after.
+
+    Raises:
+        DataError: there is no such token.
     """
     used = is_trained_on(predictions.labels_N, targets)
     logits_NC = predictions.logits_NC[used].double()
@@ -109,10 +119,19 @@ def _is_of_odd_pair(predictions: TokenPredictions) -> Tensor:
 
 
 def cross_fitted_confidence(predictions: TokenPredictions, targets: Targets) -> Tensor:
-    """The confidence (N,) of every token at the temperature fitted on the other half of the pairs.
+    """The confidence of every token at the temperature fitted on the other half of the pairs.
 
     So that calibration is not measured on what it was fitted on. The halves are the pairs of even and of odd number.
-    Raises DataError where a half has nothing to fit on.
+
+    Args:
+        predictions: logits and labels of held-out tokens.
+        targets: which tokens enter the training loss.
+
+    Returns:
+        (N,) probabilities.
+
+    Raises:
+        DataError: a half has nothing to fit on.
     """
     odd_N = _is_of_odd_pair(predictions)
     confidence_N = torch.empty(len(odd_N))
@@ -205,16 +224,25 @@ class DiscriminatorEvaluation:
 def evaluate_predictions(
     predictions: TokenPredictions, *, temperature: float, targets: Targets, calibrated: bool
 ) -> DiscriminatorEvaluation:
-    """Token metrics of held-out pairs, with rewards taken at `temperature`.
+    """Token metrics of held-out pairs, with rewards taken at ``temperature``.
 
-    auc_positive_negative, f1, accuracy_positive, accuracy_negative: among edited tokens; a token is called positive
-        where its reward is above 0 and negative where it is below. f1 is that of the positive class.
-    auc_negative_rest, auc_positive_rest: among all tokens, whether the reward finds the negative (positive) ones.
-    pairwise_accuracy: share of pairs whose revised answer has the higher mean reward; ties count half.
-    mean_reward_negative, _neutral, _positive: mean reward of the tokens with that label.
-    nll: the training loss per token. ece_before and, where `calibrated`, ece_after: expected calibration error (15
-        bins) at temperature 1 and at a temperature fitted on the other half of the pairs.
-    tokens, edited_share: what it was measured on.
+    - auc_positive_negative, f1, accuracy_positive, accuracy_negative: among edited tokens; a token is called positive
+      where its reward is above 0 and negative where it is below. f1 is that of the positive class.
+    - auc_negative_rest, auc_positive_rest: among all tokens, whether the reward finds the negative (positive) ones.
+    - pairwise_accuracy: share of pairs whose revised answer has the higher mean reward; ties count half.
+    - mean_reward_negative, _neutral, _positive: mean reward of the tokens with that label.
+    - nll: the training loss per token. ece_before and, where ``calibrated``, ece_after: expected calibration error (15
+      bins) at temperature 1 and at a temperature fitted on the other half of the pairs.
+    - tokens, edited_share: what it was measured on.
+
+    Args:
+        predictions: logits and labels of held-out tokens.
+        temperature: divides the logits.
+        targets: which tokens enter the training loss.
+        calibrated: whether a temperature was fitted.
+
+    Returns:
+        The figures.
     """
     labels_N, rewards_N = predictions.labels_N, token_rewards(predictions.logits_NC, temperature)
     edited_N = labels_N != 0

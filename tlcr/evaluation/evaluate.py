@@ -107,12 +107,12 @@ class PolicyEvaluation:
     gold_per_token: float | None
     gold_per_answer: float | None
     proxy_per_token: float | None
-    """What PPO maximised, KL aside: the arm's own reward, on its own scale."""
+    """What PPO maximised, without KL. It is the arm's own reward, on its own scale."""
     proxy_per_answer: float | None
     kl_per_token: float
     """Sampled KL(policy || reference), nats per token."""
     kl_per_answer: float
-    """The same per answer: an unbiased estimate of the KL of whole answers."""
+    """The same per answer, which is an unbiased estimate of the KL of whole answers."""
     exact_kl_per_token: float | None
     entropy: float
     """Nats per token."""
@@ -148,16 +148,26 @@ def evaluate_policy(
 ) -> PolicyEvaluation:
     """Answer every prompt once and measure the answers.
 
-    generate: samples one answer for each prompt, at the sampling temperature and from a generator of fixed seed, so
-    that two policies meet the same luck. score: log-probs of policy and reference, values and entropies of a rollout,
-    with the exact KL where it is wanted. scorer: gives whole answers their gold; None where there is none. batch_size:
-    prompts given to `generate` at a time. samples: answers kept with per-token detail, the first ones. detail: the
-    arm's reward and advantages (without it those of the samples are empty, and there is no proxy). gather: collects
-    the answers of all processes, each of which evaluated its own share of the prompts
-    (`accelerate.utils.gather_object`).
+    Args:
+        prompts: complete texts.
+        tokenizer: the policy's tokenizer.
+        generate: samples one answer for each prompt, at the sampling temperature and from a generator of fixed seed, so
+            that two policies meet the same luck.
+        score: log-probabilities of policy and reference, values and entropies of a rollout, with the exact KL where it
+            is wanted.
+        scorer: gives whole answers their gold; None where there is none.
+        batch_size: prompts given to ``generate`` at a time.
+        samples: answers kept with per-token detail, the first ones.
+        detail: the arm's reward and advantages. Without it those of the samples are empty, and there is no proxy.
+        gather: collects the answers of all processes, each of which evaluated its own share of the prompts
+            (``accelerate.utils.gather_object``).
 
-    Raises DataError without prompts, or where the scorer returns a wrong count or a score that is not finite;
-    ShapeError where `detail` returns another shape than the rollout's.
+    Returns:
+        Figures over all answers, and the samples.
+
+    Raises:
+        DataError: there are no prompts, or the scorer returns a wrong count or a score that is not finite.
+        ShapeError: ``detail`` returns another shape than the rollout's.
     """
     answers: list[EvaluatedAnswer] = []
     for start in range(0, len(prompts), batch_size):
@@ -208,8 +218,17 @@ def mean_of(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def ratio_of_sums(values: Sequence[float], counts: Sequence[float]) -> tuple[float, float | None]:
-    """R = sum(values) / sum(counts) and its standard error by the delta method, answers independent:
-    sqrt(sum (v_i - R n_i)^2 / (n (n - 1))) / mean(counts). R is 0 where nothing is counted."""
+    """R = sum(values) / sum(counts) and its standard error by the delta method, answers independent::
+
+        sqrt(sum (v_i - R n_i)^2 / (n (n - 1))) / mean(counts)
+
+    Args:
+        values: one number for each answer.
+        counts: what each is divided over.
+
+    Returns:
+        R, which is 0 where nothing is counted, and its standard error, None where it is not defined.
+    """
     n, total = len(values), math.fsum(counts)
     if total == 0:
         return 0.0, None

@@ -33,12 +33,21 @@ COVERAGE = 0.95
 
 
 def is_in_span(start: int, end: int, text: str, spans: Sequence[ErrorSpan]) -> bool:
-    """Whether the token that writes the characters [start, end) of `text` counts as part of one of the spans.
+    """Whether the token that writes the characters [start, end) of ``text`` counts as part of one of the spans.
 
     It does where the spans hold at least half of its characters that are not white space (of all of its characters,
     where it is nothing but white space). A byte-pair token brings the space before its word along, which people leave
     out of a span that begins with the word; and a span that ends inside a word has the tokens that it mostly holds.
     A token without characters is never in a span. Source: ours.
+
+    Args:
+        start: the token's first character.
+        end: the first character after it.
+        text: the answer.
+        spans: the marked errors.
+
+    Returns:
+        True where the token is in a span.
     """
     characters = [k for k in range(start, end) if not text[k].isspace()] or range(start, end)
     inside = sum(any(span.start <= k < span.end for span in spans) for k in characters)
@@ -86,8 +95,15 @@ class SpanEvaluation:
 def best_threshold(error_N: Bools, score_N: Floats) -> float:
     """The threshold with the highest F1 where tokens above it are called errors; of equal ones, the highest.
 
-    It is the next lower score, or lies below all of them: of a constant, every token is called an error.
-    Raises DataError where no token is an error.
+    Args:
+        error_N: bool (N,), True where a token is an error.
+        score_N: (N,), higher where an error is likelier.
+
+    Returns:
+        The next lower score, or a value below all of them. For a constant score every token is called an error.
+
+    Raises:
+        DataError: no token is an error.
     """
     if not error_N.any():
         raise DataError(
@@ -106,20 +122,32 @@ def evaluate_spans(
 ) -> SpanEvaluation:
     """Figures over all tokens, with intervals over answers. A token is called an error where its score is above a cut.
 
-    share: of the tokens, those that are errors: the average precision of a score that knows nothing.
-    auc, average_precision: does the score put errors before the other tokens? As in scikit-learn.
-    precision, recall, f1: at the cut 0, where a reward changes its sign. precision_at_threshold and so on: at
-        `threshold`, which must not come from these tokens (`best_threshold` of others).
-    auc_per_answer, f1_per_answer, f1_per_answer_at_threshold: the mean over answers of each one's own figure, over
-        answers with an error and (for the AUC) another token. Where the AUC over all tokens is far higher, the score
-        tells bad answers from good ones rather than bad tokens from good ones.
-    share/<kind>, auc/<kind>, recall/<kind>, recall_at_threshold/<kind>: of the errors of one kind. The AUC is against
-        the tokens that are in no span at all; the recall of other kinds does not enter.
+    - share: of the tokens, those that are errors: the average precision of a score that knows nothing.
+    - auc, average_precision: does the score put errors before the other tokens? As in scikit-learn.
+    - precision, recall, f1: at the cut 0, where a reward changes its sign. precision_at_threshold and so on: at
+      ``threshold``.
+    - auc_per_answer, f1_per_answer, f1_per_answer_at_threshold: the mean over answers of each one's own figure, over
+      answers with an error and (for the AUC) another token. Where the AUC over all tokens is far higher, the score
+      tells bad answers from good ones rather than bad tokens from good ones.
+    - share/<kind>, auc/<kind>, recall/<kind>, recall_at_threshold/<kind>: of the errors of one kind. The AUC is against
+      the tokens that are in no span at all; the recall of other kinds does not enter.
+    - counts: tokens, errors, answers, answers_with_errors.
 
-    counts: tokens, errors, answers, answers_with_errors. A figure that a draw does not define (no error of a rare kind
-    is in it) is left out of that figure's interval.
+    A figure that a draw does not define (no error of a rare kind is in it) is left out of that figure's interval.
 
-    Raises ShapeError where there is not one score a token, DataError where one is not finite or there is no token.
+    Args:
+        tokens: which tokens are errors, of what kind, and in which answer.
+        score_N: (N,), higher where an error is likelier.
+        threshold: a cut that does not come from these tokens (``best_threshold`` of others); None: no such figures.
+        resamples: draws of whole answers.
+        seed: of the draws.
+
+    Returns:
+        The figures.
+
+    Raises:
+        ShapeError: there is not one score a token.
+        DataError: a score is not finite, or there is no token.
     """
     _check(tokens, score_N)
     error_N, answer_N, A = tokens.error_N, tokens.answer_N, tokens.answers
@@ -166,9 +194,18 @@ def evaluate_spans(
 
 
 def difference(one: SpanEvaluation, other: SpanEvaluation, name: str) -> Figure:
-    """By how much a figure of `one` is above that of `other`, both of the same tokens, in the same draws of answers.
+    """By how much a figure of ``one`` is above that of ``other``, of the same tokens, in the same draws of answers.
 
-    Raises DataError where the two are not of the same tokens, or draws.
+    Args:
+        one: an evaluation.
+        other: another one, of the same tokens.
+        name: the figure.
+
+    Returns:
+        The difference and its interval.
+
+    Raises:
+        DataError: the two are not of the same tokens, or draws.
     """
     if one.counts != other.counts or len(one.draws[name]) != len(other.draws[name]):
         raise DataError(f"the two evaluations are not of the same tokens: {one.counts} and {other.counts}")

@@ -55,10 +55,17 @@ __all__ = ["analyse", "analyse_edits", "rehearse_revisions", "report", "run", "s
 
 
 def run(cfg: RunConfig, *, resume: bool = False) -> Path:
-    """Runs everything that ``cfg`` asks for and returns the folder that holds the results.
+    """Runs everything that ``cfg`` asks for: all stages for all seeds and arms, evaluation and report.
 
-    resume: continue in a folder that holds a run; what is done is skipped. Raises ConfigError where ``output_dir``
-    holds a run that nobody asked to resume, or one made with other settings.
+    Args:
+        cfg: the whole config.
+        resume: continue in a folder that holds a run; what is done is skipped.
+
+    Returns:
+        The folder that holds the results.
+
+    Raises:
+        ConfigError: ``output_dir`` holds a run that nobody asked to resume, or one made with other settings.
     """
     opened = open_run(cfg, resume=resume)
     _shares(opened, opened.data_wanted)
@@ -73,8 +80,14 @@ def run(cfg: RunConfig, *, resume: bool = False) -> Path:
 def stage(cfg: RunConfig, name: str, *, resume: bool = False) -> Path:
     """Runs one stage, whether or not an arm needs it; those before it must have run.
 
-    name: 'revisions', one of ``MODEL_STAGES``, 'ppo', or 'evaluate', which evaluates every trained policy again and
-    writes the report.
+    Args:
+        cfg: the whole config.
+        name: "revisions", one of ``MODEL_STAGES``, "ppo", or "evaluate", which evaluates every trained policy again and
+            writes the report.
+        resume: continue in a folder that holds a run; what is done is skipped.
+
+    Returns:
+        The folder that holds the results.
     """
     opened = open_run(cfg, resume=resume, whole=False)
     _shares(opened)
@@ -119,7 +132,14 @@ def analyse(folder: Path) -> Path:
 def analyse_edits(folder: Path, edits: str, output: Path, *, preferences: str | None = None) -> Path:
     """Analyses the discriminator of a run, of its first seed where each has one, on all pairs of other sources.
 
-    Writes analysis.json and analysis.html to ``output`` and returns the latter.
+    Args:
+        folder: the run.
+        edits: the source of the edits.
+        output: where analysis.json and analysis.html are written.
+        preferences: a source of preference pairs, to compare whole answers.
+
+    Returns:
+        The path of analysis.html.
     """
     run = reopen_run(folder).model_folders[0]
     data = replace(run.cfg.data, edits=edits, edits_format="auto", preferences=preferences, limit=None)

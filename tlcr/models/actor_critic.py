@@ -105,12 +105,18 @@ class ActorCritic(nn.Module):
         reference: PreTrainedModel | None = None,
         terms: Terms = "both",
     ) -> PolicyOutput:
-        """Log-probs, entropies and values of the last `response_length` tokens of each row.
+        """Log-probabilities, entropies and values of the last ``response_length`` tokens of each row.
 
-        ids_BL: integers (B, L), prompts padded on the left, answers on the right; attention_mask_BL: bool (B, L).
-        temperature: what the answers were sampled at. reference: also the exact KL to that model, and its log-probs,
-        without gradient to it. terms: "value" leaves the policy out and sends no gradient into it; "policy" leaves the
-        value model out.
+        Args:
+            ids_BL: integers (B, L), prompts padded on the left, answers on the right.
+            attention_mask_BL: bool (B, L), True where a token counts.
+            response_length: T, the number of response columns.
+            temperature: what the answers were sampled at.
+            reference: also compute the exact KL to this model, and its log-probabilities, without gradient to it.
+            terms: "value" leaves the policy out and sends no gradient into it; "policy" leaves the value model out.
+
+        Returns:
+            The terms that were asked for, each (B, T), in nats where they are log-probabilities, entropy or KL.
         """
         scores, values_BT, hidden_BTH = None, None, None
         if self._from_hidden:
@@ -136,9 +142,19 @@ class ActorCritic(nn.Module):
         *,
         temperature: float,
     ) -> Tensor:
-        """log-probabilities (B, T) of the actions under the reference, rounded on the very path that the policy's are.
+        """Log-probabilities of the actions under the reference, rounded on the very path that the policy's are.
 
         A policy that has not moved is then at distance 0 from its reference, in bfloat16 too.
+
+        Args:
+            reference: the model to ask.
+            ids_BL: integers (B, L), prompts padded on the left, answers on the right.
+            attention_mask_BL: bool (B, L), True where a token counts.
+            response_length: T, the number of response columns.
+            temperature: what the answers were sampled at.
+
+        Returns:
+            (B, T), in nats.
         """
         return self._scores(reference, ids_BL, attention_mask_BL, response_length, temperature, None, None).logprobs
 
@@ -203,8 +219,16 @@ class ActorCritic(nn.Module):
         return cls(model, value_model, chunk_tokens=chunk_tokens)
 
     def save(self, tokenizer: PreTrainedTokenizerBase, policy_folder: Path, value_folder: Path) -> None:
-        """Write both for others to load: `AutoModelForCausalLM`, and `AutoModelForTokenClassification` or, for a shared
-        value model, the head alone (`load_value_head`). Every process calls it."""
+        """Writes policy and value model for others to load. Every process calls it.
+
+        ``AutoModelForCausalLM`` loads the policy, and ``AutoModelForTokenClassification`` the value model. Of a shared
+        value model the head alone is written (``load_value_head``).
+
+        Args:
+            tokenizer: saved with each model.
+            policy_folder: where the policy goes.
+            value_folder: where the value model goes.
+        """
         save_model(self.policy, tokenizer, policy_folder)
         if self.value_model is not None:
             save_model(self.value_model, tokenizer, value_folder)
@@ -221,11 +245,24 @@ def build_value_model(
     reward_model: PreTrainedModel | None = None,
     discriminator: PreTrainedModel | None = None,
 ) -> PreTrainedModel | None:
-    """The value model that `cfg` asks for: None for a shared one, else a token classifier with the label "value".
+    """The value model that ``cfg`` asks for.
 
-    Its backbone is copied from the policy, the reward model or the discriminator (cfg.value_init). The head starts at
-    zero (ours: the first values are then 0), except that a reward model lends its own: it already predicts what an
+    Its backbone is copied from the policy, the reward model or the discriminator (``cfg.value_init``). The head starts
+    at zero (ours: the first values are then 0), except that a reward model lends its own: it already predicts what an
     answer is worth (released code).
+
+    Args:
+        cfg: which model to start from, and whether policy and values share a backbone.
+        model: dtype and settings of loading.
+        policy: the policy that PPO starts with.
+        reward_model: the sequence reward model, where ``cfg.value_init`` names it.
+        discriminator: the discriminator, where ``cfg.value_init`` names it.
+
+    Returns:
+        A token classifier with the label "value"; None for a value head on the policy.
+
+    Raises:
+        ConfigError: ``cfg.value_init`` names a model that is not there.
     """
     if cfg.value_model == "shared":
         return None

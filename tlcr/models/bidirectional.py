@@ -22,13 +22,18 @@ _ATTENTION = ("eager", "sdpa", attention.NAME)
 
 
 def make_top_layers_bidirectional(model: PreTrainedModel, layers: int) -> None:
-    """Lets the top `layers` decoder layers of `model` attend to every token that is not padding, in place.
+    """Lets the top decoder layers of ``model`` attend to every token that is not padding, in place.
 
     Works on models built like Llama (Mistral, Qwen, Gemma, Phi-3, OLMo, SmolLM, ...): decoder layers in
-    `backbone.layers`, each with a `self_attn` that says `is_causal`. 0 leaves the model as it is.
+    ``backbone.layers``, each with a ``self_attn`` that says ``is_causal``.
 
-    Raises ConfigError where the model is not built so, has fewer layers, restricts those layers to a sliding window
-    or uses an attention implementation other than eager or sdpa.
+    Args:
+        model: the model to change.
+        layers: how many layers, counted from the top; 0 leaves the model as it is.
+
+    Raises:
+        ConfigError: the model is not built so, has fewer layers, restricts those layers to a sliding window or uses an
+            attention implementation other than eager or sdpa.
     """
     if layers == 0:
         return

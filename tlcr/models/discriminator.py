@@ -54,9 +54,16 @@ def labels_of(targets: Targets) -> dict[int, str]:
 
 
 def target_distribution(labels: Tensor, classes: int) -> Tensor:
-    """What the classifier should say of tokens labelled -1, 0 or 1: (...) integers to (..., classes) float32.
+    """What the classifier should say of labelled tokens.
 
     Two classes: negative [1, 0], neutral [.5, .5], positive [0, 1] (paper, 3.2). Three: one class each.
+
+    Args:
+        labels: integers (...), each -1, 0 or 1.
+        classes: 2 or 3.
+
+    Returns:
+        (..., classes) float32.
     """
     if classes == 3:
         return one_hot(labels.long() + 1, 3).float()
@@ -72,9 +79,15 @@ def is_trained_on(labels: Tensor, targets: Targets) -> Tensor:
 def collate_pairs(pairs: Sequence[LabelledPair], *, pad_token_id: int, targets: Targets) -> dict[str, Tensor]:
     """Both sides of every pair as the rows of one batch, padded on the right to its longest row.
 
-    Returns ids (B, L), attention_mask (B, L) bool, labels (B, L) in {-1, 0, 1} and weights (B, L) float32, with
-    B = 2 * pairs: the rejected answers, then the revised ones. `weights` is 1 / n at each of the n tokens of a row
-    that enter the loss, and 0 elsewhere: prompt, padding, tokens that do not count.
+    Args:
+        pairs: the labelled edits.
+        pad_token_id: what stands in padding.
+        targets: which tokens enter the loss, see ``is_trained_on``.
+
+    Returns:
+        ``ids`` (B, L), ``attention_mask`` (B, L) bool, ``labels`` (B, L) in {-1, 0, 1} and ``weights`` (B, L) float32,
+        with B = 2 * pairs. The rejected answers come first, then the revised ones. ``weights`` is 1 / n at each of the
+        n tokens of a row that enter the loss, and 0 elsewhere (prompt, padding, tokens that do not count).
     """
     answers = [pair.rejected for pair in pairs] + [pair.revised for pair in pairs]
     return collate_answers(answers, pad_token_id=pad_token_id, targets=targets)
@@ -94,18 +107,24 @@ def collate_answers(answers: Sequence[LabelledAnswer], *, pad_token_id: int, tar
 
 
 def discriminator_loss(logits_BLC: Tensor, labels_BL: Tensor, weights_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum over a batch's answers of their mean token loss, and the weight that turns sums into the paper's mean.
+    """The sum over a batch's answers of their mean token loss, and the weight that turns sums into the paper's mean::
 
-        l_t  = - sum_c q_c log softmax(logits_t)_c           q: `target_distribution` of the label of token t
+        l_t  = - sum_c q_c log softmax(logits_t)_c           q: target_distribution of the label of token t
         sum  = sum_b mean_{t counted in row b} l_t           (paper, 3.2; released code)
         loss = sum / weight,  weight = (rows with anything counted) / 2
 
     Long and short answers weigh the same, and so do the two sides; for pairs whose sides both count it is the mean over
     pairs of the rejected side's mean plus the revised side's. A side with nothing counted (hard targets: an edit that
     only inserts) adds neither loss nor weight. Sums and weights of the parts of a batch add up to those of the whole.
+    What stands in the logits where the weight is 0, NaN included, reaches neither the loss nor a gradient.
 
-    Shapes: `collate_pairs`. Logits of any float dtype, the arithmetic in float32 (float64 for float64). What stands in
-    the logits where the weight is 0, NaN included, reaches neither the loss nor a gradient.
+    Args:
+        logits_BLC: (B, L, C) of any float dtype; the arithmetic is float32 (float64 for float64).
+        labels_BL: integers (B, L), see ``collate_pairs``.
+        weights_BL: float32 (B, L), see ``collate_pairs``.
+
+    Returns:
+        Sum and weight, two scalars.
     """
     counts_BL = weights_BL > 0
     logits_NC = logits_BLC[counts_BL]
@@ -145,12 +164,20 @@ def token_logits(
     *,
     micro_batch_size: int | None = None,
 ) -> Tensor:
-    """The discriminator's logits (B, T, C) float32 at the response tokens of a rollout, read at their own columns.
+    """The discriminator's logits at the response tokens of a rollout, read at their own columns.
 
-    ids and mask (B, L) as a `Rollout` has them, prompts padded on the left and responses on the right; `answer` is the
-    responses' columns, `slice(P, P + T)`. Each row's counted tokens are moved to the left before the model reads them,
-    so that their positions are those of training whatever the architecture. Where the mask is False the logits mean
-    nothing, but are finite. No gradient, no dropout.
+    Each row's counted tokens are moved to the left before the model reads them, so that their positions are those of
+    training whatever the architecture.
+
+    Args:
+        model: the discriminator.
+        ids_BL: integers (B, L) as a ``Rollout`` has them, prompts padded on the left and responses on the right.
+        attention_mask_BL: bool (B, L), True where a token counts.
+        answer: the responses' columns, ``slice(P, P + T)``.
+        micro_batch_size: rows of one forward pass; None: all.
+
+    Returns:
+        (B, T, C) float32, without gradient or dropout. Where the mask is False the logits mean nothing, but are finite.
     """
     rows = ids_BL.shape[0]
     # counted columns first, in their order: a token masked inside a row leaves no gap either
@@ -245,8 +272,17 @@ def score_answers(
 ) -> list[AnswerScores]:
     """Scores (prompt, answer) texts, in their order, at the model's calibrated temperature.
 
-    Prompts are complete texts (`render_prompt`). With `end_of_sequence` the end of the answer is scored too, as in
-    training; its piece is the token's own text. An answer over the limit is scored up to it.
+    Args:
+        model: the discriminator.
+        tokenizer: its tokenizer.
+        answers: complete prompts (``render_prompt``) and answers.
+        max_prompt_tokens: a longer prompt keeps its end.
+        max_answer_tokens: a longer answer is scored up to this limit.
+        batch_size: answers of one forward pass.
+        end_of_sequence: score the end of the answer too, as in training; its piece is the token's own text.
+
+    Returns:
+        The scores of each answer.
     """
     encoded = encode_answers(
         tokenizer,
@@ -277,10 +313,20 @@ def score_answers(
 
 
 def load_discriminator(folder: str | Path, cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A trained discriminator and the tokenizer saved with it, ready to score: in evaluation mode, and with its top
-    layers bidirectional where it was trained so. Its temperature is in its config (`temperature_of`).
+    """A trained discriminator and the tokenizer saved with it, ready to score.
 
-    Raises ConfigError where the model's labels are not those of a discriminator, in their order.
+    The model is in evaluation mode, and its top layers are bidirectional where it was trained so. Its temperature is in
+    its config (``temperature_of``).
+
+    Args:
+        folder: where the discriminator was saved.
+        cfg: dtype and settings of loading.
+
+    Returns:
+        Model and tokenizer.
+
+    Raises:
+        ConfigError: the model's labels are not those of a discriminator, in their order.
     """
     model = load_token_classifier(folder, cfg)
     make_top_layers_bidirectional(model, getattr(model.config, "tlcr_bidirectional_layers", 0))

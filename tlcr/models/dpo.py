@@ -35,21 +35,35 @@ class ReferencedComparison:
 
 
 def collate_referenced(pairs: Sequence[ReferencedComparison], *, pad_token_id: int) -> dict[str, Tensor]:
-    """The chosen answers, then the rejected ones, as rows padded on the right: ids and attention_mask (2B, L),
-    answer_mask (2B, K) over the last K columns, ref_logprobs (2B,)."""
+    """The chosen answers, then the rejected ones, as rows padded on the right.
+
+    Args:
+        pairs: comparisons with their log-probabilities under the reference.
+        pad_token_id: what stands in padding.
+
+    Returns:
+        ``ids`` and ``attention_mask`` (2B, L), ``answer_mask`` (2B, K) over the last K columns, ``ref_logprobs`` (2B,).
+    """
     answers = [pair.comparison.chosen for pair in pairs] + [pair.comparison.rejected for pair in pairs]
     references = [pair.ref_chosen for pair in pairs] + [pair.ref_rejected for pair in pairs]
     return {**collate_completions(answers, pad_token_id=pad_token_id), "ref_logprobs": torch.tensor(references)}
 
 
 def dpo_loss(model: PreTrainedModel, batch: dict[str, Tensor], *, beta: float) -> LossParts:
-    """`ranking_loss` of r_chosen - r_rejected (DPO, eq. 7), where
+    """``ranking_loss`` of r_chosen - r_rejected (DPO, eq. 7), where::
 
         r = beta (log pi(a | x) - log pi_ref(a | x))
 
-    with the log-probability of an answer the sum over its tokens, its end of sequence among them. Statistics beside
-    those of `ranking_loss`: reward_chosen and reward_rejected, the means of r; both falling while the margin grows
-    means that probability is taken from both answers.
+    The log-probability of an answer is the sum over its tokens, its end of sequence among them.
+
+    Args:
+        model: the policy that is trained.
+        batch: what ``collate_referenced`` returns.
+        beta: how far the policy may move from the reference: the smaller, the farther.
+
+    Returns:
+        The sums of the loss. Statistics beside those of ``ranking_loss`` are reward_chosen and reward_rejected, the
+        means of r. Where both fall while the margin grows, probability is taken from both answers.
     """
     rewards_B = beta * (_answer_totals(model, batch) - batch["ref_logprobs"])
     chosen_B, rejected_B = rewards_B.chunk(2)
@@ -65,9 +79,16 @@ def dpo_loss(model: PreTrainedModel, batch: dict[str, Tensor], *, beta: float) -
 def with_reference(
     model: PreTrainedModel, comparisons: Sequence[EncodedComparison], *, pad_token_id: int, batch_size: int
 ) -> list[ReferencedComparison]:
-    """The comparisons with `model`'s log-probabilities: the reference is read once, and not needed while training.
+    """The comparisons with ``model``'s log-probabilities: the reference is read once, and not needed while training.
 
-    batch_size: comparisons at a time on a process; the processes share the work.
+    Args:
+        model: the reference.
+        comparisons: tokenised preference pairs.
+        pad_token_id: what stands in padding.
+        batch_size: comparisons at a time on a process; the processes share the work.
+
+    Returns:
+        The comparisons in their order.
     """
     totals_N2 = torch.zeros(len(comparisons), 2, dtype=torch.float64)
     mine = range(process_index(), len(comparisons), process_count())

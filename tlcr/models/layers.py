@@ -33,6 +33,9 @@ def fuse_layers(model: PreTrainedModel) -> None:
 
     Known is a layer that computes the same: a class is tried with random weights on random input before its layers are
     changed. What a model computes in float32 or on a GPU stays transformers' own.
+
+    Args:
+        model: the model to change.
     """
     forwards: dict[type[nn.Module], Forward | None] = {}
     for module in model.modules():

@@ -38,9 +38,16 @@ HEADS = ("score", "classifier")
 
 
 def load_tokenizer(cfg: GeneratorConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of ``cfg``, checked for what tlcr needs: offsets, an end-of-sequence token and a padding token.
+    """The tokenizer of ``cfg``, checked for what tlcr needs.
 
-    Raises ConfigError where one is missing, with the setting that supplies it.
+    Args:
+        cfg: the model's folder or hub name, and what its tokenizer lacks.
+
+    Returns:
+        A fast tokenizer with character offsets, an end-of-sequence token and a padding token.
+
+    Raises:
+        ConfigError: one of these is missing; the message names the setting that supplies it.
     """
     source = _named(cfg.tokenizer or cfg.path)
     with _loading("tokenizer", source):
@@ -98,11 +105,17 @@ def load_token_classifier(
 ) -> PreTrainedModel:
     """A standard ``AutoModelForTokenClassification`` whose labels are negative/positive or negative/neutral/positive.
 
-    source: a folder (or hub name) with a trained classifier, or a causal LM, whose backbone is copied under a new head
-        (see ``_with_new_head``) and which stays as it is.
-    id2label: the labels wanted. None accepts either set, and is allowed for a folder only.
+    Args:
+        source: a folder (or hub name) with a trained classifier, or a causal LM, whose backbone is copied under a new
+            head (see ``_with_new_head``) and which stays as it is.
+        cfg: dtype and settings of loading.
+        id2label: the labels wanted. None accepts either set, and is allowed for a folder only.
 
-    Raises ConfigError where a loaded classifier has other labels, or has them in another order.
+    Returns:
+        The classifier.
+
+    Raises:
+        ConfigError: a loaded classifier has other labels, or has them in another order; or a new one gets no labels.
     """
     if isinstance(source, PreTrainedModel):
         if id2label is None:
@@ -125,7 +138,15 @@ def load_token_classifier(
 def load_sequence_classifier(source: str | Path | PreTrainedModel, cfg: ModelConfig) -> PreTrainedModel:
     """A standard ``AutoModelForSequenceClassification`` with one output, the score of an answer.
 
-    source: as for ``load_token_classifier``. Raises ConfigError where a loaded classifier has more than one output.
+    Args:
+        source: as for ``load_token_classifier``.
+        cfg: dtype and settings of loading.
+
+    Returns:
+        The classifier.
+
+    Raises:
+        ConfigError: a loaded classifier has more than one output.
     """
     if isinstance(source, PreTrainedModel):
         return _with_new_head(AutoModelForSequenceClassification, source, cfg, {0: "score"})
@@ -170,10 +191,18 @@ def last_logits(model: PreTrainedModel, inputs: Mapping[str, Any], count: int) -
 
 
 def answer_logprobs(model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor, columns: int) -> Tensor:
-    """log p(token | all before it), (B, K) float32 nats, of the tokens in the last K = `columns` columns.
+    """log p(token | all before it) of the tokens in the last K columns. Gradients flow.
 
-    ids_BL, attention_mask_BL: (B, L), padded on the right; K < L, because nothing predicts the first column. The
-    log-probability of column j is read at column j - 1. What stands in padding means nothing. Gradients flow.
+    The log-probability of column j is read at column j - 1. What stands in padding means nothing.
+
+    Args:
+        model: a causal language model.
+        ids_BL: integers (B, L), padded on the right.
+        attention_mask_BL: bool (B, L), True where a token counts.
+        columns: K, below L, because nothing predicts the first column.
+
+    Returns:
+        (B, K) float32, in nats.
     """
     inputs = {"input_ids": ids_BL, "attention_mask": attention_mask_BL.long(), "use_cache": False}
     logits_BKV = last_logits(model, inputs, columns + 1)[:, :-1]
@@ -214,6 +243,9 @@ def disable_dropout(model: PreTrainedModel) -> None:
     """Sets every dropout of ``model`` to 0, in the modules and in the config that is saved with it.
 
     PPO's ratios compare two passes of one policy: they must be the same function.
+
+    Args:
+        model: the model to change.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -232,6 +264,11 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
     Everything is written aside and then renamed into place, config.json last: a folder with a config.json is complete.
     Other files of the folder stay. The padding id is noted in the config, for those who load the model elsewhere.
+
+    Args:
+        model: the model to save.
+        tokenizer: its tokenizer.
+        folder: where to write.
     """
     folder = Path(folder)
 

@@ -41,10 +41,16 @@ def bradley_terry_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Loss
 def sequence_scores(
     model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor, *, micro_batch_size: int | None = None
 ) -> Tensor:
-    """The score of each row, (B,) float32 without gradient, read at its last True column.
+    """The score of each row, read at its last True column.
 
-    ids_BL, attention_mask_BL: (B, L), padded on either side or both; True counts. A row with nothing counted scores 0.
-    micro_batch_size: rows in one forward pass; default: all.
+    Args:
+        model: the sequence reward model.
+        ids_BL: integers (B, L), padded on either side or both.
+        attention_mask_BL: bool (B, L), True where a token counts.
+        micro_batch_size: rows in one forward pass; None: all.
+
+    Returns:
+        (B,) float32 without gradient. A row with nothing counted scores 0.
     """
     with _evaluating(model):
         return torch.cat([_scores(model, *part) for part in _parts(ids_BL, attention_mask_BL, micro_batch_size)])
@@ -54,10 +60,18 @@ def sequence_scores(
 def prefix_scores(
     model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor, *, micro_batch_size: int | None = None
 ) -> Tensor:
-    """The score of every prefix, (B, L) float32 without gradient: in column j, that of the row cut after column j.
+    """The score of every prefix: in column j, that of the row cut after column j.
 
-    One pass is enough, because a causal model's state in column j does not know what follows. Arguments as for
-    `sequence_scores`; 0 where not counted.
+    One pass is enough, because a causal model's state in column j does not know what follows.
+
+    Args:
+        model: the sequence reward model.
+        ids_BL: integers (B, L), padded on either side or both.
+        attention_mask_BL: bool (B, L), True where a token counts.
+        micro_batch_size: rows in one forward pass; None: all.
+
+    Returns:
+        (B, L) float32 without gradient; 0 where not counted.
     """
     with _evaluating(model):
         parts = []
@@ -71,14 +85,24 @@ def prefix_scores(
 def scores_and_attention(
     model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor, *, micro_batch_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The score of each row (B,), and what it looks at: (B, L) float32, both without gradient.
-
-    The second is the last layer's attention, the mean over its heads, from the column that the score is read at to
-    every column: at least 0, summing to 1 over the counted columns. Arguments as for `sequence_scores`.
+    """The score of each row, and what the model attends to from where it is read.
 
     The model runs in transformers' "eager" implementation, the only one that forms these weights, and gets its own
-    back; of all layers but the last the weights are dropped at once. Raises ConfigError for an architecture in which
-    the last attention is not found.
+    back. Of all layers but the last the weights are dropped at once.
+
+    Args:
+        model: the sequence reward model.
+        ids_BL: integers (B, L), padded on either side or both.
+        attention_mask_BL: bool (B, L), True where a token counts.
+        micro_batch_size: rows in one forward pass; None: all.
+
+    Returns:
+        The scores (B,), and the last layer's attention (B, L), the mean over its heads, from the column that the score
+        is read at to every column. It is at least 0 and sums to 1 over the counted columns. Both float32 without
+        gradient.
+
+    Raises:
+        ConfigError: an architecture in which the last attention is not found.
     """
     with _evaluating(model), _last_attention(model) as weights:
         parts = []

@@ -21,11 +21,21 @@ def compute_advantages(
 ) -> Advantages:
     """GAE over the reward of every token (Schulman et al. 2016), and the returns that the value model regresses to.
 
-    mask_BT (B, T) bool. whiten: the advantages get zero mean and unit variance over all counted tokens of all
-    processes; the returns are taken before. Both (B, T) float32 or float64, 0 where not counted; no gradient.
-
-    Whitening needs every process's tokens. They are gathered, and the op run on all of them, so that one formula
+    Whitening needs every process's tokens. They are gathered, and the op runs on all of them, so that one formula
     whitens whatever the number of processes; three (B, T) tensors are nothing next to a forward pass.
+
+    Args:
+        rewards: the reward of every action.
+        scores: the values of the rollout, from before the update.
+        mask_BT: bool (B, T), True where a response token counts.
+        gamma: discount of the next reward, in [0, 1].
+        lam: lambda of GAE, in [0, 1].
+        whiten: give the advantages zero mean and unit variance over all counted tokens of all processes. The returns
+            are taken before that.
+        accelerator: the processes that share a round. None: this one alone.
+
+    Returns:
+        Advantages and returns, (B, T) float32 or float64, 0 where not counted; no gradient.
     """
     rewards_BT, values_BT = rewards.rewards_BT, scores.values_BT
     if not whiten or accelerator is None or accelerator.num_processes == 1:

@@ -20,18 +20,27 @@ MAX_ERROR = 0.2
 
 
 def estimate_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
-    """Estimates KL(policy || reference) at each sampled token, in nats.
+    """Estimates KL(policy || reference) at each sampled token, in nats::
 
         k1 = log p(a) - log q(a)        unbiased, of either sign
         k2 = k1^2 / 2                   biased, never negative
         k3 = exp(-k1) - 1 + k1          unbiased, never negative
 
-    Both arguments have one shape, that of the result: the log-probabilities, in nats, of the same sampled tokens under
-    the policy (p) and the reference (q). Differentiable. Where a token does not count the value is whatever its inputs
-    make it: mask it. Source: Schulman, "Approximating KL divergence", 2020.
+    Differentiable. Where a token does not count the value is whatever its inputs make it: mask it.
+    Source: Schulman, "Approximating KL divergence", 2020.
 
-    Raises ShapeError where the shapes differ, ConfigError for another estimator ('full' is a sum over the vocabulary,
-    which two log-probabilities do not determine: it is `PolicyScores.kl_BT`).
+    Args:
+        logprobs: log-probabilities of the sampled tokens under the policy (p), in nats, of any shape.
+        ref_logprobs: those of the same tokens under the reference (q), of the same shape.
+        estimator: "k1", "k2" or "k3".
+
+    Returns:
+        The estimates, in the shape of the arguments.
+
+    Raises:
+        ShapeError: the shapes differ.
+        ConfigError: another estimator. "full" is a sum over the vocabulary, which two log-probabilities do not
+            determine; it is ``PolicyScores.kl_BT``.
     """
     if logprobs.shape != ref_logprobs.shape:
         raise ShapeError(
@@ -114,9 +123,14 @@ class AdaptiveKLController:
         self.horizon = horizon
 
     def update(self, kl_per_token: float, answers: int) -> None:
-        """Adapts to the mean KL (nats per counted token) of the round's `answers`, both over all processes.
+        """Adapts the coefficient to the KL of one round.
 
-        Raises TrainingDiverged where the KL is not finite.
+        Args:
+            kl_per_token: mean KL of a counted token over all processes, in nats.
+            answers: answers of the round over all processes.
+
+        Raises:
+            TrainingDiverged: the KL is not finite.
         """
         _check_finite(kl_per_token, answers)
         error = min(max(kl_per_token / self.target - 1, -MAX_ERROR), MAX_ERROR)

@@ -23,8 +23,20 @@ def rollout_metrics(
     advantages: Advantages,
     estimator: Literal["k1", "k2", "k3", "full"],
 ) -> dict[str, float]:
-    """What the answers of all processes were like, before the update. Sums first, then ratios: a mean over processes
-    would weigh an answer by where it was sampled. estimator: of the KL that is paid for."""
+    """What the answers of all processes were like, before the update.
+
+    Sums are taken first and ratios then: a mean over processes would weigh an answer by where it was sampled.
+
+    Args:
+        rollout: the answers of this process.
+        scores: what the models say of them.
+        rewards: the reward of every action.
+        advantages: advantages and returns.
+        estimator: which estimate of the KL PPO pays for.
+
+    Returns:
+        The figures by their names in ``metrics.jsonl``; docs/metrics.md explains each.
+    """
     mask_BT = rollout.mask_BT
     kl_BT = kl_of(scores, "k1") if scores.kl_BT is None else scores.kl_BT
     per_token = {

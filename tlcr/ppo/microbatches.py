@@ -13,8 +13,8 @@ from torch import Tensor
 from tlcr.types import Rollout
 
 CPU_TOKENS = 1024
-"""Tokens of a micro-batch on a CPU: enough to keep its cores at work; a forward pass of more only keeps more
-activations (ours; docs/ppo_step.md has the figures). A GPU has no such number: there the user's limit alone counts."""
+"""Tokens of a micro-batch on a CPU. They are enough to keep its cores at work; a forward pass of more only keeps more
+activations (ours; docs/ppo_step.md has the figures). On a GPU the user's limit alone counts."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,13 @@ class MicroBatches:
     def split(self, at_most: int | None, rows: Sequence[int] | None = None) -> list[MicroBatch]:
         """All rows, or those named, in micro-batches of nearly one size, the longest rows first.
 
-        at_most: rows of a micro-batch; None: no limit. On a CPU they hold CPU_TOKENS on average, at most, whatever the
-        limit.
+        Args:
+            at_most: rows of a micro-batch; None: no limit. On a CPU a micro-batch holds at most ``CPU_TOKENS`` on
+                average, whatever the limit.
+            rows: numbers of the rows wanted; None: all.
+
+        Returns:
+            The micro-batches.
         """
         rows = range(len(self._lengths)) if rows is None else rows
         by_length = sorted(rows, key=lambda row: sum(self._lengths[row]), reverse=True)

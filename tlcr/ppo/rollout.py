@@ -56,15 +56,25 @@ def generate(
     max_prompt_tokens: int,
     generator: torch.Generator | None = None,
 ) -> Rollout:
-    """Sample one answer for each prompt, at cfg.temperature, until the end of sequence or cfg.max_new_tokens.
+    """Sample one answer for each prompt, at ``cfg.temperature``, until the end of sequence or ``cfg.max_new_tokens``.
 
-    policy: the model itself, not a data-parallel wrapper. A prompt longer than max_prompt_tokens keeps its end.
-    generator: where the randomness comes from; None: torch's global state. Only the settings of `cfg` shape the
-    distribution: sampling defaults that came with the model (top-p, penalties) do not apply.
+    Only the settings of ``cfg`` shape the distribution: sampling defaults that came with the model (top-p, penalties)
+    do not apply. The end of sequence is the tokenizer's, or any that the model's generation config names; it is the
+    last counted action of an answer that ended.
 
-    The end of sequence is the tokenizer's, or any that the model's generation config names; it is the last counted
-    action of an answer that ended. Raises DataError for no prompts, or a prompt with no token that is
-    not padding.
+    Args:
+        policy: the model itself, not a data-parallel wrapper.
+        tokenizer: the policy's tokenizer.
+        prompts: complete texts.
+        cfg: temperature, truncation of the distribution and the limit of new tokens.
+        max_prompt_tokens: a longer prompt keeps its end.
+        generator: where the randomness comes from; None: torch's global state.
+
+    Returns:
+        The answers; prompts are padded on the left and responses on the right.
+
+    Raises:
+        DataError: there are no prompts, or one has no token that is not padding.
     """
     if not prompts:
         raise DataError("there are no prompts to answer; check data.prompts, data.held_out and evaluation.prompts")

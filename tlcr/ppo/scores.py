@@ -20,11 +20,21 @@ def score_rollout(
     micro_batch_size: int | None,
     exact_kl: bool,
 ) -> PolicyScores:
-    """Log-probs of every action under policy and reference at the sampling temperature, values and entropies.
+    """Log-probabilities of every action under policy and reference at the sampling temperature, values and entropies.
 
-    Sampling does not report them: a forward pass with a key-value cache rounds differently from the one that the
-    update takes, and the ratio compares the two. exact_kl: also KL(policy || reference) over the vocabulary.
-    All (B, T) float32 (float64 for float64 models), nats, 0 where not counted; no gradient.
+    Sampling does not report them: a forward pass with a key-value cache rounds differently from the one that the update
+    takes, and the ratio compares the two.
+
+    Args:
+        actor_critic: policy and value model.
+        reference: the model that the KL is measured to.
+        rollout: the answers.
+        temperature: what the answers were sampled at.
+        micro_batch_size: rows of one forward pass at most; None: no limit.
+        exact_kl: also compute KL(policy || reference) over the vocabulary.
+
+    Returns:
+        The scores, (B, T) float32 (float64 for float64 models), in nats, 0 where not counted; no gradient.
     """
     shape, device = rollout.mask_BT.shape, rollout.mask_BT.device
     wide = next(actor_critic.parameters()).dtype == torch.float64

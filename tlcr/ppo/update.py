@@ -70,16 +70,33 @@ def ppo_update(
     generator: torch.Generator,
     value_only: bool = False,
 ) -> UpdateStatistics:
-    """cfg.epochs passes over this process's share of a rollout; one optimiser step for each minibatch.
+    """``cfg.epochs`` passes over this process's share of a rollout; one optimiser step for each minibatch.
 
     Every loss is a sum over tokens (or answers) divided by their number in the minibatch over all processes and
-    micro-batches, so that how a minibatch is cut or shared out changes nothing. generator: the order of the rows.
-    kl_coef: of the KL in the loss (KLConfig.placement "loss"), else unused. value_only: leave the policy as it is
-    (value warm-up).
+    micro-batches, so that how a minibatch is cut or shared out changes nothing. The passes end early once approx_kl,
+    KL(old || new) over a minibatch before its step, exceeds ``cfg.target_kl``.
 
-    The passes end early once approx_kl, KL(old || new) over a minibatch before its step, exceeds cfg.target_kl.
-    Raises TrainingDiverged, before the step is taken, for a loss or gradient that is not finite or a probability ratio
-    above cfg.max_ratio.
+    Args:
+        actor_critic: policy and value model, perhaps wrapped for data parallelism.
+        optimizer: steps once for each minibatch.
+        rollout: the answers of this process.
+        scores: what the models said of them before the update.
+        advantages: advantages and returns.
+        cfg: epochs, sizes, clips and coefficients.
+        kl: which KL the loss has, if any.
+        kl_coef: coefficient of the KL in the loss (``kl.placement`` "loss"); not used otherwise.
+        temperature: what the answers were sampled at.
+        reference: the model that the KL is measured to.
+        accelerator: the processes that share the update.
+        generator: decides the order of the rows.
+        value_only: leave the policy as it is (value warm-up).
+
+    Returns:
+        Means over the optimiser steps and all processes.
+
+    Raises:
+        TrainingDiverged: a loss or gradient is not finite, or a probability ratio is above ``cfg.max_ratio``. It is
+            raised before the step is taken.
     """
     model: ActorCritic = accelerator.unwrap_model(actor_critic)
     batches = MicroBatches(rollout)

@@ -56,14 +56,23 @@ class ReviserStatistics:
 def revise(
     pairs: Sequence[RawPreference], cfg: ReviserConfig, data: DataConfig, cache: Path
 ) -> tuple[list[CheckedRevision], ReviserStatistics]:
-    """What becomes of each pair's rejected answer. Answers of models are kept in ``cache``: what was answered before,
-    in a run that was killed too, is not asked again.
+    """What becomes of each pair's rejected answer.
+
+    Args:
+        pairs: the preferences.
+        cfg: who revises, and what counts as a minimal edit.
+        data: how files of revisions are read.
+        cache: keeps the answers of models. What was answered before, in a run that was killed too, is not asked again.
+
+    Returns:
+        The revisions in the order of the pairs, and their statistics.
 
     Raises:
         ConfigError: ``cfg.backend`` is "none", or the cache is in use.
         DataError: files that match no pair.
-        EndpointError, BudgetExhausted: see ``tlcr.chat.endpoint.Endpoint``. Where ``cfg.on_unanswered`` is "skip", a
-            cap leaves the pairs that it stopped unanswered.
+        EndpointError: see ``tlcr.chat.endpoint.Endpoint``.
+        BudgetExhausted: see ``tlcr.chat.endpoint.Endpoint``. Where ``cfg.on_unanswered`` is "skip", a cap leaves the
+            pairs that it stopped unanswered.
     """
     if cfg.backend == "none":
         raise ConfigError(

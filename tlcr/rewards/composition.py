@@ -95,7 +95,7 @@ def compose_rewards(
 ) -> Rewards:
     """The reward of every action: what the source says, less KL and penalties.
 
-    What the kind pays for token t, with p = softmax(logits_t / temperature) and d = p_positive - p_negative:
+    What the kind pays for token t, with p = softmax(logits_t / temperature) and d = p_positive - p_negative::
 
         continuous      d                       (2 p_positive - 1 for two classes; paper, section 3.3)
         discrete        0 where |d| <= band, else sign(d)
@@ -114,7 +114,7 @@ def compose_rewards(
     that the first action gets nothing and what the last token earned is lost.
 
     The parts of the result, each (B, T) and 0 where nothing counts, sum to the rewards; a part that was not asked for
-    is absent:
+    is absent::
 
         dense       clamp(scale * c_t, -clip, clip) - centre.mean at every counted token
         terminal    at the last counted token: scale * terminal_B + sequence_coef * sequence_B; for 'sum_at_end' the sum
@@ -122,14 +122,28 @@ def compose_rewards(
         kl          -kl_coef * kl_BT at every counted token
         length      -length_penalty at every counted token; -missing_eos_penalty at the last one where not ended_B
 
-    mask_BT (B, T) bool, ended_B (B,) bool; kl_BT (B, T) in nats, the estimate to be paid for, None where KL is in the
-    loss. With cfg.centre, `centre` takes in this batch's dense and kl parts together, then its mean is subtracted: a
-    token of average worth and average distance earns 0, so that neither talking on nor stopping at once pays (ours).
-    What stands at a position that does not count never matters; a row where nothing counts earns nothing. float32, or
-    float64 where the signal is; no gradient.
+    What stands at a position that does not count never matters; a row where nothing counts earns nothing.
 
-    Raises ShapeError for tensors that do not fit, ConfigError for a kind whose signal is missing, DataError for a
-    signal that is not finite, TrainingDiverged for a KL that is not finite.
+    Args:
+        signal: what the source says of the rollout.
+        mask_BT: bool (B, T), True where a response token counts.
+        ended_B: bool (B,), True where the policy chose to stop.
+        kl_BT: the estimate to be paid for, (B, T) in nats; None where KL is in the loss.
+        kl_coef: what one nat of it costs, in reward.
+        cfg: kind, scale, clips and penalties.
+        temperature: the discriminator's, which divides its logits.
+        centre: with ``cfg.centre``, takes in this batch's dense and kl parts together, then its mean is subtracted. A
+            token of average worth and average distance then earns 0, so that neither a longer nor a shorter answer pays
+            by its length (ours).
+
+    Returns:
+        Rewards and parts, float32, or float64 where the signal is; no gradient.
+
+    Raises:
+        ShapeError: tensors do not fit.
+        ConfigError: the signal of the kind is missing.
+        DataError: the signal is not finite.
+        TrainingDiverged: the KL is not finite.
     """
     _check_shapes(signal, mask_BT, ended_B, kl_BT)
     _check_signal(signal, mask_BT, cfg)
@@ -169,7 +183,7 @@ def compose_rewards(
 def reward_accounting(
     rewards: Rewards, mask_BT: Tensor, *, reduce: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Where the return comes from: 0-d float64 tensors, ready to log.
+    """Where the return comes from: 0-d float64 tensors, ready to log. Source: ours::
 
         reward/mean_token           mean reward of a counted token, all parts together
         reward/mean_abs_token       mean |reward| of a counted token: the scale that kl.coef stands against
@@ -180,8 +194,14 @@ def reward_accounting(
         reward/dominated            1 where several parts are present and one has more than 95 % of that sum, else 0
         reward/length_correlation   Pearson correlation, over answers, of return and length; 0 where either is constant
 
-    mask_BT (B, T) bool. `reduce` sums a tensor over all processes (`accelerator.reduce`); it is called once, and the
-    results are then exact over all of them. Answers with no counted token do not count. Source: ours.
+    Args:
+        rewards: the reward of every action and its parts.
+        mask_BT: bool (B, T), True where a response token counts.
+        reduce: sums a tensor over all processes (``accelerator.reduce``). It is called once, and the results are then
+            exact over all of them. None: this process alone.
+
+    Returns:
+        The figures by name. Answers with no counted token do not count.
     """
     rewards_BT = torch.where(mask_BT, rewards.rewards_BT.double(), 0.0)
     zero_BT = torch.zeros_like(rewards_BT)

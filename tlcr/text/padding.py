@@ -28,9 +28,15 @@ def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, 
 def collate_completions(answers: Sequence[EncodedAnswer], *, pad_token_id: int) -> dict[str, Tensor]:
     """Prompt and answer of each example as a row, padded on the right.
 
-    Returns ids (B, L), attention_mask (B, L) bool and answer_mask (B, K) bool. K is the number of columns from the
-    earliest answer to the end, so ``answer_mask`` lies over the LAST K columns; True at answer tokens, the
-    end-of-sequence token among them. Where the prompt is empty, nothing predicts the first token: it does not count.
+    Args:
+        answers: the examples.
+        pad_token_id: what stands in padding.
+
+    Returns:
+        ``ids`` (B, L), ``attention_mask`` (B, L) bool and ``answer_mask`` (B, K) bool. K is the number of columns from
+        the earliest answer to the end, so ``answer_mask`` lies over the LAST K columns. It is True at answer tokens,
+        the end-of-sequence token among them. Where the prompt is empty, nothing predicts the first token: it does not
+        count.
     """
     ids_BL, attention_mask_BL = pad_right([answer.ids for answer in answers], pad_token_id)
     starts_B = torch.tensor([max(answer.answer_start, 1) for answer in answers])

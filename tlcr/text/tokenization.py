@@ -51,12 +51,17 @@ def encode_answer(
     a policy is given at rollout. End prompts where the tokenizer ends words (a template does) and it cannot happen.
 
     Args:
+        tokenizer: a fast tokenizer, which gives character offsets.
         prompt: complete text, template and beginning-of-sequence token included.
+        answer: the text that follows the prompt.
         max_prompt_tokens: a longer prompt loses its beginning, a beginning-of-sequence token with it.
         max_answer_tokens: a longer answer loses its end; the end-of-sequence token counts towards this limit, as it
             does when a policy generates. None: no limit.
         end_of_sequence: append the end-of-sequence token to an answer that was not cut. ``complete`` says whether it is
             there, so without it no answer is complete.
+
+    Returns:
+        The ids of both and where the answer begins.
 
     Raises:
         ConfigError: the tokenizer is not a fast one, or it names no end-of-sequence token.
@@ -135,8 +140,14 @@ def cut_answer(encoded: EncodedAnswer, max_answer_tokens: int) -> EncodedAnswer:
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> str:
     """A prompt's complete text, to be tokenised without adding special tokens.
 
-    Messages ({"role", "content"}) go through the tokenizer's chat template, with the header of the answer to come.
-    Plain text gets the beginning-of-sequence token in front if the tokenizer would itself add one and it is not there.
+    Args:
+        tokenizer: the tokenizer whose chat template and beginning-of-sequence token apply.
+        prompt: messages ({"role", "content"}) go through the chat template, with the header of the answer to come.
+            Plain text gets the beginning-of-sequence token in front if the tokenizer would itself add one and it is not
+            there.
+
+    Returns:
+        The text.
 
     Raises:
         ConfigError: messages, and a tokenizer without a chat template.
@@ -153,8 +164,14 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mes
 def render_answer(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], answer: str) -> str:
     """An assistant message's text as it follows ``render_prompt(tokenizer, prompt)``.
 
-    That is the message's content, after the white space (if any) that the chat template writes before it: some
-    templates open an answer with a space, and a model tuned on them expects it.
+    Args:
+        tokenizer: the tokenizer whose chat template applies.
+        prompt: the messages before the answer.
+        answer: the content of the assistant's message.
+
+    Returns:
+        The content, after the white space (if any) that the chat template writes before it. Some templates open an
+        answer with a space, and a model tuned on them expects it.
     """
     opening = _apply_template(tokenizer, prompt, add_generation_prompt=True)
     whole = _apply_template(tokenizer, [*prompt, {"role": "assistant", "content": answer}], add_generation_prompt=False)
@@ -169,6 +186,14 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, conte
     """The text that ``ids`` add after ``context``: special tokens left out, no clean-up of spaces.
 
     The context matters to tokenizers that mark words by a leading space: alone, the first word would lose its own.
+
+    Args:
+        tokenizer: the tokenizer of the ids.
+        ids: the ids to decode.
+        context: the ids before them.
+
+    Returns:
+        The text.
     """
     text = _decode(tokenizer, [*context, *ids])
     return text[len(_decode(tokenizer, context)) :] if context else text
@@ -185,6 +210,14 @@ def character_spans(
 
     The cost is linear for byte-level and SentencePiece-like decoders; for others, each prefix is decoded once.
 
+    Args:
+        tokenizer: a fast tokenizer.
+        ids: the ids to decode.
+        context: the ids before them.
+
+    Returns:
+        One pair for each id.
+
     Raises:
         ConfigError: the tokenizer is not a fast one.
     """
@@ -199,7 +232,14 @@ def character_spans(
 def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, context: Sequence[int] = ()) -> list[str]:
     """Each id's text, for people to read. Joined, the pieces of ordinary tokens are the decoded text.
 
-    A character spread over several tokens is written by the first of them. Special tokens are written by name.
+    Args:
+        tokenizer: a fast tokenizer.
+        ids: the ids to decode.
+        context: the ids before them.
+
+    Returns:
+        One text for each id. A character spread over several tokens is written by the first of them. Special tokens are
+        written by name.
     """
     text = decode_text(tokenizer, ids, context=context)
     special = _special_ids(tokenizer)

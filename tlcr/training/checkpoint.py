@@ -78,7 +78,14 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     What was written is forced to disk before the rename, so ``path`` is at any moment the old version or the new one.
     Where the block fails, nothing of it stays and the old version is untouched.
 
-    Raises CheckpointError where the disk is full or the place cannot be written.
+    Args:
+        path: what to write or replace.
+
+    Yields:
+        The path to write at.
+
+    Raises:
+        CheckpointError: the disk is full or the place cannot be written.
     """
     path = Path(path)
     aside = path.with_name(f".partial-{path.name}")
@@ -188,12 +195,25 @@ def save_checkpoint(
 ) -> Path:
     """Writes ``folder/step-<step>/`` and then deletes all but the newest ``keep`` checkpoints. Every process calls it.
 
-    models: unwrapped modules. state: whatever JSON can hold, floats bit for bit. tensors: whatever it cannot, such as
-    the state of a ``torch.Generator``. config: a dataclass or a mapping. The random states of python, numpy and torch
-    are saved for every process; everything else is written by the main process.
+    The random states of python, numpy and torch are saved for every process; the main process writes everything else.
 
-    Raises CheckpointError, on every process, where the disk is full or the place cannot be written; the earlier
-    checkpoints are then untouched and nothing of this one is left.
+    Args:
+        folder: where checkpoints are.
+        step: the number of steps done.
+        models: unwrapped modules by name.
+        optimizers: optimisers by name.
+        schedulers: learning-rate schedules by name.
+        state: whatever JSON can hold, floats bit for bit.
+        tensors: whatever it cannot, such as the state of a ``torch.Generator``.
+        config: a dataclass or a mapping, kept for people and for comparison.
+        keep: checkpoints to keep.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        CheckpointError: on every process, where the disk is full or the place cannot be written. The earlier
+            checkpoints are then untouched and nothing of this one is left.
     """
     folder = Path(folder)
     path = folder / f"step-{step:06d}"
@@ -260,11 +280,21 @@ def load_checkpoint(
 ) -> LoadedCheckpoint:
     """Fills models, optimisers and schedulers from a checkpoint and restores this process's random states.
 
-    identity: what the entry "identity" of the saved state must equal; None where nothing has to.
+    Other versions of tlcr, torch, transformers or python are reported in the log.
 
-    Raises CheckpointError where a file is missing or damaged, does not fit what is to be filled, was written by another
-    number of processes, or belongs to a run of another identity; the last two before anything is filled. Other versions
-    of tlcr, torch, transformers or python are reported in the log.
+    Args:
+        path: the folder of the checkpoint.
+        models: unwrapped modules by the names they were saved under.
+        optimizers: optimisers by name.
+        schedulers: learning-rate schedules by name.
+        identity: what the entry "identity" of the saved state must equal; None where nothing has to.
+
+    Returns:
+        Step, state, tensors and config of the checkpoint.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, does not fit what is to be filled, was written by another number
+            of processes, or belongs to a run of another identity; the last two before anything is filled.
     """
     path = Path(path)
     manifest = _manifest(path)
@@ -347,7 +377,15 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 def start_or_resume(folder: str | Path, *, resume: bool) -> Path | None:
     """The checkpoint to resume from, or None to start afresh.
 
-    Raises CheckpointError where checkpoints are there but nobody asked to resume: they are hours of someone's work.
+    Args:
+        folder: where checkpoints are.
+        resume: whether to continue from one.
+
+    Returns:
+        The newest complete checkpoint; None where there is none.
+
+    Raises:
+        CheckpointError: checkpoints are there but nobody asked to resume. They are hours of someone's work.
     """
     latest = latest_checkpoint(folder)
     if latest is not None and not resume:
@@ -363,7 +401,14 @@ def mark_done(
 ) -> None:
     """The last act of a stage: writes ``record`` and deletes the checkpoints, which nobody will resume from.
 
-    config: what the result depends on; ``is_done`` compares it. Every process calls it, once the model is saved.
+    Every process calls it, once the model is saved.
+
+    Args:
+        folder: the stage's folder.
+        config: what the result depends on; ``is_done`` compares it.
+        metrics: figures to keep.
+        seconds: time that the stage took.
+        record: name of the file.
     """
 
     def write() -> None:
@@ -382,8 +427,14 @@ def is_done(folder: str | Path, config: Any, record: str = DONE) -> bool:
 def done_config(folder: str | Path, config: Any, record: str = DONE) -> Any:
     """The config that the stage in ``folder`` ended with, in plain values, to compare with ``config``.
 
-    Knobs that ``config`` has and that did not exist then are there with their defaults; knobs that were dropped since
-    are gone where they had theirs. A new version of tlcr is no reason to train again.
+    Args:
+        folder: the stage's folder.
+        config: the config of now.
+        record: name of the file.
+
+    Returns:
+        The old config. Knobs that ``config`` has and that did not exist then are there with their defaults; knobs that
+        were dropped since are gone where they had theirs. A new version of tlcr is no reason to train again.
     """
     path = Path(folder) / record
     with _reading(path):

@@ -26,6 +26,14 @@ def parameter_groups(model: nn.Module, *, learning_rate: float, weight_decay: fl
 
     Matrices decay; biases, norms and embeddings do not (ours: decay would pull the vectors of words that the data lack
     to zero, with no evidence against them). A matrix tied to an embedding counts as an embedding.
+
+    Args:
+        model: whose parameters.
+        learning_rate: of both groups.
+        weight_decay: of the first.
+
+    Returns:
+        Two groups of {"params", "lr", "weight_decay"}.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
@@ -42,9 +50,15 @@ def parameter_groups(model: nn.Module, *, learning_rate: float, weight_decay: fl
 def build_optimizer(
     groups: Sequence[dict[str, Any]], betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) over ``groups`` of {"params", "lr", "weight_decay"}.
+    """AdamW (Loshchilov and Hutter 2019); ``MasterWeightAdamW`` where a parameter is bfloat16 or float16.
 
-    The betas are those of the released code. Where a parameter is bfloat16 or float16, ``MasterWeightAdamW``.
+    Args:
+        groups: {"params", "lr", "weight_decay"} each.
+        betas: decay of both moments, by default those of the released code.
+        eps: added to the root of the second moment.
+
+    Returns:
+        The optimiser.
     """
     groups = [{**group, "params": list(group["params"])} for group in groups]
     parameters = [p for group in groups for p in group["params"]]
@@ -168,10 +182,17 @@ def _pieces(tensor: Tensor) -> Sequence[Tensor]:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scales all gradients so that their joint 2-norm is at most ``max_norm``; returns the norm before, a scalar.
+    """Scales all gradients so that their joint 2-norm is at most ``max_norm``.
 
-    The norm is taken in float32 (float64 for float64 gradients), which torch.nn.utils.clip_grad_norm_ does not do for
-    bfloat16. NaN and infinity pass through to the norm: the caller decides. No gradient at all has the norm 0.
+    The norm is taken in float32 (float64 for float64 gradients), which ``torch.nn.utils.clip_grad_norm_`` does not do
+    for bfloat16. NaN and infinity pass through to the norm: the caller decides.
+
+    Args:
+        parameters: whose gradients.
+        max_norm: the largest norm allowed.
+
+    Returns:
+        The norm before, a scalar; 0 where there is no gradient at all.
     """
     with_grad = [p for p in parameters if p.grad is not None]
     if not with_grad:
@@ -201,6 +222,15 @@ def build_scheduler(
     For s < warmup_steps the factor is (s + 1) / (warmup_steps + 1). Then, with
     x = (s - warmup_steps) / (total_steps - warmup_steps): cosine (1 + cos(pi x)) / 2, linear 1 - x, constant 1.
     No step is taken at rate 0 (ours; transformers' schedules start there, which wastes the only step of a short run).
+
+    Args:
+        optimizer: whose learning rates.
+        schedule: "cosine", "linear" or "constant".
+        total_steps: steps of the whole training.
+        warmup_steps: steps until the full rate.
+
+    Returns:
+        The schedule.
     """
 
     def factor(step: int) -> float:

@@ -71,11 +71,27 @@ def build_reward_source(
     seed: int,
     micro_batch_size: int | None = None,
 ) -> RewardSource:
-    """The source that `cfg.kind` asks for, with the sequence reward model's score where `cfg.sequence_coef` is not 0.
+    """The source that ``cfg.kind`` asks for, with the reward model's score where ``cfg.sequence_coef`` is not 0.
 
-    Models that the kind does not need may be None. reference: the policy as PPO starts with it, which DPO started from
-    too. `micro_batch_size` answers are scored at a time, all by default.
-    Raises ConfigError where a model that the kind needs is missing, or its callable cannot be imported.
+    Models that the kind does not need may be None.
+
+    Args:
+        cfg: the reward.
+        policy_tokenizer: the tokenizer of the rollouts.
+        discriminator: for the kinds that are read off its logits.
+        reward_model: for the kinds that take a sequence score.
+        dpo: the policy that DPO trained.
+        reference: the policy as PPO starts with it, which DPO started from too.
+        dpo_beta: scale of DPO's log-ratio.
+        data: limits of prompt and answer, in tokens.
+        seed: of rewards that are random.
+        micro_batch_size: answers scored at a time; None: all.
+
+    Returns:
+        The source.
+
+    Raises:
+        ConfigError: a model that the kind needs is missing, or its callable cannot be imported.
     """
 
     def frozen_model(loaded: LoadedModel | None, name: str, why: str) -> FrozenModel:

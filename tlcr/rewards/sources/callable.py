@@ -106,9 +106,17 @@ class CallableSource(Stateless):
 
 
 def import_function(path: str, knob: str) -> Callable[..., Any]:
-    """The function that 'package.module:function' or 'folder/file.py:function' names; importing it runs that code.
+    """The function that a knob names; importing it runs its module's code.
 
-    Raises ConfigError, naming the knob, where the path is malformed, or the module or the function is not there.
+    Args:
+        path: "package.module:function" or "folder/file.py:function".
+        knob: the knob that holds the path, for the error's text.
+
+    Returns:
+        The function.
+
+    Raises:
+        ConfigError: the path is malformed, or the module or the function is not there.
     """
     place, _, name = path.rpartition(":")
     if not place or not name:

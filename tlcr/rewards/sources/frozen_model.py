@@ -67,8 +67,15 @@ class Reading:
 
 
 def read(frozen: FrozenModel, rollout: Rollout) -> Reading:
-    """The rollout's rows as the model's own ids, on the model's device: the policy's ids where they share a tokenizer,
-    else the text that `DiscriminatorSource` describes."""
+    """The rollout's rows as the model's own ids, on the model's device.
+
+    Args:
+        frozen: the model that reads.
+        rollout: the answers.
+
+    Returns:
+        The policy's ids where both share a tokenizer, else the text that ``DiscriminatorSource`` describes.
+    """
     weights = None
     if frozen.shares_tokens:
         rows: Sequence[Sequence[int]] = counted(rollout.ids_BL, rollout.attention_mask_BL)
@@ -88,6 +95,13 @@ def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bo
 
     Names and folders say nothing: a fine-tuned model often carries a copy of its base's tokenizer, and sometimes a
     changed one. The padding token may differ, because no mask is read off ids.
+
+    Args:
+        a: one tokenizer.
+        b: the other.
+
+    Returns:
+        True where ids can be handed from one to the other.
     """
     return a is b or (
         a.eos_token_id == b.eos_token_id and a.bos_token_id == b.bos_token_id and a.get_vocab() == b.get_vocab()
@@ -164,9 +178,16 @@ def opinion_weights(frozen: FrozenModel, answer: TextAnswer) -> Tensor:
 
 
 def credit_weights(frozen: FrozenModel, answer: TextAnswer) -> Tensor:
-    """The weights (policy tokens, the model's tokens) that share out credit: a column sums to 1, so that none is lost.
+    """The weights that share out credit: a column sums to 1, so that none is lost.
 
     A model's token without characters of the policy's (a mark of its own) is paid out at the policy's last token.
+
+    Args:
+        frozen: the model that gives the credit.
+        answer: one answer in both tokenizers.
+
+    Returns:
+        (policy tokens, the model's tokens).
     """
     overlap = _shared_characters(frozen, answer)
     overlap[-1:, overlap.sum(0) == 0] = 1
