@@ -6,8 +6,9 @@ CUDA_VENV ?= .venv-cuda
 ENVIRONMENT := $(VENV)/.environment
 INSTALLED := $(VENV)/.installed
 RIVALS := $(VENV)/.rivals
+DOCS := $(VENV)/.docs
 
-.PHONY: quickstart test lint types bench bench-report bench-compare wheels
+.PHONY: quickstart test lint types docs bench bench-report bench-compare wheels
 
 quickstart: $(INSTALLED)
 	$(BIN)/tlcr run examples/quickstart.yaml --resume
@@ -19,8 +20,16 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+lint: docs
+
 types: $(INSTALLED)
 	$(BIN)/mypy
+
+# build/docs/index.html. A link to a page, a heading or a name that is not there is an error; what stands on other sites
+# is not asked, because a build needs no network.
+docs: $(DOCS)
+	$(BIN)/pydoclint --quiet tlcr
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -E -W --keep-going --nitpicky -b html docs build/docs
 
 # Every op and rival on this machine, in some 10 minutes. On a GPU: python -m benchmarks.ops --device cuda
 bench: $(RIVALS)
@@ -56,6 +65,11 @@ $(INSTALLED): $(ENVIRONMENT) pyproject.toml setup.py $(shell find csrc -type f)
 # Other than tlcr and what it needs to be developed: the packages that the benchmarks compare it with.
 $(RIVALS): $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable '.[dev,bench]'
+	@touch $@
+
+# What draws the documentation site.
+$(DOCS): $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable '.[dev,docs]'
 	@touch $@
 
 # torch 2.11 comes with triton 3.6, whose interpreter needs numpy < 2.4.

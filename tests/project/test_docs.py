@@ -185,6 +185,13 @@ def test_the_python_of_the_readme_runs_and_learns() -> None:
     assert (names["rewards"][~names["mask"]] == 0).all()
 
 
+def test_the_site_says_what_the_readme_says() -> None:
+    page, loop = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("quickstart.md", "own_loop.md"))
+    table = blocks(page, "text")
+    assert table and set(table) <= set(blocks(README, "text"))
+    assert blocks(loop, "python") == blocks(README, "python")
+
+
 def test_the_json_of_the_readme_is_read_as_records(tmp_path: Path) -> None:
     import json
 
@@ -287,3 +294,93 @@ def test_every_public_name_in_the_prose_exists() -> None:
     assert names
     for name in names:
         assert hasattr(tlcr, name) or hasattr(tlcr.ops, name), name
+
+
+def too_wide(text: str) -> list[str]:
+    """Lines of more than 120 columns, but for tables, links, fenced text and what is one unbreakable word."""
+    lines = prose(text).splitlines()
+    return [line for line in lines if len(line) > 120 and not line.startswith("|") and "](http" not in line]
+
+
+# benchmarks.md is written by benchmarks/report.py
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "benchmarks.md"], ids=lambda page: page.name)
+def test_lines_are_at_most_120_wide(page: Path) -> None:
+    assert too_wide(page.read_text(encoding="utf-8")) == []
+
+
+def test_a_wide_line_would_be_caught() -> None:
+    wide = "word " * 30
+    assert too_wide(f"{wide}\n| {wide} |\n```text\n{wide}\n```\n") == [wide]
+
+
+# No build asks another site whether a page is there: what can be checked without a network is the form.
+EXTERNAL = re.compile(r"https://arxiv\.org/abs/\d{4}\.\d{5}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_other_sites_are_to_papers(page: Path) -> None:
+    for link in re.findall(r"\]\((\w+://[^)]*)\)", page.read_text(encoding="utf-8")):
+        assert EXTERNAL.fullmatch(link), link
+
+
+DOCS = ROOT / "docs"
+REFERENCE = "\n".join(page.read_text(encoding="utf-8") for page in sorted((DOCS / "reference").glob("*.md")))
+
+
+def listed_pages(page: str) -> Iterator[str]:
+    """The pages that a page's tables of contents name, and all that those name, as paths in docs/ without .md."""
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    for body in re.findall(r"^```{toctree}\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for name in body.split("\n"):
+            if name and not name.startswith(":"):
+                path = (Path(page).parent / name).as_posix()
+                yield path
+                yield from listed_pages(path)
+
+
+def test_the_site_lists_every_page_once() -> None:
+    listed = ["index", *listed_pages("index")]
+    assert sorted(listed) == sorted(path.relative_to(DOCS).with_suffix("").as_posix() for path in DOCS.rglob("*.md"))
+
+
+def test_the_reference_has_every_public_name() -> None:
+    import tlcr
+
+    described = set(re.findall(r"^\.\. auto(?:function|class):: tlcr\.(\w+)$", REFERENCE, re.MULTILINE))
+    assert described == set(tlcr.__all__) - {"__version__", "ops"}
+    of_ops = set(re.findall(r"^\.\. auto(?:function|class):: tlcr\.ops\.(\w+)$", REFERENCE, re.MULTILINE))
+    assert described | of_ops >= set(tlcr.ops.__all__)
+
+
+def without_sections(tree: ast.AST, prefix: str = "") -> Iterator[str]:
+    """Public functions with arguments whose docstring has more than one line, and no section that names them."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from without_sections(node, f"{prefix}{node.name}.")
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or node.name.startswith("_"):
+            continue
+        names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        docstring = ast.get_docstring(node) or ""
+        if "\n" in docstring and set(names) - {"self", "cls"} and "\nArgs:\n" not in docstring:
+            yield prefix + node.name
+
+
+# pydoclint, a part of make docs, then holds the sections to the signature.
+@pytest.mark.parametrize("module", sorted(re.findall(r"automodule:: tlcr\.([\w.]+)", REFERENCE)))
+def test_what_the_reference_describes_names_its_arguments(module: str) -> None:
+    base = ROOT / "tlcr" / module.replace(".", "/")
+    files = sorted(base.glob("*.py")) if base.is_dir() else [base.with_suffix(".py")]
+    assert files
+    # what pydoclint leaves out has another test or none
+    excluded = re.search(r"^exclude = '(.*)'$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert excluded is not None
+    for path in files:
+        if re.search(excluded[1], path.relative_to(ROOT).as_posix()):
+            continue
+        assert list(without_sections(ast.parse(path.read_text(encoding="utf-8")))) == [], path
+
+
+def test_a_docstring_without_sections_would_be_caught() -> None:
+    docstrings = {"f": "One.\n\n    a: two.", "g": "One.\n\n    Args:\n        a: two.\n    ", "h": "One."}
+    source = "".join(f'def {name}(a):\n    """{docstring}"""\n\n' for name, docstring in docstrings.items())
+    assert list(without_sections(ast.parse(source))) == ["f"]
