@@ -108,8 +108,12 @@ def add_knobs(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: 
         lines += knob_table(typing.cast(type, obj))
 
 
-def read_plain_formulas(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Lets reStructuredText print two things of our docstrings as they stand: an indented block, and a |bar|."""
+def read_plain_prose(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Lets reStructuredText and napoleon print our docstrings as they stand.
+
+    An indented block after a colon is literal, and a |bar| is a bar. What stands before a colon is no type, neither in
+    Returns and Yields nor where a docstring of an attribute begins: signatures have the types.
+    """
     literal_from: int | None = None
     for number, line in enumerate(lines):
         depth = len(line) - len(line.lstrip())
@@ -123,6 +127,11 @@ def read_plain_formulas(app: Sphinx, what: str, name: str, obj: Any, options: An
             if literal_from is None and following[1].strip() and indent >= depth + 4:
                 literal_from = indent
                 lines[number] = lines[number].rstrip(":") + "::"
+    for number in range(1, len(lines)):
+        if lines[number - 1] in ("Returns:", "Yields:"):
+            lines[number] = re.sub(r"^( +)", r"\1: ", lines[number])
+    if what in ("attribute", "data", "property") and lines:
+        lines[0] = f": {lines[0]}"
 
 
 def leave_out_knobs(
@@ -135,6 +144,6 @@ def leave_out_knobs(
 
 
 def setup(app: Sphinx) -> None:
-    app.connect("autodoc-process-docstring", read_plain_formulas, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", read_plain_prose, priority=400)  # before napoleon
     app.connect("autodoc-process-docstring", add_knobs)
     app.connect("autodoc-process-signature", leave_out_knobs)

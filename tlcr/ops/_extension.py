@@ -46,11 +46,11 @@ def build_info() -> dict[str, Any]:
     """How this installation was built, and what of it is in use.
 
     Returns:
-        The fields of the build record, which are `version`, `extension` ("cuda", "cpu" or None), `remark` (why it is
-        not a CUDA build), `torch`, `cuda` and `arch_list`. Then what the extension says of itself, each None where it
-        is not loaded: `compiler`, `instruction_set` (of the CPU kernels on this processor, as ATEN_CPU_CAPABILITY
-        allows). Then `problem`: why an extension that is there is not loaded, else None. And `rebuild`: the command
-        that builds this installation anew, against the torch that is installed.
+        The fields of the build record: `version`, `extension` ("cuda", "cpu" or None), `remark` (why it is not a CUDA
+        build), `torch`, `cuda` and `arch_list`. Then what the extension says of itself, each None where it is not
+        loaded: `compiler`, `instruction_set` (of the CPU kernels on this processor, as ATEN_CPU_CAPABILITY allows).
+        Then `problem`: why an extension that is there is not loaded, else None. And `rebuild`: the command that builds
+        this installation anew, against the torch that is installed.
     """
     record, problem = read_record(), _problem()
     facts: dict[str, Any] = {"compiler": None, "instruction_set": None}

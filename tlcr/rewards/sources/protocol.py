@@ -10,13 +10,19 @@ from tlcr.types import RewardSignal, Rollout
 
 
 class RewardSource(Protocol):
-    """FrozenModels a rollout. Its state, JSON-able, is part of a checkpoint; most sources have none."""
+    """Says what the answers of a rollout earn. Any object with these three methods is one."""
 
-    def __call__(self, rollout: Rollout) -> RewardSignal: ...
+    def __call__(self, rollout: Rollout) -> RewardSignal:
+        """What this process's answers earn, for each token or for each whole answer."""
+        ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What the source remembers from one rollout to the next, as JSON can hold it; a part of every checkpoint."""
+        ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        ...
 
 
 class Stateless:
