@@ -56,8 +56,20 @@ def knob(
 ) -> Any:
     """A dataclass field that knows its meaning, its unit, its bounds and where its default comes from.
 
-    advanced: few runs set it; ``--help`` leaves it to ``--help-all``. Path and flag are those of any other knob.
     tests/config/knobs.txt lists every knob, and says how a new one gets in.
+
+    Args:
+        default: the default; a list or tuple is copied for each config.
+        help: what the knob means, in one line.
+        source: where the default comes from.
+        unit: of the value.
+        ge: the value is at least this.
+        gt: the value is greater than this.
+        le: the value is at most this.
+        advanced: few runs set it; ``--help`` leaves it to ``--help-all``. Path and flag are those of any other knob.
+
+    Returns:
+        The field.
     """
     metadata = {"help": help, "source": source, "unit": unit, "ge": ge, "gt": gt, "le": le, "advanced": advanced}
     if isinstance(default, (list, tuple)):

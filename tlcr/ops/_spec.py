@@ -115,6 +115,14 @@ class Op(Generic[ArgumentsT, ResultT]):
     def __call__(self, impl: str, device: torch.device, arguments: ArgumentsT) -> ResultT:
         """Run an implementation. A named one is that one or an error, never another.
 
+        Args:
+            impl: "auto" or the name of one.
+            device: where the tensors are.
+            arguments: what the function that users call has checked.
+
+        Returns:
+            What the op returns.
+
         Raises:
             ConfigError: no implementation has this name.
             BackendUnavailable: it has one that cannot run here.

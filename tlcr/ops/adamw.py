@@ -54,7 +54,8 @@ def adamw_step(
     Args:
         parameter: bfloat16, any shape; changed.
         grad: bfloat16, the same shape.
-        exp_avg, exp_avg_sq: m and v, float32, the same shape; changed.
+        exp_avg: m, float32, the same shape; changed.
+        exp_avg_sq: v, float32, the same shape; changed.
         remainder: int16, the same shape; changed. 0 where training begins.
         learning_rate: >= 0.
         betas: of the moments, 0 <= beta < 1.

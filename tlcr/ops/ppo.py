@@ -102,12 +102,15 @@ def ppo_loss(
         clip: the ratio is clipped at 1 - clip, >= 0.
         clip_high: and at 1 + clip_high, >= 0; None: clip.
         dual_clip: bound c > 1 of the loss where A < 0; None: no bound.
-        values, old_values, returns: (B, T), V, V at sampling time, and what V regresses to. Without them there is no
-            value loss. `old_values` is needed unless `value_clip` is None.
+        values: (B, T), V. Without it there is no value loss.
+        old_values: (B, T), V at sampling time; needed with `values` unless `value_clip` is None.
+        returns: (B, T), what V regresses to; needed with `values`.
         value_clip: how far V may move from V_old, > 0; None: no bound.
         value_coef: weight of the value loss.
-        entropy, kl: (B, T), nats, as from `score_tokens`.
-        entropy_coef, kl_coef: their weights.
+        entropy: (B, T), nats, as from `score_tokens`.
+        entropy_coef: its weight.
+        kl: (B, T), nats, as from `score_tokens`.
+        kl_coef: its weight.
         aggregate: "token" or "sequence".
         denominator: the global count of tokens or rows, a number > 0 or a tensor of one element (a tensor is not
             checked, and 0, where nothing counts anywhere, is taken as 1).

@@ -157,7 +157,15 @@ def reward_from_hidden(
         weight: (2, H) or (3, H), the classes in the order of `fused_reward`.
         mask: (B, T), True counts.
         bias: (2,) or (3,).
-        kl, kl_coef, terminal, temperature, scale, clip, kind, band, impl: as in `fused_reward`.
+        kl: as in `fused_reward`.
+        kl_coef: as in `fused_reward`.
+        terminal: as in `fused_reward`.
+        temperature: as in `fused_reward`.
+        scale: as in `fused_reward`.
+        clip: as in `fused_reward`.
+        kind: as in `fused_reward`.
+        band: as in `fused_reward`.
+        impl: as in `fused_reward`.
 
     Returns:
         rewards (B, T), without a gradient.
