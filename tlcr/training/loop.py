@@ -70,12 +70,15 @@ class TrainingLoop:
                 one.
             save_every: steps from one checkpoint to the next; 0: at the end only.
             keep_checkpoints: how many of the newest checkpoints stay.
+            accelerator: the processes that share the training.
             models: unwrapped modules by the names that their files have in a checkpoint.
+            optimizer: kept in the checkpoints.
             scheduler: stepped once after each step.
             identity: what a checkpoint must share with this training for the one to continue the other: "settings",
                 which may be nested, and other names beside it. JSON must be able to hold it.
             config: the run's whole config, kept in the checkpoints for those who find them.
             evaluate: figures by name; called by every process.
+            callbacks: told of every step, evaluation and checkpoint.
             own_state: what a checkpoint holds beside the figures, as JSON can hold it; ``start`` hands it back.
         """
         self.folder, self.total_steps = folder, total_steps
@@ -93,9 +96,16 @@ class TrainingLoop:
     # ---- the steps
 
     def start(self, *, resume: bool) -> dict[str, Any] | None:
-        """Continues from the newest checkpoint, whose state it returns; or empties the log and returns None.
+        """Continues from the newest checkpoint, or empties the log and begins.
 
-        Raises CheckpointError where there is a checkpoint that nobody asked to resume, or one of another training.
+        Args:
+            resume: whether to continue from a checkpoint that is there.
+
+        Returns:
+            The state of the checkpoint; None where there is none.
+
+        Raises:
+            CheckpointError: there is a checkpoint that nobody asked to resume, or one of another training.
         """
         path = start_or_resume(self.folder / "checkpoints", resume=resume)
         if path is None:
@@ -122,14 +132,18 @@ class TrainingLoop:
         self.step, self.metrics, self.evaluation, self._seconds_before = step, metrics, evaluation, seconds
 
     def run(self, take_step: Callable[[], dict[str, float]], *, label: str, shown: tuple[str, ...] = ()) -> bool:
-        """Takes the steps that are left, and saves the state at the end; True where a callback ended them early.
+        """Takes the steps that are left, and saves the state at the end.
 
         Args:
             take_step: changes the models once and returns the metrics of that step.
             label: what the progress bar calls the training.
             shown: the metrics that the progress bar shows; without, the first few.
 
-        Raises KeyboardInterrupt, with the state saved, on Ctrl-C or SIGTERM.
+        Returns:
+            True where a callback ended the training early.
+
+        Raises:
+            KeyboardInterrupt: on Ctrl-C or SIGTERM, with the state saved.
         """
         stopped = False
         with StopSignals() as signals, Progress(label, self.total_steps, self.step, keys=shown) as progress:

@@ -50,10 +50,13 @@ class LossParts:
 
 
 def ranking_loss(margin_B: Tensor) -> LossParts:
-    """The sum over pairs of -log sigmoid(margin), margin = score of the chosen answer less that of the rejected one
-    (Bradley and Terry 1952), and the number of pairs.
+    """The sum over pairs of -log sigmoid(margin), and the number of pairs (Bradley and Terry 1952).
 
-    Statistics: accuracy, the share of pairs ranked as people did (a tie is half right); margin.
+    Args:
+        margin_B: (B,), the score of the chosen answer less that of the rejected one.
+
+    Returns:
+        The sums. Statistics are accuracy, the share of pairs ranked as people did (a tie is half right), and margin.
     """
     pairs = len(margin_B)
     right = (margin_B > 0).sum() + 0.5 * (margin_B == 0).sum()
@@ -94,19 +97,33 @@ def fit(
     length: Callable[[E], int] | None = None,
     config: Any = None,
 ) -> FitResult:
-    """Trains ``model`` in place for ``cfg.epochs`` passes over ``examples`` and returns how it ended.
+    """Trains ``model`` in place for ``cfg.epochs`` passes over ``examples``.
 
-    loss: called as ``loss(model, collate(micro_batch))``; see ``LossParts``. It may call any part of the model.
-    folder: gets ``metrics.jsonl`` and ``checkpoints/``; its name is the label of the progress bar.
-    seed: with the number of the epoch it fixes the order of the examples.
-    resume: continue from the newest checkpoint, bit for bit on one process on the CPU; without one, start.
-    evaluate: called without gradients and in evaluation mode, on every process; its figures are logged as eval/<name>.
-    length: sorts a process's share of each batch, so that the examples of a micro-batch need little padding.
-    config: the run's whole config, kept in the checkpoints for those who find them (default: ``cfg``).
+    Args:
+        model: what is trained.
+        examples: what it is trained on.
+        collate: examples to a batch.
+        loss: called as ``loss(model, collate(micro_batch))``; see ``LossParts``. It may call any part of the model.
+        cfg: passes, sizes, rates and when to evaluate and to save.
+        folder: gets ``metrics.jsonl`` and ``checkpoints/``; its name is the label of the progress bar.
+        seed: with the number of the epoch it fixes the order of the examples.
+        resume: continue from the newest checkpoint, bit for bit on one process on the CPU; without one, start.
+        evaluate: called without gradients and in evaluation mode, on every process; its figures are logged as
+            eval/<name>.
+        callbacks: told of every step, evaluation and checkpoint.
+        accelerator: the processes that share the training; None: one without autocast.
+        length: sorts a process's share of each batch, so that the examples of a micro-batch need little padding.
+        config: the run's whole config, kept in the checkpoints for those who find them (default: ``cfg``).
 
-    Raises DataError for no examples; CheckpointError where there is a checkpoint and ``resume`` is False, where the one
-    found belongs to other data or settings, and for a full disk; TrainingDiverged, with the state before that step
-    saved, where a loss or gradient is NaN or infinite; KeyboardInterrupt, with the state saved, on Ctrl-C or SIGTERM.
+    Returns:
+        How the training ended.
+
+    Raises:
+        DataError: there are no examples.
+        CheckpointError: there is a checkpoint and ``resume`` is False; the one found belongs to other data or settings;
+            or the disk is full.
+        TrainingDiverged: a loss or gradient is NaN or infinite; the state before that step is saved.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, with the state saved.
     """
     if not examples:
         raise DataError(f"{Path(folder).name}: there are no examples to train on; check the data settings")
@@ -139,7 +156,17 @@ def mean_loss(
 ) -> dict[str, float]:
     """The loss and its statistics over ``examples``, without gradients; the processes share the work.
 
-    Returns "loss" and each statistic's name. Every process must call it, and each gets the same figures.
+    Every process must call it, and each gets the same figures.
+
+    Args:
+        model: what is measured.
+        examples: what it is measured on.
+        collate: examples to a batch.
+        loss: as for ``fit``.
+        batch_size: examples of one forward pass.
+
+    Returns:
+        "loss" and each statistic by its name.
     """
     device = next(model.parameters()).device
     training = model.training
