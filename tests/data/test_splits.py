@@ -220,9 +220,7 @@ def test_every_recipe_gets_its_own_share(
     given: dict[str, set[int]] = {}
 
     def recipe(name: str) -> Any:
-        def train(
-            cfg: RunConfig, tokenizer: object, model: object, train: list, held_out: list, *_: Any, **__: Any
-        ) -> Any:
+        def train(cfg: RunConfig, *, train: list, held_out: list, **_: Any) -> Any:
             given[name] = numbers(getattr(pair, "pair", pair).prompt for pair in [*train, *held_out])
             return SimpleNamespace(metrics={}, evaluation={})
 
