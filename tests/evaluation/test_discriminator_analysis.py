@@ -33,7 +33,8 @@ from tlcr.evaluation.discriminator_analysis import (
     spill,
 )
 from tlcr.models.discriminator import labels_of, score_answers
-from tlcr.models.loading import classification_head, load_token_classifier
+from tlcr.models.heads import classification_head
+from tlcr.models.loading import load_token_classifier
 from tlcr.recipes.analyse_discriminator import analyse_discriminator
 from tlcr.types import EditPair, PreferencePair
 

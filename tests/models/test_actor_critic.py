@@ -20,7 +20,8 @@ from transformers import (
 from tlcr.config.schema import ModelConfig, PPOConfig
 from tlcr.errors import CheckpointError, ConfigError
 from tlcr.models.actor_critic import ActorCritic, build_value_model, load_value_head
-from tlcr.models.loading import classification_head, load_sequence_classifier, load_token_classifier
+from tlcr.models.heads import classification_head
+from tlcr.models.loading import load_sequence_classifier, load_token_classifier
 
 PROMPTS = [[5, 9, 30], [7, 44, 12, 90, 33], [8]]
 ANSWERS = [[41, 17, 60, 2], [23], [99, 3, 14]]
@@ -317,3 +318,65 @@ def test_a_bfloat16_policy_that_has_not_moved_is_at_distance_zero(
     own_BT = actor_critic(*batch(), temperature=1.0).logprobs_BT
     ref_BT = actor_critic.reference_logprobs(reference, *batch(), temperature=1.0)
     torch.testing.assert_close(ref_BT, own_BT, rtol=0, atol=0)
+
+
+# ---- a separate value model in bfloat16
+
+
+def bfloat16_models(make: Callable[..., PreTrainedModel], init: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A policy, and the value model that `init` gives it; its head is random and holds no bfloat16 numbers."""
+    config = ModelConfig(dtype="bfloat16")
+    policy = make(seed=1).bfloat16()
+    reward_model = load_sequence_classifier(make(seed=2).bfloat16(), config)
+    with torch.no_grad():
+        classification_head(reward_model).weight.normal_()
+    value_model = build_value_model(
+        PPOConfig(value_init=init),
+        config,
+        policy=policy,
+        reward_model=reward_model,
+        discriminator=load_token_classifier(make(seed=3).bfloat16(), config, id2label={0: "negative", 1: "positive"}),
+    )
+    assert value_model is not None
+    if init == "reward_model":
+        assert torch.equal(classification_head(value_model).weight, classification_head(reward_model).weight)
+    return policy, with_random_head(value_model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("init", ["policy", "reward_model", "discriminator"])
+def test_values_of_a_bfloat16_value_model_are_float32_products_of_its_hidden_states(
+    tiny_causal_lm: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, init: str
+) -> None:
+    policy, value_model = bfloat16_models(tiny_causal_lm, init)
+    actor_critic = ActorCritic(policy, value_model)
+    head = classification_head(value_model)
+    assert value_model.dtype == torch.bfloat16 and head.weight.dtype == torch.float32
+    ids_BL, mask_BL, T = batch()
+    values_BT = actor_critic(ids_BL, mask_BL, T, temperature=1.0).values_BT
+    assert values_BT.dtype == torch.float32
+    positions_BL = (mask_BL.long().cumsum(1) - 1).clamp(min=0)
+    hidden_BLH = value_model.model(
+        ids_BL[:, :-1], attention_mask=mask_BL[:, :-1].long(), position_ids=positions_BL[:, :-1]
+    ).last_hidden_state
+    truth_BT = (hidden_BLH.double() @ head.weight.double().t() + head.bias.double()).squeeze(-1)[:, -T:]
+    counted_BT = mask_BL[:, -T:]
+    torch.testing.assert_close(values_BT.double()[counted_BT], truth_BT[counted_BT], rtol=1e-5, atol=1e-6)
+    assert (values_BT != values_BT.bfloat16().float())[counted_BT].all()
+
+    actor_critic.save(tiny_tokenizer, tmp_path / "policy", tmp_path / "value")
+    own = ModelConfig(path=str(tmp_path / "policy"), dtype="bfloat16")
+    loaded = ActorCritic.load(own, tmp_path / "value")
+    assert torch.equal(loaded(ids_BL, mask_BL, T, temperature=1.0).values_BT, values_BT)
+    for (name, p), q in zip(actor_critic.named_parameters(), loaded.parameters(), strict=True):
+        assert p.dtype == q.dtype and torch.equal(p, q), name
+
+
+def test_a_value_model_that_comes_with_a_bfloat16_head_gets_a_float32_one(
+    tiny_causal_lm: Callable[..., PreTrainedModel],
+) -> None:
+    policy = tiny_causal_lm(seed=1).bfloat16()
+    plain = AutoModelForTokenClassification.from_config(policy.config, dtype=torch.bfloat16)
+    weight = plain.score.weight.detach().clone()
+    head = classification_head(ActorCritic(policy, plain).value_model)
+    assert head.weight.dtype == torch.float32 and torch.equal(head.weight, weight.float())

@@ -13,7 +13,8 @@ from tlcr.config.schema import ModelConfig
 from tlcr.errors import ConfigError
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.discriminator import classify, labels_of
-from tlcr.models.loading import classification_head, load_token_classifier
+from tlcr.models.heads import classification_head
+from tlcr.models.loading import load_token_classifier
 
 Make = Callable[..., PreTrainedModel]
 

@@ -27,7 +27,8 @@ from tlcr.models.discriminator import (
     temperature_of,
     token_logits,
 )
-from tlcr.models.loading import classification_head, load_token_classifier, save_model
+from tlcr.models.heads import classification_head
+from tlcr.models.loading import load_token_classifier, save_model
 from tlcr.types import EncodedAnswer, LabelledAnswer, LabelledPair
 
 PAD = 0

@@ -16,11 +16,11 @@ from transformers import (
 
 from tlcr.config.schema import ModelConfig
 from tlcr.errors import CheckpointError, ConfigError
+from tlcr.models.heads import classification_head
 from tlcr.models.loading import (
     THREE_CLASSES,
     TWO_CLASSES,
     backbone,
-    classification_head,
     disable_dropout,
     load_causal_lm,
     load_sequence_classifier,
@@ -63,8 +63,9 @@ def test_the_dtype_is_the_configs(tmp_path, tiny_tokenizer, make):
     save_model(make(), tiny_tokenizer, tmp_path)
     model = load_causal_lm(config(tmp_path, dtype="bfloat16"))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    head = load_token_classifier(model, config(tmp_path, dtype="bfloat16"), id2label=TWO_CLASSES)
-    assert {p.dtype for p in head.parameters()} == {torch.bfloat16}
+    classifier = load_token_classifier(model, config(tmp_path, dtype="bfloat16"), id2label=TWO_CLASSES)
+    assert {p.dtype for p in backbone(classifier).parameters()} == {torch.bfloat16} == {classifier.dtype}
+    assert {p.dtype for p in classification_head(classifier).parameters()} == {torch.float32}
 
 
 def test_saving_over_a_model_replaces_all_of_it_and_keeps_what_else_is_there(tmp_path, tiny_tokenizer, make):

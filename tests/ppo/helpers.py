@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from tlcr.config.schema import DataConfig, KLConfig, ModelConfig, PPOConfig, RewardConfig, RolloutConfig, RunConfig
 from tlcr.models.actor_critic import ActorCritic, build_value_model
-from tlcr.models.loading import classification_head
+from tlcr.models.heads import classification_head
 from tlcr.ppo.run import PPOResult
 from tlcr.recipes.train_ppo import train_ppo
 from tlcr.rewards.sources import CallableSource

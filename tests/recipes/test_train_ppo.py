@@ -21,6 +21,7 @@ from tests.ppo.helpers import PROMPTS, bigram_lm, run_ppo, small_config, without
 from tlcr.config.schema import DataConfig, KLConfig, PPOConfig, RewardConfig, RolloutConfig, RunConfig
 from tlcr.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic, load_value_head
+from tlcr.models.heads import classification_head
 from tlcr.recipes.train_ppo import train_ppo
 from tlcr.rewards.sources import RandomSource
 from tlcr.training.callbacks import Callback
@@ -291,6 +292,34 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(
     assert_same_models(whole, resumed)
     assert len(rows_of(broken)) == 4 and rows_of(broken) == rows_of(tmp_path / "whole")
     assert without_times(again.metrics) == without_times(result.metrics)
+
+
+def test_a_bfloat16_run_resumes_bit_for_bit_with_its_float32_value_head(
+    tiny_causal_lm: LM, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    cfg = small_config(reward={"centre": True}, schedule="cosine", warmup_updates=1)
+    cfg = replace(cfg, model=replace(cfg.model, dtype="bfloat16"))
+
+    def low(**options: Any) -> PreTrainedModel:
+        return tiny_causal_lm(**options).bfloat16()
+
+    whole, result = run_ppo(cfg, low, tiny_tokenizer, tmp_path / "whole")
+    assert whole.value_model is not None
+    head = classification_head(whole.value_model)
+    assert head.weight.dtype == torch.float32 and not torch.equal(head.weight, head.weight.bfloat16().float())
+    with pytest.raises(KeyboardInterrupt):
+        run_ppo(cfg, low, tiny_tokenizer, tmp_path / "broken", callbacks=[Interruption("signal")])
+    saved = latest_checkpoint(tmp_path / "broken" / "checkpoints")
+    assert saved is not None
+    weights = load_file(saved / "model-actor_critic.safetensors")
+    assert weights["value_model.score.weight"].dtype == torch.float32
+    resumed, _ = run_ppo(cfg, low, tiny_tokenizer, tmp_path / "broken", resume=True)
+    assert_same_models(whole, resumed)
+    assert rows_of(tmp_path / "broken") == rows_of(tmp_path / "whole")
+    # finished, both models come back from their folders, the value head unrounded
+    again, loaded = run_ppo(cfg, low, tiny_tokenizer, tmp_path / "broken", resume=True)
+    assert_same_models(whole, again)
+    assert without_times(loaded.metrics) == without_times(result.metrics)
 
 
 def source_of(kind: str) -> Any:

@@ -24,7 +24,8 @@ from tests.rewards.rollouts import (
 )
 from tlcr.config.schema import DataConfig, DPOConfig, KLConfig, ModelConfig, RewardConfig, RunConfig
 from tlcr.errors import ConfigError
-from tlcr.models.loading import classification_head, load_sequence_classifier
+from tlcr.models.heads import classification_head
+from tlcr.models.loading import load_sequence_classifier
 from tlcr.models.reward_model import prefix_scores, scores_and_attention, sequence_scores
 from tlcr.rewards.composition import compose_rewards
 from tlcr.rewards.sources import (

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tlcr import ops
 from tlcr.config.schema import ModelConfig, PPOConfig
 from tlcr.errors import CheckpointError, ConfigError
+from tlcr.models.heads import Head, classification_head, use_float32_head
 from tlcr.models.loading import (
     backbone,
-    classification_head,
     disable_dropout,
     last_logits,
     load_causal_lm,
@@ -61,6 +61,8 @@ class ActorCritic(nn.Module):
     policy's last hidden state. chunk_tokens: logits exist for that many tokens at a time.
 
     Dropout is switched off for good: under dropout the ratio to the rollout's log-probs would be noise (released code).
+    The value head computes in float32 whatever the models' dtype (`use_float32_head`): the 8 bits of a bfloat16 value
+    would be noise in every advantage.
     """
 
     def __init__(
@@ -83,6 +85,8 @@ class ActorCritic(nn.Module):
         self._from_hidden = chunk_tokens is not None or value_model is None
         for model in [policy] if value_model is None else [policy, value_model]:
             disable_dropout(model)
+        if value_model is not None:
+            use_float32_head(value_model)
         if self._from_hidden:
             _check_plain_head(policy)
         self.eval()
@@ -202,7 +206,7 @@ class ActorCritic(nn.Module):
     ) -> Tensor:
         if self.value_model is None:
             assert self.value_head is not None and hidden_BTH is not None
-            return self.value_head(hidden_BTH.to(self.value_head.weight.dtype)).squeeze(-1)
+            return self.value_head(hidden_BTH).squeeze(-1)
         output = self.value_model(**_inputs(self.value_model, ids_BL, attention_mask_BL))
         values_BT = output.logits[:, -response_length:].squeeze(-1)
         return values_BT if values_BT.dtype == torch.float64 else values_BT.float()
@@ -222,7 +226,8 @@ class ActorCritic(nn.Module):
         """Writes policy and value model for others to load. Every process calls it.
 
         ``AutoModelForCausalLM`` loads the policy, and ``AutoModelForTokenClassification`` the value model. Of a shared
-        value model the head alone is written (``load_value_head``).
+        value model the head alone is written (``load_value_head``). The value head is float32 in the file; transformers'
+        own ``from_pretrained`` rounds it to the dtype that it loads the model in, ``load`` does not.
 
         Args:
             tokenizer: saved with each model.
@@ -280,7 +285,7 @@ def build_value_model(
     return value_model
 
 
-def save_value_head(head: nn.Linear, folder: Path) -> None:
+def save_value_head(head: Head, folder: Path) -> None:
     """Write the head of a shared value model: safetensors, and a JSON that says what it reads."""
     about = {
         "hidden_size": head.in_features,
@@ -297,7 +302,7 @@ def save_value_head(head: nn.Linear, folder: Path) -> None:
     on_main_process(write)
 
 
-def load_value_head(folder: Path) -> nn.Linear:
+def load_value_head(folder: Path) -> Head:
     """The head that `save_value_head` wrote; CheckpointError where there is none."""
     weights, about = folder / "value_head.safetensors", folder / "value_head.json"
     if not weights.is_file() or not about.is_file():
@@ -306,16 +311,15 @@ def load_value_head(folder: Path) -> nn.Linear:
             "ppo.value_model=shared writes them; a separate value model loads with AutoModelForTokenClassification"
         )
     described = json.loads(about.read_text(encoding="utf-8"))
-    head = nn.Linear(described["hidden_size"], 1, dtype=getattr(torch, described["dtype"]))
+    head = Head(described["hidden_size"], 1, dtype=getattr(torch, described["dtype"]))
     head.load_state_dict(load_file(weights))
     return head
 
 
-def _new_value_head(policy: PreTrainedModel) -> nn.Linear:
-    # float32 at least: the 8 bits of a bfloat16 value would be noise in every advantage.
+def _new_value_head(policy: PreTrainedModel) -> Head:
     weight = policy.get_output_embeddings().weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    head = nn.Linear(policy.config.get_text_config().hidden_size, 1, dtype=dtype, device=weight.device)
+    head = Head(policy.config.get_text_config().hidden_size, 1, dtype=dtype, device=weight.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head

@@ -152,7 +152,7 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def classify(model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
-    """The logits (B, L, C), in the model's dtype, of rows that are padded on the right."""
+    """The logits (B, L, C), float32 or float64, of rows that are padded on the right."""
     return model(input_ids=ids_BL, attention_mask=attention_mask_BL.long(), use_cache=False).logits
 
 

@@ -27,6 +27,7 @@ from tlcr import ops
 from tlcr.config.schema import GeneratorConfig, ModelConfig
 from tlcr.errors import ConfigError, DataError
 from tlcr.models import attention
+from tlcr.models.heads import classification_head, use_float32_head
 from tlcr.models.layers import fuse_layers
 from tlcr.training.checkpoint import atomic_write, sync_folder
 from tlcr.training.distributed import on_main_process
@@ -34,7 +35,6 @@ from tlcr.training.distributed import on_main_process
 TWO_CLASSES = {0: "negative", 1: "positive"}
 THREE_CLASSES = {0: "negative", 1: "neutral", 2: "positive"}
 CONFIG = "config.json"
-HEADS = ("score", "classifier")
 
 
 def load_tokenizer(cfg: GeneratorConfig) -> PreTrainedTokenizerBase:
@@ -165,18 +165,6 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
     if base is model:
         raise ConfigError(f"{type(model).__name__} has no backbone of its own (base_model is the model itself)")
     return base  # type: ignore[return-value]
-
-
-def classification_head(model: PreTrainedModel) -> nn.Linear:
-    """The linear layer from hidden states to the outputs of a token or sequence classifier."""
-    for name in HEADS:
-        head = getattr(model, name, None)
-        if isinstance(head, nn.Linear):
-            return head
-    raise ConfigError(
-        f"{type(model).__name__} has no single linear head under {' or '.join(HEADS)}; use a decoder architecture "
-        "such as Llama, Qwen, Mistral, Gemma or GPT-2"
-    )
 
 
 def last_logits(model: PreTrainedModel, inputs: Mapping[str, Any], count: int) -> Tensor:
@@ -355,6 +343,7 @@ def _load_classifier(auto: Any, source: str | Path, cfg: ModelConfig) -> PreTrai
             f"{source!r} holds no trained {auto.__name__.removeprefix('AutoModelFor')} model: it lacks "
             f"{', '.join(sorted(report['missing_keys']))}; name the folder of a trained one"
         )
+    use_float32_head(model, saved_in=source)
     return _prepared(model, cfg)
 
 
@@ -374,6 +363,7 @@ def _with_new_head(
     with no_init_weights():
         model = auto.from_config(config, dtype=causal_lm.dtype, attn_implementation=_attention(cfg))
     model.to(causal_lm.device)
+    use_float32_head(model)
     backbone(model).load_state_dict(backbone(causal_lm).state_dict(), strict=True)
     for parameter in classification_head(model).parameters():
         nn.init.zeros_(parameter)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tlcr.errors import ConfigError
-from tlcr.models.loading import backbone, classification_head
+from tlcr.models.heads import classification_head
+from tlcr.models.loading import backbone
 from tlcr.text.padding import pad_right
 from tlcr.training.supervised import LossParts, ranking_loss
 from tlcr.types import EncodedComparison

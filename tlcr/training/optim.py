@@ -17,6 +17,7 @@ from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
 from tlcr import ops
+from tlcr.errors import CheckpointError
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -138,6 +139,12 @@ class MasterWeightAdamW(torch.optim.Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"]]
         for index, state in state_dict["state"].items():
             parameter = parameters[index]
+            if "remainder" in state and parameter.dtype != torch.bfloat16:
+                raise CheckpointError(
+                    f"the saved optimiser holds half a master for a parameter of shape {tuple(parameter.shape)} that "
+                    f"was bfloat16 and is {parameter.dtype} now; resume with the tlcr and model.dtype that began this "
+                    "run, or begin it again"
+                )
             self.state[parameter] = {name: value.to(_home(name, parameter), copy=True) for name, value in state.items()}
 
 
