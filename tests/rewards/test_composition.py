@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from tlcr import ops
 from tlcr.config.schema import RewardConfig
 from tlcr.errors import CheckpointError, ConfigError, DataError, ShapeError, TrainingDiverged
+from tlcr.rewards import composition
 from tlcr.rewards.composition import PARTS, RunningMean, compose_rewards, reward_accounting
 from tlcr.types import Rewards, RewardSignal
 
@@ -260,6 +262,27 @@ def test_centring_takes_the_batch_in_and_subtracts_the_mean_of_what_a_token_earn
     second = compose(RewardSignal(logits_BTC=torch.zeros(3, 5, 2)), centre=centre)
     assert centre.mean == pytest.approx(0.5 * paid.sum().item() / (0.5 * 7 + 7))
     torch.testing.assert_close(second.rewards_BT, torch.where(MASK, -centre.mean, 0.0))
+
+
+def test_the_centre_is_subtracted_after_scale_and_clip() -> None:
+    """The source gives 3 and 0.2: scaled by 2 they are 6 and 0.4, within 1 they are 1 and 0.4, less their mean 0.7 they
+    are 0.3 and -0.3. Centred first (by 1.6) they would be 1 and -1. A mean of -2 from before lifts them over the clip:
+    the older round counts half, so the mean is (0.5 * 2 * -2 + 1.4) / (0.5 * 2 + 2) = -0.2."""
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    signal = RewardSignal(dense_BT=torch.tensor([[3.0, 0.2]]))
+    options = {"kind": "callable", "callable": "m:f", "scale": 2.0, "clip": 1.0, "ended": torch.tensor([True])}
+    first = compose(signal, mask, centre=RunningMean(), **options)  # type: ignore[arg-type]
+    torch.testing.assert_close(first.rewards_BT, torch.tensor([[0.3, -0.3]]))
+    before = RunningMean(decay=0.5)
+    before.update(torch.tensor([[-2.0, -2.0]]), mask)
+    later = compose(signal, mask, centre=before, **options)  # type: ignore[arg-type]
+    torch.testing.assert_close(later.rewards_BT, torch.tensor([[1.2, 0.6]]))
+
+
+def test_the_formula_is_told_in_one_way() -> None:
+    told = [line.strip() for line in str(composition.__doc__).splitlines() if line.strip().startswith("r_t =")]
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    assert len(told) == 1 and f"    {told[0]}\n" in page
 
 
 def test_centring_counts_the_price_of_kl_so_that_length_earns_nothing() -> None:

@@ -2,9 +2,10 @@
 
 Arithmetic only: no text, no models. One formula holds for every kind of reward,
 
-    r_t = clamp(scale (c_t - centre), -clip, clip) - kl_coef KL_t - length_penalty + [t is the last token] terminal
+    r_t = clamp(scale * c_t, -clip, clip) - centre - kl_coef * KL_t - length_penalty + [t is the last token] * terminal
 
-where c_t is what the kind pays for token t (`compose_rewards`).
+where c_t is what the kind pays for token t (`compose_rewards`). The centre is a mean of what was scaled and clipped
+already: nothing scales or clips it again.
 """
 
 from __future__ import annotations
