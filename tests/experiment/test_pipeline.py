@@ -19,51 +19,17 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from tests.experiment.helpers import small_config, write_pairs
 from tlcr.config.dropped import dropped_knobs
 from tlcr.config.loading import dump_config, load_config
 from tlcr.config.schema import Arm, RewardConfig, RunConfig
-from tlcr.data import embedded
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.evaluation.evaluate import PolicyEvaluation, evaluate_policy
-from tlcr.experiment import pipeline
+from tlcr.experiment import pipeline, workers
 from tlcr.experiment.pipeline import analyse, analyse_edits, run, stage
 from tlcr.experiment.run_folder import _differences, open_run, reopen_run
 from tlcr.training.checkpoint import as_plain
 from tlcr.training.metrics import read_metrics
-
-
-def small_config(folder: Path, **changes: object) -> RunConfig:
-    values = {
-        "output_dir": str(folder),
-        "data.embedded_pairs": 80,
-        "data.max_prompt_tokens": 48,
-        "data.max_answer_tokens": 48,
-        "sft.epochs": 1,
-        "sft.learning_rate": 3e-3,
-        "reward_model.epochs": 1,
-        "discriminator.epochs": 1,
-        "rollout.max_new_tokens": 12,
-        "ppo.updates": 2,
-        "ppo.batch_size": 4,
-        "ppo.minibatch_size": 4,
-        "ppo.learning_rate": 1e-3,
-        "ppo.save_every": 1,
-        "evaluation.prompts": 6,
-        "evaluation.samples": 2,
-        **changes,
-    }
-    arms = (
-        Arm("continuous"),
-        Arm("sequence", reward=RewardConfig(kind="sequence")),
-    )
-    return replace(load_config(None, values), arms=arms)
-
-
-def write_pairs(path: Path) -> Path:
-    pairs = embedded.generate_pairs(40, seed=0)[0]
-    lines = [json.dumps({"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}) for p in pairs]
-    path.write_text("\n".join(lines))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -303,8 +269,8 @@ class InThisProcess:
 
     started: ClassVar[list[tuple[str, str]]] = []
 
-    def __init__(self, command: list[str], **_: object) -> None:
-        assert command[:3] == [sys.executable, "-m", "tlcr.experiment.pipeline"]
+    def __init__(self, command: tuple[str, ...], **_: object) -> None:
+        assert command[:3] == (sys.executable, "-m", "tlcr.experiment.pipeline")
         self.started.append((command[4], command[5]))
         self.code = pipeline._worker(*command[3:])
 
@@ -316,7 +282,7 @@ def test_a_grid_shares_the_models_of_a_seed(
     finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two seeds with models of their own, two coefficients; then a third coefficient, which repeats nothing."""
-    monkeypatch.setattr(pipeline.subprocess, "Popen", InThisProcess)
+    monkeypatch.setattr(workers.subprocess, "Popen", InThisProcess)
     monkeypatch.setattr(InThisProcess, "started", [])
     cfg = replace(
         finished,

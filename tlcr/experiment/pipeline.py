@@ -7,13 +7,9 @@ done is skipped.
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +25,7 @@ from tlcr.data.splits import Stage
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.experiment.arm import evaluate_arm, train_arm
 from tlcr.experiment.run_folder import RunFolder, open_run, raw_preferences, reopen_run, revision_cache
+from tlcr.experiment.workers import Job, run_side_by_side
 from tlcr.models.discriminator import load_discriminator
 from tlcr.models.loading import load_causal_lm
 from tlcr.recipes.analyse_discriminator import DiscriminatorAnalysis, analyse_discriminator
@@ -45,7 +42,6 @@ from tlcr.reviser.revise import revise, write_revisions
 from tlcr.training.checkpoint import DONE, write_json
 from tlcr.training.distributed import on_main_process, process_count
 from tlcr.training.metrics import read_metrics
-from tlcr.training.progress import Progress
 from tlcr.training.supervised import FitResult
 from tlcr.types import EditPair, PreferencePair
 
@@ -331,8 +327,8 @@ def _models_of_all_seeds(run: RunFolder) -> None:
         for seeded in run.model_folders:
             _models(seeded)
         return
-    jobs = [Job("models", str(s.cfg.seed), s.models) for s in run.model_folders]
-    _side_by_side(run, jobs, 1, lambda job: 0)
+    jobs = [_job(run, "models", str(s.cfg.seed), s.models) for s in run.model_folders]
+    run_side_by_side(jobs, parallel=run.cfg.parallel, title="models")
 
 
 def _ppo(run: RunFolder) -> None:
@@ -343,92 +339,30 @@ def _ppo(run: RunFolder) -> None:
         return
     # a process that only finds its work done costs as much as one that begins it: some seconds of imports
     waiting = [trial for trial in run.trials if not run.per_seed[trial.seed].is_trained(trial)]
-    jobs = [Job("ppo", str(trial.folder), run.trial_folder(trial)) for trial in waiting]
-    updates = run.cfg.ppo.updates
-    _side_by_side(run, jobs, updates, lambda job: _updates_done(job.folder))
+    jobs = [_job(run, "ppo", str(trial.folder), run.trial_folder(trial)) for trial in waiting]
+    run_side_by_side(
+        jobs,
+        parallel=run.cfg.parallel,
+        title="ppo",
+        steps=run.cfg.ppo.updates,
+        steps_done=lambda job: _updates_done(job.folder),
+    )
 
 
 def _base_model(run: RunFolder) -> PreTrainedModel:
     return embedded.build_model(run.tokenizer, run.cfg.seed) if run.embedded else load_causal_lm(run.cfg.model)
 
 
-# ---- jobs side by side, each a process of its own
+# ---- as processes of their own
 
 
-@dataclass(frozen=True)
-class Job:
-    """Work for a process of its own, whose output goes to log.txt in the folder.
+def _job(run: RunFolder, stage: str, name: str, folder: Path) -> Job:
+    """What a process of its own does by ``_worker``.
 
-    stage 'ppo': the trial whose folder below ppo/ is `name`. stage 'models': all before PPO for the seed `name`.
+    stage 'ppo': the trial whose folder below ppo/ is ``name``. stage 'models': all before PPO for the seed ``name``.
     """
-
-    stage: str
-    name: str
-    folder: Path
-
-
-def _side_by_side(run: RunFolder, jobs: Sequence[Job], steps: int, steps_done: Callable[[Job], int]) -> None:
-    """At most ``parallel`` worker processes at a time. If one fails, the others end with their state saved.
-
-    steps: how many the progress bar counts for each job; steps_done: those that a running one has behind it.
-    """
-    if not jobs:
-        return
-    if process_count() > 1:
-        raise ConfigError(
-            f"parallel is {run.cfg.parallel} under a launcher of {process_count()} processes; one or the other: set "
-            "parallel to 1 to share each policy among the processes"
-        )
-    waiting, shown = list(jobs), 0
-    running: dict[Job, subprocess.Popen[bytes]] = {}
-    threads = max(1, (os.cpu_count() or 1) // run.cfg.parallel)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TLCR_PROGRESS": "0"}
-    with Progress(jobs[0].stage, steps * len(jobs)) as progress, _ended(running):
-        while waiting or running:
-            while waiting and len(running) < run.cfg.parallel:
-                job = waiting.pop(0)
-                command = [
-                    sys.executable,
-                    "-m",
-                    "tlcr.experiment.pipeline",
-                    str(run.path / "config.yaml"),
-                    job.stage,
-                    job.name,
-                ]
-                job.folder.mkdir(parents=True, exist_ok=True)
-                with (job.folder / "log.txt").open("ab") as file:
-                    running[job] = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
-            for job, worker in list(running.items()):
-                code = worker.poll()
-                if code is None:
-                    continue
-                del running[job]
-                if code != 0:
-                    log = job.folder / "log.txt"
-                    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-                    said = lines[-1] if lines else "no output"
-                    raise TlcrError(
-                        f"{job.stage} {job.name} ended with code {code}: {said} ({log}); the others are "
-                        "stopped with their state saved: mend it and pass --resume"
-                    )
-            ended = len(jobs) - len(waiting) - len(running)
-            now_done = steps * ended + sum(map(steps_done, running))
-            if now_done > shown:
-                shown = now_done
-                progress.on_step(shown, {})
-            time.sleep(0.5)
-
-
-@contextmanager
-def _ended(running: Mapping[Any, subprocess.Popen[bytes]]) -> Iterator[None]:
-    """No worker outlives its parent: on the way out, those still running save their state and end."""
-    try:
-        yield
-    finally:
-        for worker in running.values():
-            worker.terminate()
-        for worker in running.values():
-            worker.wait()
+    config = str(run.path / "config.yaml")
+    return Job(f"{stage} {name}", (sys.executable, "-m", "tlcr.experiment.pipeline", config, stage, name), folder)
 
 
 def _updates_done(folder: Path) -> int:
@@ -438,7 +372,7 @@ def _updates_done(folder: Path) -> int:
 
 
 def _worker(config: str, stage: str, name: str) -> int:
-    """One `Job`; always resumes, since its parent decided that it may."""
+    """The work of one ``_job``; always resumes, since its parent decided that it may."""
     opened = open_run(load_config(config, {}), resume=True, whole=False)
     try:
         if stage == "models":

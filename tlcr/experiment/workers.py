@@ -1,0 +1,108 @@
+"""Jobs side by side, each a process of its own: so many at a time, and none outlives its parent."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tlcr.errors import ConfigError, TlcrError
+from tlcr.training.distributed import process_count
+from tlcr.training.progress import Progress
+
+__all__ = ["Job", "run_side_by_side"]
+
+SECONDS_BETWEEN_LOOKS = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command, and the folder whose log.txt its output is appended to. name: what errors call it."""
+
+    name: str
+    command: tuple[str, ...]
+    folder: Path
+
+
+def run_side_by_side(
+    jobs: Sequence[Job],
+    *,
+    parallel: int,
+    title: str,
+    steps: int = 1,
+    steps_done: Callable[[Job], int] = lambda job: 0,
+) -> None:
+    """Runs every job, at most `parallel` at a time, in their order. Each gets its share of this machine's cores.
+
+    title: of the progress bar. steps: how many it counts for each job; steps_done: those that a running job has behind
+    it.
+
+    Raises TlcrError with the last line of its log where a job ends with another code than 0; the others are told to
+    end (SIGTERM) and waited for, as they are on any other exception. Raises ConfigError under a launcher of many
+    processes, each of which would start all jobs.
+    """
+    if not jobs:
+        return
+    if process_count() > 1:
+        raise ConfigError(
+            f"parallel is {parallel} under a launcher of {process_count()} processes; one or the other: set "
+            "parallel to 1 to share each policy among the processes"
+        )
+    waiting, shown = list(jobs), 0
+    running: dict[Job, subprocess.Popen[bytes]] = {}
+    with Progress(title, steps * len(jobs)) as progress, _ended(running):
+        while waiting or running:
+            while waiting and len(running) < parallel:
+                job = waiting.pop(0)
+                running[job] = _start(job, parallel)
+            for job, worker in list(running.items()):
+                code = worker.poll()
+                if code is None:
+                    continue
+                del running[job]
+                if code != 0:
+                    raise _failure(job, code)
+            ended = len(jobs) - len(waiting) - len(running)
+            now_done = steps * ended + sum(map(steps_done, running))
+            if now_done > shown:
+                shown = now_done
+                progress.on_step(shown, {})
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _start(job: Job, parallel: int) -> subprocess.Popen[bytes]:
+    # With all cores for each, the threads of the jobs would wait for one another.
+    threads = max(1, (os.cpu_count() or 1) // parallel)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TLCR_PROGRESS": "0"}
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with _log(job).open("ab") as file:
+        return subprocess.Popen(job.command, env=environment, stdout=file, stderr=file)
+
+
+def _log(job: Job) -> Path:
+    return job.folder / "log.txt"
+
+
+def _failure(job: Job, code: int) -> TlcrError:
+    lines = _log(job).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    said = lines[-1] if lines else "no output"
+    return TlcrError(
+        f"{job.name} ended with code {code}: {said} ({_log(job)}); the others are stopped with their state saved: mend "
+        "it and pass --resume"
+    )
+
+
+@contextmanager
+def _ended(running: Mapping[Job, subprocess.Popen[bytes]]) -> Iterator[None]:
+    """No worker outlives its parent: on the way out, those still running save their state and end."""
+    try:
+        yield
+    finally:
+        for worker in running.values():
+            worker.terminate()
+        for worker in running.values():
+            worker.wait()
