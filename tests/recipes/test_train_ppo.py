@@ -199,6 +199,29 @@ def test_a_callback_ends_the_training(tiny_causal_lm: LM, tiny_tokenizer: Tokeni
     assert result.stopped and result.updates == 2 and result.policy_folder.is_dir()
 
 
+def test_the_price_of_a_nat_follows_the_measured_kl_and_not_the_estimate_that_is_paid_for(
+    tiny_causal_lm: LM, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """kl/per_token is the sampled log-ratio (k1), kl/estimate is k2, its square. At a price of 1e-30 neither moves the
+    policy, so a first run tells the KL of round 2, and the second one has a target for which that KL is 10 % too much:
+    8 answers of a horizon of 16 make the price 1 + 0.1 / 2 of what it was. Round 1 is at distance 0, which is clipped:
+    1 - 0.2 / 2."""
+
+    def run(target: float, folder: Path) -> list[dict[str, Any]]:
+        kl = KLConfig(coef=1e-30, placement="loss", estimator="k2", target=target, horizon=16)
+        run_ppo(small_config(updates=3, learning_rate=3e-3, kl=kl), tiny_causal_lm, tiny_tokenizer, folder)
+        return rows_of(folder)
+
+    measured = run(1e9, tmp_path / "first")[1]
+    assert measured["kl/per_token"] > 0
+    target = measured["kl/per_token"] / 1.1
+    assert abs(measured["kl/estimate"] / target - 1.1) > 0.05
+    rows = run(target, tmp_path / "second")
+    assert rows[1]["kl/per_token"] == measured["kl/per_token"]
+    coefs = [row["kl/coef"] for row in rows]
+    assert coefs == pytest.approx([1e-30, 0.9e-30, 0.9e-30 * 1.05], rel=1e-6, abs=0)
+
+
 # ---- every setting runs
 
 

@@ -1,0 +1,344 @@
+"""A run's folder: opened, reopened, what it wants done, what is done already, and whose data is whose."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.experiment.helpers import arm_config, arm_run, small_config
+from tlcr.config.schema import Arm, RewardConfig, RunConfig
+from tlcr.data import embedded
+from tlcr.errors import ConfigError
+from tlcr.experiment.run_folder import (
+    EMBEDDED_PROMPTS,
+    RunFolder,
+    open_run,
+    raw_preferences,
+    reopen_run,
+    revision_cache,
+)
+from tlcr.training.checkpoint import mark_done
+
+STAGES = ("revisions", "sft", "reward_model", "dpo", "labels", "discriminator", "analysis")
+
+
+def opened(cfg: RunConfig, *, resume: bool = False) -> RunFolder:
+    """The run of `cfg`, with no folder written."""
+    return RunFolder(cfg, resume, Path(cfg.output_dir), Path(cfg.output_dir))
+
+
+# ---- opening
+
+
+def test_a_run_that_is_there_is_continued_on_request_only(tmp_path: Path) -> None:
+    cfg = small_config(tmp_path / "run")
+    assert open_run(cfg, resume=False).resume is False
+    with pytest.raises(ConfigError, match="already holds a run: pass --resume to continue it"):
+        open_run(cfg, resume=False)
+    assert open_run(cfg, resume=True).resume is True
+    assert open_run(cfg, resume=False, whole=False).models == tmp_path / "run"  # one stage shares the folder
+
+
+def test_a_moved_folder_is_reopened_where_it_lies(tmp_path: Path) -> None:
+    open_run(small_config(tmp_path / "there", **{"data.embedded_pairs": 30}), resume=False)
+    (tmp_path / "there").rename(tmp_path / "here")
+    run = reopen_run(tmp_path / "here")
+    assert run.cfg.output_dir == str(tmp_path / "here") == str(run.path) == str(run.models)
+    assert run.cfg.data.embedded_pairs == 30 and run.resume
+    with pytest.raises(ConfigError, match=r"holds no run \(no config.yaml\)"):
+        reopen_run(tmp_path / "there")
+
+
+def test_seeds_share_a_model_or_have_one_each(tmp_path: Path) -> None:
+    shared = opened(replace(small_config(tmp_path), seed=7, seeds=(0, 3)))
+    assert shared.per_seed == {0: shared, 3: shared} and shared.model_folders == [shared]
+    own = opened(replace(small_config(tmp_path), seed=7, seeds=(0, 3), models_per_seed=True))
+    assert [run.cfg.seed for run in own.model_folders] == [0, 3]
+    assert [run.models for run in own.model_folders] == [tmp_path / "models" / f"seed-{seed}" for seed in (0, 3)]
+    assert all(run.path == tmp_path and run.cfg.seeds == (0, 3) for run in own.model_folders)
+    assert own.per_seed is own.per_seed  # data that a seed read is read once
+
+
+# ---- what is wanted
+
+
+def wanted(cfg: RunConfig) -> set[str]:
+    run = opened(cfg)
+    return {stage for stage in STAGES if run.wants(stage)}
+
+
+def arms(*rewards: dict[str, Any]) -> tuple[Arm, ...]:
+    return tuple(Arm(f"arm-{index}", RewardConfig(**reward)) for index, reward in enumerate(rewards))
+
+
+LABELS = {"labels", "discriminator", "analysis"}
+
+
+@pytest.mark.parametrize(
+    ("rewards", "stages"),
+    [
+        ([{"kind": "continuous"}], {"sft"} | LABELS),
+        ([{"kind": "sequence"}], {"sft", "reward_model"}),
+        ([{"kind": "dpo"}], {"sft", "dpo"}),
+        ([{"kind": "random"}], {"sft"}),
+        ([{"kind": "continuous", "sequence_coef": 0.1}], {"sft", "reward_model"} | LABELS),
+        ([{"kind": "random"}, {"kind": "dpo"}, {"kind": "discrete"}], {"sft", "dpo"} | LABELS),
+    ],
+    ids=lambda value: str(len(value)),
+)
+def test_a_model_is_trained_where_an_arm_needs_it(
+    tmp_path: Path, rewards: list[dict[str, Any]], stages: set[str]
+) -> None:
+    cfg = replace(small_config(tmp_path), arms=arms(*rewards))
+    assert wanted(cfg) == stages
+    single = replace(cfg, arms=(), reward=cfg.arms[0].reward)
+    assert wanted(single) == wanted(replace(cfg, arms=cfg.arms[:1]))
+    assert wanted(replace(cfg, sft=replace(cfg.sft, enabled=False))) == stages - {"sft"}
+
+
+def test_a_model_that_is_named_or_switched_off_is_not_trained(tmp_path: Path) -> None:
+    cfg = replace(small_config(tmp_path), arms=arms({"kind": "continuous"}, {"kind": "sequence"}, {"kind": "dpo"}))
+    assert wanted(cfg) == {"sft", "reward_model", "dpo"} | LABELS
+    for section, stages in (("discriminator", LABELS), ("reward_model", {"reward_model"}), ("dpo", {"dpo"})):
+        for change in ({"path": "elsewhere"}, {"enabled": False}):
+            changed = replace(cfg, **{section: replace(getattr(cfg, section), **change)})
+            assert wanted(changed) == wanted(cfg) - stages
+    value = replace(small_config(tmp_path), arms=arms({"kind": "random"}))
+    value = replace(value, ppo=replace(value.ppo, value_init="reward_model"))
+    assert wanted(value) == {"sft", "reward_model"}
+
+
+def test_a_reviser_works_where_labels_are_wanted(tmp_path: Path) -> None:
+    cfg = small_config(tmp_path)
+    revising = replace(cfg, reviser=replace(cfg.reviser, backend="openai"))
+    assert wanted(revising) == wanted(cfg) | {"revisions"}
+    assert "revisions" not in wanted(replace(revising, arms=arms({"kind": "sequence"})))
+
+
+def test_the_stages_that_need_data(tmp_path: Path) -> None:
+    cfg = small_config(tmp_path)
+    assert opened(cfg).data_wanted == ["sft", "reward", "ppo"]
+    for kind, stages in (("dpo", ["sft", "reward", "ppo"]), ("random", ["sft", "ppo"])):
+        assert opened(replace(cfg, arms=arms({"kind": kind}))).data_wanted == stages
+    off = replace(cfg, arms=arms({"kind": "random"}), sft=replace(cfg.sft, enabled=False))
+    assert opened(off).data_wanted == ["ppo"]
+
+
+# ---- what a result depends on
+
+
+def test_a_stage_depends_on_its_sections_and_the_seed(tmp_path: Path) -> None:
+    run = opened(replace(small_config(tmp_path), seed=5))
+    assert run.settings("model", "sft") == {"seed": 5, "model": run.cfg.model, "sft": run.cfg.sft}
+
+
+def test_where_labels_come_from_a_reviser_they_depend_on_what_it_wrote(tmp_path: Path) -> None:
+    cfg = small_config(tmp_path)
+    cfg = replace(cfg, reviser=replace(cfg.reviser, backend="openai"))
+    digests = set()
+    for text in ("a", "b", "a"):
+        folder = tmp_path / "revisions"
+        mark_done(folder, config={}, metrics={}, seconds=0.0)
+        (folder / "revisions.jsonl").write_text(text)
+        settings = opened(cfg).settings("data", "labels")
+        digests.add(settings["revisions"])
+        assert "revisions" not in opened(cfg).settings("data", "sft")
+    assert len(digests) == 2
+
+
+TRIAL_CHANGES: list[tuple[str, dict[str, Any]]] = [
+    ("model", {"dtype": "bfloat16"}),
+    ("data", {"held_out": 0.3}),
+    ("sft", {"epochs": 9}),
+    ("labels", {"end_of_sequence": "ignore"}),
+    ("discriminator", {"epochs": 9}),
+    ("rollout", {"temperature": 0.5}),
+    ("ppo", {"updates": 9}),
+    ("evaluation", {"prompts": 9}),
+    ("kl", {"horizon": 9}),
+]
+
+
+@pytest.mark.parametrize(("section", "change"), TRIAL_CHANGES, ids=[section for section, _ in TRIAL_CHANGES])
+def test_a_trial_depends_on_everything_before_it(tmp_path: Path, section: str, change: dict[str, Any]) -> None:
+    cfg = small_config(tmp_path)
+    changed = opened(replace(cfg, **{section: replace(getattr(cfg, section), **change)}))
+    run = opened(cfg)
+    first, second = (one.trial_settings(one.trials[0]) for one in (run, changed))
+    assert {name for name in first if first[name] != second[name]} == {section}
+
+
+def test_a_trial_depends_on_the_models_that_its_own_reward_asks(tmp_path: Path) -> None:
+    cfg = replace(small_config(tmp_path), arms=arms({"kind": "continuous"}, {"kind": "sequence"}, {"kind": "dpo"}))
+    run = opened(replace(cfg, seed=2, seeds=(6,)))
+    for trial, asked in zip(run.trials, ("discriminator", "reward_model", "dpo"), strict=True):
+        settings = run.trial_settings(trial)
+        assert {name for name in ("discriminator", "reward_model", "dpo") if settings[name]} == {asked}
+        assert settings["reward"] == trial.arm.reward
+        assert (settings["seed"], settings["ppo_seed"]) == (2, 6)
+
+
+def test_a_trial_is_trained_by_its_own_record_with_todays_settings(tmp_path: Path) -> None:
+    run = opened(replace(small_config(tmp_path), kl_coefs=(0.1, 0.2)))
+    first, other = run.trials[0], run.trials[1]
+    folder = run.trial_folder(first)
+    assert folder == tmp_path / "ppo" / "continuous" / "kl-0.1" / "seed-0"
+    mark_done(folder, config=run.trial_settings(first), metrics={}, seconds=0.0)  # done.json is the recipe's
+    assert not run.is_trained(first)
+    mark_done(folder, config=run.trial_settings(first), metrics={}, seconds=0.0, record="arm.json")
+    assert run.is_trained(first) and not run.is_trained(other)
+    changed = opened(replace(run.cfg, rollout=replace(run.cfg.rollout, temperature=0.5)))
+    assert not changed.is_trained(changed.trials[0])
+
+
+# ---- where models lie
+
+
+def test_a_model_is_where_its_stage_wrote_it_or_where_it_is_named(tmp_path: Path) -> None:
+    run = replace(opened(small_config(tmp_path)), models=tmp_path / "models" / "seed-3")
+    for stage in ("sft", "reward_model", "discriminator", "dpo"):
+        with pytest.raises(ConfigError, match=f"run 'tlcr train {stage.replace('_', '-')}' with this config first"):
+            _ = run.policy_source if stage == "sft" else getattr(run, f"{stage}_folder")
+        mark_done(run.models / stage, config={}, metrics={}, seconds=0.0)
+    assert run.policy_source == run.cfg.model.saved_in(run.models / "sft")
+    for stage in ("reward_model", "discriminator", "dpo"):
+        assert getattr(run, f"{stage}_folder") == run.models / stage
+        named = {stage: replace(getattr(run.cfg, stage), path=str(tmp_path / "named"))}
+        assert getattr(replace(run, cfg=replace(run.cfg, **named)), f"{stage}_folder") == tmp_path / "named"
+    without = replace(run, cfg=replace(run.cfg, sft=replace(run.cfg.sft, enabled=False)))
+    assert without.policy_source == run.cfg.model
+
+
+def test_revisions_are_the_runs_and_not_a_seeds(tmp_path: Path) -> None:
+    cfg = small_config(tmp_path)
+    run = replace(opened(cfg), models=tmp_path / "models" / "seed-3")
+    assert run.revisions_folder == tmp_path / "revisions"
+    with pytest.raises(ConfigError, match=r"revisions holds no finished stage; run 'tlcr revise'"):
+        run._written("revisions")
+    assert revision_cache(cfg) == tmp_path / "revisions" / "answers.sqlite"
+    elsewhere = replace(cfg, reviser=replace(cfg.reviser, cache=str(tmp_path / "shared.sqlite")))
+    assert revision_cache(elsewhere) == tmp_path / "shared.sqlite"
+
+
+# ---- data
+
+
+def test_the_embedded_task_makes_its_own_data_by_the_models_seed(tmp_path: Path) -> None:
+    run = opened(small_config(tmp_path, **{"data.embedded_pairs": 40, "seed": 4}))
+    preferences, edits = embedded.generate_pairs(40, 4)
+    split = run.preferences("sft")
+    assert sorted(p.id for p in (*split.train, *split.held_out)) == sorted(p.id for p in preferences)
+    assert sorted(e.id for e in (*run.edits.train, *run.edits.held_out)) == sorted(e.id for e in edits)
+    assert {p.id for p in run.comparisons} == {p.id for p in run.preferences("reward").held_out}
+    assert list(run.prompts.train) == list(embedded.prompts(EMBEDDED_PROMPTS, 4, "train"))
+    assert list(run.prompts.held_out) == list(embedded.prompts(6, 4, "held_out"))
+    other = opened(replace(run.cfg, seed=5))
+    assert other.prompts.train != run.prompts.train
+    assert [pair.chosen for pair in raw_preferences(run.cfg)] == [pair.chosen for pair in preferences]
+
+
+def test_prompts_of_ones_own_are_those_of_the_preferences_and_at_most_so_many_held_out(tmp_path: Path) -> None:
+    cfg = arm_config(tmp_path, tmp_path / "model", **{"evaluation.prompts": 3})
+
+    def prompts(cfg: RunConfig) -> Any:
+        run = opened(cfg)
+        vars(run)["tokenizer"] = embedded.build_tokenizer(0)  # no model lies in the folder
+        return run.prompts
+
+    found = prompts(cfg)
+    assert len(found.held_out) == 3 and not set(found.held_out) & set(found.train)
+    more = prompts(replace(cfg, evaluation=replace(cfg.evaluation, prompts=100)))
+    assert more.train == found.train and more.held_out[:3] == found.held_out and len(more.held_out) > 3
+    texts = {json.loads(line)["prompt"] for line in (tmp_path / "pairs.jsonl").read_text().splitlines()}
+    assert set(more.train) | set(more.held_out) == texts
+    own = tmp_path / "prompts.jsonl"
+    own.write_text("".join(json.dumps({"prompt": f"question {index}"}) + "\n" for index in range(30)))
+    named = prompts(replace(cfg, data=replace(cfg.data, prompts=str(own))))
+    assert all(prompt.startswith("question ") for prompt in (*named.train, *named.held_out))
+
+
+@pytest.mark.parametrize(
+    ("read", "said"),
+    [
+        (lambda run: run.prompts, r"data\.preferences is not set, and PPO's prompts needs it"),
+        (lambda run: run.preferences("sft"), r"data\.preferences is not set, and SFT and the reward model needs it"),
+        (lambda run: run.edits, r"data\.edits is not set, and the discriminator needs it"),
+    ],
+    ids=["prompts", "preferences", "edits"],
+)
+def test_data_that_is_not_named_is_said_with_who_needs_it(
+    tmp_path: Path, read: Callable[[RunFolder], object], said: str
+) -> None:
+    cfg = arm_config(tmp_path, tmp_path / "model")
+    run = opened(replace(cfg, data=replace(cfg.data, preferences=None)))
+    assert not run.has_preferences and run.comparisons == []
+    with pytest.raises(ConfigError, match=said):
+        read(run)
+
+
+def test_a_share_that_leaves_nothing_to_train_on_is_refused(tmp_path: Path, tiny_folder: Path) -> None:
+    run = arm_run(tmp_path, tiny_folder, **{"data.shares": [1e-9, 0.5, 0.5]})
+    with pytest.raises(ConfigError, match=r"leave sft nothing to train on in .*pairs\.jsonl"):
+        run.preferences("sft")
+    assert run.preferences("reward").train and run.prompts.train
+    prompts = {pair.prompt for pair in (*run.preferences("reward").train, *run.preferences("reward").held_out)}
+    assert not prompts & {*run.prompts.train, *run.prompts.held_out}
+
+
+# ---- done once
+
+
+def test_work_is_done_once_and_its_metrics_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run, done = opened(small_config(tmp_path)), []
+
+    def work() -> dict[str, float]:
+        done.append(1)
+        return {"loss": 0.5}
+
+    for _ in range(2):
+        with caplog.at_level(logging.INFO):
+            run.once(tmp_path / "stage", {"seed": 1}, work)
+    assert done == [1] and "stage is done; skipped" in caplog.text
+    record = json.loads((tmp_path / "stage" / "done.json").read_text())
+    assert record["metrics"] == {"loss": 0.5} and record["config"] == {"seed": 1} and record["seconds"] >= 0
+
+
+def test_work_that_failed_is_not_done(tmp_path: Path) -> None:
+    run = opened(small_config(tmp_path))
+    with pytest.raises(ZeroDivisionError):
+        run.once(tmp_path / "stage", {"seed": 1}, lambda: {"loss": 1 / 0})
+    assert not (tmp_path / "stage" / "done.json").exists()
+    run.once(tmp_path / "stage", {"seed": 1}, lambda: {"loss": 1.0})
+    assert (tmp_path / "stage" / "done.json").exists()
+
+
+def test_other_settings_are_refused_or_done_again(tmp_path: Path) -> None:
+    run, folder = opened(small_config(tmp_path)), tmp_path / "stage"
+    run.once(folder, {"a": 1, "b": 1, "c": 1, "d": 1}, dict)
+    with pytest.raises(ConfigError, match=r"other settings \(a was 1, is 2; b was 1, is 2; c was 1, is 2\): restore"):
+        run.once(folder, {"a": 2, "b": 2, "c": 2, "d": 2}, dict)
+    there = []
+
+    def work() -> dict[str, Any]:
+        there.append((folder / "done.json").exists())  # a stage that breaks off here must not look done
+        return {"again": True}
+
+    run.once(folder, {"a": 2}, work, again=True)
+    assert there == [False]
+    assert json.loads((folder / "done.json").read_text())["metrics"] == {"again": True}
+    run.once(folder, {"a": 2}, work, again=True)
+    assert there == [False]
+
+
+def test_records_of_two_names_do_not_meet(tmp_path: Path) -> None:
+    run = opened(small_config(tmp_path))
+    run.once(tmp_path, {"a": 1}, lambda: {"one": 1})
+    run.once(tmp_path, {"a": 2}, lambda: {"two": 2}, record="arm.json")
+    assert json.loads((tmp_path / "done.json").read_text())["metrics"] == {"one": 1}
+    assert json.loads((tmp_path / "arm.json").read_text())["metrics"] == {"two": 2}
