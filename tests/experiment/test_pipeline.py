@@ -23,11 +23,12 @@ from tests.experiment.helpers import small_config, write_pairs
 from tlcr.config.dropped import dropped_knobs
 from tlcr.config.loading import dump_config, load_config
 from tlcr.config.schema import Arm, RewardConfig, RunConfig
+from tlcr.config.trials import Trial
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.evaluation.evaluate import PolicyEvaluation, evaluate_policy
 from tlcr.experiment import pipeline, workers
 from tlcr.experiment.pipeline import analyse, analyse_edits, run, stage
-from tlcr.experiment.run_folder import _differences, open_run, reopen_run
+from tlcr.experiment.run_folder import RunFolder, _differences, open_run, reopen_run
 from tlcr.training.checkpoint import as_plain
 from tlcr.training.metrics import read_metrics
 
@@ -317,6 +318,23 @@ def test_a_grid_shares_the_models_of_a_seed(
     run(replace(cfg, kl_coefs=(0.5, 0.05, 0.2)), resume=True)
     assert InThisProcess.started[2:] == [("ppo", f"continuous/kl-0.2/seed-{seed}") for seed in (0, 3)]
     assert "| continuous | 0.2 |" in (folder / "results.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("stage_of", ["ppo", "evaluate"])
+def test_every_trial_is_trained_and_evaluated_with_the_models_of_its_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage_of: str
+) -> None:
+    """One after another too, where no worker opens the run anew."""
+    asked: list[tuple[int, str, int]] = []
+
+    def ask(run: RunFolder, trial: Trial) -> None:
+        asked.append((run.cfg.seed, run.models.name, trial.seed))
+
+    monkeypatch.setattr(pipeline, "train_arm", ask)
+    monkeypatch.setattr(pipeline, "evaluate_arm", ask)
+    monkeypatch.setattr(pipeline, "report", lambda folder: folder)
+    stage(replace(small_config(tmp_path / "run"), seeds=(4, 3), models_per_seed=True), stage_of)
+    assert asked == [(seed, f"seed-{seed}", seed) for seed in (4, 4, 3, 3)]
 
 
 def test_every_rival_is_an_arm(finished: RunConfig, tmp_path: Path) -> None:

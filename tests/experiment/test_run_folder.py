@@ -291,6 +291,27 @@ def test_a_share_that_leaves_nothing_to_train_on_is_refused(tmp_path: Path, tiny
     assert not prompts & {*run.prompts.train, *run.prompts.held_out}
 
 
+def test_edits_are_for_reward_learning_and_their_prompts_for_no_other_stage(tmp_path: Path, tiny_folder: Path) -> None:
+    edits, pairs = tmp_path / "edits.jsonl", [*embedded.generate_pairs(40, seed=0)[1]][:12]
+    lines = [json.dumps({"prompt": p.prompt, "rejected": p.rejected, "revised": p.revised}) for p in pairs]
+    edits.write_text("\n".join(lines))
+    run = arm_run(tmp_path, tiny_folder, **{"data.shares": [1.0, 1.0, 1.0], "data.edits": str(edits)})
+    prompts = {edit.prompt for edit in (*run.edits.train, *run.edits.held_out)}
+    assert prompts == {pair.prompt for pair in pairs}
+    sft = run.preferences("sft")
+    assert not prompts & {pair.prompt for pair in (*sft.train, *sft.held_out)}
+
+
+def test_all_that_a_reviser_wrote_is_read_whatever_the_limit_on_preferences(tmp_path: Path) -> None:
+    cfg = small_config(tmp_path, **{"data.limit": 5})
+    run = opened(replace(cfg, reviser=replace(cfg.reviser, backend="openai")))
+    record = {"rejected": " It was bad.", "revised": " It was good."}
+    lines = [json.dumps({"prompt": f"How was number {index}?", **record}) for index in range(30)]
+    mark_done(run.revisions_folder, config={}, metrics={}, seconds=0.0)
+    (run.revisions_folder / "revisions.jsonl").write_text("\n".join(lines))
+    assert len(run.edits.train) + len(run.edits.held_out) == 30
+
+
 # ---- done once
 
 
@@ -337,8 +358,14 @@ def test_other_settings_are_refused_or_done_again(tmp_path: Path) -> None:
 
 
 def test_records_of_two_names_do_not_meet(tmp_path: Path) -> None:
+    """train_ppo writes done.json where the trial's own record is not written before the evaluation."""
     run = opened(small_config(tmp_path))
     run.once(tmp_path, {"a": 1}, lambda: {"one": 1})
-    run.once(tmp_path, {"a": 2}, lambda: {"two": 2}, record="arm.json")
+    for _ in range(2):
+        run.once(tmp_path, {"a": 1}, lambda: {"two": 2}, record="arm.json")
+    assert json.loads((tmp_path / "arm.json").read_text())["metrics"] == {"two": 2}
+    (tmp_path / "done.json").unlink()
+    run.once(tmp_path, {"a": 1}, lambda: pytest.fail("it is done"), record="arm.json")
+    run.once(tmp_path, {"a": 1}, lambda: {"one": 1})
     assert json.loads((tmp_path / "done.json").read_text())["metrics"] == {"one": 1}
     assert json.loads((tmp_path / "arm.json").read_text())["metrics"] == {"two": 2}

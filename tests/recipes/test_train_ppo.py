@@ -8,7 +8,9 @@ import re
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +24,9 @@ from tlcr.config.schema import DataConfig, KLConfig, PPOConfig, RewardConfig, Ro
 from tlcr.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic, load_value_head
 from tlcr.models.heads import classification_head
+from tlcr.ppo.kl import estimate_kl, kl_of
+from tlcr.ppo.rollout import seeded_generator
+from tlcr.recipes import train_ppo as recipe
 from tlcr.recipes.train_ppo import train_ppo
 from tlcr.rewards.sources import RandomSource
 from tlcr.training.callbacks import Callback
@@ -135,6 +140,85 @@ def test_rewarding_a_token_raises_exactly_its_probability_where_it_was_chosen(
     assert change_V[x] > 1e-3 and change_V[y] < -1e-4 and change_V[z] < -1e-4
     for token in (x, y, z):
         assert torch.equal(probabilities(token), before[token])
+
+
+# ---- every stage is given what the stages before it made
+
+
+STAGES = ("generate", "score_rollout", "compose_rewards", "compute_advantages", "ppo_update")
+
+
+def watch_stages(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, SimpleNamespace]]:
+    """For each round what every stage was given, by the names of its parameters, and what it `gave`."""
+    rounds: list[dict[str, SimpleNamespace]] = []
+
+    def watched(name: str, stage: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            given = signature(stage).bind(*args, **kwargs).arguments
+            given = {key: x.initial_seed() if isinstance(x, torch.Generator) else x for key, x in given.items()}
+            if name == STAGES[0]:
+                rounds.append({})
+            gave = stage(*args, **kwargs)
+            rounds[-1][name] = SimpleNamespace(**given, gave=gave)
+            return gave
+
+        return run
+
+    for name in STAGES:
+        monkeypatch.setattr(recipe, name, watched(name, getattr(recipe, name)))
+    return rounds
+
+
+@pytest.mark.parametrize("placement", ["reward", "loss"])
+def test_every_stage_is_given_what_the_stages_before_it_made(
+    tiny_causal_lm: LM, tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: Any
+) -> None:
+    rounds = watch_stages(monkeypatch)
+    kl = KLConfig(
+        coef=0.3, target=0.1, horizon=100, placement=placement, estimator="k3" if placement == "reward" else "full"
+    )
+    ppo = {"gamma": 0.9, "lam": 0.8, "whiten": False, "value_warmup_updates": 1}
+    cfg = small_config(updates=3, kl=kl, reward={"centre": True}, **ppo)
+    cfg = replace(cfg, rollout=replace(cfg.rollout, temperature=0.7), data=replace(cfg.data, max_answer_tokens=99))
+    source = Source(lambda rollout: (rollout.response_ids_BT < 60).float())
+    actor_critic, _ = run_ppo(
+        cfg, tiny_causal_lm, tiny_tokenizer, tmp_path, reward_source=source, reward_temperature=2.0, seed=5
+    )
+    rows = rows_of(tmp_path)
+    assert len(rounds) == len(rows) == 3
+    for index, (stages, row) in enumerate(zip(rounds, rows, strict=True)):
+        generated, scored, composed, estimated, updated = (stages[name] for name in STAGES)
+        rollout, scores, rewards = generated.gave, scored.gave, composed.gave
+
+        assert generated.policy is actor_critic.policy and generated.cfg is cfg.rollout
+        assert (generated.max_prompt_tokens, len(generated.prompts)) == (8, 8)
+        assert generated.generator == seeded_generator("answers", 5, index, 0).initial_seed()
+
+        assert scored.rollout is rollout and scored.actor_critic is actor_critic
+        assert (scored.temperature, scored.micro_batch_size, scored.exact_kl) == (0.7, 5, placement == "loss")
+
+        assert torch.equal(composed.signal.dense_BT, source(rollout).dense_BT)
+        assert composed.mask_BT is rollout.mask_BT and composed.ended_B is rollout.ended_B
+        assert (composed.cfg, composed.temperature, composed.kl_coef) == (cfg.reward, 2.0, row["kl/coef"])
+        if placement == "loss":
+            assert composed.kl_BT is None
+        else:
+            wanted_BT = estimate_kl(scores.logprobs_BT, scores.ref_logprobs_BT, "k3")
+            assert torch.equal(composed.kl_BT, wanted_BT) and wanted_BT.any() == (index == 2)
+        assert composed.centre is rounds[0]["compose_rewards"].centre is not None
+
+        assert estimated.rewards is rewards and estimated.scores is scores and estimated.mask_BT is rollout.mask_BT
+        assert (estimated.gamma, estimated.lam, estimated.whiten) == (0.9, 0.8, False)
+
+        assert updated.rollout is rollout and updated.scores is scores and updated.advantages is estimated.gave
+        assert (updated.cfg, updated.kl, updated.kl_coef) == (cfg.ppo, kl, row["kl/coef"])
+        assert updated.temperature == 0.7 and updated.reference is scored.reference is not actor_critic.policy
+        assert updated.value_only == (index == 0)
+        assert updated.generator == seeded_generator("minibatches", 5, index, 0).initial_seed()
+        assert row["kl/estimate"] == pytest.approx(
+            float(kl_of(scores, kl.estimator)[rollout.mask_BT].double().mean()), abs=1e-9
+        )
+    assert rows[0]["kl/coef"] != rows[1]["kl/coef"]
 
 
 # ---- it says what it does
@@ -444,6 +528,4 @@ def test_sizes_that_do_not_divide_and_a_reference_that_would_move_are_refused(
 
 
 def test_the_recipe_is_short() -> None:
-    import tlcr.recipes.train_ppo as recipe
-
     assert len(Path(str(recipe.__file__)).read_text(encoding="utf-8").splitlines()) <= 250
