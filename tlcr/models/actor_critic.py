@@ -226,8 +226,8 @@ class ActorCritic(nn.Module):
         """Writes policy and value model for others to load. Every process calls it.
 
         ``AutoModelForCausalLM`` loads the policy, and ``AutoModelForTokenClassification`` the value model. Of a shared
-        value model the head alone is written (``load_value_head``). The value head is float32 in the file; transformers'
-        own ``from_pretrained`` rounds it to the dtype that it loads the model in, ``load`` does not.
+        value model the head alone is written (``load_value_head``). The value head is float32 in the file.
+        transformers' own ``from_pretrained`` rounds it to the dtype that it loads the model in, ``load`` does not.
 
         Args:
             tokenizer: saved with each model.
