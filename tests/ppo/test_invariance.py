@@ -160,6 +160,22 @@ def test_two_processes_take_the_step_of_one(two_processes: Path, aggregate: str)
 
 
 @pytest.mark.slow
+def test_two_processes_share_every_minibatch(two_processes: Path) -> None:
+    """Minibatches of 4 answers are 2 of each process: two steps, whose gradients are those of all 8 on average."""
+
+    def saved(seed: int) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(two_processes / f"lm-{seed}")
+
+    _, whole = update(saved, aggregate="sequence")
+    for rank in (0, 1):
+        tensors = load_file(two_processes / f"minibatches-{rank}.safetensors")
+        assert {name.split(".")[0] for name in tensors} == {"0", "1"} and len(tensors) == 2 * len(whole)
+        for index, expected in enumerate(whole):
+            mean = (tensors[f"0.{index}"] + tensors[f"1.{index}"]) / 2
+            torch.testing.assert_close(mean, expected, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.slow
 def test_two_processes_whiten_as_one(two_processes: Path) -> None:
     rollout = known_rollout()
     scores, advantages = known_update(rollout)

@@ -71,6 +71,9 @@ def plain_loss(
     *,
     aggregate: str = "token",
     entropy_coef: float = 0.0,
+    clip: tuple[float, float] = (0.2, 0.2),
+    dual_clip: float = math.inf,
+    value_clip: float = 0.2,
     kl_of: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
     reference: PreTrainedModel | None = None,
 ) -> Tensor:
@@ -86,8 +89,10 @@ def plain_loss(
             advantage, target = advantages.advantages_BT[b, t], advantages.returns_BT[b, t]
             old_value = scores.values_BT[b, t]
             ratio = (logp_V[token] - scores.logprobs_BT[b, t]).exp()
-            policy = torch.max(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
-            near = old_value + (value - old_value).clamp(-0.2, 0.2)
+            policy = torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - clip[0], 1 + clip[1]))
+            if advantage < 0 and dual_clip < math.inf:
+                policy = torch.min(policy, -dual_clip * advantage)
+            near = old_value + (value - old_value).clamp(-value_clip, value_clip)
             loss = policy + 0.5 * 0.5 * torch.max((value - target) ** 2, (near - target) ** 2)
             loss = loss + entropy_coef * (logp_V.exp() * logp_V).sum()
             if kl_of is not None:
@@ -132,6 +137,24 @@ def test_loss_and_gradient_are_the_definitions(tiny_gpt2: LM, aggregate: str) ->
     loss = plain_loss(actor_critic, scores, advantages, aggregate=aggregate, entropy_coef=0.1)
     assert statistics.loss == pytest.approx(loss.item(), rel=1e-12)
     assert_same_gradients(recorder, actor_critic, loss)
+
+
+def test_every_bound_is_the_one_of_its_name(tiny_gpt2: LM) -> None:
+    """The four bounds are four numbers, each of which some token meets."""
+    actor_critic = double_actor_critic(tiny_gpt2)
+    scores, advantages = known_update(known_rollout())
+    recorder = GradientRecorder(actor_critic)
+    options = {"clip": 0.1, "clip_high": 0.05, "dual_clip": 1.15, "value_clip": 0.4}
+    statistics = update(actor_critic, recorder, scores, advantages, **options)
+    bounds: dict[str, Any] = {"clip": (0.1, 0.05), "dual_clip": 1.15, "value_clip": 0.4}
+    loss = plain_loss(actor_critic, scores, advantages, **bounds)
+    assert statistics.loss == pytest.approx(loss.item(), rel=1e-12)
+    assert_same_gradients(recorder, actor_critic, loss)
+    for name, other in {"clip": (0.1, 0.1), "dual_clip": math.inf, "value_clip": 0.2}.items():
+        without = plain_loss(actor_critic, scores, advantages, **{**bounds, name: other})
+        assert abs(without.item() - loss.item()) > 1e-6, name
+    without = plain_loss(actor_critic, scores, advantages, **{**bounds, "clip": (0.2, 0.05)})
+    assert abs(without.item() - loss.item()) > 1e-6
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3", "full"])
@@ -180,6 +203,74 @@ def test_each_pass_takes_every_row_once_in_a_new_order(tiny_gpt2: LM) -> None:
     passes = [[row for batch in seen[i : i + 4] for row in batch] for i in (0, 4, 8)]
     assert all(sorted(rows_seen) == list(range(8)) for rows_seen in passes)
     assert len({tuple(sorted(p[:4])) for p in passes}) > 1
+
+
+def test_a_step_has_the_gradient_of_its_own_minibatch_alone(tiny_gpt2: LM) -> None:
+    """Rows weigh alike ("sequence"), and nothing moves: the mean over a pass's minibatches is the gradient of all."""
+
+    def steps(minibatch_size: int, epochs: int) -> list[list[Tensor | None]]:
+        actor_critic = double_actor_critic(tiny_gpt2)
+        recorder = GradientRecorder(actor_critic)
+        options: dict[str, Any] = {"minibatch_size": minibatch_size, "epochs": epochs, "aggregate": "sequence"}
+        update(actor_critic, recorder, *known_update(known_rollout()), micro_batch_size=3, **options)
+        return recorder.steps
+
+    (whole,) = steps(8, 1)
+    parts = steps(2, 2)
+    assert len(parts) == 8
+    for one_pass in (parts[:4], parts[4:]):
+        for expected, *found in zip(whole, *one_pass, strict=True):
+            assert expected is not None
+            torch.testing.assert_close(torch.stack(found).mean(0), expected, rtol=1e-8, atol=1e-11)
+
+
+def test_the_generator_alone_decides_the_order_and_the_model_is_left_ready_to_evaluate(tiny_gpt2: LM) -> None:
+    def first_step(global_seed: int) -> Tensor:
+        torch.manual_seed(global_seed)
+        actor_critic = double_actor_critic(tiny_gpt2)
+        recorder = GradientRecorder(actor_critic)
+        update(actor_critic, recorder, *known_update(known_rollout()), minibatch_size=2)
+        assert not actor_critic.training and not actor_critic.policy.training
+        assert all(p.grad is None for p in actor_critic.parameters())
+        gradient = recorder.steps[0][0]
+        assert gradient is not None
+        return gradient
+
+    assert torch.equal(first_step(0), first_step(1))
+
+
+def test_statistics_are_means_over_the_steps_and_the_largest_ratio_of_all(tiny_gpt2: LM) -> None:
+    """Eight steps of one row, from which nothing moves; with "sequence" each row weighs alike."""
+    actor_critic = double_actor_critic(tiny_gpt2)
+    recorder = GradientRecorder(actor_critic)
+    scores, advantages = known_update(known_rollout())
+    whole = update(actor_critic, recorder, scores, advantages, aggregate="sequence")
+    recorder.steps.clear()
+    parts = update(actor_critic, recorder, scores, advantages, aggregate="sequence", minibatch_size=1)
+    assert parts.optimizer_steps == len(recorder.steps) == 8 and parts.ratio_max == pytest.approx(whole.ratio_max)
+    for name in ("loss", "policy_loss", "value_loss", "entropy", "clip_fraction", "value_clip_fraction", "approx_kl"):
+        assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-9), name
+    count = len(actor_critic.policy_parameters())
+    for name, share in (("policy_grad_norm", slice(0, count)), ("value_grad_norm", slice(count, None))):
+        norms = [torch.stack([g.norm() for g in step[share] if g is not None]).norm() for step in recorder.steps]
+        assert getattr(parts, name) == pytest.approx(float(torch.stack(norms).mean()), rel=1e-6), name
+
+
+def test_limits_are_where_they_are_said_to_be(tiny_gpt2: LM) -> None:
+    actor_critic = double_actor_critic(tiny_gpt2)
+    recorder = GradientRecorder(actor_critic)
+    scores, advantages = known_update(known_rollout())
+
+    def once(**limits: float) -> UpdateStatistics:
+        return update(actor_critic, recorder, scores, advantages, **limits)
+
+    free = once()
+    assert free.approx_kl > 1e-3 and free.ratio_max > 1.1
+    assert not once(target_kl=1.001 * free.approx_kl).stopped_early
+    assert once(target_kl=0.999 * free.approx_kl).stopped_early
+    once(max_ratio=1.001 * free.ratio_max)
+    with pytest.raises(TrainingDiverged, match="times as probable"):
+        once(max_ratio=0.999 * free.ratio_max)
 
 
 def test_gradients_of_each_network_are_clipped_by_their_own_norm(tiny_gpt2: LM) -> None:
@@ -256,6 +347,27 @@ def test_without_weight_on_values_the_value_model_stays(tiny_gpt2: LM) -> None:
     count = len(actor_critic.policy_parameters())
     assert all(g is None for g in found[count:]) and any(g is not None for g in found[:count])
     assert statistics.value_loss == 0
+
+
+def test_while_values_warm_up_the_loss_is_theirs_alone(tiny_gpt2: LM) -> None:
+    """No bonus for entropy, and no price of KL, of which the policy's log-probs would be wanted."""
+    for estimator in ("k2", "full"):
+        actor_critic = double_actor_critic(tiny_gpt2)
+        kl = KLConfig(placement="loss", estimator=estimator)  # type: ignore[arg-type]
+        statistics = update(
+            actor_critic,
+            GradientRecorder(actor_critic),
+            *known_update(known_rollout()),
+            kl=kl,
+            value_only=True,
+            entropy_coef=0.1,
+            value_coef=0.7,
+        )
+        # the policy is the old one: its part is the mean of -A, and nothing else is added
+        mask_BT = known_rollout().mask_BT
+        policy = -known_update(known_rollout())[1].advantages_BT[mask_BT].mean().item()
+        assert statistics.kl == 0 and statistics.policy_loss == pytest.approx(policy)
+        assert statistics.loss == pytest.approx(statistics.policy_loss + 0.7 * statistics.value_loss)
 
 
 def test_explained_variance_by_hand(tiny_gpt2: LM) -> None:

@@ -74,6 +74,26 @@ def main(models: Path, out: Path) -> None:
         figures = torch.tensor(list(vars(statistics).values()), dtype=torch.float64)
         save_file({**tensors, "statistics": figures}, out / f"update-{aggregate}-{rank}.safetensors")
 
+    # The same answers in two steps, from which nothing moves.
+    actor_critic = double_actor_critic(make_lm)
+    recorder = GradientRecorder(actor_critic)
+    ppo_update(
+        accelerator.prepare_model(actor_critic),
+        recorder,
+        rollout,
+        scores,
+        advantages,
+        PPOConfig(minibatch_size=4, max_grad_norm=1e9, entropy_coef=0.1, aggregate="sequence"),
+        KLConfig(placement="loss", estimator="k3"),
+        kl_coef=0.3,
+        temperature=0.7,
+        reference=actor_critic.policy,
+        accelerator=accelerator,
+        generator=seeded_generator("test", rank),
+    )
+    steps = {f"{n}.{i}": g for n, step in enumerate(recorder.steps) for i, g in enumerate(step) if g is not None}
+    save_file(steps, out / f"minibatches-{rank}.safetensors")
+
     # A whole run; in its first update the policy sits out.
     actor_critic, _ = run_ppo(
         small_config(updates=2, value_warmup_updates=1),
