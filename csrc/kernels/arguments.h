@@ -1,5 +1,5 @@
-// What a kernel is told: pointers, sizes and numbers. The same for CPU and CUDA, and free of torch, so that a kernel can
-// be compiled, read and tested without it. csrc/torch/bindings.cpp checks tensors and fills these in.
+// What a kernel is told: pointers, sizes and numbers. The same for CPU and CUDA, and free of torch, so that a kernel
+// can be compiled, read and tested without it. csrc/torch/bindings.cpp checks tensors and fills these in.
 //
 // "real" below is the type of the arithmetic and of every result: double where `type` is kDouble, float otherwise.
 // A position that does not count (mask 0) is never read beyond its mask, so that a NaN there goes nowhere.
@@ -24,16 +24,16 @@ struct Rows {
 // device may keep other numbers that serve it better; the CPU does.
 
 struct ScoreArguments {
-  Type type;               // of logits and ref_logits
+  Type type;  // of logits and ref_logits
   int64_t rows, vocabulary;
-  Rows logits;             // in
-  Rows ref_logits;         // in; data is null without a reference
+  Rows logits;               // in
+  Rows ref_logits;           // in; data is null without a reference
   const int64_t* token_ids;  // [rows], each in [0, vocabulary): the caller has checked, or checks on the device
   double temperature;        // used where temperatures is null
   const void* temperatures;  // real [rows], or null
-  void *logprobs, *entropy;    // out, real [rows]
-  void *ref_logprobs, *kl;     // out, real [rows]; null without a reference
-  void *stats, *ref_stats;     // out, real [rows][2]; ref_stats null without a reference
+  void *logprobs, *entropy;  // out, real [rows]
+  void *ref_logprobs, *kl;   // out, real [rows]; null without a reference
+  void *stats, *ref_stats;   // out, real [rows][2]; ref_stats null without a reference
 };
 
 // dx = p * (-g_logprob - g_entropy * (log p + H) + g_kl * (log p - log q - KL)) + g_logprob at the token;
@@ -42,64 +42,64 @@ struct ScoreArguments {
 struct ScoreBackwardArguments {
   Type type;
   int64_t rows, vocabulary;
-  Rows logits, ref_logits;   // in; ref_logits.data is null where g_kl is
+  Rows logits, ref_logits;  // in; ref_logits.data is null where g_kl is
   const int64_t* token_ids;
   double temperature;
   const void* temperatures;
   const void *g_logprobs, *g_entropy, *g_kl;  // in, real [rows], each may be null
   const void *entropy, *kl;                   // in, real [rows], results of the forward pass; kl null where g_kl is
   const void *stats, *ref_stats;              // in, real [rows][2]; ref_stats null where g_kl is
-  Rows grad_logits;          // out, `type`; may be the storage of logits itself (same strides): each element is read
-                             // before it is written, by the same thread
+  Rows grad_logits;  // out, `type`; may be the storage of logits itself (same strides): each element is read
+                     // before it is written, by the same thread
 };
 
 struct RewardOptions {
   double temperature, scale;
-  double clip;      // infinity: no bound
-  double kl_coef;   // with 0, kl is not read
+  double clip;     // infinity: no bound
+  double kl_coef;  // with 0, kl is not read
   double band;
   bool discrete;
 };
 
 struct RewardArguments {
-  Type type;               // of logits
+  Type type;                       // of logits
   int64_t batch, length, classes;  // classes is 2 or 3
-  const void* logits;      // in, [batch][length][classes]
-  const uint8_t* mask;     // in, [batch][length], 0 or 1
-  const void* kl;          // in, real [batch][length], or null
-  const void* terminal;    // in, real [batch], or null
+  const void* logits;              // in, [batch][length][classes]
+  const uint8_t* mask;             // in, [batch][length], 0 or 1
+  const void* kl;                  // in, real [batch][length], or null
+  const void* terminal;            // in, real [batch], or null
   RewardOptions options;
-  void* rewards;           // out, real [batch][length]
+  void* rewards;  // out, real [batch][length]
 };
 
 struct HiddenRewardArguments {
-  Type type;               // of hidden
+  Type type;  // of hidden
   int64_t batch, length, width, classes;
-  Rows hidden;             // in, batch * length rows of `width`
-  const void* weight;      // in, real [classes][width]
-  const void* bias;        // in, real [classes], or null
+  Rows hidden;         // in, batch * length rows of `width`
+  const void* weight;  // in, real [classes][width]
+  const void* bias;    // in, real [classes], or null
   const uint8_t* mask;
   const void* kl;
   const void* terminal;
   RewardOptions options;
-  void* rewards;           // out, real [batch][length]
+  void* rewards;  // out, real [batch][length]
 };
 
 // Padded: `sequences` rows of `length` in [sequences][length]; cu_seqlens is null. Packed: `length` tokens in all, and
-// sequence b is [cu_seqlens[b], cu_seqlens[b + 1]), to be clamped to [0, length]: the caller has not looked. Positions in
-// no sequence get 0.
+// sequence b is [cu_seqlens[b], cu_seqlens[b + 1]), to be clamped to [0, length]: the caller has not looked. Positions
+// in no sequence get 0.
 struct GaeArguments {
-  Type type;               // kFloat or kDouble, of rewards and values
+  Type type;  // kFloat or kDouble, of rewards and values
   int64_t sequences, length;
   const int32_t* cu_seqlens;
   const void *rewards, *values;  // in, real
   const uint8_t* mask;           // or null: all count
   double gamma, lam;
-  void *advantages, *returns;    // out, real
+  void *advantages, *returns;  // out, real
 };
 
-// Over all `count` positions: zero mean and unit population variance of the counted ones, 0 elsewhere, in place. The sums
-// run in a fixed order, whatever the threads.
+// Over all `count` positions: zero mean and unit population variance of the counted ones, 0 elsewhere, in place. The
+// sums run in a fixed order, whatever the threads.
 struct WhitenArguments {
   Type type;
   int64_t count;
@@ -109,28 +109,39 @@ struct WhitenArguments {
 
 struct PPOOptions {
   double clip, clip_high;
-  double dual_clip;    // infinity: no bound
-  double value_clip;   // infinity: no bound
+  double dual_clip;   // infinity: no bound
+  double value_clip;  // infinity: no bound
   double value_coef, entropy_coef, kl_coef;
   bool per_sequence;   // aggregate="sequence"
   double denominator;  // 0: none was given
 };
 
 // The order of a row's sums and of the results.
-enum PPOStat { kLoss, kPolicy, kValue, kEntropy, kKL, kClipFraction, kValueClipFraction, kApproxKL, kRatioMax, kPPOStats };
+enum PPOStat {
+  kLoss,
+  kPolicy,
+  kValue,
+  kEntropy,
+  kKL,
+  kClipFraction,
+  kValueClipFraction,
+  kApproxKL,
+  kRatioMax,
+  kPPOStats
+};
 
 struct PPOArguments {
-  Type type;                // kFloat or kDouble, of every tensor
+  Type type;  // kFloat or kDouble, of every tensor
   int64_t batch, length;
   const void *logprobs, *old_logprobs, *advantages;  // in, real [batch][length]
-  const void *values, *old_values, *returns;         // null without a value loss; old_values null where value_clip is inf
-  const void *entropy, *kl;                          // or null
+  const void *values, *old_values, *returns;  // null without a value loss; old_values null where value_clip is inf
+  const void *entropy, *kl;                   // or null
   const uint8_t* mask;
   PPOOptions options;
   const void* denominator;  // real [1], or null; 0 is taken as 1
-  void* row_sums;           // scratch, real [batch][kPPOStats + 1]: sums over the row's counted tokens, then their count
-  void* row_weights;        // out, real [batch]: the weight of each of the row's counted tokens in a mean
-  void* stats;              // out, real [kPPOStats]
+  void* row_sums;     // scratch, real [batch][kPPOStats + 1]: sums over the row's counted tokens, then their count
+  void* row_weights;  // out, real [batch]: the weight of each of the row's counted tokens in a mean
+  void* stats;        // out, real [kPPOStats]
 };
 
 struct PPOBackwardArguments {
@@ -140,19 +151,22 @@ struct PPOBackwardArguments {
   const void *values, *old_values, *returns;
   const uint8_t* mask;
   PPOOptions options;
-  const void* row_weights;  // in, real [batch], from the forward pass
-  const void* g_loss;       // in, real [1]
+  const void* row_weights;                         // in, real [batch], from the forward pass
+  const void* g_loss;                              // in, real [1]
   void *g_logprobs, *g_values, *g_entropy, *g_kl;  // out, real [batch][length], each null where it is not wanted
 };
 
 // A step over `count` bfloat16 weights w, each the upper half of a float32 master, with moments m and v, in place:
-// m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2; master = decay master - step_size m / (sqrt(v) / correction
-// + eps); the numbers of this step are the caller's: decay = 1 - rate * weight_decay, step_size = rate / (1 - beta1^t),
+//
+//     m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
+//     master = decay master - step_size m / (sqrt(v) / correction + eps)
+//
+// The numbers of this step are the caller's: decay = 1 - rate * weight_decay, step_size = rate / (1 - beta1^t),
 // correction = sqrt(1 - beta2^t).
 struct AdamWArguments {
   int64_t count;
-  uint16_t* weights;      // bfloat16
-  int16_t* remainders;    // what the weights lack of their masters
+  uint16_t* weights;    // bfloat16
+  int16_t* remainders;  // what the weights lack of their masters
   float *exp_avg, *exp_avg_sq;
   const void* gradients;  // in, bfloat16
   double decay, beta1, beta2, step_size, correction, eps;
@@ -160,12 +174,12 @@ struct AdamWArguments {
 
 // y = weight (x scale), scale = 1 / sqrt(mean(x^2) + eps) of each row.
 struct RMSNormArguments {
-  Type type;               // of x, weight and y
+  Type type;  // of x, weight and y
   int64_t rows, width;
   const void *x, *weight;  // in, [rows][width] and [width]
   double eps;
-  void* y;                 // out
-  void* scales;            // out, real [rows]
+  void* y;       // out
+  void* scales;  // out, real [rows]
 };
 
 // Rows whose gradients of the weight are summed in one part, by one thread.

@@ -154,17 +154,19 @@ struct PPOInputs {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> ppo_loss(
-    const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages, const Tensor& mask, double clip,
-    double clip_high, std::optional<double> dual_clip, const MaybeTensor& values, const MaybeTensor& old_values,
-    const MaybeTensor& returns, std::optional<double> value_clip, double value_coef, const MaybeTensor& entropy,
-    double entropy_coef, const MaybeTensor& kl, double kl_coef, bool per_sequence, std::optional<double> denominator,
-    const MaybeTensor& denominator_tensor) {
+std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor& logprobs, const Tensor& old_logprobs,
+                                            const Tensor& advantages, const Tensor& mask, double clip, double clip_high,
+                                            std::optional<double> dual_clip, const MaybeTensor& values,
+                                            const MaybeTensor& old_values, const MaybeTensor& returns,
+                                            std::optional<double> value_clip, double value_coef,
+                                            const MaybeTensor& entropy, double entropy_coef, const MaybeTensor& kl,
+                                            double kl_coef, bool per_sequence, std::optional<double> denominator,
+                                            const MaybeTensor& denominator_tensor) {
   const at::ScalarType real =
       real_dtype({logprobs, old_logprobs, advantages, values, old_values, returns, entropy, kl});
-  const PPOOptions options{clip,        clip_high,    dual_clip.value_or(kInfinity), value_clip.value_or(kInfinity),
-                           value_coef,  entropy_coef, kl_coef,                       per_sequence,
-                           denominator.value_or(0)};
+  const PPOOptions options{
+      clip,    clip_high,    dual_clip.value_or(kInfinity), value_clip.value_or(kInfinity), value_coef, entropy_coef,
+      kl_coef, per_sequence, denominator.value_or(0)};
   const PPOInputs inputs(real, logprobs, old_logprobs, advantages, mask, values, old_values, returns, options);
   const MaybeTensor entropy_BT = dense(entropy, real), kl_BT = dense(kl, real), count = dense(denominator_tensor, real);
   const at::TensorOptions result = logprobs.options().dtype(real);
@@ -191,14 +193,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss_backward(
     std::optional<double> value_clip, double value_coef, const MaybeTensor& entropy, double entropy_coef,
     const MaybeTensor& kl, double kl_coef, bool wants_logprobs, bool wants_values, bool wants_entropy, bool wants_kl) {
   const at::ScalarType real = row_weights.scalar_type();
-  const PPOOptions options{clip,       clip_high,    dual_clip.value_or(kInfinity), value_clip.value_or(kInfinity),
-                           value_coef, entropy_coef, kl_coef,                       /*per_sequence=*/false,
+  const PPOOptions options{clip,
+                           clip_high,
+                           dual_clip.value_or(kInfinity),
+                           value_clip.value_or(kInfinity),
+                           value_coef,
+                           entropy_coef,
+                           kl_coef,
+                           /*per_sequence=*/false,
                            /*denominator=*/0};
   const PPOInputs inputs(real, logprobs, old_logprobs, advantages, mask, values, old_values, returns, options);
   const at::TensorOptions result = logprobs.options().dtype(real);
-  const auto gradient = [&](bool wanted) {
-    return wanted ? at::empty(mask.sizes(), result) : at::empty({0}, result);
-  };
+  const auto gradient = [&](bool wanted) { return wanted ? at::empty(mask.sizes(), result) : at::empty({0}, result); };
   const Tensor g_logprobs = gradient(wants_logprobs), g_values = gradient(wants_values);
   const Tensor g_entropy = gradient(wants_entropy), g_kl = gradient(wants_kl);
   const Tensor g = dense(g_loss, real), weights = dense(row_weights, real);

@@ -1,4 +1,4 @@
-// tlcr._C: what the compiled kernels say of themselves. Importing it also registers them with torch (csrc/torch/bindings.cpp).
+// tlcr._C: what the compiled kernels say of themselves. Importing it also registers them with torch; bindings.cpp does.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 

@@ -4,12 +4,12 @@
 #include <limits>
 
 #if defined(__linux__) && defined(__x86_64__)
-// MKL's, which libtorch_cpu carries and exports where it was built with MKL; null elsewhere. torch itself has no product of
-// bfloat16 with a float32 result on the CPU: at::mm rounds the result, and logits need the digits.
+// MKL's, which libtorch_cpu carries and exports where it was built with MKL; null elsewhere. torch itself has no
+// product of bfloat16 with a float32 result on the CPU: at::mm rounds the result, and logits need the digits.
 extern "C" __attribute__((weak)) void cblas_gemm_bf16bf16f32(int layout, int transpose_left, int transpose_right, int m,
-                                                             int n, int k, float alpha, const void* left, int left_stride,
-                                                             const void* right, int right_stride, float beta, float* sum,
-                                                             int sum_stride);
+                                                             int n, int k, float alpha, const void* left,
+                                                             int left_stride, const void* right, int right_stride,
+                                                             float beta, float* sum, int sum_stride);
 #define TLCR_MKL_BFLOAT16 1
 #endif
 
@@ -22,8 +22,8 @@ enum { kRowMajor = 101, kAsIs = 111, kTransposed = 112 };  // of cblas.h
 
 // Without the instructions, and perhaps on other makers' processors, MKL takes longer than float32 does.
 bool mkl_multiplies_bfloat16() {
-  static const bool can = cblas_gemm_bf16bf16f32 != nullptr && __builtin_cpu_is("intel") &&
-                          __builtin_cpu_supports("avx512bf16");
+  static const bool can =
+      cblas_gemm_bf16bf16f32 != nullptr && __builtin_cpu_is("intel") && __builtin_cpu_supports("avx512bf16");
   return can;
 }
 

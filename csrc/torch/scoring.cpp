@@ -12,8 +12,8 @@ namespace tlcr {
 
 namespace {
 
-// Logits that exist at once in score_hidden. On the CPU few enough to stay in the last-level cache, on a GPU enough rows
-// that the product is bound by arithmetic and not by reading the head again for every chunk: 512 MiB in float32.
+// Logits that exist at once in score_hidden. On the CPU few enough to stay in the last-level cache, on a GPU enough
+// rows that the product is bound by arithmetic and not by reading the head again for every chunk: 512 MiB in float32.
 constexpr int64_t kChunkLogitsCPU = int64_t{1} << 20, kChunkLogitsCUDA = int64_t{1} << 27;
 // Every chunk reads the head and adds to its gradient: chunks of a few tokens do nothing else.
 constexpr int64_t kLeastChunk = 256;

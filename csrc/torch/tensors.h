@@ -19,7 +19,8 @@ inline Type type_of(at::ScalarType dtype) {
     case at::kDouble: return Type::kDouble;
     case at::kBFloat16: return Type::kBFloat16;
     case at::kHalf: return Type::kHalf;
-    default: TORCH_CHECK_TYPE(false, "tlcr: dtype ", dtype, " has no kernel, wanted float32, float64, bfloat16 or float16");
+    default:
+      TORCH_CHECK_TYPE(false, "tlcr: dtype ", dtype, " has no kernel, wanted float32, float64, bfloat16 or float16");
   }
 }
 
@@ -47,7 +48,9 @@ inline void* pointer(const Tensor& tensor) { return tensor.numel() ? tensor.data
 
 inline const void* pointer(const MaybeTensor& tensor) { return tensor.has_value() ? tensor->data_ptr() : nullptr; }
 
-inline const uint8_t* bytes(const Tensor& mask) { return reinterpret_cast<const uint8_t*>(mask.const_data_ptr<bool>()); }
+inline const uint8_t* bytes(const Tensor& mask) {
+  return reinterpret_cast<const uint8_t*>(mask.const_data_ptr<bool>());
+}
 
 // A tensor to be changed where it lies, as contiguous memory: a copy of any other is written back at the end.
 class InPlace {

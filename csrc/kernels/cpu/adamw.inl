@@ -33,11 +33,11 @@ TLCR_INLINE void split(FloatVector master, HalvesVector& weight, RemaindersVecto
 }
 
 struct AdamW {
-  float decay;           // 1 - learning rate * weight decay
-  float keep, take;      // beta1 and 1 - beta1
+  float decay;             // 1 - learning rate * weight decay
+  float keep, take;        // beta1 and 1 - beta1
   float keep_sq, take_sq;  // beta2 and 1 - beta2
-  float step_size;       // learning rate / (1 - beta1^step)
-  float correction;      // sqrt(1 - beta2^step)
+  float step_size;         // learning rate / (1 - beta1^step)
+  float correction;        // sqrt(1 - beta2^step)
   float eps;
 
   explicit AdamW(const AdamWArguments& a)

@@ -16,15 +16,15 @@ struct Kernels {
   void (*ppo)(const PPOArguments&, int64_t begin, int64_t end);  // rows of the batch: fills row_sums
   void (*ppo_finish)(const PPOArguments&);                       // all rows: row_weights and stats
   void (*ppo_backward)(const PPOBackwardArguments&, int64_t begin, int64_t end);
-  void (*adamw)(const AdamWArguments&, int64_t begin, int64_t end);                         // weights
-  void (*rms_norm)(const RMSNormArguments&, int64_t begin, int64_t end);                    // rows
-  void (*rms_norm_backward)(const RMSNormBackwardArguments&, int64_t begin, int64_t end);   // kNormRows rows each
-  void (*gated_silu)(const GatedSiLUArguments&, int64_t begin, int64_t end);                // elements
+  void (*adamw)(const AdamWArguments&, int64_t begin, int64_t end);                        // weights
+  void (*rms_norm)(const RMSNormArguments&, int64_t begin, int64_t end);                   // rows
+  void (*rms_norm_backward)(const RMSNormBackwardArguments&, int64_t begin, int64_t end);  // kNormRows rows each
+  void (*gated_silu)(const GatedSiLUArguments&, int64_t begin, int64_t end);               // elements
   void (*gated_silu_backward)(const GatedSiLUBackwardArguments&, int64_t begin, int64_t end);
 };
 
-// The best table that this processor can run and that `capability` allows: what at::get_cpu_capability() says, "AVX512",
-// "AVX2" or "DEFAULT", so that ATEN_CPU_CAPABILITY rules these kernels as it rules torch's own.
+// The best table that this processor can run and that `capability` allows: what at::get_cpu_capability() says,
+// "AVX512", "AVX2" or "DEFAULT", so that ATEN_CPU_CAPABILITY rules these kernels as it rules torch's own.
 const Kernels& kernels(const char* capability);
 
 }  // namespace tlcr::cpu

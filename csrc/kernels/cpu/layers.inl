@@ -1,5 +1,6 @@
-// Elementwise layers of a transformer, forward and backward: RMS norm and the gated SiLU. Arithmetic in Real; what torch
-// would round between two operations of a model in half precision is rounded here too, so that a forward pass agrees.
+// Elementwise layers of a transformer, forward and backward: RMS norm and the gated SiLU. The arithmetic is in Real.
+// What torch would round between two operations of a model in half precision is rounded here too, so that a forward
+// pass agrees.
 
 #include "blocks.h"
 #include "rows.h"

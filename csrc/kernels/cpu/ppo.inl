@@ -224,9 +224,7 @@ void ppo(const PPOArguments& a, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) a.type == Type::kDouble ? ppo_row<double>(a, b) : ppo_row<float>(a, b);
 }
 
-void ppo_finish(const PPOArguments& a) {
-  a.type == Type::kDouble ? ppo_finish_of<double>(a) : ppo_finish_of<float>(a);
-}
+void ppo_finish(const PPOArguments& a) { a.type == Type::kDouble ? ppo_finish_of<double>(a) : ppo_finish_of<float>(a); }
 
 void ppo_backward(const PPOBackwardArguments& a, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {

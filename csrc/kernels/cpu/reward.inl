@@ -33,8 +33,10 @@ template <class Real, int kClasses, class Element, class Block>
 TLCR_INLINE Classes<Real, kClasses> read_logits(Block block, const Element* row) {
   Classes<Real, kClasses> tokens;
   for (int i = 0; i < kClasses; ++i) tokens.of[i] = block.template read<kClasses>(row, i);
-  if constexpr (kClasses == 2) return {logits_of_class<0>(tokens), logits_of_class<1>(tokens)};
-  else return {logits_of_class<0>(tokens), logits_of_class<1>(tokens), logits_of_class<2>(tokens)};
+  if constexpr (kClasses == 2)
+    return {logits_of_class<0>(tokens), logits_of_class<1>(tokens)};
+  else
+    return {logits_of_class<0>(tokens), logits_of_class<1>(tokens), logits_of_class<2>(tokens)};
 }
 
 // p_last - p_first. An infinite logit gives NaN as it does in a softmax; -inf is a class that is ruled out.
@@ -104,9 +106,8 @@ void reward_of(const RewardArguments& a, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     const Element* logits = static_cast<const Element*>(a.logits) + b * a.length * kClasses;
     const RewardRow<Real> row(a, b);
-    for_each_block<Real>(0, a.length, [&](auto block) {
-      row.write(block, read_logits<Real, kClasses>(block, logits));
-    });
+    for_each_block<Real>(0, a.length,
+                         [&](auto block) { row.write(block, read_logits<Real, kClasses>(block, logits)); });
     row.add_terminal(a.terminal, b, a.length);
   }
 }

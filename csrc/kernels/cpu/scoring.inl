@@ -92,8 +92,7 @@ struct Softmax {
 #pragma GCC unroll 4
       for (int k = 0; k < kUnroll; ++k) largest_of[k] = max(load(tile + i + k * kLanes<Real>), largest_of[k]);
     }
-    const Real tile_maximum =
-        largest<Real>(max(max(largest_of[0], largest_of[1]), max(largest_of[2], largest_of[3])));
+    const Real tile_maximum = largest<Real>(max(max(largest_of[0], largest_of[1]), max(largest_of[2], largest_of[3])));
     if (tile_maximum == maximum) return 0;
     const double before = shift.offset;
     maximum = tile_maximum;
@@ -133,11 +132,11 @@ TLCR_INLINE Vector<Real> tree_sum(const Vector<Real> (&x)[kUnroll]) {
   return (x[0] + x[1]) + (x[2] + x[3]);
 }
 
-// K where the sum by tiles came to nothing finite: a term that was infinite under an earlier maximum may have probability
-// 0 under the last one. Reads the row again.
+// K where the sum by tiles came to nothing finite: a term that was infinite under an earlier maximum may have
+// probability 0 under the last one. Reads the row again.
 template <class Element>
-double difference_sum(const Element* logits, const Element* ref_logits, int64_t vocabulary, const Shift<Arithmetic<Element>>& shift,
-              const Shift<Arithmetic<Element>>& ref_shift) {
+double difference_sum(const Element* logits, const Element* ref_logits, int64_t vocabulary,
+                      const Shift<Arithmetic<Element>>& shift, const Shift<Arithmetic<Element>>& ref_shift) {
   double total = 0;
   for (int64_t v = 0; v < vocabulary; ++v) {
     const double z = shift.z(widen(logits[v])), p = __builtin_exp(z);
@@ -258,10 +257,11 @@ TLCR_INLINE void grad_row(const ScoreBackwardArguments& args, int64_t row, doubl
   const Stats<Real> ref_stats = kReference ? Stats<Real>::of(args.ref_stats, row) : Stats<Real>{};
   const Shift<Real> shift{scale, stats.offset}, ref_shift{scale, ref_stats.offset};
 
-  // dx / temperature = p (of_one + of_z z + of_difference (z - z_ref - mean)). Where p is near 1 the bracket of the KL is
-  // near 0, and its terms cancel exactly: log S, log S_ref and KL in place of the mean would each bring their rounding.
+  // dx / temperature = p (of_one + of_z z + of_difference (z - z_ref - mean)). Where p is near 1 the bracket of the KL
+  // is near 0, and its terms cancel exactly: log S, log S_ref and KL in place of the mean would each add a rounding.
   double constant = -g_logprob;
-  if (g_entropy != 0) constant -= g_entropy * (double(value_at<Real>(args.entropy, row, 0)) + __builtin_log(stats.value));
+  if (g_entropy != 0)
+    constant -= g_entropy * (double(value_at<Real>(args.entropy, row, 0)) + __builtin_log(stats.value));
   const Real of_one = Real(constant * scale), of_z = Real(-g_entropy * scale), of_difference = Real(g_kl * scale);
   const Real inverse_sum = stats.value, mean = ref_stats.value;
   const int64_t token = args.token_ids[row];

@@ -1,9 +1,9 @@
 // Vectors of one instruction set, as wide as it has them, and what the kernels do with them.
 //
 // Each of baseline.cpp, avx2.cpp and avx512.cpp compiles the kernels once more, for its own instruction set. Were any
-// function in them weak, as inline functions and templates of a header are, the linker would keep one copy of it, perhaps
-// the AVX-512 one, for all three, and older processors would die of it. Therefore all that they hold has internal linkage
-// (unnamed namespaces), and they include nothing of the standard library but <cstdint>.
+// function in them weak, as inline functions and templates of a header are, the linker would keep one copy of it,
+// perhaps the AVX-512 one, for all three, and older processors would die of it. Therefore all that they hold has
+// internal linkage (unnamed namespaces), and they include nothing of the standard library but <cstdint>.
 //
 // The including file sets its target by pragma and says in TLCR_VECTOR_BYTES what that is: 64 for AVX-512, 32 for AVX2
 // with FMA and F16C, 16 for anything. g++ before 14 does not define __AVX2__ and its like for a pragma.
@@ -67,7 +67,7 @@ struct Limits<float> {
   static constexpr float infinity = __builtin_inff();
   static constexpr float epsilon = 0x1p-23f;
   static constexpr float lowest = -3.40282347e+38f;
-  static constexpr float exp_is_zero = -104.0f;  // here and below exp rounds to 0
+  static constexpr float exp_is_zero = -104.0f;   // here and below exp rounds to 0
   static constexpr float exp_is_normal = -87.0f;  // here and above the result is no subnormal number
 };
 template <>
@@ -148,8 +148,8 @@ TLCR_INLINE void store(Half* to, FloatVector x) {
 
 #else
 
-// Exponents move by 127 - 15. What is subnormal as a half is made by adding, and taken off again, a number whose last bit
-// is the subnormals' unit: the addition rounds.
+// Exponents move by 127 - 15. What is subnormal as a half is made by adding, and taken off again, a number whose last
+// bit is the subnormals' unit: the addition rounds.
 TLCR_INLINE FloatVector load(const Half* from) {
   HalvesVector halves;
   __builtin_memcpy(&halves, from, sizeof(halves));
@@ -233,9 +233,10 @@ struct WideSum {
   TLCR_INLINE double total() const { return sum(low + high); }
 };
 
-// exp(x) = 2^n exp(r) with n = round(x / log 2) and |r| <= log(2) / 2. x / log 2 is rounded by adding `rounder`, in whose
-// last bits n then stands. log 2 is the sum of two numbers, and n times the first is exact. exp(r) = 1 + r slope(r) with
-// slope(r) = 1 + r P(r), where P was fitted to the least relative error: 3.2e-9 in float and 3.8e-18 in double.
+// exp(x) = 2^n exp(r) with n = round(x / log 2) and |r| <= log(2) / 2. x / log 2 is rounded by adding `rounder`, in
+// whose last bits n then stands. log 2 is the sum of two numbers, and n times the first is exact.
+// exp(r) = 1 + r slope(r) with slope(r) = 1 + r P(r), where P was fitted to the least relative error: 3.2e-9 in float
+// and 3.8e-18 in double.
 template <class Real>
 struct Exponential;
 
@@ -304,8 +305,9 @@ TLCR_INLINE Vector<Real> exp_of_nonpositive(Vector<Real> x) {
 
 #else
 
-// Without an instruction that scales: 2^(n + bias / 2) is formed by moving n, to which the rounder has added what makes it
-// a biased exponent, into place. That is a normal number for every n, and the last product, by 2^-(bias / 2), rounds.
+// Without an instruction that scales: 2^(n + bias / 2) is formed by moving n, to which the rounder has added what makes
+// it a biased exponent, into place. That is a normal number for every n, and the last product, the one by
+// 2^-(bias / 2), rounds.
 template <class Real>
 TLCR_INLINE Vector<Real> exp_of_nonpositive(Vector<Real> x) {
   using E = Exponential<Real>;

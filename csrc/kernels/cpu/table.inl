@@ -1,5 +1,6 @@
 // The kernels of one instruction set: baseline.cpp, avx2.cpp and avx512.cpp name it in TLCR_ISA and include this.
-#include "kernels.h"
+#include "kernels.h"  // before the others, which use its arguments
+
 #include "adamw.inl"
 #include "gae.inl"
 #include "layers.inl"

@@ -12,6 +12,7 @@ namespace tlcr::cuda {
 namespace {
 
 constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kWarp;
 constexpr int kTokens = 2;  // of a warp
 constexpr int kTokensPerBlock = kWarps * kTokens;
 // Blocks that a multiprocessor's registers must have room for: so many
@@ -87,8 +88,7 @@ __device__ __forceinline__ real reward_of(const real (&logits)[kClasses], const 
 
 // kCount elements are read at once: a pack, or 1 where rows or weight are not aligned to packs.
 template <typename T, int kClasses, int kCount>
-__global__ void __launch_bounds__(kWarps * kWarp, kBlocks<T>)
-    hidden_reward_kernel(const HiddenRewardArguments a) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) hidden_reward_kernel(const HiddenRewardArguments a) {
   using real = Real<T>;
   const int lane = threadIdx.x % kWarp;
   const int64_t tokens = a.batch * a.length;
@@ -166,9 +166,9 @@ bool packs_are_aligned(const HiddenRewardArguments& a) {
 template <typename T, int kClasses>
 cudaError_t launch_hidden_reward(const HiddenRewardArguments& a, cudaStream_t stream) {
   const int64_t blocks = (a.batch * a.length + kTokensPerBlock - 1) / kTokensPerBlock;
-  const auto kernel = packs_are_aligned<T>(a) ? hidden_reward_kernel<T, kClasses, kPack<T>>
-                                              : hidden_reward_kernel<T, kClasses, 1>;
-  return launch(kernel, blocks, kWarps * kWarp, stream, a);
+  const auto kernel =
+      packs_are_aligned<T>(a) ? hidden_reward_kernel<T, kClasses, kPack<T>> : hidden_reward_kernel<T, kClasses, 1>;
+  return launch(kernel, blocks, kThreads, stream, a);
 }
 
 }  // namespace

@@ -34,13 +34,21 @@ __device__ __forceinline__ float to_real(__half x) { return __half2float(x); }
 template <typename T>
 __device__ __forceinline__ T from_real(Real<T> x);
 template <>
-__device__ __forceinline__ float from_real<float>(float x) { return x; }
+__device__ __forceinline__ float from_real<float>(float x) {
+  return x;
+}
 template <>
-__device__ __forceinline__ double from_real<double>(double x) { return x; }
+__device__ __forceinline__ double from_real<double>(double x) {
+  return x;
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 from_real<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ __nv_bfloat16 from_real<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
 template <>
-__device__ __forceinline__ __half from_real<__half>(float x) { return __float2half_rn(x); }
+__device__ __forceinline__ __half from_real<__half>(float x) {
+  return __float2half_rn(x);
+}
 
 // 2^x.
 __device__ __forceinline__ float exp2_of(float x) { return exp2_approximate(x); }
@@ -140,8 +148,8 @@ __device__ __forceinline__ Pack<__nv_bfloat16> pack_of<__nv_bfloat16>(const floa
 }
 template <>
 __device__ __forceinline__ Pack<__half> pack_of<__half>(const float (&x)[8]) {
-  const __half2 pairs[4] = {__floats2half2_rn(x[0], x[1]), __floats2half2_rn(x[2], x[3]),
-                            __floats2half2_rn(x[4], x[5]), __floats2half2_rn(x[6], x[7])};
+  const __half2 pairs[4] = {__floats2half2_rn(x[0], x[1]), __floats2half2_rn(x[2], x[3]), __floats2half2_rn(x[4], x[5]),
+                            __floats2half2_rn(x[6], x[7])};
   return bits_as<Pack<__half>>(pairs);
 }
 

@@ -65,14 +65,38 @@ void score(Type type, int64_t vocabulary, int64_t offset, int64_t ref_offset, in
   const int64_t told = vocabulary + overrun;
   for (bool reference : {false, true}) {
     const Rows ref_rows = reference ? ref_logits.rows : Rows{};
-    const tlcr::ScoreArguments forward{type, kRows, told, logits.rows, ref_rows, ids.data(), 1, temperatures.data,
-                                       logprobs.data, entropy.data, ref_logprobs.data, kl.data, stats.data,
+    const tlcr::ScoreArguments forward{type,
+                                       kRows,
+                                       told,
+                                       logits.rows,
+                                       ref_rows,
+                                       ids.data(),
+                                       1,
+                                       temperatures.data,
+                                       logprobs.data,
+                                       entropy.data,
+                                       ref_logprobs.data,
+                                       kl.data,
+                                       stats.data,
                                        ref_stats.data};
     check(tlcr::cuda::score(forward, nullptr));
     for (const Rows& out : {grad.rows, logits.rows}) {
-      const tlcr::ScoreBackwardArguments backward{
-          type, kRows, told, logits.rows, ref_rows, ids.data(), 1, temperatures.data, g.data, g.data,
-          reference ? g.data : nullptr, entropy.data, kl.data, stats.data, ref_stats.data, out};
+      const tlcr::ScoreBackwardArguments backward{type,
+                                                  kRows,
+                                                  told,
+                                                  logits.rows,
+                                                  ref_rows,
+                                                  ids.data(),
+                                                  1,
+                                                  temperatures.data,
+                                                  g.data,
+                                                  g.data,
+                                                  reference ? g.data : nullptr,
+                                                  entropy.data,
+                                                  kl.data,
+                                                  stats.data,
+                                                  ref_stats.data,
+                                                  out};
       check(tlcr::cuda::score_backward(backward, nullptr));
     }
   }

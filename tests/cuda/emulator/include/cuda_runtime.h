@@ -85,12 +85,18 @@ T aligned_load(const T* from) {
 #define __syncthreads() emulator::wait_for_block(__FILE__ ":" EMULATOR_LINE(__LINE__))
 
 template <typename T>
-T __shfl_xor_sync(unsigned lanes, T value, int lane_bits) { return emulator::shuffle_xor(lanes, value, lane_bits); }
+T __shfl_xor_sync(unsigned lanes, T value, int lane_bits) {
+  return emulator::shuffle_xor(lanes, value, lane_bits);
+}
 inline bool __any_sync(unsigned lanes, bool value) { return emulator::any(lanes, value); }
 template <typename T>
-T __ldcs(const T* from) { return emulator::aligned_load(from); }
+T __ldcs(const T* from) {
+  return emulator::aligned_load(from);
+}
 template <typename T>
-T __ldg(const T* from) { return emulator::aligned_load(from); }
+T __ldg(const T* from) {
+  return emulator::aligned_load(from);
+}
 
 inline float __uint_as_float(uint32_t bits) {
   float x;
