@@ -82,9 +82,9 @@ std::tuple<Tensor, Tensor> fused_gae(const Tensor& rewards, const Tensor& values
   const Tensor dense_rewards = dense(rewards, real), dense_values = dense(values, real);
   const MaybeTensor dense_mask = dense(mask, at::kBool), dense_cu_seqlens = dense(cu_seqlens, at::kInt);
   const at::TensorOptions options = rewards.options().dtype(real);
-  const bool packed = cu_seqlens.has_value();
+  const bool packed = dense_cu_seqlens.has_value();
   // The kernel writes what lies before, between and behind the sequences, if there are any.
-  const bool nothing = packed && cu_seqlens->numel() == 1;
+  const bool nothing = packed && dense_cu_seqlens->numel() == 1;
   Tensor advantages = nothing ? at::zeros(rewards.sizes(), options) : at::empty(rewards.sizes(), options);
   Tensor returns = nothing ? at::zeros(rewards.sizes(), options) : at::empty(rewards.sizes(), options);
   MaybeTensor counts = dense_mask;
@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor> fused_gae(const Tensor& rewards, const Tensor& values
 
   GaeArguments arguments{};
   arguments.type = type_of(real);
-  arguments.sequences = packed ? cu_seqlens->numel() - 1 : rewards.size(0);
+  arguments.sequences = packed ? dense_cu_seqlens->numel() - 1 : rewards.size(0);
   arguments.length = rewards.size(-1);
   arguments.cu_seqlens = packed ? dense_cu_seqlens->const_data_ptr<int32_t>() : nullptr;
   arguments.rewards = pointer(dense_rewards);

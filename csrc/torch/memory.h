@@ -17,8 +17,8 @@ inline void prefer_huge_pages(void* data, std::size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr std::size_t kPage = 4096, kHugePage = std::size_t{1} << 21;
   if (bytes < 2 * kHugePage) return;
-  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(data), first = (begin + kPage - 1) / kPage * kPage;
-  static_cast<void>(madvise(reinterpret_cast<void*>(first), begin + bytes - first, MADV_HUGEPAGE));
+  const std::size_t past = reinterpret_cast<std::uintptr_t>(data) % kPage, skipped = past == 0 ? 0 : kPage - past;
+  static_cast<void>(madvise(static_cast<char*>(data) + skipped, bytes - skipped, MADV_HUGEPAGE));
 #else
   static_cast<void>(data), static_cast<void>(bytes);
 #endif

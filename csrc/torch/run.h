@@ -44,21 +44,21 @@ void on_stream(cudaError_t (*kernel)(const Arguments&, cudaStream_t), const Tens
 }
 #endif
 
-inline void run_score(const Tensor& like, const ScoreArguments& arguments) {
+inline void run_score([[maybe_unused]] const Tensor& like, const ScoreArguments& arguments) {
 #ifdef TLCR_CUDA
   if (like.is_cuda()) return on_stream(cuda::score, like, arguments);
 #endif
   on_threads(cpu_kernels().score, arguments, arguments.rows, arguments.vocabulary);
 }
 
-inline void run_score_backward(const Tensor& like, const ScoreBackwardArguments& arguments) {
+inline void run_score_backward([[maybe_unused]] const Tensor& like, const ScoreBackwardArguments& arguments) {
 #ifdef TLCR_CUDA
   if (like.is_cuda()) return on_stream(cuda::score_backward, like, arguments);
 #endif
   on_threads(cpu_kernels().score_backward, arguments, arguments.rows, arguments.vocabulary);
 }
 
-inline void run_hidden_reward(const Tensor& like, const HiddenRewardArguments& arguments) {
+inline void run_hidden_reward([[maybe_unused]] const Tensor& like, const HiddenRewardArguments& arguments) {
 #ifdef TLCR_CUDA
   if (like.is_cuda()) return on_stream(cuda::hidden_reward, like, arguments);
 #endif

@@ -178,7 +178,7 @@ class Head {
     narrow_ ? tlcr::product(result, left, right) : static_cast<void>(at::mm_out(result, left, right));
   }
 
-  void add_product(Tensor sum, const Tensor& left, const Tensor& right) const {
+  void add_product(const Tensor& sum, const Tensor& left, const Tensor& right) const {
     narrow_ ? tlcr::add_product(sum, left, right) : static_cast<void>(sum.addmm_(left, right));
   }
 
@@ -194,6 +194,21 @@ int64_t chunk_rows(std::optional<int64_t> chunk_tokens, const Tensor& weight, in
 }
 
 Tensor flat(const Tensor& states) { return states.reshape({-1, states.size(-1)}); }
+
+// The reference's head, and the hidden states that it turns into logits.
+struct Reference {
+  Head head;
+  Tensor hidden_NH;
+
+  Tensor logits(int64_t begin, int64_t rows) const { return head.logits(hidden_NH.narrow(0, begin, rows)); }
+};
+
+std::optional<Reference> reference_of(const MaybeTensor& hidden, const MaybeTensor& weight, const MaybeTensor& bias,
+                                      at::ScalarType real, int64_t chunk) {
+  if (!hidden.has_value()) return std::nullopt;
+  TORCH_CHECK_VALUE(weight.has_value(), "tlcr: score_hidden got ref_hidden without ref_weight, wanted both or neither");
+  return Reference{Head(*weight, bias, *hidden, real, chunk), flat(*hidden)};
+}
 
 }  // namespace
 
@@ -230,15 +245,13 @@ Scores score_hidden(const Tensor& hidden, const Tensor& weight, const Tensor& to
   const Results out(token_ids.sizes(), hidden.options().dtype(real), ref_hidden.has_value());
   const int64_t chunk = chunk_rows(chunk_tokens, weight, token_ids.numel());
   const Head head(weight, bias, hidden, real, chunk);
-  const std::optional<Head> ref_head =
-      ref_hidden.has_value() ? std::optional<Head>({*ref_weight, ref_bias, *ref_hidden, real, chunk}) : std::nullopt;
+  const std::optional<Reference> reference = reference_of(ref_hidden, ref_weight, ref_bias, real, chunk);
   const Tensor hidden_NH = flat(hidden);
-  const MaybeTensor ref_hidden_NH = ref_hidden.has_value() ? MaybeTensor(flat(*ref_hidden)) : MaybeTensor();
   for (int64_t begin = 0; begin < token_ids.numel(); begin += chunk) {
     const int64_t rows = std::min(chunk, token_ids.numel() - begin);
     const Tensor logits_RV = head.logits(hidden_NH.narrow(0, begin, rows));
     const MaybeTensor ref_logits_RV =
-        ref_head.has_value() ? MaybeTensor(ref_head->logits(ref_hidden_NH->narrow(0, begin, rows))) : MaybeTensor();
+        reference.has_value() ? MaybeTensor(reference->logits(begin, rows)) : MaybeTensor();
     score_rows(logits_RV, ref_logits_RV, tokens, out, begin, rows);
   }
   return out.scores();
@@ -258,16 +271,14 @@ HiddenGradients score_hidden_backward(const MaybeTensor& g_logprobs, const Maybe
   const Incoming in(g_logprobs, g_entropy, g_kl, entropy, kl, stats, ref_stats);
   const int64_t chunk = chunk_rows(chunk_tokens, weight, token_ids.numel());
   const Head head(weight, bias, hidden, real, chunk);
-  const bool with_reference = g_kl.has_value() && ref_hidden.has_value();
-  const std::optional<Head> ref_head =
-      with_reference ? std::optional<Head>({*ref_weight, ref_bias, *ref_hidden, real, chunk}) : std::nullopt;
+  const std::optional<Reference> reference =
+      reference_of(g_kl.has_value() ? ref_hidden : MaybeTensor(), ref_weight, ref_bias, real, chunk);
 
   Tensor counts_N1 = at::zeros({token_ids.numel(), 1}, options.dtype(at::kBool));
   for (const MaybeTensor& g : {in.g_logprobs, in.g_entropy, in.g_kl})
     if (g.has_value()) counts_N1.logical_or_(g->reshape({-1, 1}) != 0);
 
   const Tensor hidden_NH = flat(hidden);
-  const MaybeTensor ref_hidden_NH = with_reference ? MaybeTensor(flat(*ref_hidden)) : MaybeTensor();
   Tensor grad_hidden = wants_hidden ? at::empty(hidden.sizes(), options) : at::empty({0}, options);
   const std::vector<int64_t> none{0};
   const Tensor grad_weight =
@@ -282,7 +293,7 @@ HiddenGradients score_hidden_backward(const MaybeTensor& g_logprobs, const Maybe
     const Tensor hidden_RH = at::where(counts_N1.narrow(0, begin, rows), states_RH, at::zeros({}, states_RH.options()));
     const Tensor logits_RV = head.logits(hidden_RH);
     const MaybeTensor ref_logits_RV =
-        with_reference ? MaybeTensor(ref_head->logits(ref_hidden_NH->narrow(0, begin, rows))) : MaybeTensor();
+        reference.has_value() ? MaybeTensor(reference->logits(begin, rows)) : MaybeTensor();
     score_rows_backward(logits_RV, ref_logits_RV, tokens, in, logits_RV, begin, rows);  // into the logits' storage
     if (wants_bias) grad_bias.add_(logits_RV.sum(0));
     const Tensor grad_RV = head.dtype() == real ? logits_RV : narrowed.narrow(0, 0, rows).copy_(logits_RV);

@@ -6,8 +6,9 @@
 
 namespace tlcr {
 
-void adamw_step(Tensor parameter, const Tensor& grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor remainder,
-                double learning_rate, double beta1, double beta2, double eps, double weight_decay, int64_t step) {
+void adamw_step(const Tensor& parameter, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                const Tensor& remainder, double learning_rate, double beta1, double beta2, double eps,
+                double weight_decay, int64_t step) {
   const InPlace weights(parameter), means(exp_avg), squares(exp_avg_sq), remainders(remainder);
   const Tensor gradients = grad.contiguous();
   const AdamWArguments arguments{parameter.numel(),

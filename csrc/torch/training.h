@@ -9,8 +9,9 @@
 namespace tlcr {
 
 // In place: all but the gradient.
-void adamw_step(Tensor parameter, const Tensor& grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor remainder,
-                double learning_rate, double beta1, double beta2, double eps, double weight_decay, int64_t step);
+void adamw_step(const Tensor& parameter, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                const Tensor& remainder, double learning_rate, double beta1, double beta2, double eps,
+                double weight_decay, int64_t step);
 
 // y, and 1 / sqrt(mean(x^2) + eps) of each row.
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps);

@@ -136,3 +136,11 @@ def test_every_operator_has_a_kernel_where_it_says_so() -> None:
         for operator in op.operators:
             assert has_kernel(f"tlcr::{operator.name}", "CPU") == with_cpp
             assert has_kernel(f"tlcr::{operator.name}", "CUDA") == (with_triton or with_cuda)
+
+
+@pytest.mark.skipif(_extension.unavailable("cpu") is not None, reason="the compiled operator")
+def test_a_reference_without_its_head_is_an_error_where_the_operator_is_called_without_the_door() -> None:
+    """It used to end the process."""
+    hidden, weight, token_ids = torch.randn(3, 4), torch.randn(V, 4), torch.arange(3)
+    with pytest.raises(ValueError, match="got ref_hidden without ref_weight, wanted both or neither"):
+        torch.ops.tlcr.score_hidden(hidden, weight, token_ids, None, hidden, None, None, 1.0, None, None)

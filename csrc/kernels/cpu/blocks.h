@@ -24,9 +24,19 @@ TLCR_INLINE Mask<Real> lane_table(Of of, Lanes<kLane...>) {
   return Mask<Real>{of(kLane)...};
 }
 
+#if defined(__clang__)  // of which clang-tidy reads this
+template <class, int... kLane>
+using LanesOf = Lanes<kLane...>;
+template <int kCount>
+using LanesBelow = __make_integer_seq<LanesOf, int, kCount>;
+#else
+template <int kCount>
+using LanesBelow = Lanes<__integer_pack(kCount)...>;
+#endif
+
 template <class Real, class Of>
 TLCR_INLINE Mask<Real> lane_table(Of of) {
-  return lane_table<Real>(of, Lanes<__integer_pack(kLanes<Real>)...>());
+  return lane_table<Real>(of, LanesBelow<kLanes<Real>>());
 }
 
 // From bytes that are 0 or 1. The compiler would widen them one by one.

@@ -129,7 +129,7 @@ void ppo_row(const PPOArguments& a, int64_t b) {
       clipped.add(of_policy.is_clipped);
       // A NaN is larger than everything.
       const Vector<Real> ratio = counts ? of_policy.ratio : Vector<Real>{};
-      largest_ratio = (ratio > largest_ratio) | (ratio != ratio) ? ratio : largest_ratio;
+      largest_ratio = ((ratio > largest_ratio) | (ratio != ratio)) ? ratio : largest_ratio;
       if (row.values != nullptr) {
         const auto of_value = row.value(block, counts);
         value += of_value.squared_error;

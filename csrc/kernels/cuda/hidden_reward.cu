@@ -49,12 +49,12 @@ __device__ __forceinline__ void load_weight(const real* from, real (&to)[kCount]
 // Whether no token of [begin, end) counts; all lanes of the warp ask together. Over a row of the batch this costs one
 // read of its mask: a token that counts looks as far as the next one that does.
 __device__ __forceinline__ bool none_counts(const uint8_t* mask, int64_t begin, int64_t end) {
-  constexpr int kReads = 8;
-  for (int64_t at = begin; at < end; at += kReads * kWarp) {
+  constexpr int kReads = 8 * kWarp;
+  for (int64_t at = begin; at < end; at += kReads) {
     bool any = false;
 #pragma unroll
-    for (int k = 0; k < kReads; ++k) {
-      const int64_t position = at + k * kWarp + threadIdx.x % kWarp;
+    for (int k = 0; k < kReads; k += kWarp) {
+      const int64_t position = at + k + threadIdx.x % kWarp;
       any |= position < end && mask[position] != 0;
     }
     if (__any_sync(kAllLanes, any)) return false;
@@ -90,7 +90,7 @@ __device__ __forceinline__ real reward_of(const real (&logits)[kClasses], const 
 template <typename T, int kClasses, int kCount>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) hidden_reward_kernel(const HiddenRewardArguments a) {
   using real = Real<T>;
-  const int lane = threadIdx.x % kWarp;
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
   const int64_t tokens = a.batch * a.length;
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp) * kTokens;
 

@@ -125,9 +125,9 @@ __device__ __forceinline__ void unpack(const Pack<__nv_bfloat16>& pack, float (&
   const uint4 bits = bits_as<uint4>(pack);
   const unsigned pairs[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[2 * i] = __uint_as_float(pairs[i] << 16);
-    x[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+  for (int i = 0; i < 8; i += 2) {
+    x[i] = __uint_as_float(pairs[i / 2] << 16);
+    x[i + 1] = __uint_as_float(pairs[i / 2] & 0xffff0000u);
   }
 }
 

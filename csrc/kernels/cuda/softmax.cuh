@@ -140,7 +140,7 @@ __device__ __forceinline__ Sums merge_threads(Sums sums, real scale) {
   if constexpr (kThreads > kWarp) {
     constexpr int kWarps = kThreads / kWarp;
     __shared__ Sums of_warp[kWarps];
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int warp = static_cast<int>(threadIdx.x / kWarp), lane = static_cast<int>(threadIdx.x % kWarp);
     if (lane == 0) of_warp[warp] = sums;
     __syncthreads();
     if (warp == 0) {
