@@ -7,8 +7,9 @@ ENVIRONMENT := $(VENV)/.environment
 INSTALLED := $(VENV)/.installed
 RIVALS := $(VENV)/.rivals
 DOCS := $(VENV)/.docs
+CPP := $(shell find csrc tests/cuda/emulator .ci -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: quickstart test lint types docs bench bench-report bench-compare wheels
+.PHONY: quickstart test lint format docs bench bench-report bench-compare wheels
 
 quickstart: $(INSTALLED)
 	$(BIN)/tlcr run examples/quickstart.yaml --resume
@@ -16,14 +17,21 @@ quickstart: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -p no:benchmark
 
+# Changes nothing. What `make format` cannot mend is for a person.
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/python .ci/tidy.py
 
 lint: docs
 
-types: $(INSTALLED)
-	$(BIN)/mypy
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 # build/docs/index.html. A link to a page, a heading or a name that is not there is an error; what stands on other sites
 # is not asked, because a build needs no network.

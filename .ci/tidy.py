@@ -2,7 +2,8 @@
 
 Usage: python .ci/tidy.py [FILE ...]
 
-Without files: all of csrc. Needs the dev extra (clang-tidy) and torch, whose headers csrc/torch includes. Nothing is built.
+Without files: all of csrc. Needs the extra dev (clang-tidy) and torch, whose headers
+csrc/torch includes. Nothing is built.
 """
 
 import os
