@@ -1,4 +1,4 @@
-"""README.md tells the truth: its commands exist, its code runs, its paths and names are there, its YAML loads."""
+"""The documents tell the truth: commands exist, code runs, paths and names are there, YAML loads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from packaging.requirements import Requirement
@@ -18,12 +20,20 @@ from tlcr.cli.parsers import build_parser
 from tlcr.config.argument_parser import flags_of
 from tlcr.config.judging import JudgeConfig
 from tlcr.config.loading import knobs, load_command_config, load_config
-from tlcr.config.schema import RunConfig
+from tlcr.config.schema import RewardKind, RunConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "examples").rglob("README.md")),
+]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def title(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -40,6 +50,8 @@ def commands(text: str) -> Iterator[list[str]]:
     lines += re.findall(r"`((?:make|tlcr|accelerate|python) [^`]+)`", prose(text))
     for line in lines:
         words = shlex.split(line, comments=True)
+        if ">" in words:
+            del words[words.index(">") :]
         if words:
             yield words
 
@@ -59,17 +71,26 @@ def check_command(words: list[str]) -> None:
     elif words[:2] == ["accelerate", "launch"]:
         assert words[words.index("-m") + 1] == "tlcr", words
         check_tlcr(words[words.index("-m") + 2 :])
+    elif words[:3] == ["python", "-m", "pytest"]:
+        for word in words[3:]:
+            assert not word.startswith("tests") or (ROOT / word).exists(), words
     elif words[:2] == ["python", "-m"]:
         assert is_module(words[2]), words
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file(), words
     elif words[0] == "pip":
         check_pip(words[1], words[2:])
+    elif words[0] == "cp":
+        assert (ROOT / words[1]).is_file(), words
+    elif words[:2] == ["git", "clone"]:
+        assert words[2].startswith("https://"), words
+    elif words[0] in ("source", "pre-commit"):
+        assert words[1:] == ({"source": [".venv/bin/activate"], "pre-commit": ["install"]}[words[0]]), words
     elif "=" in words[0]:
         assert words[0].partition("=")[0] in build_variables(), words
         check_command(words[1:])
     else:
-        raise AssertionError(f"README names a command that nobody checks: {shlex.join(words)}")
+        raise AssertionError(f"a document names a command that nobody checks: {shlex.join(words)}")
 
 
 def is_module(name: str) -> bool:
@@ -114,12 +135,12 @@ def check_tlcr(arguments: list[str]) -> None:
         raise AssertionError(f"tlcr {shlex.join(arguments)}: {error}") from error
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_every_command_exists(page: Path) -> None:
     found = list(commands(page.read_text(encoding="utf-8")))
     for words in found:
         check_command(words)
-    if page.name == "README.md":
+    if title(page) == "README.md":
         assert ["make", "quickstart"] in found and ["make", "test"] in found
         assert {words[1] for words in found if words[0] == "tlcr"} >= {"run", "train", "score", "report", "doctor"}
 
@@ -138,6 +159,8 @@ def test_every_command_exists(page: Path) -> None:
             "python -m benchmarks",  # a package that is not run
             "python -m benchmarks.report.templates",
             "python benchmarks/ops.py",
+            "python -m pytest tests/reward",
+            "cp examples/no_config.yaml mine.yaml",
         ),
         *("pip instal torch", "pip install --no-isolation .", "TLCR_BILD=cpu pip wheel ."),
     ],
@@ -173,7 +196,7 @@ def test_the_page_on_installing_names_every_variable_of_the_build() -> None:
 
 def test_make_has_a_rule_for_every_target() -> None:
     rules = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    assert make_targets() == rules >= {"quickstart", "test", "lint", "types", "bench", "bench-report", "bench-compare"}
+    assert make_targets() == rules >= {"quickstart", "test", "lint", "format", "bench", "bench-report", "bench-compare"}
 
 
 def test_the_python_of_the_readme_runs_and_learns() -> None:
@@ -199,7 +222,7 @@ def test_the_json_of_the_readme_is_read_as_records(tmp_path: Path) -> None:
     assert [set(record) for record in records] == [{"prompt", "chosen", "rejected"}, {"prompt", "rejected", "revised"}]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_every_yaml_loads(page: Path, tmp_path: Path) -> None:
     for index, block in enumerate(blocks(page.read_text(encoding="utf-8"), "yaml")):
         path = tmp_path / f"{index}.yaml"
@@ -238,7 +261,7 @@ def unknown_knobs(text: str) -> set[str]:
     return {f"{section}.{name}" for section, name in named if section in sections and name not in files} - known
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_every_knob_that_is_named_exists(page: Path) -> None:
     assert unknown_knobs(page.read_text(encoding="utf-8")) == set()
 
@@ -280,11 +303,48 @@ def test_the_map_names_every_room_and_page() -> None:
     assert len(modules) == 2, "what stands at the root of the package is known to every folder; give the module one"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_every_path_in_the_prose_exists(page: Path) -> None:
     text = prose(page.read_text(encoding="utf-8"))
     for path in re.findall(r"`((?:tlcr|docs|tests|examples|benchmarks|csrc|kernels)/[\w./-]*)`", text):
-        assert (ROOT / path).exists(), path
+        assert "NAME" in path or "FAMILY" in path or (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=title)
+def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", prose(page.read_text(encoding="utf-8"))):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_every_example_has_a_line_in_the_list_of_examples() -> None:
+    listed = set(
+        re.findall(r"^\| \[[^]]+\]\(([^)]+)\)", (ROOT / "examples/README.md").read_text("utf-8"), re.MULTILINE)
+    )
+    folders = {f"{path.name}/README.md" for path in (ROOT / "examples").iterdir() if path.is_dir()} - {
+        "__pycache__/README.md"
+    }
+    assert listed >= folders | {path.name for path in (ROOT / "examples").glob("*.yaml")}
+
+
+def test_every_reward_is_on_its_page_and_all_but_a_function_of_one_s_own_in_the_comparison() -> None:
+    kinds = set(get_args(RewardKind))
+    rows = re.findall(r"^\|( `[^|]+)\|", (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {kind for row in rows for kind in re.findall(r"`(\w+)`", row)} >= kinds
+    assert {arm.reward.kind for arm in load_config(ROOT / "examples/reward_comparison.yaml").arms} == kinds - {
+        "callable"
+    }
+
+
+def test_the_changelog_says_where_each_module_has_gone() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    rows = [re.findall(r"`(tlcr\.[\w.]+)`", row) for row in re.findall(r"^\| `tlcr\..*\|$", text, re.MULTILINE)]
+    assert len(rows) > 20
+    for row in rows:
+        *old, new = row
+        if "the same names" not in text.partition(f"`{old[0]}`")[2].partition("\n")[0]:
+            assert find_spec(new) is not None, new
+        else:
+            assert all(find_spec(f"{new}.{name.rpartition('.')[2]}") for name in old), row
 
 
 def test_every_public_name_in_the_prose_exists() -> None:
