@@ -363,7 +363,7 @@ def too_wide(text: str) -> list[str]:
 
 
 # benchmarks.md is written by benchmarks/report.py
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "benchmarks.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "benchmarks.md"], ids=title)
 def test_lines_are_at_most_120_wide(page: Path) -> None:
     assert too_wide(page.read_text(encoding="utf-8")) == []
 
@@ -377,7 +377,7 @@ def test_a_wide_line_would_be_caught() -> None:
 EXTERNAL = re.compile(r"https://arxiv\.org/abs/\d{4}\.\d{5}")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_links_to_other_sites_are_to_papers(page: Path) -> None:
     for link in re.findall(r"\]\((\w+://[^)]*)\)", page.read_text(encoding="utf-8")):
         assert EXTERNAL.fullmatch(link), link
