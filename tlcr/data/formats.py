@@ -7,9 +7,10 @@ a model reads: the prompt complete (``tokenization.render_prompt``), and every a
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -21,33 +22,49 @@ from tlcr.types import EditPair, ErrorSpan, MarkedAnswer, PreferencePair
 
 __all__ = [
     "ASSISTANT",
+    "CONTEXT_COLUMNS",
     "EDIT_FORMATS",
     "PREFERENCE_FORMATS",
     "REVISION_MARKER",
+    "TEMPLATE_COLUMNS",
+    "Answer",
     "Context",
     "Malformed",
     "RawEdit",
     "RawMarkedAnswer",
     "RawPreference",
     "RawPrompt",
+    "TextPreference",
     "Values",
+    "as_texts",
     "edit",
     "hh_preference",
     "marked_answer",
+    "message_text",
     "preference",
     "prompt",
     "prompt_key",
     "rendered_edit",
     "rendered_marked_answer",
     "rendered_preference",
+    "rendered_prompt",
     "tlcr_edit",
     "tlcr_preference",
     "tlcr_revision",
 ]
 
 Values = Mapping[str, Any]
-Context = str | list[dict[str, str]]
-"""The text before an answer, plain or as messages that still want a chat template."""
+Message = dict[str, Any]
+"""A message of a conversation: its role, its content, and whatever else a chat template may render."""
+Context = str | list[Message]
+"""What comes before an answer: text, or messages that still want a chat template."""
+Answer = str | Message
+"""An answer: its text, or its message where that holds more than a text (tool calls, reasoning)."""
+
+TEMPLATE_COLUMNS = ("tools", "documents", "chat_template_kwargs")
+"""Columns that a chat template renders beside the messages."""
+CONTEXT_COLUMNS = ("system", "history")
+"""Columns with what was said before the prompt: a system message, and turns as [question, answer] or messages."""
 
 REVISION_MARKER = "<|Start Of Modified Response|>\n"
 """In the published TLCR data a reviser's raw text is its reasoning, this marker, and the revision."""
@@ -65,30 +82,44 @@ class Malformed(DataError):
 
 @dataclass(frozen=True)
 class RawPrompt:
-    """A prompt as its source gives it."""
+    """A prompt as its source gives it. template: what else its chat template renders (`TEMPLATE_COLUMNS`)."""
 
     prompt: Context
+    template: Values = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RawPreference:
-    """A preference pair as its source gives it."""
+    """A preference pair as its source gives it; template as in `RawPrompt`."""
+
+    id: str
+    prompt: Context
+    chosen: Answer
+    rejected: Answer
+    template: Values = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TextPreference:
+    """A preference pair whose answers are texts, as one who edits them needs it; template as in `RawPrompt`."""
 
     id: str
     prompt: Context
     chosen: str
     rejected: str
+    template: Values = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RawEdit:
-    """An edited answer as its source gives it."""
+    """An edited answer as its source gives it; template as in `RawPrompt`."""
 
     id: str
     prompt: Context
-    rejected: str
-    revised: str
-    chosen: str | None = None
+    rejected: Answer
+    revised: Answer
+    chosen: Answer | None = None
+    template: Values = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,39 +130,86 @@ class RawMarkedAnswer:
     prompt: Context
     response: str
     spans: tuple[ErrorSpan, ...]
+    template: Values = field(default_factory=dict)
 
 
 def rendered_preference(raw: RawPreference, tokenizer: PreTrainedTokenizerBase) -> PreferencePair:
     """The pair as a model with this tokenizer reads it."""
-    prompt, (chosen, rejected) = _rendered(raw.prompt, [raw.chosen, raw.rejected], tokenizer)
+    prompt, (chosen, rejected) = _rendered(raw, [raw.chosen, raw.rejected], tokenizer)
+    if chosen == rejected:
+        raise Malformed("chosen and rejected are the same text in this tokenizer's chat template")
     return PreferencePair(id=raw.id, prompt=prompt, chosen=chosen, rejected=rejected)
 
 
 def rendered_edit(raw: RawEdit, tokenizer: PreTrainedTokenizerBase) -> EditPair:
     """The same for an edited answer."""
     answers = [raw.rejected, raw.revised, *([] if raw.chosen is None else [raw.chosen])]
-    prompt, (rejected, revised, *chosen) = _rendered(raw.prompt, answers, tokenizer)
+    prompt, (rejected, revised, *chosen) = _rendered(raw, answers, tokenizer)
     return EditPair(id=raw.id, prompt=prompt, rejected=rejected, revised=revised, chosen=chosen[0] if chosen else None)
 
 
 def rendered_marked_answer(raw: RawMarkedAnswer, tokenizer: PreTrainedTokenizerBase) -> MarkedAnswer:
     """The same for an answer with marked errors, which stay where they are in its words."""
-    prompt, (response,) = _rendered(raw.prompt, [raw.response], tokenizer)
+    prompt, (response,) = _rendered(raw, [raw.response], tokenizer)
     return MarkedAnswer(raw.id, prompt, response, _placed(raw.spans, raw.response, response))
 
 
+def as_texts(pairs: Sequence[RawPreference]) -> tuple[TextPreference, ...]:
+    """The pairs with answers that are texts.
+
+    Args:
+        pairs: as their source gives them.
+
+    Returns:
+        The same pairs, in their order.
+
+    Raises:
+        DataError: an answer holds more than a text, which only a chat template can write.
+    """
+    found = []
+    for pair in pairs:
+        if not isinstance(pair.chosen, str) or not isinstance(pair.rejected, str):
+            raise DataError(
+                f"an answer of {pair.id} holds more than a text (tool calls, reasoning), and a reviser edits texts; "
+                "leave such pairs out of data.preferences, or bring their revisions as data.edits"
+            )
+        found.append(TextPreference(pair.id, pair.prompt, pair.chosen, pair.rejected, pair.template))
+    return tuple(found)
+
+
+def message_text(message: Message) -> str:
+    """A message in words: its content, and after it as JSON what else it holds."""
+    more = {name: value for name, value in message.items() if name not in ("role", "content")}
+    parts = [str(message.get("content") or "").strip(), json.dumps(more, ensure_ascii=False) if more else ""]
+    return " ".join(part for part in parts if part)
+
+
+def rendered_prompt(raw: RawPrompt, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The complete prompt as a model with this tokenizer reads it."""
+    return render_prompt(tokenizer, raw.prompt, **_template_arguments(raw.template))
+
+
 def _rendered(
-    context: Context, answers: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    raw: RawPreference | RawEdit | RawMarkedAnswer, answers: Sequence[Answer], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, Sequence[str]]:
+    context = raw.prompt
     if isinstance(context, str):
-        return render_prompt(tokenizer, context), answers
-    return render_prompt(tokenizer, context), [render_answer(tokenizer, context, answer) for answer in answers]
+        return render_prompt(tokenizer, context), [answer for answer in answers if isinstance(answer, str)]
+    template = _template_arguments(raw.template)
+    prompt = render_prompt(tokenizer, context, **template)
+    return prompt, [render_answer(tokenizer, context, answer, **template) for answer in answers]
+
+
+def _template_arguments(template: Values) -> dict[str, Any]:
+    """`chat_template_kwargs` hold switches by name; the other columns are arguments themselves."""
+    own = {name: value for name, value in template.items() if name != "chat_template_kwargs"}
+    return own | dict(template.get("chat_template_kwargs", {}))
 
 
 def preference(id: str, values: Values) -> RawPreference:
     """``prompt``, ``chosen``, ``rejected``: texts, or conversations (see ``_answers``)."""
     context, (chosen, rejected) = _answers(values, ("chosen", "rejected"))
-    return _preference(id, context, chosen, rejected)
+    return _preference(id, context, chosen, rejected, _template(values, context))
 
 
 def hh_preference(id: str, values: Values) -> RawPreference:
@@ -170,7 +248,7 @@ def edit(id: str, values: Values) -> RawEdit:
     names = ("rejected", "revised", "chosen")
     given = names if values.get("chosen") is not None else names[:2]
     context, (rejected, revised, *chosen) = _answers(values, given)
-    return RawEdit(id=id, prompt=context, rejected=rejected, revised=revised, chosen=chosen[0] if chosen else None)
+    return RawEdit(id, context, rejected, revised, chosen[0] if chosen else None, _template(values, context))
 
 
 def tlcr_edit(id: str, values: Values) -> RawEdit:
@@ -229,9 +307,13 @@ def marked_answer(id: str, values: Values) -> RawMarkedAnswer:
         Malformed: a column is missing, or a span is not inside the response.
     """
     context, (answer,) = _answers(values, ("response",))
+    if not isinstance(answer, str):
+        raise Malformed(
+            "field 'response' holds more than a text (tool calls, reasoning); spans count characters of one"
+        )
     given = values["response"] if isinstance(values["response"], str) else answer
     spans = tuple(_span(value, number, len(given)) for number, value in enumerate(_list_of_spans(values), start=1))
-    return RawMarkedAnswer(id, context, answer, _placed(spans, given, answer))
+    return RawMarkedAnswer(id, context, answer, _placed(spans, given, answer), _template(values, context))
 
 
 def _placed(spans: Sequence[ErrorSpan], text: str, as_read: str) -> tuple[ErrorSpan, ...]:
@@ -263,10 +345,11 @@ def _span(value: object, number: int, length: int) -> ErrorSpan:
 def prompt(values: Values) -> RawPrompt:
     """``prompt``: a text, or the messages before the answer."""
     if isinstance(values.get("prompt"), list):
-        messages = _messages(values["prompt"], "prompt")
-        _require_open(messages)
-        return RawPrompt(messages)
-    return RawPrompt(_complete_transcript(text_field(values, "prompt"))[0])
+        context: Context = _after(_earlier(values), _messages(values["prompt"], "prompt"))
+    else:
+        context = _after(_earlier(values), _complete_transcript(text_field(values, "prompt"))[0])
+    _require_open(context)
+    return RawPrompt(context, _template(values, context))
 
 
 def prompt_key(prompt: Context) -> str:
@@ -278,11 +361,9 @@ def prompt_key(prompt: Context) -> str:
     Returns:
         The text without white space, roles, or a transcript's marks of turns.
     """
-    if isinstance(prompt, str):
-        text = _TURN.sub(" ", "\n\n" + prompt.lstrip())
-    else:
-        text = " ".join(message["content"] for message in prompt)
-    return " ".join(text.split())
+    if not isinstance(prompt, str):
+        return " ".join(" ".join(map(message_text, prompt)).split())
+    return " ".join(_TURN.sub(" ", "\n\n" + prompt.lstrip()).split())
 
 
 def text_field(values: Values, name: str) -> str:
@@ -292,10 +373,12 @@ def text_field(values: Values, name: str) -> str:
     return _text(values[name], f"field {name!r}")
 
 
-def _preference(id: str, prompt: Context, chosen: str, rejected: str) -> RawPreference:
+def _preference(
+    id: str, prompt: Context, chosen: Answer, rejected: Answer, template: Values | None = None
+) -> RawPreference:
     if chosen == rejected:
         raise Malformed("chosen and rejected are the same text")
-    return RawPreference(id=id, prompt=prompt, chosen=chosen, rejected=rejected)
+    return RawPreference(id, prompt, chosen, rejected, template or {})
 
 
 def _text(value: object, what: str) -> str:
@@ -314,7 +397,7 @@ def _text(value: object, what: str) -> str:
     return value
 
 
-def _answers(values: Values, names: Sequence[str]) -> tuple[Context, list[str]]:
+def _answers(values: Values, names: Sequence[str]) -> tuple[Context, list[Answer]]:
     """What comes before the answers, and each named answer.
 
     An answer is a text; or messages that end with the assistant's, after the whole conversation or only what follows
@@ -325,28 +408,87 @@ def _answers(values: Values, names: Sequence[str]) -> tuple[Context, list[str]]:
         if name not in values:
             raise Malformed(f"field {name!r} is missing")
     prompt = values.get("prompt")
+    earlier = _earlier(values)
     context: Context
+    answers: list[Answer]
     if any(isinstance(values[name], list) for name in names):
         conversations = [_conversation(prompt, values[name], name) for name in names]
-        context = conversations[0][:-1]
+        context = _after(earlier, conversations[0][:-1])
         for name, conversation in zip(names, conversations, strict=True):
-            if conversation[:-1] != context:
+            if conversation[:-1] != conversations[0][:-1]:
                 raise Malformed(f"the messages before the last answer differ between {names[0]} and {name}")
-        answers = [conversation[-1]["content"] for conversation in conversations]
+        answers = [_answer(conversation[-1]) for conversation in conversations]
     elif isinstance(prompt, list):
-        context = _messages(prompt, "prompt")
+        context = _after(earlier, _messages(prompt, "prompt"))
         answers = [text_field(values, name) for name in names]
     else:
         text, completed = _complete_transcript(text_field(values, "prompt"))
-        answers = [text_field(values, name) for name in names]
+        texts = [text_field(values, name) for name in names]
         if completed:
-            answers = [" " + answer.lstrip().removeprefix(ASSISTANT.strip()).lstrip() for answer in answers]
-        return text, answers
+            texts = [" " + answer.lstrip().removeprefix(ASSISTANT.strip()).lstrip() for answer in texts]
+        context, answers = _after(earlier, text), list(texts)
     _require_open(context)
     return context, answers
 
 
-def _conversation(prompt: object, answer: object, name: str) -> list[dict[str, str]]:
+def _earlier(values: Values) -> list[Message]:
+    """What the columns `system` and `history` say was said before the prompt."""
+    earlier: list[Message] = []
+    if values.get("system"):
+        earlier.append({"role": "system", "content": _text(values["system"], "field 'system'")})
+    history = values.get("history")
+    if not history:
+        return earlier
+    if not isinstance(history, list):
+        raise Malformed("field 'history' is not a list of [question, answer] or of messages")
+    if isinstance(history[0], Mapping):
+        return earlier + _messages(history, "history")
+    for number, turn in enumerate(history, start=1):
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
+            raise Malformed(f"turn {number} of 'history' is not [question, answer]")
+        for role, text in zip(("user", "assistant"), turn, strict=True):
+            earlier.append({"role": role, "content": _text(text, f"turn {number} of 'history'")})
+    return earlier
+
+
+def _after(earlier: list[Message], context: Context) -> Context:
+    """The context with what was said before it. A text becomes the user's message; a transcript gets text in front."""
+    if not earlier:
+        return context
+    if isinstance(context, list):
+        own = context[0]["role"] == "system" if context else False
+        return [message for message in earlier if not (own and message["role"] == "system")] + context
+    if not ("\n\n" + context.lstrip()).startswith(HUMAN):
+        return [*earlier, {"role": "user", "content": context}]
+    marks = {"user": HUMAN + " ", "assistant": ASSISTANT + " "}
+    return "".join(marks.get(m["role"], "") + m["content"].strip() for m in earlier) + "\n\n" + context.lstrip()
+
+
+def _answer(message: Message) -> Answer:
+    """The text of an answer's message, or the message itself where it holds more than its text."""
+    return message if set(message) - {"role", "content"} else str(message["content"])
+
+
+def _template(values: Values, context: Context) -> dict[str, Any]:
+    """What the chat template renders beside the messages; nothing of it reaches a prompt that is a text."""
+    if isinstance(context, str):
+        return {}
+    found: dict[str, Any] = {}
+    for name in TEMPLATE_COLUMNS:
+        value = values.get(name)
+        if isinstance(value, str) and value.strip():
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise Malformed(f"field {name!r} is a text that is not JSON ({error})") from error
+        if name == "chat_template_kwargs" and value and not isinstance(value, Mapping):
+            raise Malformed(f"field {name!r} is a {type(value).__name__}, not a mapping of a template's switches")
+        if value:
+            found[name] = value
+    return found
+
+
+def _conversation(prompt: object, answer: object, name: str) -> list[Message]:
     """All messages through the last answer."""
     if isinstance(answer, str):
         messages = [{"role": "assistant", "content": _text(answer, f"field {name!r}")}]
@@ -362,19 +504,24 @@ def _conversation(prompt: object, answer: object, name: str) -> list[dict[str, s
     return messages
 
 
-def _messages(value: object, name: str) -> list[dict[str, str]]:
+def _messages(value: object, name: str) -> list[Message]:
+    """The messages with all that they hold, but for what is null: Parquet gives every message the fields of all."""
     if not isinstance(value, list) or not value:
         raise Malformed(f"field {name!r} is not a list of messages")
-    messages = []
+    messages: list[Message] = []
     for number, message in enumerate(value, start=1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise Malformed(f"message {number} of {name!r} has no 'role'")
-        content = _text(message.get("content"), f"the content of message {number} of {name!r}")
-        messages.append({"role": message["role"], "content": content})
+        held = {key: field for key, field in message.items() if field not in (None, [], {})}
+        if not (set(held) - {"role", "content"}) or held.get("content"):
+            _text(held.get("content"), f"the content of message {number} of {name!r}")
+        messages.append(held)
     return messages
 
 
-def _require_open(prompt: Sequence[Mapping[str, str]]) -> None:
+def _require_open(prompt: Context) -> None:
+    if isinstance(prompt, str):
+        return
     if not prompt:
         raise Malformed("the conversation has nothing before the answer")
     if prompt[-1]["role"] == "assistant":

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,8 +19,10 @@ from tlcr.config.schema import DataConfig
 from tlcr.data.edit_codes import compare_edit_codes
 from tlcr.data.formats import (
     ASSISTANT,
+    CONTEXT_COLUMNS,
     EDIT_FORMATS,
     PREFERENCE_FORMATS,
+    TEMPLATE_COLUMNS,
     Malformed,
     RawEdit,
     RawMarkedAnswer,
@@ -32,12 +35,14 @@ from tlcr.data.formats import (
     rendered_edit,
     rendered_marked_answer,
     rendered_preference,
+    rendered_prompt,
     text_field,
     tlcr_revision,
 )
+from tlcr.data.repairs import columns_left_out, repaired
 from tlcr.data.sources import Row, read_rows
 from tlcr.errors import ConfigError, DataError
-from tlcr.text.tokenization import render_prompt
+from tlcr.text.tokenization import encode_answers
 from tlcr.types import EditPair, MarkedAnswer, PreferencePair
 
 __all__ = [
@@ -59,6 +64,26 @@ RawT = TypeVar("RawT", RawPrompt, RawPreference, RawEdit, RawMarkedAnswer)
 
 REPORTED = 20
 """Malformed records that are logged one by one; ``ReadResult.malformed`` has them all."""
+
+LOOKED_AT = 200
+"""Records, the first ones, whose prompts are tokenised alone too, to see whether a rollout meets other tokens."""
+
+ANSWERS = ("chosen", "rejected", "revised")
+"""Columns that hold answers in the formats that join texts."""
+
+OF_PROMPTS = ("id", "prompt", *CONTEXT_COLUMNS, *TEMPLATE_COLUMNS)
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "prompts": OF_PROMPTS,
+    "preference": (*OF_PROMPTS, "chosen", "rejected"),
+    "hh": ("id", "chosen", "rejected"),
+    "edits": (*OF_PROMPTS, *ANSWERS),
+    "spans": (*OF_PROMPTS, "response", "spans"),
+    "tlcr": (
+        *("id", "context", "chosen_response", "reject_response", "response", "raw_response"),
+        *("rejected_token_edit", "modified_token_edit"),
+    ),
+}
+"""What each format reads; a note names the others."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +142,10 @@ def read_preferences(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rea
         ConfigError: no source is set, or its conversations meet a tokenizer without a chat template.
         DataError: the source cannot be read, no record can be used, or one is malformed and that is fatal.
     """
-    source, rows, name = _preference_rows(cfg)
-    read_one = PREFERENCE_FORMATS[name]
-    read, _ = _convert(source, rows, name, read_one, lambda raw: rendered_preference(raw, tokenizer), cfg)
-    notes = _glued([(pair.prompt, answer) for pair in read.records for answer in (pair.chosen, pair.rejected)])
-    return _reported(replace(read, notes=notes))
+    table = _preference_table(cfg)
+    read, _ = _convert(table, PREFERENCE_FORMATS[table.format], lambda raw: rendered_preference(raw, tokenizer), cfg)
+    texts = [(pair.prompt, answer) for pair in read.records for answer in (pair.chosen, pair.rejected)]
+    return _reported(replace(read, notes=(*table.notes, *_joins(texts, tokenizer))))
 
 
 def read_edits(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadResult[EditPair]:
@@ -145,14 +169,15 @@ def read_edits(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadResul
         ConfigError: as ``read_preferences``.
         DataError: as ``read_preferences``.
     """
-    source, rows, name = _edit_rows(cfg)
-    read, used = _convert(source, rows, name, EDIT_FORMATS[name], lambda raw: rendered_edit(raw, tokenizer), cfg)
+    table = _edit_table(cfg)
+    read, used = _convert(table, EDIT_FORMATS[table.format], lambda raw: rendered_edit(raw, tokenizer), cfg)
     pairs = read.records
-    notes = list(_glued([(pair.prompt, answer) for pair in pairs for answer in (pair.rejected, pair.revised)]))
+    texts = [(pair.prompt, answer) for pair in pairs for answer in (pair.rejected, pair.revised)]
+    notes = [*table.notes, *_joins(texts, tokenizer)]
     unedited = sum(pair.rejected == pair.revised for pair in pairs)
     if unedited:
         notes.append(f"{unedited} of {len(pairs)} revisions change nothing, so all of their labels will be neutral")
-    if name == "tlcr":
+    if table.format == "tlcr":
         answers = [(text_field(row.values, "reject_response"), tlcr_revision(row.values), row.values) for row in used]
         agreement = compare_edit_codes(answers, tokenizer)
         notes += [agreement] if agreement else []
@@ -175,11 +200,12 @@ def read_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadRes
         ConfigError: as ``read_preferences``.
         DataError: as ``read_preferences``.
     """
-    source, rows, name, read_one = _prompt_rows(cfg)
-    read, _ = _convert(source, rows, name, read_one, lambda raw: render_prompt(tokenizer, raw.prompt), cfg)
+    table, read_one = _prompt_table(cfg)
+    read, _ = _convert(table, read_one, lambda raw: rendered_prompt(raw, tokenizer), cfg)
     once = dict(zip(read.records, read.prompt_keys, strict=True))
     repeated = len(read.records) - len(once)
     notes = (f"{repeated} repeated prompts left out",) if repeated else ()
+    notes = (*table.notes, *notes)
     return _reported(replace(read, records=tuple(once), prompt_keys=tuple(once.values()), notes=notes))
 
 
@@ -198,13 +224,14 @@ def read_marked_answers(source: str, cfg: DataConfig, tokenizer: PreTrainedToken
         ConfigError: as ``read_preferences``.
         DataError: as ``read_preferences``.
     """
-    rows = read_rows(source, split=cfg.split, limit=None)
+    rows = read_rows(source, split=cfg.split, limit=None)  # as they are: offsets count the characters that are there
     columns = _columns(rows)
     if not columns >= {"prompt", "response", "spans"}:
         raise _unknown_columns(source, columns, ["prompt, response, spans (a list of {'start', 'end', 'label'})"])
-    read, _ = _convert(source, rows, "spans", marked_answer, lambda raw: rendered_marked_answer(raw, tokenizer), cfg)
-    notes = _glued([(answer.prompt, answer.response) for answer in read.records])
-    return _reported(replace(read, notes=notes))
+    table = _Table(source, rows, "spans", columns_left_out(rows, COLUMNS["spans"]))
+    read, _ = _convert(table, marked_answer, lambda raw: rendered_marked_answer(raw, tokenizer), cfg)
+    notes = _joins([(answer.prompt, answer.response) for answer in read.records], tokenizer)
+    return _reported(replace(read, notes=(*table.notes, *notes)))
 
 
 def read_raw_preferences(cfg: DataConfig) -> ReadResult[RawPreference]:
@@ -220,9 +247,9 @@ def read_raw_preferences(cfg: DataConfig) -> ReadResult[RawPreference]:
         ConfigError: as ``read_preferences``.
         DataError: as ``read_preferences``.
     """
-    source, rows, name = _preference_rows(cfg)
-    read, _ = _convert(source, rows, name, PREFERENCE_FORMATS[name], _as_it_is, cfg)
-    return _reported(read)
+    table = _preference_table(cfg)
+    read, _ = _convert(table, PREFERENCE_FORMATS[table.format], _as_it_is, cfg)
+    return _reported(replace(read, notes=table.notes))
 
 
 def read_raw_edits(cfg: DataConfig) -> ReadResult[RawEdit]:
@@ -238,9 +265,9 @@ def read_raw_edits(cfg: DataConfig) -> ReadResult[RawEdit]:
         ConfigError: as ``read_preferences``.
         DataError: as ``read_preferences``.
     """
-    source, rows, name = _edit_rows(cfg)
-    read, _ = _convert(source, rows, name, EDIT_FORMATS[name], _as_it_is, cfg)
-    return _reported(read)
+    table = _edit_table(cfg)
+    read, _ = _convert(table, EDIT_FORMATS[table.format], _as_it_is, cfg)
+    return _reported(replace(read, notes=table.notes))
 
 
 def read_raw_prompts(cfg: DataConfig) -> ReadResult[RawPrompt]:
@@ -256,9 +283,9 @@ def read_raw_prompts(cfg: DataConfig) -> ReadResult[RawPrompt]:
         ConfigError: as ``read_preferences``.
         DataError: as ``read_preferences``.
     """
-    source, rows, name, read_one = _prompt_rows(cfg)
-    read, _ = _convert(source, rows, name, read_one, _as_it_is, cfg)
-    return _reported(read)
+    table, read_one = _prompt_table(cfg)
+    read, _ = _convert(table, read_one, _as_it_is, cfg)
+    return _reported(replace(read, notes=table.notes))
 
 
 def _as_it_is(raw: RawT) -> RawT:
@@ -276,15 +303,20 @@ def _id(row: Row) -> str:
     return f"{row.file}:{row.number}" if given is None or given == "" else str(given)
 
 
+class _Table(NamedTuple):
+    """A source's rows as a format reads them, and what was found on the way."""
+
+    source: str
+    rows: Sequence[Row]
+    format: str
+    notes: tuple[str, ...]
+
+
 def _convert(
-    source: str,
-    rows: Sequence[Row],
-    format: str,
-    read: Callable[[str, Values], RawT],
-    render: Callable[[RawT], T],
-    cfg: DataConfig,
+    table: _Table, read: Callable[[str, Values], RawT], render: Callable[[RawT], T], cfg: DataConfig
 ) -> tuple[ReadResult[T], list[Row]]:
     """The records, what is malformed, and the rows that the records came from."""
+    source, rows = table.source, table.rows
     records, keys, malformed, used = [], [], [], []
     for row in rows:
         try:
@@ -307,7 +339,7 @@ def _convert(
         logger.warning("skipped %d more malformed records of %s", len(malformed) - REPORTED, source)
     if not records:
         raise DataError(f"none of the {len(rows)} records of {source} can be used; the first: {malformed[0]}")
-    return ReadResult(source, format, tuple(records), tuple(keys), tuple(malformed)), used
+    return ReadResult(source, table.format, tuple(records), tuple(keys), tuple(malformed)), used
 
 
 def _reported(result: ReadResult[T]) -> ReadResult[T]:
@@ -324,31 +356,41 @@ def _columns(rows: Sequence[Row]) -> set[str]:
     return {name for row in readable for name in row.values}
 
 
-def _preference_rows(cfg: DataConfig) -> tuple[str, list[Row], str]:
-    """The source of preferences, its rows, and the name of their format."""
-    source = _required(cfg.preferences, "preferences")
-    rows = read_rows(source, split=cfg.split, limit=cfg.limit)
-    return (
-        source,
-        rows,
-        _preference_format(source, rows) if cfg.preferences_format == "auto" else cfg.preferences_format,
-    )
+def _table(source: str, cfg: DataConfig, format_of: Callable[[Sequence[Row]], str]) -> _Table:
+    """The rows of a source, put right, their format, and a note for each repair and for what is not read."""
+    rows, notes = repaired(read_rows(source, split=cfg.split, limit=cfg.limit), ANSWERS)
+    format = format_of(rows)
+    return _Table(source, rows, format, (*notes, *columns_left_out(rows, COLUMNS[format])))
 
 
-def _prompt_rows(cfg: DataConfig) -> tuple[str, list[Row], str, Callable[[str, Values], RawPrompt]]:
-    """The source of prompts, its rows, and the name of their format with what reads one."""
+def _preference_table(cfg: DataConfig) -> _Table:
+    source, named = _required(cfg.preferences, "preferences"), cfg.preferences_format
+    return _table(source, cfg, lambda rows: _preference_format(source, rows) if named == "auto" else named)
+
+
+def _prompt_table(cfg: DataConfig) -> tuple[_Table, Callable[[str, Values], RawPrompt]]:
+    """The source of prompts, and what reads one of its records."""
     source = _required(cfg.prompts or cfg.preferences, "prompts")
-    rows = read_rows(source, split=cfg.split, limit=cfg.limit)
-    if _columns(rows) >= {"prompt"}:
-        return source, rows, "prompts", lambda _, values: prompt(values)
-    name = _preference_format(source, rows, also="prompt (text, or a list of messages)")
-    return source, rows, name, lambda id, values: RawPrompt(PREFERENCE_FORMATS[name](id, values).prompt)
+
+    def format_of(rows: Sequence[Row]) -> str:
+        if _columns(rows) >= {"prompt"}:
+            return "prompts"
+        return _preference_format(source, rows, also="prompt (text, or a list of messages)")
+
+    table = _table(source, cfg, format_of)
+    if table.format == "prompts":
+        return table, lambda _, values: prompt(values)
+
+    def read_one(id: str, values: Values) -> RawPrompt:
+        pair = PREFERENCE_FORMATS[table.format](id, values)
+        return RawPrompt(pair.prompt, pair.template)
+
+    return table, read_one
 
 
-def _edit_rows(cfg: DataConfig) -> tuple[str, list[Row], str]:
-    source = _required(cfg.edits, "edits")
-    rows = read_rows(source, split=cfg.split, limit=cfg.limit)
-    return source, rows, _edit_format(source, rows) if cfg.edits_format == "auto" else cfg.edits_format
+def _edit_table(cfg: DataConfig) -> _Table:
+    source, named = _required(cfg.edits, "edits"), cfg.edits_format
+    return _table(source, cfg, lambda rows: _edit_format(source, rows) if named == "auto" else named)
 
 
 def _preference_format(source: str, rows: Sequence[Row], also: str | None = None) -> str:
@@ -382,6 +424,36 @@ def _edit_format(source: str, rows: Sequence[Row]) -> str:
 def _unknown_columns(source: str, columns: Iterable[str], wanted: Sequence[str]) -> DataError:
     return DataError(
         f"{source} has the columns {', '.join(sorted(columns))}; wanted are {'; or '.join(wanted)}: rename the columns"
+    )
+
+
+def _joins(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Notes on where prompt and answer meet, of (prompt, answer)."""
+    return (*_glued(texts), *_straddled(texts, tokenizer))
+
+
+def _straddled(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """A note where a token holds the prompt's end and the answer's beginning: a rollout has the prompt alone."""
+    if not tokenizer.is_fast:
+        return ()  # whoever encodes answers refuses it, and says why
+    some = [(prompt, answer) for prompt, answer in texts[:LOOKED_AT] if prompt]
+    prompts, answers = [prompt for prompt, _ in some], [answer for _, answer in some]
+    together = encode_answers(
+        tokenizer, prompts, answers, max_prompt_tokens=sys.maxsize, max_answer_tokens=None, end_of_sequence=False
+    )
+    alone = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"] if prompts else []
+    other = [
+        text
+        for text, row, ids in zip(some, together, alone, strict=True)
+        if list(row.ids[: row.answer_start]) != list(ids)
+    ]
+    if not other:
+        return ()
+    prompt, answer = other[0]
+    return (
+        f"{len(other)} of the first {len(some)} answers share a token with the end of their prompt "
+        f"(...{prompt[-12:]!r} + {answer[:12]!r}...), so that training meets other tokens than a rollout, which has "
+        "the prompt alone: move white space from the end of the prompt to the beginning of the answer",
     )
 
 

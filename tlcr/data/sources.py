@@ -30,6 +30,9 @@ __all__ = ["Row", "read_rows"]
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
+LONGEST_CELL = 2**31 - 1
+"""Characters; the largest number that the csv module takes on every platform."""
+
 SUFFIXES = (*JSON_SUFFIXES, *SEPARATORS, *BUILDERS)
 
 
@@ -155,6 +158,7 @@ def _json_row(path: Path, number: int, line: int | None, value: object) -> Row:
 
 
 def _table_rows(path: Path, file: IO[str], separator: str) -> Iterator[Row]:
+    csv.field_size_limit(LONGEST_CELL)  # the csv module's own limit is 131,072 characters
     reader = csv.reader(file, delimiter=separator, strict=True)
     header: list[str] | None = None
     number = 0
@@ -186,7 +190,7 @@ def _dataset_rows(source: str, load: Callable[[str], Any], limit: int | None = N
     """Rows of what ``load`` opens, given a folder for its cache that lasts as long as the reading."""
     try:
         with _quiet_datasets(), TemporaryDirectory() as cache:
-            found = islice(load(cache), limit)
+            found = islice(_undecoded(load(cache)), limit)
             return [Row(source, number, None, values) for number, values in enumerate(found, start=1)]
     except ConnectionError as error:
         raise DataError(
@@ -197,6 +201,16 @@ def _dataset_rows(source: str, load: Callable[[str], Any], limit: int | None = N
         raise DataError(
             f"cannot read {source}: {_first_line(error)}; check that the file is whole, the name and data.split"
         ) from error
+
+
+def _undecoded(data: Any) -> Any:
+    """The data set with its images, sounds and videos as they are stored: no text needs them, nor what decodes them."""
+    for name, feature in (data.features or {}).items():
+        if hasattr(feature, "decode"):
+            data = data.cast_column(name, type(feature)(decode=False))
+        elif hasattr(getattr(feature, "feature", None), "decode"):
+            data = data.cast_column(name, type(feature)(type(feature.feature)(decode=False)))
+    return data
 
 
 def _open_folder(path: Path, split: str, cache: str) -> Any:

@@ -30,7 +30,7 @@ from tlcr.config.schema import (
 )
 from tlcr.config.trials import Trial, arms_of, trials_of
 from tlcr.data import embedded
-from tlcr.data.formats import RawPreference, prompt_key
+from tlcr.data.formats import TextPreference, as_texts, prompt_key
 from tlcr.data.readers import (
     ReadResult,
     read_edits,
@@ -360,12 +360,12 @@ class RunFolder:
         mark_done(folder, config=settings, metrics=metrics, seconds=seconds, record=record)
 
 
-def raw_preferences(cfg: RunConfig) -> tuple[RawPreference, ...]:
+def raw_preferences(cfg: RunConfig) -> tuple[TextPreference, ...]:
     """The preference pairs as their source gives them: what a reviser reads, which is no matter of tokenizers."""
     if cfg.model.path == "embedded" and cfg.data.preferences is None:
         pairs = embedded.generate_pairs(cfg.data.embedded_pairs, cfg.seed)[0]
-        return tuple(RawPreference(pair.id, pair.prompt, pair.chosen, pair.rejected) for pair in pairs)
-    return read_shares(cfg.data).of("reward", read_raw_preferences(cfg.data)).records
+        return tuple(TextPreference(pair.id, pair.prompt, pair.chosen, pair.rejected) for pair in pairs)
+    return as_texts(read_shares(cfg.data).of("reward", read_raw_preferences(cfg.data)).records)
 
 
 def revision_cache(cfg: RunConfig) -> Path:

@@ -14,7 +14,7 @@ from rapidfuzz.distance import Levenshtein
 
 from tlcr.chat import Answer, NoAnswer
 from tlcr.chat.reading import is_refusal
-from tlcr.data.formats import RawPreference
+from tlcr.data.formats import TextPreference
 from tlcr.reviser.reading import Revision, read_revision
 
 __all__ = ["OUTCOMES", "CheckedRevision", "Outcome", "changed_share", "check_answer", "check_revision"]
@@ -59,7 +59,7 @@ def changed_share(before: str, after: str) -> float:
     return float(Levenshtein.normalized_distance(_WORD.findall(before), _WORD.findall(after)))
 
 
-def check_answer(pair: RawPreference, answer: Answer | NoAnswer, *, max_changed: float) -> CheckedRevision:
+def check_answer(pair: TextPreference, answer: Answer | NoAnswer, *, max_changed: float) -> CheckedRevision:
     """What a model's answer, or the lack of one, means for the pair."""
     if isinstance(answer, NoAnswer):
         return CheckedRevision("declined" if answer.final else "unanswered", answer.reason)
@@ -75,7 +75,7 @@ def check_answer(pair: RawPreference, answer: Answer | NoAnswer, *, max_changed:
     return check_revision(pair, revision, max_changed=max_changed)
 
 
-def check_revision(pair: RawPreference, revision: Revision, *, max_changed: float) -> CheckedRevision:
+def check_revision(pair: TextPreference, revision: Revision, *, max_changed: float) -> CheckedRevision:
     """Whether a revision is a minimal edit. White space at both ends is always the rejected answer's own: models drop
     it, and a lost leading space would make the first token another one."""
     body = revision.revised.strip()

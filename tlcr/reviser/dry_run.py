@@ -8,7 +8,7 @@ from pathlib import Path
 from tlcr.chat.estimate import Estimate, estimate, rehearsal
 from tlcr.chat.types import BYTES_PER_TOKEN
 from tlcr.config.schema import ReviserConfig
-from tlcr.data.formats import RawPreference
+from tlcr.data.formats import TextPreference
 from tlcr.errors import ConfigError
 from tlcr.reviser.files import content_key
 from tlcr.reviser.revise import questions_of
@@ -19,13 +19,13 @@ REASONING_TOKENS = 150
 """Comparison and reason together, in an estimate of an answer's length; the revision is taken as long as the answer."""
 
 
-def estimate_revisions(pairs: Sequence[RawPreference], cfg: ReviserConfig, cache: Path) -> Estimate:
+def estimate_revisions(pairs: Sequence[TextPreference], cfg: ReviserConfig, cache: Path) -> Estimate:
     """What is left to ask of a model for these pairs, given what ``cache`` holds (which may not exist)."""
     lengths = [REASONING_TOKENS + len(pair.rejected.encode()) // BYTES_PER_TOKEN for pair in pairs]
     return estimate(questions_of(pairs, cfg), lengths, cfg, cache)
 
 
-def dry_run(pairs: Sequence[RawPreference], cfg: ReviserConfig, cache: Path, *, show: int) -> str:
+def dry_run(pairs: Sequence[TextPreference], cfg: ReviserConfig, cache: Path, *, show: int) -> str:
     """The first ``show`` requests as text, and what all of them come to. Sends and writes nothing.
 
     Raises ConfigError for a backend that asks nothing.

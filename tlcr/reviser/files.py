@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from tlcr.config.schema import DataConfig
-from tlcr.data.formats import Context, RawPreference
+from tlcr.data.formats import Context, TextPreference, message_text
 from tlcr.data.readers import read_raw_edits
 from tlcr.errors import DataError
 from tlcr.reviser.checks import CheckedRevision, check_revision
@@ -23,13 +23,13 @@ def content_key(prompt: Context, rejected: str) -> str:
     The chosen answer is not in it, since files of edits need not have it; nor are roles, since files name them
     differently.
     """
-    turns = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    turns = [prompt] if isinstance(prompt, str) else [message_text(message) for message in prompt]
     content = json.dumps([text.split() for text in (*turns, rejected)], ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def match_files(
-    pairs: Iterable[RawPreference], source: str, data: DataConfig, *, max_changed: float
+    pairs: Iterable[TextPreference], source: str, data: DataConfig, *, max_changed: float
 ) -> list[CheckedRevision]:
     """What the revisions of ``source`` (a file, folder or hub dataset, in a format of ``read_edits``) say of each pair.
 
@@ -37,7 +37,11 @@ def match_files(
     has one: the files then belong to other preferences.
     """
     edits = read_raw_edits(replace(data, edits=source, edits_format="auto", limit=None)).records
-    revised: Mapping[str, str] = {content_key(edit.prompt, edit.rejected): edit.revised for edit in edits}
+    revised: Mapping[str, str] = {
+        content_key(edit.prompt, edit.rejected): edit.revised
+        for edit in edits
+        if isinstance(edit.rejected, str) and isinstance(edit.revised, str)
+    }
     checked = []
     for pair in pairs:
         text = revised.get(content_key(pair.prompt, pair.rejected))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from tlcr.chat import Message, Question
-from tlcr.data.formats import REVISION_MARKER, Context, RawPreference
+from tlcr.data.formats import REVISION_MARKER, Context, TextPreference, message_text
 
 __all__ = ["SCHEMA", "VERSION", "AnswerFormat", "revision_question"]
 
@@ -74,7 +74,7 @@ SCHEMA: dict[str, Any] = {
 
 
 def revision_question(
-    pair: RawPreference,
+    pair: TextPreference,
     answer_format: AnswerFormat,
     *,
     max_new_tokens: int,
@@ -100,4 +100,4 @@ def conversation_text(prompt: Context) -> str:
     """A prompt for a reader: text as it is, messages one below the other under their roles."""
     if isinstance(prompt, str):
         return prompt.strip()
-    return "\n\n".join(f"{message['role'].capitalize()}: {message['content'].strip()}" for message in prompt)
+    return "\n\n".join(f"{message['role'].capitalize()}: {message_text(message)}" for message in prompt)

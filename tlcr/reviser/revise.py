@@ -15,7 +15,7 @@ from typing import TextIO
 from tlcr.chat import AnswerStore, Question, ask
 from tlcr.chat.build import chat_model
 from tlcr.config.schema import DataConfig, ReviserConfig
-from tlcr.data.formats import RawPreference
+from tlcr.data.formats import TextPreference
 from tlcr.errors import ConfigError, DataError, EndpointError
 from tlcr.reviser.checks import OUTCOMES, CheckedRevision, Outcome, check_answer
 from tlcr.reviser.files import match_files
@@ -54,7 +54,7 @@ class ReviserStatistics:
 
 
 def revise(
-    pairs: Sequence[RawPreference], cfg: ReviserConfig, data: DataConfig, cache: Path
+    pairs: Sequence[TextPreference], cfg: ReviserConfig, data: DataConfig, cache: Path
 ) -> tuple[list[CheckedRevision], ReviserStatistics]:
     """What becomes of each pair's rejected answer.
 
@@ -101,7 +101,7 @@ def _kept(cfg: ReviserConfig) -> tuple[Outcome, ...]:
     return ("revised", "unchanged") if cfg.keep_unchanged else ("revised",)
 
 
-def questions_of(pairs: Sequence[RawPreference], cfg: ReviserConfig, *, attempt: int = 0) -> list[Question]:
+def questions_of(pairs: Sequence[TextPreference], cfg: ReviserConfig, *, attempt: int = 0) -> list[Question]:
     """The request for each pair."""
     return [
         revision_question(
@@ -116,7 +116,7 @@ def questions_of(pairs: Sequence[RawPreference], cfg: ReviserConfig, *, attempt:
 
 
 def write_revisions(
-    folder: Path, pairs: Sequence[RawPreference], checked: Sequence[CheckedRevision], cfg: ReviserConfig
+    folder: Path, pairs: Sequence[TextPreference], checked: Sequence[CheckedRevision], cfg: ReviserConfig
 ) -> Path:
     """Writes ``revisions.jsonl``, which ``read_edits`` reads, and ``set_aside.jsonl``, with the reason for each; and
     returns the path of the first.
@@ -129,7 +129,8 @@ def write_revisions(
     with _lines(path) as revisions, _lines(folder / "set_aside.jsonl") as set_aside:
         for pair, found in zip(pairs, checked, strict=True):
             file = revisions if found.outcome in kept else set_aside
-            file.write(json.dumps({**asdict(pair), **asdict(found)}, ensure_ascii=False) + "\n")
+            record = {name: value for name, value in asdict(pair).items() if name != "template"}
+            file.write(json.dumps({**record, **pair.template, **asdict(found)}, ensure_ascii=False) + "\n")
     counts = Counter(found.outcome for found in checked)
     if counts["unanswered"] and cfg.on_unanswered == "raise":
         first = next(found for found in checked if found.outcome == "unanswered")

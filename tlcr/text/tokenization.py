@@ -32,7 +32,10 @@ __all__ = [
     "token_pieces",
 ]
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
+
+MARK = "\N{OBJECT REPLACEMENT CHARACTER}tlcr\N{OBJECT REPLACEMENT CHARACTER}"
+"""Stands for an answer's text, to find what a chat template writes around it."""
 
 
 def encode_answer(
@@ -137,7 +140,7 @@ def cut_answer(encoded: EncodedAnswer, max_answer_tokens: int) -> EncodedAnswer:
     return EncodedAnswer(ids=encoded.ids[:limit], answer_start=encoded.answer_start, complete=False)
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> str:
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message], **template: Any) -> str:
     """A prompt's complete text, to be tokenised without adding special tokens.
 
     Args:
@@ -145,6 +148,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mes
         prompt: messages ({"role", "content"}) go through the chat template, with the header of the answer to come.
             Plain text gets the beginning-of-sequence token in front if the tokenizer would itself add one and it is not
             there.
+        **template: what else the chat template renders: tools, documents, switches of its own.
 
     Returns:
         The text.
@@ -154,27 +158,46 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mes
         DataError: the chat template refuses the messages (their order of roles, say).
     """
     if not isinstance(prompt, str):
-        return _apply_template(tokenizer, prompt, add_generation_prompt=True)
+        return _apply_template(tokenizer, prompt, template, add_generation_prompt=True)
     bos = tokenizer.bos_token
     if bos is None or prompt.startswith(bos) or tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
         return prompt
     return bos + prompt
 
 
-def render_answer(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], answer: str) -> str:
-    """An assistant message's text as it follows ``render_prompt(tokenizer, prompt)``.
+def render_answer(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], answer: str | Message, **template: Any
+) -> str:
+    """An assistant message's text as it follows ``render_prompt(tokenizer, prompt, **template)``.
 
     Args:
         tokenizer: the tokenizer whose chat template applies.
         prompt: the messages before the answer.
-        answer: the content of the assistant's message.
+        answer: the content of the assistant's message, or the message where it holds more (tool calls, reasoning).
+        **template: what else the chat template renders, as for the prompt.
 
     Returns:
         The content, after the white space (if any) that the chat template writes before it. Some templates open an
-        answer with a space, and a model tuned on them expects it.
+        answer with a space, and a model tuned on them expects it. Of a message: all that the template writes of it,
+        without the end of the turn.
+
+    Raises:
+        DataError: the chat template does not continue its own prompt with such a message.
     """
-    opening = _apply_template(tokenizer, prompt, add_generation_prompt=True)
-    whole = _apply_template(tokenizer, [*prompt, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+    opening = _apply_template(tokenizer, prompt, template, add_generation_prompt=True)
+
+    def rendered(message: Message) -> str:
+        return _apply_template(tokenizer, [*prompt, message], template, add_generation_prompt=False)
+
+    if not isinstance(answer, str):
+        whole, closing = rendered(answer), rendered({"role": "assistant", "content": MARK}).partition(MARK)[2]
+        if not whole.startswith(opening):
+            raise DataError(
+                "the tokenizer's chat template does not continue its own prompt where an answer holds tool calls or "
+                "reasoning; set model.chat_template to one that does, or give such answers as text"
+            )
+        return whole[len(opening) :].removesuffix(closing)
+    whole = rendered({"role": "assistant", "content": answer})
     content = answer.strip()
     if not whole.startswith(opening) or content not in whole[len(opening) :]:
         return answer
@@ -261,7 +284,11 @@ def _require_fast(tokenizer: PreTrainedTokenizerBase, purpose: str) -> None:
 
 
 def _apply_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    template: Mapping[str, Any],
+    *,
+    add_generation_prompt: bool,
 ) -> str:
     if tokenizer.chat_template is None:
         raise ConfigError(
@@ -270,7 +297,10 @@ def _apply_template(
         )
     try:
         text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **template,
         )
     except TemplateError as error:
         raise DataError(f"the tokenizer's chat template refuses this conversation: {error}") from error

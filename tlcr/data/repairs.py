@@ -1,0 +1,115 @@
+"""What records suffer on their way through other programs, put right before any format reads them.
+
+A conversation that became a string, Windows line ends, answers that repeat their prompt, columns that nothing here
+reads: each is counted and said once, with an example, so that nothing is changed or left out in silence. Source: ours.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tlcr.data.sources import Row
+
+__all__ = ["columns_left_out", "repaired"]
+
+SHOWN = 40
+"""Characters of an example."""
+
+
+def repaired(rows: Sequence[Row], answers: Collection[str]) -> tuple[list[Row], tuple[str, ...]]:
+    """The rows as their formats want them, and a note for each kind of repair.
+
+    Args:
+        rows: as they were read; those with a problem come back as they are.
+        answers: the columns that hold answers, whichever of them a row has.
+
+    Returns:
+        The rows, in their order, and the notes.
+    """
+    notes = []
+    for what, repair in (
+        ("hold a conversation as a string, which is read as its messages", _unpacked),
+        (r"have Windows line ends (\r\n), which are read as \n", _with_plain_line_ends),
+    ):
+        changed = [row if row.problem else replace(row, values=_each(row.values, repair)) for row in rows]
+        notes += _note(rows, changed, what)
+        rows = changed
+    bare = [row if row.problem else replace(row, values=_without_prompt(row.values, answers)) for row in rows]
+    # A short prompt may begin an answer by chance: a source repeats its prompts in all of its records, or in none.
+    if all(new is not old and new.values != old.values for old, new in zip(rows, bare, strict=True) if not old.problem):
+        notes += _note(rows, bare, "repeat the prompt at the beginning of their answers, where it is taken off")
+        rows = bare
+    return list(rows), tuple(notes)
+
+
+def columns_left_out(rows: Sequence[Row], read: Collection[str]) -> tuple[str, ...]:
+    """A note that names the columns which hold something and are not among those that are `read`."""
+    found: dict[str, Any] = {}
+    for row in rows:
+        for name, value in row.values.items():
+            if name not in read and name not in found and value not in (None, "", [], {}):
+                found[name] = value
+    if not found:
+        return ()
+    name, value = next(iter(found.items()))
+    return (f"columns that are not read: {', '.join(found)} (the first holds {_shown(value)})",)
+
+
+def _each(values: Mapping[str, Any], repair: Callable[[Any], Any]) -> dict[str, Any]:
+    return {name: repair(value) for name, value in values.items()}
+
+
+def _note(before: Sequence[Row], after: Sequence[Row], what: str) -> list[str]:
+    pairs = [(old, new) for old, new in zip(before, after, strict=True) if old.values != new.values]
+    if not pairs:
+        return []
+    old, new = pairs[0]
+    name = next(name for name in old.values if old.values[name] != new.values[name])
+    example = f"{name} of record {old.number} is {_shown(old.values[name])}"
+    return [f"{len(pairs)} of {len(before)} records {what} ({example})"]
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _unpacked(value: Any) -> Any:
+    """The messages that a text is the JSON or the Python notation of; every other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[") or "role" not in value:
+        return value
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            found = parse(value.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, list) and found and all(isinstance(m, dict) and "role" in m for m in found):
+            return found
+    return value
+
+
+def _with_plain_line_ends(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace("\r\n", "\n")
+    if isinstance(value, list):
+        return [_with_plain_line_ends(item) for item in value]
+    if isinstance(value, dict):
+        return _each(value, _with_plain_line_ends)
+    return value
+
+
+def _without_prompt(values: Mapping[str, Any], answers: Collection[str]) -> Mapping[str, Any]:
+    """The values with answers that no longer begin with the prompt's text; as they are, unless all answers do."""
+    prompt = values.get("prompt")
+    found = {name: values[name] for name in answers if values.get(name) is not None}
+    if not isinstance(prompt, str) or not prompt.strip() or not found:
+        return values
+    start = prompt.strip()
+    for text in found.values():
+        if not isinstance(text, str) or not text.lstrip().startswith(start) or text.strip() == start:
+            return values
+    return {**values, **{name: text.lstrip()[len(start) :] for name, text in found.items()}}
