@@ -65,7 +65,7 @@ def first_weight(model: PreTrainedModel) -> torch.Tensor:
     return model.model.layers[0].mlp.up_proj.weight
 
 
-@pytest.mark.parametrize(("changes", "asked"), ASKED, ids=lambda value: " ".join(map(str, value)) or "none")
+@pytest.mark.parametrize(("changes", "asked"), ASKED, ids=lambda value: " ".join(sorted(map(str, value))) or "none")
 def test_a_reward_loads_the_models_that_it_asks_and_no_other(
     trained: Path, tmp_path: Path, tiny_causal_lm: LM, changes: dict[str, object], asked: set[str]
 ) -> None:
