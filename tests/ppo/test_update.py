@@ -247,13 +247,24 @@ def test_statistics_are_means_over_the_steps_and_the_largest_ratio_of_all(tiny_g
     whole = update(actor_critic, recorder, scores, advantages, aggregate="sequence")
     recorder.steps.clear()
     parts = update(actor_critic, recorder, scores, advantages, aggregate="sequence", minibatch_size=1)
-    assert parts.optimizer_steps == len(recorder.steps) == 8 and parts.ratio_max == pytest.approx(whole.ratio_max)
+    assert parts.optimizer_steps == len(recorder.steps) == 8
     for name in ("loss", "policy_loss", "value_loss", "entropy", "clip_fraction", "value_clip_fraction", "approx_kl"):
         assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-9), name
     count = len(actor_critic.policy_parameters())
     for name, share in (("policy_grad_norm", slice(0, count)), ("value_grad_norm", slice(count, None))):
         norms = [torch.stack([g.norm() for g in step[share] if g is not None]).norm() for step in recorder.steps]
         assert getattr(parts, name) == pytest.approx(float(torch.stack(norms).mean()), rel=1e-6), name
+
+
+def test_the_largest_ratio_is_that_of_all_steps(tiny_gpt2: LM) -> None:
+    """It is a token of row 0 or of row 1, and only one of them can be the row of the last step."""
+    actor_critic = double_actor_critic(tiny_gpt2)
+    recorder = GradientRecorder(actor_critic)
+    for row in (0, 1):
+        scores, advantages = known_update(known_rollout())
+        scores.logprobs_BT[row, 0] -= 2
+        whole, parts = (update(actor_critic, recorder, scores, advantages, minibatch_size=n) for n in (8, 1))
+        assert parts.ratio_max == pytest.approx(whole.ratio_max) and whole.ratio_max > 3
 
 
 def test_limits_are_where_they_are_said_to_be(tiny_gpt2: LM) -> None:
