@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -246,6 +247,19 @@ def test_scores_are_those_of_each_prefix_read_alone(tiny_causal_lm: LM, micro_ba
     for found_BT in (scores.logprobs_BT, scores.ref_logprobs_BT, scores.values_BT, scores.entropy_BT, scores.kl_BT):
         assert found_BT is not None and (found_BT[~rollout.mask_BT] == 0).all()
         assert not found_BT.requires_grad
+
+
+def test_without_the_exact_kl_the_other_scores_are_the_same(tiny_causal_lm: LM) -> None:
+    """The reference is read in a pass of its own then, at the same temperature."""
+    actor_critic, reference = double_actor_critic(tiny_causal_lm), tiny_causal_lm(seed=7).double()
+    options: dict[str, Any] = {"temperature": 0.7, "micro_batch_size": 3}
+    with_kl, without = (
+        score_rollout(actor_critic, reference, known_rollout(), exact_kl=exact_kl, **options)
+        for exact_kl in (True, False)
+    )
+    assert with_kl.kl_BT is not None and without.kl_BT is None
+    for name in ("logprobs_BT", "ref_logprobs_BT", "values_BT", "entropy_BT"):
+        torch.testing.assert_close(getattr(without, name), getattr(with_kl, name), rtol=1e-12, atol=1e-12)
 
 
 def test_scores_one_token_late_would_be_noticed(tiny_causal_lm: LM) -> None:
