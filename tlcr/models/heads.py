@@ -36,7 +36,17 @@ class Head(nn.Linear):
 
 
 def classification_head(model: PreTrainedModel) -> nn.Linear:
-    """The linear layer from hidden states to the outputs of a token or sequence classifier."""
+    """The linear layer from hidden states to the outputs of a token or sequence classifier.
+
+    Args:
+        model: the classifier.
+
+    Returns:
+        Its head, which is called ``score`` or ``classifier``.
+
+    Raises:
+        ConfigError: the model has no linear layer of these names.
+    """
     name = _name_of_head(model)
     if name is None:
         raise ConfigError(
@@ -50,9 +60,12 @@ def use_float32_head(model: PreTrainedModel, saved_in: str | None = None) -> Non
     """Replaces the linear head of a classifier by a ``Head`` with the same weights, in place.
 
     Weights of bfloat16 or float16 become float32; float32 and float64 stay, and what such a model computes stays the
-    same to the bit. saved_in: the folder or hub name that the model was loaded from. transformers rounds every weight
-    that it loads to one dtype, so the head's are read from there once more. A classifier without a single linear head
-    stays as it is.
+    same to the bit. A classifier without a single linear head stays as it is.
+
+    Args:
+        model: the classifier.
+        saved_in: the folder or hub name that the model was loaded from. transformers rounds every weight that it loads
+            to one dtype, so the head's are read from there once more. None: the weights are those that the model has.
     """
     name = _name_of_head(model)
     if name is None:
