@@ -128,7 +128,7 @@ def score(policy, value_model, ids_BL: Tensor, mask_BL: Tensor, P: int, referenc
 
 
 def token_rewards(discriminator, ids_BL: Tensor, mask_BL: Tensor, P: int, kl_BT: Tensor) -> Tensor:
-    """2 D(a_t | x, a_<t) - 1, less the price of KL. D judges a token that it has seen: it is read at column P + t."""
+    """2 D(a_t | x, a_<t) - 1, minus the KL penalty. D scores a token that it has seen: it is read at column P + t."""
     logits_BTC = forward(discriminator, ids_BL, mask_BL)[:, P:]
     return tlcr.fused_reward(logits_BTC, mask_BL[:, P:], kl=kl_BT, kl_coef=KL_COEF)
 

@@ -1,7 +1,7 @@
 """Token-Level Continuous Reward: dense preference rewards for RLHF (arXiv 2407.16574).
 
 The public names are listed in ``__all__`` and resolved when first used: importing tlcr imports neither torch nor
-anything else of weight, so that ``tlcr --help`` answers at once.
+any other large package, so that ``tlcr --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ _HOME = {
     "train_reward_model": "tlcr.recipes.train_reward_model",
     "train_sft": "tlcr.recipes.train_sft",
 }
-"""Where a name that is not an op lives."""
+"""The module of each name that is not an op."""
 
-if not TYPE_CHECKING:  # a type checker that saw this would take every misspelt name for Any
+if not TYPE_CHECKING:  # a type checker that saw this would accept every misspelt name as Any
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:

@@ -1,6 +1,6 @@
-"""One small exception tree, and a warning. Each is also the standard-library type that a caller would already catch.
+"""The exceptions of tlcr, and a warning. Each is also a subclass of a matching standard exception.
 
-All of them carry nothing but their message, so they survive pickling between processes.
+They carry only their message, so that they can be pickled between processes.
 """
 
 __all__ = [
@@ -54,4 +54,4 @@ class TrainingDiverged(TlcrError, RuntimeError):
 
 
 class ExtensionWarning(RuntimeWarning):
-    """Compiled kernels are installed and do not fit the torch that runs; the message has the line that mends it."""
+    """The installed compiled kernels do not fit the running torch; the message has the command that fixes it."""

@@ -1,8 +1,8 @@
 """The work that both trainers do: the same models, prompts, lengths, epochs and precision.
 
 Every answer has its full length: the end of sequence is never sampled, because TRL goes on computing behind it and tlcr
-does not, which would measure the answers and not the trainers. How many answers go through a model at a time is the
-trainers' own affair, up to `Task.micro_batch`: it changes their cost, and nothing that they compute.
+does not, which would measure the answers and not the trainers. Each trainer chooses how many answers go through a
+model at a time, up to `Task.micro_batch`: that changes its cost, but not its results.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Language models that are asked in words, behind an endpoint or run here: one door, a store, and caps.
+"""Chat with language models, at an endpoint or on this machine: one interface, a store of answers, and caps.
 
-``ask(model, questions, store, label=...)`` is the way in; ``model`` is an ``Endpoint`` (tlcr.chat.endpoint) or a
-``LocalModel`` (tlcr.chat.local). Nothing here knows what is asked, or what for.
+Call ``ask(model, questions, store, label=...)``; ``model`` is an ``Endpoint`` (tlcr.chat.endpoint) or a
+``LocalModel`` (tlcr.chat.local). This folder does not depend on the content of the questions.
 """
 
 from tlcr.chat.ask import ask, stored

@@ -1,4 +1,4 @@
-"""Questions in, answers out: nothing that is in the store is asked again, and nothing is asked twice at once."""
+"""Asks questions: a question whose answer is in the store is not asked again, and equal questions are asked once."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def ask(
 ) -> list[Answer | NoAnswer]:
     """The answer to each question, from the store or from the model, with a progress bar named ``label``.
 
-    The bar shows the time left and, where prices are known, what was spent and what the rest will cost if it goes on
-    like this. Raises what ``model.answer_all`` raises; asked again, it goes on where it stopped. With ``past_caps``
-    "skip", a cap that is reached is no error: what it left unasked gets no answer.
+    The bar shows the time left and, where prices are known, the cost so far and an estimate of the remaining cost.
+    Raises what ``model.answer_all`` raises; a second call continues where the first stopped. With ``past_caps``
+    "skip", a reached cap is not an error: the remaining questions get no answer.
     """
     keys = [question.key(model.identity) for question in questions]
     before = dict(zip(keys, stored(model, questions, store), strict=True))
@@ -53,7 +53,7 @@ def ask(
 
 
 def stored(model: ChatModel, questions: Sequence[Question], store: AnswerStore) -> list[Answer | None]:
-    """The answer that the store has to each question; None where it has none. Asks nothing."""
+    """The stored answer to each question; None where there is none. Asks nothing."""
     return [store.get(question.key(model.identity)) for question in questions]
 
 

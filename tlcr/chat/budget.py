@@ -1,7 +1,7 @@
-"""What requests cost, and the caps that no request may cross.
+"""The cost of requests, and the caps that no request may exceed.
 
-A request is noted in the store at the most that it can cost before it is sent, and at what it did cost afterwards. So
-the caps hold through retries, concurrency and kill -9: what may have been billed counts as billed.
+Before a request is sent, the store records its maximum cost; afterwards, its actual cost. So the caps hold through
+retries, concurrency and kill -9: a request that may have been billed counts as billed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PER_TOKENS = 1_000_000
 
 @dataclass(frozen=True)
 class Prices:
-    """Prices of a million tokens, in the currency of whoever named them."""
+    """Prices of a million tokens, in the currency of the user."""
 
     prompt: float
     answer: float
@@ -39,7 +39,7 @@ class Prices:
 
 @dataclass(frozen=True)
 class Reservation:
-    """A request that is under way: what it asks, and the most that it can cost."""
+    """A request that is under way: its question, and its maximum cost."""
 
     number: int
     bound: float
@@ -48,7 +48,7 @@ class Reservation:
 
 
 class Budget:
-    """Grants requests while the caps allow it. Counts everything that the store has noted, earlier runs included."""
+    """Grants requests while the caps allow it. Counts all requests in the store, earlier runs included."""
 
     def __init__(self, cfg: EndpointConfig, store: AnswerStore) -> None:
         self._prices, self._store, self._model = Prices.of(cfg), store, str(cfg.model)
@@ -60,13 +60,13 @@ class Budget:
 
     @property
     def spent(self) -> float | None:
-        """What settled requests cost; None without prices."""
+        """The cost of finished requests; None without prices."""
         return None if self._prices is None else self._settled
 
     async def reserve(self, key: str, question: Question) -> Reservation:
-        """Room for one more request. Waits while requests under way may turn out cheaper than was set aside for them.
+        """Reserves one more request. Waits while requests under way may turn out cheaper than their reservation.
 
-        Raises BudgetExhausted where there is no room even if nothing is under way.
+        Raises BudgetExhausted where no request fits even if none is under way.
         """
         bound = self._cost(question.prompt_tokens_bound, question.max_new_tokens)
         async with self._change:
@@ -90,16 +90,16 @@ class Budget:
             return Reservation(self._store.open_request(key, bound), bound, key, question)
 
     async def give_back(self, reservation: Reservation) -> None:
-        """The request was not sent after all."""
+        """Cancels a request that was not sent."""
         self._store.drop_request(reservation.number)
         self.requests -= 1
         await self._settle(reservation, 0.0)
 
     async def settle(self, reservation: Reservation, *, billed: bool, answer: Answer | None = None) -> None:
-        """The request is over. ``answer``, where there is one, is kept in the same step.
+        """Finishes the request. ``answer``, if there is one, is stored in the same transaction.
 
         billed: whether the server will, or may, charge for it. Where it reports no token counts, or nothing at all,
-        that is the most that it can charge.
+        the maximum cost counts.
         """
         cost = reservation.bound if billed else 0.0
         if answer is not None and answer.prompt_tokens is not None and answer.answer_tokens is not None:

@@ -1,4 +1,4 @@
-"""The model that a config names, behind an endpoint or run here."""
+"""Builds the model that a config names, at an endpoint or on this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["ChatConfig", "chat_model", "model_name"]
 
 
 class ChatConfig(Protocol):
-    """A config that says who is asked."""
+    """A config that names a chat model."""
 
     @property
     def backend(self) -> str:
@@ -36,7 +36,7 @@ def chat_model(cfg: ChatConfig, store: AnswerStore) -> ChatModel:
     """The model of ``cfg.backend``. Nothing is loaded or called yet. Raises ConfigError where it is not named."""
     model_name(cfg)
     if cfg.backend == "endpoint":
-        from tlcr.chat.endpoint import Endpoint  # an extra: only those who use it need the client
+        from tlcr.chat.endpoint import Endpoint  # an extra: the client is needed only here
 
         return Endpoint(cfg.endpoint, store)
     from tlcr.chat.local import LocalModel
@@ -45,7 +45,7 @@ def chat_model(cfg: ChatConfig, store: AnswerStore) -> ChatModel:
 
 
 def model_name(cfg: ChatConfig) -> str:
-    """Its name at the endpoint, or its folder here. Raises ConfigError where the config has none."""
+    """The model's name at the endpoint, or its folder. Raises ConfigError where the config has none."""
     if cfg.backend == "endpoint":
         if cfg.endpoint.model is None:
             raise ConfigError("the backend is 'endpoint'; name the model there: endpoint.model")

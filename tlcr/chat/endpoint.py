@@ -1,7 +1,7 @@
 """A model behind a server that speaks the OpenAI chat protocol: many requests at a time, within rates, caps and time.
 
-The client's own retries are off, because every time a request is sent it must pass the rate limits and the caps;
-tenacity repeats it instead. What the server answered is in the store, with what it cost, before anyone hears of it.
+The client's own retries are off, because every attempt must pass the rate limits and the caps; tenacity repeats
+requests instead. An answer is in the store, with its cost, before it is delivered.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ __all__ = ["Endpoint"]
 ResultT = TypeVar("ResultT")
 
 FAILURES_IN_A_ROW = 10
-"""As many questions that fail one after the other mean that the server is down, or will take nothing of ours."""
+"""So many failures in a row mean that the server is down or refuses all our requests."""
 LONGEST_WAIT_S = 600.0
-"""A server that asks us to wait longer (a daily limit, say) ends the run."""
+"""If a server asks to wait longer (a daily limit, say), the run ends."""
 BACKOFF = wait_random_exponential(multiplier=1, max=60)
 """Seconds before a request is repeated: random, below 1, 2, 4, ... 60, or longer where the server asks for it."""
 REFUSED_BY_THE_ACCOUNT = (401, 402, 404)
-"""Statuses about key, credit, address or model name: the same for every request."""
+"""Statuses about key, credit, address or model name: every request would fail the same way."""
 
 
 class Endpoint:
@@ -56,7 +56,7 @@ class Endpoint:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Name and further fields. Not the address: a model that moves to another port answers as before."""
+        """Name and further fields. Not the address: the same model at another port gives the same answers."""
         return {"endpoint": self._cfg.model, "extra_body": self._extra}
 
     @property
@@ -67,12 +67,12 @@ class Endpoint:
         """See ``ChatModel``.
 
         Args:
-            questions: what to ask.
+            questions: the questions.
             deliver: takes the number of a question and its answer.
 
         Raises:
-            ConfigError: there is no API key, and no ``base_url`` of a server that may do without.
-            BudgetExhausted: a cap is reached. What was under way has been delivered.
+            ConfigError: there is no API key, and no ``base_url`` of a server that may need none.
+            BudgetExhausted: a cap is reached. Requests under way have been delivered.
             EndpointError: the server refuses the account, or ``FAILURES_IN_A_ROW`` questions failed.
         """
         with StopSignals() as signals:
@@ -95,7 +95,7 @@ class Endpoint:
                 f"the environment variable {self._cfg.key_variable} is not set; put the API key there, or name another "
                 "variable in endpoint.key_variable, or a server without keys in endpoint.base_url"
             )
-        return os.environ.get(self._cfg.key_variable) or "none"  # the client insists on one
+        return os.environ.get(self._cfg.key_variable) or "none"  # the client requires one
 
     def fields(self, question: Question, *, schema: bool) -> dict[str, Any]:
         """The request's keyword arguments."""
@@ -119,7 +119,7 @@ class Endpoint:
 
 
 class _Transient(Exception):
-    """A request failed in a way that may pass. retry_after: seconds that the server asks us to wait."""
+    """A request failed for a temporary reason. retry_after: seconds that the server asks us to wait."""
 
     def __init__(self, reason: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
@@ -127,16 +127,16 @@ class _Transient(Exception):
 
 
 class _Refused(Exception):
-    """The server will not take this request, whoever sends it and whenever."""
+    """The server will always refuse this request."""
 
 
 class _Stopped(Exception):
-    """The run has ended while this question waited its turn."""
+    """The run ended before this question was sent."""
 
 
 class _Session:
-    """One run of the event loop. The first thing that ends it is kept in ``_end``: nothing new is sent from then on,
-    and what is under way is waited for, since it will be paid for."""
+    """One run of the event loop. ``_end`` keeps the first reason to end it: from then on no request is
+    sent, but requests under way are waited for, because they will be billed."""
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class _Session:
         signals: StopSignals,
     ) -> None:
         self._endpoint, self._client, self._cfg, self._budget, self._signals = endpoint, client, cfg, budget, signals
-        # One token in the bucket: evenly spaced, so that no minute ever has more than its share.
+        # One token in the bucket: requests are evenly spaced, so that no minute has more than allowed.
         self._requests = AsyncLimiter(1, 60 / cfg.requests_per_minute) if cfg.requests_per_minute else None
         self._tokens = AsyncLimiter(cfg.tokens_per_minute, 60) if cfg.tokens_per_minute else None
         self._closed_until = 0.0
@@ -156,7 +156,7 @@ class _Session:
         self._answered = self._failures = 0
 
     async def answer_all(self, questions: Sequence[Question], deliver: Deliver) -> BaseException | None:
-        """Returns what ended the session early, None where every question was asked."""
+        """Returns the reason for an early end; None where every question was asked."""
         waiting = iter(enumerate(questions))
 
         async def work() -> None:
@@ -187,8 +187,8 @@ class _Session:
         self._ended.set()
 
     def _counted(self, answer: Answer | NoAnswer) -> Answer | NoAnswer:
-        """Ends the session where nothing succeeds any more. Refusals of single requests are no sign of that once
-        the server has answered others: some filters refuse many."""
+        """Ends the session after too many failures in a row. Refusals of single requests do not count once the server
+        has answered others: some filters refuse many."""
         if isinstance(answer, Answer):
             self._answered, self._failures = self._answered + 1, 0
         elif not (answer.final and self._answered):
@@ -227,7 +227,7 @@ class _Session:
         raise _Stopped
 
     async def _attempt(self, question: Question) -> Answer:
-        """One request; a second one where the server refuses the schema and takes the question without."""
+        """One request; a second one without the schema where the server refuses the schema."""
         if self._endpoint.takes_schema and question.schema is not None:
             try:
                 return await self._request(question, schema=True)
@@ -244,7 +244,7 @@ class _Session:
             await self._budget.give_back(reservation)
             raise _Stopped
         try:
-            # The client's time-out starts anew with every byte; this one does not.
+            # The client's time-out restarts with every byte; this one does not.
             completion = await asyncio.wait_for(
                 self._client.chat.completions.create(**self._endpoint.fields(question, schema=schema)),
                 self._cfg.timeout,
@@ -266,7 +266,7 @@ class _Session:
         return answer
 
     async def _turn(self, question: Question) -> None:
-        """Waits until the rates, and what the server last asked for, allow one more request."""
+        """Waits until the rate limits and the server's last wait request allow one more request."""
         while (seconds := self._closed_until - time.monotonic()) > 0:
             await self._pause(seconds)
         if self._requests is not None:
@@ -316,25 +316,25 @@ def _run(work: Coroutine[Any, Any, ResultT]) -> ResultT:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(work)
-    with ThreadPoolExecutor(1) as beside:  # a notebook has a loop of its own, which cannot be entered again
+    with ThreadPoolExecutor(1) as beside:  # a notebook already runs an event loop, which cannot run a second one
         return beside.submit(asyncio.run, work).result()
 
 
 def _wait(state: RetryCallState) -> float:
-    """As long as the server asks for, and no less than the backoff: some ask for no time at all, again and again."""
+    """The wait that the server asks for, but at least the backoff: some servers always ask for 0 seconds."""
     error = state.outcome.exception() if state.outcome is not None else None
     asked = error.retry_after if isinstance(error, _Transient) else None
     return max(asked or 0.0, BACKOFF(state))
 
 
 def _was_sent(error: openai.APIConnectionError) -> bool:
-    """A connection that never came about costs nothing; one that broke may have been answered at the other end."""
-    # By name: the client is built on httpx or its successor, and both call it so.
+    """A connection that failed to open costs nothing; after one that broke, the server may have answered."""
+    # By name: the client uses httpx or its successor, and both have this name.
     return type(error.__cause__).__name__ != "ConnectError"
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the server asks us to wait: a number of them, or a date; None where it says nothing readable."""
+    """Seconds that the server asks us to wait: a number, or a date; None if it is unreadable."""
     if (value := headers.get("retry-after")) is None:
         return None
     try:
@@ -348,7 +348,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _read(completion: object) -> Answer:
-    """The answer in a response. Raises ValueError for whatever is no chat completion: the client checks no shapes."""
+    """The answer in a response. Raises ValueError if it is not a chat completion: the client does not check this."""
     choices = getattr(completion, "choices", None)
     if not isinstance(choices, list) or not choices:
         raise ValueError(f"no choices in {str(completion)[:200]!r}")

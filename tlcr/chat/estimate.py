@@ -1,4 +1,4 @@
-"""What is left to ask of a model, and what it would cost, without asking anything."""
+"""Estimates the remaining questions and their cost, without asking any."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["Estimate", "estimate", "rehearsal"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Questions that are left to ask, their tokens at four bytes each, and what they cost at the prices of the config.
+    """The remaining questions, their tokens at four bytes each, and their cost at the prices of the config.
 
-    ``cost_bound`` is what all of them can cost at most, one request each: a cap of that size stops nothing but retries.
+    ``cost_bound`` is their maximum cost with one request each: a cap of that size can stop only retries.
     """
 
     answered: int
@@ -27,15 +27,15 @@ class Estimate:
     prompt_tokens: int
     answer_tokens: int
     cut: int
-    """Answers that are probably longer than ``max_new_tokens``, and so would be paid for and set aside."""
+    """Answers that are probably longer than ``max_new_tokens``: they would be paid for and set aside."""
     cost: float | None
     cost_bound: float | None
 
 
 def estimate(questions: Sequence[Question], lengths: Sequence[int], cfg: ChatConfig, cache: Path) -> Estimate:
-    """What is left to ask, given what ``cache`` holds (which may not exist).
+    """The estimate for the questions that are not in ``cache``, which need not exist.
 
-    lengths: tokens that the answer to each question will probably have.
+    lengths: probable number of tokens of the answer to each question.
     """
     if cache.exists():
         with AnswerStore(cache) as store:
@@ -60,9 +60,9 @@ def estimate(questions: Sequence[Question], lengths: Sequence[int], cfg: ChatCon
 
 
 def rehearsal(shown: Sequence[tuple[str, Question]], found: Estimate, cfg: ChatConfig, *, what: str) -> list[str]:
-    """For people: the requests of ``shown``, each under its name, and what all of them come to.
+    """Text for a dry run: the requests of ``shown``, each under its name, and the totals of all questions.
 
-    what: how many there are of what they are about, such as "8 pairs".
+    what: number and kind of the items, such as "8 pairs".
     """
     parts = []
     for name, question in shown:

@@ -1,4 +1,4 @@
-"""An instruction-tuned model run here, in batches. Its answers are kept like paid ones: they cost time."""
+"""An instruction-tuned model on this machine, in batches. Its answers are stored like paid ones: they cost time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ __all__ = ["LocalModel"]
 class LocalModel:
     """A ``ChatModel`` of transformers: chat template, batches of similar length, greedy at temperature 0.
 
-    Choices bind it; schemas are left to the words of the question. Loads the model when it is first asked.
+    If a question has choices, it can answer only with one of them; it ignores schemas. The model is loaded at the first
+    question.
     """
 
     def __init__(self, cfg: GeneratorConfig, store: AnswerStore, *, batch_size: int) -> None:
@@ -75,7 +76,7 @@ class LocalModel:
         self._loaded = True
 
     def _batches(self, questions: Sequence[Question], ids: Mapping[int, Sequence[int]]) -> Iterator[list[int]]:
-        """Rows of one batch have the same settings; the longest come first, so that memory runs out early if at all."""
+        """Rows of one batch have the same settings; the longest come first, so that a lack of memory shows early."""
         groups: dict[tuple[object, ...], list[int]] = {}
         for row in sorted(ids, key=lambda row: -len(ids[row])):
             question = questions[row]
@@ -100,7 +101,8 @@ class LocalModel:
         device = self._model.device
         devices = [device] if device.type == "cuda" else []
         with generating_with(self._model, sampling), torch.random.fork_rng(devices=devices):
-            # By its first question: a resumed run makes other batches, but the same batch gives the same answers.
+            # The seed depends on the first question: a resumed run has other batches, but equal batches get equal
+            # answers.
             torch.manual_seed(int(question.key(self.identity)[:15], 16))
             sampled_BL: torch.Tensor = self._model.generate(
                 input_ids=ids_BP.to(device),
@@ -127,7 +129,7 @@ class LocalModel:
         def allowed(row: int, ids_L: torch.Tensor) -> list[int]:
             begun = ids_L[width:].tolist()
             following = {way[len(begun)] for way in ways if way[: len(begun)] == begun and len(way) > len(begun)}
-            return sorted(following) or [self._ends[0]]  # a row that has ended waits for the others
+            return sorted(following) or [self._ends[0]]  # a finished row repeats its end until the others finish
 
         return allowed
 
@@ -139,7 +141,7 @@ class LocalModel:
 
 
 def _weights(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of the files that hold the weights: a policy that is trained anew in the same folder is
-    another model. Empty for a hub name."""
+    """Name, size and time of the files that hold the weights: a policy that was trained again in the same folder
+    counts as another model. Empty for a hub name."""
     files = sorted(path for pattern in ("*.safetensors", "*.bin", "*.gguf") for path in folder.glob(pattern))
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]

@@ -1,9 +1,9 @@
-"""Answers that were paid for, and what was paid, on disk.
+"""A store of paid answers and their cost, on disk.
 
-SQLite, of the standard library, and not lines appended to a file: a commit is there whole or not at all, also under
-kill -9, where a line may be torn; a look-up reads a page and not the whole file; and an answer and what it cost are
-written in one step. A lock beside the file (the system drops it with the process, however that ends) keeps a second
-process from asking, and paying for, the same again.
+It uses SQLite of the standard library rather than lines appended to a file. A commit is complete or absent, also under
+kill -9, which can cut a line; a look-up does not read the whole file; an answer and its cost are written in one
+transaction. A lock beside the file (the system releases it whenever the process ends) keeps a second process from
+asking, and paying for, the same questions.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tlcr.training.checkpoint import unwritable
 
 __all__ = ["AnswerStore"]
 
-# The write-ahead log commits several times faster than the default journal; with the file to ourselves, it needs no
-# shared memory, which network file systems do not have. FULL: a commit also outlives a power cut.
+# The write-ahead log commits several times faster than the default journal; with exclusive access it needs no
+# shared memory, which network file systems do not have. FULL: a commit also survives a power cut.
 TABLES = """
 PRAGMA locking_mode = EXCLUSIVE;
 PRAGMA journal_mode = WAL;
@@ -68,7 +68,7 @@ class AnswerStore:
         self._lock.release()
 
     def get(self, key: str) -> Answer | None:
-        """The answer to the question of this key, where it was asked before."""
+        """The stored answer to the question of this key; None where there is none."""
         with self._translated():
             found = self._database.execute(
                 "SELECT text, finish, prompt_tokens, answer_tokens FROM answers WHERE key = ?", (key,)
@@ -76,14 +76,14 @@ class AnswerStore:
         return None if found is None else Answer(*found)
 
     def put(self, key: str, answer: Answer, *, template: str, model: str) -> None:
-        """Keep an answer; on return it is on disk."""
+        """Store an answer; on return it is on disk."""
         with self._translated(), self._database:
             self._insert(key, answer, template, model)
 
     def open_request(self, key: str, cost: float) -> int:
-        """Note, before it is sent, a request that may cost this much; returns its number.
+        """Record a request and its maximum cost before it is sent; returns its number.
 
-        A process that is killed before it settles the request leaves it noted at that cost.
+        If the process is killed before it settles the request, the maximum cost stays.
         """
         with self._translated(), self._database:
             cursor = self._database.execute(
@@ -99,7 +99,7 @@ class AnswerStore:
     def settle_request(
         self, number: int, cost: float, *, key: str, answer: Answer | None, template: str, model: str
     ) -> None:
-        """Note what a request did cost, and in the same step keep what it brought."""
+        """Record the actual cost of a request, and store its answer in the same transaction."""
         with self._translated(), self._database:
             self._database.execute("UPDATE requests SET cost = ?, settled = 1 WHERE id = ?", (cost, number))
             if answer is not None:

@@ -1,4 +1,4 @@
-"""What goes to a language model that is asked in words, and what comes back."""
+"""Questions to a chat model, and its answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 __all__ = ["Answer", "ChatModel", "Deliver", "Message", "NoAnswer", "Question"]
 
 BYTES_PER_TOKEN = 4
-"""The usual rule of thumb for English, for estimates only; no bound rests on it."""
+"""The usual rule of thumb for English, for estimates only; no bound uses it."""
 MESSAGE_TOKENS = 16
 """More than any chat template that we know of writes around a message."""
 
@@ -26,25 +26,25 @@ class Message:
 
 @dataclass(frozen=True)
 class Question:
-    """One request to a language model; everything that its answer depends on, the model aside."""
+    """One request to a language model: everything that its answer depends on, except the model."""
 
     messages: tuple[Message, ...]
     max_new_tokens: int
     temperature: float | None
-    """None leaves it to the server: some models refuse the setting."""
+    """None: the server's default, because some models refuse the setting."""
     top_p: float = 1.0
-    """Sampled among the likeliest tokens that make up this much probability; 1 is all of them."""
+    """Nucleus sampling: the share of probability that is kept; 1 keeps all tokens."""
     schema: Mapping[str, Any] | None = field(default=None, hash=False)
-    """The JSON schema of the answer, for servers that can hold a model to one; its "title" names it."""
+    """The JSON schema of the answer, for servers that can enforce one; its "title" names it."""
     choices: tuple[str, ...] = ()
-    """Texts of which the answer is to be one: a local model is held to them. Empty: any text."""
+    """The allowed answers, which a local model cannot leave. Empty: any text."""
     template: str = ""
-    """Name and version of the template that the messages were made with."""
+    """Name and version of the template that made the messages."""
     attempt: int = 0
-    """Counts how often the same was asked before: a further attempt is a question of its own."""
+    """Number of earlier attempts: each attempt counts as a separate question."""
 
     def key(self, identity: Mapping[str, Any]) -> str:
-        """SHA-256 of all that the answer depends on: this question, and the ``identity`` of the model."""
+        """SHA-256 of everything that the answer depends on: this question, and the ``identity`` of the model."""
         content = json.dumps({"question": asdict(self), "model": dict(identity)}, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -55,8 +55,8 @@ class Question:
 
     @property
     def prompt_tokens_bound(self) -> int:
-        """At least as many tokens as are billed: of tokenizers in use, none writes less than a byte a token. Servers
-        may count the schema as part of the prompt."""
+        """An upper bound on the billed tokens: in common tokenizers every token has at least one byte. Servers may
+        count the schema as part of the prompt."""
         schema = len(json.dumps(self.schema)) if self.schema is not None else 0
         return self._bytes + schema + MESSAGE_TOKENS * len(self.messages)
 
@@ -67,10 +67,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said.
+    """A model's answer.
 
-    finish: "stop" where it came to its end, "length" where ``max_new_tokens`` cut it off, "refusal" where the server
-    says that the model, or a filter in front of it, refused. Token counts are None where the server reports none.
+    finish: "stop" where it is complete, "length" where ``max_new_tokens`` cut it off, "refusal" where the server
+    reports that the model, or a filter, refused. Token counts are None where the server reports none.
     """
 
     text: str
@@ -81,7 +81,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class NoAnswer:
-    """Why there is no answer. ``final``: asking again would change nothing, because the request itself is refused."""
+    """The reason for a missing answer. ``final``: the request itself is refused, so that a retry is useless."""
 
     reason: str
     final: bool
@@ -91,11 +91,11 @@ Deliver = Callable[[int, Answer | NoAnswer], None]
 
 
 class ChatModel(Protocol):
-    """A language model behind one door, wherever it runs."""
+    """The common interface of language models at an endpoint and on this machine."""
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What of the model and its settings decides an answer, for ``Question.key``."""
+        """The properties and settings of the model that decide an answer, for ``Question.key``."""
         ...
 
     @property
@@ -106,7 +106,7 @@ class ChatModel(Protocol):
     def answer_all(self, questions: Sequence[Question], deliver: Deliver) -> None:
         """Ask every question and call ``deliver(index, answer)`` for each, in any order, on the calling thread.
 
-        An answer is in the store before it is delivered. Raises KeyboardInterrupt, with what was under way delivered,
-        when the run was told to stop.
+        An answer is in the store before it is delivered. When the run is told to stop, raises KeyboardInterrupt after
+        it has delivered the requests under way.
         """
         ...

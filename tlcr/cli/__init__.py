@@ -1,4 +1,4 @@
-"""The command `tlcr`: from what was typed to the function that does it, and from errors to what a person reads.
+"""The command `tlcr`: parses the command line, calls the function of the command, and prints errors.
 
 May touch everything; nothing imports it.
 """

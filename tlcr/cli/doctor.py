@@ -1,4 +1,4 @@
-"""``tlcr doctor``: what is installed, what this machine can do, whether a config fits it, and what to do if not."""
+"""``tlcr doctor``: checks the installation, this machine and whether a config fits it, and gives remedies."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ Level = Literal["ok", "note", "warning", "blocked"]
 STYLES: dict[Level, str] = {"ok": "green", "note": "cyan", "warning": "yellow", "blocked": "bold red"}
 
 USABLE_SHARE = 0.9
-"""Share of the free memory that an estimate may fill: allocators and the rest of the system need some."""
+"""Share of the free memory that an estimate may fill: allocators and other programs need the rest."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One fact, how bad it is, and what to do about it where it is bad."""
+    """One fact, its severity, and its remedy if it is a problem."""
 
     level: Level
     subject: str
@@ -46,7 +46,7 @@ class Finding:
 
 
 def examine(cfg: RunConfig, *, memory: bool, console: Console | None = None) -> bool:
-    """Print every finding, and with ``memory`` the estimate of the config; returns whether something blocks."""
+    """Print every finding, and with ``memory`` the estimate of the config; returns whether something prevents a run."""
     console = console or Console(highlight=False)
     size, found = None, list(findings(cfg))
     if memory:
@@ -69,7 +69,7 @@ def examine(cfg: RunConfig, *, memory: bool, console: Console | None = None) -> 
 
 
 def findings(cfg: RunConfig) -> Iterator[Finding]:
-    """Everything that can be said without looking at the model."""
+    """All findings that do not need the model."""
     yield from _packages()
     yield from _extras(cfg)
     yield from _reviser(cfg)
@@ -171,7 +171,7 @@ def _accelerators(cfg: RunConfig) -> Iterator[Finding]:
 
 
 def _build() -> Iterator[Finding]:
-    """What of tlcr is compiled; where that is less than this machine could use, the command that builds it."""
+    """The compiled kernels of tlcr; if this machine could use more, the command that builds them."""
     info = ops.build_info()
     if info["problem"] is not None:
         yield Finding("warning", "build", info["problem"], info["rebuild"])
@@ -188,7 +188,7 @@ def _build() -> Iterator[Finding]:
 
 
 def _implementations() -> Iterator[Finding]:
-    """Ops of which the same can be said share a line."""
+    """Ops with equal findings share a line."""
     said: dict[str, list[str]] = {}
     for status in ops.available():
         why = "; ".join(f"{impl}: {reason}" for impl, reason in status.reasons.items())
@@ -222,7 +222,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _checkpoints_fit(cfg: RunConfig, ppo: Estimate) -> Iterator[Finding]:
-    """Of each PPO run, keep_checkpoints + 1 exist while one is saved, with weights and optimiser states."""
+    """While a checkpoint is saved, each PPO run has keep_checkpoints + 1 of them, with weights and optimiser states."""
     trained = sum(role.weights + role.optimizer for role in ppo.roles if role.optimizer)
     runs = len(trials_of(cfg))
     need = trained * (cfg.ppo.keep_checkpoints + 1) * runs
@@ -233,7 +233,7 @@ def _checkpoints_fit(cfg: RunConfig, ppo: Estimate) -> Iterator[Finding]:
 
 
 def _free_memory() -> int:
-    """What this process may still take: free memory, or what its control group leaves of it."""
+    """Memory that this process may still use: free memory, limited by its control group."""
     free = psutil.virtual_memory().available
     groups = (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),

@@ -1,6 +1,6 @@
-"""The command ``tlcr``: from what was typed to the function that does it, and from errors to what a person reads.
+"""The command ``tlcr``: parses the command line, calls the function of the command, and prints errors.
 
-Parsing imports nothing heavy: torch arrives with the command that needs it.
+Parsing imports no large package: torch is imported by the commands that need it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _overrides(arguments: Namespace, cls: type = RunConfig) -> dict[str, Any]:
 
 
 def _with_config(command: Callable[[RunConfig, Namespace], int]) -> Callable[[Namespace], int]:
-    """The command, given its config; or that config printed, where this was asked for."""
+    """Calls the command with its config, or prints the config where ``--print-config`` is given."""
 
     def handle(arguments: Namespace) -> int:
         cfg = load_config(arguments.get("config"), _overrides(arguments))
@@ -45,7 +45,7 @@ def _with_config(command: Callable[[RunConfig, Namespace], int]) -> Callable[[Na
 
 
 def _with_own_config(name: str, command: Callable[[Any, Namespace], None]) -> Callable[[Namespace], int]:
-    """The same for a command that has a config of its own."""
+    """The same for a command with a separate config."""
 
     def handle(arguments: Namespace) -> int:
         default = OWN_CONFIGS[name]
@@ -242,7 +242,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"\ntlcr: interrupted; {_how_to_go_on(arguments)}\n")
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output (head, less) has left. Python would complain again when it flushes at exit.
+        # The reader of our output (head, less) has closed the pipe. Python would report it again when it flushes at
+        # exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -254,7 +255,7 @@ def _parse(arguments: list[str]) -> Namespace:
         _refuse_unknown_flags(arguments, flags_of(commands[arguments[0]]), cls)
     elif arguments and not arguments[0].startswith("-"):
         raise ConfigError(f"unknown command {arguments[0]}{nearest(arguments[0], list(commands))}")
-    # Of the knobs, only what was typed may be seen: load_config supplies the rest, from the file and the defaults.
+    # The namespace must hold only the knobs that were typed: load_config supplies the rest.
     typed_only = not arguments or arguments[0] not in ("analyse", "report", "score")
     try:
         return parse_arguments(parser, arguments or ["--help"], defaults=not typed_only)
@@ -263,7 +264,7 @@ def _parse(arguments: list[str]) -> Namespace:
 
 
 def _argument_problem(error: Unparsable, arguments: list[str]) -> str:
-    """What is wrong with an argument that is no knob, in the words of the command line."""
+    """The error message for an argument that is not a knob."""
     message = str(error)
     if error.missing:
         message = f"the following arguments are required: {', '.join(error.missing).upper()}"
@@ -273,7 +274,7 @@ def _argument_problem(error: Unparsable, arguments: list[str]) -> str:
 
 
 def _refuse_unknown_flags(arguments: list[str], known: list[str], cls: type) -> None:
-    """Name the flag that an unknown one is nearest to; argparse would only say that it does not know it."""
+    """Raises with the flag that is nearest to an unknown one, which argparse does not name."""
     gone = dropped_paths(cls)
     for argument in arguments[1:]:
         flag = argument.partition("=")[0]

@@ -1,9 +1,10 @@
-"""How much memory a run will need, from the model's config alone: no weights are loaded.
+"""Estimates the memory of a run from the model's config; no weights are loaded.
 
 Weights, gradients and optimiser states are counted exactly. Activations are estimated, with one block of a decoder
 keeping 8 H + 4 I values per token for the backward pass (H hidden, I intermediate size: norms, projections, attention
 output and residuals; gate, up, activation and product), or H where gradient checkpointing recomputes the rest.
-Source: ours, after Korthikanti et al. 2022 (arXiv 2205.05198); fused attention does not have their term of its scores.
+Source: ours, after Korthikanti et al. 2022 (arXiv 2205.05198), without their term for attention scores, which fused
+attention does not keep.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The numbers of a decoder that its memory depends on; parameters are counted once where they are tied."""
+    """The sizes of a decoder that decide its memory; tied parameters are counted once."""
 
     parameters: int
     backbone: int
@@ -55,7 +56,7 @@ class Role:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The memory of a stage at its peak, in bytes: what its models hold, and beside that the largest of its phases."""
+    """The peak memory of a stage, in bytes: that of its models plus that of its largest phase."""
 
     stage: str
     roles: tuple[Role, ...]
@@ -120,7 +121,7 @@ def estimate_run(cfg: RunConfig, size: ModelSize) -> list[Estimate]:
 
 
 def _judges(cfg: RunConfig) -> dict[str, bool]:
-    """Which frozen models the rewards, or the value model's start, need."""
+    """The frozen models that the rewards, or the start of the value model, need."""
     rewards = [arm.reward for arm in arms_of(cfg)]
     return {
         "discriminator": any(map(cfg.uses_discriminator, rewards)),

@@ -1,6 +1,6 @@
-"""What the command ``tlcr`` understands: its commands, their flags and what their help says.
+"""The parsers of ``tlcr``: its commands, their flags and their help texts.
 
-Every knob of a config is a flag of the commands that take it: ``RunConfig``, or one of a command's own.
+Every knob of a config is a flag of the commands that take this config: ``RunConfig``, or a command's separate one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OWN_CONFIGS: dict[str, Checked] = {"answer": AnswerConfig(), "judge": JudgeConfi
 
 
 LONGEST_METAVAR = 30
-"""Characters of choices beside a flag; more stand in its help, where lines are broken."""
+"""Maximum number of characters of choices beside a flag; longer ones go into its help, which can wrap."""
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -42,7 +42,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class _HelpAll(argparse.Action):
-    """``--help-all``: the help, with what ``--help`` leaves out."""
+    """``--help-all``: the help with the knobs that ``--help`` leaves out."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
         super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help)
@@ -163,7 +163,7 @@ def _help(knob: Knob) -> str:
 
 
 def _choices(hint: Any) -> list[str]:
-    """What a knob may be, where that is one of a few words; None among them is no word."""
+    """The choices of a knob that is one of a few words, without None."""
     if get_origin(hint) is Literal:
         return list(map(str, get_args(hint)))
     return [choice for part in get_args(hint) for choice in _choices(part)] if _is_union(hint) else []
@@ -271,7 +271,7 @@ def _add_dry_run(parser: ArgumentParser) -> None:
 def _evaluate_tokens_parser() -> ArgumentParser:
     parser = _config_parser(
         "Compare the token rewards of every arm with errors that people marked in answers: ROC-AUC, average precision "
-        "and F1, by kind of error, with intervals over answers. The judges must be trained; no policy is needed. The "
+        "and F1, by kind of error, with intervals over answers. The rewards' models must exist; no policy is needed. The "
         "tokens are those of model.path; a reward for whole answers alone has none to compare.",
         prog="tlcr evaluate-tokens",
     )

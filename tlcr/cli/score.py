@@ -1,4 +1,4 @@
-"""``tlcr score``: answers in, each token's reward out, as colours for people or as JSON for programs."""
+"""``tlcr score``: prints each token's reward, in colours or as JSON."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of an answer is read, and how many at a time."""
+    """Length limits of prompt and answer, and the batch size."""
 
     batch_size: int
     max_prompt_tokens: int
@@ -45,7 +45,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """An answer with one score, and with a reward in [-1, 1] for each token where a discriminator judged."""
+    """An answer with one score, and with a reward in [-1, 1] for each token where a discriminator scored it."""
 
     answer: Answer
     score: float

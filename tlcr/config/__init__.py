@@ -1,4 +1,4 @@
-"""Every knob, as frozen dataclasses; YAML and flags to them and back; the trials that a config asks for.
+"""Every knob, as frozen dataclasses; conversion from and to YAML and flags; the trials of a config.
 
-Imports errors only, and nothing heavy: `tlcr --help` answers without torch.
+Imports errors only, and no large package: `tlcr --help` works without torch.
 """

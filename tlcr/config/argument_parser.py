@@ -1,8 +1,7 @@
-"""The one file that knows jsonargparse: the parsers that tlcr builds of it, and what its messages say.
+"""The only file that uses jsonargparse: it builds parsers and interprets their messages.
 
-Its messages are read here and nowhere else, and so is the one private name that tlcr needs. tests/config/
-test_argument_parser.py pins both against the installed version: where a new one words something differently, that test
-says what to change here.
+Only this file reads its messages and uses a private name of it. tests/config/test_argument_parser.py tests both with
+the installed version: if a new version words a message differently, that test says what to change here.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ GOT = re.compile(r"(?:Got value|Given value): ?(.*)")
 
 
 class Unparsable(Exception):
-    """What could not be parsed, in jsonargparse's words, and what these words are about.
+    """An error of jsonargparse: its message, and the argument that it is about.
 
     name: the argument whose value is wrong, with its dots, or None. value: that value as text, None where the message
     does not show it. missing: the arguments that are required and not there, without the name of their command.
@@ -45,7 +44,7 @@ def flags_of(parser: ArgumentParser) -> list[str]:
 
 
 def parse_arguments(parser: ArgumentParser, arguments: Sequence[str], *, defaults: bool) -> Namespace:
-    """What was typed; with the defaults of what was not, where they are asked for. Raises Unparsable."""
+    """The typed arguments; with ``defaults``, also the defaults of the others. Raises Unparsable."""
     try:
         return parser.parse_args(arguments, defaults=defaults)
     except argparse.ArgumentError as error:
@@ -53,9 +52,9 @@ def parse_arguments(parser: ArgumentParser, arguments: Sequence[str], *, default
 
 
 def parse_values(types: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by dotted name as their types want them: text as on a command line, or typed. Raises Unparsable.
+    """Converts values (text as on a command line, or typed) to their types, by dotted name. Raises Unparsable.
 
-    None stands for itself: jsonargparse takes it for "not given", whatever the type.
+    None is not converted: jsonargparse reads it as "not given" for every type.
     """
     parser = ArgumentParser(exit_on_error=False)
     for name in values:

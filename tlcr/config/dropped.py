@@ -1,8 +1,7 @@
-"""Knobs that older versions had: what became of each, and what to do instead.
+"""Knobs of older versions that were removed, and their replacements.
 
-Runs outlive versions: the ``config.yaml`` and ``done.json`` of an older one still name its knobs. A dropped knob at the
-default that it had changes nothing and is passed over; any other value was meant to do something, so it is an error
-that says what holds now.
+The ``config.yaml`` and ``done.json`` of a run by an older version still name its knobs. A removed knob at its old
+default changes nothing and is ignored; any other value is an error that says what to do instead.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ __all__ = ["DROPPED", "Dropped", "dropped_knobs", "dropped_paths", "without_drop
 
 @dataclass(frozen=True)
 class Dropped:
-    """A knob that is no more: the default that it had, and what holds now."""
+    """A removed knob: its old default, and its replacement."""
 
     default: Any
     instead: str

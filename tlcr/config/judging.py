@@ -49,7 +49,7 @@ class AnswerConfig(Checked):
 
 @dataclass(frozen=True)
 class JudgeConfig(Checked):
-    """Who judges answers, and how (docs/judging.md)."""
+    """The judge of answers, and its settings (docs/judging.md)."""
 
     prompts: str | None = knob(None, "the benchmark's question.jsonl, which FastChat's answer files do not repeat")
     output_dir: str = knob("judged", "results go to a folder in here that is named after the models")
@@ -63,7 +63,7 @@ class JudgeConfig(Checked):
         "local model is held; "
         "'auto': JSON at an endpoint, a last line from a local model",
     )
-    temperature: float | None = knob(0.0, "sampling temperature; null leaves it to the server", ge=0)
+    temperature: float | None = knob(0.0, "sampling temperature; null: the server's default", ge=0)
     max_new_tokens: int = knob(1024, "length limit of reasoning and verdict together", unit="tokens", ge=1)
     limit: int | None = knob(None, "judge only the first so many questions", ge=1)
     labels: tuple[str, ...] = knob(
@@ -72,11 +72,11 @@ class JudgeConfig(Checked):
     resamples: int = knob(1000, "bootstrap resamples, of questions", ge=100, advanced=True)
     on_unanswered: Literal["skip", "raise"] = knob(
         "raise",
-        "where requests failed through all retries: go on without those verdicts, or stop and ask again later",
+        "when a request failed in all retries: go on without its verdict, or stop, so that a later run asks again",
         advanced=True,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.backend == "local" and self.temperature is None:
-            raise ConfigError("JudgeConfig.temperature is null, and a local model has no server to choose; set it")
+            raise ConfigError("JudgeConfig.temperature is null, but a local model has no server default; set it")

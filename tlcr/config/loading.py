@@ -1,8 +1,8 @@
 """From YAML and flags to one ``RunConfig`` and back.
 
-YAML and flags name the same knobs by the same dotted path (``ppo.updates``), go through the same typed parser and meet
-the same checks. Nothing is passed over: an unknown key, a key written twice or a value of the wrong type is an error
-that says where it stands. The one exception is a knob of an older version (tlcr/config/dropped.py) at its default.
+YAML and flags name the same knobs by the same dotted path (``ppo.updates``), use the same typed parser and
+the same checks. Nothing is ignored: an unknown key, a repeated key or a value of the wrong type is an error that
+names its place. The only exception is a knob of an older version (tlcr/config/dropped.py) at its default.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ConfigT = TypeVar("ConfigT", bound=Checked)
 
 @dataclass(frozen=True)
 class Knob:
-    """One leaf of the config: its dotted path, its type, its default and what its field says of it."""
+    """One leaf of the config: its dotted path, its type, its default and its field's metadata."""
 
     path: str
     type: Any
@@ -95,7 +95,7 @@ def describe_type(hint: Any) -> str:
 
 
 def nearest(name: str, names: Sequence[str], prefix: str = "") -> str:
-    """What an unknown dotted name was probably meant to be ("; did you mean ...?"), or the names that stand there."""
+    """The known names nearest to an unknown dotted name ("; did you mean ...?"), or all names of its section."""
     section, _, last = name.rpartition(".")
     elsewhere = [known for known in names if known.rpartition(".")[2] == last]
     close = elsewhere or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
@@ -107,12 +107,12 @@ def nearest(name: str, names: Sequence[str], prefix: str = "") -> str:
 
 
 def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """Read a YAML file, lay the overrides over it, and make the typed config.
+    """Read a YAML file, apply the overrides, and make the typed config.
 
     Args:
         path: None for the defaults alone.
         overrides: values by dotted path, typed or as written on a command line; they win over the file. Each entry of
-            ``arms`` names only what differs: its ``reward`` lies over the top-level ``reward``.
+            ``arms`` names only what differs: its ``reward`` overrides parts of the top-level ``reward``.
 
     Returns:
         The config.
@@ -131,7 +131,7 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
 def load_command_config(
     default: ConfigT, path: str | Path | None, overrides: Mapping[str, Any] | None = None
 ) -> ConfigT:
-    """The same for the config of a command of its own: ``default`` with what the file and the overrides say."""
+    """The same for a command's separate config: ``default`` changed by the file and the overrides."""
     return _build(default, _read_values(type(default), path, overrides), "")
 
 
@@ -149,7 +149,7 @@ def _read_values(cls: type, path: str | Path | None, overrides: Mapping[str, Any
 
 
 def _is_dropped(cls: type, name: str, value: Any, place: str = "") -> bool:
-    """Whether this knob was dropped and stands at the default that it had; ConfigError at any other value."""
+    """Whether this knob was removed and has its old default; ConfigError at any other value."""
     gone = dropped_paths(cls).get(name)
     if gone is not None and value != gone.default:
         written = value if isinstance(value, str) else json.dumps(value)
@@ -158,7 +158,7 @@ def _is_dropped(cls: type, name: str, value: Any, place: str = "") -> bool:
 
 
 def dump_config(cfg: Checked) -> str:
-    """The config as YAML that is read back to an equal one."""
+    """The config as YAML; reading it gives an equal config."""
     return yaml.safe_dump(
         _plain(dataclasses.asdict(cfg)),  # type: ignore[call-overload]
         sort_keys=False,
@@ -268,7 +268,7 @@ def _build(default: ConfigT, values: Mapping[str, Any], prefix: str) -> ConfigT:
     cls: type = type(default)
     hints = {knob.path: knob.type for knob in knobs(cls)}
     for name, value in values.items():
-        # jsonargparse takes None for "not given"; here it is a value like any other.
+        # jsonargparse reads None as "not given"; here it is a value.
         if value is None and type(None) not in get_args(hints[name]):
             raise ConfigError(f"{prefix}{name} is null; it must be {describe_type(hints[name])}")
     try:
@@ -292,5 +292,5 @@ def _replace(default: ConfigT, values: Mapping[str, Any], prefix: str) -> Config
     try:
         return dataclasses.replace(default, **changed)  # type: ignore[type-var]
     except ConfigError as error:
-        # A dataclass knows its own name only; whoever wrote the YAML knows the path.
+        # A dataclass knows only its own name, but the user wrote the path.
         raise ConfigError(str(error).replace(f"{type(default).__name__}.", prefix, 1)) from error

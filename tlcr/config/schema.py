@@ -54,9 +54,9 @@ def knob(
     le: float | None = None,
     advanced: bool = False,
 ) -> Any:
-    """A dataclass field that knows its meaning, its unit, its bounds and where its default comes from.
+    """A dataclass field that carries its meaning, its unit, its bounds and the source of its default.
 
-    tests/config/knobs.txt lists every knob, and says how a new one gets in.
+    tests/config/knobs.txt lists every knob, and says how to add one.
 
     Args:
         default: the default; a list or tuple is copied for each config.
@@ -66,7 +66,7 @@ def knob(
         ge: the value is at least this.
         gt: the value is greater than this.
         le: the value is at most this.
-        advanced: few runs set it; ``--help`` leaves it to ``--help-all``. Path and flag are those of any other knob.
+        advanced: few runs set it; only ``--help-all`` lists it. Its path and flag work like those of any other knob.
 
     Returns:
         The field.
@@ -78,7 +78,7 @@ def knob(
 
 
 class Checked:
-    """Checks the bounds of every knob when a config is made, so that a bad value stops before any model loads."""
+    """Checks the bounds of every knob when a config is made, so that a bad value raises before any model loads."""
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
@@ -97,11 +97,11 @@ class Checked:
 
 @dataclass(frozen=True)
 class GeneratorConfig(Checked):
-    """A language model that is run here, and only generates."""
+    """A language model that runs on this machine and only generates text."""
 
     path: str = knob("embedded", "a model folder or hub name; 'embedded' makes the small model of the embedded task")
-    tokenizer: str | None = knob(None, "a tokenizer folder or hub name, where it is not the model's own", advanced=True)
-    gguf_file: str | None = knob(None, "the GGUF file in that folder, for models distributed so", advanced=True)
+    tokenizer: str | None = knob(None, "a tokenizer's folder or hub name; default: the model's own", advanced=True)
+    gguf_file: str | None = knob(None, "the GGUF file in the model's folder, for models in that format", advanced=True)
     dtype: Dtype = knob("float32", "dtype of weights and activations; the optimiser keeps float32 masters of bfloat16")
     pad_token: str | None = knob(None, "a token to pad with, for a tokenizer that names none", advanced=True)
     chat_template: str | None = knob(None, "a Jinja template (text, or a file's path) for a tokenizer without one")
@@ -113,7 +113,7 @@ class GeneratorConfig(Checked):
 
 @dataclass(frozen=True)
 class ModelConfig(GeneratorConfig):
-    """The language model that everything starts from."""
+    """The language model that all training starts from."""
 
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
 
@@ -130,10 +130,10 @@ class DataConfig(Checked):
 
     preferences: str | None = knob(None, "preference pairs, for SFT, the sequence reward model and DPO")
     preferences_format: Literal["auto", "preference", "hh", "tlcr"] = knob(
-        "auto", "how those records are written", advanced=True
+        "auto", "format of the preferences", advanced=True
     )
     edits: str | None = knob(None, "edit pairs, for the discriminator")
-    edits_format: Literal["auto", "edits", "tlcr"] = knob("auto", "how those records are written", advanced=True)
+    edits_format: Literal["auto", "edits", "tlcr"] = knob("auto", "format of the edits", advanced=True)
     prompts: str | None = knob(None, "prompts for PPO (a 'prompt' column); default: the prompts of the preferences")
     embedded_pairs: int = knob(
         2000, "pairs that the embedded task generates, when no source is named", ge=1, advanced=True
@@ -141,19 +141,19 @@ class DataConfig(Checked):
     split: str = knob("train", "the split to read, for hub datasets")
     limit: int | None = knob(None, "read at most this many records of each source", ge=1)
     held_out: float = knob(
-        0.1, "share of records, chosen by their id (by prompt, with shares), kept for evaluation", ge=0, le=0.9
+        0.1, "share of records kept for evaluation, chosen by record id (by prompt where shares is set)", ge=0, le=0.9
     )
     shares: tuple[float, ...] = knob(
         (),
-        "proportions in which the prompts of the preferences are parted among SFT, reward learning (reviser, labels, "
+        "proportions in which the prompts of the preferences are divided among SFT, reward learning (reviser, labels, "
         "discriminator, reward model, DPO) and PPO; [2, 4, 4] in the paper; default: every stage sees all",
     )
     max_prompt_tokens: int = knob(
-        256, "longer prompts lose their beginning", source="released code", unit="tokens", ge=1
+        256, "longer prompts are cut at the beginning", source="released code", unit="tokens", ge=1
     )
-    max_answer_tokens: int = knob(256, "longer answers lose their end", source="released code", unit="tokens", ge=1)
+    max_answer_tokens: int = knob(256, "longer answers are cut at the end", source="released code", unit="tokens", ge=1)
     on_malformed: Literal["skip", "raise"] = knob(
-        "raise", "a record that cannot be used: report and skip it, or stop", advanced=True
+        "raise", "report and skip a record that cannot be used, or stop", advanced=True
     )
 
     def __post_init__(self) -> None:
@@ -176,16 +176,18 @@ class DataConfig(Checked):
 class EndpointConfig(Checked):
     """A server that speaks the OpenAI chat protocol: OpenAI, a proxy, vLLM, llama.cpp, Ollama. Needs tlcr[openai]."""
 
-    model: str | None = knob(None, "the model's name there")
+    model: str | None = knob(None, "the model's name on the server")
     base_url: str | None = knob(
         None, "the server's address, such as http://localhost:8000/v1; default: OPENAI_BASE_URL, else OpenAI"
     )
     key_variable: str = knob(
-        "OPENAI_API_KEY", "environment variable that holds the API key, which never belongs in a config", advanced=True
+        "OPENAI_API_KEY",
+        "environment variable that holds the API key; never write the key into a config",
+        advanced=True,
     )
     length_field: Literal["max_tokens", "max_completion_tokens"] = knob(
         "max_tokens",
-        "how the server calls the limit of an answer; OpenAI's newer models want the second",
+        "name of the field that limits an answer's length; OpenAI's newer models need the second",
         advanced=True,
     )
     extra_body: str | None = knob(
@@ -194,9 +196,9 @@ class EndpointConfig(Checked):
     concurrency: int = knob(8, "requests under way at a time", ge=1)
     requests_per_minute: float | None = knob(None, "requests are spaced to this rate", gt=0, advanced=True)
     tokens_per_minute: float | None = knob(
-        None, "and held to this rate of tokens, prompts and full-length answers counted", gt=0, advanced=True
+        None, "limit on the rate of tokens; prompts and full-length answers count", gt=0, advanced=True
     )
-    timeout: float = knob(120.0, "a request that takes longer is given up", unit="seconds", gt=0, advanced=True)
+    timeout: float = knob(120.0, "a request that takes longer is aborted", unit="seconds", gt=0, advanced=True)
     retries: int = knob(
         6,
         "times that a request is sent again after a time-out, a broken connection, a 429 or a 5xx",
@@ -206,10 +208,10 @@ class EndpointConfig(Checked):
     prompt_price: float | None = knob(None, "price of a million prompt tokens, in any one currency", ge=0)
     answer_price: float | None = knob(None, "price of a million answer tokens, in the same currency", ge=0)
     max_cost: float | None = knob(
-        None, "no request is sent that could bring the cost above this, earlier runs on the same cache included", gt=0
+        None, "no request is sent that could raise the cost above this; earlier runs on the same cache count", gt=0
     )
     max_requests: int | None = knob(
-        None, "no more requests than this are sent, retries and earlier runs included", ge=1, advanced=True
+        None, "at most this many requests are sent; retries and earlier runs count", ge=1, advanced=True
     )
 
     def __post_init__(self) -> None:
@@ -233,47 +235,51 @@ class EndpointConfig(Checked):
                 raise ConfigError(f"EndpointConfig.extra_body is {self.extra_body}; it must be a JSON object")
 
     def lacks_key(self) -> bool:
-        """Whether there is no API key, and no server of the user's own that may do without."""
+        """Whether the API key is missing and the server is OpenAI's, which needs one."""
         return not os.environ.get(self.key_variable) and self.base_url is None and "OPENAI_BASE_URL" not in os.environ
 
 
 @dataclass(frozen=True)
 class ReviserConfig(Checked):
-    """Who minimally edits the rejected answers of data.preferences where no edits are named (docs/reviser.md)."""
+    """The reviser: makes minimal edits to rejected answers where data.edits is not set (docs/reviser.md)."""
 
     backend: Literal["none", "endpoint", "local", "files"] = knob(
-        "none", "a model behind an endpoint, a model run here, or revisions that someone else made"
+        "none", "a model on a server, a model on this machine, or finished revisions in files"
     )
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     model: GeneratorConfig = field(default_factory=GeneratorConfig)
     files: str | None = knob(None, "for 'files': a source in a format of data.edits, matched by prompt and rejected")
     answer_format: Literal["auto", "json", "marker"] = knob(
         "auto",
-        "what the model is asked for; 'auto': JSON at an endpoint, a marker line from a local model",
+        "format of the model's answer; 'auto': JSON from an endpoint, a marker line from a local model",
         advanced=True,
     )
-    temperature: float | None = knob(0.0, "sampling temperature; null leaves it to the server", ge=0)
+    temperature: float | None = knob(0.0, "sampling temperature; null: the server's default", ge=0)
     max_new_tokens: int = knob(1024, "length limit of reasoning and revision together", unit="tokens", ge=1)
     batch_size: int = knob(8, "answers that a local model generates at a time", ge=1)
     attempts: int = knob(
         1,
-        "times a model is asked, and paid, for a revision that passes the checks; above 1 wants a temperature",
+        "requests, each paid, until a revision passes the checks; above 1 needs a temperature above 0",
         ge=1,
         advanced=True,
     )
     max_changed: float = knob(
-        0.75, "a revision that changes more of the words is set aside as another answer", gt=0, le=1, advanced=True
+        0.75,
+        "a revision that changes a larger share of the words is set aside as another answer",
+        gt=0,
+        le=1,
+        advanced=True,
     )
     keep_unchanged: bool = knob(
-        False, "keep answers in which the reviser found nothing to mend: all labels neutral", advanced=True
+        False, "keep answers in which the reviser found nothing to correct; all their labels are neutral", advanced=True
     )
     on_unanswered: Literal["skip", "raise"] = knob(
         "raise",
-        "where requests failed through all retries: go on without those pairs, or stop and ask again later",
+        "when a request failed in all retries: go on without its pair, or stop, so that a later run asks again",
         advanced=True,
     )
     cache: str | None = knob(
-        None, "file that keeps every answer; default: revisions/answers.sqlite in output_dir", advanced=True
+        None, "file that stores every answer; default: revisions/answers.sqlite in output_dir", advanced=True
     )
 
     def __post_init__(self) -> None:
@@ -288,7 +294,7 @@ class ReviserConfig(Checked):
                 "that one, reads files"
             )
         if self.backend == "local" and self.temperature is None:
-            raise ConfigError("ReviserConfig.temperature is null, and a local model has no server to choose; set it")
+            raise ConfigError("ReviserConfig.temperature is null, but a local model has no server default; set it")
         if self.attempts > 1 and self.temperature == 0:
             raise ConfigError(
                 f"ReviserConfig.attempts is {self.attempts} at temperature 0, where the same question gets the same "
@@ -296,7 +302,7 @@ class ReviserConfig(Checked):
             )
 
     def decisive(self) -> dict[str, Any]:
-        """What of these settings decides the revisions: rates, caps, prices and the like do not."""
+        """The settings that decide the revisions; rates, limits and prices are not among them."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in ("cache", "batch_size", "endpoint"):
             del values[name]
@@ -305,7 +311,7 @@ class ReviserConfig(Checked):
 
 @dataclass(frozen=True)
 class LabelConfig(Checked):
-    """From edits to token labels."""
+    """How edits become token labels."""
 
     end_of_sequence: Literal["neutral", "ignore", "boundary"] = knob(
         "neutral",
@@ -386,13 +392,15 @@ class RewardConfig(Checked):
     )
     scale: float = knob(1.0, "factor on the token or sequence reward", ge=0)
     clip: float | None = knob(5.0, "bound on |scaled token reward|", source="released code", gt=0)
-    centre: bool = knob(False, "subtract the running mean of what a token earns, KL included: length pays nothing")
+    centre: bool = knob(
+        False, "subtract the running mean of a token's reward, KL included, so that length earns nothing"
+    )
     length_penalty: float = knob(0.0, "cost of every token", ge=0, advanced=True)
     missing_eos_penalty: float = knob(0.0, "cost, at the last token, of an answer cut off by the length limit", ge=0)
     sequence_coef: float = knob(0.0, "adds the sequence reward model's score, times this, at the last token", ge=0)
     terminal_clip: float | None = knob(
         None,
-        "bound on |what is paid for a whole answer at its last token|; 5 in the released code",
+        "bound on |the reward of a whole answer, paid at its last token|; 5 in the released code",
         gt=0,
         advanced=True,
     )
@@ -403,11 +411,11 @@ class RewardConfig(Checked):
     )
     compat: Literal["tlcr-official"] | None = knob(
         None,
-        "'tlcr-official': as the released code pays, with its double softmax, one action late, and the exact KL in the "
+        "'tlcr-official': rewards as in the released code: double softmax, paid one action late, the exact KL in the "
         "reward",
     )
     callable: str | None = knob(
-        None, "'package.module:function' or 'file.py:function', for kind 'callable'; runs that code"
+        None, "'package.module:function' or 'file.py:function', for kind 'callable'; the run executes that code"
     )
 
     def __post_init__(self) -> None:
@@ -441,10 +449,10 @@ class RewardConfig(Checked):
 
 @dataclass(frozen=True)
 class KLConfig(Checked):
-    """The leash to the reference model."""
+    """The KL penalty, which keeps the policy close to the reference model."""
 
     coef: float = knob(0.1, "coefficient, in reward per nat", source="released code", ge=0)
-    placement: Literal["reward", "loss"] = knob("reward", "taken off each action's reward, or added to the loss")
+    placement: Literal["reward", "loss"] = knob("reward", "subtracted from each action's reward, or added to the loss")
     estimator: Literal["k1", "k2", "k3", "full"] = knob(
         "k1",
         "k1 log-ratio, k2 half its square, k3 exp(-k1) - 1 + k1, or the exact sum over the vocabulary. 'full' belongs "
@@ -460,12 +468,12 @@ class KLConfig(Checked):
         if self.estimator == "full" and self.placement == "reward":
             raise ConfigError(
                 "KLConfig.estimator is 'full' with placement 'reward': the exact KL of a state does not depend on the "
-                "action, so as a reward it holds no action back; set placement: loss, or estimator: k1"
+                "action, so as a reward it discourages no action; set placement: loss, or estimator: k1"
             )
         if self.estimator == "k1" and self.placement == "loss":
             raise ConfigError(
                 "KLConfig.estimator is 'k1' with placement 'loss': the gradient of log p - log q is zero on average, "
-                "so it holds nothing back; set estimator to k2, k3 or full, or placement: reward"
+                "so it does not limit the KL; set estimator to k2, k3 or full, or placement: reward"
             )
         if self.target is not None and self.coef == 0:
             raise ConfigError("KLConfig.target adapts coef by factors, which leave 0 at 0; set coef above 0")
@@ -490,7 +498,9 @@ class PPOConfig(Checked):
     batch_size: int = knob(128, "answers per round, over all processes", ge=1)
     minibatch_size: int = knob(64, "answers per optimiser step, over all processes", ge=1)
     micro_batch_size: int | None = knob(
-        None, "answers per forward pass of a process, at most; default: all of its share, on a CPU 1024 tokens", ge=1
+        None,
+        "answers per forward pass of a process, at most; default: its whole share, on a CPU 1024 tokens",
+        ge=1,
     )
     epochs: int = knob(1, "passes over each round's answers", source="released code", ge=1)
     learning_rate: float = knob(1e-6, "policy learning rate", source="released code", gt=0)
@@ -505,7 +515,7 @@ class PPOConfig(Checked):
     lam: float = knob(0.95, "lambda of the advantage estimate", source="released code", ge=0, le=1)
     whiten: bool = knob(True, "advantages get zero mean and unit variance over all counted tokens of all processes")
     clip: float = knob(0.2, "the ratio is clipped at 1 - clip", source="PPO, released code", gt=0, le=1)
-    clip_high: float | None = knob(None, "and at 1 + clip_high; default: clip", gt=0, advanced=True)
+    clip_high: float | None = knob(None, "the ratio is clipped at 1 + clip_high; default: clip", gt=0, advanced=True)
     dual_clip: float | None = knob(None, "bound on the loss of negative advantages; above 1", gt=1, advanced=True)
     value_clip: float | None = knob(
         0.2, "values move at most this far from the rollout's", source="released code", gt=0, advanced=True
@@ -522,7 +532,7 @@ class PPOConfig(Checked):
         1e4, "stop, with the state saved, when a probability ratio exceeds this", gt=1, advanced=True
     )
     value_model: Literal["separate", "shared"] = knob(
-        "separate", "a backbone of its own, or a head on the policy's", source="released code"
+        "separate", "its own backbone, or a head on the policy's", source="released code"
     )
     value_init: Literal["reward_model", "discriminator", "policy"] = knob(
         "policy", "weights that a separate value model starts from (released code: reward_model)"
@@ -543,14 +553,14 @@ class EvaluationConfig(Checked):
     prompts: int = knob(256, "held-out prompts", ge=1)
     scorer: str | None = knob(
         None,
-        "'package.module:function' or 'file.py:function' from texts to scores that training never sees; the embedded "
+        "'package.module:function' or 'file.py:function', from texts to scores that training never sees; the embedded "
         "task has its own",
     )
     samples: int = knob(12, "answers kept with per-token detail for the report", ge=0)
     per: Literal["token", "answer"] | None = knob(
         None,
-        "what gold and KL are taken per where arms are compared; default: answer with a scorer, which scores whole "
-        "answers, and token on the embedded task, whose gold is a sum over words",
+        "whether arms are compared by gold and KL per token or per answer; default: answer with a scorer, which scores "
+        "whole answers, and token on the embedded task, whose gold is a sum over words",
         advanced=True,
     )
 
@@ -565,11 +575,11 @@ def _check_kl_coefs(coefs: tuple[float, ...], owner: str) -> None:
 
 @dataclass(frozen=True)
 class Arm(Checked):
-    """One policy of a comparison: a name, and what differs from the config around it."""
+    """One policy of a comparison: a name, and the settings that differ from those of the run."""
 
     name: str
     reward: RewardConfig = field(default_factory=RewardConfig)
-    kl_coefs: tuple[float, ...] = knob((), "KL coefficients of this arm; default: those of the config around it")
+    kl_coefs: tuple[float, ...] = knob((), "KL coefficients of this arm; default: those of the run")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -587,12 +597,12 @@ class RunConfig(Checked):
     seeds: tuple[int, ...] = knob((0,), "one PPO run for each seed, arm and KL coefficient")
     models_per_seed: bool = knob(
         False,
-        "each of seeds has SFT and reward models of its own, shared by its arms; else those of 'seed' serve all",
+        "train SFT and reward models for each of seeds, shared by its arms; else all seeds use those of 'seed'",
         advanced=True,
     )
     kl_coefs: tuple[float, ...] = knob((), "KL coefficients to compare every arm at; default: kl.coef alone")
-    tracker: Literal["tensorboard", "wandb", "none"] = knob("none", "also log through this tracker of accelerate")
-    parallel: int = knob(1, "PPO runs at a time, each a process of its own", ge=1)
+    tracker: Literal["tensorboard", "wandb", "none"] = knob("none", "also log to this tracker, through accelerate")
+    parallel: int = knob(1, "PPO runs at a time, each in its own process", ge=1)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reviser: ReviserConfig = field(default_factory=ReviserConfig)
@@ -606,7 +616,7 @@ class RunConfig(Checked):
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    arms: tuple[Arm, ...] = knob((), "policies to train and compare; none: one, with 'reward' as it stands")
+    arms: tuple[Arm, ...] = knob((), "policies to train and compare; none: one policy, trained on 'reward'")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -640,7 +650,7 @@ class RunConfig(Checked):
 
     @property
     def kl_estimator(self) -> Literal["k1", "k2", "k3", "full"]:
-        """The KL that PPO pays for is kl.estimator, but the exact one where the reward repeats the released code."""
+        """The estimator of the KL penalty: kl.estimator, or the exact KL where reward.compat is set."""
         return "full" if self.reward.compat is not None else self.kl.estimator
 
     def uses_reward_model(self, reward: RewardConfig) -> bool:

@@ -1,4 +1,4 @@
-"""What a comparison consists of: every arm at every KL coefficient with every seed, each a PPO run of its own."""
+"""The trials of a comparison: every arm at every KL coefficient with every seed, each a separate PPO run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Trial:
     folder: PurePosixPath
 
     def config(self, cfg: RunConfig) -> RunConfig:
-        """The config around it as this trial sees it."""
+        """The config of this trial, from that of the run."""
         kl = replace(cfg.kl, coef=self.kl_coef)
         return replace(cfg, reward=self.arm.reward, kl=kl, kl_coefs=(), arms=())
 
@@ -37,7 +37,7 @@ def arms_of(cfg: RunConfig) -> tuple[Arm, ...]:
 
 
 def trials_of(cfg: RunConfig) -> list[Trial]:
-    """Every trial; seed by seed and coefficient by coefficient, so that an early look compares like with like."""
+    """Every trial; seed by seed and coefficient by coefficient, so that early results can be compared."""
     arms = [(arm, arm.kl_coefs or cfg.kl_coefs or (cfg.kl.coef,)) for arm in arms_of(cfg)]
     return [
         Trial(arm, coefs[index], seed, folder_of(arm.name, coefs[index] if len(coefs) > 1 else None, seed))
@@ -55,6 +55,6 @@ def folder_of(arm: str, kl_coef: float | None, seed: int) -> PurePosixPath:
 
 
 def read_folder(folder: PurePosixPath) -> tuple[str, float | None, int]:
-    """The other way round: arm, KL coefficient and seed of a trial's folder."""
+    """The inverse: arm, KL coefficient and seed of a trial's folder."""
     kl_coef = float(folder.parts[1].removeprefix(KL_FOLDER)) if len(folder.parts) > 2 else None
     return folder.parts[0], kl_coef, int(folder.name.removeprefix("seed-"))

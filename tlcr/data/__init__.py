@@ -1,4 +1,4 @@
-"""Where preferences, edits and prompts come from: readers, formats, splits, token labels, the embedded task.
+"""Preferences, edits and prompts: readers, formats, splits, token labels, the embedded task.
 
-May touch all before it up to training; knows no model but the small one that the embedded task makes.
+May touch all before it up to training; uses no model except the small one of the embedded task.
 """

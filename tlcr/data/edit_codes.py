@@ -1,9 +1,9 @@
-"""The edit codes of the published TLCR data: a check of the data, and of ours against them.
+"""The edit codes of the published TLCR data: checks them, and compares our labels with them.
 
 ``rejected_token_edit`` and ``modified_token_edit`` hold one code for each token of an answer that was tokenised alone,
 without special tokens, by the authors' tokenizer: U unchanged, S substituted, D deleted (rejected side), A added
-(revised side). Labels are of tokens in context and of the tokenizer in use, so they are computed afresh; where the
-codes fit the tokenizer in use, they say whether our edit script is the published one.
+(revised side). Labels are for tokens in context and for the tokenizer in use, so they are computed anew. Where the
+codes fit the tokenizer in use, they show whether our edit script equals the published one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["check_edit_codes", "compare_edit_codes"]
 
 SIDES = (("rejected_token_edit", "USD"), ("modified_token_edit", "USA"))
 COMPARED = 1000
-"""Records compared at most: enough for a share, and little work beside the labelling itself."""
+"""Maximum number of records compared: enough for an estimate, and little work beside the labelling."""
 
 
 def check_edit_codes(values: Mapping[str, Any]) -> str | None:
@@ -45,7 +45,7 @@ def check_edit_codes(values: Mapping[str, Any]) -> str | None:
 def compare_edit_codes(
     answers: Sequence[tuple[str, str, Mapping[str, Any]]], tokenizer: PreTrainedTokenizerBase
 ) -> str | None:
-    """One line on how the codes of (rejected text, revised text, record) agree with ours; None where there are none."""
+    """One line on the agreement of the codes of (rejected text, revised text, record) with ours; None without codes."""
     coded = [answer for answer in answers if answer[2].get(SIDES[0][0]) is not None][:COMPARED]
     if not coded:
         return None

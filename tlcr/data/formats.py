@@ -1,8 +1,8 @@
-"""How preference and edit records are written, and how each becomes a ``PreferencePair`` or an ``EditPair``.
+"""The formats of preference and edit records, and their conversion to ``PreferencePair`` and ``EditPair``.
 
-Every format is a function from the values of one record to a pair as its source gives it, which takes no tokenizer;
-what cannot be used raises ``Malformed`` with the reason. ``rendered_preference`` and ``rendered_edit`` make of it what
-a model reads: the prompt complete (``tokenization.render_prompt``), and every answer as it follows its prompt.
+Every format is a function from the values of one record to a raw pair, without a tokenizer; a record that cannot be
+used raises ``Malformed`` with the reason. ``rendered_preference`` and ``rendered_edit`` turn a raw pair into the text
+that a model reads: the complete prompt (``tokenization.render_prompt``), and every answer as it follows its prompt.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ __all__ = [
 
 Values = Mapping[str, Any]
 Message = dict[str, Any]
-"""A message of a conversation: its role, its content, and whatever else a chat template may render."""
+"""A message of a conversation: its role, its content, and other fields that a chat template may render."""
 Context = str | list[Message]
-"""What comes before an answer: text, or messages that still want a chat template."""
+"""The input before an answer: text, or messages that still need a chat template."""
 Answer = str | Message
-"""An answer: its text, or its message where that holds more than a text (tool calls, reasoning)."""
+"""An answer: its text, or its message if that holds more than text (tool calls, reasoning)."""
 
 TEMPLATE_COLUMNS = ("tools", "documents", "chat_template_kwargs")
 """Columns that a chat template renders beside the messages."""
 CONTEXT_COLUMNS = ("system", "history")
-"""Columns with what was said before the prompt: a system message, and turns as [question, answer] or messages."""
+"""Columns with the turns before the prompt: a system message, and turns as [question, answer] or messages."""
 
 REVISION_MARKER = "<|Start Of Modified Response|>\n"
 """In the published TLCR data a reviser's raw text is its reasoning, this marker, and the revision."""
@@ -82,7 +82,7 @@ class Malformed(DataError):
 
 @dataclass(frozen=True)
 class RawPrompt:
-    """A prompt as its source gives it. template: what else its chat template renders (`TEMPLATE_COLUMNS`)."""
+    """A prompt as in its source. template: other values that its chat template renders (`TEMPLATE_COLUMNS`)."""
 
     prompt: Context
     template: Values = field(default_factory=dict)
@@ -90,7 +90,7 @@ class RawPrompt:
 
 @dataclass(frozen=True)
 class RawPreference:
-    """A preference pair as its source gives it; template as in `RawPrompt`."""
+    """A preference pair as in its source; template as in `RawPrompt`."""
 
     id: str
     prompt: Context
@@ -101,7 +101,7 @@ class RawPreference:
 
 @dataclass(frozen=True)
 class TextPreference:
-    """A preference pair whose answers are texts, as one who edits them needs it; template as in `RawPrompt`."""
+    """A preference pair whose answers are texts, as a reviser needs it; template as in `RawPrompt`."""
 
     id: str
     prompt: Context
@@ -112,7 +112,7 @@ class TextPreference:
 
 @dataclass(frozen=True)
 class RawEdit:
-    """An edited answer as its source gives it; template as in `RawPrompt`."""
+    """An edited answer as in its source; template as in `RawPrompt`."""
 
     id: str
     prompt: Context
@@ -124,7 +124,7 @@ class RawEdit:
 
 @dataclass(frozen=True)
 class RawMarkedAnswer:
-    """An answer with marked errors as its source gives it."""
+    """An answer with marked errors as in its source."""
 
     id: str
     prompt: Context
@@ -149,7 +149,7 @@ def rendered_edit(raw: RawEdit, tokenizer: PreTrainedTokenizerBase) -> EditPair:
 
 
 def rendered_marked_answer(raw: RawMarkedAnswer, tokenizer: PreTrainedTokenizerBase) -> MarkedAnswer:
-    """The same for an answer with marked errors, which stay where they are in its words."""
+    """The same for an answer with marked errors, whose spans still mark the same words."""
     prompt, (response,) = _rendered(raw, [raw.response], tokenizer)
     return MarkedAnswer(raw.id, prompt, response, _placed(raw.spans, raw.response, response))
 
@@ -158,13 +158,13 @@ def as_texts(pairs: Sequence[RawPreference]) -> tuple[TextPreference, ...]:
     """The pairs with answers that are texts.
 
     Args:
-        pairs: as their source gives them.
+        pairs: the raw pairs.
 
     Returns:
         The same pairs, in their order.
 
     Raises:
-        DataError: an answer holds more than a text, which only a chat template can write.
+        DataError: an answer holds more than text, which only a chat template can write.
     """
     found = []
     for pair in pairs:
@@ -178,7 +178,7 @@ def as_texts(pairs: Sequence[RawPreference]) -> tuple[TextPreference, ...]:
 
 
 def message_text(message: Message) -> str:
-    """A message in words: its content, and after it as JSON what else it holds."""
+    """A message as text: its content, then its other fields as JSON."""
     more = {name: value for name, value in message.items() if name not in ("role", "content")}
     parts = [str(message.get("content") or "").strip(), json.dumps(more, ensure_ascii=False) if more else ""]
     return " ".join(part for part in parts if part)
@@ -255,7 +255,7 @@ def tlcr_edit(id: str, values: Values) -> RawEdit:
     """The published TLCR data: ``context``, ``reject_response``, and ``response`` or ``raw_response`` with its marker.
 
     Edit codes, where the record has them, must be consistent (``check_edit_codes``). They are not the source of the
-    labels: they speak of tokens of answers that were tokenised alone, and labels are of tokens in context.
+    labels: they are for tokens of answers that were tokenised alone, and labels are for tokens in context.
 
     Args:
         id: the record's name.
@@ -284,7 +284,7 @@ def tlcr_edit(id: str, values: Values) -> RawEdit:
 
 
 def tlcr_revision(values: Values) -> str:
-    """The revised answer alone: ``response``, or what follows the marker in ``raw_response``."""
+    """The revised answer alone: ``response``, or the text after the marker in ``raw_response``."""
     if values.get("response") is not None:
         return text_field(values, "response")
     raw = text_field(values, "raw_response")
@@ -317,7 +317,7 @@ def marked_answer(id: str, values: Values) -> RawMarkedAnswer:
 
 
 def _placed(spans: Sequence[ErrorSpan], text: str, as_read: str) -> tuple[ErrorSpan, ...]:
-    """The spans of a text in the text as it is read: what stands at its beginning may change, its end never does."""
+    """The spans of a text, moved to the text that a model reads: its beginning may differ, its end is the same."""
     by = len(as_read) - len(text)
     moved = [ErrorSpan(max(0, span.start + by), span.end + by, span.label) for span in spans]
     return tuple(span for span in moved if span.start < span.end)
@@ -353,7 +353,7 @@ def prompt(values: Values) -> RawPrompt:
 
 
 def prompt_key(prompt: Context) -> str:
-    """The words of a prompt, which are the same in every source.
+    """A key of a prompt that is the same in every source.
 
     Args:
         prompt: text or messages.
@@ -398,7 +398,7 @@ def _text(value: object, what: str) -> str:
 
 
 def _answers(values: Values, names: Sequence[str]) -> tuple[Context, list[Answer]]:
-    """What comes before the answers, and each named answer.
+    """The context before the answers, and each named answer.
 
     An answer is a text; or messages that end with the assistant's, after the whole conversation or only what follows
     ``prompt``. Such conversations must share all turns but the last; a prompt that is a text is then the first user
@@ -432,7 +432,7 @@ def _answers(values: Values, names: Sequence[str]) -> tuple[Context, list[Answer
 
 
 def _earlier(values: Values) -> list[Message]:
-    """What the columns `system` and `history` say was said before the prompt."""
+    """The messages before the prompt, from the columns `system` and `history`."""
     earlier: list[Message] = []
     if values.get("system"):
         earlier.append({"role": "system", "content": _text(values["system"], "field 'system'")})
@@ -452,7 +452,7 @@ def _earlier(values: Values) -> list[Message]:
 
 
 def _after(earlier: list[Message], context: Context) -> Context:
-    """The context with what was said before it. A text becomes the user's message; a transcript gets text in front."""
+    """The context after the earlier turns. A text becomes the user's message; a transcript gets text in front."""
     if not earlier:
         return context
     if isinstance(context, list):
@@ -465,12 +465,12 @@ def _after(earlier: list[Message], context: Context) -> Context:
 
 
 def _answer(message: Message) -> Answer:
-    """The text of an answer's message, or the message itself where it holds more than its text."""
+    """The text of an answer's message, or the message itself if it holds more than text."""
     return message if set(message) - {"role", "content"} else str(message["content"])
 
 
 def _template(values: Values, context: Context) -> dict[str, Any]:
-    """What the chat template renders beside the messages; nothing of it reaches a prompt that is a text."""
+    """The other values that the chat template renders; a prompt that is a text gets none of them."""
     if isinstance(context, str):
         return {}
     found: dict[str, Any] = {}
@@ -505,7 +505,7 @@ def _conversation(prompt: object, answer: object, name: str) -> list[Message]:
 
 
 def _messages(value: object, name: str) -> list[Message]:
-    """The messages with all that they hold, but for what is null: Parquet gives every message the fields of all."""
+    """The messages with all fields that are not null: Parquet gives every message the fields of all messages."""
     if not isinstance(value, list) or not value:
         raise Malformed(f"field {name!r} is not a list of messages")
     messages: list[Message] = []
@@ -541,9 +541,9 @@ def _split_transcript(values: Values, name: str) -> tuple[str, str]:
 
 
 def _complete_transcript(prompt: str) -> tuple[str, bool]:
-    r"""An HH transcript that stops after the human's turn gets the "\n\nAssistant:" that the answer follows.
+    r"""An HH transcript that stops after the human's turn gets the "\n\nAssistant:" before the answer.
 
-    Returns the prompt and whether it was completed; every other text comes back as it is.
+    Returns the prompt and whether it was completed; any other text is unchanged.
     """
     text = "\n\n" + prompt.lstrip()
     turns = _TURN.findall(text)

@@ -1,8 +1,8 @@
-"""From edits to token labels (paper, section 3.1): what the reviser took away is negative, what it put in is positive.
+"""From edits to token labels (paper, section 3.1): removed tokens are negative, inserted tokens are positive.
 
-Alignment is over the token ids as a model meets them, prompt and answer tokenised together, and over whole answers: an
-answer that is too long is labelled first and cut afterwards, so that no token counts as deleted or added only because
-its partner was cut off. The end-of-sequence token never enters the alignment; a rule of its own labels it.
+The alignment uses the token ids that a model reads, prompt and answer tokenised together, and whole answers: an answer
+that is too long is labelled first and cut afterwards, so that no token counts as deleted or added only because its
+partner was cut off. The end-of-sequence token is not aligned; a separate rule labels it.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ EndOfSequence = Literal["neutral", "ignore", "boundary"]
 BINS = 10
 """Bins of the histogram of edited shares."""
 CHUNK = 1024
-"""Answers tokenised in one call: enough for the tokenizer's threads, little enough for memory."""
+"""Answers tokenised in one call: enough for the tokenizer's threads, few enough for memory."""
 MOSTLY_EDITED = 0.6
-"""Above this share of edited tokens there is a warning. Source: ours."""
+"""A larger share of edited tokens causes a warning. Source: ours."""
 
 
 @dataclass(frozen=True)
 class LabelStatistics:
-    """What labelling found, over all answer tokens that are kept, end-of-sequence tokens aside.
+    """Statistics of the labels, over all kept answer tokens except end-of-sequence tokens.
 
     A share is of the tokens of both sides together, and 0 where there are none.
     """
@@ -51,14 +51,14 @@ class LabelStatistics:
     edited_share: float
     """negative_share + positive_share."""
     unedited_pairs: int
-    """Pairs none of whose kept tokens was edited."""
+    """Pairs without an edited token among the kept ones."""
     truncated_pairs: int
     """Pairs of which at least one side was cut at the length limit."""
     edited_share_histogram: tuple[int, ...]
     """Pairs by their own edited share, in the ten bins [0, .1), [.1, .2), ... [.9, 1]."""
 
     def summary(self) -> str:
-        """One line for people."""
+        """A summary in one line."""
         return (
             f"{self.pairs} pairs, {self.rejected_tokens} + {self.revised_tokens} tokens, {self.edited_share:.1%} "
             f"edited ({self.negative_share:.1%} negative, {self.positive_share:.1%} positive); "
@@ -76,13 +76,14 @@ def label_pair(
 ) -> LabelledPair:
     """Label every token of a rejected answer and of its revision: see ``ops.token_labels`` for the edit script.
 
-    Every token counts but, under "ignore", the end of sequence. Its label is neutral under "neutral". Under "boundary"
-    it says whether the reviser moved the end: let the tail of a side be its tokens after the last one that the edit
-    kept. Where the two tails are equally long, tokens were at most replaced one for one, the answer ends where it did,
-    and both ends are neutral. Where they differ, the rejected answer's end is negative and the revision's is positive.
+    Every token counts except, under "ignore", the end of sequence. Its label is neutral under "neutral". Under
+    "boundary" it says whether the reviser moved the end: let the tail of a side be its tokens after the last one that
+    the edit kept. Where the two tails are equally long, tokens were at most replaced one for one, the answer ends where
+    it did, and both ends are neutral. Where they differ, the rejected answer's end is negative and the revision's is
+    positive.
 
     A side that is longer than ``max_answer_tokens``, its end of sequence included, keeps that many tokens with the
-    labels that they have in the whole edit; what was cut, the end of sequence among it, is neither there nor counted.
+    labels that they have in the whole edit; cut tokens, the end of sequence included, are removed and not counted.
 
     Args:
         pair: the edit.
@@ -109,7 +110,7 @@ def label_pair(
 def label_pairs(
     pairs: Iterable[EditPair], tokenizer: PreTrainedTokenizerBase, data: DataConfig, labels: LabelConfig
 ) -> tuple[list[LabelledPair], LabelStatistics]:
-    """``label_pair`` for a whole corpus, with its statistics; warns where so much was edited that little is neutral."""
+    """``label_pair`` for a whole corpus, with its statistics; warns where most tokens were edited."""
     pairs = list(pairs)
     labelled: list[LabelledPair] = []
     for first in range(0, len(pairs), CHUNK):
@@ -143,11 +144,11 @@ def write_labels(path: str | Path, pairs: Iterable[LabelledPair], tokenizer: Pre
     """Write labelled pairs as JSON lines: for each side its tokens' text, ids, labels by name, and which of them count.
 
     One line holds {"id", "prompt", "rejected": {"tokens", "ids", "labels", "counted", "complete"}, "revised": {...}};
-    the prompt is the rejected side's, as far as it was kept.
+    the prompt is the kept part of the rejected side's prompt.
 
     Args:
         path: the file to write.
-        pairs: what to write.
+        pairs: the labelled pairs.
         tokenizer: turns ids to text.
     """
     lines = (
@@ -190,7 +191,7 @@ def _label(
     )
     labelled = []
     for pair, rejected, revised in zip(pairs, sides[: len(pairs)], sides[len(pairs) :], strict=True):
-        # Whole answers end with the end of sequence, which stays outside the alignment.
+        # Whole answers end with the end of sequence, which is not aligned.
         rejected_labels, revised_labels = ops.token_labels(rejected.answer_ids[:-1], revised.answer_ids[:-1])
         moved = end_of_sequence == "boundary" and _edited_tail(rejected_labels) != _edited_tail(revised_labels)
         rejected_end = TokenLabel.NEGATIVE if moved else TokenLabel.NEUTRAL
@@ -247,7 +248,7 @@ def _statistics(pairs: Sequence[LabelledPair]) -> LabelStatistics:
             edited += sum(label != TokenLabel.NEUTRAL for label in content)
         unedited += edited == 0
         truncated += not (pair.rejected.encoded.complete and pair.revised.encoded.complete)
-        # In whole numbers: 3 / 10 of ten bins is bin 3, where floating point would say 2.999...
+        # Integer arithmetic: the share 3 / 10 belongs in bin 3, where floating point would give 2.999...
         histogram[min(BINS - 1, edited * BINS // max(1, total))] += 1
     total = max(1, sum(tokens.values()))
     negative, positive = counts[TokenLabel.NEGATIVE], counts[TokenLabel.POSITIVE]

@@ -1,7 +1,7 @@
-"""Edit records out of two texts of which one is an edit of the other: the prompt is how both begin.
+"""Makes edit records from a text and its edit: the prompt is their common beginning.
 
-Corpora of edits often have no prompt: a person rewrote a whole review or comment. Their first words in common serve as
-one, and the policy continues them.
+Corpora of edits often have no prompt: a person rewrote a whole review or comment. The first words that both texts share
+serve as the prompt, and the policy continues them.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import re
 def shared_opening(first: str, second: str, *, at_most: int, at_least: int) -> str | None:
     """The first whole words that two texts share.
 
-    Both texts go on after it, and with the same white space, so that the prompt is the same text before either answer.
+    Both texts continue after it with the same white space, so that both answers have the same prompt text.
 
     Args:
         first: one text.
         second: the other.
-        at_most: words of the opening at most.
-        at_least: words of the opening at least.
+        at_most: maximum number of words in the opening.
+        at_least: minimum number of words in the opening.
 
     Returns:
         The opening; None where it would be shorter than ``at_least`` words.
@@ -39,8 +39,8 @@ def edit_record(id: str, rejected: str, revised: str, *, at_most: int, at_least:
         id: the record's name.
         rejected: the whole text before the edit.
         revised: the whole text after it.
-        at_most: words of the opening at most.
-        at_least: words of the opening at least.
+        at_most: maximum number of words in the opening.
+        at_least: minimum number of words in the opening.
 
     Returns:
         The record, whose ``chosen`` is the revision too; None where the opening is too short or nothing was edited.

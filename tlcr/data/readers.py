@@ -1,7 +1,7 @@
 """Preferences, edits, prompts and marked answers from files, folders and hub datasets, as typed records.
 
-Every record is either returned or reported with its file, row and reason; ``DataConfig.on_malformed`` says whether a
-report stops the run.
+Every record is either returned or reported with its file, row and reason; ``DataConfig.on_malformed`` decides whether
+a report stops the run.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ REPORTED = 20
 """Malformed records that are logged one by one; ``ReadResult.malformed`` has them all."""
 
 LOOKED_AT = 200
-"""Records, the first ones, whose prompts are tokenised alone too, to see whether a rollout meets other tokens."""
+"""Number of first records whose prompts are also tokenised alone, to test whether a rollout gets other tokens."""
 
 ANSWERS = ("chosen", "rejected", "revised")
 """Columns that hold answers in the formats that join texts."""
@@ -83,7 +83,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("rejected_token_edit", "modified_token_edit"),
     ),
 }
-"""What each format reads; a note names the others."""
+"""Columns that each format reads; a note names the others."""
 
 
 @dataclass(frozen=True)
@@ -102,19 +102,19 @@ class MalformedRecord:
 
 @dataclass(frozen=True)
 class ReadResult(Generic[T]):
-    """What a source held: the records that can be used, in its order, and those that cannot."""
+    """The records of a source, in its order: usable ones, and malformed ones."""
 
     source: str
     format: str
     records: tuple[T, ...]
     prompt_keys: tuple[str, ...] = ()
-    """For each record the words of its prompt (``formats.prompt_key``)."""
+    """For each record the key of its prompt (``formats.prompt_key``)."""
     malformed: tuple[MalformedRecord, ...] = ()
     notes: tuple[str, ...] = ()
-    """What else a reader of the numbers should know, one line each."""
+    """Further remarks, one line each."""
 
     def summary(self) -> str:
-        """One line for people."""
+        """A summary in one line."""
         skipped = f", {len(self.malformed)} malformed and skipped" if self.malformed else ""
         return "; ".join((f"{self.source} ({self.format}): {len(self.records)} records{skipped}", *self.notes))
 
@@ -122,14 +122,14 @@ class ReadResult(Generic[T]):
 def read_preferences(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadResult[PreferencePair]:
     """``cfg.preferences`` as preference pairs.
 
-    The columns tell the formats apart, where ``cfg.preferences_format`` is "auto":
+    Where ``cfg.preferences_format`` is "auto", the columns decide the format:
 
     - preference: ``prompt``, ``chosen``, ``rejected`` as texts or messages; conversations may hold the prompt
       themselves.
     - hh: ``chosen`` and ``rejected`` as transcripts.
     - tlcr: ``context``, ``chosen_response``, ``reject_response``.
 
-    An ``id`` column names the records; else the file and row do.
+    An ``id`` column names the records; without one, file and row do.
 
     Args:
         cfg: source, format, and what to do with a malformed record.
@@ -139,8 +139,8 @@ def read_preferences(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rea
         The pairs, and the records that could not be used.
 
     Raises:
-        ConfigError: no source is set, or its conversations meet a tokenizer without a chat template.
-        DataError: the source cannot be read, no record can be used, or one is malformed and that is fatal.
+        ConfigError: no source is set, or it holds conversations and the tokenizer has no chat template.
+        DataError: the source cannot be read, no record can be used, or a malformed one stops the run.
     """
     table = _preference_table(cfg)
     read, _ = _convert(table, PREFERENCE_FORMATS[table.format], lambda raw: rendered_preference(raw, tokenizer), cfg)
@@ -151,12 +151,12 @@ def read_preferences(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rea
 def read_edits(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadResult[EditPair]:
     """``cfg.edits`` as edit pairs.
 
-    The columns tell the formats apart, where ``cfg.edits_format`` is "auto":
+    Where ``cfg.edits_format`` is "auto", the columns decide the format:
 
     - edits: ``prompt``, ``rejected``, ``revised`` and perhaps ``chosen``, as texts or messages.
     - tlcr: the published data, ``context``, ``reject_response``, and ``response`` or ``raw_response``.
 
-    A revision that changes nothing is kept, and noted: it says that the rejected answer has nothing to mend.
+    A revision that changes nothing is kept, with a note: the rejected answer needs no correction.
 
     Args:
         cfg: source, format, and what to do with a malformed record.
@@ -185,7 +185,7 @@ def read_edits(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadResul
 
 
 def read_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadResult[str]:
-    """``cfg.prompts`` (or the prompts of ``cfg.preferences``, where it is not set) as complete prompts, each once.
+    """``cfg.prompts`` (if it is not set, the prompts of ``cfg.preferences``) as complete prompts without repetition.
 
     A source has a ``prompt`` column of texts or messages, or is in a format of ``read_preferences``.
 
@@ -224,7 +224,7 @@ def read_marked_answers(source: str, cfg: DataConfig, tokenizer: PreTrainedToken
         ConfigError: as ``read_preferences``.
         DataError: as ``read_preferences``.
     """
-    rows = read_rows(source, split=cfg.split, limit=None)  # as they are: offsets count the characters that are there
+    rows = read_rows(source, split=cfg.split, limit=None)  # without repairs: offsets count the original characters
     columns = _columns(rows)
     if not columns >= {"prompt", "response", "spans"}:
         raise _unknown_columns(source, columns, ["prompt, response, spans (a list of {'start', 'end', 'label'})"])
@@ -235,7 +235,7 @@ def read_marked_answers(source: str, cfg: DataConfig, tokenizer: PreTrainedToken
 
 
 def read_raw_preferences(cfg: DataConfig) -> ReadResult[RawPreference]:
-    """``cfg.preferences`` as the source gives them, for whoever reads them without the policy's tokenizer.
+    """``cfg.preferences`` as in their source, for use without the policy's tokenizer.
 
     Args:
         cfg: source, format, and what to do with a malformed record.
@@ -253,7 +253,7 @@ def read_raw_preferences(cfg: DataConfig) -> ReadResult[RawPreference]:
 
 
 def read_raw_edits(cfg: DataConfig) -> ReadResult[RawEdit]:
-    """``cfg.edits`` as the source gives them.
+    """``cfg.edits`` as in their source.
 
     Args:
         cfg: source, format, and what to do with a malformed record.
@@ -271,7 +271,7 @@ def read_raw_edits(cfg: DataConfig) -> ReadResult[RawEdit]:
 
 
 def read_raw_prompts(cfg: DataConfig) -> ReadResult[RawPrompt]:
-    """``cfg.prompts`` (or the prompts of ``cfg.preferences``) as the source gives them, repeated ones too.
+    """``cfg.prompts`` (or the prompts of ``cfg.preferences``) as in their source, with repetitions.
 
     Args:
         cfg: source, format, and what to do with a malformed record.
@@ -304,7 +304,7 @@ def _id(row: Row) -> str:
 
 
 class _Table(NamedTuple):
-    """A source's rows as a format reads them, and what was found on the way."""
+    """A source's repaired rows, their format, and notes."""
 
     source: str
     rows: Sequence[Row]
@@ -315,7 +315,7 @@ class _Table(NamedTuple):
 def _convert(
     table: _Table, read: Callable[[str, Values], RawT], render: Callable[[RawT], T], cfg: DataConfig
 ) -> tuple[ReadResult[T], list[Row]]:
-    """The records, what is malformed, and the rows that the records came from."""
+    """The records, the malformed ones, and the rows of the records."""
     source, rows = table.source, table.rows
     records, keys, malformed, used = [], [], [], []
     for row in rows:
@@ -357,7 +357,7 @@ def _columns(rows: Sequence[Row]) -> set[str]:
 
 
 def _table(source: str, cfg: DataConfig, format_of: Callable[[Sequence[Row]], str]) -> _Table:
-    """The rows of a source, put right, their format, and a note for each repair and for what is not read."""
+    """The repaired rows of a source, their format, and a note for each repair and for unread columns."""
     rows, notes = repaired(read_rows(source, split=cfg.split, limit=cfg.limit), ANSWERS)
     format = format_of(rows)
     return _Table(source, rows, format, (*notes, *columns_left_out(rows, COLUMNS[format])))
@@ -369,7 +369,7 @@ def _preference_table(cfg: DataConfig) -> _Table:
 
 
 def _prompt_table(cfg: DataConfig) -> tuple[_Table, Callable[[str, Values], RawPrompt]]:
-    """The source of prompts, and what reads one of its records."""
+    """The source of prompts, and the function that reads one of its records."""
     source = _required(cfg.prompts or cfg.preferences, "prompts")
 
     def format_of(rows: Sequence[Row]) -> str:
@@ -428,14 +428,14 @@ def _unknown_columns(source: str, columns: Iterable[str], wanted: Sequence[str])
 
 
 def _joins(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Notes on where prompt and answer meet, of (prompt, answer)."""
+    """Notes on the boundary between prompt and answer, from (prompt, answer) pairs."""
     return (*_glued(texts), *_straddled(texts, tokenizer))
 
 
 def _straddled(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """A note where a token holds the prompt's end and the answer's beginning: a rollout has the prompt alone."""
+    """A note where one token holds the prompt's end and the answer's beginning: in a rollout the prompt is alone."""
     if not tokenizer.is_fast:
-        return ()  # whoever encodes answers refuses it, and says why
+        return ()  # encode_answers raises for such a tokenizer
     some = [(prompt, answer) for prompt, answer in texts[:LOOKED_AT] if prompt]
     prompts, answers = [prompt for prompt, _ in some], [answer for _, answer in some]
     together = encode_answers(
@@ -458,7 +458,7 @@ def _straddled(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerB
 
 
 def _glued(texts: Sequence[tuple[str, str]]) -> tuple[str, ...]:
-    """A note where answers run on inside the prompt's last word, which is never meant."""
+    """A note where answers continue the prompt's last word, which is always a mistake."""
     glued = [text for text in texts if re.fullmatch("[A-Za-z0-9]{2}", text[0][-1:] + text[1][:1])]
     if not glued:
         return ()

@@ -1,7 +1,7 @@
-"""What records suffer on their way through other programs, put right before any format reads them.
+"""Repairs damage that other programs did to records, before a format reads them.
 
-A conversation that became a string, Windows line ends, answers that repeat their prompt, columns that nothing here
-reads: each is counted and said once, with an example, so that nothing is changed or left out in silence. Source: ours.
+Conversations stored as strings, Windows line ends, answers that repeat their prompt, columns that nothing reads: each
+is counted and reported once, with an example, so that nothing is changed or left out silently. Source: ours.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ SHOWN = 40
 
 
 def repaired(rows: Sequence[Row], answers: Collection[str]) -> tuple[list[Row], tuple[str, ...]]:
-    """The rows as their formats want them, and a note for each kind of repair.
+    """The repaired rows, and a note for each kind of repair.
 
     Args:
-        rows: as they were read; those with a problem come back as they are.
-        answers: the columns that hold answers, whichever of them a row has.
+        rows: the rows as read; rows with a problem are not changed.
+        answers: the columns that may hold answers.
 
     Returns:
         The rows, in their order, and the notes.
@@ -39,7 +39,7 @@ def repaired(rows: Sequence[Row], answers: Collection[str]) -> tuple[list[Row], 
         notes += _note(rows, changed, what)
         rows = changed
     bare = [row if row.problem else replace(row, values=_without_prompt(row.values, answers)) for row in rows]
-    # A short prompt may begin an answer by chance: a source repeats its prompts in all of its records, or in none.
+    # A short prompt may begin an answer by chance, so prompts are removed only if all records repeat them.
     if all(new is not old and new.values != old.values for old, new in zip(rows, bare, strict=True) if not old.problem):
         notes += _note(rows, bare, "repeat the prompt at the beginning of their answers, where it is taken off")
         rows = bare
@@ -47,7 +47,7 @@ def repaired(rows: Sequence[Row], answers: Collection[str]) -> tuple[list[Row], 
 
 
 def columns_left_out(rows: Sequence[Row], read: Collection[str]) -> tuple[str, ...]:
-    """A note that names the columns which hold something and are not among those that are `read`."""
+    """A note that names the columns that are not empty and not in `read`."""
     found: dict[str, Any] = {}
     for row in rows:
         for name, value in row.values.items():
@@ -79,7 +79,7 @@ def _shown(value: object) -> str:
 
 
 def _unpacked(value: Any) -> Any:
-    """The messages that a text is the JSON or the Python notation of; every other value as it is."""
+    """The messages in a text that is JSON or a Python literal; any other value is unchanged."""
     if not isinstance(value, str) or not value.lstrip().startswith("[") or "role" not in value:
         return value
     for parse in (json.loads, ast.literal_eval):
@@ -103,7 +103,7 @@ def _with_plain_line_ends(value: Any) -> Any:
 
 
 def _without_prompt(values: Mapping[str, Any], answers: Collection[str]) -> Mapping[str, Any]:
-    """The values with answers that no longer begin with the prompt's text; as they are, unless all answers do."""
+    """The values with the prompt removed from the answers; unchanged unless all answers begin with it."""
     prompt = values.get("prompt")
     found = {name: values[name] for name in answers if values.get(name) is not None}
     if not isinstance(prompt, str) or not prompt.strip() or not found:

@@ -1,8 +1,8 @@
-"""Rows from a local file, a folder or a hub dataset, each with the place it came from.
+"""Rows from a local file, a folder or a hub dataset, each with its place in the source.
 
-Text files are read by the standard library's json and csv, which know the line they are at and keep every value as it
-was written; Parquet, Arrow, folders and hub names by ``datasets``. Only hub datasets are cached; local sources are read
-where they lie, and nothing is downloaded for them.
+Text files are read by the standard library's json and csv, which know line numbers and keep every value as written;
+Parquet, Arrow, folders and hub names by ``datasets``. Only hub datasets are cached; local sources are read in place,
+without any download.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ SUFFIXES = (*JSON_SUFFIXES, *SEPARATORS, *BUILDERS)
 
 @dataclass(frozen=True)
 class Row:
-    """One record as it was read. ``number`` counts records from 1; ``line`` is the record's line in a text file.
+    """One record as read. ``number`` counts records from 1; ``line`` is the record's line in a text file.
 
-    ``problem`` says why there are no values, where the record itself could not be read.
+    ``problem`` is the reason why the record could not be read and has no values.
     """
 
     file: str
@@ -60,13 +60,13 @@ def read_rows(source: str, *, split: str, limit: int | None) -> list[Row]:
     Args:
         source: a path, or "owner/name:configuration".
         split: for folders and hub datasets.
-        limit: read so many records, the first ones; None: all.
+        limit: read only this many first records; None: all.
 
     Returns:
-        The records, each with its place.
+        The records with their places.
 
     Raises:
-        DataError: nothing is there under that name, it is empty or damaged, or its kind is not known.
+        DataError: the source does not exist, is empty or damaged, or is of an unknown kind.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -115,7 +115,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
 
 
 def _open_text(path: Path) -> IO[str]:
-    # utf-8-sig: a byte-order mark, which spreadsheets write, would become part of the first column's name.
+    # utf-8-sig: otherwise a byte-order mark, which spreadsheets write, would be part of the first column's name.
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
     return path.open(encoding="utf-8-sig", newline="")
@@ -187,7 +187,7 @@ def _table_rows(path: Path, file: IO[str], separator: str) -> Iterator[Row]:
 
 
 def _dataset_rows(source: str, load: Callable[[str], Any], limit: int | None = None) -> list[Row]:
-    """Rows of what ``load`` opens, given a folder for its cache that lasts as long as the reading."""
+    """Rows of what ``load`` opens, with a cache folder that is deleted after reading."""
     try:
         with _quiet_datasets(), TemporaryDirectory() as cache:
             found = islice(_undecoded(load(cache)), limit)
@@ -204,7 +204,7 @@ def _dataset_rows(source: str, load: Callable[[str], Any], limit: int | None = N
 
 
 def _undecoded(data: Any) -> Any:
-    """The data set with its images, sounds and videos as they are stored: no text needs them, nor what decodes them."""
+    """The data set without decoding of images, sounds and videos: tlcr reads only text and needs no decoders."""
     for name, feature in (data.features or {}).items():
         if hasattr(feature, "decode"):
             data = data.cast_column(name, type(feature)(decode=False))
@@ -226,7 +226,7 @@ def _open_folder(path: Path, split: str, cache: str) -> Any:
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """No progress bars and no log lines: what goes wrong is raised and reported here."""
+    """Switches off progress bars and log lines of ``datasets``: tlcr reports its errors."""
     verbosity, bars_were_off = datasets.utils.logging.get_verbosity(), datasets.are_progress_bars_disabled()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     datasets.disable_progress_bars()
@@ -249,7 +249,7 @@ def _looks_like_a_path(source: str) -> bool:
 
 
 def _nearest(path: Path) -> str:
-    """ " (nearest name: ...)", where the folder that is named holds something alike."""
+    """ " (nearest name: ...)", if the folder holds a similar name."""
     if not path.parent.is_dir():
         return ""
     names = difflib.get_close_matches(path.name, sorted(entry.name for entry in path.parent.iterdir()), n=1)

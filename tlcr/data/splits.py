@@ -1,7 +1,7 @@
-"""Which records a stage trains on, which are held out, and which stage gets which: by hashes, never by order or chance.
+"""Assigns records to stages, and to training or evaluation, by hashes, never by order or at random.
 
-A hash moves no record when data are added, reordered or read on another machine, and it is the same for every seed: a
-revision is paid for once, and the seeds of a comparison differ in nothing but luck.
+With hashes no record changes its side when data are added, reordered or read on another machine. The assignment is the
+same for every seed: each revision is paid only once, and the seeds of a comparison share their data.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Split(Generic[T]):
 
 @dataclass(frozen=True)
 class Part:
-    """What a stage gets of a source: records, the different prompts among them, and how many of these are held out."""
+    """A stage's part of a source: records, their different prompts, and how many of these are held out."""
 
     records: int
     prompts: int
@@ -54,7 +54,7 @@ class Part:
 
 @dataclass(frozen=True)
 class ShareStatistics:
-    """How ``shares`` part the prompts. ``stages``: for each stage and each source that it reads, its part."""
+    """How ``shares`` divide the prompts. ``stages``: for each stage and each source that it reads, its part."""
 
     shares: tuple[float, ...]
     prompts: int
@@ -68,7 +68,7 @@ class ShareStatistics:
                 raise nothing_left(stage, self.shares, " and ".join(f"the {name}" for name in sources))
 
     def summary(self) -> str:
-        """One line for people."""
+        """A summary in one line."""
         parts = [
             f"{stage} {part.prompts} of the {name} ({part.prompts / self.prompts:.1%}, {part.held_out} held out)"
             for stage, sources in self.stages.items()
@@ -82,8 +82,8 @@ class ShareStatistics:
 class Shares:
     """Which stage each prompt is for; without ``shares``, every prompt is for every stage.
 
-    A prompt that stands in a source of one stage's own (``own``) is that stage's. Any other is assigned by bytes 8 to
-    15 of the SHA-256 of its key (``formats.prompt_key``), read as a fraction of 1: SFT gets those below
+    A prompt in a source that is named for one stage (``own``) belongs to that stage. Any other is assigned by bytes 8
+    to 15 of the SHA-256 of its key (``formats.prompt_key``), read as a fraction of 1: SFT gets those below
     shares[0] / sum(shares), reward learning those from there to (shares[0] + shares[1]) / sum(shares), PPO the rest.
     """
 
@@ -91,7 +91,7 @@ class Shares:
     own: Mapping[str, Stage] = field(default_factory=dict)
 
     def stage_of(self, prompt_key: str) -> Stage:
-        """The one stage that may see this prompt. Only where there are shares."""
+        """The stage that may see this prompt. Only with shares."""
         if prompt_key in self.own:
             return self.own[prompt_key]
         ends = list(accumulate(self.shares))
@@ -99,7 +99,7 @@ class Shares:
         return next(stage for stage, end in zip(STAGES, ends, strict=True) if fraction < end / ends[-1])
 
     def of(self, stage: Stage, read: ReadResult[T]) -> ReadResult[T]:
-        """The records of a source that this stage may see, those to be held out among them."""
+        """The records of a source that this stage may see, held-out ones included."""
         if not self.shares:
             return read
         mine = [self.stage_of(key) == stage for key in read.prompt_keys]
@@ -108,9 +108,9 @@ class Shares:
         )
 
     def split(self, stage: Stage, read: ReadResult[T], held_out: float) -> Split[T]:
-        """The records of a stage, parted in records to train on and held-out ones.
+        """The records of a stage, split into training and held-out records.
 
-        Where there are shares, prompts decide: a prompt that is held out from one stage is held out from all. Else the
+        With shares, prompts decide: a prompt that is held out from one stage is held out from all. Without, the
         records' ids decide.
 
         Args:
@@ -125,7 +125,7 @@ class Shares:
         return split_held_out(part.records, held_out, names=part.prompt_keys if self.shares else None)
 
     def statistics(self, reads: Mapping[Stage, Mapping[str, ReadResult[Any]]], held_out: float) -> ShareStatistics:
-        """What each stage gets of each source that it reads. Only where there are shares."""
+        """Each stage's part of each source that it reads. Only with shares."""
         keys = {key for sources in reads.values() for read in sources.values() for key in read.prompt_keys}
         stages = {
             stage: {name: self._part(stage, read, held_out) for name, read in sources.items()}
@@ -140,10 +140,10 @@ class Shares:
 
 
 def read_shares(cfg: DataConfig) -> Shares:
-    """The shares that ``cfg`` asks for.
+    """The shares of ``cfg``.
 
-    A source that was named for one stage keeps its prompts for it: those of ``cfg.edits`` for reward learning, and
-    those of ``cfg.prompts`` that are not among them for PPO.
+    A source that is named for one stage keeps its prompts for that stage: those of ``cfg.edits`` for reward learning,
+    and those of ``cfg.prompts`` that are not among them for PPO.
 
     Args:
         cfg: the shares and the sources.
@@ -174,16 +174,16 @@ def nothing_left(stage: Stage, shares: Sequence[float], source: str) -> ConfigEr
 
 
 def split_held_out(records: Sequence[T], share: float, *, names: Sequence[str] | None = None) -> Split[T]:
-    """Training and held-out records; a record's side depends on its name and the share alone.
+    """Training and held-out records; a record's side depends only on its name and the share.
 
-    A record is held out where bytes 0 to 7 of the SHA-256 of its name, read as a fraction of 1, are below ``share``. Of
-    two or more names and a share above 0, that of the lowest fraction is held out and that of the highest is not,
-    whatever the share. Records of one name stay together.
+    A record is held out where bytes 0 to 7 of the SHA-256 of its name, read as a fraction of 1, are below ``share``.
+    With two or more names and any share above 0, the name of the lowest fraction is held out, and that of the highest
+    is not. Records of one name stay together.
 
     Args:
-        records: what to part.
+        records: the records to split.
         share: share of the names to hold out, in [0, 1).
-        names: what decides for each record; None: its id, or for a text the text itself.
+        names: the name of each record; None: its id, or for a text the text itself.
 
     Returns:
         Training and held-out records, in their order.

@@ -1,4 +1,4 @@
-"""How good a policy or a discriminator is: metrics, analyses, and intervals by bootstrap.
+"""Evaluation of policies and discriminators: metrics, analyses, and intervals by bootstrap.
 
 May touch all before it up to models; trains nothing.
 """

@@ -1,6 +1,6 @@
 """Intervals for figures of tokens that come in groups.
 
-The tokens of one pair, or of one answer, resemble each other: an interval that took them for independent would be far
+The tokens of one pair, or of one answer, resemble each other: an interval that assumed independence would be far
 too short. So whole groups are drawn with replacement, and a figure is computed again for each draw (Efron and
 Tibshirani 1993, chapter 8). Draws are seeded: the same data give the same interval.
 """
@@ -30,9 +30,9 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, the percentile interval of the bootstrap over groups (95 %), and how many groups it rests on.
+    """A figure, its percentile interval of the bootstrap over groups (95 %), and the number of groups.
 
-    interval: None where there is none to be had: a single group, or draws for which the figure is not defined.
+    interval: None where it is not defined: for a single group, or if the figure of a draw is not defined.
     """
 
     value: float
@@ -55,7 +55,7 @@ def estimate(
 
 
 def mean_estimate(values_N: npt.ArrayLike, group_N: npt.ArrayLike) -> Estimate | None:
-    """The mean of values that belong to groups, every value weighing the same.
+    """The mean of values that belong to groups, all values with equal weight.
 
     Args:
         values_N: (N,) numbers.

@@ -2,7 +2,7 @@
 
 Everything here takes labels and rewards of tokens that a model has scored already; no model runs. A reward is
 p(positive) - p(negative) at the calibrated temperature. It is right about an edited token where its sign is that of the
-label: below 0 for what the reviser took away, above 0 for what it put in. Intervals are over pairs (bootstrap.py).
+label: below 0 for removed tokens, above 0 for inserted ones. Intervals are over pairs (bootstrap.py).
 
 Axes: N counted tokens of all answers, in the order of `predict_tokens`; K tokens that an edit kept.
 """
@@ -59,7 +59,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class TokenPlace:
-    """What an edit did to one token, and where the token stands among those that it kept.
+    """What an edit did to one token, and the token's position among the kept ones.
 
     kept: its number among the kept tokens, counted from 0; the same on both sides. distance: from a kept token to the
     last edit before it, counted in kept tokens (1: right after it); where nothing before it was edited, minus the

@@ -1,10 +1,10 @@
-"""How good a discriminator is, and how far its confidence can be taken at its word.
+"""Metrics and calibration of a discriminator.
 
 Everything here takes logits and labels of counted tokens (`TokenPredictions`); no model runs.
 
-Calibration is about what the reward stands for. The confidence of a token is s = (reward + 1) / 2, which is p(positive)
+Calibration concerns the meaning of the reward. The confidence of a token is s = (reward + 1) / 2, which is p(positive)
 for two classes, and its target is (label + 1) / 2: 1 for positive, 0.5 for neutral, 0 for negative. A discriminator is
-calibrated where E[target | s] = s, that is, where the reward is the mean label of the tokens that look alike to it
+calibrated where E[target | s] = s, that is, where the reward is the mean label of the tokens that get the same score
 (ours; it is what the soft targets of the paper aim at). It is measured over the tokens that the loss was trained on:
 all counted ones, or for hard targets the edited ones, where s means P(positive | edited).
 """

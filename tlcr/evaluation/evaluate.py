@@ -1,7 +1,7 @@
-"""How good a policy is: answers to held-out prompts, scored by what training never saw, and their cost in KL.
+"""Evaluates a policy: answers to held-out prompts, scored by a scorer that training never sees, and their KL.
 
-This stage knows neither how answers are sampled nor how they are scored: both come as functions, so that a run on one
-process and one on many, or a sampler of another kind, are evaluated by the same arithmetic.
+Sampling and scoring are passed as functions, so that the same arithmetic evaluates a run on one process, a run on
+several, or another sampler.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MEASURES = (
 
 @dataclass(frozen=True)
 class TokenDetail:
-    """What the arm's reward says of every action of a rollout, (B, T), all without KL.
+    """The arm's reward of every action of a rollout, (B, T), all without KL.
 
     proxy_BT: the reward as its source and `reward.scale` make it. rewards_BT: the same, centred where the arm's is.
     advantages_BT: the advantage under the latter.
@@ -152,7 +152,7 @@ def evaluate_policy(
         prompts: complete texts.
         tokenizer: the policy's tokenizer.
         generate: samples one answer for each prompt, at the sampling temperature and from a generator of fixed seed, so
-            that two policies meet the same luck.
+            that two policies get the same random numbers.
         score: log-probabilities of policy and reference, values and entropies of a rollout, with the exact KL where it
             is wanted.
         scorer: gives whole answers their gold; None where there is none.

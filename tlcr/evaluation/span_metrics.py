@@ -122,7 +122,7 @@ def evaluate_spans(
 ) -> SpanEvaluation:
     """Figures over all tokens, with intervals over answers. A token is called an error where its score is above a cut.
 
-    - share: of the tokens, those that are errors: the average precision of a score that knows nothing.
+    - share: of the tokens, those that are errors: the average precision of a random score.
     - auc, average_precision: does the score put errors before the other tokens? As in scikit-learn.
     - precision, recall, f1: at the cut 0, where a reward changes its sign. precision_at_threshold and so on: at
       ``threshold``.

@@ -1,7 +1,7 @@
 """One PPO run of a comparison: its models, its reward, training, and evaluation before and after.
 
-An arm is a reward and a KL coefficient; everything else it shares with the other arms of its run, so that what differs
-in the results is the reward.
+An arm is a reward and a KL coefficient; all other settings are the same in all arms of a run, so that
+the results differ only because of the reward.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def train_arm(run: RunFolder, trial: Trial) -> None:
 
 
 def evaluate_arm(run: RunFolder, trial: Trial) -> None:
-    """Evaluates a trained policy again, by the evaluation settings of today."""
+    """Evaluates a trained policy again, with the current evaluation settings."""
     cfg, folder = trial.config(run.cfg), run.trial_folder(trial)
     frozen, reference = load_frozen_models(run, cfg), load_reference(run)
     evaluation = _Evaluation(run, cfg, frozen, reference, trial.seed)
@@ -50,11 +50,11 @@ def evaluate_arm(run: RunFolder, trial: Trial) -> None:
 def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
     cfg, seed = trial.config(run.cfg), trial.seed
 
-    # 1. the models that this arm asks and the reference, frozen
+    # 1. the frozen models that this arm's reward needs, and the reference
     frozen, reference = load_frozen_models(run, cfg), load_reference(run)
     evaluation = _Evaluation(run, cfg, frozen, reference, seed)
 
-    # 2. the policy where it starts from, and how good it is there
+    # 2. the initial policy, and its evaluation
     actor_critic = _start(run, cfg, frozen)
     before = evaluation(actor_critic)
     latest = {0: before}
@@ -80,14 +80,14 @@ def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
         evaluate=evaluate,
     )
 
-    # 4. how good it is now; a run that was found finished has not been evaluated here
+    # 4. evaluation of the trained policy; a run that had already finished was not evaluated above
     after = latest.get(result.updates) or evaluation(actor_critic)
     on_main_process(lambda: write_evaluation(folder, before, after))
     return {"before": before.to_json(), "after": after.to_json()}
 
 
 def _start(run: RunFolder, cfg: RunConfig, frozen: FrozenModels) -> ActorCritic:
-    """Policy and value model as training starts with them."""
+    """Policy and value model at the start of training."""
     policy = load_causal_lm(run.policy_source)
     value_model = build_value_model(
         cfg.ppo,
@@ -100,13 +100,13 @@ def _start(run: RunFolder, cfg: RunConfig, frozen: FrozenModels) -> ActorCritic:
 
 
 def _trained(run: RunFolder, cfg: RunConfig, folder: Path) -> ActorCritic:
-    """Policy and value model as training left them."""
+    """Policy and value model after training."""
     own = cfg.model.saved_in(folder / "policy")
     return ActorCritic.load(own, folder / "value", chunk_tokens=cfg.ppo.chunk_tokens).to(run.device)
 
 
 class _Evaluation:
-    """Answers to the held-out prompts, the same luck for every policy, measured against the reference."""
+    """Evaluates answers to the held-out prompts against the reference, with equal random numbers for every policy."""
 
     def __init__(
         self, run: RunFolder, cfg: RunConfig, frozen: FrozenModels, reference: PreTrainedModel, seed: int
@@ -159,7 +159,7 @@ class _Evaluation:
         )
 
     def _detail(self, rollout: Rollout, scores: PolicyScores) -> TokenDetail:
-        """The arm's reward without KL, not centred and as PPO gets it, and the advantage of each action under it."""
+        """The arm's reward, once without KL and centring and once as PPO gets it, and the advantages."""
         signal = self._source(rollout)
 
         def composed(reward: RewardConfig) -> Rewards:

@@ -1,4 +1,4 @@
-"""The frozen models of a run that an arm's reward asks, and the reward source that they make."""
+"""The frozen models that an arm's reward needs, and the reward source made from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["FrozenModels", "load_frozen_models", "load_reference"]
 
 @dataclass(frozen=True)
 class FrozenModels:
-    """The models that a reward asks, on their device; None where its reward does not ask them."""
+    """The frozen models of a reward, on their device; None where the reward does not need one."""
 
     discriminator: LoadedModel | None = None
     reward_model: LoadedModel | None = None
@@ -29,7 +29,7 @@ class FrozenModels:
         return temperature_of(self.discriminator.model) if self.discriminator is not None else 1.0
 
     def source(self, run: RunFolder, cfg: RunConfig, reference: PreTrainedModel | None, seed: int) -> RewardSource:
-        """reference: the policy as PPO starts with it, which only the kind 'dpo' needs."""
+        """reference: the initial policy of PPO, which only the kind 'dpo' needs."""
         return build_reward_source(
             cfg.reward,
             policy_tokenizer=run.tokenizer,
@@ -45,7 +45,7 @@ class FrozenModels:
 
 
 def load_frozen_models(run: RunFolder, cfg: RunConfig) -> FrozenModels:
-    """Those that `cfg.reward` asks, trained by the run or named in the config; ConfigError where one is not there."""
+    """The models that `cfg.reward` needs, trained by the run or named in the config; ConfigError if one is missing."""
     frozen = FrozenModels()
     if cfg.uses_discriminator(cfg.reward):
         model, tokenizer = load_discriminator(run.discriminator_folder, cfg.model)
@@ -61,10 +61,10 @@ def load_frozen_models(run: RunFolder, cfg: RunConfig) -> FrozenModels:
 
 
 def load_reference(run: RunFolder) -> PreTrainedModel:
-    """The policy as PPO starts with it, on the run's device."""
+    """The initial policy of PPO, on the run's device."""
     return _on(run, load_causal_lm(run.policy_source))
 
 
 def _on(run: RunFolder, model: PreTrainedModel) -> PreTrainedModel:
-    nn.Module.to(model, run.device)  # PreTrainedModel.to is wrapped in a way that loses its type
+    nn.Module.to(model, run.device)  # the wrapper of PreTrainedModel.to loses its type
     return model

@@ -1,7 +1,7 @@
 """The whole method, stage by stage: the call order of ``run`` is the pipeline of the paper.
 
-Every stage reads what the ones before it wrote into the run's folder, so that each can be run alone, and one that is
-done is skipped.
+Every stage reads the files that earlier stages wrote into the run's folder. So each stage can run alone, and finished
+stages are skipped.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def run(cfg: RunConfig, *, resume: bool = False) -> Path:
 
     Args:
         cfg: the whole config.
-        resume: continue in a folder that holds a run; what is done is skipped.
+        resume: continue in a folder that holds a run; finished stages are skipped.
 
     Returns:
         The folder that holds the results.
 
     Raises:
-        ConfigError: ``output_dir`` holds a run that nobody asked to resume, or one made with other settings.
+        ConfigError: ``output_dir`` holds a run but ``resume`` is False, or the run was made with other settings.
     """
     opened = open_run(cfg, resume=resume)
     _shares(opened, opened.data_wanted)
@@ -74,13 +74,13 @@ def run(cfg: RunConfig, *, resume: bool = False) -> Path:
 
 
 def stage(cfg: RunConfig, name: str, *, resume: bool = False) -> Path:
-    """Runs one stage, whether or not an arm needs it; those before it must have run.
+    """Runs one stage, even if no arm needs it; the stages before it must have run.
 
     Args:
         cfg: the whole config.
         name: "revisions", one of ``MODEL_STAGES``, "ppo", or "evaluate", which evaluates every trained policy again and
             writes the report.
-        resume: continue in a folder that holds a run; what is done is skipped.
+        resume: continue in a folder that holds a run; finished stages are skipped.
 
     Returns:
         The folder that holds the results.
@@ -102,7 +102,7 @@ def stage(cfg: RunConfig, name: str, *, resume: bool = False) -> Path:
 
 
 def rehearse_revisions(cfg: RunConfig, *, show: int) -> None:
-    """Prints the first ``show`` requests to the reviser, and the tokens and money that all of them will take."""
+    """Prints the first ``show`` requests to the reviser, and the tokens and cost of all of them."""
     sys.stdout.write(dry_run(raw_preferences(cfg), cfg.reviser, revision_cache(cfg), show=show))
 
 
@@ -114,7 +114,7 @@ def report(folder: Path) -> Path:
 
 
 def analyse(folder: Path) -> Path:
-    """Analyses the discriminators of a run on its held-out edits, again if need be, and writes its report."""
+    """Analyses the discriminators of a run on its held-out edits, again if needed, and writes its report."""
     run = reopen_run(folder)
     if run.cfg.data.held_out == 0:
         raise ConfigError(f"the run in {folder} held no edit out (data.held_out is 0); name other pairs with --edits")
@@ -126,7 +126,7 @@ def analyse(folder: Path) -> Path:
 
 
 def analyse_edits(folder: Path, edits: str, output: Path, *, preferences: str | None = None) -> Path:
-    """Analyses the discriminator of a run, of its first seed where each has one, on all pairs of other sources.
+    """Analyses the discriminator of a run (of its first seed, where each seed has one) on all pairs of other sources.
 
     Args:
         folder: the run.
@@ -151,7 +151,7 @@ def analyse_edits(folder: Path, edits: str, output: Path, *, preferences: str | 
 
 
 def _shares(run: RunFolder, wanted: Sequence[Stage] = ()) -> None:
-    """0. Where data.shares part the prompts, every stage gets its own: who gets how many, before anything is spent.
+    """0. Where data.shares is set, divides the prompts among the stages and reports the numbers before any training.
 
     wanted: stages that must have something to train on.
     """
@@ -168,7 +168,7 @@ def _shares(run: RunFolder, wanted: Sequence[Stage] = ()) -> None:
 
 
 def _revisions(run: RunFolder) -> None:
-    """1. A reviser mends the answers that people liked less, with the fewest edits."""
+    """1. A reviser corrects the rejected answers with minimal edits."""
 
     def work() -> Mapping[str, Any]:
         if process_count() > 1:
@@ -182,13 +182,13 @@ def _revisions(run: RunFolder) -> None:
         logger.info("wrote %s", write_revisions(run.revisions_folder, pairs, checked, cfg))
         return asdict(statistics)
 
-    # Made anew where the settings changed, since what was answered before is in the cache and costs nothing.
+    # Made again where the settings changed: earlier answers come from the cache at no cost.
     settings = run.settings("data") | {"reviser": run.cfg.reviser.decisive(), "template": VERSION}
     run.once(run.revisions_folder, settings, work, again=True)
 
 
 def _sft(run: RunFolder) -> None:
-    """2. The policy learns to answer, from the preferred answers."""
+    """2. Supervised fine-tuning of the policy on the preferred answers."""
 
     def train(**given: Any) -> FitResult:
         return train_sft(run.cfg, model=_base_model(run), **given)
@@ -206,7 +206,7 @@ def _reward_model(run: RunFolder) -> None:
 
 
 def _dpo(run: RunFolder) -> None:
-    """4. A rival's reward: the policy that DPO makes of the same preferences."""
+    """4. A baseline reward: a policy trained by DPO on the same preferences."""
 
     def train(**given: Any) -> FitResult:
         return train_dpo(run.cfg, model=load_causal_lm(run.policy_source), **given)
@@ -217,10 +217,10 @@ def _dpo(run: RunFolder) -> None:
 def _from_preferences(
     run: RunFolder, name: str, train: Callable[..., FitResult], *, share: Stage, sections: Sequence[str]
 ) -> None:
-    """Trains the model ``name`` on preference pairs, unless it is there.
+    """Trains the model ``name`` on preference pairs, unless it exists.
 
-    train: a recipe that lacks only the tokenizer, the pairs and the folder. share: whose part of the pairs it gets.
-    sections: those of the config that the result depends on.
+    train: a recipe that lacks only the tokenizer, the pairs and the folder. share: the stage whose part of the pairs it
+    gets. sections: the sections of the config that the result depends on.
     """
     folder = run.models / name
 
@@ -274,7 +274,7 @@ def _discriminator(run: RunFolder) -> None:
 
 
 def _analysis(run: RunFolder) -> None:
-    """7. What the discriminator gets right, and where, on the edits that it has not seen."""
+    """7. Analysis of the discriminator on held-out edits."""
     folder = run.models / "analysis"
 
     def work() -> Mapping[str, Any]:
@@ -337,7 +337,7 @@ def _ppo(run: RunFolder) -> None:
         for trial in run.trials:
             train_arm(run.per_seed[trial.seed], trial)
         return
-    # a process that only finds its work done costs as much as one that begins it: some seconds of imports
+    # a process whose work is already done costs as much as any other: some seconds of imports
     waiting = [trial for trial in run.trials if not run.per_seed[trial.seed].is_trained(trial)]
     jobs = [_job(run, "ppo", str(trial.folder), run.trial_folder(trial)) for trial in waiting]
     run_side_by_side(
@@ -353,11 +353,11 @@ def _base_model(run: RunFolder) -> PreTrainedModel:
     return embedded.build_model(run.tokenizer, run.cfg.seed) if run.embedded else load_causal_lm(run.cfg.model)
 
 
-# ---- as processes of their own
+# ---- in separate processes
 
 
 def _job(run: RunFolder, stage: str, name: str, folder: Path) -> Job:
-    """What a process of its own does by ``_worker``.
+    """A job that runs ``_worker`` in a separate process.
 
     stage 'ppo': the trial whose folder below ppo/ is ``name``. stage 'models': all before PPO for the seed ``name``.
     """
@@ -372,7 +372,7 @@ def _updates_done(folder: Path) -> int:
 
 
 def _worker(config: str, stage: str, name: str) -> int:
-    """The work of one ``_job``; always resumes, since its parent decided that it may."""
+    """The work of one ``_job``; always resumes, because its parent has checked that it may."""
     opened = open_run(load_config(config, {}), resume=True, whole=False)
     try:
         if stage == "models":

@@ -1,7 +1,7 @@
-"""What one run reads and where it writes: the config it was started with, its data, and which stages are done.
+"""The folder of a run: its config, its data, and which stages are done.
 
-A stage that ended leaves a record (``done.json``) beside its results, with the part of the config that made them. A
-later run with the same part skips it; with another part it stops: mixing two configs would be silent damage.
+A finished stage leaves a record (``done.json``) beside its results, with the part of the config that made them. A
+later run with the same part skips the stage; a run with another part stops, because mixed configs would go unnoticed.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ logger = logging.getLogger(__name__)
 
 RecordT = TypeVar("RecordT")
 TRAINED = "arm.json"
-"""The record of a trial that ended: train_ppo keeps done.json in the same folder, and trained is not yet evaluated."""
+"""The record of a finished trial. done.json in the same folder is train_ppo's: trained, but not yet evaluated."""
 EMBEDDED_PROMPTS = 2000
-"""Training prompts that the embedded task makes for PPO; some 60 passes' worth of questions are never repeated."""
+"""Training prompts that the embedded task makes for PPO; about 60 passes of questions without repetition."""
 
 
 def open_run(cfg: RunConfig, *, resume: bool, whole: bool = True) -> RunFolder:
     """Writes ``config.yaml`` into ``output_dir`` and returns the run.
 
-    resume: continue what the folder holds. whole: a run of all stages, which wants the folder for itself. Raises
-    ConfigError where the folder holds a run that nobody asked to resume.
+    resume: continue what the folder holds. whole: a run of all stages, which needs the folder for itself. Raises
+    ConfigError where the folder holds a run and ``resume`` is False.
     """
     path = Path(cfg.output_dir)
     if (path / "config.yaml").exists() and whole and not resume:
@@ -74,7 +74,7 @@ def open_run(cfg: RunConfig, *, resume: bool, whole: bool = True) -> RunFolder:
 
 
 def reopen_run(folder: Path) -> RunFolder:
-    """The run that a folder holds, to look at what it made. Raises ConfigError where it holds none."""
+    """The run in a folder, to read its results. Raises ConfigError where there is none."""
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{str(folder)!r} holds no run (no config.yaml); name the output_dir of a run")
     cfg = replace(load_config(folder / "config.yaml"), output_dir=str(folder))
@@ -84,7 +84,7 @@ def reopen_run(folder: Path) -> RunFolder:
 def _write_config(cfg: RunConfig, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path, text = folder / "config.yaml", dump_config(cfg)
-    # Not the same again: PPO runs side by side open their folder at the same time.
+    # An equal config is not written again: parallel PPO runs open their folder at the same time.
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return
     with atomic_write(path) as aside:
@@ -93,7 +93,7 @@ def _write_config(cfg: RunConfig, folder: Path) -> None:
 
 @dataclass(frozen=True, eq=False)
 class RunFolder:
-    """An opened run, as a seed sees it: ``cfg.seed`` is that of the models before PPO, which lie in ``models``."""
+    """An opened run for one seed: ``cfg.seed`` is the seed of the models before PPO, which are in ``models``."""
 
     cfg: RunConfig
     resume: bool
@@ -102,7 +102,7 @@ class RunFolder:
 
     @cached_property
     def per_seed(self) -> dict[int, RunFolder]:
-        """The run as each of ``seeds`` sees it: this one for all, or one with models of its own for each."""
+        """The run for each of ``seeds``: this one for all, or one with separate models for each."""
         if not self.cfg.models_per_seed:
             return dict.fromkeys(self.cfg.seeds, self)
         return {
@@ -112,7 +112,7 @@ class RunFolder:
 
     @property
     def model_folders(self) -> list[RunFolder]:
-        """Those of ``per_seed`` that differ: each has stages before PPO to run."""
+        """The different ones of ``per_seed``: each has stages before PPO to run."""
         return list(dict.fromkeys(self.per_seed.values()))
 
     @property
@@ -124,8 +124,8 @@ class RunFolder:
         return PartialState().device
 
     def settings(self, *sections: str) -> dict[str, Any]:
-        """What the result of a stage depends on: these sections of the config, the seed, and where the stage knows
-        labels and they come from a reviser, what that wrote."""
+        """What the result of a stage depends on: these sections of the config, the seed, and the revisions where the
+        stage uses labels that come from a reviser."""
         settings = {"seed": self.cfg.seed, **{name: getattr(self.cfg, name) for name in sections}}
         return {**settings, "revisions": self._revisions_digest} if "labels" in sections and self.revises else settings
 
@@ -139,11 +139,11 @@ class RunFolder:
         return self.path / "ppo" / trial.folder
 
     def is_trained(self, trial: Trial) -> bool:
-        """Whether the trial ended, evaluation included, with today's settings."""
+        """Whether the trial finished, evaluation included, with the current settings."""
         return is_done(self.trial_folder(trial), self.trial_settings(trial), TRAINED)
 
     def trial_settings(self, trial: Trial) -> dict[str, Any]:
-        """What one PPO run depends on, the stages before it included."""
+        """The settings that one PPO run depends on, those of earlier stages included."""
         cfg = trial.config(self.cfg)
         own = {name: getattr(cfg, name) for name in ("reward", "kl", "rollout", "ppo", "evaluation")}
         before = self.settings("model", "data", "sft", "labels")
@@ -154,10 +154,10 @@ class RunFolder:
         }
         return {**before, **frozen, **own, "ppo_seed": trial.seed}
 
-    # ---- what is trained, and where it lies
+    # ---- what is trained, and in which folder
 
     def wants(self, stage: str) -> bool:
-        """Whether a run of all stages includes this one: a model is trained where an arm needs it and none is named."""
+        """Whether a run of all stages includes this one: a model is trained if an arm needs it and no path is set."""
         cfg, rewards = self.cfg, [arm.reward for arm in arms_of(self.cfg)]
         frozen: dict[
             str, tuple[RewardModelConfig | DPOConfig | DiscriminatorConfig, Callable[[RewardConfig], bool]]
@@ -177,7 +177,7 @@ class RunFolder:
 
     @property
     def policy_source(self) -> ModelConfig:
-        """The model that reward model, discriminator and PPO start from: what SFT wrote, or the model as it comes."""
+        """The model that reward model, discriminator and PPO start from: the result of SFT, or ``model`` itself."""
         if not self.cfg.sft.enabled:
             return self.cfg.model
         return self.cfg.model.saved_in(self._written("sft"))
@@ -220,12 +220,12 @@ class RunFolder:
 
     @property
     def revises(self) -> bool:
-        """Whether the edits are made here, by a reviser."""
+        """Whether this run makes the edits with a reviser."""
         return self.cfg.reviser.backend != "none"
 
     @property
     def revisions_folder(self) -> Path:
-        """The same for all seeds: a revision is paid for once."""
+        """The same for all seeds, so that each revision is paid only once."""
         return self.path / "revisions"
 
     @cached_property
@@ -248,7 +248,7 @@ class RunFolder:
         return [stage for stage, needed in wanted.items() if needed]
 
     def share_statistics(self) -> ShareStatistics:
-        """Who gets how much: from the sources as they are, which takes no tokenizer."""
+        """How many prompts each stage gets, counted in the raw sources without a tokenizer."""
         data = self.cfg.data
         preferences = read_raw_preferences(data)
         edits = {} if data.edits is None else {"edits": read_raw_edits(data)}
@@ -266,7 +266,7 @@ class RunFolder:
 
     @property
     def comparisons(self) -> list[PreferencePair]:
-        """Held-out preferences for the discriminator to rank; none where the run has none."""
+        """Held-out preferences for the discriminator to rank; empty where the run has none."""
         if not self.has_preferences:
             return []
         return self.shares.split("reward", self._all_preferences, self.cfg.data.held_out).held_out
@@ -337,10 +337,10 @@ class RunFolder:
         *,
         again: bool = False,
     ) -> None:
-        """Runs ``work`` unless ``folder`` says that it ended with these settings; notes its metrics when it ends.
+        """Runs ``work`` unless ``folder`` records that it finished with these settings; records its metrics at the end.
 
-        Where it ended with other settings, raises ConfigError; or runs again, for work that costs little the second
-        time (``again``).
+        If it finished with other settings, raises ConfigError, or with ``again`` runs it again (for work that is cheap
+        the second time).
         """
         if is_done(folder, settings, record):
             logger.info("%s is done; skipped", folder)
@@ -361,7 +361,7 @@ class RunFolder:
 
 
 def raw_preferences(cfg: RunConfig) -> tuple[TextPreference, ...]:
-    """The preference pairs as their source gives them: what a reviser reads, which is no matter of tokenizers."""
+    """The preference pairs as in their source, without a tokenizer, for a reviser."""
     if cfg.model.path == "embedded" and cfg.data.preferences is None:
         pairs = embedded.generate_pairs(cfg.data.embedded_pairs, cfg.seed)[0]
         return tuple(TextPreference(pair.id, pair.prompt, pair.chosen, pair.rejected) for pair in pairs)
@@ -369,7 +369,7 @@ def raw_preferences(cfg: RunConfig) -> tuple[TextPreference, ...]:
 
 
 def revision_cache(cfg: RunConfig) -> Path:
-    """Where the answers of a reviser are kept."""
+    """The file that stores the answers of a reviser."""
     return Path(cfg.reviser.cache or Path(cfg.output_dir) / "revisions" / "answers.sqlite")
 
 

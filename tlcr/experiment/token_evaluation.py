@@ -1,7 +1,7 @@
 """``tlcr evaluate-tokens``: do token rewards fall where people marked errors?
 
-Every arm of a config gives its rewards to answers that people have marked; what finds the marked tokens best is the
-negative of a good reward. Nothing is generated and no policy is trained: the models that rewards ask must be there.
+Every arm of a config rewards answers in which people have marked errors. The negative of a good reward finds the
+marked tokens. Nothing is generated and no policy is trained: the models that the rewards need must exist.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ WRITTEN = "token_evaluation"
 class MarkedRow:
     """A marked answer as the policy's tokens.
 
-    characters: of each answer token, those of the response that it writes; empty for the end of sequence, which nobody
-    can mark and which does not count. kinds: of each token, the kinds of the errors that it belongs to.
+    characters: for each answer token, its characters in the response; empty for the end of sequence, which cannot be
+    marked and does not count. kinds: for each token, the kinds of the errors that it belongs to.
     """
 
     answer: MarkedAnswer
@@ -86,7 +86,7 @@ def mark(answers: Sequence[MarkedAnswer], tokenizer: PreTrainedTokenizerBase, da
     """The answers as tokens, cut as `data` says, each token with the errors that `span_metrics.is_in_span` puts it in.
 
     Raises DataError where the tokens of an answer do not give back its text (a tokenizer that lower-cases, say): the
-    characters that people marked cannot be found in them then.
+    marked characters could not be found in them.
     """
     encoded = encode_answers(
         tokenizer,
@@ -121,7 +121,7 @@ def _mark(answer: MarkedAnswer, encoded: EncodedAnswer, tokenizer: PreTrainedTok
     by_kind: dict[str, list[ErrorSpan]] = {}
     for span in answer.spans:
         by_kind.setdefault(span.label, []).append(span)
-    # A token that two kinds hold half each is an error of both; one that they hold a third each is of neither.
+    # A token of which two kinds cover half each is an error of both; if they cover a third each, it is of neither.
     kinds = tuple(
         tuple(kind for kind, spans in by_kind.items() if is_in_span(*place, answer.response, spans))
         for place in characters
@@ -130,7 +130,7 @@ def _mark(answer: MarkedAnswer, encoded: EncodedAnswer, tokenizer: PreTrainedTok
 
 
 def _before_the_answer(answer: MarkedAnswer, text: str, written: Sequence[tuple[int, int]]) -> int | None:
-    """How many characters of the prompt the answer's first token writes; None where the text is another one."""
+    """How many characters of the prompt the answer's first token writes; None where the text differs."""
     for count in range(written[0][1] + 1 if written else 1):
         if answer.response.startswith(text[count:]) and answer.prompt.endswith(text[:count]):
             return count
@@ -154,16 +154,16 @@ def marked_tokens(rows: Sequence[MarkedRow]) -> MarkedTokens:
     )
 
 
-# ---- what an arm pays for them
+# ---- the rewards of an arm
 
 
 def token_rewards(run: RunFolder, cfg: RunConfig, rows: Sequence[MarkedRow], *, label: str) -> list[list[float]]:
-    """What `cfg.reward` pays for each token of each answer, the end of sequence included, as PPO would be paid.
+    """The reward of `cfg.reward` for each token of each answer, the end of sequence included, as PPO would get it.
 
-    Without KL, centring, length penalties and what is paid for the whole answer at its end: that says nothing of any
-    single token. Raises ConfigError for a reward that pays nothing else, or whose model is not there.
+    KL, centring, length penalties and rewards for whole answers are left out, because they do not concern single
+    tokens. Raises ConfigError for a reward that has no other part, or whose model is missing.
     """
-    # No value model is needed, so none of a frozen model that only that would start from; nor is the score at the end.
+    # No value model is needed, nor a frozen model from which only the value model starts, nor the score at the end.
     reward = replace(cfg.reward, sequence_coef=0.0, centre=False)
     cfg = replace(cfg, reward=reward, ppo=replace(cfg.ppo, value_model="shared"))
     frozen = load_frozen_models(run, cfg)
@@ -227,8 +227,8 @@ def error_scores(rows: Sequence[MarkedRow], rewards: Sequence[Sequence[float]]) 
 def evaluate_tokens(cfg: RunConfig, *, spans: str, threshold_spans: str | None = None, show: int = 0) -> Path:
     """Evaluates every arm on the answers in `spans`; prints tables and the first `show` answers, and writes both.
 
-    threshold_spans: marked answers to choose each arm's threshold on, which must not be among those of `spans`.
-    Raises ConfigError or DataError with what to do.
+    threshold_spans: marked answers to choose each arm's threshold on, which must not be in `spans`. Raises
+    ConfigError or DataError.
     """
     run = open_run(cfg, resume=False, whole=False)
     rows = _read(spans, run)
@@ -297,7 +297,7 @@ def _write(
     write_json_lines(run.path / f"{WRITTEN}.jsonl", lines)
 
 
-# ---- for people
+# ---- output
 
 
 def _pieces(row: MarkedRow, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -315,14 +315,14 @@ def _show(
 
 
 def print_evaluations(evaluations: Mapping[str, SpanEvaluation], console: Console | None = None) -> None:
-    """The main figures of several scores of the same tokens, and where errors are of several kinds the ROC-AUC of each.
+    """The main figures of several scores of the same tokens, and the ROC-AUC of each kind of error where they differ.
 
     F1 tuned is at the chosen threshold. The last column has the differences in ROC-AUC to the first score.
     """
     console = console or Console(highlight=False)
     (_, first), *others = evaluations.items()
     counts, share = first.counts, _number(first.figures["share"].value)
-    # Few columns, so that it stands in 80 characters without cutting a figure.
+    # Few columns, so that it fits into 80 characters without cutting a figure.
     columns = {"ROC-AUC": "auc", "in answers": "auc_per_answer", "F1 at 0": "f1"}
     if any(evaluation.threshold is not None for evaluation in evaluations.values()):
         columns["F1 tuned"] = "f1_at_threshold"

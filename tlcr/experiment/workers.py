@@ -1,4 +1,4 @@
-"""Jobs side by side, each a process of its own: so many at a time, and none outlives its parent."""
+"""Parallel jobs, each in its own process: a limited number at a time, and none outlives its parent."""
 
 from __future__ import annotations
 
@@ -38,12 +38,11 @@ def run_side_by_side(
 ) -> None:
     """Runs every job, at most `parallel` at a time, in their order. Each gets its share of this machine's cores.
 
-    title: of the progress bar. steps: how many it counts for each job; steps_done: those that a running job has behind
-    it.
+    title: of the progress bar. steps: number of steps of each job; steps_done: steps that a running job has finished.
 
-    Raises TlcrError with the last line of its log where a job ends with another code than 0; the others are told to
-    end (SIGTERM) and waited for, as they are on any other exception. Raises ConfigError under a launcher of many
-    processes, each of which would start all jobs.
+    If a job ends with a code other than 0, raises TlcrError with the last line of its log. Then, as on any other
+    exception, the other jobs get SIGTERM and are waited for. Raises ConfigError under a launcher of several processes,
+    each of which would start all jobs.
     """
     if not jobs:
         return
@@ -75,7 +74,7 @@ def run_side_by_side(
 
 
 def _start(job: Job, parallel: int) -> subprocess.Popen[bytes]:
-    # With all cores for each, the threads of the jobs would wait for one another.
+    # If each job used all cores, their threads would wait for one another.
     threads = max(1, (os.cpu_count() or 1) // parallel)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TLCR_PROGRESS": "0"}
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +97,7 @@ def _failure(job: Job, code: int) -> TlcrError:
 
 @contextmanager
 def _ended(running: Mapping[Job, subprocess.Popen[bytes]]) -> Iterator[None]:
-    """No worker outlives its parent: on the way out, those still running save their state and end."""
+    """Ends all running workers on exit; they save their state first."""
     try:
         yield
     finally:

@@ -60,7 +60,7 @@ class ActorCritic(nn.Module):
     policy: a causal language model. value_model: a token classifier with one label, or None for a linear head on the
     policy's last hidden state. chunk_tokens: logits exist for that many tokens at a time.
 
-    Dropout is switched off for good: under dropout the ratio to the rollout's log-probs would be noise (released code).
+    Dropout is always off: with dropout the ratio to the rollout's log-probs would be noise (released code).
     The value head computes in float32 whatever the models' dtype (`use_float32_head`): the 8 bits of a bfloat16 value
     would be noise in every advantage.
     """
@@ -117,7 +117,7 @@ class ActorCritic(nn.Module):
             response_length: T, the number of response columns.
             temperature: what the answers were sampled at.
             reference: also compute the exact KL to this model, and its log-probabilities, without gradient to it.
-            terms: "value" leaves the policy out and sends no gradient into it; "policy" leaves the value model out.
+            terms: "value" skips the policy and gives it no gradient; "policy" skips the value model.
 
         Returns:
             The terms that were asked for, each (B, T), in nats where they are log-probabilities, entropy or KL.
@@ -146,12 +146,12 @@ class ActorCritic(nn.Module):
         *,
         temperature: float,
     ) -> Tensor:
-        """Log-probabilities of the actions under the reference, rounded on the very path that the policy's are.
+        """Log-probabilities of the actions under the reference, computed and rounded as the policy's are.
 
-        A policy that has not moved is then at distance 0 from its reference, in bfloat16 too.
+        The KL of a policy that has not changed is then exactly 0, in bfloat16 too.
 
         Args:
-            reference: the model to ask.
+            reference: the reference model.
             ids_BL: integers (B, L), prompts padded on the left, answers on the right.
             attention_mask_BL: bool (B, L), True where a token counts.
             response_length: T, the number of response columns.
@@ -185,7 +185,7 @@ class ActorCritic(nn.Module):
         head = model.get_output_embeddings()
         ref_head = None if reference is None else reference.get_output_embeddings()
         if self._chunk_tokens is None:
-            # a head in the model's own dtype: in bfloat16 a fraction of the time of score_hidden's float32 products
+            # The head in the model's dtype: in bfloat16 it takes a fraction of the time of score_hidden in float32.
             with torch.no_grad():
                 ref_logits_BTV = None if ref_head is None else ref_head(ref_hidden_BTH)
             return ops.score_tokens(head(hidden_BTH), action_ids_BT, ref_logits=ref_logits_BTV, temperature=temperature)
@@ -225,9 +225,9 @@ class ActorCritic(nn.Module):
     def save(self, tokenizer: PreTrainedTokenizerBase, policy_folder: Path, value_folder: Path) -> None:
         """Writes policy and value model for others to load. Every process calls it.
 
-        ``AutoModelForCausalLM`` loads the policy, and ``AutoModelForTokenClassification`` the value model. Of a shared
-        value model the head alone is written (``load_value_head``). The value head is float32 in the file.
-        transformers' own ``from_pretrained`` rounds it to the dtype that it loads the model in, ``load`` does not.
+        ``AutoModelForCausalLM`` loads the policy, and ``AutoModelForTokenClassification`` the value model. For a
+        shared value model only the head is written (``load_value_head``). The value head is float32 in the file.
+        ``from_pretrained`` of transformers rounds it to the dtype of the loaded model; ``load`` does not.
 
         Args:
             tokenizer: saved with each model.
@@ -253,8 +253,8 @@ def build_value_model(
     """The value model that ``cfg`` asks for.
 
     Its backbone is copied from the policy, the reward model or the discriminator (``cfg.value_init``). The head starts
-    at zero (ours: the first values are then 0), except that a reward model lends its own: it already predicts what an
-    answer is worth (released code).
+    at zero (ours: the first values are then 0). A reward model's head is copied: it already predicts the worth of an
+    answer (released code).
 
     Args:
         cfg: which model to start from, and whether policy and values share a backbone.
@@ -326,7 +326,7 @@ def _new_value_head(policy: PreTrainedModel) -> Head:
 
 
 def _inputs(model: nn.Module, ids_BL: Tensor, attention_mask_BL: Tensor) -> dict[str, Tensor | bool]:
-    """The first L - 1 columns as a model's inputs. Positions count real tokens, or padding would shift them."""
+    """The first L - 1 columns as a model's inputs. Positions count real tokens only: padding would shift them."""
     mask_BK = attention_mask_BL[:, :-1].long()
     inputs: dict[str, Tensor | bool] = {
         "input_ids": ids_BL[:, :-1],

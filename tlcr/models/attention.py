@@ -1,8 +1,8 @@
-"""Attention for short sequences in bfloat16 on a CPU, where torch's backward pass is several times slower than need be.
+"""Attention for short sequences in bfloat16 on a CPU, where torch's backward pass is several times slower.
 
-Written as two matrix products, attention uses the CPU's bfloat16 units, forward and backward, which the kernel behind
-`torch.nn.functional.scaled_dot_product_attention` does not do backward (`benchmarks/attention.py` compares them). The
-products keep T x S probabilities for the backward pass, so longer sequences stay with torch.
+Two matrix products use the CPU's bfloat16 units, forward and backward. The kernel behind
+`torch.nn.functional.scaled_dot_product_attention` does not use them backward (`benchmarks/attention.py` compares both).
+The products keep T x S probabilities for the backward pass, so longer sequences use torch's kernel.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from transformers.masking_utils import sdpa_mask
 SHORT = 256
 
 NAME = "tlcr_sdpa"
-"""What transformers knows it by, as `attn_implementation`; "sdpa" in it lets it check that a model supports that."""
+"""Its name in transformers' `attn_implementation`; a name with "sdpa" makes transformers check the model's support."""
 
 BEYOND = ("position_bias", "softcap", "cache", "output_attentions")
-"""What transformers' sdpa is told by keyword, and knows better how to heed or refuse."""
+"""Keyword arguments that only transformers' sdpa handles; with one of them the call goes to it."""
 
 
 def attention(
@@ -40,9 +40,9 @@ def attention(
     """softmax(scaling query key^T) value for each head, several heads of queries sharing one of keys and values.
 
     query (B, Hq, T, D); key, value (B, Hk, S, D), Hk a divisor of Hq; attention_mask bool (B or 1, 1, T, S), True where
-    a query sees a key. None stands for the causal mask or, where is_causal (else `module.is_causal`) is False, for
-    seeing everything. scaling: 1 / sqrt(D) where None. Returns (B, T, Hq, D). A query that sees nothing gets a mean of
-    the values. All but the case that this module is for goes on to transformers' sdpa.
+    a query sees a key. None is the causal mask, or no mask where is_causal (default: `module.is_causal`) is False.
+    scaling: 1 / sqrt(D) where None. Returns (B, T, Hq, D). A query that sees no key gets a mean of the values. Calls
+    that this module does not handle go to transformers' sdpa.
     """
     short = 1 < query.shape[2] == key.shape[2] <= SHORT
     low_precision = query.device.type == "cpu" and query.dtype == torch.bfloat16 and multiplies_bfloat16()
@@ -69,7 +69,7 @@ def multiplies_bfloat16() -> bool:
 
 def _two_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     (B, Hq, T, D), (Hk, S) = query.shape, key.shape[1:3]
-    # The queries of one head of keys one below the other: no key is repeated.
+    # The queries that share one head of keys are stacked, so that no key is repeated.
     query_NTD = query.reshape(B * Hk, Hq // Hk * T, D)
     bias_NTS = query.new_zeros(())
     if mask is not None:

@@ -1,8 +1,8 @@
-"""The top layers of a decoder made to see the whole sequence (paper, released code's unused option; ours in form).
+"""Makes the top layers of a decoder see the whole sequence (paper, an unused option of the released code; form: ours).
 
 A causal discriminator scores a token by the prompt and the answer up to that token. With the top `k` layers
-bidirectional it also knows how the answer goes on, which tells a good token from a bad one where that is decided later.
-The weights stay those of the model; `model.config.tlcr_bidirectional_layers` remembers `k`, and
+bidirectional it also sees the rest of the answer, which can decide whether a token is good or bad.
+The weights stay those of the model; `model.config.tlcr_bidirectional_layers` stores `k`, and
 `load_discriminator` applies it again. A plain `from_pretrained` elsewhere gives the same weights, with causal layers.
 """
 
@@ -25,15 +25,15 @@ def make_top_layers_bidirectional(model: PreTrainedModel, layers: int) -> None:
     """Lets the top decoder layers of ``model`` attend to every token that is not padding, in place.
 
     Works on models built like Llama (Mistral, Qwen, Gemma, Phi-3, OLMo, SmolLM, ...): decoder layers in
-    ``backbone.layers``, each with a ``self_attn`` that says ``is_causal``.
+    ``backbone.layers``, each with a ``self_attn`` that has ``is_causal``.
 
     Args:
         model: the model to change.
         layers: how many layers, counted from the top; 0 leaves the model as it is.
 
     Raises:
-        ConfigError: the model is not built so, has fewer layers, restricts those layers to a sliding window or uses an
-            attention implementation other than eager or sdpa.
+        ConfigError: the model is built otherwise, has fewer layers, restricts those layers to a sliding window or uses
+            an attention implementation other than eager or sdpa.
     """
     if layers == 0:
         return
@@ -60,7 +60,7 @@ def make_top_layers_bidirectional(model: PreTrainedModel, layers: int) -> None:
             f"{' and '.join(others)}; only full_attention can be made to see everything: set it lower"
         )
     for layer in decoder_layers[-layers:]:
-        # sdpa takes a missing mask for a causal one while this is True
+        # While this is True, sdpa reads a missing mask as a causal one.
         layer.get_submodule("self_attn").is_causal = False  # type: ignore[assignment]
         layer.register_forward_pre_hook(_see_everything, with_kwargs=True)
     model.config.tlcr_bidirectional_layers = layers
@@ -82,9 +82,9 @@ def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 def _see_everything(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Replaces the causal mask (B, 1, L, L) by one that hides padding only; no mask (nothing padded) stays none.
+    """Replaces the causal mask (B, 1, L, L) by one that hides padding only; no mask (no padding) stays None.
 
-    The last row of the causal mask is that mask already: its token may look at every column but the padded ones.
+    The last row of the causal mask already is that mask: the last token sees every column that is not padding.
     """
     mask = kwargs["attention_mask"]
     if mask is None:

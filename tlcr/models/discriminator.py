@@ -54,7 +54,7 @@ def labels_of(targets: Targets) -> dict[int, str]:
 
 
 def target_distribution(labels: Tensor, classes: int) -> Tensor:
-    """What the classifier should say of labelled tokens.
+    """The target distribution over the classes for labelled tokens.
 
     Two classes: negative [1, 0], neutral [.5, .5], positive [0, 1] (paper, 3.2). Three: one class each.
 
@@ -81,7 +81,7 @@ def collate_pairs(pairs: Sequence[LabelledPair], *, pad_token_id: int, targets: 
 
     Args:
         pairs: the labelled edits.
-        pad_token_id: what stands in padding.
+        pad_token_id: the id that fills padding.
         targets: which tokens enter the loss, see ``is_trained_on``.
 
     Returns:
@@ -113,10 +113,10 @@ def discriminator_loss(logits_BLC: Tensor, labels_BL: Tensor, weights_BL: Tensor
         sum  = sum_b mean_{t counted in row b} l_t           (paper, 3.2; released code)
         loss = sum / weight,  weight = (rows with anything counted) / 2
 
-    Long and short answers weigh the same, and so do the two sides; for pairs whose sides both count it is the mean over
-    pairs of the rejected side's mean plus the revised side's. A side with nothing counted (hard targets: an edit that
-    only inserts) adds neither loss nor weight. Sums and weights of the parts of a batch add up to those of the whole.
-    What stands in the logits where the weight is 0, NaN included, reaches neither the loss nor a gradient.
+    Long and short answers have equal weight, and so do the two sides. For pairs whose sides both count, the loss is the
+    mean over pairs of the rejected side's mean plus the revised side's. A side with nothing counted (hard targets: an
+    edit that only inserts) adds neither loss nor weight. Sums and weights of the parts of a batch add up to those of
+    the whole. Logits where the weight is 0, NaN included, affect neither the loss nor a gradient.
 
     Args:
         logits_BLC: (B, L, C) of any float dtype; the arithmetic is float32 (float64 for float64).
@@ -164,10 +164,10 @@ def token_logits(
     *,
     micro_batch_size: int | None = None,
 ) -> Tensor:
-    """The discriminator's logits at the response tokens of a rollout, read at their own columns.
+    """The discriminator's logits at the response tokens of a rollout, read at their columns.
 
-    Each row's counted tokens are moved to the left before the model reads them, so that their positions are those of
-    training whatever the architecture.
+    Each row's counted tokens are moved to the left before the model reads them, so that their positions are the same as
+    in training for every architecture.
 
     Args:
         model: the discriminator.
@@ -177,10 +177,10 @@ def token_logits(
         micro_batch_size: rows of one forward pass; None: all.
 
     Returns:
-        (B, T, C) float32, without gradient or dropout. Where the mask is False the logits mean nothing, but are finite.
+        (B, T, C) float32, without gradient or dropout. Where the mask is False the logits are finite but meaningless.
     """
     rows = ids_BL.shape[0]
-    # counted columns first, in their order: a token masked inside a row leaves no gap either
+    # counted columns first, in their order: a token masked inside a row leaves no gap
     source_BL = attention_mask_BL.bool().logical_not().to(torch.uint8).argsort(dim=1, stable=True)
     moved_ids_BL, moved_mask_BL = ids_BL.gather(1, source_BL), attention_mask_BL.bool().gather(1, source_BL)
     length_B = moved_mask_BL.sum(dim=1)
@@ -197,7 +197,7 @@ def token_logits(
 
 
 def _length_sorted(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, the longest first, so that running out of memory happens at once."""
+    """Indices in batches of similar length, the longest first, so that a lack of memory shows in the first batch."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for i in range(0, len(order), batch_size):
         yield order[i : i + batch_size]
@@ -219,7 +219,7 @@ class TokenPredictions:
 def predict_tokens(
     model: PreTrainedModel, pairs: Sequence[LabelledPair], *, pad_token_id: int, batch_size: int
 ) -> TokenPredictions:
-    """What the discriminator says of every counted token of both sides of `pairs`, neutral ones included."""
+    """The discriminator's logits for every counted token of both sides of `pairs`, neutral ones included."""
     answers = [answer for pair in pairs for answer in (pair.rejected, pair.revised)]
     logits: list[Tensor] = [torch.empty(0)] * len(answers)
     with _evaluating(model):
@@ -279,7 +279,7 @@ def score_answers(
         max_prompt_tokens: a longer prompt keeps its end.
         max_answer_tokens: a longer answer is scored up to this limit.
         batch_size: answers of one forward pass.
-        end_of_sequence: score the end of the answer too, as in training; its piece is the token's own text.
+        end_of_sequence: also score the end-of-sequence token, as in training; its piece is that token's text.
 
     Returns:
         The scores of each answer.
@@ -315,8 +315,8 @@ def score_answers(
 def load_discriminator(folder: str | Path, cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A trained discriminator and the tokenizer saved with it, ready to score.
 
-    The model is in evaluation mode, and its top layers are bidirectional where it was trained so. Its temperature is in
-    its config (``temperature_of``).
+    The model is in evaluation mode, and its top layers are bidirectional if they were in training. Its temperature is
+    in its config (``temperature_of``).
 
     Args:
         folder: where the discriminator was saved.

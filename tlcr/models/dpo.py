@@ -1,8 +1,8 @@
-"""Direct preference optimisation (Rafailov et al. 2023): a policy that carries its reward in its own log-ratio.
+"""Direct preference optimisation (Rafailov et al. 2023): a policy whose log-ratio is a reward.
 
-The policy that maximises a reward under a KL leash has r(x, a) = beta log pi(a | x) / pi_ref(a | x), up to a term of
-the prompt alone; DPO fits that r to comparisons. Token by token the log-ratio is a reward for each action, and PPO can
-be given it (RTO, Zhong et al. 2024, arXiv 2404.18922).
+The policy that maximises a reward under a KL penalty has r(x, a) = beta log pi(a | x) / pi_ref(a | x), up to a term
+that depends on the prompt only; DPO fits that r to comparisons. The log-ratio of each token is a reward for that
+action, which PPO can use (RTO, Zhong et al. 2024, arXiv 2404.18922).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def collate_referenced(pairs: Sequence[ReferencedComparison], *, pad_token_id: i
 
     Args:
         pairs: comparisons with their log-probabilities under the reference.
-        pad_token_id: what stands in padding.
+        pad_token_id: the id that fills padding.
 
     Returns:
         ``ids`` and ``attention_mask`` (2B, L), ``answer_mask`` (2B, K) over the last K columns, ``ref_logprobs`` (2B,).
@@ -59,11 +59,11 @@ def dpo_loss(model: PreTrainedModel, batch: dict[str, Tensor], *, beta: float) -
     Args:
         model: the policy that is trained.
         batch: what ``collate_referenced`` returns.
-        beta: how far the policy may move from the reference: the smaller, the farther.
+        beta: strength of the KL penalty: a smaller beta lets the policy move farther from the reference.
 
     Returns:
         The sums of the loss. Statistics beside those of ``ranking_loss`` are reward_chosen and reward_rejected, the
-        means of r. Where both fall while the margin grows, probability is taken from both answers.
+        means of r. Where both fall while the margin grows, both answers lose probability.
     """
     rewards_B = beta * (_answer_totals(model, batch) - batch["ref_logprobs"])
     chosen_B, rejected_B = rewards_B.chunk(2)
@@ -79,7 +79,7 @@ def dpo_loss(model: PreTrainedModel, batch: dict[str, Tensor], *, beta: float) -
 def with_reference(
     model: PreTrainedModel, comparisons: Sequence[EncodedComparison], *, pad_token_id: int, batch_size: int
 ) -> list[ReferencedComparison]:
-    """The comparisons with ``model``'s log-probabilities: the reference is read once, and not needed while training.
+    """The comparisons with ``model``'s log-probabilities, computed once: training does not need the reference.
 
     Args:
         model: the reference.

@@ -1,7 +1,7 @@
 """The linear layer on top of a classifier: scores, values and class logits in float32, whatever the backbone's dtype.
 
-A bfloat16 number has 8 significant bits. As the output of a head it would be a value or a score that is off by up to
-0.4 %, and answers that differ by less would tie. The hidden states keep the backbone's dtype; their product with the
+A bfloat16 number has 8 significant bits. A value or a score in bfloat16 would be off by up to 0.4 %, and answers that
+differ by less would tie. The hidden states keep the backbone's dtype; their product with the
 head's weights is formed and kept in float32.
 """
 
@@ -22,11 +22,11 @@ from tlcr.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 HEADS = ("score", "classifier")
-"""What the classifiers of transformers call their head."""
+"""Names of the head in the classifiers of transformers."""
 
 
 class Head(nn.Linear):
-    """A linear layer that computes in the dtype of its weights, whatever that of its input: y = x W' + b.
+    """A linear layer that computes in the dtype of its weights, for any dtype of its input: y = x W' + b.
 
     x (..., H) of any float dtype; y (..., C) in the weights' dtype, which is float32 or float64.
     """
@@ -59,8 +59,8 @@ def classification_head(model: PreTrainedModel) -> nn.Linear:
 def use_float32_head(model: PreTrainedModel, saved_in: str | None = None) -> None:
     """Replaces the linear head of a classifier by a ``Head`` with the same weights, in place.
 
-    Weights of bfloat16 or float16 become float32; float32 and float64 stay, and what such a model computes stays the
-    same to the bit. A classifier without a single linear head stays as it is.
+    Weights of bfloat16 or float16 become float32; float32 and float64 stay, and such a model computes the same bits
+    as before. A classifier without a single linear head stays as it is.
 
     Args:
         model: the classifier.
@@ -78,7 +78,7 @@ def use_float32_head(model: PreTrainedModel, saved_in: str | None = None) -> Non
     weights = head.state_dict()
     if saved_in is not None and dtype != head.weight.dtype:
         weights = _stored_weights(saved_in, name, weights)
-    # on "meta" nothing is drawn: the random numbers that follow stay those of a model with its own head
+    # On "meta" no random number is drawn, so that later random numbers do not depend on this replacement.
     wide = Head(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
     wide.load_state_dict({key: weight.to(head.weight.device, dtype) for key, weight in weights.items()}, assign=True)
     model.set_submodule(name, wide)
@@ -102,7 +102,7 @@ def _stored_weights(source: str, name: str, rounded: dict[str, Tensor]) -> dict[
 
 
 def _file_with(source: str, key: str) -> str | None:
-    """The file among the safetensors of a folder or hub name, one or many, that holds the tensor `key`."""
+    """The safetensors file of a folder or hub name that holds the tensor `key`."""
     whole = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
     if whole is not None:
         with safe_open(whole, framework="pt") as tensors:

@@ -1,9 +1,9 @@
-"""Norms and gated feed-forward layers of transformers' models by the ops of tlcr, in low precision on a CPU.
+"""Replaces norms and gated feed-forward layers of transformers' models by ops of tlcr, in low precision on a CPU.
 
 transformers writes both in a few operations of torch, each of which reads and writes all of a layer's activations and
-keeps what it read for the backward pass. `ops.rms_norm` and `ops.gated_silu` go through them once and keep their
-inputs (docs/ppo_step.md says what that gives). Models in float32 stay as they are, and with them what they say to the
-last bit, here as elsewhere; and so do models on a GPU, for which Liger has such kernels.
+keeps what it read for the backward pass. `ops.rms_norm` and `ops.gated_silu` read them once and keep only their
+inputs (docs/ppo_step.md has the gain). Models in float32 are unchanged and keep their results to the last bit; models
+on a GPU are unchanged too: Liger has such kernels for them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from tlcr.training.optim import LOW_PRECISION
 
 Forward = Callable[[Any, Tensor], Tensor]
 
-# Of the elements of a probe in bfloat16, the share that another order of summation may round to a neighbour.
+# The share of a bfloat16 probe's elements that another order of summation may round to a neighbour.
 # Another order of rounding changes more than a tenth, another formula nearly all.
 ROUNDED_OTHERWISE = 0.02
 
 
 def fuse_layers(model: PreTrainedModel) -> None:
-    """Gives the layers of ``model`` that this module knows their forward pass from here, in place.
+    """Replaces the forward pass of the layers of ``model`` that this module knows, in place.
 
-    Known is a layer that computes the same: a class is tried with random weights on random input before its layers are
-    changed. What a model computes in float32 or on a GPU stays transformers' own.
+    A layer is known if it computes the same: each class is tested with random weights on random input before its layers
+    are changed. In float32 or on a GPU the code of transformers still runs.
 
     Args:
         model: the model to change.
@@ -61,8 +61,8 @@ def _forward_for(module: nn.Module) -> Forward | None:
 
 @torch.no_grad()
 def _computes(module: nn.Module, forward: Forward, width: int) -> bool:
-    """Whether ``forward`` is what ``module`` computes: on a copy in bfloat16, which shows where it rounds, and whose
-    weights are all different numbers."""
+    """Whether ``forward`` computes what ``module`` does, tested on a bfloat16 copy, which shows where it rounds, with
+    weights that all differ."""
     parameters = list(module.parameters())
     if not parameters or not all(_is_for_us(parameter) for parameter in parameters):
         return False

@@ -1,4 +1,4 @@
-"""Tokenizers and models as the Hugging Face libraries know them: loaded, given a head, and saved for anyone to load."""
+"""Tokenizers and models of the Hugging Face libraries: loading, a new head, and saving in their standard formats."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def load_tokenizer(cfg: GeneratorConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of ``cfg``, checked for what tlcr needs.
 
     Args:
-        cfg: the model's folder or hub name, and what its tokenizer lacks.
+        cfg: the model's folder or hub name, and settings for what its tokenizer lacks.
 
     Returns:
         A fast tokenizer with character offsets, an end-of-sequence token and a padding token.
@@ -88,7 +88,7 @@ def load_causal_lm(cfg: GeneratorConfig) -> PreTrainedModel:
     source = _named(cfg.path)
     with _loading("language model", source):
         if cfg.gguf_file:
-            # packed GGUF blocks can be neither trained nor saved
+            # Packed GGUF blocks can be neither trained nor saved.
             unpacked = GgufConfig(dequantize=True)
             model = AutoModelForCausalLM.from_pretrained(
                 source, gguf_file=cfg.gguf_file, quantization_config=unpacked, **_common(cfg)
@@ -171,8 +171,8 @@ def last_logits(model: PreTrainedModel, inputs: Mapping[str, Any], count: int) -
     """The logits (B, count, V) of the last `count` columns of `inputs["input_ids"]`; no others are computed."""
     keep: int | Tensor = count
     if not torch.is_grad_enabled():
-        # Named one by one the columns are copied together. With a slice of them, outside autograd, torch multiplies row
-        # by row, and on a CPU copies the whole head for each.
+        # A list of columns makes torch copy them together. With a slice, outside autograd, torch multiplies row by row,
+        # and on a CPU copies the whole head for each row.
         ids_BL = inputs["input_ids"]
         keep = torch.arange(max(0, ids_BL.shape[1] - count), ids_BL.shape[1], device=ids_BL.device)
     return model(**inputs, logits_to_keep=keep).logits[:, -count:]
@@ -181,7 +181,7 @@ def last_logits(model: PreTrainedModel, inputs: Mapping[str, Any], count: int) -
 def answer_logprobs(model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor, columns: int) -> Tensor:
     """log p(token | all before it) of the tokens in the last K columns. Gradients flow.
 
-    The log-probability of column j is read at column j - 1. What stands in padding means nothing.
+    The log-probability of column j is read at column j - 1. Values in padding are meaningless.
 
     Args:
         model: a causal language model.
@@ -218,7 +218,7 @@ def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 @contextmanager
 def generating_with(model: PreTrainedModel, sampling: GenerationConfig) -> Iterator[None]:
-    """`generate` fills what a given config leaves open from the model's own; so that one has to step aside."""
+    """Replaces the model's generation config: `generate` would fill every unset field of ``sampling`` from it."""
     own = model.generation_config
     model.generation_config = sampling
     try:
@@ -239,7 +239,7 @@ def disable_dropout(model: PreTrainedModel) -> None:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in list(vars(module).items()):
-            if "drop" in name and isinstance(value, float):  # some attentions keep the rate as a plain number
+            if "drop" in name and isinstance(value, float):  # some attention modules keep the rate as a plain number
                 setattr(module, name, 0.0)
     for config in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
         for name, value in list(vars(config).items()):
@@ -250,8 +250,9 @@ def disable_dropout(model: PreTrainedModel) -> None:
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Writes model and tokenizer to ``folder`` so that ``AutoModel*.from_pretrained`` loads them from there.
 
-    Everything is written aside and then renamed into place, config.json last: a folder with a config.json is complete.
-    Other files of the folder stay. The padding id is noted in the config, for those who load the model elsewhere.
+    Everything is written to a temporary folder and then renamed into place, config.json last: a folder with a
+    config.json is complete. Other files of the folder stay. The config records the padding id for other programs
+    that load the model.
 
     Args:
         model: the model to save.
@@ -311,7 +312,7 @@ def _attention(cfg: GeneratorConfig) -> str:
 
 @contextmanager
 def _loading(what: str, source: str) -> Iterator[None]:
-    """Turns what a missing or foreign folder raises into one ConfigError line."""
+    """Turns any error from a missing folder, or from one of another format, into a ConfigError of one line."""
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
@@ -328,7 +329,7 @@ def _prepared(model: PreTrainedModel, cfg: GeneratorConfig) -> PreTrainedModel:
     disable_dropout(model)
     fuse_layers(model)
     if isinstance(cfg, ModelConfig) and cfg.gradient_checkpointing:
-        # transformers 5.23 renamed it and warns of the old name, which is all that 5.20, the last for python 3.10, has
+        # transformers 5.23 renamed it and warns of the old name; 5.20, the last for python 3.10, has only the old one
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     return model.eval()
@@ -352,8 +353,8 @@ def _with_new_head(
 ) -> PreTrainedModel:
     """A classifier with a copy of the causal LM's backbone under a head of zeros.
 
-    Zeros (ours) make the first prediction the uninformed one, p = 1/2 for every token and equal scores for every
-    answer, whatever the hidden states' scale and the seed. The head's gradient is not zero there, so it moves at the
+    With zeros (ours) the first prediction is p = 1/2 for every token and the same score for every answer, for any scale
+    of the hidden states and any seed. The head's gradient is not zero there, so it moves at the
     first step and the backbone from the second on.
     """
     config = deepcopy(causal_lm.config)

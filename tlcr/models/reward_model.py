@@ -1,8 +1,8 @@
 """The sequence-level baseline: a score for a whole answer, learned from comparisons (Bradley and Terry 1952).
 
-The score is read where the model has seen everything, at the last counted token. That place comes from the mask: the
-pooling of transformers' own classifiers looks for the padding id instead, and where that is also the end-of-sequence
-token it misses the end.
+The score is read at the last counted token, where the model has seen the whole answer. The mask gives that place. The
+classifiers of transformers look for the padding id instead, and miss the end where that id is also the
+end-of-sequence token.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tlcr.training.supervised import LossParts, ranking_loss
 from tlcr.types import EncodedComparison
 
 ATTENTION_MODULES = ("self_attn", "attn", "attention", "self_attention")
-"""What the decoders of transformers call the module that attends; the last one so named is that of the last layer."""
+"""Names of the attention module in the decoders of transformers; the last module of such a name is the last layer's."""
 
 
 def collate_comparisons(comparisons: Sequence[EncodedComparison], *, pad_token_id: int) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ def prefix_scores(
 ) -> Tensor:
     """The score of every prefix: in column j, that of the row cut after column j.
 
-    One pass is enough, because a causal model's state in column j does not know what follows.
+    One pass is enough, because a causal model's state in column j does not depend on later columns.
 
     Args:
         model: the sequence reward model.
@@ -86,10 +86,10 @@ def prefix_scores(
 def scores_and_attention(
     model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor, *, micro_batch_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The score of each row, and what the model attends to from where it is read.
+    """The score of each row, and the attention of the position where it is read.
 
-    The model runs in transformers' "eager" implementation, the only one that forms these weights, and gets its own
-    back. Of all layers but the last the weights are dropped at once.
+    The model runs in transformers' "eager" implementation, the only one that forms these weights, and gets its
+    own implementation back afterwards. The weights of all other layers are dropped at once.
 
     Args:
         model: the sequence reward model.
@@ -103,7 +103,7 @@ def scores_and_attention(
         gradient.
 
     Raises:
-        ConfigError: an architecture in which the last attention is not found.
+        ConfigError: the last layer's attention module is not found in this architecture.
     """
     with _evaluating(model), _last_attention(model) as weights:
         parts = []
@@ -127,7 +127,7 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _last_attention(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """A list that every forward pass puts the last layer's attention weights (B, heads, L, L) into."""
+    """A list to which every forward pass appends the last layer's attention weights (B, heads, L, L)."""
     found = [m for name, m in backbone(model).named_modules() if name.rpartition(".")[2] in ATTENTION_MODULES]
     if not found:
         raise ConfigError(

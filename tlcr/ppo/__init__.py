@@ -1,4 +1,4 @@
 """Proximal policy optimisation, stage by stage: rollout, scores, advantages, update; and what a run keeps.
 
-May touch all before it up to rewards; the update never knows where rewards came from.
+May touch all before it up to rewards; the update does not depend on the source of the rewards.
 """

@@ -21,8 +21,8 @@ def compute_advantages(
 ) -> Advantages:
     """GAE over the reward of every token (Schulman et al. 2016), and the returns that the value model regresses to.
 
-    Whitening needs every process's tokens. They are gathered, and the op runs on all of them, so that one formula
-    whitens whatever the number of processes; three (B, T) tensors are nothing next to a forward pass.
+    Whitening needs the tokens of every process. They are gathered, and the op runs on all of them, so that the result
+    does not depend on the number of processes; three (B, T) tensors are small beside a forward pass.
 
     Args:
         rewards: the reward of every action.

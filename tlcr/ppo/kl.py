@@ -1,4 +1,4 @@
-"""How far the policy has moved from the reference: estimates of the KL divergence, and what each nat costs."""
+"""Estimates of the KL divergence between policy and reference, and controllers of the KL coefficient."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def estimate_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: Literal["k1",
         k2 = k1^2 / 2                   biased, never negative
         k3 = exp(-k1) - 1 + k1          unbiased, never negative
 
-    Differentiable. Where a token does not count the value is whatever its inputs make it: mask it.
+    Differentiable. Values at tokens that do not count are meaningless: mask them.
     Source: Schulman, "Approximating KL divergence", 2020.
 
     Args:
@@ -73,7 +73,7 @@ def kl_of(scores: PolicyScores, estimator: Literal["k1", "k2", "k3", "full"]) ->
 
 
 class KLController(Protocol):
-    """Says what a nat of KL costs now, and learns from the KL of each round."""
+    """Holds the KL coefficient, and may adapt it to the KL of each round."""
 
     coef: float
 
@@ -91,7 +91,7 @@ class FixedKLController:
         self.coef = coef
 
     def update(self, kl_per_token: float, answers: int) -> None:
-        """Leaves the coefficient; raises TrainingDiverged where the KL is not finite."""
+        """Keeps the coefficient; raises TrainingDiverged where the KL is not finite."""
         _check_finite(kl_per_token, answers)
 
     def state_dict(self) -> dict[str, float]:

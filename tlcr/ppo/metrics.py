@@ -23,16 +23,16 @@ def rollout_metrics(
     advantages: Advantages,
     estimator: Literal["k1", "k2", "k3", "full"],
 ) -> dict[str, float]:
-    """What the answers of all processes were like, before the update.
+    """Figures of the answers of all processes, before the update.
 
     Sums are taken first and ratios then: a mean over processes would weigh an answer by where it was sampled.
 
     Args:
         rollout: the answers of this process.
-        scores: what the models say of them.
+        scores: log-probabilities, values and entropies of these answers.
         rewards: the reward of every action.
         advantages: advantages and returns.
-        estimator: which estimate of the KL PPO pays for.
+        estimator: the estimate of the KL penalty.
 
     Returns:
         The figures by their names in ``metrics.jsonl``; docs/metrics.md explains each.
@@ -102,7 +102,7 @@ class Stopwatch:
         began = time.perf_counter()
         yield
         if self._device.type == "cuda":
-            # Kernels are queued: without this the next phase would pay for this one.
+            # Kernels run asynchronously: without this their time would count in the next phase.
             torch.cuda.synchronize(self._device)
         self._seconds[name] = time.perf_counter() - began
 

@@ -1,4 +1,4 @@
-"""Rows of a rollout, sorted by length and cut to what they need, so that padding costs next to nothing."""
+"""Rows of a rollout, sorted by length and cut to the longest of each micro-batch, so that there is little padding."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 from tlcr.types import Rollout
 
 CPU_TOKENS = 1024
-"""Tokens of a micro-batch on a CPU. They are enough to keep its cores at work; a forward pass of more only keeps more
-activations (ours; docs/ppo_step.md has the figures). On a GPU the user's limit alone counts."""
+"""Tokens of a micro-batch on a CPU. They are enough to keep its cores busy; a forward pass of more only keeps more
+activations (ours; docs/ppo_step.md has the figures). On a GPU only the user's limit applies."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some rows of a rollout, for one forward pass, with the columns that are padding in all of them left out."""
+    """Some rows of a rollout, for one forward pass, without the columns that are padding in all of them."""
 
     rows_B: Tensor
     ids_BL: Tensor
@@ -35,7 +35,7 @@ class MicroBatch:
         return x_BT[self.rows_B, : self.response_length]
 
     def put(self, x_BT: Tensor, into_BT: Tensor) -> None:
-        """Write this micro-batch's values to their places in a value of the whole rollout; the others stay."""
+        """Writes this micro-batch's values to their places in a value of the whole rollout."""
         into_BT[self.rows_B, : self.response_length] = torch.where(self.mask_BT, x_BT, 0.0)
 
 

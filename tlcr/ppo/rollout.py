@@ -19,9 +19,9 @@ from tlcr.types import Rollout
 
 
 class PromptStream:
-    """An endless walk through the prompts, each pass in a new order that only the seed and the pass decide.
+    """An endless stream of the prompts, each pass in a new order that depends only on the seed and the pass.
 
-    Its whole state is `cursor`, the number of prompts handed out so far.
+    Its only state is `cursor`, the number of prompts returned so far.
     """
 
     def __init__(self, prompts: Sequence[str], seed: int, cursor: int = 0) -> None:
@@ -68,7 +68,7 @@ def generate(
         prompts: complete texts.
         cfg: temperature, truncation of the distribution and the limit of new tokens.
         max_prompt_tokens: a longer prompt keeps its end.
-        generator: where the randomness comes from; None: torch's global state.
+        generator: the source of randomness; None: torch's global state.
 
     Returns:
         The answers; prompts are padded on the left and responses on the right.
@@ -123,7 +123,7 @@ def generate(
 
 
 def seeded_generator(purpose: str, *numbers: int) -> torch.Generator:
-    """A CPU generator that depends on its arguments only, so that a resumed run needs none of its history."""
+    """A CPU generator that depends on its arguments only, so that a resumed run need not save its state."""
     state = 0
     for part in (*purpose.encode(), *numbers):
         # SplitMix64's finaliser: neighbouring seeds give unrelated streams (Steele, Lea and Flood 2014).
@@ -149,8 +149,8 @@ def _encode_prompts(
 
 
 def _cut_at_end(answers: Sequence[Tensor], end_ids: Sequence[int], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask and `ended` of answers cut after their first end of sequence. Only that one is looked for by its id:
-    what follows it is padding whatever it holds, also where padding and end of sequence share an id."""
+    """Ids, mask and `ended` of answers cut after their first end of sequence. Only that one is found by its
+    id: everything after it is padding, also where padding and end of sequence share an id."""
     sampled_BT = torch.nn.utils.rnn.pad_sequence(list(answers), batch_first=True, padding_value=pad_id)
     is_end_BT = torch.isin(sampled_BT, torch.tensor(end_ids, device=sampled_BT.device))
     width_B = torch.tensor([len(answer) for answer in answers], device=sampled_BT.device)

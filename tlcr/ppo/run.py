@@ -1,4 +1,4 @@
-"""What a PPO run keeps between its rounds, and how it is saved, resumed and ended. The algorithm is in train_ppo."""
+"""The state of a PPO run between its rounds, and how it is saved, resumed and ended. The algorithm is in train_ppo."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tlcr.training.optim import build_optimizer, build_scheduler, parameter_grou
 Evaluate = Callable[[ActorCritic, int], Mapping[str, float]]
 """(policy and value model, updates done) to figures by name."""
 
-# A resumed run may go on longer, save and evaluate more often, and cut its batches in another way.
+# A resumed run may change these: they do not affect the results of a round.
 FREE_TO_CHANGE = ("updates", "save_every", "keep_checkpoints", "evaluate_every", "micro_batch_size", "chunk_tokens")
 SHOWN = ("reward/mean_score", "kl/per_token", "policy/entropy", "length/mean")
 
@@ -128,7 +128,7 @@ class PPORun:
         return {"policy/learning_rate": float(rates[0]), "value/learning_rate": float(rates[-1])}
 
     def begin(self, resume: bool) -> bool:
-        """Continues from the newest checkpoint, or evaluates the policy as it comes and begins.
+        """Continues from the newest checkpoint, or evaluates the untrained policy and begins.
 
         Returns whether there is anything left to do: a finished run is loaded, not repeated.
         """
@@ -147,8 +147,8 @@ class PPORun:
     def train(self, take_round: Callable[[], dict[str, float]]) -> bool:
         """Does the rounds that are left; True where a callback ended them early.
 
-        take_round: one round of the algorithm; returns its metrics. Where it raises TrainingDiverged, the state in
-        which training broke off is saved apart from the checkpoints, which a resumed run starts from.
+        take_round: one round of the algorithm; returns its metrics. If it raises TrainingDiverged, the state at
+        that moment is saved apart from the checkpoints from which a resumed run starts.
         """
 
         def take_step() -> dict[str, float]:
@@ -219,7 +219,7 @@ class PPORun:
 
 
 def ddp_options(ppo: PPOConfig) -> DistributedDataParallelKwargs:
-    """How PPO's gradients meet: only where a network sits out some updates does DDP have to look for what took part."""
+    """DDP must look for unused parameters only where a network takes no part in some updates."""
     partial = ppo.value_warmup_updates > 0 or ppo.value_coef == 0
     return DistributedDataParallelKwargs(find_unused_parameters=partial, broadcast_buffers=False)
 
@@ -244,7 +244,7 @@ def _parameter_groups(actor_critic: ActorCritic, cfg: RunConfig) -> list[dict[st
 
 
 def _identity(cfg: RunConfig, prompts: Sequence[str], seed: int, num_processes: int) -> dict[str, Any]:
-    """What a checkpoint must share with this run for the one to continue the other."""
+    """What must be equal in a checkpoint and in this run to resume."""
     ppo = settings_without(cfg.ppo, FREE_TO_CHANGE)
     return {
         "settings": {"ppo": ppo, **{name: as_plain(getattr(cfg, name)) for name in ("reward", "kl", "rollout")}},

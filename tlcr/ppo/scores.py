@@ -1,4 +1,4 @@
-"""Scores: what policy, reference and value model say of a rollout's tokens before the update."""
+"""Scores: policy, reference and value model applied to a rollout's tokens before the update."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def score_rollout(
 ) -> PolicyScores:
     """Log-probabilities of every action under policy and reference at the sampling temperature, values and entropies.
 
-    Sampling does not report them: a forward pass with a key-value cache rounds differently from the one that the update
-    takes, and the ratio compares the two.
+    The log-probabilities of sampling are not used: a forward pass with a key-value cache rounds differently from that
+    of the update, and the ratio compares the two.
 
     Args:
         actor_critic: policy and value model.
-        reference: the model that the KL is measured to.
+        reference: the reference model of the KL.
         rollout: the answers.
-        temperature: what the answers were sampled at.
+        temperature: the sampling temperature of the answers.
         micro_batch_size: rows of one forward pass at most; None: no limit.
         exact_kl: also compute KL(policy || reference) over the vocabulary.
 

@@ -1,6 +1,6 @@
 """One PPO update: passes over a rollout in minibatches, with clipped losses, guards and statistics.
 
-The update never knows where rewards came from: it sees advantages and returns.
+The update sees only advantages and returns, not the source of the rewards.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tlcr.types import Advantages, PolicyScores, Rollout
 class UpdateStatistics:
     """What happened in one update: means over its optimiser steps, over all processes.
 
-    Losses, fractions and KL follow PPOConfig.aggregate; `ratio_max` is the largest of all, `explained_variance`
+    Losses, fractions and KL follow PPOConfig.aggregate; `ratio_max` is the largest ratio, `explained_variance`
     1 - Var(returns - values) / Var(returns) of the values before the update. Gradient norms are those before clipping.
     """
 
@@ -50,7 +50,7 @@ class UpdateStatistics:
     stopped_early: bool
 
 
-# Sums over micro-batches and processes, in the order of PPOLoss; the largest ratio and the norms are no sums.
+# Sums over micro-batches and processes, in the order of PPOLoss; the largest ratio and the norms are not sums.
 SUMMED = ("loss", "policy", "value", "entropy", "kl", "clip_fraction", "value_clip_fraction", "approx_kl")
 
 
@@ -73,20 +73,20 @@ def ppo_update(
     """``cfg.epochs`` passes over this process's share of a rollout; one optimiser step for each minibatch.
 
     Every loss is a sum over tokens (or answers) divided by their number in the minibatch over all processes and
-    micro-batches, so that how a minibatch is cut or shared out changes nothing. The passes end early once approx_kl,
-    KL(old || new) over a minibatch before its step, exceeds ``cfg.target_kl``.
+    micro-batches, so that the result does not depend on how a minibatch is cut or distributed. The passes end early
+    once approx_kl, KL(old || new) over a minibatch before its step, exceeds ``cfg.target_kl``.
 
     Args:
         actor_critic: policy and value model, perhaps wrapped for data parallelism.
         optimizer: steps once for each minibatch.
         rollout: the answers of this process.
-        scores: what the models said of them before the update.
+        scores: log-probabilities and values of these answers from before the update.
         advantages: advantages and returns.
         cfg: epochs, sizes, clips and coefficients.
-        kl: which KL the loss has, if any.
+        kl: the KL term of the loss, if any.
         kl_coef: coefficient of the KL in the loss (``kl.placement`` "loss"); not used otherwise.
-        temperature: what the answers were sampled at.
-        reference: the model that the KL is measured to.
+        temperature: the sampling temperature of the answers.
+        reference: the reference model of the KL.
         accelerator: the processes that share the update.
         generator: decides the order of the rows.
         value_only: leave the policy as it is (value warm-up).
@@ -96,7 +96,7 @@ def ppo_update(
 
     Raises:
         TrainingDiverged: a loss or gradient is not finite, or a probability ratio is above ``cfg.max_ratio``. It is
-            raised before the step is taken.
+            raised before the step.
     """
     model: ActorCritic = accelerator.unwrap_model(actor_critic)
     batches = MicroBatches(rollout)
@@ -180,7 +180,7 @@ def _backward(
     in_loss = kl.placement == "loss" and not value_only
     terms: Terms = "value" if value_only else "both" if cfg.value_coef > 0 else "policy"
     old_logprobs_BT = batch.take(scores.logprobs_BT)
-    # Gradients meet once a minibatch: DDP waits for the other processes in the last micro-batch only.
+    # Gradients are reduced once per minibatch: DDP waits for the other processes in the last micro-batch only.
     with nullcontext() if last else accelerator.no_sync(actor_critic):
         output: PolicyOutput = actor_critic(
             batch.ids_BL,
@@ -192,7 +192,7 @@ def _backward(
         )
         has_values = output.values_BT is not None
         loss = ops.ppo_loss(
-            # While the value model warms up the policy is the old one, by definition.
+            # During the value warm-up the policy does not change, so its log-probabilities are the old ones.
             old_logprobs_BT if output.logprobs_BT is None else output.logprobs_BT,
             old_logprobs_BT,
             batch.take(advantages.advantages_BT),
@@ -212,7 +212,7 @@ def _backward(
             aggregate=cfg.aggregate,
             denominator=denominator,
         )
-        # DDP averages over processes; the denominator is global already.
+        # DDP averages over processes, but the denominator is already global.
         accelerator.backward(loss.loss * accelerator.num_processes)
     return loss
 
@@ -222,7 +222,7 @@ def _kl_in_loss(output: PolicyOutput, ref_logprobs_BT: Tensor, mask_BT: Tensor, 
         assert output.kl_BT is not None
         return output.kl_BT
     assert output.logprobs_BT is not None
-    # Padding is given a ratio of 1: its exponential could overflow, and 0 times infinity would reach the gradient.
+    # Padding gets a ratio of 1: its exponential could overflow, and 0 times infinity would reach the gradient.
     ref_logprobs_BT = torch.where(mask_BT, ref_logprobs_BT, output.logprobs_BT.detach())
     return estimate_kl(output.logprobs_BT, ref_logprobs_BT, kl.estimator)
 
@@ -257,7 +257,7 @@ class _Step:
 
 
 def _finish(statistics: Sequence[ops.PPOLoss], model: ActorCritic, cfg: PPOConfig, accelerator: Accelerator) -> _Step:
-    """Clip the gradients, each network's by its own norm, and bring the minibatch's statistics to the host, at once."""
+    """Clips each network's gradients by their norm, and copies the minibatch's statistics to the host at once."""
     policy_norm = clip_gradients(model.policy_parameters(), cfg.max_grad_norm)
     value_norm = clip_gradients(model.value_parameters(), cfg.max_grad_norm)
     device = statistics[0].loss.device
@@ -277,7 +277,7 @@ def _finish(statistics: Sequence[ops.PPOLoss], model: ActorCritic, cfg: PPOConfi
 
 
 def _explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, accelerator: Accelerator) -> Tensor:
-    """1 - Var(R - V) / Var(R) over the counted tokens of all processes; 0 where the returns are all alike."""
+    """1 - Var(R - V) / Var(R) over the counted tokens of all processes; 0 where all returns are equal."""
 
     def variance(x_BT: Tensor) -> Tensor:
         counted_BT = torch.where(mask_BT, x_BT.double(), 0.0)

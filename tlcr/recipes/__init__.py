@@ -1,4 +1,4 @@
-"""One function a stage of the method: it calls the stages below in the order of the paper, and computes nothing itself.
+"""One function per stage of the method. It calls the functions of other folders in the paper's order.
 
 May touch all before it; a recipe never imports another.
 """

@@ -1,4 +1,4 @@
-"""Recipe: a trained discriminator and held-out pairs to an account of what it gets right and where."""
+"""Recipe: measures where a trained discriminator is right and wrong on held-out pairs."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def analyse_discriminator(
     preferences: Sequence[PreferencePair] = (),
     calibrated_on_them: bool,
 ) -> DiscriminatorAnalysis:
-    """Measures a discriminator on pairs that it has not been trained on, at its stored temperature.
+    """Measures a discriminator, at its stored temperature, on pairs that it was not trained on.
 
-    Source: the rewards are those of the paper, section 3.3; what is measured of them is ours.
+    Source: the rewards are those of the paper, section 3.3; the measurements are ours.
 
     Args:
         cfg: its data and labels sections say how pairs are cut and labelled, its discriminator section what the targets
@@ -84,9 +84,9 @@ def analyse_discriminator(
         model: a token classifier of two or three classes, with its temperature in its config.
         tokenizer: the model's.
         edits: rejected answers and their revisions.
-        preferences: chosen and rejected answers, to compare as wholes. May be empty.
-        calibrated_on_them: whether the temperature was fitted on these edits; calibration is then measured across
-            halves of them, and not at all where a half has nothing to fit on.
+        preferences: chosen and rejected answers, to compare whole answers. May be empty.
+        calibrated_on_them: whether the temperature was fitted on these edits; calibration is then measured by
+            cross-fitting on two halves, or not at all where a half has nothing to fit on.
 
     Returns:
         Figures by kind of edit, by position, near edits and of whole answers, with the calibration.
@@ -102,7 +102,7 @@ def analyse_discriminator(
     batch_size = 2 * (settings.micro_batch_size or settings.batch_size)
     targets: Targets = "three_class" if model.config.num_labels == 3 else settings.targets
 
-    # 1. labels: as the model was trained on them, and of whole answers
+    # 1. labels: as in the model's training, and of whole answers
     pairs, whole = (
         [
             label_pair(
@@ -117,7 +117,7 @@ def analyse_discriminator(
         for limit in (cfg.data.max_answer_tokens, sys.maxsize)
     )
 
-    # 2. what the model says of every token
+    # 2. the model's logits for every token
     predictions = predict_tokens(model, pairs, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size)
     rewards_N = token_rewards(predictions.logits_NC, temperature_of(model))
     tokens = analysed_tokens(pairs, whole, rewards_N.numpy())
@@ -130,7 +130,7 @@ def analyse_discriminator(
         "chosen over rejected": _compare_preferences(cfg, model, tokenizer, preferences, batch_size),
     }
 
-    # 4. whether its confidence can be taken at its word
+    # 4. calibration
     confidences = {"before": (token_rewards(predictions.logits_NC, 1.0) + 1) / 2}
     if hasattr(model.config, "tlcr_temperature"):
         if not calibrated_on_them:

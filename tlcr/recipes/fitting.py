@@ -92,9 +92,9 @@ def fit_and_save(
     callbacks: Sequence[Callback],
     further: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda figures: {},
 ) -> FitResult:
-    """Minimises ``loss`` over ``train``, watches it on ``held_out``, and writes a model folder that loads anywhere.
+    """Minimises ``loss`` over ``train``, evaluates it on ``held_out``, and writes a standard model folder.
 
-    further: figures to evaluate beside the loss and its statistics, which it is given.
+    further: computes further figures from the loss and its statistics.
     """
 
     def held_out_loss(model: PreTrainedModel) -> dict[str, float]:

@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainedDiscriminator:
-    """The model, on its device and in evaluation mode, and what is known about it.
+    """The model, on its device and in evaluation mode, with its calibration and evaluation.
 
     calibration is None where it was switched off; evaluation is None without held-out pairs.
     """
@@ -80,7 +80,7 @@ def train_discriminator(
 
     The loss is the cross entropy of each answer token's classes with the target of its label (positive 1, negative 0,
     neutral 1/2 where ``cfg.discriminator.targets`` is "soft"), the mean over the tokens of either side of an edit, both
-    sides weighing the same. Source: the paper, section 3.2; calibration by one temperature (Guo et al. 2017) is ours.
+    sides with equal weight. Source: the paper, section 3.2; calibration by one temperature (Guo et al. 2017) is ours.
 
     Args:
         cfg: its ``discriminator`` section says what the targets are, how long and how fast; ``data`` how texts are cut;
@@ -104,7 +104,7 @@ def train_discriminator(
         DataError: nothing was edited; calibration is on and nothing is held out; or an answer with its prompt is longer
             than the model can read. All before training.
         ConfigError: the tracker is not installed, or the launcher asks for another kind of parallelism.
-        CheckpointError: a checkpoint is there that nobody asked to resume or that belongs to another run; a full disk.
+        CheckpointError: there is a checkpoint but ``resume`` is False, or it belongs to another run; the disk is full.
         TrainingDiverged: a loss or a gradient is not finite; the state before that step is saved.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, with the state saved.
     """
@@ -116,7 +116,7 @@ def train_discriminator(
     model = load_token_classifier(backbone, cfg.model, id2label=labels_of(settings.targets))
     make_top_layers_bidirectional(model, settings.bidirectional_layers)
 
-    # 2. minimise the cross entropy with the labels' targets, both sides of an edit weighing the same
+    # 2. minimise the cross entropy with the labels' targets, both sides of an edit with equal weight
     batch_size = 2 * micro_batch_size(settings)
     predict = partial(predict_tokens, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size)
     measure = partial(evaluate_predictions, targets=settings.targets)
@@ -138,7 +138,7 @@ def train_discriminator(
         callbacks=callbacks,
     )
 
-    # 3. one temperature, so that the confidence can be taken at its word
+    # 3. calibrate: fit one temperature
     calibration = evaluation = None
     if held_out:
         predictions = predict(model, held_out)
@@ -153,7 +153,7 @@ def train_discriminator(
                     calibration.tokens,
                 )
 
-        # 4. how good it is on edits it has not seen
+        # 4. evaluate on held-out edits
         evaluation = measure(predictions, temperature=temperature_of(model), calibrated=settings.calibrate)
         if held_out_preferences:
             accuracy = _preference_accuracy(model, tokenizer, held_out_preferences, cfg, batch_size)

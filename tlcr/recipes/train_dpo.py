@@ -1,4 +1,4 @@
-"""Recipe: preference pairs to a policy trained by DPO, whose log-ratio is a rival's reward for each token."""
+"""Recipe: preference pairs to a policy trained by DPO, whose log-ratio is a baseline reward for each token."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def train_dpo(
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> FitResult:
-    """Trains a causal LM by direct preference optimisation, with itself as it comes for the reference.
+    """Trains a causal LM by direct preference optimisation; the reference is the model before training.
 
     The loss of a batch is the mean over its pairs of -log sigmoid(r_chosen - r_rejected), where
     r = cfg.dpo.beta * (log pi(answer | prompt) - log pi_ref(answer | prompt)), in nats.
@@ -52,7 +52,7 @@ def train_dpo(
     Raises:
         DataError: there is no pair to train on, or an answer with its prompt is longer than the model can read.
         ConfigError: the tracker is not installed, or the launcher asks for another kind of parallelism.
-        CheckpointError: a checkpoint is there that nobody asked to resume or that belongs to another run; a full disk.
+        CheckpointError: there is a checkpoint but ``resume`` is False, or it belongs to another run; the disk is full.
         TrainingDiverged: a loss or a gradient is not finite; the state before that step is saved.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, with the state saved.
     """
@@ -60,14 +60,14 @@ def train_dpo(
     encode = partial(encode_comparisons, tokenizer, data=cfg.data)
     splits = encode_splits(encode, train, held_out, model=model, length=_length)
 
-    # 2. how likely they are to the reference, before the first step (also of a resumed run: its weights come later)
+    # 2. their log-probabilities under the reference, before the first step (a resumed run loads its weights later)
     train_pairs, held_out_pairs = (
         with_reference(model, pairs, pad_token_id=tokenizer.pad_token_id, batch_size=micro_batch_size(cfg.dpo))
         for pairs in splits
     )
 
-    # 3. maximise the likelihood of people's choices under the log-ratio, watch the held-out pairs, and 4. write a model
-    # folder that loads anywhere
+    # 3. maximise the likelihood of the preferences under the log-ratio, evaluate on the held-out pairs, and 4. write a
+    # standard model folder
     return fit_and_save(
         cfg,
         cfg.dpo,

@@ -51,14 +51,14 @@ def train_ppo(
     Args:
         cfg: its sections ``ppo``, ``rollout``, ``reward`` and ``kl`` say how; ``data`` how prompts are cut.
         actor_critic: policy and value model, trained in place.
-        reference: a frozen copy of the policy as it was; KL is measured against it.
+        reference: a frozen copy of the initial policy; KL is measured against it.
         tokenizer: the policy's.
-        reward_source: what a rollout earns.
-        reward_temperature: the calibrated temperature of the source's logits, which they are divided by.
+        reward_source: gives the rewards of a rollout.
+        reward_temperature: the calibrated temperature, which divides the source's logits.
         prompts: texts to answer, complete with template and beginning-of-sequence token.
         folder: gets ``metrics.jsonl`` (its keys: docs/metrics.md) and ``checkpoints/`` while training, then
             ``policy/``, ``value/`` and ``done.json``.
-        seed: fixes the order of the prompts and every sampled token.
+        seed: decides the order of the prompts and every sampled token.
         resume: continue from the newest checkpoint in ``folder``; bit for bit on one process on the CPU. A finished
             run is loaded into ``actor_critic``.
         callbacks: told of every update, evaluation and checkpoint.
@@ -71,10 +71,10 @@ def train_ppo(
     Raises:
         ConfigError: settings contradict each other, the reference is the policy itself, the tracker is not installed,
             or the launcher asks for another kind of parallelism.
-        DataError: the reward source gave something that is no reward, or a prompt with an answer of full length is
-            longer than the model can read.
-        CheckpointError: a checkpoint or a finished run is there that nobody asked to resume or that belongs to another
-            run; a full disk.
+        DataError: the reward source gave invalid rewards, or a prompt with an answer of full length is longer than
+            the model can read.
+        CheckpointError: there is a checkpoint or a finished run but ``resume`` is False, or it belongs to another run;
+            the disk is full.
         TrainingDiverged: numbers are not finite or the ratio exploded; the state is saved apart, in ``diverged/``.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, with the state saved.
     """
@@ -107,7 +107,7 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
     # 1. Prompts x from the data, in an order that the seed decides.
     prompts = run.take_prompts()
 
-    # 2. Answers a_1 .. a_T from the policy, the end of sequence being an action like any other.
+    # 2. Answers a_1 .. a_T from the policy; the end of sequence is an action too.
     with watch.phase("rollout"):
         rollout = generate(
             run.actor_critic.policy,
@@ -118,7 +118,7 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
             generator=seeded_generator("answers", run.seed, run.update, accelerator.process_index),
         )
 
-    # 3. What policy, reference and value model say of every action: log-probs, and V(s_t).
+    # 3. Log-probs of every action under policy and reference, and values V(s_t).
     with watch.phase("score"):
         scores = score_rollout(
             run.actor_critic,
@@ -129,7 +129,7 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
             exact_kl=cfg.kl_estimator == "full",
         )
 
-    # 4. A reward for every token, r_t = 2 D(a_t | x, a_<t) - 1, less what its distance from the reference costs.
+    # 4. A reward for every token, r_t = 2 D(a_t | x, a_<t) - 1, minus the KL penalty.
     with watch.phase("reward"):
         kl_coef = run.kl_controller.coef
         rewards = compose_rewards(
@@ -143,7 +143,7 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
             centre=run.centre,
         )
 
-    # 5. Advantages: what each action brought beyond V, by generalised advantage estimation.
+    # 5. Advantages of each action over V, by generalised advantage estimation.
     advantages = compute_advantages(
         rewards,
         scores,
@@ -172,7 +172,7 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
             value_only=run.warms_up_values,
         )
 
-    # 7. Figures; the price of a nat of KL follows the distance that was measured.
+    # 7. Metrics; the KL coefficient adapts to the measured KL.
     metrics = rollout_metrics(rollout, scores, rewards, advantages, cfg.kl_estimator)
     run.kl_controller.update(metrics["kl/per_token"], cfg.ppo.batch_size)
     return {

@@ -35,7 +35,7 @@ def train_reward_model(
 
     The loss of a batch is the mean over its pairs of -log sigmoid(score of the chosen answer - score of the rejected
     one). Source: Bradley and Terry 1952, as a reward model in Ouyang et al. 2022 (InstructGPT), eq. 1.
-    ``load_sequence_classifier(folder, cfg.model)`` loads what is written.
+    ``load_sequence_classifier(folder, cfg.model)`` loads the result.
 
     Args:
         cfg: its ``reward_model`` section says how long and how fast; ``data`` how texts are cut; ``model`` how the
@@ -54,7 +54,7 @@ def train_reward_model(
     Raises:
         DataError: there is no pair to train on, or an answer with its prompt is longer than the model can read.
         ConfigError: the tracker is not installed, or the launcher asks for another kind of parallelism.
-        CheckpointError: a checkpoint is there that nobody asked to resume or that belongs to another run; a full disk.
+        CheckpointError: there is a checkpoint but ``resume`` is False, or it belongs to another run; the disk is full.
         TrainingDiverged: a loss or a gradient is not finite; the state before that step is saved.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, with the state saved.
     """
@@ -66,8 +66,8 @@ def train_reward_model(
     model = load_sequence_classifier(backbone, cfg.model)
     model.config.pad_token_id = tokenizer.pad_token_id
 
-    # 3. maximise the likelihood of people's choices (Bradley-Terry), watch the held-out pairs, and 4. write a model
-    # folder that loads anywhere
+    # 3. maximise the likelihood of the preferences (Bradley-Terry), evaluate on the held-out pairs, and 4. write a
+    # standard model folder
     return fit_and_save(
         cfg,
         cfg.reward_model,

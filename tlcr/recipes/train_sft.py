@@ -34,14 +34,14 @@ def train_sft(
 ) -> FitResult:
     """Trains a causal LM on the chosen answers: the policy that every later stage starts from.
 
-    The loss of a batch is the mean of -log p(token) in nats over all its answer tokens; prompts carry none.
+    The loss of a batch is the mean of -log p(token) in nats over all its answer tokens; prompt tokens have no loss.
     Source: supervised fine-tuning as in Ouyang et al. 2022 (InstructGPT), 3.5; the mean over tokens is ours.
 
     Args:
         cfg: its ``sft`` section says how long and how fast; ``data`` how texts are cut; ``seed`` orders the examples.
         model: a causal LM, trained in place.
         tokenizer: the model's.
-        train: pairs, of which the prompt and the chosen answer are used.
+        train: pairs; only the prompt and the chosen answer are used.
         held_out: pairs to evaluate on: loss, and perplexity = exp(loss). May be empty.
         folder: gets ``metrics.jsonl`` and ``checkpoints/`` while training, then the model with its tokenizer.
         resume: continue from the newest checkpoint in ``folder``; bit for bit on one process on the CPU.
@@ -53,7 +53,7 @@ def train_sft(
     Raises:
         DataError: there is no pair to train on, or an answer with its prompt is longer than the model can read.
         ConfigError: the tracker is not installed, or the launcher asks for another kind of parallelism.
-        CheckpointError: a checkpoint is there that nobody asked to resume or that belongs to another run; a full disk.
+        CheckpointError: there is a checkpoint but ``resume`` is False, or it belongs to another run; the disk is full.
         TrainingDiverged: a loss or a gradient is not finite; the state before that step is saved.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, with the state saved.
     """
@@ -61,7 +61,7 @@ def train_sft(
     encode, length = partial(_encode, tokenizer=tokenizer, cfg=cfg), _length
     train_answers, held_out_answers = encode_splits(encode, train, held_out, model=model, length=length)
 
-    # 2. maximise the likelihood of the answers, watch those held out, and 3. write a model folder that loads anywhere
+    # 2. maximise the likelihood of the answers, evaluate on the held-out pairs, and 3. write a standard model folder
     return fit_and_save(
         cfg,
         cfg.sft,

@@ -28,7 +28,7 @@ Curve = Sequence[Mapping[str, Any]]
 """Evaluations, measure to value, in the order of training or of KL coefficients."""
 
 Per = Literal["token", "answer"]
-"""What gold and KL are taken per, so that answers of different length can be compared."""
+"""The unit of gold and KL (per token or per answer), so that answers of different length can be compared."""
 
 LEVELS = (0.25, 0.5, 1.0)
 """Matched KL is looked at here, as shares of the KL that half of the arms reached."""
@@ -124,7 +124,7 @@ def largest_kl(curve: Sequence[Mapping[str, Any]], against: str = "kl_per_token"
 def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[str, Any] | None:
     """Mean of ours - theirs over the seeds that both have, its sd, and the two-sided 95 % interval of Student's t.
 
-    Seeds share their prompts and sampling luck, so the difference is taken within a seed. None without a common seed.
+    Seeds share their prompts and random numbers, so the difference is taken within a seed. None without a common seed.
     """
     seeds = sorted(ours.keys() & theirs.keys())
     mean = mean_over_seeds([ours[s] - theirs[s] for s in seeds])

@@ -1,4 +1,4 @@
-"""The reviser: a language model, or files of others, minimally edits the answers that people liked less.
+"""The reviser: minimal edits of the rejected answers, by a language model or from files.
 
-May touch all before it up to chat; trains nothing, and knows no reward.
+May touch all before it up to chat; trains nothing, and uses no reward.
 """

@@ -1,11 +1,11 @@
-"""From what a reward source says to the reward of every action, with an account of where it came from.
+"""From the signal of a reward source to the reward of every action, and the shares of its parts.
 
 Arithmetic only: no text, no models. One formula holds for every kind of reward,
 
     r_t = clamp(scale * c_t, -clip, clip) - centre - kl_coef * KL_t - length_penalty + [t is the last token] * terminal
 
-where c_t is what the kind pays for token t (`compose_rewards`). The centre is a mean of what was scaled and clipped
-already: nothing scales or clips it again.
+where c_t is the kind's reward of token t (`compose_rewards`). The centre is a mean of values that were already scaled
+and clipped; it is not scaled or clipped again.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ __all__ = ["PARTS", "RunningMean", "compose_rewards", "reward_accounting"]
 
 PARTS = ("dense", "terminal", "kl", "length")
 
-# One part that makes up more than this share of the return, though others were asked for, leaves them without a say.
+# A part with more than this share of the return dominates the other parts, which then have no effect.
 DOMINANT_SHARE = 0.95
 
 
 CENTRE_DECAY = 0.5
-"""What an older round counts for against the one after it (ours): the mean has to keep up with a policy that improves,
-or every token is paid the difference and answers grow to the length limit (docs/embedded_task.md)."""
+"""Weight of a round relative to the next one (ours). The mean must follow a policy that improves: otherwise every token
+is paid the difference, and answers grow to the length limit (docs/embedded_task.md)."""
 
 
 class RunningMean:
-    """The mean of everything seen so far, in which every update makes what came before count less.
+    """A running mean in which every update reduces the weight of earlier values.
 
         total <- decay * total + sum of the counted values        mean = total / count
         count <- decay * count + number of counted values
 
     decay 1 is the plain mean of all values. `reduce` sums a tensor over all processes, so that every process holds the
-    same mean; it is called once for every update, also where nothing counts. The mean is 0 until something counted.
+    same mean; it is called once for every update, even if nothing counts. The mean is 0 until a value counts.
     """
 
     def __init__(self, decay: float = CENTRE_DECAY, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -58,7 +58,7 @@ class RunningMean:
         return self.total / self.count if self.count else 0.0
 
     def update(self, values_BT: Tensor, mask_BT: Tensor) -> None:
-        """Takes in the values, any float dtype, where the mask counts. Both (B, T)."""
+        """Adds the values, of any float dtype, where the mask is True. Both (B, T)."""
         counted_BT = torch.where(mask_BT, values_BT.double(), 0.0)
         sums = torch.stack([counted_BT.sum(), mask_BT.sum().double()])
         if self.reduce is not None:
@@ -94,9 +94,9 @@ def compose_rewards(
     temperature: float,
     centre: RunningMean | None,
 ) -> Rewards:
-    """The reward of every action: what the source says, less KL and penalties.
+    """The reward of every action: the source's signal minus KL and penalties.
 
-    What the kind pays for token t, with p = softmax(logits_t / temperature) and d = p_positive - p_negative::
+    The reward of token t by kind, with p = softmax(logits_t / temperature) and d = p_positive - p_negative::
 
         continuous      d                       (2 p_positive - 1 for two classes; paper, section 3.3)
         discrete        0 where |d| <= band, else sign(d)
@@ -108,14 +108,14 @@ def compose_rewards(
         sequence        nothing; the source's score is paid at the last token
         uniform, attention, prefix_difference, dpo, random
                         the source's number
-        callable        the source's numbers; d too, where it gives logits
+        callable        the source's numbers; or d, where it gives logits
 
     compat 'tlcr-official' repeats the released code: it takes the softmax of probabilities, so that two classes pay
-    tanh(d / 2), at most 0.462, with the band on that scale; and what token t earned is paid to the action after it, so
-    that the first action gets nothing and what the last token earned is lost.
+    tanh(d / 2), at most 0.462, with the band on that scale; and the reward of token t is paid to the next action, so
+    that the first action gets nothing and the last token's reward is lost.
 
-    The parts of the result, each (B, T) and 0 where nothing counts, sum to the rewards; a part that was not asked for
-    is absent::
+    The parts of the result, each (B, T) and 0 where nothing counts, sum to the rewards; a part that is not used is
+    absent::
 
         dense       clamp(scale * c_t, -clip, clip) - centre.mean at every counted token
         terminal    at the last counted token: scale * terminal_B + sequence_coef * sequence_B; for 'sum_at_end' the sum
@@ -123,19 +123,19 @@ def compose_rewards(
         kl          -kl_coef * kl_BT at every counted token
         length      -length_penalty at every counted token; -missing_eos_penalty at the last one where not ended_B
 
-    What stands at a position that does not count never matters; a row where nothing counts earns nothing.
+    Values at positions that do not count have no effect; a row without counted positions gets no reward.
 
     Args:
-        signal: what the source says of the rollout.
+        signal: the source's signal for the rollout.
         mask_BT: bool (B, T), True where a response token counts.
         ended_B: bool (B,), True where the policy chose to stop.
-        kl_BT: the estimate to be paid for, (B, T) in nats; None where KL is in the loss.
-        kl_coef: what one nat of it costs, in reward.
+        kl_BT: the KL estimate to subtract, (B, T) in nats; None where KL is in the loss.
+        kl_coef: reward subtracted per nat.
         cfg: kind, scale, clips and penalties.
         temperature: the discriminator's, which divides its logits.
-        centre: with ``cfg.centre``, takes in this batch's dense and kl parts together, then its mean is subtracted. A
-            token of average worth and average distance then earns 0, so that neither a longer nor a shorter answer pays
-            by its length (ours).
+        centre: with ``cfg.centre``, is updated with the sum of this batch's dense and kl parts, then its mean is
+            subtracted. A token of average reward and average KL then earns 0, so that neither longer nor shorter
+            answers gain by their length (ours).
 
     Returns:
         Rewards and parts, float32, or float64 where the signal is; no gradient.
@@ -184,11 +184,11 @@ def compose_rewards(
 def reward_accounting(
     rewards: Rewards, mask_BT: Tensor, *, reduce: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Where the return comes from: 0-d float64 tensors, ready to log. Source: ours::
+    """The shares of the return's parts, as 0-d float64 tensors. Source: ours::
 
         reward/mean_token           mean reward of a counted token, all parts together
-        reward/mean_abs_token       mean |reward| of a counted token: the scale that kl.coef stands against
-        reward/mean_score           mean over counted tokens of dense + terminal: what the source paid
+        reward/mean_abs_token       mean |reward| of a counted token: the scale to compare kl.coef with
+        reward/mean_score           mean over counted tokens of dense + terminal: the source's reward
         reward/mean_return          mean over answers of the sum of their rewards
         reward/nonzero_share        share of counted tokens where dense + terminal is not 0
         reward/share_<part>         sum of |part| over the sum of |every part|; dense, terminal, kl, length; 0 if absent
@@ -208,7 +208,7 @@ def reward_accounting(
     zero_BT = torch.zeros_like(rewards_BT)
     part_BT = {name: torch.where(mask_BT, rewards.parts.get(name, zero_BT).double(), 0.0) for name in PARTS}
     score_BT = part_BT["dense"] + part_BT["terminal"]
-    # sums over all processes, then ratios: a mean of ratios would weigh a process by its being one
+    # Sums over all processes, then ratios: a mean of ratios would give every process the same weight.
     return_B, length_B = rewards_BT.sum(-1), mask_BT.sum(-1).double()
     counts_B = length_B > 0
     answers = counts_B.sum().double()
@@ -237,7 +237,7 @@ def reward_accounting(
     covariance = answers * product - total * tokens
     return_variance = answers * return_square - total.square()
     length_variance = answers * length_square - tokens.square()
-    # what rounding alone leaves of the difference of two equal numbers is no variance
+    # A difference that comes from rounding alone is not variance.
     varies = (return_variance > 1e-12 * answers * return_square) & (length_variance > 1e-12 * answers * length_square)
     correlation = _ratio(covariance, torch.where(varies, return_variance * length_variance, 0.0).sqrt())
     return {
@@ -267,7 +267,7 @@ def _token_rewards(
         raise ConfigError(
             "reward.centre is on, but compose_rewards got centre=None; pass a RunningMean that outlives it"
         )
-    # scaling and clipping commute with the one-sided kinds, so that one call does it all
+    # Scaling and clipping commute with the one-sided kinds, so one call is enough.
     in_one_call = signal.dense_BT is None and cfg.kind != "spans"
     token_BT = torch.zeros(mask_BT.shape, device=mask_BT.device)
     logits_BTC = signal.logits_BTC
@@ -305,7 +305,7 @@ def _token_rewards(
 
 def _span_means(token_BT: Tensor, spans_BT: Tensor | None, mask_BT: Tensor) -> Tensor:
     """Each counted token's value replaced by the mean over the counted tokens of its span; 0 where not counted."""
-    assert spans_BT is not None  # _check_signal saw to it
+    assert spans_BT is not None  # checked by _check_signal
     inside_BT = torch.where(mask_BT, spans_BT, 0)
     sums_BT = torch.zeros_like(token_BT).scatter_add(1, inside_BT, token_BT)
     counts_BT = torch.zeros_like(token_BT).scatter_add(1, inside_BT, mask_BT.to(token_BT.dtype))
@@ -313,7 +313,7 @@ def _span_means(token_BT: Tensor, spans_BT: Tensor | None, mask_BT: Tensor) -> T
 
 
 def _one_action_late(token_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Each counted token's value at the next counted one: the first gets 0, and the last one's is lost."""
+    """Each counted token's value at the next counted one: the first gets 0, and the last value is lost."""
     late_BT = torch.zeros_like(token_BT)
     for row, counts_T in enumerate(mask_BT):
         late_BT[row, counts_T] = pad(token_BT[row, counts_T], (1, 0))[:-1]

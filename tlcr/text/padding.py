@@ -11,7 +11,7 @@ from tlcr.types import EncodedAnswer
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """ids (B, L) int64 and the mask (B, L) bool, True at the rows' own tokens; L is the length of the longest row."""
+    """ids (B, L) int64 and the mask (B, L) bool, True where there is no padding; L is the length of the longest row."""
     lengths_B = torch.tensor([len(row) for row in rows], dtype=torch.long)
     mask_BL = torch.arange(int(lengths_B.max()))[None, :] < lengths_B[:, None]
     ids_BL = torch.full(mask_BL.shape, pad_token_id, dtype=torch.long)
@@ -20,7 +20,7 @@ def pad_right(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor,
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """The same with the rows' own tokens at the end of each."""
+    """The same with the padding on the left."""
     backwards_BL, mask_BL = pad_right([row[::-1] for row in rows], pad_token_id)
     return backwards_BL.flip(1), mask_BL.flip(1)
 
@@ -30,11 +30,11 @@ def collate_completions(answers: Sequence[EncodedAnswer], *, pad_token_id: int) 
 
     Args:
         answers: the examples.
-        pad_token_id: what stands in padding.
+        pad_token_id: the id that fills padding.
 
     Returns:
         ``ids`` (B, L), ``attention_mask`` (B, L) bool and ``answer_mask`` (B, K) bool. K is the number of columns from
-        the earliest answer to the end, so ``answer_mask`` lies over the LAST K columns. It is True at answer tokens,
+        the earliest answer to the end, so ``answer_mask`` is for the LAST K columns. It is True at answer tokens,
         the end-of-sequence token among them. Where the prompt is empty, nothing predicts the first token: it does not
         count.
     """

@@ -1,8 +1,8 @@
 """Text to token ids and back, aligned by character offsets.
 
-Prompt and answer are tokenised together, because that is how a model meets them: a byte-pair encoder may well tokenise
-" answer" after a prompt differently from " answer" alone. Where the answer begins is read from the offsets that only a
-fast tokenizer gives. Nothing here adds a special token on its own: a prompt's text is complete (see ``render_prompt``).
+Prompt and answer are tokenised together, because a model reads them together: a byte-pair encoder may tokenise
+" answer" after a prompt differently from " answer" alone. The offsets, which only a fast tokenizer gives, show where
+the answer begins. No function here adds special tokens: a prompt's text is complete (see ``render_prompt``).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 Message = Mapping[str, Any]
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}tlcr\N{OBJECT REPLACEMENT CHARACTER}"
-"""Stands for an answer's text, to find what a chat template writes around it."""
+"""A placeholder for an answer's text, to find the text that a chat template writes around it."""
 
 
 def encode_answer(
@@ -47,21 +47,21 @@ def encode_answer(
     max_answer_tokens: int | None,
     end_of_sequence: bool = True,
 ) -> EncodedAnswer:
-    """Tokenise ``prompt + answer`` as one text and say where the answer begins.
+    """Tokenise ``prompt + answer`` as one text and find where the answer begins.
 
-    The answer begins at the first token whose end lies beyond the prompt's last character. A token that straddles the
-    boundary therefore belongs to the answer; the prompt's ids then differ from those of the prompt alone, which is what
-    a policy is given at rollout. End prompts where the tokenizer ends words (a template does) and it cannot happen.
+    The answer begins at the first token whose end lies beyond the prompt's last character. A token across the
+    boundary therefore belongs to the answer. The prompt's ids then differ from those of the prompt alone, which a
+    policy gets in a rollout. To avoid this, end prompts where the tokenizer ends words, as a template does.
 
     Args:
         tokenizer: a fast tokenizer, which gives character offsets.
         prompt: complete text, template and beginning-of-sequence token included.
         answer: the text that follows the prompt.
-        max_prompt_tokens: a longer prompt loses its beginning, a beginning-of-sequence token with it.
-        max_answer_tokens: a longer answer loses its end; the end-of-sequence token counts towards this limit, as it
+        max_prompt_tokens: a longer prompt is cut at the beginning, its beginning-of-sequence token included.
+        max_answer_tokens: a longer answer is cut at the end; the end-of-sequence token counts towards this limit, as it
             does when a policy generates. None: no limit.
-        end_of_sequence: append the end-of-sequence token to an answer that was not cut. ``complete`` says whether it is
-            there, so without it no answer is complete.
+        end_of_sequence: append the end-of-sequence token to an answer that was not cut. ``complete`` says whether the
+            answer ends with it.
 
     Returns:
         The ids of both and where the answer begins.
@@ -106,7 +106,7 @@ def encode_answers(
     )
     encoded = []
     for prompt, ids, offsets in zip(prompts, batch["input_ids"], batch["offset_mapping"], strict=True):
-        # An empty prompt owns no token, not even a word-boundary mark of no width.
+        # An empty prompt has no token, not even a word-boundary mark without characters.
         start = next((k for k, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids)) if prompt else 0
         first = max(0, start - max_prompt_tokens)
         tail = [tokenizer.eos_token_id] if end_of_sequence else []
@@ -133,7 +133,7 @@ def encode_comparisons(
 
 
 def cut_answer(encoded: EncodedAnswer, max_answer_tokens: int) -> EncodedAnswer:
-    """The answer's first ``max_answer_tokens`` tokens; what is cut loses its end-of-sequence token and completeness."""
+    """The answer's first ``max_answer_tokens`` tokens; a cut answer is not complete."""
     limit = encoded.answer_start + max_answer_tokens
     if len(encoded.ids) <= limit:
         return encoded
@@ -145,10 +145,10 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mes
 
     Args:
         tokenizer: the tokenizer whose chat template and beginning-of-sequence token apply.
-        prompt: messages ({"role", "content"}) go through the chat template, with the header of the answer to come.
-            Plain text gets the beginning-of-sequence token in front if the tokenizer would itself add one and it is not
-            there.
-        **template: what else the chat template renders: tools, documents, switches of its own.
+        prompt: messages ({"role", "content"}) are rendered by the chat template, with the header of the next answer.
+            Plain text gets the beginning-of-sequence token in front if the tokenizer would add one and the text does
+            not begin with it.
+        **template: other values for the chat template: tools, documents, its own switches.
 
     Returns:
         The text.
@@ -173,13 +173,13 @@ def render_answer(
     Args:
         tokenizer: the tokenizer whose chat template applies.
         prompt: the messages before the answer.
-        answer: the content of the assistant's message, or the message where it holds more (tool calls, reasoning).
-        **template: what else the chat template renders, as for the prompt.
+        answer: the content of the assistant's message, or the message if it holds more (tool calls, reasoning).
+        **template: other values for the chat template, as for the prompt.
 
     Returns:
-        The content, after the white space (if any) that the chat template writes before it. Some templates open an
-        answer with a space, and a model tuned on them expects it. Of a message: all that the template writes of it,
-        without the end of the turn.
+        The content, after the white space (if any) that the chat template writes before it. Some templates begin an
+        answer with a space, and a model tuned on them expects it. For a message: all the text that the template writes
+        for it, without the end of the turn.
 
     Raises:
         DataError: the chat template does not continue its own prompt with such a message.
@@ -206,9 +206,9 @@ def render_answer(
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, context: Sequence[int] = ()) -> str:
-    """The text that ``ids`` add after ``context``: special tokens left out, no clean-up of spaces.
+    """The text that ``ids`` add after ``context``: without special tokens and without clean-up of spaces.
 
-    The context matters to tokenizers that mark words by a leading space: alone, the first word would lose its own.
+    Tokenizers that mark words by a leading space need the context: without it, the first word would lose its space.
 
     Args:
         tokenizer: the tokenizer of the ids.
@@ -229,7 +229,7 @@ def character_spans(
 
     Where one character's bytes are spread over several tokens, each of them has the whole character in its span, so
     neighbouring spans may share a character; apart from that the spans follow one another without a gap. Special
-    tokens, and tokens of which nothing is seen (a word-boundary mark at the very start), have empty spans.
+    tokens, and tokens without visible text (a word-boundary mark at the very start), have empty spans.
 
     The cost is linear for byte-level and SentencePiece-like decoders; for others, each prefix is decoded once.
 
@@ -253,7 +253,7 @@ def character_spans(
 
 
 def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, context: Sequence[int] = ()) -> list[str]:
-    """Each id's text, for people to read. Joined, the pieces of ordinary tokens are the decoded text.
+    """The text of each id, for display. The joined pieces of ordinary tokens are the decoded text.
 
     Args:
         tokenizer: a fast tokenizer.
@@ -352,7 +352,7 @@ def _spans_by_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text
     ]
     written = b"".join(parts)
     characters = written.decode(errors="replace")
-    # SentencePiece-like decoders take off the space that their encoders put in front of the text.
+    # SentencePiece-like decoders remove the space that their encoders add before the text.
     stripped = 1 if characters == " " + text else 0
     if characters[stripped:] != text:
         return None
@@ -383,7 +383,7 @@ def _characters_of_bytes(written: bytes, characters: str) -> list[int]:
 
 
 def _spans_by_prefixes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> list[tuple[int, int]]:
-    """Spans for any decoder: how much of the text is settled after each id, and whether a character is left open."""
+    """Spans for any decoder, from the length of the text that is final after each id."""
     special = _special_ids(tokenizer)
     spans: list[tuple[int, int]] = []
     settled = 0
@@ -393,7 +393,7 @@ def _spans_by_prefixes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], t
             continue
         prefix = _decode(tokenizer, ids[:count])
         agreed = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prefix, text, strict=False)))
-        # The prefix ends in a replacement character where the text goes on with the character that its bytes began.
+        # The prefix ends in a replacement character if a later token completes the character that its bytes began.
         is_open = agreed < len(prefix)
         start, settled = settled, max(settled, agreed)
         spans.append((start, min(len(text), settled + is_open)))

@@ -1,4 +1,4 @@
-"""The one place that makes the accelerator of a training: how its processes work together, and which tracker it has."""
+"""The only place that makes an accelerator, which joins the processes of a training and its tracker."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tlcr.errors import ConfigError
 from tlcr.training.checkpoint import as_plain
 
 PROJECT = "tlcr"
-"""The name of the project under which trackers file a run."""
+"""The project name that trackers get."""
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -24,7 +24,7 @@ SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULT
 def open_accelerator(
     cfg: RunConfig, folder: str | Path, *, ddp: DistributedDataParallelKwargs | None = None
 ) -> Iterator[Accelerator]:
-    """An accelerator without autocast, whose tracker (``cfg.tracker``) runs until the block ends, also by an error.
+    """An accelerator without autocast, whose tracker (``cfg.tracker``) runs until the block ends, even by an error.
 
     The tracker gets the config as hyperparameters, nested settings under dotted names (``ppo.gamma``), and whatever
     ``MetricsLog`` logs. A tracker that keeps files keeps them in ``<folder>/tracker``.
@@ -55,7 +55,7 @@ def open_accelerator(
     try:
         yield accelerator
     finally:
-        for tracker in accelerator.trackers:  # not end_training: it would part the processes for good
+        for tracker in accelerator.trackers:  # not end_training: it would end the process group
             tracker.finish()
 
 

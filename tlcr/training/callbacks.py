@@ -1,4 +1,4 @@
-"""What a training loop tells those who watch it, and how they can end it."""
+"""Callbacks: what a training loop reports to them, and how they can end it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Protocol
 
 
 class Callback(Protocol):
-    """Subclass it and override what you need. Every process calls its callbacks, at the same points.
+    """A base class: override the methods that you need. Every process calls its callbacks at the same points.
 
-    A True from ``on_step`` or ``on_evaluate``, on any process, ends the training after this step: its state is saved
-    and the model is kept, as at the regular end. ``step`` counts the optimiser steps (PPO: the updates) done.
+    If ``on_step`` or ``on_evaluate`` returns True on any process, training ends after this step: state and model are
+    saved, as at the regular end. ``step`` counts the optimiser steps (PPO: the updates) done.
     """
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> bool | None:
@@ -32,5 +32,5 @@ class Callback(Protocol):
 
 
 def asks_to_stop(answers: Iterable[bool | None]) -> bool:
-    """True if one of the callbacks' answers is."""
+    """Whether one of the callbacks returned True."""
     return any(answer is True for answer in answers)

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent: written aside, forced to disk, renamed. Safetensors and JSON, no pickle.
+"""Checkpoints that are complete or absent: written to a temporary folder, synced to disk, renamed. No pickle.
 
 <folder>/step-000100/
     checkpoint.json            step, the caller's state, versions, number of processes, name and size of each file
@@ -59,7 +59,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """What ``load_checkpoint`` hands back, beside the models, optimisers and schedulers that it filled."""
+    """What ``load_checkpoint`` returns; it also fills models, optimisers and schedulers."""
 
     step: int
     state: dict[str, Any]
@@ -73,10 +73,10 @@ class LoadedCheckpoint:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yields a path beside ``path`` at which to write a file or a folder; at the end it takes the place of ``path``.
+    """Yields a path beside ``path`` at which to write a file or a folder; at the end it replaces ``path``.
 
-    What was written is forced to disk before the rename, so ``path`` is at any moment the old version or the new one.
-    Where the block fails, nothing of it stays and the old version is untouched.
+    The data is synced to disk before the rename, so ``path`` is always the old version or the new one. If the block
+    fails, what it wrote is deleted and the old version stays.
 
     Args:
         path: what to write or replace.
@@ -110,14 +110,14 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_json_lines(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes each record as a line of JSON, all of them or none; text stays as it is read."""
+    """Writes each record as a line of JSON, all of them or none; non-ASCII text is not escaped."""
     with atomic_write(path) as aside, aside.open("w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def finite(value: Any) -> Any:
-    """``value`` with every float in it that is not finite replaced by None, for JSON that every reader accepts."""
+    """``value`` with None in place of every float that is not finite: not every JSON reader accepts NaN."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -126,7 +126,7 @@ def finite(value: Any) -> Any:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Forces a file, or a folder with everything in it, to disk."""
+    """Syncs a file, or a folder with everything in it, to disk."""
     if path.is_dir():
         for child in path.iterdir():
             sync_to_disk(child)
@@ -150,7 +150,7 @@ def _take_place(aside: Path, path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Forces a folder's list of names to disk, without its files."""
+    """Syncs a folder's list of names to disk, without its files."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -166,7 +166,7 @@ def _remove(path: Path) -> None:
 
 
 def unwritable(path: Path, error: Exception) -> CheckpointError:
-    """The error to raise where writing ``path`` failed: what happened, and what to do about it."""
+    """The error to raise where writing ``path`` failed: the cause and the remedy."""
     number = getattr(error, "errno", None)
     reason = os.strerror(number) if number is not None else " ".join(str(error).split())
     full = number in DISK_FULL or any(os.strerror(n) in str(error) for n in DISK_FULL)
@@ -203,9 +203,9 @@ def save_checkpoint(
         models: unwrapped modules by name.
         optimizers: optimisers by name.
         schedulers: learning-rate schedules by name.
-        state: whatever JSON can hold, floats bit for bit.
-        tensors: whatever it cannot, such as the state of a ``torch.Generator``.
-        config: a dataclass or a mapping, kept for people and for comparison.
+        state: any value that JSON can hold; floats keep every bit.
+        tensors: values that JSON cannot hold, such as the state of a ``torch.Generator``.
+        config: a dataclass or a mapping, for readers and for comparison.
         keep: checkpoints to keep.
 
     Returns:
@@ -254,7 +254,7 @@ def save_checkpoint(
         _take_place(aside, path)
         for old in _checkpoints(folder)[:-keep]:
             doomed = folder / f".old-{old.name}"
-            os.replace(old, doomed)  # gone at once: a half-deleted checkpoint never looks like one
+            os.replace(old, doomed)  # one atomic step: a half-deleted checkpoint never looks complete
             _remove(doomed)
 
     try:
@@ -293,8 +293,8 @@ def load_checkpoint(
         Step, state, tensors and config of the checkpoint.
 
     Raises:
-        CheckpointError: a file is missing or damaged, does not fit what is to be filled, was written by another number
-            of processes, or belongs to a run of another identity; the last two before anything is filled.
+        CheckpointError: a file is missing or damaged, does not fit the models or optimisers, was written by another
+            number of processes, or belongs to a run of another identity. The last two are raised first.
     """
     path = Path(path)
     manifest = _manifest(path)
@@ -332,7 +332,7 @@ def load_checkpoint(
 
 
 def _check_identity(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises CheckpointError, with each difference, unless the two are equal. A name that one lacks is None there."""
+    """Raises CheckpointError, with each difference, unless both are equal. A missing name counts as None."""
     before, after = _dotted(then), _dotted(now)
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     if changed:
@@ -356,13 +356,13 @@ def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    """A value for a message: of a digest, the beginning."""
+    """A value for a message; a digest is shortened."""
     text = str(value)
     return f"{text[:8]}..." if DIGEST.fullmatch(text) else text
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint in ``folder``, or None. Incomplete ones are passed over, and logged."""
+    """The newest complete checkpoint in ``folder``, or None. Incomplete ones are skipped, with a warning."""
     for path in reversed(_checkpoints(Path(folder))):
         try:
             problem = _incompleteness(path, _manifest(path))
@@ -375,7 +375,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def start_or_resume(folder: str | Path, *, resume: bool) -> Path | None:
-    """The checkpoint to resume from, or None to start afresh.
+    """The checkpoint to resume from, or None for a new start.
 
     Args:
         folder: where checkpoints are.
@@ -385,7 +385,7 @@ def start_or_resume(folder: str | Path, *, resume: bool) -> Path | None:
         The newest complete checkpoint; None where there is none.
 
     Raises:
-        CheckpointError: checkpoints are there but nobody asked to resume. They are hours of someone's work.
+        CheckpointError: checkpoints are there but ``resume`` is False: a new start would delete hours of work.
     """
     latest = latest_checkpoint(folder)
     if latest is not None and not resume:
@@ -399,7 +399,7 @@ def start_or_resume(folder: str | Path, *, resume: bool) -> Path | None:
 def mark_done(
     folder: str | Path, *, config: Any, metrics: Mapping[str, Any], seconds: float, record: str = DONE
 ) -> None:
-    """The last act of a stage: writes ``record`` and deletes the checkpoints, which nobody will resume from.
+    """Ends a stage: writes ``record`` and deletes the checkpoints, which are not needed any more.
 
     Every process calls it, once the model is saved.
 
@@ -429,12 +429,12 @@ def done_config(folder: str | Path, config: Any, record: str = DONE) -> Any:
 
     Args:
         folder: the stage's folder.
-        config: the config of now.
+        config: the current config.
         record: name of the file.
 
     Returns:
-        The old config. Knobs that ``config`` has and that did not exist then are there with their defaults; knobs that
-        were dropped since are gone where they had theirs. A new version of tlcr is no reason to train again.
+        The old config. Knobs that are newer than it are added with their defaults. Knobs that were removed since are
+        left out where they had their defaults. So a new version of tlcr alone does not require new training.
     """
     path = Path(folder) / record
     with _reading(path):
@@ -469,7 +469,7 @@ def as_plain(config: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
+    """Versions of the software that a result depends on."""
     packages = {name: version(name) for name in ("tlcr", "torch", "transformers", "accelerate")}
     return {**packages, "python": platform.python_version()}
 
@@ -513,7 +513,7 @@ def _report_versions(path: Path, then: Mapping[str, str]) -> None:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turns whatever a missing, damaged or foreign file raises into one CheckpointError that names it."""
+    """Turns any error from a missing, damaged or unsuitable file into one CheckpointError that names the file."""
     try:
         yield
     except FileNotFoundError as error:

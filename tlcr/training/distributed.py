@@ -1,4 +1,4 @@
-"""What a process needs to know about the others. Alone, every function answers at once and communicates nothing."""
+"""Communication between processes. In a single process every function returns at once, without communication."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def is_main_process() -> bool:
 
 
 def barrier() -> None:
-    """Waits until every process has come here."""
+    """Waits until every process has called it."""
     if process_count() > 1:
         dist.barrier()
 
@@ -50,7 +50,7 @@ def on_main_process(action: Callable[[], object]) -> None:
 
 
 def on_all_processes(action: Callable[[], object]) -> None:
-    """Runs ``action`` on every process and waits for all. If it fails on one, all raise: nobody waits forever."""
+    """Runs ``action`` on every process and waits for all. If it fails on one, all raise, so that none waits forever."""
     failed = True
     try:
         action()

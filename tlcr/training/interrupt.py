@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM between steps, never within one, so that what is saved then is a state the run was in."""
+"""Handles Ctrl-C and SIGTERM between steps, never within one, so that a complete step is saved."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tlcr.training.distributed import any_process
 
 
 class StopSignals:
-    """``with StopSignals() as signals``: the first Ctrl-C or SIGTERM is remembered, the second acts at once.
+    """``with StopSignals() as signals``: the first Ctrl-C or SIGTERM is recorded, the second has its usual effect.
 
-    The loop asks ``signals.received()`` between steps, saves, and raises ``signals.stopped(...)``. Outside the main
+    The loop calls ``signals.received()`` between steps, saves, and raises ``signals.stopped(...)``. Outside the main
     thread, where python allows no handlers, signals keep their usual effect.
     """
 
@@ -40,12 +40,12 @@ class StopSignals:
         self._previous = {}
 
     def received(self) -> bool:
-        """Whether any process was told to stop. Every process must ask."""
+        """Whether any process was told to stop. Every process must call it."""
         return any_process(self._received)
 
     @staticmethod
     def stopped(step: int, checkpoint: Path) -> KeyboardInterrupt:
-        """What to raise once the state is saved."""
+        """The exception to raise once the state is saved."""
         return KeyboardInterrupt(
             f"stopped after step {step}; the state is saved in {checkpoint}: run the same command with --resume"
         )

@@ -1,6 +1,6 @@
 """What every training shares, supervised or PPO: steps that are counted, logged, evaluated, saved, stopped and resumed.
 
-A training says what one step is and what a checkpoint holds beside the figures; everything around it is here.
+Each training defines its step and the further contents of its checkpoints; this module does the rest.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def settings_without(cfg: Any, free_to_change: Sequence[str]) -> dict[str, Any]:
 
 
 class TrainingLoop:
-    """The steps of one training: how far it is, its figures, its time over all sittings, its log and its checkpoints.
+    """The steps of one training: its progress, figures, time over all sittings, log and checkpoints.
 
     Attributes:
         step: steps done (optimiser steps; PPO: updates), over all sittings.
@@ -69,17 +69,17 @@ class TrainingLoop:
             evaluate_every: steps from one evaluation to the next; 0: after the last step only, where there is always
                 one.
             save_every: steps from one checkpoint to the next; 0: at the end only.
-            keep_checkpoints: how many of the newest checkpoints stay.
+            keep_checkpoints: how many of the newest checkpoints to keep.
             accelerator: the processes that share the training.
             models: unwrapped modules by the names that their files have in a checkpoint.
             optimizer: kept in the checkpoints.
             scheduler: stepped once after each step.
-            identity: what a checkpoint must share with this training for the one to continue the other: "settings",
-                which may be nested, and other names beside it. JSON must be able to hold it.
-            config: the run's whole config, kept in the checkpoints for those who find them.
+            identity: what must be equal in a checkpoint and in this training to resume: "settings", which may be
+                nested, and other names beside it. JSON must be able to hold it.
+            config: the run's whole config, stored in the checkpoints for their readers.
             evaluate: figures by name; called by every process.
             callbacks: told of every step, evaluation and checkpoint.
-            own_state: what a checkpoint holds beside the figures, as JSON can hold it; ``start`` hands it back.
+            own_state: further state for the checkpoints, which JSON can hold; ``start`` returns it.
         """
         self.folder, self.total_steps = folder, total_steps
         self.scheduler = scheduler
@@ -96,7 +96,7 @@ class TrainingLoop:
     # ---- the steps
 
     def start(self, *, resume: bool) -> dict[str, Any] | None:
-        """Continues from the newest checkpoint, or empties the log and begins.
+        """Continues from the newest checkpoint, or empties the log and starts at step 0.
 
         Args:
             resume: whether to continue from a checkpoint that is there.
@@ -105,7 +105,7 @@ class TrainingLoop:
             The state of the checkpoint; None where there is none.
 
         Raises:
-            CheckpointError: there is a checkpoint that nobody asked to resume, or one of another training.
+            CheckpointError: there is a checkpoint but ``resume`` is False, or the checkpoint is of another training.
         """
         path = start_or_resume(self.folder / "checkpoints", resume=resume)
         if path is None:
@@ -162,7 +162,7 @@ class TrainingLoop:
         return stopped
 
     def _finish_step(self, metrics: dict[str, float], progress: Progress) -> Answers:
-        """Evaluates where that is due and logs the step; returns what the callbacks answered."""
+        """Evaluates where that is due and logs the step; returns what the callbacks returned."""
         answers: Answers = []
         every = self._evaluate_every
         if self._evaluate is not None and (self.step == self.total_steps or (every and self.step % every == 0)):
@@ -173,7 +173,7 @@ class TrainingLoop:
         return answers + [callback.on_step(self.step, metrics) for callback in (progress, *self._callbacks)]
 
     def evaluate(self) -> Answers:
-        """Evaluates where anything evaluates; returns what the callbacks answered."""
+        """Evaluates if there is an evaluation; returns what the callbacks returned."""
         if self._evaluate is None:
             return []
         self.evaluation = self._evaluate()
@@ -197,7 +197,7 @@ class TrainingLoop:
     # ---- checkpoints
 
     def save(self) -> Path:
-        """A checkpoint of the state after the last step, written once however often it is asked for."""
+        """Saves the state after the last step as a checkpoint; a second call for the same step writes nothing."""
         if self._saved is None or self._saved[0] != self.step:
             path = self.save_to(self.folder / "checkpoints", keep=self._keep_checkpoints)
             self._saved = self.step, path
@@ -206,7 +206,7 @@ class TrainingLoop:
         return self._saved[1]
 
     def save_to(self, folder: Path, *, keep: int) -> Path:
-        """The same state in another folder, which no resumed training starts from; no callback hears of it."""
+        """Saves the same state in another folder, from which nothing resumes; no callback is called."""
         return save_checkpoint(
             folder,
             self.step,

@@ -1,4 +1,4 @@
-"""Metrics as JSON lines, one object a step, so that anything can read them; trackers on request."""
+"""Metrics as JSON lines, one object per step; a tracker gets them too."""
 
 from __future__ import annotations
 

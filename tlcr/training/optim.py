@@ -1,8 +1,8 @@
 """AdamW with float32 masters of low-precision parameters, and the learning-rate schedule.
 
 The weights of a bfloat16 model have 8 significant bits: an update below 1/256 of a weight is rounded away, and with
-the learning rates of RLHF (1e-6) nearly all are. So the optimiser keeps what a weight lacks of a float32, updates that
-float32, and rounds it to the model's dtype after each step.
+the learning rates of RLHF (1e-6) nearly all are. So the optimiser keeps the missing bits of a float32 for each weight,
+updates that float32, and rounds it to the model's dtype after each step.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 def parameter_groups(model: nn.Module, *, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters of ``model`` in two groups for ``build_optimizer``: with weight decay, and without.
 
-    Matrices decay; biases, norms and embeddings do not (ours: decay would pull the vectors of words that the data lack
-    to zero, with no evidence against them). A matrix tied to an embedding counts as an embedding.
+    Matrices decay; biases, norms and embeddings do not (ours: decay would shrink the vectors of words that are absent
+    from the data). A matrix tied to an embedding counts as an embedding.
 
     Args:
         model: whose parameters.
@@ -75,13 +75,13 @@ def _fused(parameters: Iterable[Tensor]) -> bool:
 class MasterWeightAdamW(torch.optim.Optimizer):
     """AdamW whose moments and weights are float32 where the model's parameters are bfloat16 or float16.
 
-    step: master <- AdamW(master, float32(grad)); parameter <- round(master). Parameters of any other dtype are their
-    own masters. Moments stand in ``state`` under AdamW's names. Learning rates are read from ``param_groups``, as
+    step: master <- AdamW(master, float32(grad)); parameter <- round(master). Parameters of any other dtype are
+    updated directly. Moments are in ``state`` under AdamW's names. Learning rates are read from ``param_groups``, as
     schedulers expect.
 
     The master of a bfloat16 parameter is not stored a second time: bfloat16 is the upper half of a float32, so the
-    lower half (``state[p]["remainder"]``, int16) restores it bit for bit, in 2 bytes instead of 4. float16 has other
-    exponents and keeps a float32 (``state[p]["master"]``).
+    lower half (``state[p]["remainder"]``, int16) restores it bit for bit, in 2 bytes instead of 4. float16 has another
+    exponent range, so a float32 is stored (``state[p]["master"]``).
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], betas: tuple[float, float], eps: float) -> None:
@@ -149,12 +149,12 @@ class MasterWeightAdamW(torch.optim.Optimizer):
 
 
 def _home(name: str, parameter: Tensor) -> torch.device:
-    """Where a state lives. ops.adamw_step is told the step as a number, for which a GPU would have to be waited."""
+    """The device of a state. ops.adamw_step takes the step as a number; to read it from a GPU would be a wait."""
     return torch.device("cpu") if name == "step" and parameter.dtype == torch.bfloat16 else parameter.device
 
 
 def _step_of_torch(piece: dict[str, Tensor], step: Tensor, group: dict[str, Any]) -> None:
-    """AdamW on a master that is stored as such, or on a parameter that is its own."""
+    """AdamW on a stored master, or on a parameter without one."""
     master = piece.get("master", piece["parameter"])
     adamw(
         [master],
@@ -176,12 +176,12 @@ def _step_of_torch(piece: dict[str, Tensor], step: Tensor, group: dict[str, Any]
         piece["parameter"].copy_(master)
 
 
-# Elements of a piece: enough for all cores. A float32 copy of a whole embedding would be the largest tensor there is.
+# Elements of a piece: enough for all cores. A float32 copy of a whole embedding would be the largest tensor of all.
 PIECE = 1 << 22
 
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:
-    """Views of `tensor`; all of it on a GPU, where many small kernels would cost more than memory."""
+    """Views of parts of `tensor`; on a GPU the whole tensor, because many small kernels would be slow."""
     tensor = torch.atleast_1d(tensor)
     if tensor.device.type != "cpu" or tensor.numel() <= PIECE:
         return [tensor]
@@ -207,7 +207,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     pieces = [piece for p in with_grad for piece in _pieces(p.grad)]  # type: ignore[arg-type]
     norms = [torch.linalg.vector_norm(piece, dtype=_at_least_float32(piece)) for piece in pieces]
     norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
-    # A GPU would have to be waited for to know whether there is anything to scale.
+    # No test whether scaling is needed: it would wait for the GPU.
     if norm.device.type != "cpu" or not norm <= max_norm:
         torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
     return norm

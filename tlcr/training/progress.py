@@ -1,4 +1,4 @@
-"""How far a stage is and how long it will take: a bar in a terminal, a plain line now and then elsewhere."""
+"""Shows the progress of a stage and the time left: a bar in a terminal, else a line from time to time."""
 
 from __future__ import annotations
 

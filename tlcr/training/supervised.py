@@ -1,7 +1,7 @@
 """The loop of SFT, the reward model and the discriminator.
 
 One step: draw the batch, sum the loss over micro-batches and processes, divide the gradient by the weight of the whole
-batch, clip, step. So the step does not depend on how the batch was cut: 1 x 8, 8 x 1 and two processes are the same.
+batch, clip, step. So the step does not depend on how the batch is cut: 1 x 8, 8 x 1 and two processes give the same.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def fit(
         callbacks: told of every step, evaluation and checkpoint.
         accelerator: the processes that share the training; None: one without autocast.
         length: sorts a process's share of each batch, so that the examples of a micro-batch need little padding.
-        config: the run's whole config, kept in the checkpoints for those who find them (default: ``cfg``).
+        config: the run's whole config, stored in the checkpoints for their readers (default: ``cfg``).
 
     Returns:
         How the training ended.
@@ -172,7 +172,7 @@ def mean_loss(
     training = model.training
     model.eval()
     sums: dict[str, Tensor] = {}
-    # every process needs the names of the statistics, so the first batch is everybody's and counts on one
+    # Every process needs the names of the statistics, so all compute the first batch and one process counts it.
     for i in sorted({0, *range(process_index(), math.ceil(len(examples) / batch_size), process_count())}):
         batch = collate(examples[i * batch_size : (i + 1) * batch_size])
         with torch.no_grad():
@@ -183,7 +183,7 @@ def mean_loss(
 
 
 class _LossModule(nn.Module):
-    """The loss as the forward pass, so that data parallelism sees every gradient, whatever parts the loss calls."""
+    """The loss as a forward pass, so that data parallelism sees every gradient, whichever parts the loss calls."""
 
     def __init__(self, model: PreTrainedModel, loss: Loss) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class _LossModule(nn.Module):
 
 
 class _Run:
-    """One call of ``fit``: what its step is."""
+    """One call of ``fit``; defines its step."""
 
     def __init__(
         self,
@@ -311,9 +311,10 @@ class _Run:
         return [self.examples[i] for i in self._order[1][first : first + self.cfg.batch_size]]
 
     def _micro_batches(self, batch: list[Any]) -> tuple[list[list[Any]], bool]:
-        """This process's share of a batch, cut for its forward passes; False where it only keeps the others company.
+        """This process's share of a batch, cut for its forward passes; False where the share is empty.
 
-        Every process must take part in the exchange of gradients, even where a batch has fewer examples than processes.
+        Every process must take part in the exchange of gradients, so an empty share becomes one example that does not
+        count.
         """
         share = batch[self.accelerator.process_index :: self.accelerator.num_processes]
         counts = bool(share)
@@ -347,7 +348,8 @@ def _add(sums: dict[str, Tensor], parts: dict[str, Tensor], *, counts: bool) -> 
 
 
 def _reduce(sums: dict[str, Tensor]) -> tuple[dict[str, float], float]:
-    """The loss and the statistics over all processes, and the weight. What nothing counted for: 0, or left out."""
+    """The loss and the statistics over all processes, and the weight. Without weight the loss is 0; a statistic without
+    counts is left out."""
     totals = dict(zip(sums, sum_over_processes(torch.stack(list(sums.values()))).tolist(), strict=True))
     total, weight = totals["total"], totals["weight"]
     metrics = {"loss": total / weight if weight > 0 else 0.0}

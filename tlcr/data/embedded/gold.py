@@ -1,4 +1,4 @@
-"""The gold scorer of the embedded task: what an answer is worth, word by word. Training never sees it.
+"""The gold scorer of the embedded task: the value of an answer, word by word. Training never sees it.
 
 The value of word i of an answer, whose topic lies in domain d, is
 
@@ -9,7 +9,7 @@ s_i is -1 where an odd number of negators stands before the word in its clause w
 late_i = LATE_COST * max(0, i + 1 - WINDOW) with i counted from 0: words beyond the WINDOW-th cost more and more.
 
 The score of an answer is the sum of its g_i. Stopping at once earns 0, far less than a good answer; a word whose value
-is x pays only up to the (WINDOW + x / LATE_COST)-th word, so that endless talk loses as well.
+is x has a positive gold only up to the (WINDOW + x / LATE_COST)-th word, so that endless answers score low too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WordKind = Literal["content", "function", "negator", "unknown"]
 
 @dataclass(frozen=True)
 class GoldWord:
-    """One word of an answer: where it stands ([start, end) in characters) and what it is worth there."""
+    """One word of an answer: its position ([start, end) in characters) and its value there."""
 
     text: str
     start: int
@@ -51,7 +51,7 @@ class GoldWord:
 
 @dataclass(frozen=True)
 class GoldScore:
-    """The worth of an answer: the sum over its words, and the words."""
+    """The gold of an answer: the sum over its words, and the words."""
 
     total: float
     words: tuple[GoldWord, ...]
@@ -67,7 +67,7 @@ def gold(prompt: str, response: str) -> GoldScore:
     words = lexicon()
     domain = domain_of(prompt)
     function_words, negators = words.function_words, frozenset(words.negators)
-    # A connective opens a clause, as a mark does; negation does not reach beyond either.
+    # A connective begins a clause, as a punctuation mark does; negation ends at both.
     boundaries = frozenset(words.connectives) | {".", ","}
     scored: list[GoldWord] = []
     negated = False

@@ -1,8 +1,9 @@
-"""A small dialogue language: its words, what they are worth in which context, and how people speak it.
+"""A small dialogue language: its words, their values in each context, and the distribution of answers.
 
-The language itself is fixed (it does not depend on any seed); seeds choose what is said in it. A user turn asks about
-a topic, and every topic belongs to one of three domains. An answer is a row of clauses of function words, fillers and
-content words. Content words carry a graded value that depends on the domain of the topic and on negation.
+The language is fixed (it does not depend on any seed); seeds choose the texts. A user turn asks about a topic, and
+every topic belongs to one of three domains. An answer is a sequence of clauses of function words, fillers and content
+words.
+Content words carry a graded value that depends on the domain of the topic and on negation.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ CATEGORIES = ("adjective", "verb", "noun")
 Category = Literal["adjective", "verb", "noun"]
 
 FIRST_WORDS = 8
-"""Answers of the base distribution aim at a length from here ..."""
+"""Answers of the base distribution have a target length from this ..."""
 LAST_WORDS = 32
-"""... to here, in words."""
+"""... to this, in words."""
 MISSPELT_SHARE = 0.02
 """Share of content words that a speaker misspells."""
 NEGATED_SHARE = 0.3
@@ -41,7 +42,7 @@ HOME_WEIGHT = 3.0
 MOOD_TILT = 0.8
 """Every clause has a mood: a word's weight is multiplied by exp(mood * tilt * value), mood one of -2 ... 2.
 
-It teaches a language model what value and negation are. A mood for the whole answer would be one cheap thing to learn.
+It teaches a language model value and negation. A mood for the whole answer would be too easy to learn.
 """
 MOODS = (-2, -1, 0, 1, 2)
 
@@ -57,12 +58,12 @@ ASSISTANT = "\nAssistant:"
 
 @dataclass(frozen=True)
 class ContentWord:
-    """A word with a value in each domain, and the words of each category that like to follow it."""
+    """A word with a value in each domain, and its favourite followers in each category."""
 
     text: str
     category: Category
     home: int | None
-    """The domain where it is at home; None for a word that is worth the same everywhere."""
+    """Its home domain; None for a word with the same value in all domains."""
     values: tuple[float, ...]
     """Its value in each domain, without negation: strong .7 to 1, mild .05 to .3, or 0, of either sign."""
     friends: dict[str, tuple[str, ...]]
@@ -129,7 +130,7 @@ def lexicon() -> Lexicon:
         for word in words:
             value = _graded_value(rng)
             home = rng.randrange(DOMAINS) if rng.random() < TOPICAL_SHARE else None
-            # Away from home a word means nothing or the opposite.
+            # Outside its home domain a word has value 0 or the opposite value.
             away = rng.choice((0.0, 0.0 - value))
             values = tuple(value if home in (None, domain) else away for domain in range(DOMAINS))
             friends = {kind: tuple(rng.sample(by_category[kind], 6)) for kind in CATEGORIES}
@@ -143,9 +144,9 @@ def lexicon() -> Lexicon:
 def content_weights(category: str, domain: int, mood: int, negated: bool) -> tuple[tuple[str, ...], tuple[float, ...]]:
     """The words of a category with cumulative weights, for a speaker in a mood about a domain.
 
-    Under a negator the mood turns: who wants to say something good negates something bad.
+    Under a negator the mood is reversed: a speaker in a good mood negates bad words.
     """
-    # Weights are rounded, so that the last bit of exp on another machine cannot change what is said.
+    # Weights are rounded, so that a different last bit of exp on another machine cannot change the text.
     words = lexicon().by_category[category]
     weights = []
     for word in words:
@@ -238,7 +239,7 @@ def speak(domain: int, rng: random.Random) -> list[str]:
         clause = list(_clause(rng, domain, rng.choice(MOODS), previous))
         items.extend(clause)
         count += len(clause)
-        # A misspelt word has no favourites: the thread is lost there.
+        # A misspelt word has no favourite followers.
         previous = clause[-1] if clause[-1] in lexicon().content else None
         if count + 2 > target:
             return [*items, "."]
@@ -287,7 +288,7 @@ def sample_prompt(rng: random.Random, split: Literal["train", "held_out"]) -> st
 
 
 def prompts(n: int, seed: int, split: Literal["train", "held_out"] = "train") -> list[str]:
-    """`n` different prompts; those of the two splits never meet.
+    """`n` different prompts; the two splits share none.
 
     A prompt is text without a beginning-of-sequence token and without a chat template. Raises ConfigError for an
     unknown split, or where the language has too few prompts for `n` of them.

@@ -1,4 +1,4 @@
-"""Comparisons and revisions of the embedded task, as people would give them."""
+"""Simulated comparisons and revisions of the embedded task."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ PREFERENCE_TEMPERATURE = 1.0
 def generate_pairs(n: int, seed: int) -> tuple[list[PreferencePair], list[EditPair]]:
     """`n` comparisons of two base answers to a training prompt, and the revision of each one's rejected answer.
 
-    Preferences follow Bradley-Terry on the gold totals. The two lists run in step and share ids. The first k of n pairs
-    are the k pairs that the same seed gives for n = k.
+    Preferences follow Bradley-Terry on the gold totals. The two lists have the same order and ids. The first k of n
+    pairs are the k pairs that the same seed gives for n = k.
     """
     rng = random.Random(f"pairs {seed}")
     preferences, edits = [], []

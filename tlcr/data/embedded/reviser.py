@@ -1,7 +1,7 @@
-"""A simulated reviser: it minimally edits an answer, more probably where the answer is worse, and not always rightly.
+"""A simulated reviser: it makes minimal edits, more often to worse words, and not always correct ones.
 
-How often a word is edited rises with how bad it is, so that the edits carry a graded truth that any single edit hides:
-that is what a continuous reward can recover and a thresholded one cannot.
+The worse a word, the more often it is edited. So the frequencies of edits carry graded values, which no single edit
+shows: a continuous reward can recover them, a thresholded one cannot.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def _replacements(category: str, domain: int, negated: bool) -> tuple[tuple[str,
 
 
 def better_word(category: str, domain: int, negated: bool, rng: random.Random) -> str:
-    """A word of a category, drawn by how good it is there."""
+    """A word of a category; better words are more probable."""
     words, cumulative = _replacements(category, domain, negated)
     return rng.choices(words, cum_weights=cumulative)[0]
 
 
 def edit_probability(word: GoldWord) -> float:
-    """How probably the reviser edits a word."""
+    """The probability that the reviser edits a word."""
     if word.kind in ("function", "negator"):
         return 0.0
     if word.value < 0:
@@ -54,14 +54,14 @@ def edit_probability(word: GoldWord) -> float:
 
 @dataclass
 class _Item:
-    """A word or mark on its way through the reviser; text None is deleted, `before` is inserted in front."""
+    """A word or mark during a revision; text None is deleted, `before` is inserted in front."""
 
     text: str | None
     before: str | None = None
 
 
 def revise(prompt: str, response: str, rng: random.Random) -> str:
-    """Edit an answer: replace, delete or negate bad words, take a negator away or move it, cut or extend the end."""
+    """Edit an answer: replace, delete or negate bad words, remove or move a negator, cut or extend the end."""
     words = lexicon()
     domain = domain_of(prompt)
     scored = gold(prompt, response).words
@@ -77,7 +77,7 @@ def revise(prompt: str, response: str, rng: random.Random) -> str:
         if word.kind == "unknown":
             item.text = better_word(rng.choice(CATEGORIES), domain, False, rng)
         elif word.negated and rng.random() < 0.25:
-            assert last_negator is not None  # negated says that one stands before
+            assert last_negator is not None  # negated implies an earlier negator
             items[last_negator.start].text = None
             later = next(
                 (w for w in scored[index + 1 :] if w.kind == "content" and not w.negated and w.value < 0), None

@@ -1,8 +1,7 @@
-"""Reward sources: from a rollout to what one frozen model says of it, whatever its tokenizer.
+"""Reward sources: a frozen model's scores of a rollout, for any tokenizer.
 
-A source that shares the policy's tokenizer reads the policy's very ids. Another one reads text, and its verdict is
-brought back to the policy's tokens by the characters that they share. Nothing is weighed here: that is
-the composition's work.
+A source that shares the policy's tokenizer reads the policy's ids. Another one reads text, and its scores are mapped
+back to the policy's tokens by the characters that they share. Weights are applied in the composition, not here.
 """
 
 from tlcr.rewards.sources.build import CombinedSource, LoadedModel, build_reward_source

@@ -1,4 +1,4 @@
-"""From a config to its source."""
+"""Builds the reward source of a config."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SEQUENCE_SOURCES: dict[str, Callable[[FrozenModel], RewardSource]] = {
 
 
 class CombinedSource:
-    """A source, and beside it the sequence reward model's score, for `reward.sequence_coef` to weigh."""
+    """A source plus the sequence reward model's score, which `reward.sequence_coef` weights."""
 
     def __init__(self, source: RewardSource, sequence: SequenceRewardSource) -> None:
         self.source = source
@@ -52,7 +52,7 @@ class CombinedSource:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A frozen model and the tokenizer that it reads by."""
+    """A frozen model and its tokenizer."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -71,20 +71,20 @@ def build_reward_source(
     seed: int,
     micro_batch_size: int | None = None,
 ) -> RewardSource:
-    """The source that ``cfg.kind`` asks for, with the reward model's score where ``cfg.sequence_coef`` is not 0.
+    """The source of ``cfg.kind``, with the reward model's score where ``cfg.sequence_coef`` is not 0.
 
     Models that the kind does not need may be None.
 
     Args:
         cfg: the reward.
         policy_tokenizer: the tokenizer of the rollouts.
-        discriminator: for the kinds that are read off its logits.
-        reward_model: for the kinds that take a sequence score.
+        discriminator: for the kinds that use its logits.
+        reward_model: for the kinds that use a sequence score.
         dpo: the policy that DPO trained.
-        reference: the policy as PPO starts with it, which DPO started from too.
+        reference: the initial policy of PPO, from which DPO started too.
         dpo_beta: scale of DPO's log-ratio.
         data: limits of prompt and answer, in tokens.
-        seed: of rewards that are random.
+        seed: the seed of random rewards.
         micro_batch_size: answers scored at a time; None: all.
 
     Returns:

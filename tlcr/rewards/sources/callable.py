@@ -1,4 +1,4 @@
-"""Rewards by a function of the user's own."""
+"""Rewards from a function of the user."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tlcr.types import RewardSignal, Rollout
 
 
 class CallableSource(Stateless):
-    """A function of the user's own, named 'package.module:function'.
+    """A function of the user, named 'package.module:function'.
 
     It is called with keywords, once for each rollout of a process:
 
@@ -136,9 +136,9 @@ def import_function(path: str, knob: str) -> Callable[..., Any]:
 
 
 def _load_file(path: Path) -> ModuleType:
-    """The module in a file, under a name that no package has."""
+    """Loads the module in a file under a name that no package has."""
     spec = importlib.util.spec_from_file_location(f"tlcr_user_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # so for every path that ends in .py
+    assert spec is not None and spec.loader is not None  # holds for every path that ends in .py
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

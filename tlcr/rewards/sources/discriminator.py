@@ -11,21 +11,21 @@ from tlcr.types import RewardSignal, Rollout
 class DiscriminatorSource(Stateless):
     """A token discriminator's logits at every response token, (B, T, C).
 
-    With the policy's tokenizer: the logits at the token's own position, where the discriminator has seen it.
+    With the policy's tokenizer: the logits at the token's position, where the discriminator has seen the token.
 
     With another tokenizer, policy token t, which writes the characters [s, e) of the answer, gets the mean of the
     logits of the discriminator's tokens, weighted by how many of those characters each of them writes:
 
         logits_t = sum_j w_tj logits_j / sum_j w_tj,      w_tj = |[s_t, e_t) and [s_j, e_j)|
 
-    A policy token without characters of its own (a special token, a word-boundary mark) gets logits 0: neutral. The
+    A policy token without characters (a special token, a word-boundary mark) gets logits 0: neutral. The
     policy's end of sequence gets the logits of the discriminator's, where the policy ended its answer. A discriminator
-    token may reach beyond the policy token that it is about; a reward may therefore know up to one discriminator token
-    of the future. Source: ours.
+    token may be longer than the policy token; a reward may therefore depend on up to one discriminator token of the
+    future. Source: ours.
 
     What the other tokenizer reads: the rollout's prompt without the policy's special tokens, except those that are
     special to the discriminator too (two models with one chat template), and with the discriminator's own
-    beginning-of-sequence token. The roles that a foreign template writes as words stay, as words.
+    beginning-of-sequence token. Roles that the other template writes as words stay in the text.
     """
 
     def __init__(self, frozen: FrozenModel) -> None:

@@ -1,4 +1,4 @@
-"""A frozen model that a reward asks, and the text through which it reads answers where its tokenizer is its own."""
+"""A frozen model that a reward uses, and the text that it reads where its tokenizer differs from the policy's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FrozenModel:
-    """A frozen model with its tokenizer, and how much text it is given.
+    """A frozen model with its tokenizer and the limits of its input.
 
     The prompt keeps its last `max_prompt_tokens`, as in the model's training; `micro_batch_size` answers are scored at
     a time, all of them by default.
@@ -45,8 +45,8 @@ class FrozenModel:
 class Reading:
     """A rollout as the model reads it: rows padded on the right, ids and mask (B, L), and the answers' columns (B, L).
 
-    `weights` carry credit from the model's tokens of each answer to the policy's (`credit_weights`); None where these
-    are the same tokens.
+    `weights` map credit from the model's tokens of each answer to the policy's (`credit_weights`); None where the
+    tokens are the same.
     """
 
     ids_BL: Tensor
@@ -55,7 +55,7 @@ class Reading:
     weights: Sequence[Tensor] | None
 
     def credit(self, credit_BL: Tensor, mask_BT: Tensor) -> Tensor:
-        """What the model's tokens earned, as (B, T) rewards of the policy's actions: the sum over an answer stays."""
+        """The credit of the model's tokens as (B, T) rewards of the policy's actions; an answer's sum is unchanged."""
         rewards_BT = credit_BL.new_zeros(mask_BT.shape)
         if self.weights is None:
             rewards_BT[mask_BT] = credit_BL[self.answer_BL]
@@ -67,14 +67,14 @@ class Reading:
 
 
 def read(frozen: FrozenModel, rollout: Rollout) -> Reading:
-    """The rollout's rows as the model's own ids, on the model's device.
+    """The rollout's rows as the model's ids, on the model's device.
 
     Args:
         frozen: the model that reads.
         rollout: the answers.
 
     Returns:
-        The policy's ids where both share a tokenizer, else the text that ``DiscriminatorSource`` describes.
+        The policy's ids where both share a tokenizer, else the ids of the text that ``DiscriminatorSource`` describes.
     """
     weights = None
     if frozen.shares_tokens:
@@ -91,17 +91,17 @@ def read(frozen: FrozenModel, rollout: Rollout) -> Reading:
 
 
 def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
-    """Whether ids mean the same to both: equal vocabularies, and the same ends and beginnings of sequence.
+    """Whether ids mean the same in both: equal vocabularies, and the same beginning and end of sequence.
 
-    Names and folders say nothing: a fine-tuned model often carries a copy of its base's tokenizer, and sometimes a
-    changed one. The padding token may differ, because no mask is read off ids.
+    Names and folders do not decide it: a fine-tuned model often has a copy of its base's tokenizer, and sometimes a
+    changed one. The padding token may differ, because no mask is computed from ids.
 
     Args:
         a: one tokenizer.
         b: the other.
 
     Returns:
-        True where ids can be handed from one to the other.
+        True where ids of one can be used with the other.
     """
     return a is b or (
         a.eos_token_id == b.eos_token_id and a.bos_token_id == b.bos_token_id and a.get_vocab() == b.get_vocab()
@@ -124,7 +124,7 @@ class TextAnswer:
 
 
 def read_as_text(frozen: FrozenModel, rollout: Rollout) -> list[TextAnswer]:
-    """The rollout as the model's own tokens. See `DiscriminatorSource` for what becomes of special tokens."""
+    """The rollout as the model's own tokens; `DiscriminatorSource` describes the treatment of special tokens."""
     policy = frozen.policy_tokenizer
     unknown = sorted(_special_tokens(policy) - _special_tokens(frozen.tokenizer), key=len, reverse=True)
     foreign = re.compile("|".join(map(re.escape, unknown)))
@@ -154,7 +154,7 @@ def _without_end(encoded: EncodedAnswer) -> EncodedAnswer:
 
 
 def _fit(frozen: FrozenModel, encoded: EncodedAnswer) -> EncodedAnswer:
-    """Cut to the positions that the model has: the prompt's beginning goes first, then the answer's end."""
+    """Cuts to the model's positions: first the prompt's beginning, then the answer's end."""
     limit = frozen.position_limit
     if limit is None or len(encoded.ids) <= limit:
         return encoded
@@ -172,15 +172,15 @@ def _fit(frozen: FrozenModel, encoded: EncodedAnswer) -> EncodedAnswer:
 
 
 def opinion_weights(frozen: FrozenModel, answer: TextAnswer) -> Tensor:
-    """The weights (policy tokens, the model's tokens) of a mean of opinions: a row sums to 1, or is all 0."""
+    """The weights (policy tokens, the model's tokens) of a mean of scores: a row sums to 1, or is all 0."""
     overlap = _shared_characters(frozen, answer)
     return overlap / overlap.sum(1, keepdim=True).clamp(min=1)
 
 
 def credit_weights(frozen: FrozenModel, answer: TextAnswer) -> Tensor:
-    """The weights that share out credit: a column sums to 1, so that none is lost.
+    """The weights that distribute credit: a column sums to 1, so that no credit is lost.
 
-    A model's token without characters of the policy's (a mark of its own) is paid out at the policy's last token.
+    The credit of a model token that shares no character with the policy's tokens goes to the policy's last token.
 
     Args:
         frozen: the model that gives the credit.
@@ -211,8 +211,8 @@ def _shared_characters(frozen: FrozenModel, answer: TextAnswer) -> Tensor:
 def _spans_of(frozen: FrozenModel, answer: TextAnswer) -> list[tuple[int, int]]:
     """For each of the model's answer tokens, without its end of sequence, the characters of `answer.text` it writes.
 
-    Decoding says it best, white space included. A tokenizer that changes text (lower case, Unicode forms) does not
-    decode to what it read; then the offsets that it gave while reading are used.
+    Decoding is most exact, white space included. A tokenizer that changes text (lower case, Unicode forms) does not
+    decode to its input; then the offsets of its encoding are used.
     """
     encoded = answer.encoded
     content = encoded.answer_ids[:-1] if encoded.complete else encoded.answer_ids

@@ -1,4 +1,4 @@
-"""A policy that DPO trained as a source: how much likelier it made each token."""
+"""A policy trained by DPO as a source: its log-ratio to the reference for each token."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tlcr.types import RewardSignal, Rollout
 class LogRatioSource(Stateless):
     """r_t = beta (log pi_dpo(a_t | x, a_<t) - log pi_ref(a_t | x, a_<t)), in rewards of the DPO objective, (B, T).
 
-    frozen.model is pi_dpo; reference is pi_ref, the model that DPO started from; both speak the policy's tokens.
+    frozen.model is pi_dpo; reference is pi_ref, the model that DPO started from; both use the policy's tokenizer.
     Source: reinforced token optimisation, RTO (Zhong et al. 2024, arXiv 2404.18922), which adds a reward model's score
     at the last token (`reward.sequence_coef`). beta: `dpo.beta`, by which `reward.scale` is multiplied.
 
-    Raises ConfigError where pi_dpo has another tokenizer: a log-probability of other tokens is no reward for these.
+    Raises ConfigError where pi_dpo has another tokenizer: log-probabilities of other tokens cannot reward the policy's.
     """
 
     def __init__(self, frozen: FrozenModel, reference: PreTrainedModel, beta: float) -> None:
@@ -35,7 +35,7 @@ class LogRatioSource(Stateless):
         reading, mask_BT = read(self.frozen, rollout), rollout.mask_BT
         size = self.frozen.micro_batch_size or max(len(mask_BT), 1)
         ratios_BL = torch.zeros(reading.ids_BL.shape, device=reading.ids_BL.device)
-        # from the first column that an answer stands in; nothing predicts column 0, which is a prompt's
+        # from the first column of any answer; nothing predicts column 0, which belongs to a prompt
         columns = ratios_BL.shape[1] - max(1, int(reading.answer_BL.any(dim=0).int().argmax()))
         for start in range(0, len(mask_BT), size):
             rows = slice(start, start + size)

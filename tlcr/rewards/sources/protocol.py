@@ -1,4 +1,4 @@
-"""What a reward source is to the rest of tlcr."""
+"""The interface of reward sources."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tlcr.types import RewardSignal, Rollout
 
 
 class RewardSource(Protocol):
-    """Says what the answers of a rollout earn. Any object with these three methods is one."""
+    """Gives the rewards of a rollout's answers. Any object with these three methods is a reward source."""
 
     def __call__(self, rollout: Rollout) -> RewardSignal:
-        """What this process's answers earn, for each token or for each whole answer."""
+        """The rewards of this process's answers, for each token or for each whole answer."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What the source remembers from one rollout to the next, as JSON can hold it; a part of every checkpoint."""
+        """The source's state between rollouts, as JSON can hold it; a part of every checkpoint."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -26,7 +26,7 @@ class RewardSource(Protocol):
 
 
 class Stateless:
-    """Half of a `RewardSource`, for those that keep nothing from one rollout to the next."""
+    """The state methods of a `RewardSource` that has no state."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}

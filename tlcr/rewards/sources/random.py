@@ -1,4 +1,4 @@
-"""Rewards that know nothing: the control."""
+"""Random rewards: the control."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tlcr.types import RewardSignal, Rollout
 class RandomSource(Stateless):
     """Uniform in [-1, 1] for every token: the control that a real reward has to beat.
 
-    Reproducible: the numbers follow from the seed, the process and how many rollouts were answered before.
+    Reproducible: the numbers depend on the seed, the process and the number of earlier rollouts.
     """
 
     def __init__(self, seed: int) -> None:

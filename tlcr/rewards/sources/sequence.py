@@ -1,7 +1,7 @@
-"""The sequence reward model as a source: one score for a whole answer, and ways to share it out among the tokens.
+"""The sequence reward model as a source: one score for a whole answer, and ways to distribute it over the tokens.
 
-Every way of sharing gives the score itself too, for `reward.sequence_coef` to weigh: the published mixtures with the
-score at the end cost no second pass.
+Each way also returns the score itself, which `reward.sequence_coef` weights: the published mixtures with the score at
+the end need no second pass.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class UniformSource(Stateless):
 
 
 class AttentionSource(Stateless):
-    """The score by what the reward model looked at: r_t = R a_t / sum_s a_s over the answer's tokens.
+    """The score divided by the reward model's attention: r_t = R a_t / sum_s a_s over the answer's tokens.
 
     a_t is the attention that the model's last layer, in the mean over its heads, pays to token t from the position that
     the score is read at, that position itself included. The rewards of an answer sum to R. Source: attention-based
@@ -61,14 +61,14 @@ class AttentionSource(Stateless):
             frozen.model, reading.ids_BL, reading.mask_BL, micro_batch_size=frozen.micro_batch_size
         )
         attention_BL = torch.where(reading.answer_BL, attention_BL, 0.0)
-        # a row without an answer has no attention on it; dividing it by 1 leaves its zeros
+        # a row without an answer has no attention to divide; dividing by 1 keeps its zeros
         total_B1 = attention_BL.sum(dim=1, keepdim=True)
         share_BL = attention_BL / torch.where(total_B1 > 0, total_B1, 1.0)
         return _signal(scores_B, scores_B[:, None] * share_BL, reading, rollout.mask_BT)
 
 
 class PrefixDifferenceSource(Stateless):
-    """What each token added to the score: r_t = R(x, a_<=t) - R(x, a_<t), the first one less R(x) of the bare prompt.
+    """What each token added to the score: r_t = R(x, a_<=t) - R(x, a_<t), where R(x) is the score of the prompt alone.
 
     The rewards of an answer sum to R(x, a) - R(x). Every prefix is scored by the model that was trained on whole
     answers, in one pass. Source: reward redistribution, RED (Li et al. 2024, arXiv 2411.08302), which mixes it with the
@@ -83,7 +83,7 @@ class PrefixDifferenceSource(Stateless):
         scores_BL = prefix_scores(
             frozen.model, reading.ids_BL, reading.mask_BL, micro_batch_size=frozen.micro_batch_size
         )
-        # nothing read yet scores 0: only a prompt that is empty in the frozen model's tokens begins there
+        # The score of an empty input is 0; only a prompt without tokens for the frozen model needs it.
         before_BL = pad(scores_BL[:, :-1], (1, 0))
         credit_BL = torch.where(reading.answer_BL, scores_BL - before_BL, 0.0)
         last_B1 = (reading.mask_BL.sum(dim=1, keepdim=True) - 1).clamp(min=0)

@@ -18,7 +18,7 @@ from tlcr.types import RewardSignal, Rollout
 
 
 class SpanSource:
-    """A source, and beside it the number of each token's span.
+    """A source plus the number of each token's span.
 
     A span of the answer ends where a match of `span_end` ends. A token belongs to the span in which it starts; the end
     of sequence, where the policy chose it, is a span of its own. Source: ours, for credit that is coarser than tokens
@@ -40,7 +40,7 @@ class SpanSource:
     def _spans(self, prompt: list[int], ids: list[int], ended: bool) -> list[int]:
         text = decode_text(self.tokenizer, ids, context=prompt)
         ends = [match.end() for match in self.span_end.finditer(text)]
-        # spans that no token starts in (a match inside a token) leave no gap: numbers stay below the number of tokens
+        # Spans in which no token starts (a match inside a token) get no number: numbers stay below the token count.
         starts = [bisect_right(ends, start) for start, _ in character_spans(self.tokenizer, ids, context=prompt)]
         numbers = {start: number for number, start in enumerate(dict.fromkeys(starts))}
         spans = [numbers[start] for start in starts]
