@@ -1,7 +1,7 @@
-"""The clocks, peak memory, and what copying memory costs: everything that is measured, and nothing of what is run.
+"""Measurements: the clocks, peak memory, and the bandwidth of copying memory; the measured code is elsewhere.
 
 What is measured is a `Work`: called with a number it makes ready for so many calls, which is not timed, and returns
-what makes them. Works of one case take turns, so that what slows the machine down for a while slows all of them.
+what makes them. Works of one case take turns, so that a temporary slowdown of the machine affects all of them.
 """
 
 from __future__ import annotations

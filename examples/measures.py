@@ -1,8 +1,8 @@
-"""Further measures of a comparison, from the answers that it kept: other scorers, and what the text paid for gold.
+"""Further measures of a comparison, from its stored answers: other scorers, and repetition and diversity of the text.
 
     python examples/measures.py runs/imdb_comparison --scorer examples/imdb_reviews/classifier.py:positive
 
-prints Markdown: each arm's held-out answers before and after PPO. Gold at matched KL stands in the run's own report and
+prints Markdown: each arm's held-out answers before and after PPO. Gold at matched KL is in the run's own report and
 results.md. Needs a run with `evaluation.samples` at least as large as `evaluation.prompts`.
 """
 
@@ -37,7 +37,7 @@ def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def repeated_share(prompts: Sequence[str], responses: Sequence[str]) -> float:
-    """Share of the words that their answer already had: 0 where none comes twice. 0 without words."""
+    """Share of words that occurred earlier in their answer; 0 without words."""
     words = [response.lower().split() for response in responses]
     total = sum(map(len, words))
     return (total - sum(len(set(own)) for own in words)) / total if total else 0.0
@@ -46,8 +46,8 @@ def repeated_share(prompts: Sequence[str], responses: Sequence[str]) -> float:
 def distinct_pairs(prompts: Sequence[str], responses: Sequence[str]) -> float:
     """distinct-2 (Li et al. 2016): the different ones among all pairs of neighbouring words of all answers, in [0, 1].
 
-    Low where a policy says the same to every prompt. 0 without pairs. It falls with the number of words too, so compare
-    it between policies that answered the same prompts at about the same length.
+    Low where a policy gives the same answer to every prompt. 0 without pairs. It falls with the number of words too, so
+    compare it between policies that answered the same prompts at about the same length.
     """
     pairs = [pair for response in responses for pair in pairwise(response.lower().split())]
     return len(set(pairs)) / len(pairs) if pairs else 0.0

@@ -21,14 +21,14 @@ from transformers import AutoModelForTokenClassification
 import tlcr
 from tlcr.data import embedded
 
-NO_TARGET = -100  # stands in the columns that enter no loss: prompt and padding
+NO_TARGET = -100  # target of columns without a loss: prompt and padding
 KL_COEF, LAM = 0.1, 0.7  # reward per nat; lambda of GAE: a reward for every token needs less than the usual 0.95
 
 
 def load(seed: int, pairs: int):
     """Tokenizer, policy, preferences (prompt, chosen), edits (prompt, rejected, revised) and prompts held out, of a
     language made in code. Yours: AutoTokenizer, AutoModelForCausalLM, lists of objects with these fields; prompts end
-    where a word ends; a judge for `embedded.score`; learning rates for 1B parameters are some 1e-5, in PPO 1e-6."""
+    where a word ends; a scorer for `embedded.score`; learning rates for 1B parameters are some 1e-5, in PPO 1e-6."""
     tokenizer = embedded.build_tokenizer(seed)
     policy, held_out = embedded.build_model(tokenizer, seed).eval(), embedded.prompts(128, seed, "held_out")
     return tokenizer, policy, *embedded.generate_pairs(pairs, seed), held_out
@@ -47,7 +47,7 @@ def pad(rows, value: int, side: str = "right") -> tuple[Tensor, Tensor]:
 
 
 def forward(model, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-    """What a model says at every column. Positions count real tokens, or padding on the left would shift them."""
+    """The model's output at every column. Positions count real tokens only: padding on the left would shift them."""
     positions_BL = (mask_BL.long().cumsum(1) - 1).clamp(min=0)
     return model(input_ids=ids_BL, attention_mask=mask_BL.long(), position_ids=positions_BL, use_cache=False).logits
 
@@ -70,20 +70,20 @@ def fit(model, examples, loss_of, learning_rate: float, weight_decay: float = 0.
 
 
 def sft_loss(logits_BLV: Tensor, ids_BL: Tensor) -> Tensor:
-    """-log p of an answer's token, on average. A language model speaks of a token one column before it."""
+    """-log p of an answer's token, on average. A language model predicts a token one column before it."""
     return nn.functional.cross_entropy(logits_BLV[:, :-1].transpose(1, 2), ids_BL[:, 1:], ignore_index=NO_TARGET)
 
 
 # ---- 3.1 From edits to token labels
 def labelled(tokenizer, edit) -> list[tuple[list[int], list[int]]]:
-    """Both sides of an edit: -1 for what was taken away, 1 for what was put in, 0 for what stayed, as the end does."""
+    """Both sides of an edit: -1 for removed tokens, 1 for inserted ones, 0 for kept ones, the end included."""
     prompt_ids, rejected_ids = encode(tokenizer, edit.prompt, edit.rejected)
     _, revised_ids = encode(tokenizer, edit.prompt, edit.revised)
     sides = zip((rejected_ids, revised_ids), tlcr.token_labels(rejected_ids, revised_ids), strict=True)
     return [(prompt_ids + ids, [NO_TARGET] * len(prompt_ids) + [int(label) for label in own]) for ids, own in sides]
 
 
-# ---- 3.2 The discriminator, which learns them in context
+# ---- 3.2 The discriminator, which learns these labels in context
 def with_new_head(policy, outputs: int):
     """A token classifier: a copy of the policy with a linear head of zeros in place of its own, and without dropout."""
     config = copy.deepcopy(policy.config)
@@ -97,7 +97,7 @@ def with_new_head(policy, outputs: int):
 
 def discriminator_loss(logits_BLC: Tensor, labels_BL: Tensor) -> Tensor:
     """Cross entropy with [1, 0] for negative tokens, [.5, .5] for neutral, [0, 1] for positive ones: the mean over one
-    side's tokens plus that over the other's. A classifier speaks of a token at its own column, where it has seen it."""
+    side's tokens plus that over the other's. A classifier scores a token at its own column, where it has seen it."""
     targets_BCL = torch.stack([1 - labels_BL, 1 + labels_BL], dim=1) / 2
     loss_BL = nn.functional.cross_entropy(logits_BLC.transpose(1, 2), targets_BCL, reduction="none")
     counts_BL = labels_BL != NO_TARGET
@@ -107,19 +107,19 @@ def discriminator_loss(logits_BLC: Tensor, labels_BL: Tensor) -> Tensor:
 # ---- 3.3 Answers, and a reward for every token
 @torch.no_grad()
 def sample(policy, tokenizer, prompts: list[str]) -> tuple[Tensor, Tensor, int]:
-    """Answers from the very distribution whose log-probs PPO compares: temperature 1, the whole vocabulary."""
+    """Answers from the distribution whose log-probs PPO compares: temperature 1, the whole vocabulary."""
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     ids_BP, mask_BP = pad(prompt_ids, tokenizer.pad_token_id, "left")
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 64}
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     ids_BL = policy.generate(input_ids=ids_BP, attention_mask=mask_BP.long(), **sampling, **special)
     ends_BT = (ids_BL[:, ids_BP.shape[1] :] == tokenizer.eos_token_id).int()
-    mask_BT = ends_BT.cumsum(1) - ends_BT == 0  # no end before here: the first end counts, what follows it does not
+    mask_BT = ends_BT.cumsum(1) - ends_BT == 0  # no earlier end: the first end counts, later tokens do not
     return ids_BL, torch.cat([mask_BP, mask_BT], dim=1), ids_BP.shape[1]
 
 
 def score(policy, value_model, ids_BL: Tensor, mask_BL: Tensor, P: int, reference=None):
-    """What policy and reference say of every action, and the value of the state in which it was chosen. That state ends
+    """Log-probs of every action under policy and reference, and the value of its state. That state ends
     one column before the token: all three are read at column P + t - 1, and the last column is no input."""
     states = ids_BL[:, :-1], mask_BL[:, :-1]
     ref_logits_BTV = None if reference is None else forward(reference, *states)[:, P - 1 :]
@@ -136,13 +136,13 @@ def token_rewards(discriminator, ids_BL: Tensor, mask_BL: Tensor, P: int, kl_BT:
 # ---- 3.4 PPO
 @torch.no_grad()
 def experience(tokenizer, policy, value_model, reference, discriminator, prompts: list[str]):
-    """Answers to the prompts: all that an update needs of them; how good they are, in figures; their text."""
+    """Answers to the prompts: the tensors that an update needs; their figures; their text."""
     ids_BL, mask_BL, P = sample(policy, tokenizer, prompts)
     mask_BT = mask_BL[:, P:]
     old, values_BT = score(policy, value_model, ids_BL, mask_BL, P, reference)
     kl_BT = old.logprobs - old.ref_logprobs  # of the action taken: a KL over the vocabulary would not depend on it
     rewards_BT = token_rewards(discriminator, ids_BL, mask_BL, P, kl_BT)
-    # Ours: the average token earns 0. If it earned more, every further token would pay, whatever it says.
+    # Ours: the average token earns 0. If it earned more, every further token would be rewarded, whatever it is.
     centred_BT = rewards_BT - rewards_BT[mask_BT].mean()
     advantages_BT, returns_BT = tlcr.fused_gae(centred_BT, values_BT, mask_BT, gamma=1.0, lam=LAM, whiten=True)
     texts = tokenizer.batch_decode(ids_BL[:, P:], skip_special_tokens=True)

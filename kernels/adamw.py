@@ -54,7 +54,7 @@ def _adamw_kernel(
     denominator = tl.sqrt(square) / tl.full((), correction, real) + tl.full((), eps, real)
     master = tl.full((), decay, real) * master - tl.full((), step_size, real) * mean / denominator
 
-    # A NaN keeps its upper half alone, as a quiet one: adding to it could make it a number.
+    # A NaN keeps only its upper half, as a quiet NaN: adding the remainder could make it a number.
     is_number = master == master
     bits = master.to(tl.int32, bitcast=True)
     rounded = tl.where(is_number, bits + 0x8000, bits | 0x400000)

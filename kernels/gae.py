@@ -1,11 +1,11 @@
 """`fused_gae`: generalised advantage estimation by a reverse associative scan, padded or packed.
 
-What a token hands to the one before it is y_t = gamma lam A_t + gamma V_t, its share of the later advantage and the
+Each token passes y_t = gamma lam A_t + gamma V_t to the token before it: its share of the later advantage and the
 value of its state. With it the recurrence over rewards and values becomes linear in one quantity:
 
     A_t = r_t - V_t + y_next        y_t = gamma (lam r_t + (1 - lam) V_t) + gamma lam y_next
 
-A token that does not count hands on what it is given: y_t = y_next. So one scan over pairs (x, decay) does it, without
+A token that does not count passes on its input: y_t = y_next. So one scan over pairs (x, decay) does it, without
 a search for the next counted value. Where A_t is wanted the scan must have come as far as t + 1: lane t scans token
 t + 1. Its second read of rewards and values, at t, comes from the cache.
 

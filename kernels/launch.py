@@ -1,4 +1,4 @@
-"""What the Triton kernels and the functions that launch them have in common.
+"""Common parts of the Triton kernels and of the functions that launch them.
 
 Each of the other files holds kernels and the host functions that launch them; these take the arguments that the spec in
 `tlcr.ops` describes, checked and in the order of the operator's schema, and only `tlcr.ops` calls them.
@@ -6,8 +6,7 @@ Each of the other files holds kernels and the host functions that launch them; t
 Conventions of the kernels:
 - `real` is the type of the arithmetic and of the results. Python's numbers arrive as float64, because Triton would pass
   them as float32, and are rounded to `real` once.
-- What stands where a token does not count is never loaded, only its mask is: padding saves bandwidth, and a NaN in it
-  goes nowhere.
+- Where a token does not count only its mask is loaded: padding saves bandwidth, and a NaN in it has no effect.
 - Comparisons and choices, where one would expect `tl.minimum` or `tl.maximum`: those drop NaN.
 - A tile begins at its row's first token plus a multiple of the tile, wherever the row lies in memory. So the result of
   a row depends neither on the other rows nor on how far it is padded, to the last bit; and as rows begin anywhere,

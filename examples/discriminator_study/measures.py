@@ -1,8 +1,8 @@
-"""What the study measures of a discriminator, beside the metrics that its training leaves: token values and spill.
+"""Measures of a discriminator beside the metrics of its training: agreement with gold values, and spill.
 
 On the embedded task every word of an answer has a gold value in its context, which no training sees
-(docs/embedded_task.md). The honest question to a token reward is how well it orders words by that value, not how well
-it repeats a reviser who edits at random. It is asked of answers that nobody edited: the chosen and the rejected ones.
+(docs/embedded_task.md). A token reward is good if it orders words by that value, not if it
+repeats a reviser who edits at random. This is measured on answers without edits: the chosen and the rejected ones.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def of_model(model: PreTrainedModel, held_out: HeldOut, batch_size: int) -> dict
 def of_token_alone(training: Sequence[LabelledPair], held_out: HeldOut) -> dict[str, float]:
     """The same for a reward without a model: the mean label that a token had in training, 0 where it never occurred.
 
-    What a discriminator knows beyond this it owes to the context.
+    A discriminator that is better than this has learned from the context.
     """
     sums: dict[int, int] = defaultdict(int)
     counts: dict[int, int] = defaultdict(int)
@@ -107,7 +107,7 @@ def measures(
     before the first edit and right after the last. preference_accuracy: chosen over rejected, by mean reward.
     length_correlation: Spearman's, of tokens and mean reward of an answer. gold_words, gold_content: Spearman's, of a
     word's gold value and the mean reward of its tokens, over all words, over content words; gold_answers: of an
-    answer's gold per word and its mean reward. What is not defined is left out.
+    answer's gold per word and its mean reward. Undefined measures are left out.
     """
     found: dict[str, float] = {}
     for row in spill(analysed_tokens(held_out.pairs, held_out.whole, edit_rewards_N)):

@@ -1,11 +1,12 @@
-"""Discriminators of many settings, each with several seeds, all judged on the same held-out pairs.
+"""Discriminators of many settings, each with several seeds, all evaluated on the same held-out pairs.
 
     python -m examples.discriminator_study.study examples/discriminator_study/study.yaml
 
 The YAML file names a run's config, the knobs to vary and the seeds; see the one beside this file. Every discriminator
 is trained by the recipe that `tlcr train discriminator` uses, on the SFT model of its seed, and kept in a folder that
-`tlcr score --discriminator` reads. What is done is skipped, so that an interrupted study goes on where it was, and
-takes up further seeds and grids. Seeds share nothing: to work on several at a time, start this with `--seeds` for each.
+`tlcr score --discriminator` reads. Finished parts are skipped, so that an interrupted study continues, and a
+study can get further seeds and grids. Seeds share nothing: to work on several at a time, start this with `--seeds` for
+each.
 
 Writes below output_dir: seed-<k>/ (a run's folder: config, SFT model, and the discriminators in cells/), results.json
 and results.md.
@@ -52,7 +53,7 @@ VARIED = ("discriminator.",)
 TOKEN_ALONE = "token-alone"
 MEASURED = "measures.json"
 MEASURES = 1
-"""Goes up where `measures` changes, so that what was measured before is measured again."""
+"""Increase it when `measures` changes: then all discriminators are measured again."""
 TITLES = {
     "gold_content": "gold, content words",
     "gold_words": "gold, all words",
@@ -79,7 +80,7 @@ class Cell:
 
     @property
     def pairs(self) -> int | None:
-        """How many training pairs it learns from; None for all."""
+        """Number of training pairs; None for all."""
         pairs: int | None = self.knobs.get(PAIRS)
         return pairs
 
@@ -89,14 +90,14 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its folder, from what differs from the config: it stays when the study grows by another grid."""
+        """Its folder, named after what differs from the config, so that it stays the same when grids are added."""
         parts = [f"{name.removeprefix(VARIED[0])}-{value}" for name, value in sorted(self.knobs.items())]
         return "+".join(parts) or "as-configured"
 
 
 @dataclass(frozen=True)
 class Study:
-    """What the YAML file says."""
+    """The content of the YAML file."""
 
     output_dir: str
     config: str
@@ -123,7 +124,7 @@ class Study:
                 }
                 found.setdefault(Cell(knobs).name, Cell(knobs))
         for cell in found.values():
-            self.run_config(self.seeds[0], cell.overrides)  # a value out of bounds stops here, not hours later
+            self.run_config(self.seeds[0], cell.overrides)  # a value out of bounds raises here, not hours later
         return tuple(found.values())
 
 
@@ -176,7 +177,7 @@ class Seed:
 
     @cached_property
     def held_out(self) -> measures.HeldOut:
-        """What all cells are measured on."""
+        """The held-out data that measure all cells."""
         cfg, run = self.run.cfg, self.run
         whole = [
             label_pair(
@@ -203,7 +204,7 @@ def open_seed(study: Study, seed: int) -> Seed:
 
 
 def train(study: Study, seed: Seed, cell: Cell) -> None:
-    """One discriminator, into its folder, unless it is there."""
+    """Trains one discriminator in its folder, unless it exists."""
     run, folder = seed.run, seed.folder(cell)
     cfg = study.run_config(run.cfg.seed, cell.overrides)
 
@@ -239,7 +240,7 @@ def measure(study: Study, seed: Seed, cell: Cell) -> None:
 
 
 def measure_token_alone(seed: Seed) -> None:
-    """The reward that knows a token but not its context, as a row to compare with."""
+    """The reward that depends on a token but not on its context, as a row to compare with."""
     run_once(
         seed, seed.run.path / "cells" / TOKEN_ALONE, lambda: measures.of_token_alone(seed.labelled[0], seed.held_out)
     )
@@ -289,7 +290,7 @@ def collect(study: Study) -> list[dict[str, Any]]:
 
 
 def _of_seed(folder: Path, name: str) -> dict[str, float]:
-    """All that was measured of one discriminator; nothing where it is not done."""
+    """All measures of one discriminator; nothing where it is not finished."""
     records = [folder / MEASURED] if name == TOKEN_ALONE else [folder / "done.json", folder / MEASURED]
     if not all(record.is_file() for record in records):
         return {}

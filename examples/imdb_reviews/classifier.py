@@ -1,8 +1,7 @@
 """A second independent measure of sentiment: logistic regression on the words of reviews that no reward was trained on.
 
-It learns from the dev table's pairs (held_out.jsonl of prepare.py), both texts of each, whenever it is first asked; the
-rewards learn from the training table. Half of the texts being edits of the other half, it cannot go by what a film is
-about.
+It learns from the dev table's pairs (held_out.jsonl of prepare.py), both texts of each, at the first call; the rewards
+learn from the training table. Half of the texts are edits of the other half, so it cannot use the topic of a film.
 
     python examples/imdb_reviews/classifier.py
 
@@ -25,7 +24,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 
 DEV = Path("runs/imdb_data/held_out.jsonl")
 TRAIN = Path("runs/imdb_data/edits.jsonl")
-"""Only to see how good it is."""
+"""Only to measure its accuracy."""
 
 
 def positive(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:

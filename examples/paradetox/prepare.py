@@ -8,7 +8,7 @@ the same without the toxicity: the columns toxic, neutral1, neutral2 and neutral
 writes, as JSON lines that `tlcr` reads, three sets of which no two share an opening:
 
     comments.jsonl   prompt, chosen and rejected, where *chosen* is the toxic ending: SFT on them makes the policy
-                     write as these commenters do, so that there is something to mend
+                     write like these commenters, so that there is toxicity to remove
     edits.jsonl      id, prompt, rejected (toxic), revised and chosen (= revised): token labels and preferences
     prompts.jsonl    prompt: openings that PPO's policy continues
 

@@ -1,4 +1,4 @@
-"""What a discriminator has to beat on answers to questions: simpler scores of the same tokens, by the same evaluation.
+"""Baselines for a discriminator on answers to questions: simpler scores of the same tokens, with the same evaluation.
 
     python examples/qa_feedback/baselines.py examples/qa_feedback/config.yaml --data runs/qa_feedback_data
 
@@ -13,8 +13,8 @@ lexical             logistic regression on which word it belongs to and whether 
 lexical and length  on both
 surprise            logistic regression on -log p of the token by the language model before any training
 probe               logistic regression on what that model's last layer holds at the token, nothing of it trained
-corrections         the answers' own corrections: a token is an error where the annotator took it out. No method, but
-                    how far edits and marked errors agree, which come from the same people
+corrections         the answers' own corrections: a token is an error if the annotator removed it. Not a method, but
+                    the agreement of edits and marked errors, which come from the same people
 
 Training is the same for all: whether people took a token out of the answers that the discriminator was trained on. None
 of them sees a marked error, except that each chooses its threshold on spans_threshold.jsonl, as the discriminator does.
@@ -65,7 +65,7 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Features = dict[str, float]
 OfAnswer = Sequence[Features] | Floats
-"""What is known of each judged token of an answer: by name, or as a row of numbers."""
+"""The features of each evaluated token of an answer: by name, or as a row of numbers."""
 
 WORD = re.compile(r"\w+|[^\w\s]")
 ENOUGH_FOR_A_SIGN = 60
@@ -75,7 +75,7 @@ PENALTIES = (0.0003, 0.003, 0.03, 0.3)
 
 @dataclass(frozen=True)
 class Source:
-    """What an answer answers, and may draw on."""
+    """The question of an answer, and the passages that it may use."""
 
     question: str
     passages: Sequence[str]
@@ -96,13 +96,13 @@ def words_of(text: str) -> set[str]:
 
 
 def length_features(row: MarkedRow) -> list[Features]:
-    """For each judged token: how many stand before it, in all and as a share of the answer, and how many there are."""
+    """For each evaluated token: the number of tokens before it, their share of the answer, and the answer's length."""
     tokens = sum(row.is_counted)
     return [{"number": float(k), "share": k / tokens, "tokens": float(tokens)} for k in range(tokens)]
 
 
 def lexical_features(row: MarkedRow, source: Source) -> list[Features]:
-    """For each judged token: the word that its first letter is in, and whether question or passages have that word."""
+    """For each evaluated token: the word of its first letter, and whether question or passages have that word."""
     text = row.answer.response
     word_at = {k: match[0].lower() for match in WORD.finditer(text) for k in range(*match.span())}
     question, passages = words_of(source.question), words_of(" ".join(source.passages))
@@ -116,7 +116,7 @@ def lexical_features(row: MarkedRow, source: Source) -> list[Features]:
 
 
 def surprise_features(rows: Sequence[MarkedRow], model: PreTrainedModel, pad_token_id: int) -> list[list[Features]]:
-    """For each judged token of each row: -log p(token | all before it) in nats."""
+    """For each evaluated token of each row: -log p(token | all before it) in nats."""
     found = []
     for first in range(0, len(rows), 8):
         batch = rows[first : first + 8]
@@ -134,7 +134,7 @@ def surprise_features(rows: Sequence[MarkedRow], model: PreTrainedModel, pad_tok
 
 
 def hidden_states(rows: Sequence[MarkedRow], model: PreTrainedModel, pad_token_id: int) -> list[Floats]:
-    """For each row the last layer's state at its judged tokens, (tokens, H); it has seen the token itself."""
+    """For each row the last layer's state at its evaluated tokens, (tokens, H); it has seen the token itself."""
     found = []
     for first in range(0, len(rows), 8):
         batch = rows[first : first + 8]
@@ -150,7 +150,7 @@ def hidden_states(rows: Sequence[MarkedRow], model: PreTrainedModel, pad_token_i
 
 
 def taken_out(pairs: Sequence[EditPair], run: RunFolder) -> tuple[list[MarkedRow], Bools]:
-    """The answers of edit pairs as tokens, and of all their judged tokens whether the correction took them out."""
+    """The answers of edit pairs as tokens, and for all evaluated tokens whether the correction removed them."""
     labelled, _ = label_pairs(pairs, run.tokenizer, run.cfg.data, run.cfg.labels)
     rows = mark([MarkedAnswer(pair.id, pair.prompt, pair.rejected, ()) for pair in pairs], run.tokenizer, run.cfg.data)
     labels = []

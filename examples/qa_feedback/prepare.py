@@ -1,4 +1,4 @@
-"""Turn answers whose errors people marked and corrected into edit records to train on and error spans to judge by.
+"""Turn answers whose errors people marked and corrected into edit records for training and error spans for evaluation.
 
 QA-Feedback (github.com/allenai/FineGrainedRLHF, Apache-2.0) is a JSON list with, for each question, the passages that
 the answer may draw on, a model's answer (`prediction 1`), the errors that people marked in it (`feedback.errors`:
@@ -11,8 +11,8 @@ holds 100 questions out and writes, as JSON lines that `tlcr` reads:
     edits.jsonl             id, prompt, rejected (the answer), revised (the corrected one): the other questions
     spans_threshold.jsonl   id, prompt, response, spans: those questions of edits.jsonl that training with the default
                             `data.held_out` puts aside by their id, to choose a threshold on
-    spans.jsonl             the same for the questions held out, to judge by
-    edits_held_out.jsonl    how people corrected those, which says how well the edits alone agree with the spans
+    spans.jsonl             the same for the held-out questions, for evaluation
+    edits_held_out.jsonl    their corrections, which show how well the edits alone agree with the spans
 
 Every record also has its question and passages. Questions whose passages come from the same article fall on the same
 side. Which side that is depends on the text of the questions alone, not on their order.
@@ -90,9 +90,9 @@ def opening(passage: Sequence[str], words: int) -> str:
 
 
 def prompt_of(raw: Raw, passage_words: int) -> str:
-    """What stands before the answer: of each passage its share of `passage_words`, and the question last.
+    """The prompt: the share of `passage_words` of each passage, and then the question.
 
-    So that a prompt that is too long, which loses its beginning, keeps the question.
+    The question is last because a prompt that is too long is cut at the beginning.
     """
     share = passage_words // max(1, len(raw["passages"]))
     openings = [text for passage in raw["passages"] if (text := opening(passage, share))]
@@ -109,7 +109,7 @@ def shared_fields(raw: Raw, passage_words: int) -> dict[str, Any]:
 
 
 def edit_record(raw: Raw, passage_words: int) -> dict[str, Any]:
-    """The answer and its correction; the white space around the latter is the annotators' tool's, not theirs."""
+    """The answer and its correction, without the white space that the annotation tool puts around the correction."""
     corrected = raw["feedback"]["corrected-prediction"].strip()
     return shared_fields(raw, passage_words) | {"rejected": raw["prediction 1"], "revised": corrected}
 
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="qa_feedback_dev.json, or another part of it")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--held-out", type=int, default=100, help="questions to judge by (default 100)")
+    parser.add_argument("--held-out", type=int, default=100, help="questions for evaluation (default 100)")
     parser.add_argument(
         "--passage-words",
         type=int,
@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     train, held_out = split_questions(json.loads(options.data.read_text(encoding="utf-8")), options.held_out)
 
-    # Nothing is left of some answers. No revision is an edit, so there is none to learn from.
+    # Some corrected answers are empty. An empty revision is not an edit, so they are left out.
     corrected = [raw for raw in train if raw["feedback"]["corrected-prediction"].strip()]
     edits = [edit_record(raw, options.passage_words) for raw in corrected]
     put_aside = split_held_out([SimpleNamespace(id=edit["id"]) for edit in edits], DataConfig().held_out).held_out

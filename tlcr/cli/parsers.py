@@ -271,8 +271,8 @@ def _add_dry_run(parser: ArgumentParser) -> None:
 def _evaluate_tokens_parser() -> ArgumentParser:
     parser = _config_parser(
         "Compare the token rewards of every arm with errors that people marked in answers: ROC-AUC, average precision "
-        "and F1, by kind of error, with intervals over answers. The rewards' models must exist; no policy is needed. The "
-        "tokens are those of model.path; a reward for whole answers alone has none to compare.",
+        "and F1, by kind of error, with intervals over answers. The models of the rewards must exist; no policy is "
+        "needed. The tokens are those of model.path; a reward for whole answers alone has none to compare.",
         prog="tlcr evaluate-tokens",
     )
     parser.add_argument(
