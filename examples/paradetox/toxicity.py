@@ -13,5 +13,5 @@ from profanity_check import predict_prob
 
 
 def civility(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """1 less the probability that the answer without its prompt is offensive: 0 toxic, 1 civil (an empty answer too)."""
+    """1 less the probability that the answer without its prompt is offensive: 0 toxic, 1 civil (also if empty)."""
     return [1.0 - float(probability) for probability in predict_prob(list(responses))]
