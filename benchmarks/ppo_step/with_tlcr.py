@@ -54,14 +54,14 @@ def main() -> None:
     )
     value_model = build_value_model(cfg.ppo, cfg.model, policy=policy)
     discriminator = load_token_classifier(policy, cfg.model, id2label=TWO_CLASSES)
-    judge = FrozenModel(discriminator, tokenizer, tokenizer, task.prompt_tokens, task.batch)
+    frozen = FrozenModel(discriminator, tokenizer, tokenizer, task.prompt_tokens, task.batch)
     with tempfile.TemporaryDirectory() as folder:
         train_ppo(
             cfg,
             actor_critic=ActorCritic(policy, value_model),
             reference=reference.eval(),
             tokenizer=tokenizer,
-            reward_source=DiscriminatorSource(judge),
+            reward_source=DiscriminatorSource(frozen),
             prompts=prompts_of(task, tokenizer, task.batch),
             folder=Path(folder),
             seed=0,

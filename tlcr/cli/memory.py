@@ -111,16 +111,16 @@ def estimate_run(cfg: RunConfig, size: ModelSize) -> list[Estimate]:
     estimates = []
     if cfg.sft.enabled:
         estimates.append(_supervised("sft", cfg, size, cfg.sft, rows=1, outputs=None))
-    if cfg.reward_model.path is None and _judges(cfg)["reward model"]:
+    if cfg.reward_model.path is None and _asked_models(cfg)["reward model"]:
         estimates.append(_supervised("reward model", cfg, size, cfg.reward_model, rows=2, outputs=1))
-    if cfg.dpo.path is None and _judges(cfg)["DPO policy"]:
+    if cfg.dpo.path is None and _asked_models(cfg)["DPO policy"]:
         estimates.append(_supervised("dpo", cfg, size, cfg.dpo, rows=2, outputs=None))
-    if cfg.discriminator.path is None and _judges(cfg)["discriminator"]:
+    if cfg.discriminator.path is None and _asked_models(cfg)["discriminator"]:
         estimates.append(_supervised("discriminator", cfg, size, cfg.discriminator, rows=2, outputs=_classes(cfg)))
     return [*estimates, _ppo(cfg, size)]
 
 
-def _judges(cfg: RunConfig) -> dict[str, bool]:
+def _asked_models(cfg: RunConfig) -> dict[str, bool]:
     """The frozen models that the rewards, or the start of the value model, need."""
     rewards = [arm.reward for arm in arms_of(cfg)]
     return {
@@ -168,7 +168,7 @@ def _ppo(cfg: RunConfig, size: ModelSize) -> Estimate:
     dtype, width, ppo = cfg.model.dtype, BYTES[cfg.model.dtype], cfg.ppo
     shared = ppo.value_model == "shared"
     value_parameters = size.hidden + 1 if shared else size.with_head(1)
-    judges = {
+    parameters_of = {
         "discriminator": size.with_head(_classes(cfg)),
         "reward model": size.with_head(1),
         "DPO policy": size.parameters,
@@ -177,7 +177,7 @@ def _ppo(cfg: RunConfig, size: ModelSize) -> Estimate:
         _trained("policy", size.parameters, dtype),
         _trained("value head" if shared else "value model", value_parameters, dtype),
         _frozen("reference", size.parameters, dtype),
-        *(_frozen(name, judges[name], dtype) for name, needed in _judges(cfg).items() if needed),
+        *(_frozen(name, parameters_of[name], dtype) for name, needed in _asked_models(cfg).items() if needed),
     )
 
     columns = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
