@@ -1,8 +1,9 @@
-// What a kernel is told: pointers, sizes and numbers. The same for CPU and CUDA, and free of torch, so that a kernel
-// can be compiled, read and tested without it. csrc/torch/bindings.cpp checks tensors and fills these in.
+// The arguments of the kernels: pointers, sizes and numbers. They are the same for CPU and CUDA and do not use torch,
+// so that a kernel can be compiled, read and tested without it. csrc/torch/bindings.cpp checks the tensors and fills in
+// the arguments.
 //
 // "real" below is the type of the arithmetic and of every result: double where `type` is kDouble, float otherwise.
-// A position that does not count (mask 0) is never read beyond its mask, so that a NaN there goes nowhere.
+// Where a position does not count (mask 0), only its mask is read, so that a NaN there has no effect.
 #pragma once
 
 #include <cstdint>
@@ -12,16 +13,16 @@ namespace tlcr {
 enum class Type : int { kFloat, kDouble, kBFloat16, kHalf };
 
 // Rows of contiguous elements. Row n begins `(n / inner) * outer_stride + (n % inner) * inner_stride` elements after
-// `data`: two axes of rows with any strides, so that a slice such as logits[:, :-1] is read where it is.
+// `data`. The rows may thus have two axes with any strides, and a slice such as logits[:, :-1] is read without a copy.
 struct Rows {
-  void* data = nullptr;  // not written through where a comment says "in"
+  void* data = nullptr;  // only read where a comment says "in"
   int64_t inner = 1, outer_stride = 0, inner_stride = 0;
 };
 
-// What scoring keeps per row for its backward pass on the same device, beside its results: stats and ref_stats, two
-// numbers each. In stats {max, log_sum}, so that x - max - log_sum is log p(v) without the rounding that a single
-// log-sum-exp of large logits has: max is the largest x, x is logits / temperature, log_sum = log sum exp(x - max). A
-// device may keep other numbers that serve it better; the CPU does.
+// What scoring keeps for each row, beside its results, for the backward pass on the same device: two numbers in stats
+// and two in ref_stats. stats is {max, log_sum}: max is the largest x, x is logits / temperature, and log_sum = log sum
+// exp(x - max). x - max - log_sum is then log p(v), without the rounding error of a single log-sum-exp of large logits.
+// A device may keep other numbers that serve it better; the CPU does.
 
 struct ScoreArguments {
   Type type;  // of logits and ref_logits
@@ -86,8 +87,8 @@ struct HiddenRewardArguments {
 };
 
 // Padded: `sequences` rows of `length` in [sequences][length]; cu_seqlens is null. Packed: `length` tokens in all, and
-// sequence b is [cu_seqlens[b], cu_seqlens[b + 1]), to be clamped to [0, length]: the caller has not looked. Positions
-// in no sequence get 0.
+// sequence b is [cu_seqlens[b], cu_seqlens[b + 1]). The kernel clamps these to [0, length], because the caller has not
+// checked them. Positions outside every sequence get 0.
 struct GaeArguments {
   Type type;  // kFloat or kDouble, of rewards and values
   int64_t sequences, length;
@@ -98,8 +99,8 @@ struct GaeArguments {
   void *advantages, *returns;  // out, real
 };
 
-// Over all `count` positions: zero mean and unit population variance of the counted ones, 0 elsewhere, in place. The
-// sums run in a fixed order, whatever the threads.
+// Whitens in place: the counted ones of all `count` positions get zero mean and unit population variance, the others 0.
+// The order of the sums is fixed and does not depend on the number of threads.
 struct WhitenArguments {
   Type type;
   int64_t count;
@@ -116,7 +117,7 @@ struct PPOOptions {
   double denominator;  // 0: none was given
 };
 
-// The order of a row's sums and of the results.
+// The order in which a row's sums, and the results, are stored.
 enum PPOStat {
   kLoss,
   kPolicy,
@@ -161,12 +162,12 @@ struct PPOBackwardArguments {
 //     m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
 //     master = decay master - step_size m / (sqrt(v) / correction + eps)
 //
-// The numbers of this step are the caller's: decay = 1 - rate * weight_decay, step_size = rate / (1 - beta1^t),
+// The caller computes the numbers of this step: decay = 1 - rate * weight_decay, step_size = rate / (1 - beta1^t),
 // correction = sqrt(1 - beta2^t).
 struct AdamWArguments {
   int64_t count;
   uint16_t* weights;    // bfloat16
-  int16_t* remainders;  // what the weights lack of their masters
+  int16_t* remainders;  // the bits of the masters minus 2^16 times the bits of the weights
   float *exp_avg, *exp_avg_sq;
   const void* gradients;  // in, bfloat16
   double decay, beta1, beta2, step_size, correction, eps;
@@ -182,7 +183,7 @@ struct RMSNormArguments {
   void* scales;  // out, real [rows]
 };
 
-// Rows whose gradients of the weight are summed in one part, by one thread.
+// Number of rows whose gradients of the weight one thread adds up to one part.
 constexpr int64_t kNormRows = 32;
 
 struct RMSNormBackwardArguments {

@@ -1,6 +1,6 @@
-// Registers the kernels with torch, under the schemas that the specs in tlcr/ops/ make. The ops on (B, T) tensors are
-// here, scoring is in scoring.cpp, what updates a model in training.cpp. The Python door checks arguments; torch checks
-// these signatures against the schemas.
+// Registers the kernels with torch, under the schemas that the specs in tlcr/ops/ define. This file has the ops on (B,
+// T) tensors, scoring.cpp has scoring, and training.cpp has the ops that update a model. The Python functions check the
+// arguments; torch checks these signatures against the schemas.
 #include <torch/library.h>
 
 #include <limits>
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor> fused_gae(const Tensor& rewards, const Tensor& values
   if (!whiten) return {advantages, returns};
 
   if (packed) {
-    // What lies in no sequence does not count.
+    // Positions outside every sequence do not count.
     const Tensor position = at::arange(rewards.numel(), dense_cu_seqlens->options());
     const Tensor inside = (position >= dense_cu_seqlens->select(0, 0)) & (position < dense_cu_seqlens->select(0, -1));
     counts = dense_mask.has_value() ? *dense_mask & inside : inside;

@@ -1,4 +1,4 @@
-// How the system backs memory that a result is about to be written to.
+// Asks the operating system for large pages for memory that a result is about to be written to.
 #pragma once
 
 #include <cstddef>
@@ -10,9 +10,9 @@
 
 namespace tlcr {
 
-// A gradient of the size of the logits is fresh memory, and the first touch of every 4 KiB page of it costs a fault:
-// more in all than the kernel that fills it. Linux hands out pages of 2 MiB to those who ask. The call is advice and
-// may fail.
+// A gradient of the size of the logits is fresh memory, and the first access to every 4 KiB page of it causes a page
+// fault. All these faults take longer than the kernel that fills it. Linux gives pages of 2 MiB on request. The call is
+// advice and may fail.
 inline void prefer_huge_pages(void* data, std::size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr std::size_t kPage = 4096, kHugePage = std::size_t{1} << 21;

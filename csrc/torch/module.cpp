@@ -1,4 +1,4 @@
-// tlcr._C: what the compiled kernels say of themselves. Importing it also registers them with torch; bindings.cpp does.
+// tlcr._C: tells how the kernels were compiled. Importing it also registers the kernels with torch, by bindings.cpp.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
@@ -14,7 +14,7 @@ namespace {
 
 namespace py = pybind11;
 
-// What only the compiler knows; tlcr.build_info() adds what setup.py wrote beside the library.
+// Facts that only the compiler knows; tlcr.build_info() adds what setup.py wrote beside the library.
 py::dict build_info(const std::string& cpu_capability) {
   py::dict info;
 #ifdef __clang__

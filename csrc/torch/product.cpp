@@ -4,8 +4,8 @@
 #include <limits>
 
 #if defined(__linux__) && defined(__x86_64__)
-// MKL's, which libtorch_cpu carries and exports where it was built with MKL; null elsewhere. torch itself has no
-// product of bfloat16 with a float32 result on the CPU: at::mm rounds the result, and logits need the digits.
+// A function of MKL, which libtorch_cpu contains and exports if it was built with MKL; null elsewhere. torch itself has
+// no product of bfloat16 with a float32 result on the CPU: at::mm rounds the result, and logits need the digits.
 extern "C" __attribute__((weak)) void cblas_gemm_bf16bf16f32(int layout, int transpose_left, int transpose_right, int m,
                                                              int n, int k, float alpha, const void* left,
                                                              int left_stride, const void* right, int right_stride,
@@ -18,16 +18,17 @@ namespace tlcr {
 namespace {
 
 #ifdef TLCR_MKL_BFLOAT16
-enum { kRowMajor = 101, kAsIs = 111, kTransposed = 112 };  // of cblas.h
+enum { kRowMajor = 101, kAsIs = 111, kTransposed = 112 };  // constants of cblas.h
 
-// Without the instructions, and perhaps on other makers' processors, MKL takes longer than float32 does.
+// Without these instructions, and perhaps on processors of other makers, MKL takes longer than a float32 product.
 bool mkl_multiplies_bfloat16() {
   static const bool can =
       cblas_gemm_bf16bf16f32 != nullptr && __builtin_cpu_is("intel") && __builtin_cpu_supports("avx512bf16");
   return can;
 }
 
-// A matrix as cblas takes it: rows of adjacent elements, of itself or of its transpose; else a copy.
+// A matrix in the form that cblas takes: rows of adjacent elements, of the matrix or of its transpose. Any other is
+// copied.
 struct Factor {
   at::Tensor matrix;
   int transpose = kAsIs;

@@ -1,4 +1,4 @@
-// Runs a kernel where its tensors live: over threads on the CPU, on the current stream of their device with CUDA.
+// Runs a kernel on the device of its tensors: over threads on the CPU, on the device's current stream with CUDA.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -24,10 +24,10 @@ inline const cpu::Kernels& cpu_kernels() {
   return table;
 }
 
-// Elements that are worth a thread of their own.
+// Number of elements that justify one more thread.
 constexpr int64_t kGrain = 32768;
 
-// Rows of `width` elements, shared out among the threads. A row is never split, so threads change no result.
+// Divides rows of `width` elements among the threads. A row is never split, so the number of threads changes no result.
 template <typename Arguments>
 void on_threads(void (*kernel)(const Arguments&, int64_t, int64_t), const Arguments& arguments, int64_t rows,
                 int64_t width) {

@@ -12,10 +12,12 @@ namespace tlcr {
 
 namespace {
 
-// Logits that exist at once in score_hidden. On the CPU few enough to stay in the last-level cache, on a GPU enough
-// rows that the product is bound by arithmetic and not by reading the head again for every chunk: 512 MiB in float32.
+// Number of logits that exist at once in score_hidden. On the CPU they fit in the last-level cache. On a GPU (512 MiB
+// in float32) a chunk has so many rows that arithmetic limits the product, and not the reading of the head for every
+// chunk.
 constexpr int64_t kChunkLogitsCPU = int64_t{1} << 20, kChunkLogitsCUDA = int64_t{1} << 27;
-// Every chunk reads the head and adds to its gradient: chunks of a few tokens do nothing else.
+// Every chunk reads the head and adds to its gradient. Chunks of a few tokens would spend nearly all their time on
+// that.
 constexpr int64_t kLeastChunk = 256;
 
 struct Results {
@@ -36,7 +38,7 @@ struct Results {
   Scores scores() const { return {logprobs, entropy, ref_logprobs, kl, stats, ref_stats}; }
 };
 
-// What both passes are told of the tokens. A slice of them starts at token `begin`.
+// The data of the tokens that both passes use. A slice of them starts at token `begin`.
 struct Tokens {
   Tensor ids;
   double temperature;
@@ -49,7 +51,7 @@ struct Tokens {
         temperature(temperature),
         temperatures(dense(temperatures, real)),
         real(real) {
-    // On a GPU the kernel looks: the host would have to wait for the ids.
+    // On a GPU the kernel checks the ids: the host would have to wait for them.
     if (!ids.is_cpu()) return;
     const int64_t* id = ids.const_data_ptr<int64_t>();
     for (int64_t n = 0; n < ids.numel(); ++n)
@@ -102,7 +104,7 @@ struct Incoming {
         ref_stats(ref_stats.contiguous()) {}
 };
 
-// Into `grad`, which may be `logits` itself. The reference takes no part unless the KL does.
+// Writes the gradient into `grad`, which may be `logits` itself. The reference is used only if the KL is.
 void score_rows_backward(const Tensor& logits, const MaybeTensor& ref_logits, const Tokens& tokens, const Incoming& in,
                          const Tensor& grad, int64_t begin, int64_t rows) {
   if (rows == 0) return;
@@ -138,13 +140,13 @@ std::pair<Tensor, MaybeTensor> same_dtype(const Tensor& logits, const MaybeTenso
   return {policy.to(common), reference.to(common)};
 }
 
-// Inside an operator nothing records gradients, and autocast must not round the products to half precision.
+// Inside an operator no gradients are recorded, and autocast must not round the products to half precision.
 struct Plainly {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
-// Memory that is about to be written from end to end.
+// Memory that is about to be written completely.
 Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const Tensor memory = at::empty(sizes, options);
   if (memory.is_cpu()) prefer_huge_pages(memory.data_ptr(), static_cast<std::size_t>(memory.nbytes()));
@@ -156,7 +158,7 @@ class Head {
  public:
   Head(const Tensor& weight, const MaybeTensor& bias, const Tensor& hidden, at::ScalarType real, int64_t chunk)
       : bias_(dense(bias, real)) {
-    // Where nothing multiplies half-precision numbers into float32 they are widened, once per pass.
+    // Where no half-precision product has a float32 result, the factors are widened, once per pass.
     narrow_ = real == at::kFloat && hidden.scalar_type() == weight.scalar_type() && multiplies_into_float(weight);
     weight_VH_ = narrow_ ? weight : weight.to(real);
     logits_ = fresh({chunk, weight.size(0)}, weight.options().dtype(real));
@@ -288,7 +290,7 @@ HiddenGradients score_hidden_backward(const MaybeTensor& g_logprobs, const Maybe
   const Tensor product_RH = at::empty({wants_hidden ? chunk : 0, weight.size(1)}, options.dtype(real));
   for (int64_t begin = 0; begin < token_ids.numel(); begin += chunk) {
     const int64_t rows = std::min(chunk, token_ids.numel() - begin);
-    // A row that takes no gradient must not reach the weight's either, where 0 * NaN would be NaN.
+    // A row that takes no gradient must not add to the weight's gradient either: 0 * NaN would be NaN.
     const Tensor states_RH = hidden_NH.narrow(0, begin, rows).to(head.dtype());
     const Tensor hidden_RH = at::where(counts_N1.narrow(0, begin, rows), states_RH, at::zeros({}, states_RH.options()));
     const Tensor logits_RV = head.logits(hidden_RH);

@@ -10,7 +10,7 @@ namespace tlcr {
 
 // logprobs, entropy, ref_logprobs, kl, stats, ref_stats; those of an absent reference have no elements.
 using Scores = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-// Of hidden, weight and bias; one that is not wanted has no elements.
+// The gradients of hidden, weight and bias; one that is not wanted has no elements.
 using HiddenGradients = std::tuple<Tensor, Tensor, Tensor>;
 
 Scores score_tokens(const Tensor& logits, const Tensor& token_ids, const MaybeTensor& ref_logits, double temperature,

@@ -1,4 +1,4 @@
-// From tensors to the pointers of arguments.h. Everything that is handed to a kernel is kept alive by its caller.
+// Makes the pointers of arguments.h from tensors. The caller of a kernel keeps alive every tensor that it passes.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -52,7 +52,8 @@ inline const uint8_t* bytes(const Tensor& mask) {
   return reinterpret_cast<const uint8_t*>(mask.const_data_ptr<bool>());
 }
 
-// A tensor to be changed where it lies, as contiguous memory: a copy of any other is written back at the end.
+// A tensor that is changed in place, as contiguous memory. Any other tensor is copied, and the copy is written back at
+// the end.
 class InPlace {
  public:
   explicit InPlace(const Tensor& tensor) : tensor_(tensor), dense_(tensor.contiguous()) {}
@@ -75,7 +76,7 @@ Pointer* advanced(Pointer* base, int64_t elements, at::ScalarType dtype) {
   return base ? static_cast<Byte*>(base) + elements * static_cast<int64_t>(at::elementSize(dtype)) : nullptr;
 }
 
-// A tensor (..., K) as rows of K elements: itself where its leading axes amount to two with any strides, else a copy.
+// A tensor (..., K) as rows of K elements: without a copy if its leading axes amount to two with any strides.
 class RowsOf {
  public:
   explicit RowsOf(const Tensor& tensor) : tensor_(tensor) {

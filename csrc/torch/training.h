@@ -1,5 +1,5 @@
-// What updates a model, as declared in tlcr/ops/{adamw,layers}.py: the optimiser's step, and layers with their backward
-// passes.
+// Operators that update a model, as declared in tlcr/ops/{adamw,layers}.py: the optimiser's step, and layers with their
+// backward passes.
 #pragma once
 
 #include <tuple>
@@ -8,21 +8,21 @@
 
 namespace tlcr {
 
-// In place: all but the gradient.
+// Changes everything but the gradient in place.
 void adamw_step(const Tensor& parameter, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
                 const Tensor& remainder, double learning_rate, double beta1, double beta2, double eps,
                 double weight_decay, int64_t step);
 
-// y, and 1 / sqrt(mean(x^2) + eps) of each row.
+// Returns y, and 1 / sqrt(mean(x^2) + eps) of each row.
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps);
 
-// Of x and weight.
+// Returns the gradients of x and weight.
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& g_y, const Tensor& x, const Tensor& weight,
                                              const Tensor& scales);
 
 Tensor gated_silu(const Tensor& gate, const Tensor& up);
 
-// Of gate and up.
+// Returns the gradients of gate and up.
 std::tuple<Tensor, Tensor> gated_silu_backward(const Tensor& g_y, const Tensor& gate, const Tensor& up);
 
 }  // namespace tlcr

@@ -15,14 +15,15 @@ TLCR_INLINE Halves load_halves(const void* from) {
   return halves;
 }
 
-// The bits of a master: those of the weight above, and the remainder, which has a sign, added.
+// The bits of a master: the bits of the weight are the upper half, and the remainder, which has a sign, is added.
 TLCR_INLINE FloatVector join(HalvesVector weight, RemaindersVector remainder) {
   const auto low = __builtin_convertvector(remainder, Vector<int32_t>);
   return bit_cast<FloatVector>((__builtin_convertvector(weight, Bits) << 16) + bit_cast<Bits>(low));
 }
 
-// A weight is the bfloat16 nearest to its master, of two the larger in magnitude; the remainder is what it lacks. A NaN
-// keeps its upper half alone, as a quiet one: adding to it could make it a number.
+// A weight is the bfloat16 nearest to its master; of two that are equally near, the larger in magnitude. The remainder
+// is the difference of their bits. Of a NaN only the upper half is kept, as a quiet NaN, because a remainder that is
+// added to its bits could make it a number.
 TLCR_INLINE void split(FloatVector master, HalvesVector& weight, RemaindersVector& remainder) {
   const auto is_number = master == master;
   const Bits bits = bit_cast<Bits>(master);

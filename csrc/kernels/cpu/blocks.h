@@ -1,4 +1,4 @@
-// A row of tokens taken a register at a time: the whole blocks, and the part that is left at its end.
+// Reads and writes a row of tokens one register at a time: in whole blocks, and in a shorter block at the end.
 #pragma once
 
 #include "simd.h"
@@ -24,7 +24,7 @@ TLCR_INLINE Mask<Real> lane_table(Of of, Lanes<kLane...>) {
   return Mask<Real>{of(kLane)...};
 }
 
-#if defined(__clang__)  // of which clang-tidy reads this
+#if defined(__clang__)  // clang-tidy reads this file with clang
 template <class, int... kLane>
 using LanesOf = Lanes<kLane...>;
 template <int kCount>
@@ -39,7 +39,7 @@ TLCR_INLINE Mask<Real> lane_table(Of of) {
   return lane_table<Real>(of, LanesBelow<kLanes<Real>>());
 }
 
-// From bytes that are 0 or 1. The compiler would widen them one by one.
+// Makes a mask from bytes that are 0 or 1. Without this code the compiler would widen them one by one.
 #if TLCR_VECTOR_BYTES == 64
 TLCR_INLINE Mask<float> load_mask(const uint8_t* from, float) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
@@ -68,7 +68,7 @@ TLCR_INLINE Mask<Real> load_mask(const uint8_t* from, Real) {
 }
 #endif
 
-// kLanes<Real> tokens from `begin` on.
+// A block of kLanes<Real> tokens that begins at `begin`.
 template <class Real>
 struct WholeBlock {
   int64_t begin;
@@ -78,7 +78,7 @@ struct WholeBlock {
   TLCR_INLINE Vector<Real> read(const Element* row, int i = 0) const {
     return load(row + kPerToken * begin + i * kLanes<Real>);
   }
-  // Where tokens count; everywhere without a mask.
+  // Where tokens count; everywhere if there is no mask.
   TLCR_INLINE Mask<Real> counts(const uint8_t* mask) const {
     return mask == nullptr ? all_lanes<Real>() : load_mask(mask + begin, Real());
   }
@@ -88,7 +88,8 @@ struct WholeBlock {
   }
 };
 
-// `size` tokens from `begin` on, fewer than there are lanes: those beyond read as 0, do not count and are not written.
+// A block of `size` tokens that begins at `begin`, fewer than there are lanes. The lanes beyond them read as 0, do not
+// count and are not written.
 template <class Real>
 struct PartBlock {
   int64_t begin;
@@ -124,7 +125,8 @@ TLCR_INLINE void for_each_block(int64_t begin, int64_t end, Use use) {
   if (at < end) use(PartBlock<Real>{at, static_cast<int>(end - at)});
 }
 
-// Calls use(begin, end) for stretches of [begin, end) so short that sums over them may be held in Real, lane by lane.
+// Calls use(begin, end) for stretches of [begin, end). Each is so short that sums over it may be held in Real, lane by
+// lane.
 template <class Real, class Use>
 TLCR_INLINE void for_each_stretch(int64_t begin, int64_t end, Use use) {
   constexpr int64_t kTokens = 32 * kLanes<Real>;

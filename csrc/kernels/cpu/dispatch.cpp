@@ -16,7 +16,7 @@ extern const Kernels table;
 
 const Kernels& kernels(const char* capability) {
 #if defined(__x86_64__)
-  // __builtin_cpu_supports asks the processor, and whether the operating system saves the registers.
+  // __builtin_cpu_supports checks the processor, and also whether the operating system saves the registers.
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

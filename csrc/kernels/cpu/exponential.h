@@ -11,7 +11,7 @@ struct Exponentials {
   Vector<Real> exp, expm1;  // expm1 is exp - 1, without the cancellation near 0
 };
 
-// For x <= 80. Where exp(x) is below the least normal number it is 0.
+// For x <= 80. The result is 0 where exp(x) is below the least normal number.
 template <class Real>
 TLCR_INLINE Exponentials<Real> exponentials(Vector<Real> x) {
   using E = Exponential<Real>;

@@ -1,6 +1,6 @@
-// Generalised advantage estimation: the recurrence A_t = delta_t + gamma lam A_next, from the last token to the first,
-// as a scan by doubling within each register and one multiply-add between registers. Every row is worked on by itself,
-// so that its result cannot depend on its neighbours.
+// Generalised advantage estimation: the recurrence A_t = delta_t + gamma lam A_next, from the last token to the first.
+// It is computed as a scan by doubling within each register and one multiply-add between registers. Every row is
+// computed by itself, so that its result cannot depend on other rows.
 
 #include "blocks.h"
 
@@ -30,7 +30,7 @@ TLCR_INLINE Vector<Real> scan(Vector<Real> y, Vector<Real>& decay) {
   return y;
 }
 
-// Each unknown lane takes the first known one behind it, and becomes known if there is one.
+// Each unknown lane takes the value of the first known lane after it, and becomes known if there is one.
 template <class Real, int kShift = 1>
 TLCR_INLINE Vector<Real> next_known(Vector<Real> x, Mask<Real>& known) {
   x = known ? x : later_lanes<Real, kShift>(x, Vector<Real>{});
@@ -100,7 +100,8 @@ struct Gae {
     block.write(returns, advantage + v);
   }
 
-  // A token that does not count hands on what stands behind it: the value as it is, the advantage without decay.
+  // A token that does not count passes on what it gets from the token after it: the value unchanged, the advantage
+  // without decay.
   template <class Block>
   TLCR_INLINE void mixed_block(Block block, Following<Real>& following) const {
     const Vector<Real> zero = {};
@@ -124,7 +125,7 @@ struct Gae {
 };
 
 // Where packed sequence b begins (and b - 1 ends), given where b - 1 begins. cu_seqlens is not trusted: whatever it
-// holds, sequences lie within the tokens, in their order and apart.
+// holds, the sequences lie within the tokens, in order and without overlap.
 TLCR_INLINE int64_t sequence_start(const GaeArguments& a, int64_t b, int64_t previous) {
   const int64_t start = a.cu_seqlens[b];
   return start < previous ? previous : start > a.length ? a.length : start;

@@ -1,4 +1,4 @@
-// The CPU kernels, once per instruction set. Each works on a range of rows, so that the caller decides the threads.
+// The CPU kernels, compiled once per instruction set. Each works on a range of rows; the caller chooses the threads.
 #pragma once
 
 #include "../arguments.h"
@@ -23,8 +23,9 @@ struct Kernels {
   void (*gated_silu_backward)(const GatedSiLUBackwardArguments&, int64_t begin, int64_t end);
 };
 
-// The best table that this processor can run and that `capability` allows: what at::get_cpu_capability() says,
-// "AVX512", "AVX2" or "DEFAULT", so that ATEN_CPU_CAPABILITY rules these kernels as it rules torch's own.
+// The best table that this processor can run and that `capability` allows. `capability` is what
+// at::get_cpu_capability() returns, "AVX512", "AVX2" or "DEFAULT", so that ATEN_CPU_CAPABILITY limits these kernels as
+// it limits torch's own.
 const Kernels& kernels(const char* capability);
 
 }  // namespace tlcr::cpu

@@ -1,6 +1,6 @@
 // Elementwise layers of a transformer, forward and backward: RMS norm and the gated SiLU. The arithmetic is in Real.
-// What torch would round between two operations of a model in half precision is rounded here too, so that a forward
-// pass agrees.
+// Where torch would round between two operations of a model in half precision, this code rounds too, so that the
+// results of a forward pass are the same.
 
 #include "blocks.h"
 #include "rows.h"
@@ -8,7 +8,7 @@
 namespace tlcr::cpu::TLCR_ISA {
 namespace {
 
-// As if stored as Element and loaded again.
+// Rounds x as if it were stored as Element and loaded again.
 TLCR_INLINE FloatVector rounded(FloatVector x, float) { return x; }
 TLCR_INLINE DoubleVector rounded(DoubleVector x, double) { return x; }
 TLCR_INLINE FloatVector rounded(FloatVector x, BFloat16) {
@@ -77,7 +77,7 @@ void rms_norm_backward_of(const RMSNormBackwardArguments& a, int64_t begin, int6
   }
 }
 
-// 1 / (1 + exp(-x)), by the exponential of -|x|, which does not overflow.
+// 1 / (1 + exp(-x)), computed from the exponential of -|x|, which does not overflow.
 template <class Real>
 TLCR_INLINE Vector<Real> sigmoid(Vector<Real> x) {
   const Vector<Real> e = exp_of_nonpositive<Real>(max(splat(Limits<Real>::exp_is_zero), x < 0 ? x : -x));

@@ -1,4 +1,5 @@
-// The clipped losses of PPO: sums of each row, then of the rows in their order, and the gradients of every token.
+// The clipped losses of PPO: the sums of each row, then the sums of all rows in their order, and every token's
+// gradients.
 
 #include "blocks.h"
 #include "exponential.h"
@@ -8,8 +9,8 @@ namespace {
 
 constexpr double kLogRatioMax = 40;  // as in tlcr/ops/ppo.py
 
-// The tensors of one row and the options, as both passes need them: what a token's losses are, and whether it was
-// clipped, is worked out here and nowhere else.
+// The tensors of one row and the options, which both passes need. A token's losses, and whether they were clipped, are
+// computed only here.
 template <class Real>
 struct PPORow {
   struct Policy {
@@ -62,7 +63,7 @@ struct PPORow {
     const Vector<Real> near_one = ratio < least ? least : ratio > greatest ? greatest : ratio;
     const Vector<Real> advantage = read(block, advantages, counts);
     const Vector<Real> unclipped = -advantage * ratio, clipped = -advantage * near_one;
-    // A clipped ratio is outside its bounds, and so has no slope; nor has one whose logarithm was capped.
+    // A clipped ratio is outside its bounds, so its slope is 0. So is the slope of a ratio whose logarithm was capped.
     const Mask<Real> is_clipped = clipped > unclipped;
     Vector<Real> loss = is_clipped ? clipped : unclipped;
     Vector<Real> slope = is_clipped | ~(difference <= cap) ? zero : unclipped;
@@ -127,7 +128,7 @@ void ppo_row(const PPOArguments& a, int64_t b) {
       approx_kl += of_policy.ratio_less_one - of_policy.log_ratio;
       counted.add(counts);
       clipped.add(of_policy.is_clipped);
-      // A NaN is larger than everything.
+      // A NaN is taken as larger than every number.
       const Vector<Real> ratio = counts ? of_policy.ratio : Vector<Real>{};
       largest_ratio = ((ratio > largest_ratio) | (ratio != ratio)) ? ratio : largest_ratio;
       if (row.values != nullptr) {
@@ -145,7 +146,7 @@ void ppo_row(const PPOArguments& a, int64_t b) {
     approx_kl_sum.add(approx_kl);
   });
   Real* sums = static_cast<Real*>(a.row_sums) + b * (kPPOStats + 1);
-  sums[kLoss] = 0;  // is made of the others
+  sums[kLoss] = 0;  // computed from the others
   sums[kPolicy] = policy_sum.total();
   sums[kValue] = value_sum.total();
   sums[kEntropy] = entropy_sum.total();
@@ -179,7 +180,7 @@ void ppo_finish_of(const PPOArguments& a) {
   }
   for (int stat = kPolicy; stat < kRatioMax; ++stat) sums[stat] /= denominator;
   sums[kValue] /= 2;
-  // A term without weight takes no part: 0 times an infinite one would be NaN.
+  // A term whose coefficient is 0 is left out: 0 times an infinite term would be NaN.
   sums[kLoss] = sums[kPolicy];
   if (options.value_coef != 0) sums[kLoss] += options.value_coef * sums[kValue];
   if (options.entropy_coef != 0) sums[kLoss] -= options.entropy_coef * sums[kEntropy];
@@ -201,7 +202,7 @@ void ppo_backward_row(const PPOBackwardArguments& a, int64_t b) {
   const auto row_out = [&](void* data) { return data == nullptr ? nullptr : static_cast<Real*>(data) + b * a.length; };
   Real *const g_logprobs = row_out(a.g_logprobs), *const g_values = row_out(a.g_values);
   Real *const g_entropy = row_out(a.g_entropy), *const g_kl = row_out(a.g_kl);
-  // A term without weight gets exactly 0, whatever its slope.
+  // A term whose coefficient is 0 has a gradient of exactly 0, whatever its slope is.
   const bool has_value = a.options.value_coef != 0 && a.values != nullptr;
   const Real of_policy = weight, of_value = weight * a.options.value_coef;
   const Vector<Real> of_entropy = splat(Real(a.options.entropy_coef == 0 ? 0 : -weight * a.options.entropy_coef));

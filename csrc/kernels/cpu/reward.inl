@@ -21,7 +21,7 @@ TLCR_INLINE Vector<Real> logits_of_class(const Classes<Real, 2>& tokens) {
 
 template <int kClass, class Real>
 TLCR_INLINE Vector<Real> logits_of_class(const Classes<Real, 3>& tokens) {
-  // A shuffle takes from two registers: first what is in the first two, then the rest from the third.
+  // A shuffle takes from two registers: first the lanes that are in the first two, then the rest from the third.
   constexpr int kN = kLanes<Real>;
   const auto first = [](int lane) { return 3 * lane + kClass < 2 * kN ? 3 * lane + kClass : 0; };
   const auto second = [](int lane) { return 3 * lane + kClass < 2 * kN ? lane : 3 * lane + kClass - kN; };
@@ -59,7 +59,7 @@ TLCR_INLINE Vector<Real> confidence(const Classes<Real, 3>& x, Real inverse_temp
   return (last - first) / (first + weight(1) + last);
 }
 
-// What a row's rewards are made of, beside the logits.
+// What a row's rewards are computed from, beside the logits.
 template <class Real>
 struct RewardRow {
   const uint8_t* mask;
@@ -120,7 +120,7 @@ struct Head {
   const Real *weight, *bias;  // bias may be null
 
   TLCR_INLINE void logits(const Element* hidden, Real (&result)[kClasses]) const {
-    constexpr int kAtOnce = 4;  // sums for each class, so that none waits for the last
+    constexpr int kAtOnce = 4;  // sums for each class, so that an addition need not wait for the one before
     Vector<Real> sums[kClasses][kAtOnce] = {};
     int64_t h = 0;
     for (; h + kAtOnce * kLanes<Real> <= width; h += kAtOnce * kLanes<Real>) {

@@ -13,7 +13,7 @@
 namespace tlcr::cpu::TLCR_ISA {
 namespace {
 
-// 8 KiB: a tile of each of two tensors and the next two on their way fill a cache of 32 KiB.
+// 8 KiB: a tile of each of two tensors, and their next tiles, which are being loaded, fill a cache of 32 KiB.
 constexpr int kTileBytes = 8192;
 // Independent sums, so that an addition need not wait for the one before.
 constexpr int kUnroll = 4;
@@ -28,7 +28,7 @@ TLCR_INLINE Real value_at(const void* values, int64_t row, Real otherwise) {
   return values ? static_cast<const Real*>(values)[row] : otherwise;
 }
 
-// Reciprocal of a row's temperature, as every place multiplies by it.
+// Reciprocal of a row's temperature: the code multiplies by it everywhere.
 template <class Real, class Arguments>
 TLCR_INLINE Real inverse_temperature(const Arguments& args, int64_t row) {
   return Real(1 / (args.temperatures ? double(static_cast<const Real*>(args.temperatures)[row]) : args.temperature));
@@ -42,7 +42,7 @@ TLCR_INLINE double widen(Half x) {
   return load(lanes)[0];
 }
 
-// `count` elements as Real, filled up with -inf, which adds nothing to any sum, to whole steps.
+// `count` elements as Real. The last step is filled up with -inf, which adds nothing to any sum.
 template <class Element>
 TLCR_INLINE const Arithmetic<Element>* widen_tile(const Element* from, int64_t count, Arithmetic<Element>* buffer) {
   using Real = Arithmetic<Element>;
@@ -55,7 +55,7 @@ TLCR_INLINE const Arithmetic<Element>* widen_tile(const Element* from, int64_t c
   return buffer;
 }
 
-// Asks for the part of the next tile that takes the place of the step at `i`.
+// Prefetches the part of the next tile that takes the place of the step at `i`.
 template <class Element>
 TLCR_INLINE void prefetch_step(const Element* next_tile, int64_t i) {
   constexpr int kLine = 64;
@@ -65,7 +65,7 @@ TLCR_INLINE void prefetch_step(const Element* next_tile, int64_t i) {
   }
 }
 
-// The logits of a row less their maximum, both over the temperature: z(x) = x * scale - offset.
+// The logits of a row minus their maximum, divided by the temperature: z(x) = x * scale - offset.
 template <class Real>
 struct Shift {
   Real scale;
@@ -79,7 +79,7 @@ struct Shift {
 template <class Real>
 struct Softmax {
   Shift<Real> shift;
-  Real maximum = Limits<Real>::lowest;  // of raw logits; finite, so that -inf less it is -inf
+  Real maximum = Limits<Real>::lowest;  // of raw logits; finite, so that -inf minus it is -inf
   WideSum total;
 
   TLCR_INLINE explicit Softmax(Real scale) : shift{scale, 0} { shift.offset = offset(); }
@@ -132,7 +132,7 @@ TLCR_INLINE Vector<Real> tree_sum(const Vector<Real> (&x)[kUnroll]) {
   return (x[0] + x[1]) + (x[2] + x[3]);
 }
 
-// K where the sum by tiles came to nothing finite: a term that was infinite under an earlier maximum may have
+// Computes K where the sum by tiles is not finite: a term that was infinite under an earlier maximum may have
 // probability 0 under the last one. Reads the row again.
 template <class Element>
 double difference_sum(const Element* logits, const Element* ref_logits, int64_t vocabulary,
@@ -232,7 +232,7 @@ void score(const ScoreArguments& args, int64_t begin, int64_t end) {
   with_type(args.type, [&](auto element) { score_rows<decltype(element)>(args, begin, end); });
 }
 
-// Writes `count` results that stand in `tile`; those of a whole tile of Real are in place already.
+// Writes the `count` results in `tile`. The results of a whole tile of Real are in place already.
 template <class Element>
 TLCR_INLINE void narrow_tile(const Arithmetic<Element>* tile, int64_t count, Element* to) {
   using Real = Arithmetic<Element>;
@@ -257,8 +257,9 @@ TLCR_INLINE void grad_row(const ScoreBackwardArguments& args, int64_t row, doubl
   const Stats<Real> ref_stats = kReference ? Stats<Real>::of(args.ref_stats, row) : Stats<Real>{};
   const Shift<Real> shift{scale, stats.offset}, ref_shift{scale, ref_stats.offset};
 
-  // dx / temperature = p (of_one + of_z z + of_difference (z - z_ref - mean)). Where p is near 1 the bracket of the KL
-  // is near 0, and its terms cancel exactly: log S, log S_ref and KL in place of the mean would each add a rounding.
+  // dx / temperature = p (of_one + of_z z + of_difference (z - z_ref - mean)). Where p is near 1, the bracket of the KL
+  // is near 0, and its terms cancel exactly. With log S, log S_ref and KL in place of the mean, each would add a
+  // rounding error.
   double constant = -g_logprob;
   if (g_entropy != 0)
     constant -= g_entropy * (double(value_at<Real>(args.entropy, row, 0)) + __builtin_log(stats.value));

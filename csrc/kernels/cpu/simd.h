@@ -1,12 +1,13 @@
-// Vectors of one instruction set, as wide as it has them, and what the kernels do with them.
+// Vectors of one instruction set, as wide as its registers, and the kernels' operations on them.
 //
-// Each of baseline.cpp, avx2.cpp and avx512.cpp compiles the kernels once more, for its own instruction set. Were any
-// function in them weak, as inline functions and templates of a header are, the linker would keep one copy of it,
-// perhaps the AVX-512 one, for all three, and older processors would die of it. Therefore all that they hold has
-// internal linkage (unnamed namespaces), and they include nothing of the standard library but <cstdint>.
+// Each of baseline.cpp, avx2.cpp and avx512.cpp compiles the kernels once more, for its own instruction set. If a
+// function in them were weak, as inline functions and templates of a header are, the linker would keep one copy of it
+// for all three, perhaps the AVX-512 one, and older processors would fail with an illegal instruction. Therefore
+// everything in them has internal linkage (unnamed namespaces), and they include nothing of the standard library but
+// <cstdint>.
 //
-// The including file sets its target by pragma and says in TLCR_VECTOR_BYTES what that is: 64 for AVX-512, 32 for AVX2
-// with FMA and F16C, 16 for anything. g++ before 14 does not define __AVX2__ and its like for a pragma.
+// The including file sets its target by pragma and gives the width in TLCR_VECTOR_BYTES: 64 for AVX-512, 32 for AVX2
+// with FMA and F16C, 16 for any processor. g++ before 14 does not define __AVX2__ and similar macros for a pragma.
 #pragma once
 
 #include <cstdint>
@@ -115,7 +116,8 @@ TLCR_INLINE FloatVector load(const BFloat16* from) {
   return bit_cast<FloatVector>(__builtin_convertvector(halves, Vector<uint32_t>) << 16);
 }
 
-// The bits of the nearest bfloat16, of two the even one, in the upper half of each lane; a NaN stays one.
+// The bits of the nearest bfloat16 in the upper half of each lane; of two that are equally near, the even one. A NaN
+// stays NaN.
 TLCR_INLINE Vector<uint32_t> nearest_bfloat16(FloatVector x) {
   const auto bits = bit_cast<Vector<uint32_t>>(x);
   return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
@@ -148,8 +150,8 @@ TLCR_INLINE void store(Half* to, FloatVector x) {
 
 #else
 
-// Exponents move by 127 - 15. What is subnormal as a half is made by adding, and taken off again, a number whose last
-// bit is the subnormals' unit: the addition rounds.
+// Exponents move by 127 - 15. For a result that is subnormal as a half, a number whose last bit is the unit of the
+// subnormals is added and then subtracted: the addition rounds.
 TLCR_INLINE FloatVector load(const Half* from) {
   HalvesVector halves;
   __builtin_memcpy(&halves, from, sizeof(halves));
@@ -178,7 +180,7 @@ TLCR_INLINE void store(Half* to, FloatVector x) {
 
 #endif
 
-// The larger; `b` where either is NaN. The compiler does not see these instructions in a comparison and a choice.
+// The larger; `b` where either is NaN. The compiler does not use these instructions for a comparison and a choice.
 #if TLCR_VECTOR_BYTES == 64
 TLCR_INLINE FloatVector max(FloatVector a, FloatVector b) { return _mm512_max_ps(a, b); }
 TLCR_INLINE DoubleVector max(DoubleVector a, DoubleVector b) { return _mm512_max_pd(a, b); }
@@ -216,11 +218,12 @@ TLCR_INLINE double sum(DoubleVector x) {
   return result;
 }
 
-// A sum of many vectors that are sums of a few: kept in double, lane by lane.
+// A sum of many vectors, each of which is a sum of a few numbers per lane: kept in double, lane by lane.
 struct WideSum {
   DoubleVector low, high;
 
-  // Written out: a constructor that g++ makes is made for the baseline, and without optimisation stays so.
+  // Written by hand: g++ compiles a generated constructor for the baseline, and without optimisation does not inline
+  // it.
   TLCR_INLINE WideSum() : low{}, high{} {}
 
   TLCR_INLINE void add(DoubleVector x) { low += x; }
@@ -233,8 +236,8 @@ struct WideSum {
   TLCR_INLINE double total() const { return sum(low + high); }
 };
 
-// exp(x) = 2^n exp(r) with n = round(x / log 2) and |r| <= log(2) / 2. x / log 2 is rounded by adding `rounder`, in
-// whose last bits n then stands. log 2 is the sum of two numbers, and n times the first is exact.
+// exp(x) = 2^n exp(r) with n = round(x / log 2) and |r| <= log(2) / 2. Adding `rounder` to x / log 2 rounds it, and the
+// last bits of the sum are n. log 2 is stored as the sum of two numbers, and n times the first is exact.
 // exp(r) = 1 + r slope(r) with slope(r) = 1 + r P(r), where P was fitted to the least relative error: 3.2e-9 in float
 // and 3.8e-18 in double.
 template <class Real>
@@ -295,7 +298,7 @@ TLCR_INLINE FloatVector scale(FloatVector x, FloatVector n) { return _mm512_scal
 TLCR_INLINE DoubleVector scale(DoubleVector x, DoubleVector n) { return _mm512_scalef_pd(x, n); }
 
 // exp(x) for x <= 1 that is not below Limits::exp_is_zero. Results below the least normal number are rounded to a
-// subnormal one, 0 at last; NaN gives NaN.
+// subnormal number or to 0; NaN gives NaN.
 template <class Real>
 TLCR_INLINE Vector<Real> exp_of_nonpositive(Vector<Real> x) {
   using E = Exponential<Real>;
@@ -305,9 +308,9 @@ TLCR_INLINE Vector<Real> exp_of_nonpositive(Vector<Real> x) {
 
 #else
 
-// Without an instruction that scales: 2^(n + bias / 2) is formed by moving n, to which the rounder has added what makes
-// it a biased exponent, into place. That is a normal number for every n, and the last product, the one by
-// 2^-(bias / 2), rounds.
+// For instruction sets that have no instruction for scaling. 2^(n + bias / 2) is formed by shifting n into the exponent
+// bits; the rounder has already added what makes n a biased exponent. That power is a normal number for every n, and
+// the last product, with 2^-(bias / 2), rounds.
 template <class Real>
 TLCR_INLINE Vector<Real> exp_of_nonpositive(Vector<Real> x) {
   using E = Exponential<Real>;
@@ -321,7 +324,7 @@ TLCR_INLINE Vector<Real> exp_of_nonpositive(Vector<Real> x) {
 
 #endif
 
-// exp(x) for every x. 2^n is two factors, since it may itself be out of range where the result is not.
+// exp(x) for every x. 2^n is the product of two factors, since 2^n may be out of range where the result is not.
 template <class Real>
 TLCR_INLINE Vector<Real> exp(Vector<Real> x) {
   using E = Exponential<Real>;

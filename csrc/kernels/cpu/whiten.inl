@@ -1,4 +1,4 @@
-// Whitening of advantages: zero mean and unit population variance over what counts. One thread, one order of summation.
+// Whitening of advantages: zero mean and unit population variance over the counted ones. One thread sums in one order.
 
 #include "blocks.h"
 
@@ -28,8 +28,8 @@ void whiten_of(const WhitenArguments& a) {
   const double n = counted > 0 ? counted : 1;
   const double mean = sum.total() / n;
 
-  // The mean is rounded to Real, so that differences from it are formed without losing digits; what it lacks is found
-  // from those differences.
+  // The mean is rounded to Real, so that differences from it are formed without losing digits. Its rounding error is
+  // found from those differences.
   const Real centre = mean;
   WideSum centred_sum, squares_sum;
   for_each_stretch<Real>(0, a.count, [&](int64_t begin, int64_t end) {
@@ -45,7 +45,7 @@ void whiten_of(const WhitenArguments& a) {
   const double rest = centred_sum.total() / n;
   const double variance = squares_sum.total() / n - rest * rest;
   const double deviation = __builtin_sqrt(variance < 0 ? 0 : variance);
-  // A spread of few rounding errors of the mean is rounding, not signal.
+  // A deviation of only a few rounding errors of the mean comes from rounding: the advantages are equal.
   const double magnitude = mean < 0 ? -mean : mean;
   const bool flat = deviation <= kWhitenFloor * Limits<Real>::epsilon * magnitude;
 

@@ -13,10 +13,10 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kTokens = 2;  // of a warp
+constexpr int kTokens = 2;  // that a warp takes at a time
 constexpr int kTokensPerBlock = kWarps * kTokens;
-// Blocks that a multiprocessor's registers must have room for: so many
-// warps hide what a read of device memory takes.
+// Number of blocks that the registers of a multiprocessor must have room for: that many warps hide the latency of
+// device memory.
 template <typename T>
 constexpr int kBlocks = sizeof(T) == sizeof(double) ? 1 : 6;
 
@@ -46,8 +46,8 @@ __device__ __forceinline__ void load_weight(const real* from, real (&to)[kCount]
   }
 }
 
-// Whether no token of [begin, end) counts; all lanes of the warp ask together. Over a row of the batch this costs one
-// read of its mask: a token that counts looks as far as the next one that does.
+// Whether no token of [begin, end) counts; all lanes of the warp call this together. For a whole row of the batch this
+// reads its mask once more: a token that counts searches only up to the next one that does.
 __device__ __forceinline__ bool none_counts(const uint8_t* mask, int64_t begin, int64_t end) {
   constexpr int kReads = 8 * kWarp;
   for (int64_t at = begin; at < end; at += kReads) {
@@ -81,7 +81,7 @@ __device__ __forceinline__ real reward_of(const real (&logits)[kClasses], const 
     const real band = static_cast<real>(options.band);
     confidence = static_cast<real>((confidence > band) - (confidence < -band));
   }
-  // Comparisons and not fmin and fmax, which would make a number of a NaN.
+  // Comparisons instead of fmin and fmax, which would turn a NaN into a number.
   const real reward = static_cast<real>(options.scale) * confidence, clip = static_cast<real>(options.clip);
   return reward > clip ? clip : reward < -clip ? -clip : reward;
 }

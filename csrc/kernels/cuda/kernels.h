@@ -1,4 +1,4 @@
-// The CUDA kernels. Each launches on `stream` and returns what the launch said; none waits for the device.
+// The CUDA kernels. Each launches on `stream` and returns the status of the launch; none waits for the device.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -76,7 +76,7 @@ __device__ __forceinline__ T element_or(const void* data, int64_t index, T other
   return data == nullptr ? otherwise : static_cast<const T*>(data)[index];
 }
 
-// As many elements as one access moves.
+// The number of elements that one access moves.
 template <typename T>
 constexpr int kPack = sizeof(uint4) / sizeof(T);
 
@@ -93,7 +93,7 @@ __device__ __forceinline__ To bits_as(const From& from) {
   return to;
 }
 
-// Each logit is read once: it should not push out of the cache what is read again. `aligned`: to 16 bytes.
+// Each logit is read once, so it should not displace cached data that is read again. `aligned`: to 16 bytes.
 template <typename T>
 __device__ __forceinline__ Pack<T> load_pack(const T* from, bool aligned) {
   if (aligned) return bits_as<Pack<T>>(__ldcs(reinterpret_cast<const uint4*>(from)));
@@ -119,7 +119,7 @@ __device__ __forceinline__ void unpack(const Pack<T>& pack, Real<T> (&x)[kPack<T
   for (int i = 0; i < kPack<T>; ++i) x[i] = to_real(pack.element[i]);
 }
 
-// A bfloat16 is the upper half of a float: one instruction each, where the conversions of the halves take two.
+// A bfloat16 is the upper half of a float: its conversion takes one instruction, a conversion of the halves takes two.
 template <>
 __device__ __forceinline__ void unpack(const Pack<__nv_bfloat16>& pack, float (&x)[8]) {
   const uint4 bits = bits_as<uint4>(pack);
@@ -153,8 +153,8 @@ __device__ __forceinline__ Pack<__half> pack_of<__half>(const float (&x)[8]) {
   return bits_as<Pack<__half>>(pairs);
 }
 
-// A row cut into whole packs that begin at multiples of 16 bytes, and the fewer than 2 kPack elements before and after
-// them, its edges. Where a row begins differs from row to row if the row's length is no multiple of kPack.
+// A row divided into whole packs, which begin at multiples of 16 bytes, and its edges, which are the fewer than 2 kPack
+// elements before and after the packs. Rows differ in this if their length is no multiple of kPack.
 template <typename T>
 struct Cut {
   int head, packs, edges;

@@ -1,5 +1,6 @@
-// What only nvcc can compile: the kernels hold no PTX and no <<<>>>. Under another compiler the names below come from
-// the include path, where the tests keep a stand-in for <cuda_runtime.h> that runs a grid on the CPU.
+// Everything that only nvcc can compile: the kernels themselves contain no PTX and no <<<>>>. For another compiler the
+// tests put a replacement for <cuda_runtime.h> on the include path. It defines the names below and runs a grid on the
+// CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,7 +18,7 @@ __device__ __forceinline__ float exp2_approximate(float x) {
   return y;
 }
 
-// Ends the grid with an error that every later call on the device reports. Not assert(), which NDEBUG takes away.
+// Ends the grid with an error that every later call on the device reports. assert() would not do: NDEBUG removes it.
 __device__ __forceinline__ void require(bool condition) {
   if (!condition) __trap();
 }

@@ -9,18 +9,19 @@
 namespace tlcr::cuda {
 namespace {
 
-// Threads that share a row: a warp where a row is so short that a block would spend its time on barriers.
+// Threads that share a row: a warp where the row is so short that a block would spend most of its time at barriers.
 constexpr int kShortRow = 2048;
 constexpr int kRowThreads = 256;
 constexpr int kShortRowsPerBlock = 4;
-// Blocks that a multiprocessor's registers must have room for, so that one reads while another adds up its threads.
+// Number of blocks that the registers of a multiprocessor must have room for, so that one block reads while another
+// adds up the sums of its threads.
 template <typename T>
 constexpr int kBlocks = sizeof(T) == sizeof(double) ? 1 : 3;
 
-// Loads that a thread has under way, of all tensors together.
+// Number of loads that a thread has in flight, for all tensors together.
 constexpr int kLoads = 4;
 
-// Backward, a row is shared out in segments to blocks, so that a few long rows use the whole device as well.
+// In the backward pass a row is divided into segments among blocks, so that a few long rows also use the whole device.
 constexpr int kSegmentThreads = 256;
 constexpr int kSegmentPacks = 16 * kSegmentThreads;
 
@@ -35,7 +36,8 @@ struct Temperature {
         scale(static_cast<real>(kLog2E) * inverse) {}
 };
 
-// The sums over what this thread, `rank` of kThreads, reads of a row. y is read in packs only if it is aligned as x is.
+// The sums over the part of a row that this thread, `rank` of kThreads, reads. y is read in packs only if it is aligned
+// as x is.
 template <typename T, int kThreads, bool kReference, bool kAligned>
 __device__ __forceinline__ RowSums<Real<T>, kReference> sum_row(const T* x, const T* y, int vocabulary, int rank,
                                                                 Real<T> scale) {
@@ -114,19 +116,20 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kShortRowsPerBlock
     const real kl = sums.kl(temperature.scale, temperature.inverse);
     static_cast<real*>(a.kl)[row] = kl;
     static_cast<real*>(a.ref_stats)[2 * row] = sums.ref_at_max;
-    // With a KL that is infinite or NaN every gradient of it is to be so as well.
+    // If the KL is infinite or NaN, every gradient of it must be infinite or NaN too.
     static_cast<real*>(a.ref_stats)[2 * row + 1] = isfinite(kl) ? sums.cross / sums.sum : kl;
   }
 }
 
-// Everything about a row that the gradient at its entries needs. With x and y logits,
+// Everything that the gradient at the entries of a row needs. With x and y logits,
 //
 //     log p = (x - max) / temperature - log_sum
 //     log p - log q - KL = ((x - max) - (y - ref_at_max) - mean_difference) / temperature
 //
-// where ref_at_max is the y of the largest x. The second is formed as it stands because its terms are 0 at that entry,
-// exactly, where a row with no other likely one has its whole gradient: log-probabilities and KL would each bring a
-// rounding error there. The forward pass leaves stats = {max, log_sum} and ref_stats = {ref_at_max, mean_difference}.
+// where ref_at_max is the y of the largest x. The second formula is computed as written, because its terms are exactly
+// 0 at that entry. A row without another likely entry has its whole gradient there, and log-probabilities and KL would
+// each add a rounding error. The forward pass leaves stats = {max, log_sum} and ref_stats = {ref_at_max,
+// mean_difference}.
 template <typename real>
 struct RowGradient {
   real inverse_temperature;

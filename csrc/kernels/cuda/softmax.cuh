@@ -1,4 +1,4 @@
-// The sums over a row of logits that its log-probabilities, entropy and KL are made of, gathered in one pass.
+// The sums over a row of logits from which its log-probabilities, entropy and KL are computed, gathered in one pass.
 #pragma once
 
 #include <cmath>
@@ -12,13 +12,13 @@ constexpr double kLog2E = 1.4426950408889634;
 
 // Sums of a part of a row; x are logits of the policy, y of the reference, e = exp((x - max) / temperature).
 //
-// Everything is summed over differences from the likeliest entry so far, which are exact for logits near it: sums over
-// the raw logits would lose as many digits as those share of a common offset. Once per pack, what was summed before is
-// brought to the new maximum. `scale`, an argument throughout, is log2(e) / temperature.
+// Everything is summed over differences from the largest entry so far, which are exact for logits near it. Sums over
+// the raw logits would lose the digits that those need for a common offset. Once per pack, the earlier sums are
+// converted to the new maximum. `scale`, an argument throughout, is log2(e) / temperature.
 //
-// An entry with e == 0 adds nothing, so that -inf in x and y is no special case. An entry that only the reference rules
-// out makes the KL infinite unless its e is 0 for the maximum of the whole row, which no part of the row knows: the
-// largest such x is kept.
+// An entry with e == 0 adds nothing, so that -inf in x and y needs no special case. An entry where only y is -inf makes
+// the KL infinite, unless its e is 0 for the maximum of the whole row. That maximum is not known while a part of the
+// row is read, so the largest such x is kept.
 template <typename real, bool kReference>
 struct RowSums {
   real max, sum, weighted;  // weighted = sum of e (x - max)
@@ -32,7 +32,7 @@ struct RowSums {
 
   static __device__ __forceinline__ RowSums empty() { return {kLowest, 0, 0, kLowest, 0, 0, 0, -kInfinity}; }
 
-  // Brings the sums to another maximum, no lower than their own, and the reference's logit there.
+  // Converts the sums to another maximum, no lower than their own, and to the reference's logit there.
   __device__ __forceinline__ void move_to(real new_max, real new_ref_at_max, real new_ref_max, real scale) {
     const real shift = max - new_max;
     const real factor = exp2_of(shift * scale);
@@ -71,7 +71,7 @@ struct RowSums {
     for (int i = 0; i < kCount; ++i) {
       const real difference = x[i] - max;
       const real e = exp2_of(difference * scale);
-      const bool counts = e != 0;  // NaN does
+      const bool counts = e != 0;  // true for a NaN
       sum += e;
       if (counts) weighted = fma(e, difference, weighted);
       if constexpr (kReference) {
@@ -116,7 +116,7 @@ struct RowSums {
   // Merges the sums of the first kLanes lanes into lane 0.
   template <int kLanes>
   __device__ __forceinline__ void merge_lanes(real scale) {
-#pragma unroll 1  // once per row: not worth its place among the instructions
+#pragma unroll 1  // runs once per row: unrolling it is not worth the code size
     for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) merge(from_lane_across(lanes), scale);
   }
 
@@ -127,13 +127,14 @@ struct RowSums {
   __device__ __forceinline__ real kl(real scale, real inverse_temperature) const {
     // The quotient, because the difference of two logarithms loses the digits of a small KL.
     const real finite = inverse_temperature * (cross / sum + (ref_max - ref_at_max)) + log(ref_sum / sum);
-    // Added and not put in its place: a row that is NaN stays NaN.
+    // Added and not assigned: a row that is NaN stays NaN.
     return finite + (exp2_of((excluded - max) * scale) != 0 ? kInfinity : 0);
   }
 };
 
-// Merges the sums of the kThreads threads that share a row, whole warps, in a fixed order; the first has the result.
-// What a thread sums is fixed too: by the row's length and where it begins modulo 16 bytes, and by no other row.
+// Merges the sums of the kThreads threads that share a row (whole warps) in a fixed order; the first thread has the
+// result. What a thread sums is fixed too: it depends on the row's length and on where the row begins modulo 16 bytes,
+// and on no other row.
 template <int kThreads, typename Sums, typename real>
 __device__ __forceinline__ Sums merge_threads(Sums sums, real scale) {
   sums.template merge_lanes<kWarp>(scale);
