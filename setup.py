@@ -29,7 +29,7 @@ from setuptools.command.egg_info import egg_info
 from setuptools.command.sdist import sdist
 
 ARCH_LIST = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
-"""What code is made for where TORCH_CUDA_ARCH_LIST is not set; PTX of the last one serves whatever comes later."""
+"""The GPU architectures to compile for by default; the last one's PTX runs on all later architectures."""
 
 KERNELS = Path("tlcr", "kernels")
 
@@ -44,7 +44,7 @@ class Toolkit(NamedTuple):
     home: Path
     version: str
     architectures: tuple[str, ...]
-    """Those that nvcc knows, as "9.0"."""
+    """The architectures that nvcc knows, written as "9.0"."""
 
 
 class Decision(NamedTuple):
@@ -55,14 +55,14 @@ class Decision(NamedTuple):
 
 
 class BuildError(SystemExit):
-    """What was asked for cannot be built; its message says why and what to do."""
+    """The requested build is impossible; the message says why and what to do."""
 
     def __init__(self, message: str) -> None:
         super().__init__(f"tlcr: {message}")
 
 
 def decide(wanted: str, torch: Torch | None, compiler: str | None, toolkit: Toolkit | str) -> Decision:
-    """What is built. Whether a GPU is visible plays no part: the machine that builds need not be the one that runs.
+    """Decide what is built. A visible GPU is not needed: the build machine may differ from the one that runs.
 
     Args:
         wanted: TLCR_BUILD.
@@ -187,7 +187,7 @@ def cpp_extension(kind: str, torch_version: str, toolkit: Toolkit | str) -> tupl
 
         def finalize_options(self) -> None:
             super().finalize_options()
-            self.force = True  # without ninja, a library made for another torch would pass for up to date
+            self.force = True  # without ninja, a library built for another torch would be kept as up to date
             self.build_temp = f"build/{sys.implementation.cache_tag}-torch{torch_version}-{kind}"
 
     # No -std: torch adds the one that its headers need. at::parallel_for has threads only where OpenMP is on.
@@ -217,7 +217,7 @@ def files(*patterns: str) -> list[str]:
 
 
 class Build(build):
-    """The build, with its record last: it is written only where all that went before came to be."""
+    """The build. Its record is written last, and only if all steps before it succeeded."""
 
     sub_commands: ClassVar = [*build.sub_commands, ("build_record", None)]
 

@@ -31,7 +31,7 @@ def torch_headers() -> list[str]:
 
 
 def flags(file: Path) -> tuple[list[str], list[str]]:
-    """Options of clang-tidy, and of the compiler that it contains, for one file of csrc."""
+    """The options of clang-tidy and of its compiler for one file of csrc."""
     if file.suffix == ".cu":
         # As the tests compile it: plain C++, on a stand-in for CUDA's headers whose uint4 looks at its alignment and
         # therefore is no plain data; the device's is.

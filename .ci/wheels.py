@@ -18,7 +18,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ARCH_LIST = "8.0;9.0;10.0"  # fewer than a release has: compiling is what takes the time here
+ARCH_LIST = "8.0;9.0;10.0"  # fewer than a release has, because compiling takes most of the time
 TESTS_OF_SOURCES = ("test_instruction_sets.py", "test_triton_compiled.py")  # they compile, which make test has shown
 
 
@@ -53,7 +53,7 @@ def unpacked_sdist(python: str, work: Path) -> Path:
 
 
 def wheel(python: str, source: Path, folder: Path, **environment: str) -> Path:
-    """Built in a copy of its own, so that no build finds what another left."""
+    """Build a wheel in its own copy of the sources, so that no build finds files of another."""
     shutil.copytree(source, folder / "source", symlinks=True)
     command = [python, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder), "."]
     run([*command, "--verbose"], cwd=folder / "source", log=folder / "log", **environment)
@@ -71,7 +71,7 @@ def metadata(path: Path) -> bytes:
 
 
 def run_tests(python: str, kind: str, path: Path, source: Path, folder: Path) -> None:
-    """In a folder of their own, where the one tlcr that can be imported is the installed one."""
+    """Run the tests in a separate folder, where only the installed tlcr can be imported."""
     site = str(folder / "site")
     run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, str(path)], cwd=folder.parent)
     shutil.copytree(source / "tests", folder / "tests")

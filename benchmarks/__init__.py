@@ -1,2 +1,3 @@
-"""Benchmarks: ops beside rivals (`ops`), PPO rounds beside TRL (`ppo_step`), two commits (`compare`), single
-parts (`attention`, `optimizer`, `kernel_resources`), and the page on them (`report`). Each is run by `python -m`."""
+"""Benchmarks: `ops` compares ops with rivals, `ppo_step` compares PPO rounds with TRL, `compare` compares two commits.
+`attention`, `optimizer` and `kernel_resources` measure single parts. `report` writes the page of results. Each is run
+by `python -m`."""

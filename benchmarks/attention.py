@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def milliseconds(form: Form, length: int) -> tuple[float, float]:
-    """Of a forward pass, and of the backward pass after it."""
+    """Milliseconds of a forward pass, and of the backward pass after it."""
     rows = TOKENS // length
     module = SimpleNamespace(is_causal=True, num_key_value_groups=QUERY_HEADS // KEY_HEADS)
     inputs = [

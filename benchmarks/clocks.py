@@ -1,7 +1,7 @@
 """Measurements: the clocks, peak memory, and the bandwidth of copying memory; the measured code is elsewhere.
 
-What is measured is a `Work`: called with a number it makes ready for so many calls, which is not timed, and returns
-what makes them. Works of one case take turns, so that a temporary slowdown of the machine affects all of them.
+What is measured is a `Work`: a function that takes a number of calls, prepares them, which is not timed, and returns
+the function that makes them. Works of one case take turns, so that a temporary slowdown affects all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 Work = Callable[[int], Callable[[], object]]
 
 TURN = 0.01
-"""Seconds that a turn lasts at least, by as many calls as that takes: a short call alone cannot be timed."""
+"""The least seconds of a turn. It makes as many calls as that takes: a single short call cannot be timed."""
 MOST_CALLS = 1000
 GRAPHS = 2**31
 """Bytes that the calls of one turn may keep ready: each backward pass holds what its forward pass saved."""
@@ -50,11 +50,11 @@ class Trial(NamedTuple):
 
 
 Timings = dict[str, Timing]
-"""By the name of the clock."""
+"""Maps the name of a clock to its timing."""
 
 
 def calls(function: Callable[[], object]) -> Work:
-    """The same call, again and again."""
+    """A work that repeats the same call."""
 
     def prepare(count: int) -> Callable[[], object]:
         def run() -> None:
@@ -67,7 +67,7 @@ def calls(function: Callable[[], object]) -> Work:
 
 
 def calls_after(first: Callable[[], Callable[[], object]]) -> Work:
-    """`first` makes ready for one call and returns it."""
+    """A work of different calls: `first` prepares one call and returns it."""
 
     def prepare(count: int) -> Callable[[], object]:
         ready = [first() for _ in range(count)]
@@ -103,7 +103,7 @@ class Clocks(ABC):
 
     @abstractmethod
     def peak(self, work: Work) -> int:
-        """The most bytes that one call holds above what was there before it was made ready, its results included."""
+        """The most bytes that one call allocates, its results included, beyond those before it was prepared."""
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -132,14 +132,14 @@ class Clocks(ABC):
         return {name: {clock: summary(values) for clock, values in found.items()} for name, found in taken.items()}
 
     def trial(self, work: Work) -> Trial:
-        """A first call, with its peak memory; what is recorded for that makes it slower than it is."""
+        """Make a first call and measure its peak memory, which makes the call slower than usual."""
         begin = time.perf_counter()
         peak = self.peak(work)
         self.synchronize()
         return Trial(peak, time.perf_counter() - begin)
 
     def _calls_of_a_turn(self, work: Work, tried: Trial | None) -> int:
-        """Of one that is slow even by its trial, 1; else what a further call says, within what memory bounds."""
+        """1 if the trial was slow; else as many as fill a turn by the time of one more call, within bounds."""
         if tried is not None and tried.seconds > 100 * TURN:
             return 1
         run = work(1)
@@ -150,7 +150,7 @@ class Clocks(ABC):
         return max(1, min(fill, MOST_CALLS, GRAPHS // max(tried.peak_bytes if tried else 0, 1)))
 
     def copy_bandwidth(self, device: str, sizes: Sequence[int] | None = None) -> list[dict[str, float]]:
-        """What copying one buffer to another reaches, by the main clock: bytes read and written, and per second.
+        """Bytes read and written by copying one buffer to another, and bytes per second by the main clock.
 
         sizes: bytes of a buffer; None: COPIED.
         """
@@ -248,7 +248,7 @@ class GPUClocks(Clocks):
 
 
 class InterpretedClocks(CPUClocks):
-    """What of a GPU's clocks there is without one, to run the same path. The figures are an interpreter's."""
+    """The GPU's clocks that work without one, to run the same code. They time Triton's interpreter."""
 
     descriptions: ClassVar = {
         clock: f"{GPUClocks.descriptions[clock]}. Kernels ran under Triton's interpreter on a CPU: nothing about a GPU "
@@ -274,6 +274,6 @@ def _wall(clocks: Clocks, work: Work, count: int) -> dict[str, float]:
 
 
 def bandwidth_share(bytes_moved: int, seconds: float, copies: Sequence[Mapping[str, Any]]) -> float:
-    """What a call moved per second, over what the copy nearest to it in size did."""
+    """Bytes per second of a call, divided by those of the copy that is nearest to it in size."""
     nearest = min(copies, key=lambda copy: abs(math.log(copy["bytes"] / max(bytes_moved, 1))))
     return float(bytes_moved / seconds / nearest["bytes_per_second"])

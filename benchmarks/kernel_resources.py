@@ -48,7 +48,7 @@ class Resources(NamedTuple):
 
 
 class _Target:
-    """A driver that says what GPU there is, and knows no more: enough to compile."""
+    """A driver that only names the target GPU, which is enough to compile."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
@@ -66,7 +66,7 @@ class _Target:
 
 @contextmanager
 def compiling(capability: int, **launch_options: Any) -> Iterator[list[Any]]:
-    """Within, launching a kernel only compiles it for the target; what was compiled is added to the list.
+    """In this context, launching a kernel only compiles it for the target and adds the result to the list.
 
     Options of Triton's launch, such as `maxnreg`, can be added or replaced.
     """

@@ -29,7 +29,7 @@ RATE, UPDATES = 1e-6, 100
 WIDTH_OF_TABLE = 110  # where the output is no terminal
 
 Form = Callable[[list[nn.Parameter]], tuple[Callable[[], object], Callable[[], list[Tensor]]]]
-"""From parameters with gradients to a step, and to the state that it keeps."""
+"""Takes parameters with gradients; returns a function that makes a step and one that returns its state."""
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def weights(layers: int, device: str) -> list[nn.Parameter]:
-    """Those of a Llama of 135M parameters, where it has 30 layers, each with a gradient."""
+    """The weights of a Llama, each with a gradient; with 30 layers they are 135M parameters."""
     layer = [(WIDTH, WIDTH)] * 2 + [(KEYS, WIDTH)] * 2 + [(INNER, WIDTH)] * 2 + [(WIDTH, INNER)] + [(WIDTH,)] * 2
     parameters = [
         nn.Parameter(torch.randn(shape, dtype=torch.bfloat16, device=device))

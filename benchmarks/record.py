@@ -1,4 +1,4 @@
-"""Where and by what something was measured, and the file that keeps it with what was measured.
+"""Records measurements in a file, with the machine, commit and versions that produced them.
 
 A result is worth keeping where anybody can repeat it: `clean_commit` refuses, before anything is timed, a checkout that
 is not at a commit, or code that is not the checkout's. Needs the standard library, torch and the checkout.
@@ -124,7 +124,7 @@ def command(argv: Sequence[str]) -> str:
 
 
 def machine(device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
-    """What computed: a GPU where `device` is "cuda", else the processor."""
+    """The hardware that computed: a GPU where `device` is "cuda", else the processor."""
     threads = torch.get_num_threads() if threads is None else threads
     if device == "cuda":
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -187,7 +187,7 @@ def build() -> dict[str, Any]:
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """As JSON, aside and then renamed: an interrupted run leaves what was there."""
+    """Write JSON to a temporary file, then rename it: an interrupted run leaves the old file intact."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -40,7 +40,7 @@ CASES = (
     *(Case(op, "", (N, H)) for op in ("rms_norm", "gated_silu")),
 )
 
-# Rivals warn of their own matters.
+# Warnings from rivals are not errors of tlcr.
 pytestmark = pytest.mark.filterwarnings("default")
 
 

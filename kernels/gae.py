@@ -6,7 +6,7 @@ value of its state. With it the recurrence over rewards and values becomes linea
     A_t = r_t - V_t + y_next        y_t = gamma (lam r_t + (1 - lam) V_t) + gamma lam y_next
 
 A token that does not count passes on its input: y_t = y_next. So one scan over pairs (x, decay) does it, without
-a search for the next counted value. Where A_t is wanted the scan must have come as far as t + 1: lane t scans token
+a search for the next counted value. A_t needs the result of the scan at t + 1: lane t scans token
 t + 1. Its second read of rewards and values, at t, comes from the cache.
 
 Bytes moved per counted token: sizeof(rewards) + sizeof(values) + 1 for the mask + 2 sizeof(real) written; per masked
@@ -35,7 +35,7 @@ WHITEN_TILE = 1024
 
 @triton.jit
 def _then(x_right, decay_right, x_left, decay_left):  # type: ignore[no-untyped-def]
-    """y -> x + decay y of the tokens on the right, followed by that of those on the left."""
+    """Composes two maps y -> x + decay y: first that of the tokens on the right, then that of those on the left."""
     return x_left + decay_left * x_right, decay_left * decay_right
 
 
@@ -63,7 +63,7 @@ def _gae_kernel(
     lam: tl.float64,
     TILE: tl.constexpr,
 ) -> None:
-    """One row per program, from its last tile to its first. Packed, two programs more write what lies outside."""
+    """One row per program, from last tile to first. Packed, two more programs write what is in no sequence."""
     real: tl.constexpr = advantages.dtype.element_ty
     sequence = tl.program_id(0).to(tl.int64)
     inside = True
@@ -82,7 +82,7 @@ def _gae_kernel(
         inside = (sequence >= 0) & (sequence < sequences)
         counted_end = tl.where(inside, end, begin)
 
-    # Rounded once each: 1 - lam of a rounded lam would have lost a digit.
+    # Each is rounded once: 1 - lam, computed from a rounded lam, would lose a digit.
     of_reward = tl.full((), gamma * lam, real)
     of_value = tl.full((), gamma * (1.0 - lam), real)
     carry = tl.full((), 0, real)
@@ -141,7 +141,7 @@ def _moments_kernel(
 ) -> None:
     """One program: the moments of the rows, merged in a fixed order, to a mean and a deviation.
 
-    A deviation that is only rounding becomes infinite, so that what is divided by it becomes 0.
+    A deviation that comes from rounding alone is set to infinity, so that the quotients become 0.
     """
     count = tl.full((), 0, tl.float64)
     mean = tl.full((), 0, tl.float64)
@@ -184,7 +184,7 @@ def _whiten_kernel(
         counts = counts & (position >= tl.load(cu_seqlens)) & (position < tl.load(cu_seqlens + sequences))
     if mask is not None:
         counts = tl.load(mask + first + lane, mask=counts, other=0) != 0
-    # The mean in two parts: rounded to `real` it would shift every result alike.
+    # The mean is in two parts: a single one, rounded to `real`, would shift all results by the same error.
     mean = tl.load(mean_and_deviation)
     high = mean.to(real)
     low = (mean - high.to(tl.float64)).to(real)

@@ -7,7 +7,7 @@ Conventions of the kernels:
 - `real` is the type of the arithmetic and of the results. Python's numbers arrive as float64, because Triton would pass
   them as float32, and are rounded to `real` once.
 - Where a token does not count only its mask is loaded: padding saves bandwidth, and a NaN in it has no effect.
-- Comparisons and choices, where one would expect `tl.minimum` or `tl.maximum`: those drop NaN.
+- Kernels use comparisons and `tl.where` in place of `tl.minimum` and `tl.maximum`, which drop NaN.
 - A tile begins at its row's first token plus a multiple of the tile, wherever the row lies in memory. So the result of
   a row depends neither on the other rows nor on how far it is padded, to the last bit; and as rows begin anywhere,
   nothing is to be gained from pointers or sizes that are multiples of 16.
@@ -29,7 +29,7 @@ from torch import Tensor
 def jit(kernel: Callable[..., None]) -> Any:
     """`triton.jit`, with one compilation per dtypes and options: a new size never compiles anything.
 
-    Left to itself, Triton compiles variants for a size of 1, for multiples of 16 and for more than 32 bits. So kernels
+    By default, Triton compiles variants for a size of 1, for multiples of 16 and for more than 32 bits. So kernels
     annotate their sizes as int64, and no argument is specialised on its value.
     """
     parameters = inspect.signature(kernel).parameters.values()
@@ -38,7 +38,7 @@ def jit(kernel: Callable[..., None]) -> Any:
 
 
 def launch_options(warps: int) -> dict[str, Any]:
-    """Products and sums are fused, whatever the default of this version of Triton."""
+    """Fuses products and sums, whatever the default of the installed Triton is."""
     return {"num_warps": warps, "enable_fp_fusion": True}
 
 

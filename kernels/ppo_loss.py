@@ -25,7 +25,7 @@ OPTIONS = launch_options(warps=4)
 FINISH_ROWS = 512
 FINISH_OPTIONS = launch_options(warps=8)
 
-# Where each sum and each result stands: as in PPOLoss, but that the sums hold the count in place of the loss.
+# The index of each sum and each result: the order of PPOLoss, but the sums hold the count in place of the loss.
 _COUNT = _LOSS = tl.constexpr(PPOLoss._fields.index("loss"))
 _POLICY = tl.constexpr(PPOLoss._fields.index("policy"))
 _VALUE = tl.constexpr(PPOLoss._fields.index("value"))
@@ -34,7 +34,7 @@ _KL = tl.constexpr(PPOLoss._fields.index("kl"))
 _CLIP_FRACTION = tl.constexpr(PPOLoss._fields.index("clip_fraction"))
 _VALUE_CLIP_FRACTION = tl.constexpr(PPOLoss._fields.index("value_clip_fraction"))
 _APPROX_KL = tl.constexpr(PPOLoss._fields.index("approx_kl"))
-# The last, and the only one that is no sum.
+# The last one, and the only one that is not a sum.
 _RATIO_MAX = tl.constexpr(PPOLoss._fields.index("ratio_max"))
 
 _LOG_RATIO_MAX = tl.constexpr(LOG_RATIO_MAX)
@@ -125,7 +125,7 @@ def _sums_kernel(
     log_ratio, ratio, loss, is_clipped, _ = _policy_terms(
         logprobs, old_logprobs, advantages, low, high, tl.full((), dual_clip, real)
     )
-    # Tokens that do not count stand as r = 1 with A = 0, which adds 0 to every sum; to a maximum it would not.
+    # Tokens that do not count are read as r = 1 with A = 0, which adds 0 to every sum; a maximum must exclude them.
     tl.store(sums + _POLICY * statistic_stride, tl.sum(loss, axis=0))
     tl.store(sums + _CLIP_FRACTION * statistic_stride, tl.sum(is_clipped.to(real), axis=0))
     tl.store(sums + _APPROX_KL * statistic_stride, tl.sum(_ratio_less_log(log_ratio, ratio), axis=0))

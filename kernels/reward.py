@@ -75,7 +75,7 @@ def _reward_kernel(
     reward = tl.where(counts, reward, 0.0)
 
     if terminal_B is not None:
-        # The last counted token of the tile is that of the row if none counts behind the tile. A tile looks on only
+        # The last counted token of the tile is that of the row if none after the tile counts. A tile searches only
         # to the next token that counts, and not at all if it has none itself: at most a second look at each mask.
         last = tl.max(tl.where(counts, lane, -1), axis=0)
         ahead = tl.where(last >= 0, start + TILE, length)

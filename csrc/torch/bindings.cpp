@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor> fused_gae(const Tensor& rewards, const Tensor& values
   const MaybeTensor dense_mask = dense(mask, at::kBool), dense_cu_seqlens = dense(cu_seqlens, at::kInt);
   const at::TensorOptions options = rewards.options().dtype(real);
   const bool packed = dense_cu_seqlens.has_value();
-  // The kernel writes what lies before, between and behind the sequences, if there are any.
+  // The kernel also writes the positions before, between and behind the sequences, if there are any sequences.
   const bool nothing = packed && dense_cu_seqlens->numel() == 1;
   Tensor advantages = nothing ? at::zeros(rewards.sizes(), options) : at::empty(rewards.sizes(), options);
   Tensor returns = nothing ? at::zeros(rewards.sizes(), options) : at::empty(rewards.sizes(), options);
@@ -241,7 +241,7 @@ TORCH_LIBRARY_IMPL(tlcr, CPU, m) {
 }
 
 #ifdef TLCR_CUDA
-// The others are Triton kernels, which tlcr/ops/_library.py registers.
+// The CUDA kernels of the other ops are Triton kernels, which tlcr/ops/_library.py registers.
 TORCH_LIBRARY_IMPL(tlcr, CUDA, m) {
   m.impl("reward_from_hidden", reward_from_hidden);
   m.impl("score_tokens", score_tokens);

@@ -1,4 +1,4 @@
-"""What a comparison consists of: every arm at every coefficient with every seed, and where each writes."""
+"""A comparison has one trial for every arm, KL coefficient and seed, and each trial has its own folder."""
 
 from __future__ import annotations
 

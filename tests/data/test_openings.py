@@ -1,4 +1,4 @@
-"""Edit records out of two whole texts: where the prompt ends."""
+"""Edit records are made from two whole texts; the prompt is their shared opening."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What records suffer on their way through other programs: put right, counted, and said with an example."""
+"""Damage by other programs to records is repaired, counted, and reported with an example."""
 
 from __future__ import annotations
 

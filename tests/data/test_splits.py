@@ -1,4 +1,4 @@
-"""What a run holds out, and which stage gets which prompts: disjoint, complete, stable, and one case by hand."""
+"""Splits of prompts between stages and held-out data are disjoint, complete and stable; one is computed by hand."""
 
 from __future__ import annotations
 

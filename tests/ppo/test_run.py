@@ -1,4 +1,4 @@
-"""What a PPO run keeps between its rounds; the rounds here cost nothing, and change what a round changes."""
+"""The state that a PPO run keeps between rounds. The rounds here are cheap and change the same state as real ones."""
 
 from __future__ import annotations
 

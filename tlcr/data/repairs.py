@@ -1,7 +1,7 @@
-"""Repairs damage that other programs did to records, before a format reads them.
+"""Repairs records that other programs damaged, before a format reads them.
 
-Conversations stored as strings, Windows line ends, answers that repeat their prompt, columns that nothing reads: each
-is counted and reported once, with an example, so that nothing is changed or left out silently. Source: ours.
+It handles conversations stored as strings, Windows line ends, answers that repeat their prompt, and columns that
+nothing reads. Each kind is counted and reported once, with an example, so that no change is silent. Source: ours.
 """
 
 from __future__ import annotations

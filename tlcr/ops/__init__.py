@@ -1,9 +1,9 @@
-"""The one door to tlcr's arithmetic. Nothing outside this package reaches an implementation in any other way.
+"""The functions of tlcr's arithmetic. Code outside this package calls an implementation only through them.
 
 Axes: B batch, T response tokens, V vocabulary, H hidden, C classes, N packed tokens. Index t of every (B, T) value
 belongs to the action that emitted response token t. A mask is True where a token counts (an integer mask counts where
-it is not 0); what stands where it does not count, NaN included, never reaches a result or a gradient. B = 0, T = 0, any
-strides and rows with nothing counted are legal. KL, entropy and log-probabilities are in nats.
+it is not 0); a value at a token that does not count, NaN included, never changes a result or a gradient. B = 0, T = 0,
+any strides and rows with nothing counted are legal. KL, entropy and log-probabilities are in nats.
 
 Arithmetic and results are float64 where any input is float64 (of a reward: the logits, or what makes them), else
 float32; gradients come back in the dtype of their input. The ops do not wait for the device. `impl` names an
@@ -43,7 +43,7 @@ __all__ = [
     "token_labels",
 ]
 
-# Every op, by its spec: listing it here is what registers it.
+# The spec of every op. An op is registered by being listed here.
 OPS = (
     FUSED_REWARD,
     REWARD_FROM_HIDDEN,
@@ -59,5 +59,5 @@ register(OPS)
 
 
 def available() -> list[OpStatus]:
-    """For every op and kind of device here: what "auto" takes, what else can be named, and why the rest cannot."""
+    """For every op and kind of device: the choice of "auto", the usable names, and why each other one cannot run."""
     return [status(op, device) for op in OPS for device in devices()]

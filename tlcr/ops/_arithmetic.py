@@ -1,4 +1,4 @@
-"""In what dtype the ops compute."""
+"""The dtype in which the ops compute."""
 
 from contextlib import AbstractContextManager, nullcontext
 

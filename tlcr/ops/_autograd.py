@@ -1,7 +1,7 @@
-"""How gradients pass an operator, read from the names in its op's `Gradient`.
+"""Builds the autograd functions of an operator from the names in its op's `Gradient`.
 
-A gradient that did not come stays None on its way to the kernel, which then leaves out its term. Second derivatives are
-refused by torch, as for the reference.
+A result without an incoming gradient passes None to the kernel, which then leaves out its term. torch refuses second
+derivatives, as it does for the reference.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from tlcr.ops._spec import Gradient, Op, fields, names
 SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
-# Where an argument of the backward operator comes from.
+# The source of an argument of the backward operator.
 _INCOMING, _KEPT, _OPTION, _WANTED = range(4)
 
 
 def autograd(op: Op[Any, Any], gradient: Gradient, operators: Any) -> tuple[SetupContext, Backward]:
-    """The two functions that torch asks for; the backward operator is one of `operators`."""
+    """The two functions that torch requires; the backward operator is one of `operators`."""
     operator = getattr(operators, f"{op.name}_backward").default
     arguments = names(op.arguments)
     known = (*arguments, *op.results)
@@ -92,5 +92,5 @@ def eager_function(op: Op[Any, Any], gradient: Gradient, operators: Any) -> type
     return EagerFunction
 
 
-# Past the registered gradient, straight to the kernel: what torch.library itself does once it has seen to the gradient.
+# Calls the kernel directly and not the registered gradient, as torch.library itself does in its autograd function.
 below_autograd = torch._C._AutoDispatchBelowAutograd

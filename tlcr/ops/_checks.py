@@ -100,11 +100,11 @@ def number(
     finite: bool = True,
 ) -> float:
     """`value` as a float, checked against `least <= value <= most` and `above < value < below`."""
-    # Most are floats, and to ask whether something is a Real takes long.
+    # Most are floats, and isinstance(value, Real) is slow.
     if not isinstance(value, float) and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise ConfigError(f"{op}: {name} is a {type(value).__name__}, wanted a Python number")
     result = float(value)
-    # Comparisons alone, which torch.compile can trace, and which a NaN fails.
+    # Only comparisons: torch.compile can trace them, and they are false for a NaN.
     inside = (
         least <= result <= most and (above == -math.inf or result > above) and (below == math.inf or result < below)
     )
@@ -122,7 +122,7 @@ def choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def vocabulary_ids(op: str, token_ids: Tensor, vocabulary: int) -> None:
-    """Ids must lie in [0, V). Read on the CPU only; elsewhere, and when compiled, the kernel has to look."""
+    """Ids must lie in [0, V). Checked here on the CPU only; elsewhere, and when compiled, by the kernel."""
     if token_ids.device.type != "cpu" or torch.compiler.is_compiling() or token_ids.numel() == 0:
         return
     low, high = (int(bound) for bound in torch.aminmax(token_ids))

@@ -1,7 +1,7 @@
-"""The compiled kernels ``tlcr._C``: loaded where they fit the torch that runs; where not, the reason and the remedy.
+"""Loads the compiled kernels ``tlcr._C`` if they fit the installed torch; else says why not and what to do.
 
-Beside the extension lies a record of its build, which is read first: a library built for another torch would fail with
-an undefined symbol, or not at all and then compute something else.
+A record of the build lies beside the extension and is read first: a library built for another torch would fail with an
+undefined symbol, or would not fail and compute wrong results.
 """
 
 import functools
@@ -43,7 +43,7 @@ class BuildRecord(NamedTuple):
 
 
 def build_info() -> dict[str, Any]:
-    """How this installation was built, and what of it is in use.
+    """How this installation was built, and which parts of it are in use.
 
     Returns:
         The fields of the build record: `version`, `extension` ("cuda", "cpu" or None), `remark` (why it is not a CUDA
@@ -72,7 +72,7 @@ def unavailable(device_type: str) -> str | None:
 def load() -> str | None:
     """Load the extension; returns None, or why there is none to load and what to do.
 
-    A pure installation is as it should be. An extension that is there and does not fit is also warned of, once.
+    A pure installation causes no warning. An extension that exists but does not fit causes one, once.
     """
     record = read_record()
     if record.extension is None:
@@ -87,7 +87,7 @@ def load() -> str | None:
 
 @functools.cache
 def _problem() -> str | None:
-    """Loads the extension, if there is one; why that cannot be done, or None."""
+    """Load the extension, if there is one. Returns why that is impossible, or None."""
     record = read_record()
     if record.extension is None:
         return None
@@ -121,9 +121,9 @@ def mismatch(record: BuildRecord, torch_version: str, torch_cuda: str | None) ->
 
 
 def outdated(library: Path, sources: Path, *, with_cuda: bool) -> str | None:
-    """Why a library in a checkout is not what its sources say: one of them changed later. None without sources.
+    """Why a library in a checkout is older than its sources: one of them changed later. None without sources.
 
-    What Python expects of the library may have changed with them, and then it would crash.
+    Python's calls into the library may have changed with the sources, and a call would then crash.
     """
     compiled = (path for path in sources.rglob("*") if path.is_file() and (with_cuda or path.parent.name != "cuda"))
     newest = max(compiled, key=lambda path: path.stat().st_mtime, default=None)

@@ -1,9 +1,9 @@
 """The torch operators that C++, CUDA and Triton kernels are registered under, as the ops' specs describe them.
 
-The schemas stand in Python, and nowhere in C++, because an installation without compiled code registers its Triton
-kernels under the same ones; where there is compiled code, torch compares its signatures with these and refuses to load
-it if they differ. An operator takes checked arguments (`tlcr.ops` is the door), returns float32 or float64, and where a
-result does not exist (no reference, no gradient wanted) gives a tensor of no elements in its place.
+The schemas are defined in Python only, because an installation without compiled code registers its Triton kernels under
+the same schemas. torch compares the signatures of compiled code with them and refuses to load it if they differ. An
+operator takes arguments that the functions of `tlcr.ops` have checked, and returns float32 or float64. Where a result
+does not exist (no reference, no gradient wanted), it returns a tensor of no elements in its place.
 
 The namespace ``tlcr`` holds the C++ kernels on the CPU, and on CUDA both the compiled and the Triton kernels. Triton
 kernels on the CPU, which only its interpreter can run, live in ``tlcr_interpreted``: an operator has one kernel per
@@ -24,7 +24,7 @@ from tlcr.ops._spec import ArgumentsT, Op, ResultT, fields, flat, takes
 
 NAMESPACE, INTERPRETED = "tlcr", "tlcr_interpreted"
 
-# The operators last as long as these.
+# The operators exist as long as these objects.
 _libraries: list[torch.library.Library] = []
 
 
@@ -38,7 +38,7 @@ def interpreting() -> bool:
 
 
 def define(ops: Iterable[Op[Any, Any]]) -> None:
-    """Define the operators and register what is Python of them."""
+    """Define the operators and register their parts that are written in Python."""
     library = torch.library.Library(NAMESPACE, "DEF")
     interpreted = torch.library.Library(INTERPRETED, "DEF") if has_triton() and interpreting() else None
     _libraries.append(library)
@@ -70,7 +70,7 @@ def _register_triton(library: torch.library.Library, op: Op[Any, Any], module: s
 
 
 def _imported_when_called(module: str, function: str) -> Callable[..., Any]:
-    """Triton takes long to import: not before one of its kernels runs."""
+    """Importing Triton is slow, so it is imported when the first of its kernels runs."""
 
     def call(*args: Any) -> Any:
         return getattr(importlib.import_module(module), function)(*args)
@@ -89,7 +89,7 @@ def implementation(op: Op[ArgumentsT, ResultT], namespace: str) -> Callable[[Arg
 
     def run(arguments: ArgumentsT) -> ResultT:
         values = flat(arguments)
-        # What has no gradient is a constant: otherwise a result would ask for a gradient, and there would be none.
+        # Results without a gradient are marked as constants: torch would otherwise expect gradients that do not exist.
         for at in constants:
             tensor = values[at]
             if tensor is not None and tensor.requires_grad:

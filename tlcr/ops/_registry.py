@@ -25,8 +25,8 @@ class OpStatus(NamedTuple):
 
 def register(ops: Iterable[Op[Any, Any]]) -> None:
     """Define the ops' operators, load the kernels, and find out what of each op can run here."""
-    # The operators first: torch compares them with what the extension registers as it is loaded. And at import, so that
-    # an extension that does not fit is said before any work is done.
+    # The operators come first: torch compares them with what the extension registers. This happens at import, so that
+    # an extension that does not fit is reported before any work is done.
     _library.define(ops)
     _extension.load()
     for op in ops:
@@ -47,7 +47,7 @@ def status(op: Op[Any, Any], device: str) -> OpStatus:
 
 
 def _auto(op: Op[Any, Any], device_type: str) -> str:
-    """The first that can run of the one for the device and the reference, which runs everywhere."""
+    """The implementation for the device if it can run, else the reference, which runs everywhere."""
     fast = {"cpu": "cpp", "cuda": op.on_gpu}.get(device_type, "reference")
     return fast if (fast, device_type) in op.implementations else "reference"
 

@@ -1,11 +1,12 @@
-"""What an op is, written down once: an `Op`. The rest is read from it.
+"""Defines `Op`, the single description of an op, from which everything else about the op is derived.
 
-An op's arguments are a NamedTuple. The door fills it with checked values, and every implementation in Python takes it.
+An op's arguments are a NamedTuple. Its public function (`door`) fills it with checked values, and every implementation
+in Python takes it.
 The names and types of its fields make the schema of the torch operator. A field may be a group of arguments, which is a
 NamedTuple too: the schema lists the fields of a group one by one, and so do `torch.ops` and C++.
 
-Read from an `Op`: the torch operators with their schemas, fakes and Triton kernels (`_library`), how gradients pass
-them (`_autograd`), which implementation runs (`_registry`), and what the tests of all ops go through.
+Derived from an `Op`: the torch operators with their schemas, fakes and Triton kernels (`_library`), their gradients
+(`_autograd`), the implementation that runs (`_registry`), and the tests that all ops share.
 """
 
 import functools
@@ -31,16 +32,17 @@ ResultT = TypeVar("ResultT")
 class Gradient:
     """The operator of an op's backward pass, ``<op>_backward``.
 
-    The names of its arguments say what it is given: ``g_<result>`` the gradient that came for a result, None where none
-    came and the type allows it; ``wants_<argument>`` whether that gradient is asked for; any other name the op's
-    argument or result of that name, kept from the forward pass. A result that no ``g_`` names has no gradient.
+    The names of its arguments define their values. ``g_<result>`` is the incoming gradient of a result, or None where
+    there is none and the type allows it. ``wants_<argument>`` says whether the gradient of the argument is needed. Any
+    other name is the op's argument or result of that name, kept from the forward pass. A result without a ``g_``
+    argument has no gradient.
     """
 
     of: tuple[str, ...]
     """The arguments whose gradients it returns, in this order; one that is not wanted has no elements."""
     arguments: type[tuple[Any, ...]]
     absent: str | None = None
-    """The argument whose dtype the gradient of an argument that was not given has, which has no elements."""
+    """The gradient of an argument that was not given has no elements, and the dtype of this argument."""
     only_with: Mapping[str, str] = field(default_factory=dict)
     """Results that exist, and so have a gradient, only where an optional argument is given."""
 
@@ -65,7 +67,7 @@ class Operator(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Op(Generic[ArgumentsT, ResultT]):
-    """One op, complete but for its kernels."""
+    """One op, with everything but its kernels."""
 
     door: Callable[..., ResultT]
     """The function that users call. It checks what it is given and then calls this object."""
@@ -78,7 +80,7 @@ class Op(Generic[ArgumentsT, ResultT]):
     fake: Callable[[ArgumentsT], Any]
     """What the operator returns, in shapes and dtypes: for torch.compile, which traces without computing."""
     result: Callable[[ArgumentsT, Any], ResultT] = lambda arguments, results: results
-    """From what the operator returns to what users get."""
+    """Makes the result that users get from what the operator returns."""
     gradient: Gradient | None = None
     """None: the results are constants."""
     changes: tuple[str, ...] = ()
@@ -90,9 +92,9 @@ class Op(Generic[ArgumentsT, ResultT]):
     cuda: bool = False
     """Whether the extension has kernels for GPUs. Without either, the op runs there as its specification."""
     implementations: dict[tuple[str, str], Callable[[ArgumentsT], ResultT]] = field(default_factory=dict, init=False)
-    """By name ("auto" is one) and kind of device: what can run here. `_registry` fills it."""
+    """What can run here, by its name ("auto" is one) and the kind of device. `_registry` fills it."""
     reasons: dict[tuple[str, str], str] = field(default_factory=dict, init=False)
-    """Why each of the others cannot."""
+    """Why each of the others cannot run."""
 
     @functools.cached_property
     def name(self) -> str:
@@ -128,7 +130,7 @@ class Op(Generic[ArgumentsT, ResultT]):
             BackendUnavailable: it has one that cannot run here.
         """
         kind = device.type
-        # Looked up and not computed on a call: torch.compile traces through here.
+        # A call only looks this up, because torch.compile traces this function.
         key = impl, kind if kind in DEVICES else OTHER_DEVICE
         if key in self.implementations:
             return self.implementations[key](arguments)
@@ -190,7 +192,7 @@ def _groups(arguments: type[tuple[Any, ...]]) -> tuple[type[tuple[Any, ...]] | N
 
 
 def takes(arguments: type[ArgumentsT]) -> Callable[[Callable[[ArgumentsT], ResultT]], Callable[..., ResultT]]:
-    """Make a function of a NamedTuple one that can be a kernel of a torch operator: torch passes values one by one."""
+    """Turn a function of a NamedTuple into one of single values, which torch passes to the kernel of an operator."""
 
     def decorate(function: Callable[[ArgumentsT], ResultT]) -> Callable[..., ResultT]:
         @functools.wraps(function)
@@ -209,7 +211,7 @@ def _is_group(hint: Any) -> bool:
 def _schema(arguments: type[tuple[Any, ...]], changes: tuple[str, ...] = ()) -> str:
     words = []
     for name, kind, optional in fields(arguments):
-        # torch wants a letter of its own for the memory of each argument that is changed.
+        # torch requires a different letter for the memory of each argument that is changed.
         memory = f"({'abcdefgh'[changes.index(name)]}!)" if name in changes else ""
         words.append(f"{kind.__name__}{memory}{'?' * optional} {name}")
     return f"({', '.join(words)})"

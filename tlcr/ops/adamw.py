@@ -39,7 +39,7 @@ def adamw_step(
     step: int,
     impl: Impl = "auto",
 ) -> None:
-    """One step of AdamW over bfloat16 weights whose float32 masters are stored as what the weights lack of them.
+    """One step of AdamW over bfloat16 weights; their float32 masters are stored as the weights plus remainders.
 
     bfloat16 is the upper half of a float32, so the master's bits are 2^16 times those of the weight plus the remainder,
     from -2^15 to 2^15 - 1: the weight is the bfloat16 nearest to its master (of two the larger in magnitude), and no
@@ -85,7 +85,7 @@ def adamw_step(
 @torch.no_grad()
 def _reference(a: AdamWArguments) -> None:
     master, gradient = join_master(a.parameter, a.remainder), a.grad.float()
-    # torch's fused form takes its tensors for contiguous, and does not say so.
+    # torch's fused form assumes without a check that its tensors are contiguous.
     fused = all(
         x.is_contiguous() and x.device.type in ("cpu", "cuda") for x in (master, gradient, a.exp_avg, a.exp_avg_sq)
     )
@@ -116,8 +116,8 @@ def join_master(weight: Tensor, remainder: Tensor) -> Tensor:
 
 
 def split_master(master: Tensor, weight: Tensor, remainder: Tensor) -> None:
-    """weight <- the bfloat16 nearest to master, of two the larger in magnitude; remainder <- what it lacks. A NaN lacks
-    nothing: adding to its bits could make them those of a number."""
+    """weight <- the bfloat16 nearest to master, of two the larger in magnitude; remainder <- the difference of their
+    bits. The remainder of a NaN is 0: a number added to its bits could make it a number."""
     bits = torch.where(master.isnan(), torch.nan, master).view(torch.int32)
     remainder.copy_(bits)  # the lower 16 bits, as a number from -2^15 to 2^15 - 1 ...
     weight.copy_((bits - remainder).view(torch.float32))  # ... without which the upper 16 are the nearest bfloat16

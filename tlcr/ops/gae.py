@@ -10,7 +10,7 @@ from tlcr.ops import _checks
 from tlcr.ops._arithmetic import arithmetic_dtype
 from tlcr.ops._spec import Impl, Op
 
-# A spread below this many rounding errors of the values' own size is rounding, not signal.
+# A deviation below this many rounding errors of the mean comes from rounding alone.
 WHITEN_FLOOR = 16
 
 
@@ -118,7 +118,7 @@ def _padded_advantages(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, g
 
 
 def _inside(cu_seqlens: Tensor, n: int) -> Tensor:
-    """Which of n packed positions belong to a sequence at all."""
+    """Which of n packed positions belong to any sequence."""
     position_N = torch.arange(n, device=cu_seqlens.device)
     return (position_N >= cu_seqlens[0]) & (position_N < cu_seqlens[-1])
 
@@ -127,7 +127,8 @@ def _packed_advantages(
     rewards_N: Tensor, values_N: Tensor, mask_N: Tensor, gamma: float, lam: float, cu_seqlens: Tensor
 ) -> Tensor:
     # The padded loop would need the longest length on the host, and so a wait for the device. As a scan over N the
-    # recurrence needs none: a token that does not count hands on what stands behind it, a sequence's end hands on 0.
+    # recurrence needs none: a token that does not count passes on what it gets from the token after it, and the end
+    # of a sequence passes on 0.
     n = rewards_N.shape[0]
     sequence_N = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(n, device=cu_seqlens.device), right=True)
     # The zero beyond the last token stands for "nothing follows".
@@ -162,7 +163,7 @@ def _whiten(advantages: Tensor, mask: Tensor) -> Tensor:
     count = mask.sum().clamp(min=1)
     mean = advantages.sum() / count
     centred = torch.where(mask, advantages - mean, 0.0)
-    # The mean itself is rounded; what is left of it is taken out of the small differences.
+    # The mean itself is rounded; its rounding error is subtracted from the small differences.
     centred = torch.where(mask, centred - centred.sum() / count, 0.0)
     deviation = (centred.square().sum() / count).sqrt()
     floor = WHITEN_FLOOR * torch.finfo(advantages.dtype).eps * mean.abs()

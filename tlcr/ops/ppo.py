@@ -193,7 +193,7 @@ def _reference(arguments: PPOArguments) -> PPOLoss:
     advantages_BT = counted(a.advantages.detach())
     unclipped_BT = -advantages_BT * ratio_BT
     clipped_BT = -advantages_BT * ratio_BT.clamp(1 - a.clip, 1 + a.clip_high)
-    # A choice and not a maximum, which would split the gradient at a tie: a tie takes the unclipped branch.
+    # Not torch.maximum, which would split the gradient at a tie: here a tie takes the unclipped branch.
     is_clipped_BT = clipped_BT > unclipped_BT
     policy_BT = torch.where(is_clipped_BT, clipped_BT, unclipped_BT)
     if a.dual_clip is not None:

@@ -16,7 +16,7 @@ HIDDEN_ROWS = 4096
 
 
 class RewardOptions(NamedTuple):
-    """What makes a reward of the classes' probabilities."""
+    """The options that turn the classes' probabilities into a reward."""
 
     kl: Tensor | None
     kl_coef: float
@@ -62,8 +62,8 @@ def fused_reward(
 
         r_t = clamp(scale * c_t, -clip, clip) - kl_coef * kl_t        and 0 where masked out
 
-    and `terminal[b]` is added at the last counted token of row b. It has nowhere to go, and is dropped, in a row with
-    nothing counted. For `kind="discrete"`, c becomes 0 where |c| <= band and its sign elsewhere.
+    and `terminal[b]` is added at the last counted token of row b. In a row with no counted token it is dropped. For
+    `kind="discrete"`, c becomes 0 where |c| <= band and its sign elsewhere.
     Source: TLCR, the paper's equation for the token reward.
 
     Args:

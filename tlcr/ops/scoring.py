@@ -1,4 +1,4 @@
-"""`score_tokens` and `score_hidden`: what a policy, and optionally a reference, say about given tokens.
+"""`score_tokens` and `score_hidden`: scores of given tokens under a policy and, optionally, a reference.
 
 Both are specified in plain torch, a chunk of tokens at a time. With x the logits over the temperature, p = softmax(x)
 for the policy and q for the reference, the gradient that reaches x from the gradients g of the three differentiable
@@ -24,8 +24,8 @@ from tlcr.ops._arithmetic import arithmetic_dtype, no_autocast
 from tlcr.ops._spec import Gradient, Impl, Op
 from tlcr.ops.types import TokenScores
 
-# Logits held at a time, by device type: a few temporaries of this size exist at once. Small enough for the last-level
-# cache on the CPU, large enough to hide the launches of a dozen kernels on an accelerator.
+# Number of logits held at a time, by device type; a few temporaries of this size exist at once. On the CPU they fit in
+# the last-level cache; on an accelerator they take longer than the launches of a dozen kernels.
 CHUNK_LOGITS = {"cpu": 1 << 20}
 CHUNK_LOGITS_ACCELERATOR = 1 << 26
 HIDDEN_ROWS_LEAST = 128
@@ -203,7 +203,7 @@ def score_hidden(
 
 
 def _temperature(op: str, temperature: float | Tensor, token_ids: Tensor) -> tuple[float, Tensor | None]:
-    """As operators take it: a number, or 1 and a tensor."""
+    """The temperature as operators take it: a number, or 1 and a tensor."""
     if not isinstance(temperature, Tensor):
         return _checks.number(op, "temperature", temperature, above=0), None
     _checks.floating(op, temperature=temperature)
@@ -228,7 +228,7 @@ def _reference_hidden(a: ScoreHiddenArguments) -> TokenScores:
     ids_N1, temperature_N1 = _per_token(a.token_ids, a.temperature, a.temperatures, dtype)
     rows = a.chunk_tokens
     if rows is None:
-        # Every chunk reads the weight and adds to its gradient, (V, H) both: chunks of a few tokens do nothing else.
+        # Every chunk reads the weight and adds to its gradient, (V, H) both. Small chunks would do little else.
         rows = max(HIDDEN_ROWS_LEAST, _chunk_rows(a.weight.shape[0], a.weight.device))
     scores: tuple[Tensor | None, ...] = _ScoreHidden.apply(
         a.hidden, a.weight, a.bias, ids_N1, *reference, temperature_N1, rows, dtype
@@ -264,7 +264,7 @@ class _ScoreTokens(torch.autograd.Function):
         logits, ids_N1, ref_logits, temperature_N1, entropy_N, kl_N = ctx.saved_tensors
         grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         dtype = temperature_N1.dtype
-        # The reference takes no part unless the KL does.
+        # The reference is used only if the KL has a gradient.
         ref_logits = ref_logits if grads[3] is not None else None
         blocks = _row_blocks(_chunk_rows(logits.shape[-1], logits.device), logits, ref_logits, grad_logits)
         for at, (logits_RV, ref_RV, grad_RV) in blocks:
@@ -323,7 +323,7 @@ class _ScoreHidden(torch.autograd.Function):
         with no_autocast(hidden.device):
             for at, (hidden_RH, ref_RH, grad_RH) in _row_blocks(ctx.rows, hidden, ref_hidden, grad_hidden):
                 assert hidden_RH is not None
-                # A row that takes no gradient must not reach the weight's either, where 0 * NaN would be NaN.
+                # A row that takes no gradient must not add to the weight's gradient either: 0 * NaN would be NaN.
                 hidden_RH = torch.where(counts_N1[at], hidden_RH.to(dtype), 0.0)
                 log_p_RV = _log_softmax(head(hidden_RH), temperature_N1[at], dtype)
                 log_q_RV = None if ref_RH is None else _log_softmax(ref_head(ref_RH), temperature_N1[at], dtype)
@@ -383,7 +383,7 @@ def _grad_logits(
     grads: Sequence[Tensor | None],
     at: slice,
 ) -> Tensor:
-    """The module docstring's gradient. A result whose own gradient is 0 adds exactly 0, whatever stands in its row."""
+    """The module docstring's gradient. A result whose own gradient is 0 adds exactly 0, whatever its row holds."""
     p_RV = log_p_RV.exp()
     g_logprob_R1, g_entropy_R1, _, g_kl_R1 = (None if g is None else g[at].unsqueeze(-1) for g in grads)
     grad_RV = torch.zeros_like(p_RV)

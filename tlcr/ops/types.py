@@ -9,7 +9,7 @@ __all__ = ["PPOLoss", "TokenLabel", "TokenScores"]
 
 
 class TokenLabel(IntEnum):
-    """What an edit says about one token."""
+    """The label that an edit gives one token."""
 
     NEGATIVE = -1
     """Deleted or substituted in the rejected answer."""
@@ -20,7 +20,7 @@ class TokenLabel(IntEnum):
 
 
 class TokenScores(NamedTuple):
-    """What a policy, and optionally a reference, say about given tokens.
+    """Scores of given tokens under a policy and, optionally, a reference.
 
     Every field has the shape of `token_ids` and is float32, or float64 for float64 input. All are in nats.
     """

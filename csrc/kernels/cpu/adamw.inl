@@ -76,7 +76,7 @@ void adamw(const AdamWArguments& a, int64_t begin, int64_t end) {
   for (; at + kStep <= end; at += kStep) {
     step.update(a.weights + at, gradients + at, a.exp_avg + at, a.exp_avg_sq + at, a.remainders + at);
   }
-  // What is left, fewer than there are lanes, in memory that has them all.
+  // The last weights, fewer than there are lanes, are copied to memory that has room for all lanes.
   const int64_t left = end - at;
   uint16_t weights[kStep] = {};
   int16_t remainders[kStep] = {};

@@ -6,7 +6,7 @@
 namespace tlcr::cpu::TLCR_ISA {
 namespace {
 
-// All bits set where a lane is meant, as comparisons give it.
+// All bits of a lane are set if the lane is chosen, as comparisons set them.
 template <class Real>
 using Mask = Vector<typename Exponential<Real>::Integer>;
 

@@ -7,7 +7,7 @@
 namespace tlcr::cpu::TLCR_ISA {
 namespace {
 
-// Lane i of the result is lane i + kShift of x, and of `beyond` where x has no such lane.
+// Lane i of the result is lane i + kShift of x followed by `beyond`.
 template <class Real, int kShift, class V>
 TLCR_INLINE V later_lanes(V x, V beyond) {
   return __builtin_shuffle(x, beyond, lane_table<Real>([](int lane) { return lane + kShift; }));

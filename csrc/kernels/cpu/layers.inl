@@ -44,7 +44,7 @@ void rms_norm_of(const RMSNormArguments& a, int64_t begin, int64_t end) {
   }
 }
 
-// With n = x scale: dx = scale (g w - n mean(g w n)), and of a stretch of rows the sum of g n for dw.
+// With n = x scale: dx = scale (g w - n mean(g w n)); dw is the sum of g n, here over a part of the rows.
 template <class Element>
 void rms_norm_backward_of(const RMSNormBackwardArguments& a, int64_t begin, int64_t end) {
   using Real = Arithmetic<Element>;

@@ -39,7 +39,7 @@ TLCR_INLINE Classes<Real, kClasses> read_logits(Block block, const Element* row)
     return {logits_of_class<0>(tokens), logits_of_class<1>(tokens), logits_of_class<2>(tokens)};
 }
 
-// p_last - p_first. An infinite logit gives NaN as it does in a softmax; -inf is a class that is ruled out.
+// p_last - p_first. A logit of +inf gives NaN as in a softmax; a logit of -inf gives its class probability 0.
 template <class Real>
 TLCR_INLINE Vector<Real> confidence(const Classes<Real, 2>& x, Real inverse_temperature) {
   const Vector<Real> largest = max(x.of[0], x.of[1]);

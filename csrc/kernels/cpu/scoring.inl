@@ -179,7 +179,7 @@ TLCR_INLINE void score_row(const ScoreArguments& args, int64_t row) {
       if (kReference) prefetch_step(ref_logits + begin + kTile<Real>, i);
 #pragma GCC unroll 4
       for (int k = 0; k < kUnroll; ++k) {
-        // Below the floor p is 0, and so is p times what is left of z.
+        // Below the floor p is 0, so the product of p and the bounded z is 0 too.
         const auto z = max(floor, shift.z(load(tile + i + k * kLanes<Real>)));
         const auto p = exp_of_nonpositive<Real>(z);
         S[k] += p;

@@ -203,7 +203,7 @@ TLCR_INLINE FloatVector square_root(FloatVector x) {
 }
 #endif
 
-// Across the lanes, in their order: for the end of a row, not for a loop.
+// Results over all lanes, taken in their order. This is slow: for the end of a row, not for a loop.
 
 template <class Real>
 TLCR_INLINE Real largest(Vector<Real> x) {

@@ -160,7 +160,7 @@ struct RowGradient {
     const real p = exp2_of(log_p * static_cast<real>(kLog2E));
     real factor = -g_logprob - g_entropy * (log_p + entropy);
     if constexpr (kKL) {
-      // kKL only where g_kl is not 0, and then the constructor has read both.
+      // kKL is true only where g_kl is not 0, and then the constructor has read both.
       // NOLINTNEXTLINE(clang-analyzer-core.UndefinedBinaryOperatorResult)
       const real difference = (x - max) - (y - ref_at_max);
       factor = fma(g_kl * inverse_temperature, difference - mean_difference, factor);
