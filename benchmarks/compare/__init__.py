@@ -1,1 +1,1 @@
-"""Two commits of tlcr: installed (`commits`), timed in turn (`rounds` of `cases`), and told apart (`ratios`)."""
+"""Compares two commits of tlcr: `commits` installs them, `rounds` times the `cases`, `ratios` does the statistics."""

@@ -18,12 +18,12 @@ from benchmarks.clocks import Clocks, CPUClocks, GPUClocks
 from benchmarks.ops.cases import FORWARD, PACKED, PADDED, WITH_REFERENCE, Case, Problem, Wrong, tlcr_function
 
 CASES = (
-    # Where the call costs more than the work.
+    # Sizes at which the call costs more than the work.
     Case("fused_reward", "", (4, 64), passes=FORWARD),
     Case("fused_gae", PADDED, (4, 64), passes=FORWARD),
     Case("ppo_loss", "", (4, 64), passes=("both",)),
     Case("score_tokens", "", (4, 32_000), passes=("both",)),
-    # Where the work does.
+    # Sizes at which the work costs more than the call.
     Case("fused_reward", "", (64, 1024), passes=FORWARD),
     Case("fused_gae", PADDED, (64, 1024), passes=FORWARD),
     Case("fused_gae", PACKED, (64, 1024), passes=FORWARD),
@@ -33,11 +33,11 @@ CASES = (
     Case("score_hidden", "", (64, 256, 16_384), passes=("both",)),
 )
 TURNS, CASE_SECONDS = 9, 0.5
-"""Of each case in a process; the fastest turn counts, as what disturbs a turn only makes it slower."""
+"""Limits of each case in a process. The fastest turn counts, because disturbances only make a turn slower."""
 
 
 def measure(case: Case, clocks: Clocks, device: str) -> dict[str, dict[str, Any]]:
-    """By the name of each pass its {"seconds"}, or {"reason"} why there are none."""
+    """Maps the name of each pass to its {"seconds"}, or to the {"reason"} why there are none."""
     names = {which: f"{str(case).removesuffix(')')}, {which})" for which in case.passes}
     try:
         problem, function = Problem(case, device), tlcr_function(case, "auto")

@@ -1,4 +1,4 @@
-"""The two commits: looked up by their names, and each installed into a folder of its own."""
+"""Finds the two commits by their names and installs each into a separate folder."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class Revision(NamedTuple):
 
 
 def git(*arguments: str, folder: Path | None = None) -> str | None:
-    """What git says, or None where it refuses."""
+    """The output of git, or None if git fails."""
     done = subprocess.run(["git", "-C", folder or ROOT, *arguments], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def revisions(base: str, head: str, *, dirty: bool = False) -> tuple[Revision, Revision]:
-    """Both, with their commits.
+    """Both revisions, with their commits.
 
-    Raises SystemExit for a revision that git does not know, and for head HEAD where files differ from it, unless
-    they are asked for.
+    Raises SystemExit for a revision that git does not know, and if head is HEAD and files differ from it, unless the
+    caller wants to compare these files.
     """
     found = []
     for name in (base, head):
@@ -59,7 +59,7 @@ def revisions(base: str, head: str, *, dirty: bool = False) -> tuple[Revision, R
 
 @contextmanager
 def installed(revision: Revision, kept: Path, console: Console) -> Iterator[Path]:
-    """A folder in which this revision's tlcr is installed; a commit's is kept, by what else decides how it is built."""
+    """A folder with this revision's tlcr installed; that of a commit is kept, one for each build environment."""
     built_as = os.environ.get("TLCR_BUILD", "auto")
     folder = kept / f"{revision.commit[:12]}-{sys.implementation.cache_tag}-torch{version('torch')}-{built_as}"
     if folder.is_dir() and not revision.dirty:
@@ -97,11 +97,11 @@ def installed(revision: Revision, kept: Path, console: Console) -> Iterator[Path
 
 
 def copy_checkout(target: Path) -> None:
-    """The files that git tracks or would: no build product and nothing else that is ignored."""
+    """Copy the files that git tracks or would track: no build products and no other ignored files."""
     listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard") or ""
     for name in filter(None, listed.split("\0")):
         source = ROOT / name
-        if source.is_symlink() or source.exists():  # else deleted and not committed
+        if source.is_symlink() or source.exists():  # false for a file that is deleted and not committed
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target / name, follow_symlinks=False)
 

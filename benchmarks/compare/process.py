@@ -29,7 +29,7 @@ class OnlyIn(MetaPathFinder):
         if name.partition(".")[0] != "tlcr":
             return None
         spec = PathFinder.find_spec(name, [self.folder] if path is None else path, target)
-        if spec is None:  # to return None would ask the next finder
+        if spec is None:  # raised, because after None Python would try the next finder
             raise ModuleNotFoundError(f"No module named {name!r} in {self.folder}", name=name)
         return spec
 

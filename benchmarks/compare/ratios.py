@@ -1,4 +1,4 @@
-"""How head's times compare with base's: ratios, their intervals, and which of them are more than noise."""
+"""Compares head's times with base's: computes ratios and their intervals, and which ratios are more than noise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy import stats
 CONFIDENCE = 0.95
 FALSE_DISCOVERIES = 1 - CONFIDENCE
 LEAST_ROUNDS = 6
-"""Of fewer the sign test has no interval of CONFIDENCE."""
+"""With fewer rounds the sign test has no interval with this CONFIDENCE."""
 
 
 class Comparison(NamedTuple):
@@ -23,9 +23,9 @@ class Comparison(NamedTuple):
     ratio: float
     """Median over the rounds of head's time over base's."""
     interval: tuple[float, float]
-    """Of the ratio, with CONFIDENCE."""
+    """Confidence interval of the ratio, at the level CONFIDENCE."""
     beyond_noise: bool
-    """By the sign test, with FALSE_DISCOVERIES over all cases."""
+    """Whether the sign test finds a difference, with a false discovery rate of FALSE_DISCOVERIES over all cases."""
 
     @property
     def verdict(self) -> str:
@@ -37,8 +37,8 @@ class Comparison(NamedTuple):
 def compare(base: Mapping[str, Sequence[float]], head: Mapping[str, Sequence[float]]) -> list[Comparison]:
     """The figures of both sides, paired by round.
 
-    The sign test on the logarithms of the ratios, whose interval lies between two of them; beyond the noise is what
-    Benjamini and Hochberg's procedure leaves over all cases.
+    A sign test is made on the logarithms of the ratios; the interval lies between two of the ratios. A case is beyond
+    the noise if Benjamini and Hochberg's procedure over all cases accepts it.
     """
     if not base:
         return []

@@ -1,4 +1,4 @@
-"""The rounds: each commit's processes in turn, with this checkout's cases and the commit's tlcr."""
+"""Runs the rounds: the processes of both commits in turn, with this checkout's cases and the commit's tlcr."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from benchmarks.report.tables import duration
 PPO = "PPO round"
 
 Rounds = dict[str, list[float]]
-"""Seconds of each case, one figure a round."""
+"""Maps each case to its seconds, one number for each round."""
 
 
 def alternate(
     folders: Mapping[str, Path], options: argparse.Namespace, console: Console
 ) -> tuple[dict[str, Rounds], dict[str, dict[str, str]]]:
-    """Of each side the seconds of every case, and of cases that a side lacks the side and the reason.
+    """The seconds of every case for each side; for cases that a side cannot run, the side and the reason.
 
-    A round more than asked for goes before, which is not counted: it fills the system's caches of files, and shows
-    what there is. Ctrl-C ends the rounds, and what was counted is reported where that is enough.
+    One more round runs first and is not counted: it fills the system's file caches and shows which cases run. Ctrl-C
+    ends the rounds, and the counted rounds are reported if there are enough.
     """
     taken: dict[str, Rounds] = {side: {} for side in folders}
     lacking: dict[str, dict[str, str]] = {}
@@ -100,7 +100,7 @@ def start(module: str, *arguments: object, installed: Path, threads: int) -> sub
 
 
 def ppo_round(result: Path, threads: int, installed: Path) -> dict[str, dict[str, Any]]:
-    """The median round of a small model, and its phases."""
+    """The seconds of a median PPO round of a small model, and of its phases."""
     task = Task(batch=16, prompt_tokens=8, response_tokens=16, epochs=2, minibatch=16, micro_batch=16, threads=threads)
     done = start("benchmarks.ppo_step.with_tlcr", task.to_json(), result, installed=installed, threads=threads)
     if done.returncode != 0:

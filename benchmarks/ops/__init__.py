@@ -1,1 +1,1 @@
-"""Every op against what else computes it: `cases` and their truth, the `rivals`, and `runs` over them."""
+"""Compares every op with its rivals: `cases` has the inputs and correct results, `runs` measures tlcr and `rivals`."""

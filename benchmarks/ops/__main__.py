@@ -25,7 +25,7 @@ from pathlib import Path
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = arguments(argv)
-    # What follows is read when torch, triton or tlcr is imported.
+    # torch, triton or tlcr reads these variables when it is imported.
     if options.interpret:
         os.environ["TRITON_INTERPRET"] = "1"
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler says at every peak that it began

@@ -1,4 +1,4 @@
-"""What the ops are measured on: sizes and dtypes, inputs, how many bytes must move, and the check against float64.
+"""The cases of the op benchmark: sizes, dtypes, inputs, the bytes that must move, and the check against float64.
 
 A case is an op, its options, a shape and a dtype. Its `Problem` holds the inputs and the truth, which is tlcr's
 specification in float64 on a cut of them, and turns an implementation into the work of a pass: "forward" with no
@@ -30,13 +30,13 @@ FORWARD = ("forward",)
 PASSES = ("forward", "backward", "both")
 
 LAM = 0.95
-"""gamma is 1, as in the recipes; with gamma lam below 1 the rivals that cut their sums off can take part."""
+"""gamma is 1, as in the recipes. gamma lam must be below 1, because some rivals truncate their sums."""
 REWARD_OPTIONS = {"kl_coef": 0.1, "clip": 0.9}
 NORM_EPS = 1e-5
 CHECKED_TOKENS = 8
 """Rows of logits, or hidden states, that are compared with float64."""
 CHECKED_SMALL = 2**17
-"""The same for values of one number a token."""
+"""The number of values that are compared with float64 where there is one value for each token."""
 
 # Of the largest true value. Sums over V in float32, and what is rounded to half precision, stay well below.
 LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -69,7 +69,7 @@ class Case:
 
     @property
     def elements(self) -> int:
-        """Of the largest tensor that there is without fusing: logits, activations, or one number a token."""
+        """Elements of the largest tensor that an unfused form holds: logits, activations, or one number per token."""
         axes = self.axes
         return axes["N"] * axes["V"] if "V" in axes else math.prod(self.shape)
 
@@ -79,13 +79,13 @@ class Case:
 
 
 class Traffic(NamedTuple):
-    """What any implementation has to read and write, and to multiply and add."""
+    """The bytes and the operations that every implementation needs."""
 
     bytes: int
     formula: str
-    """In the axes and s, the bytes of an element of the inputs."""
+    """The formula for the bytes, in the axes and s, the bytes of one element of the inputs."""
     flops: int | None
-    """Of matrix products, where there are any: with nothing computed twice."""
+    """Operations of the matrix products, if there are any, with nothing computed twice."""
 
 
 def traffic(case: Case, which: str) -> Traffic:
@@ -259,7 +259,7 @@ class Problem:
             wanted = tuple(gradient * counts for gradient in wanted)
         bound = LARGEST_ERROR[self.case.dtype]
         if self.case.name == WHITENED:
-            # Trainers divide by the count less one, tlcr by the count.
+            # Trainers divide by the count minus one, tlcr by the count.
             bound += 1 / max(int(self.inputs["mask"].sum()), 1)
         with torch.no_grad():
             results = function(**inputs)
@@ -377,7 +377,7 @@ GAE_NAMES = ("", PADDED, HOLES, PACKED, WHITENED)
 
 
 def cpu_cases() -> Iterator[Case]:
-    """What users ask first comes first; then series, what is larger than the last-level cache, and further sizes."""
+    """The most important cases come first; then series, cases larger than the last-level cache, and other sizes."""
     bf16 = torch.bfloat16
     head = (256, 256, 32_000)
     yield Case("score_tokens", WITH_REFERENCE, (128, 128_256))
@@ -403,7 +403,7 @@ def cpu_cases() -> Iterator[Case]:
     yield Case("fused_gae", PADDED, (16_384, 4096), passes=FORWARD)
     yield Case("fused_reward", "", (16_384, 4096), passes=FORWARD)
     yield Case("ppo_loss", "", (8192, 2048), passes=("forward", "both"))
-    # Where the call costs more than the work.
+    # Sizes at which the call costs more than the work.
     yield Case("score_tokens", "", (4, 32_000))
     yield from (Case(op, "", (4, 64), passes=FORWARD) for op in ("fused_gae", "fused_reward"))
     yield Case("ppo_loss", "", (4, 64))
@@ -481,7 +481,7 @@ def _series(
 
 
 def once(cases: Iterable[Case]) -> list[Case]:
-    """Without a point of a curve where the same inputs come with all rivals, and each case once."""
+    """Each case once; a case with plain torch only is left out if the same inputs also come with all rivals."""
     listed = list(dict.fromkeys(cases))
     whole = {(case.op, case.name, case.shape, case.dtype) for case in listed if case.rivals}
     return [case for case in listed if case.rivals or (case.op, case.name, case.shape, case.dtype) not in whole]

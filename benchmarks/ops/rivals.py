@@ -1,8 +1,8 @@
-"""What the ops are compared with, imported as its users install it or written here as its users write it.
+"""The rivals of the ops: imported from their packages, or written here as their users write them.
 
 A rival makes its function when it is asked for one, because only then is anything imported: what cannot be imported or
-run says so then. Each function takes the inputs of a case and returns what tlcr's does; a rival that does less of the
-work stands in no case, or says in its note what it leaves out.
+run reports it then. Each function takes the inputs of a case and returns the same results as tlcr's. A rival that does
+less of the work is in no case, or its note says what it leaves out.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Rival:
     plain: bool = False
     """Whether it stands in cases without rivals: the plain form in torch."""
     note: str = ""
-    """What of the work it does not do, or does besides."""
+    """The part of the work that it does not do, or the extra work that it does."""
 
 
 def rivals(case: Case, device: str) -> list[Rival]:
@@ -149,7 +149,7 @@ def _openrlhf_loop(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tenso
 
 
 def _verl_loop(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """In the manner of verl: a token that does not count hands on the value and the advantage behind it."""
+    """In the manner of verl: a token that does not count passes on the later value and advantage."""
     counts, backwards = mask.to(rewards.dtype), []
     following = advantage = torch.zeros_like(rewards[:, 0])
     for t in range(rewards.shape[1] - 1, -1, -1):
@@ -181,7 +181,7 @@ def _verl_whitened(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tenso
 
 
 def _packed(rows: Function, rewards: Tensor, values: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
-    """Packed tokens by way of rows: what one does whose GAE knows rows only."""
+    """Packed tokens are padded to rows and packed again: the way to use a GAE that takes only rows."""
     lengths = cu_seqlens.diff()
     split = lengths.tolist()
     padded = [nn.utils.rnn.pad_sequence(x.split(split), batch_first=True) for x in (rewards, values)]
@@ -246,7 +246,7 @@ def _chunks(rewards: Tensor, values: Tensor, mask: Tensor | None = None) -> tupl
 
 
 def _doubling(rewards: Tensor, values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Sums over spans that double. A token that does not count hands on the value and the advantage behind it."""
+    """Sums over spans that double. A token that does not count passes on the later value and advantage."""
     T = rewards.shape[1]
     if mask is None:
         y, shift = _deltas(rewards, values, None), 1

@@ -1,4 +1,4 @@
-"""A run over cases: each implementation checked, then timed in alternation; its rows for a file and for people."""
+"""Runs the cases: checks each implementation, times them in alternation, and makes rows for a file and a table."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from benchmarks.ops.rivals import rivals
 Row = dict[str, Any]
 
 RESERVE = 40
-"""Seconds before the end after which nothing is begun: what has begun then may compile and be slow."""
+"""No work is begun in the last so many seconds: work that began earlier may compile and be slow."""
 COPIES = 6
-"""Of a case's largest tensor in float32, for which memory must be free."""
+"""Memory must be free for so many copies of a case's largest tensor in float32."""
 
 
 @dataclass(frozen=True)

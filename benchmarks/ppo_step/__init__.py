@@ -1,1 +1,1 @@
-"""Whole PPO rounds: the `task`, and it done `with_tlcr` and `with_trl`, each in a process of its own."""
+"""Measures whole PPO rounds of one `task`, done `with_tlcr` and `with_trl`, each in a separate process."""

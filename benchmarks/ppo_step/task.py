@@ -1,7 +1,7 @@
 """The work that both trainers do: the same models, prompts, lengths, epochs and precision.
 
-Every answer has its full length: the end of sequence is never sampled, because TRL goes on computing behind it and tlcr
-does not, which would measure the answers and not the trainers. Each trainer chooses how many answers go through a
+Every answer has its full length: the end of sequence is never sampled, because TRL computes beyond it and tlcr does
+not, so the times would depend on the answers' lengths. Each trainer chooses how many answers go through a
 model at a time, up to `Task.micro_batch`: that changes its cost, but not its results.
 """
 

@@ -1,1 +1,1 @@
-"""The page on the benchmarks: result files as `rows`, what follows from them as `tables` and `figures`, the `page`."""
+"""Writes the page on the benchmarks: `rows` reads result files, `tables` and `figures` show them, `page` joins all."""

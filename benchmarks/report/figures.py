@@ -1,6 +1,7 @@
-"""The plots of the page on the benchmarks: SVG files with a ground and an ink of their own, for light and dark pages.
+"""The plots of the benchmarks page: SVG files that set their own background and text colours for light and dark pages.
 
-An image in a page cannot take the page's colours; it is asked which scheme the reader prefers, and brings both.
+An image cannot use the colours of its page. So each file holds both colour schemes, and the reader's preference selects
+one of them.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from benchmarks.report.tables import (
 from tlcr.report.figures import ARM_COLOURS, ARM_MARKERS, INK, style, svg_file
 
 WIDTH = 9.6
-"""Inches of every figure, so that letters have one size all over the page."""
+"""Width of every figure in inches, equal so that letters have the same size on the whole page."""
 LETTERS = 110
-"""That a line of the legend holds."""
+"""Number of letters in a line of the legend."""
 DIGEST = "data-digest"
-"""The attribute that says of which figures a plot was made."""
+"""The attribute that holds the digest of the data of a plot."""
 COLUMNS = 2
-"""Of the panels of time against size."""
+"""Number of columns of the panels that show time against size."""
 NOTHING_TAKEN = 2**10
-"""Bytes where the axis of memory begins: what takes less is drawn there."""
+"""Bytes at which the axis of memory begins. Smaller values are drawn there."""
 
 
 def finish(figure: Figure, label: str, data: object) -> str:

@@ -1,7 +1,7 @@
-"""The page on the benchmarks, from result files: its text by a template, its plots by `figures`.
+"""Makes the page on the benchmarks from result files: a template gives the text, `figures` draws the plots.
 
-No figure stands in the page that is not in a result file: its sentences are those of templates/benchmarks.md.j2, filled
-in by `tables`.
+Every number of the page comes from a result file. The sentences are those of templates/benchmarks.md.j2, and `tables`
+computes the numbers in them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Page:
-    """What is written."""
+    """The text and the plots to write."""
 
     text: str
     plots: Mapping[str, Callable[[], str]]
-    """By the path from the page's folder what draws an SVG file."""
+    """Maps the path of an SVG file, from the page's folder, to the function that draws it."""
 
 
 def write(page: Page, path: Path) -> None:

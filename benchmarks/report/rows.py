@@ -15,9 +15,9 @@ SCHEMA = 1
 KINDS = ("ops", "ppo_step")
 PASSES = ("forward", "backward", "both")
 MAIN_CLOCKS = ("processor", "device")
-"""What figures are shown in, else in a file's first clock: what other programs and the host disturb least."""
+"""The clocks whose times are shown; other programs and the host disturb them least. Else a file's first clock."""
 LEAST_SIZES = 3
-"""Of an axis, to speak of growth along it."""
+"""The least number of sizes along an axis for a statement about growth."""
 AXES = {"B": "rows", "T": "tokens of a row", "N": "scored tokens", "V": "vocabulary", "H": "hidden width"}
 """The axes of a shape, in the order in which they are shown."""
 
@@ -41,7 +41,7 @@ class Work(NamedTuple):
 
     @property
     def label(self) -> str:
-        """In words; float32 goes without saying."""
+        """The work in words; float32 is not named."""
         dtype = "" if self.dtype == "float32" else self.dtype
         return ", ".join(part for part in (self.op, self.case, self.direction, dtype) if part)
 
@@ -61,7 +61,7 @@ class Row:
     bytes_formula: str
     bandwidth_share: float | None
     flops: int | None
-    """Of matrix products, which any implementation has to do; None where there are none."""
+    """Operations of the matrix products that every implementation needs; None if there are none."""
 
     @property
     def measured(self) -> bool:
@@ -112,13 +112,13 @@ class ResultFile:
     commit: str
     date: str
     clocks: Mapping[str, str]
-    """Name to what it measures."""
+    """Maps the name of a clock to what it measures."""
     copy_bandwidth: Sequence[tuple[int, float]]
     """Bytes of a copy and the bytes that were moved in a second, by size."""
     rows: Sequence[Row] = field(default=(), repr=False)
-    """Of an "ops" file."""
+    """The rows of an "ops" file."""
     sides: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
-    """Of a "ppo_step" file."""
+    """The sides of a "ppo_step" file."""
 
     @property
     def on_gpu(self) -> bool:

@@ -1,4 +1,4 @@
-"""What the page on the benchmarks says in tables: every figure computed from the rows of result files."""
+"""The tables of the benchmarks page: every number is computed from the rows of result files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ BEYOND_NOISE = 1.1
 """A step grows faster than linearly where even its lower quartile, over the upper one at the smaller size, is this many
 times the sizes' ratio. Ours: shared machines move single figures by as much."""
 ROUNDING = 1e-6
-"""Of a fitted exponent."""
+"""Tolerance for the rounding error of a fitted exponent."""
 CONFIDENCE = 0.95
 SPACE = "\u00a0"
-"""Between a figure and its unit, so that no line ends there."""
+"""The space between a number and its unit, at which no line breaks."""
 PHASES = ("rollout", "score", "reward", "update")
 
 
