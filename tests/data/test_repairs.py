@@ -180,16 +180,17 @@ def test_a_reviser_is_given_texts_only(tmp_path: Path) -> None:
 
 
 def test_columns_that_are_not_read_are_named_once(read: Callable, caplog: pytest.LogCaptureFixture) -> None:
-    record = {"prompt": "Hi", "chosen": " a", "rejected": " b", "images": ["cat.png"], "margin": 0.5, "empty": None}
+    record = {"prompt": "Hi", "chosen": " a", "rejected": " b", "images": ["cat.png"], "margin": 0.5}
+    record |= {"context": "On a mat.", "videos": []}
     with caplog.at_level(logging.WARNING, "tlcr"):
         found = read(record, record)
-    assert found.notes == ("columns that are not read: images, margin (the first holds ['cat.png'])",)
+    assert found.notes == ("columns that are not read: images, context (the first holds ['cat.png'])",)
     assert caplog.text.count("columns that are not read") == 1
 
 
 def test_long_examples_are_cut() -> None:
-    (note,) = columns_left_out([Row("f", 1, 1, {"essay": "x" * 100})], ())
-    assert note == f"columns that are not read: essay (the first holds '{'x' * 39}...)"
+    (note,) = columns_left_out([Row("f", 1, 1, {"context": "x" * 100})], ())
+    assert note == f"columns that are not read: context (the first holds '{'x' * 39}...)"
 
 
 # ---- conversations as strings

@@ -16,6 +16,12 @@ from tlcr.data.sources import Row
 
 __all__ = ["columns_left_out", "repaired"]
 
+INPUTS = (
+    *("image", "images", "video", "videos", "audio", "audios", "media"),
+    *("context", "instruction", "input", "messages", "conversation", "conversations"),
+)
+"""Names under which data sets hold what a model reads beside the prompt, or in its place."""
+
 SHOWN = 40
 """Characters of an example."""
 
@@ -47,16 +53,31 @@ def repaired(rows: Sequence[Row], answers: Collection[str]) -> tuple[list[Row], 
 
 
 def columns_left_out(rows: Sequence[Row], read: Collection[str]) -> tuple[str, ...]:
-    """A note that names the columns that are not empty and not in `read`."""
+    """A note on columns that a model may need and that no format reads.
+
+    Args:
+        rows: the records.
+        read: the columns that their format reads.
+
+    Returns:
+        One note that names the columns of `INPUTS`, and those that hold images, sounds or videos; none without such
+        columns. Other columns (sources, margins, ratings) are left out without a note.
+    """
     found: dict[str, Any] = {}
     for row in rows:
         for name, value in row.values.items():
-            if name not in read and name not in found and value not in (None, "", [], {}):
+            if name not in read and name not in found and value and (name in INPUTS or _is_media(value)):
                 found[name] = value
     if not found:
         return ()
     name, value = next(iter(found.items()))
     return (f"columns that are not read: {', '.join(found)} (the first holds {_shown(value)})",)
+
+
+def _is_media(value: Any) -> bool:
+    """Whether a value is an image, a sound or a video as `datasets` stores it, or a list of these."""
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, dict) and set(first) == {"bytes", "path"}
 
 
 def _each(values: Mapping[str, Any], repair: Callable[[Any], Any]) -> dict[str, Any]:
