@@ -150,6 +150,14 @@ def test_a_transcript_gets_them_as_a_transcript(read: Callable) -> None:
     assert prompt == ("You are a pirate.\n\nHuman: A story!\n\nAssistant: Once.\n\nHuman: And?\n\nAssistant:")
 
 
+def test_a_transcript_s_history_may_hold_a_message_without_a_text(read: Callable) -> None:
+    record = {"prompt": "\n\nHuman: And?\n\nAssistant:", "chosen": " It ended.", "rejected": " No."}
+    prompt, _, _ = only(read({**record, "history": [ASK, {"role": "assistant", "tool_calls": CALL}]}))
+    assert prompt == (
+        f"\n\nHuman: Is it warm?\n\nAssistant: {json.dumps({'tool_calls': CALL})}\n\nHuman: And?\n\nAssistant:"
+    )
+
+
 @pytest.mark.parametrize("history", ["once", [["a"]], [["a", ""]], [["a", 1]]])
 def test_a_history_of_another_shape_is_said(read: Callable, history: Any) -> None:
     with pytest.raises(DataError, match="'history'"):

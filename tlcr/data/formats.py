@@ -461,7 +461,7 @@ def _after(earlier: list[Message], context: Context) -> Context:
     if not ("\n\n" + context.lstrip()).startswith(HUMAN):
         return [*earlier, {"role": "user", "content": context}]
     marks = {"user": HUMAN + " ", "assistant": ASSISTANT + " "}
-    return "".join(marks.get(m["role"], "") + m["content"].strip() for m in earlier) + "\n\n" + context.lstrip()
+    return "".join(marks.get(m["role"], "") + message_text(m) for m in earlier) + "\n\n" + context.lstrip()
 
 
 def _answer(message: Message) -> Answer:

@@ -46,7 +46,7 @@ def repaired(rows: Sequence[Row], answers: Collection[str]) -> tuple[list[Row], 
         rows = changed
     bare = [row if row.problem else replace(row, values=_without_prompt(row.values, answers)) for row in rows]
     # A short prompt may begin an answer by chance, so prompts are removed only if all records repeat them.
-    if all(new is not old and new.values != old.values for old, new in zip(rows, bare, strict=True) if not old.problem):
+    if all(new.values != old.values for old, new in zip(rows, bare, strict=True) if not old.problem):
         notes += _note(rows, bare, "repeat the prompt at the beginning of their answers, where it is taken off")
         rows = bare
     return list(rows), tuple(notes)
