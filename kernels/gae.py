@@ -27,6 +27,8 @@ from tlcr.ops.gae import WHITEN_FLOOR, GAEArguments
 # tiles, which is the serial part of a long row, is paid once in a thousand tokens.
 TILE = 1024
 OPTIONS = launch_options(warps=4)
+# Triton drops device_assert unless it compiles for debugging, and then checks every sum of integers too.
+CHECKED = OPTIONS | {"debug": True, "sanitize_overflow": False}
 # Rows whose moments are merged at once, by the one program that does it.
 MOMENTS_TILE = 1024
 # Tokens that a program whitens.
@@ -63,7 +65,7 @@ def _gae_kernel(
     lam: tl.float64,
     TILE: tl.constexpr,
 ) -> None:
-    """One row per program, from last tile to first. Packed, two more programs write what is in no sequence."""
+    """One row per program, from last tile to first. Packed, one more program writes what follows the last sequence."""
     real: tl.constexpr = advantages.dtype.element_ty
     sequence = tl.program_id(0).to(tl.int64)
     inside = True
@@ -72,14 +74,12 @@ def _gae_kernel(
         end = begin + length
         counted_end = end
     else:
-        # Between 0, the offsets and the length lie the head, the sequences and the tail. Clamped offsets in any order
-        # still cover everything: from the first to the last of them, some step goes up past each position.
-        sequence -= 1
-        begin = tl.load(cu_seqlens + sequence, mask=sequence >= 0, other=0).to(tl.int64)
-        end = tl.load(cu_seqlens + sequence + 1, mask=sequence < sequences, other=0).to(tl.int64)
-        begin = tl.minimum(tl.maximum(begin, 0), length)
-        end = tl.where(sequence < sequences, tl.minimum(tl.maximum(end, 0), length), length)
-        inside = (sequence >= 0) & (sequence < sequences)
+        inside = sequence < sequences
+        begin = tl.load(cu_seqlens + sequence).to(tl.int64)
+        end = tl.load(cu_seqlens + sequence + 1, mask=inside, other=0).to(tl.int64)
+        end = tl.where(inside, end, length)
+        tl.device_assert((begin >= 0) & (begin <= end) & (end <= length), "cu_seqlens must ascend from 0 to at most N")
+        tl.device_assert((sequence > 0) | (begin == 0), "cu_seqlens must begin with 0")
         counted_end = tl.where(inside, end, begin)
 
     # Each is rounded once: 1 - lam, computed from a rounded lam, would lose a digit.
@@ -181,7 +181,7 @@ def _whiten_kernel(
     counts = lane < tl.minimum(tokens - first, TILE).to(tl.int32)
     if cu_seqlens is not None:
         position = first + lane
-        counts = counts & (position >= tl.load(cu_seqlens)) & (position < tl.load(cu_seqlens + sequences))
+        counts = counts & (position < tl.load(cu_seqlens + sequences))
     if mask is not None:
         counts = tl.load(mask + first + lane, mask=counts, other=0) != 0
     # The mean is in two parts: a single one, rounded to `real`, would shift all results by the same error.
@@ -207,7 +207,7 @@ def fused_gae(arguments: GAEArguments) -> tuple[Tensor, Tensor]:
         programs = sequences
     else:
         sequences, length = cu_seqlens.shape[0] - 1, rewards.shape[0]
-        programs = sequences + 2
+        programs = sequences + 1
     moments_B3 = torch.empty((sequences, 3), dtype=torch.float64, device=rewards.device) if whiten else None
     with device_of(rewards):
         _gae_kernel[(programs,)](
@@ -223,7 +223,7 @@ def fused_gae(arguments: GAEArguments) -> tuple[Tensor, Tensor]:
             gamma,
             lam,
             TILE=TILE,
-            **OPTIONS,
+            **CHECKED,
         )
         if moments_B3 is not None:
             mean_and_deviation = torch.empty(2, dtype=torch.float64, device=rewards.device)

@@ -87,8 +87,8 @@ struct HiddenRewardArguments {
 };
 
 // Padded: `sequences` rows of `length` in [sequences][length]; cu_seqlens is null. Packed: `length` tokens in all, and
-// sequence b is [cu_seqlens[b], cu_seqlens[b + 1]). The kernel clamps these to [0, length], because the caller has not
-// checked them. Positions outside every sequence get 0.
+// sequence b is [cu_seqlens[b], cu_seqlens[b + 1]). The caller has checked that these begin with 0, never descend and
+// end at `length` or before. Positions behind the last sequence get 0.
 struct GaeArguments {
   Type type;  // kFloat or kDouble, of rewards and values
   int64_t sequences, length;

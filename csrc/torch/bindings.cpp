@@ -3,6 +3,7 @@
 // arguments; torch checks these signatures against the schemas.
 #include <torch/library.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "run.h"
@@ -76,6 +77,15 @@ Tensor reward_from_hidden(const Tensor& hidden, const Tensor& weight, const Tens
   return reward.rewards;
 }
 
+// Python checks them with a message of its own; compiled code comes here without.
+void check_cumulative_lengths(const Tensor& cu_seqlens, int64_t tokens) {
+  const int32_t* offset = cu_seqlens.const_data_ptr<int32_t>();
+  const int64_t count = cu_seqlens.numel();
+  TORCH_CHECK_VALUE(offset[0] == 0 && std::is_sorted(offset, offset + count) && offset[count - 1] <= tokens,
+                    "tlcr: fused_gae needs cu_seqlens that begin with 0, never descend and end at ", tokens,
+                    " or before");
+}
+
 std::tuple<Tensor, Tensor> fused_gae(const Tensor& rewards, const Tensor& values, const MaybeTensor& mask, double gamma,
                                      double lam, bool whiten, const MaybeTensor& cu_seqlens) {
   const at::ScalarType real = real_dtype({rewards, values});
@@ -83,7 +93,8 @@ std::tuple<Tensor, Tensor> fused_gae(const Tensor& rewards, const Tensor& values
   const MaybeTensor dense_mask = dense(mask, at::kBool), dense_cu_seqlens = dense(cu_seqlens, at::kInt);
   const at::TensorOptions options = rewards.options().dtype(real);
   const bool packed = dense_cu_seqlens.has_value();
-  // The kernel also writes the positions before, between and behind the sequences, if there are any sequences.
+  if (packed) check_cumulative_lengths(*dense_cu_seqlens, rewards.numel());
+  // The kernel also writes the positions behind the sequences, if there are any sequences.
   const bool nothing = packed && dense_cu_seqlens->numel() == 1;
   Tensor advantages = nothing ? at::zeros(rewards.sizes(), options) : at::empty(rewards.sizes(), options);
   Tensor returns = nothing ? at::zeros(rewards.sizes(), options) : at::empty(rewards.sizes(), options);
@@ -107,9 +118,9 @@ std::tuple<Tensor, Tensor> fused_gae(const Tensor& rewards, const Tensor& values
   if (!whiten) return {advantages, returns};
 
   if (packed) {
-    // Positions outside every sequence do not count.
+    // Positions behind the last sequence do not count.
     const Tensor position = at::arange(rewards.numel(), dense_cu_seqlens->options());
-    const Tensor inside = (position >= dense_cu_seqlens->select(0, 0)) & (position < dense_cu_seqlens->select(0, -1));
+    const Tensor inside = position < dense_cu_seqlens->select(0, -1);
     counts = dense_mask.has_value() ? *dense_mask & inside : inside;
   }
   const WhitenArguments whitening{type_of(real), rewards.numel(), counts.has_value() ? bytes(*counts) : nullptr,

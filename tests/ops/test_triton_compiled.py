@@ -55,6 +55,19 @@ for _, call in calls(torch.float32):
     assert all(spilled > 0 for spilled in compiling(code))
 
 
+def test_offsets_of_packed_sequences_are_asserted_on_the_device() -> None:
+    code = """
+answer = {}
+for name, call in calls(torch.float32):
+    with compiling(90) as compiled:
+        call()
+    for kernel in compiled:
+        if kernel.name == "_gae_kernel":
+            answer[name] = "__assertfail" in kernel.asm["ptx"]
+"""
+    assert compiling(code) == {"fused_gae, padded": False, "fused_gae, packed": True}
+
+
 def test_a_new_size_compiles_nothing() -> None:
     # All that Triton specialises on: 1, multiples of 16, and what takes more than 32 bits.
     code = """

@@ -7,7 +7,9 @@ make the host wait for the device.
 import math
 import numbers
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tlcr.errors import ConfigError, DataError, ShapeError
@@ -132,3 +134,43 @@ def vocabulary_ids(op: str, token_ids: Tensor, vocabulary: int) -> None:
             f"{op}: token_ids holds {wrong}, wanted ids in [0, {vocabulary}); "
             "put any valid id (0, say) where a position does not count and mask its result"
         )
+
+
+def cumulative_lengths(op: str, cu_seqlens: Tensor, tokens: int) -> None:
+    """Offsets of packed sequences: int32 (B + 1,), from 0, never descending, to `tokens` at most.
+
+    Their values are checked here on the CPU only; elsewhere, and when compiled, by the kernel.
+    """
+    if not isinstance(cu_seqlens, Tensor):
+        raise ShapeError(
+            f"{op}: cu_seqlens is a {type(cu_seqlens).__name__}, wanted a torch.Tensor of int32 (B + 1,); pass "
+            "torch.tensor(cu_seqlens, dtype=torch.int32)"
+        )
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
+        raise ShapeError(
+            f"{op}: cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, wanted int32 (B + 1,), "
+            "the cumulative lengths with a leading 0"
+        )
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    offsets = cu_seqlens.numpy()
+    if offsets[0] != 0:
+        problem = f"begins with {offsets[0]}"
+    elif not _ascends(offsets):
+        descent = int((offsets[1:] < offsets[:-1]).argmax())
+        problem = f"goes from {offsets[descent]} down to {offsets[descent + 1]}"
+    elif offsets[-1] > tokens:
+        problem = f"ends with {offsets[-1]}"
+    else:
+        return
+    raise DataError(
+        f"{op}: cu_seqlens {problem}, wanted offsets that begin with 0, never descend and end at {tokens} (N) or "
+        "before; from lengths: torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()"
+    )
+
+
+def _ascends(offsets: NDArray[np.int32]) -> bool:
+    if len(offsets) > 256:
+        return bool((offsets[1:] >= offsets[:-1]).all())
+    numbers = offsets.tolist()  # for a few numbers, calls of numpy cost more than the comparisons
+    return numbers == sorted(numbers)

@@ -53,12 +53,18 @@ def fused_gae(
         gamma: discount, 0 to 1.
         lam: lambda, 0 to 1.
         whiten: whether to whiten the advantages.
-        cu_seqlens: (B + 1,) int32, ascending: sequence b is [cu_seqlens[b], cu_seqlens[b + 1]) of the packed axis.
-            Tokens outside all of them do not count.
+        cu_seqlens: (B + 1,) int32, the cumulative lengths: sequence b is [cu_seqlens[b], cu_seqlens[b + 1]) of the
+            packed axis. It begins with 0, never descends and ends at N or before; tokens behind the last sequence do
+            not count. Other offsets raise on the CPU and fail a device assertion elsewhere.
         impl: which implementation runs.
 
     Returns:
         `(advantages, returns)` in the shape of `rewards`, without gradients.
+
+    Raises:
+        ShapeError: a tensor has another shape, dtype or device.
+        DataError: cu_seqlens are not cumulative lengths within N.
+        ConfigError: gamma or lam lies outside [0, 1].
     """
     op = "fused_gae"
     _checks.floating(op, rewards=rewards, values=values)
@@ -69,11 +75,7 @@ def fused_gae(
             )
     else:
         _checks.axes(op, "rewards (with cu_seqlens)", rewards, "N")
-        if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
-            raise ShapeError(
-                f"{op}: cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, wanted int32 (B + 1,), "
-                "the cumulative lengths with a leading 0"
-            )
+        _checks.cumulative_lengths(op, cu_seqlens, rewards.shape[0])
     _checks.same_shape(op, rewards.shape, "rewards", values=values)
     if mask is not None:
         mask = _checks.bool_mask(op, mask, rewards.shape, "rewards")
@@ -90,7 +92,10 @@ def _reference(arguments: GAEArguments) -> tuple[Tensor, Tensor]:
     if mask is None:
         mask = torch.ones_like(rewards, dtype=torch.bool)
     if cu_seqlens is not None:
-        mask = mask & _inside(cu_seqlens, mask.shape[0])
+        torch._assert_async(
+            _ascends(cu_seqlens, mask.shape[0]), "fused_gae: cu_seqlens must ascend from 0 to at most N"
+        )
+        mask = mask & (torch.arange(mask.shape[0], device=mask.device) < cu_seqlens[-1])
     rewards = torch.where(mask, rewards.to(dtype), 0.0)
     values = torch.where(mask, values.to(dtype), 0.0)
     if cu_seqlens is None:
@@ -117,10 +122,9 @@ def _padded_advantages(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, g
     return advantages_BT
 
 
-def _inside(cu_seqlens: Tensor, n: int) -> Tensor:
-    """Which of n packed positions belong to any sequence."""
-    position_N = torch.arange(n, device=cu_seqlens.device)
-    return (position_N >= cu_seqlens[0]) & (position_N < cu_seqlens[-1])
+def _ascends(cu_seqlens: Tensor, n: int) -> Tensor:
+    """Whether the offsets begin with 0, never descend and end at n or before; on their device."""
+    return (cu_seqlens[0] == 0) & (cu_seqlens.diff() >= 0).all() & (cu_seqlens[-1] <= n)
 
 
 def _packed_advantages(

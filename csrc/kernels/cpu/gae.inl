@@ -124,13 +124,6 @@ struct Gae {
   }
 };
 
-// Where packed sequence b begins (and b - 1 ends), given where b - 1 begins. cu_seqlens is not trusted: whatever it
-// holds, the sequences lie within the tokens, in order and without overlap.
-TLCR_INLINE int64_t sequence_start(const GaeArguments& a, int64_t b, int64_t previous) {
-  const int64_t start = a.cu_seqlens[b];
-  return start < previous ? previous : start > a.length ? a.length : start;
-}
-
 template <class Real>
 void gae_of(const GaeArguments& a, int64_t begin, int64_t end) {
   const Gae<Real> gae(a);
@@ -138,15 +131,8 @@ void gae_of(const GaeArguments& a, int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) gae.sequence(b * a.length, (b + 1) * a.length);
     return;
   }
-  int64_t start = 0;
-  for (int64_t b = 0; b <= begin; ++b) start = sequence_start(a, b, start);
-  if (begin == 0) gae.zero(0, start);
-  for (int64_t b = begin; b < end; ++b) {
-    const int64_t stop = sequence_start(a, b + 1, start);
-    gae.sequence(start, stop);
-    start = stop;
-  }
-  if (end == a.sequences) gae.zero(start, a.length);
+  for (int64_t b = begin; b < end; ++b) gae.sequence(a.cu_seqlens[b], a.cu_seqlens[b + 1]);
+  if (end == a.sequences) gae.zero(a.cu_seqlens[end], a.length);
 }
 
 void gae(const GaeArguments& a, int64_t begin, int64_t end) {
