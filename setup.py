@@ -25,6 +25,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from setuptools import Command, Extension, setup
 from setuptools.command.build import build
+from setuptools.command.editable_wheel import editable_wheel
 from setuptools.command.egg_info import egg_info
 from setuptools.command.sdist import sdist
 
@@ -266,6 +267,14 @@ class SourceDistribution(sdist):
         (Path(base_dir) / KERNELS).symlink_to(Path("..", "kernels"))
 
 
+class EditableInstallation(editable_wheel):
+    """A path file; setuptools would write an import hook, which type checkers do not follow."""
+
+    def finalize_options(self) -> None:
+        self.mode = self.mode or "compat"
+        super().finalize_options()
+
+
 def main() -> None:
     torch, toolkit = find_torch(), find_toolkit()
     wanted = os.environ.get("TLCR_BUILD") or "auto"
@@ -273,6 +282,7 @@ def main() -> None:
     commands: dict[str, type[Command]] = {
         "build": Build,
         "build_record": BuildRecord,
+        "editable_wheel": EditableInstallation,
         "egg_info": EggInfo,
         "sdist": SourceDistribution,
     }

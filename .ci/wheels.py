@@ -57,7 +57,7 @@ def wheel(python: str, source: Path, folder: Path, **environment: str) -> Path:
     shutil.copytree(source, folder / "source", symlinks=True)
     command = [python, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder), "."]
     run([*command, "--verbose"], cwd=folder / "source", log=folder / "log", **environment)
-    (path,) = folder.glob(f"tlcr-*{environment.get('TLCR_LOCAL_VERSION', '')}-*.whl")
+    (path,) = folder.glob(f"tlcr_rlhf-*{environment.get('TLCR_LOCAL_VERSION', '')}-*.whl")
     sys.stdout.write(f"{path.name}, {path.stat().st_size / 2**20:.1f} MiB\n")
     return path
 

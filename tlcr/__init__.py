@@ -87,9 +87,9 @@ if not TYPE_CHECKING:  # a type checker that saw this would accept every misspel
         if name not in __all__:
             raise AttributeError(f"module 'tlcr' has no attribute {name!r}")
         if name == "__version__":
-            from importlib.metadata import version
+            from tlcr.distribution import installed_version
 
-            return version("tlcr")
+            return installed_version()
         if name == "ops":
             return import_module("tlcr.ops")
         value = getattr(import_module(_HOME.get(name, "tlcr.ops")), name)

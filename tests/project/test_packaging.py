@@ -77,7 +77,7 @@ def test_a_wheel_built_from_the_sdist_is_the_same(dist: Path, tmp_path: Path) ->
     (ours,), (theirs,) = dist.glob("*.whl"), (unpacked / "dist").glob("*.whl")
     assert contents(ours) == contents(theirs)
     build(unpacked, BUILD_WHEEL, TLCR_LOCAL_VERSION="cu130")
-    assert [wheel.name for wheel in (unpacked / "dist").glob("*+cu130*")] == ["tlcr-0.1.0+cu130-py3-none-any.whl"]
+    assert [wheel.name for wheel in (unpacked / "dist").glob("*+cu130*")] == ["tlcr_rlhf-0.1.0+cu130-py3-none-any.whl"]
 
 
 def test_the_build_does_not_ask_for_torch(dist: Path) -> None:

@@ -156,7 +156,7 @@ def test_the_recipes_are_functions_whichever_was_imported_first() -> None:
 
 
 def test_the_version_is_that_of_the_installed_package() -> None:
-    assert tlcr.__version__ == version("tlcr")
+    assert tlcr.__version__ == version("tlcr-rlhf")
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

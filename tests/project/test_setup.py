@@ -197,7 +197,7 @@ def test_without_torch_the_wheel_is_pure_and_says_why(checkout: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     assert "tlcr: building a pure package, WITHOUT compiled kernels, because there was no torch" in done.stderr
     (wheel,) = (checkout / "dist").iterdir()
-    assert wheel.name == "tlcr-0.1.0+cu130.torch2.11-py3-none-any.whl"
+    assert wheel.name == "tlcr_rlhf-0.1.0+cu130.torch2.11-py3-none-any.whl"
     record = zipfile.ZipFile(wheel).read("tlcr/_build.json").decode()
     assert '"version": "0.1.0+cu130.torch2.11"' in record and '"extension": null' in record
     assert "pip hides it from a build unless it is installed first and --no-build-isolation is given" in record

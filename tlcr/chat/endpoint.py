@@ -16,20 +16,26 @@ from dataclasses import asdict
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, TypeVar
 
-from aiolimiter import AsyncLimiter
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
-
 from tlcr.chat.budget import Budget
 from tlcr.chat.store import AnswerStore
 from tlcr.chat.types import Answer, Deliver, NoAnswer, Question
 from tlcr.config.schema import EndpointConfig
+from tlcr.distribution import install_command
 from tlcr.errors import BackendUnavailable, ConfigError, EndpointError
 from tlcr.training.interrupt import StopSignals
 
 try:
     import openai
+    from aiolimiter import AsyncLimiter
+    from tenacity import (
+        AsyncRetrying,
+        RetryCallState,
+        retry_if_exception_type,
+        stop_after_attempt,
+        wait_random_exponential,
+    )
 except ImportError as error:
-    raise BackendUnavailable(f"an endpoint needs the openai client ({error}): pip install 'tlcr[openai]'") from error
+    raise BackendUnavailable(f"an endpoint needs {error.name} ({error}): {install_command('openai')}") from error
 
 __all__ = ["Endpoint"]
 

@@ -8,7 +8,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,7 @@ from tlcr import ops
 from tlcr.cli.memory import Estimate, ModelSize, advice, estimate_run, measure_model
 from tlcr.config.schema import RunConfig
 from tlcr.config.trials import trials_of
+from tlcr.distribution import install_command, requirements
 from tlcr.errors import ConfigError
 
 __all__ = ["Finding", "Level", "examine", "findings"]
@@ -84,10 +85,7 @@ def findings(cfg: RunConfig) -> Iterator[Finding]:
 def _packages() -> Iterator[Finding]:
     yield Finding("ok", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     good = []
-    for line in requires("tlcr") or []:
-        requirement = Requirement(line)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
+    for requirement in requirements():
         problem = _package_problem(requirement)
         if problem is None:
             good.append(f"{requirement.name} {version(requirement.name)}")
@@ -127,7 +125,7 @@ def _reviser(cfg: RunConfig) -> Iterator[Finding]:
     missing = [name for name in ("openai", "tenacity", "aiolimiter") if importlib.util.find_spec(name) is None]
     if missing:
         fact = f"reviser.backend endpoint needs {', '.join(missing)}, and that is not installed"
-        yield Finding("blocked", "reviser", fact, "pip install 'tlcr[openai]'")
+        yield Finding("blocked", "reviser", fact, install_command("openai"))
     endpoint = cfg.reviser.endpoint
     if endpoint.lacks_key():
         fact = f"the environment variable {endpoint.key_variable} holds no API key"

@@ -174,7 +174,7 @@ class DataConfig(Checked):
 
 @dataclass(frozen=True)
 class EndpointConfig(Checked):
-    """A server that speaks the OpenAI chat protocol: OpenAI, a proxy, vLLM, llama.cpp, Ollama. Needs tlcr[openai]."""
+    """A server that speaks the OpenAI chat protocol: OpenAI, a proxy, vLLM, llama.cpp, Ollama. Needs the extra ``openai``."""
 
     model: str | None = knob(None, "the model's name on the server")
     base_url: str | None = knob(

@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 import torch
 
+from tlcr.distribution import DISTRIBUTION
 from tlcr.errors import ExtensionWarning
 
 __all__ = ["build_info", "load", "unavailable"]
@@ -147,14 +148,14 @@ def _rebuild() -> str:
     if editable:
         return f"pip install --no-build-isolation --no-deps --editable {shlex.quote(source or '.')}"
     # pip keeps the wheels that it builds, and would take the old one again.
-    how = "--no-build-isolation --no-deps --force-reinstall --no-cache-dir --no-binary tlcr"
-    return f"pip install {how} {shlex.quote(source or 'tlcr')}"
+    how = f"--no-build-isolation --no-deps --force-reinstall --no-cache-dir --no-binary {DISTRIBUTION}"
+    return f"pip install {how} {shlex.quote(source or DISTRIBUTION)}"
 
 
 def _source() -> tuple[str | None, bool]:
     """The folder that tlcr was installed from, if it was one, and whether it runs from there."""
     try:
-        written = distribution("tlcr").read_text("direct_url.json")
+        written = distribution(DISTRIBUTION).read_text("direct_url.json")
     except PackageNotFoundError:
         return str(RECORD.parent.parent), True
     origin = json.loads(written) if written else {}

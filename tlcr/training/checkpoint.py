@@ -37,6 +37,7 @@ from safetensors.torch import save_model as save_weights
 from torch import Tensor, nn
 
 from tlcr.config.dropped import without_dropped
+from tlcr.distribution import installed_version
 from tlcr.errors import CheckpointError
 from tlcr.training.distributed import is_main_process, on_all_processes, on_main_process, process_count, process_index
 
@@ -470,8 +471,8 @@ def as_plain(config: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Versions of the software that a result depends on."""
-    packages = {name: version(name) for name in ("tlcr", "torch", "transformers", "accelerate")}
-    return {**packages, "python": platform.python_version()}
+    packages = {name: version(name) for name in ("torch", "transformers", "accelerate")}
+    return {"tlcr": installed_version(), **packages, "python": platform.python_version()}
 
 
 def _checkpoints(folder: Path) -> list[Path]:
