@@ -279,6 +279,23 @@ def test_every_reward_of_tokens_can_be_compared_each_with_a_threshold_of_its_own
     assert printed.count("The food was") == len(kinds)  # one answer of each
 
 
+def test_arms_that_pay_whole_answers_are_left_out_with_a_note(
+    tmp_path: Path, models: Path, spans: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "whole.py").write_text("def score(responses, **_): return [1.0] * len(responses)\n", encoding="utf-8")
+    arms = [
+        {"name": "tokens", "reward": {"kind": "continuous"}},
+        {"name": "whole", "reward": {"kind": "sequence"}},  # whose model is not there: it must not be asked for
+        {"name": "end", "reward": {"kind": "sum_at_end"}},
+        {"name": "mine", "reward": {"kind": "callable", "callable": f"{tmp_path}/whole.py:score"}},
+    ]
+    arguments = ["--spans", spans, "--arms", json.dumps(arms), "--reward_model.path", str(tmp_path / "absent")]
+    assert cli.main(["evaluate-tokens", config(tmp_path, models, "continuous"), *arguments]) == 0
+    assert list(found(tmp_path)[0]["rewards"]) == ["tokens"]
+    said = "whole (reward.kind sequence), end (reward.kind sum_at_end), mine (reward.kind callable)"
+    assert f"left out, because they pay for whole answers only: {said}" in caplog.text
+
+
 def test_each_seed_s_own_judges_are_evaluated(tmp_path: Path, models: Path, spans: str) -> None:
     arguments = ["--spans", spans, "--seeds", "[3,4]", "--models_per_seed", "true"]
     assert cli.main(["evaluate-tokens", config(tmp_path, models, "random"), *arguments]) == 0
@@ -291,7 +308,10 @@ def test_each_seed_s_own_judges_are_evaluated(tmp_path: Path, models: Path, span
         ([], "--spans is missing"),
         (["--spans", "SPANS", "--threshold-spans", "SPANS"], "3 answers are both in --spans and in --threshold-spans"),
         (["--spans", "nowhere.jsonl"], "there is no file or folder 'nowhere.jsonl'"),
-        (["--spans", "SPANS", "--arms", '[{"name": "s", "reward": {"kind": "sequence"}}]'], "pays for whole answers"),
+        (
+            ["--spans", "SPANS", "--arms", '[{"name": "s", "reward": {"kind": "sequence"}}]'],
+            "every arm pays for whole answers",
+        ),
         (
             ["--spans", "SPANS", "--discriminator.path", "null"],
             "holds no finished stage; run 'tlcr train discriminator",

@@ -39,6 +39,8 @@ LOGIT_KINDS = ("continuous", "discrete", "sign", "positive_only", "negative_only
 """Kinds that are read off the discriminator's logits."""
 SHARED_SCORE_KINDS = ("uniform", "attention", "prefix_difference")
 """Kinds that share the sequence reward model's score out among the tokens."""
+WHOLE_ANSWER_KINDS = ("sequence", "sum_at_end")
+"""Kinds that pay at the last token alone."""
 OFFICIAL_KINDS = ("continuous", "discrete", "sign", "positive_only", "negative_only")
 """Kinds that the released code has too."""
 
@@ -174,7 +176,7 @@ class DataConfig(Checked):
 
 @dataclass(frozen=True)
 class EndpointConfig(Checked):
-    """A server that speaks the OpenAI chat protocol: OpenAI, a proxy, vLLM, llama.cpp, Ollama. Needs the extra ``openai``."""
+    """A server that speaks the OpenAI chat protocol: OpenAI, a proxy, vLLM, llama.cpp, Ollama. The extra ``openai``."""
 
     model: str | None = knob(None, "the model's name on the server")
     base_url: str | None = knob(

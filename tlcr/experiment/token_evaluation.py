@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from tlcr.config.schema import DataConfig, RunConfig
+from tlcr.config.schema import WHOLE_ANSWER_KINDS, DataConfig, RunConfig
 from tlcr.config.trials import arms_of
 from tlcr.data.readers import read_marked_answers
 from tlcr.errors import ConfigError, DataError
@@ -157,12 +157,14 @@ def marked_tokens(rows: Sequence[MarkedRow]) -> MarkedTokens:
 # ---- the rewards of an arm
 
 
-def token_rewards(run: RunFolder, cfg: RunConfig, rows: Sequence[MarkedRow], *, label: str) -> list[list[float]]:
+def token_rewards(run: RunFolder, cfg: RunConfig, rows: Sequence[MarkedRow], *, label: str) -> list[list[float]] | None:
     """The reward of `cfg.reward` for each token of each answer, the end of sequence included, as PPO would get it.
 
     KL, centring, length penalties and rewards for whole answers are left out, because they do not concern single
-    tokens. Raises ConfigError for a reward that has no other part, or whose model is missing.
+    tokens. None for a reward that has no other part. Raises ConfigError where the reward's model is missing.
     """
+    if cfg.reward.kind in WHOLE_ANSWER_KINDS:
+        return None
     # No value model is needed, nor a frozen model from which only the value model starts, nor the score at the end.
     reward = replace(cfg.reward, sequence_coef=0.0, centre=False)
     cfg = replace(cfg, reward=reward, ppo=replace(cfg.ppo, value_model="shared"))
@@ -185,10 +187,7 @@ def token_rewards(run: RunFolder, cfg: RunConfig, rows: Sequence[MarkedRow], *, 
                 centre=None,
             ).parts
             if "dense" not in parts:
-                raise ConfigError(
-                    f"reward.kind {reward.kind!r} pays for whole answers only, so that there is no token reward to "
-                    "evaluate; leave that arm out"
-                )
+                return None
             for i, reward_T, mask_T in zip(chosen, parts["dense"].cpu(), rollout.mask_BT.cpu(), strict=True):
                 rewards[i] = reward_T[mask_T].tolist()
             progress.on_step(min(first + cfg.rollout.batch_size, len(rows)), {})
@@ -237,15 +236,27 @@ def evaluate_tokens(cfg: RunConfig, *, spans: str, threshold_spans: str | None =
     tokens = marked_tokens(rows)
     evaluations: dict[str, SpanEvaluation] = {}
     rewards: dict[str, list[list[float]]] = {}
+    skipped: list[str] = []
     for folder in run.model_folders:
         for arm in arms_of(cfg):
             name = arm.name if len(run.model_folders) == 1 else f"{arm.name} seed-{folder.cfg.seed}"
             paid = token_rewards(folder, replace(folder.cfg, reward=arm.reward), [*rows, *tuned], label=name)
+            if paid is None:
+                skipped.append(f"{name} (reward.kind {arm.reward.kind})")
+                continue
             rewards[name], for_threshold = paid[: len(rows)], paid[len(rows) :]
             threshold = None
             if tuned:
                 threshold = best_threshold(marked_tokens(tuned).error_N, error_scores(tuned, for_threshold))
             evaluations[name] = evaluate_spans(tokens, error_scores(rows, rewards[name]), threshold=threshold)
+
+    if not evaluations:
+        raise ConfigError(
+            "every arm pays for whole answers only, so that there is no token reward to evaluate: "
+            f"{', '.join(skipped)}; name an arm that rewards tokens, such as reward.kind continuous"
+        )
+    if skipped:
+        logger.warning("left out, because they pay for whole answers only: %s", ", ".join(skipped))
 
     def deliver() -> None:
         _write(run, rows, rewards, evaluations, {"spans": spans, "threshold_spans": threshold_spans})
