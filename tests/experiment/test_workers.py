@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.experiment import workers
@@ -36,16 +37,16 @@ def read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("cores", "parallel", "threads"), [(8, 2, "4"), (7, 2, "3"), (8, 8, "1"), (1, 2, "1")])
-def test_every_job_gets_its_share_of_the_cores(
+@pytest.mark.parametrize(("of_torch", "parallel", "threads"), [(8, 2, "4"), (7, 2, "3"), (8, 8, "1"), (1, 2, "1")])
+def test_every_job_gets_its_share_of_the_threads(
     job: Callable[[str, str], Job],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    cores: int,
+    of_torch: int,
     parallel: int,
     threads: str,
 ) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: of_torch)
     monkeypatch.setenv("OMP_NUM_THREADS", "64")
     monkeypatch.setenv("KEPT", "as it was")
     code = "print(json.dumps([os.environ[name] for name in ('OMP_NUM_THREADS', 'TLCR_PROGRESS', 'KEPT')]))"

@@ -13,6 +13,9 @@ from tlcr.config.trials import folder_of
 
 NASTY = '<script>alert("x")</script> & <b>'
 
+MACHINE = {"processor": "A CPU", "instructions": "AVX2", "threads": 2, "processes": 1, "gpu": None}
+"""As `tlcr.training.checkpoint.machine` describes one."""
+
 
 def evaluation(gold: float | None, kl: float, length: float = 20.0) -> dict[str, Any]:
     """The "before" or "after" object of evaluation.json."""
@@ -72,7 +75,8 @@ def write_run(
             (own / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             before = evaluation(-0.05 + 0.01 * (seed - 1) if scored else None, 0.0, 22)
             (own / "evaluation.json").write_text(json.dumps({"before": before, "after": last}))
-            (own / "done.json").write_text(json.dumps({"versions": {"tlcr": "0.1.0", "torch": "2.13.0"}}))
+            record = {"versions": {"tlcr": "0.1.0", "torch": "2.13.0"}, "machine": MACHINE | {"threads": 1}}
+            (own / "done.json").write_text(json.dumps(record))
             lines = []
             for index in range(answers):
                 for when in ("before", "after"):
@@ -140,7 +144,7 @@ def add_stages(folder: Path) -> None:
         ("sft", {"loss": 1.8, "eval/loss": 1.9}),
     ):
         (folder / stage).mkdir()
-        record = {"metrics": metrics, "seconds": 12.5, "versions": {"transformers": "5.23.0"}}
+        record = {"metrics": metrics, "seconds": 12.5, "versions": {"transformers": "5.23.0"}, "machine": MACHINE}
         (folder / stage / "done.json").write_text(json.dumps(record))
     (folder / "discriminator" / "evaluation.json").write_text(json.dumps(discriminator))
     (folder / "labels").mkdir()

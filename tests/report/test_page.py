@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from tests.report.run_folders import NASTY, add_stages, write_run
+from tests.report.run_folders import MACHINE, NASTY, add_stages, write_run
 from tlcr.errors import DataError
 from tlcr.report.figures import ARM_COLOURS, STEPS, _linear, arm_colour, arm_marker, mean_curve
 from tlcr.report.page import number, print_results, verdicts, write_report
@@ -277,6 +277,21 @@ def test_the_tables_in_markdown_are_whole(grid: Path, run: Path, tmp_path: Path)
         assert f"| {number(difference)} [" in tables[2][2]
     write_report(tmp_path)
     assert "No policy has been trained" in (tmp_path / "results.md").read_text(encoding="utf-8")
+
+
+def test_page_and_tables_say_where_each_stage_ran(run: Path, tmp_path: Path) -> None:
+    """Processor, instruction set and threads: with others the last bits of a result differ."""
+    said = "SFT, reward model, discriminator: A CPU, AVX2, 2 threads; PPO: A CPU, AVX2, 1 thread"
+    shared = write_run(tmp_path / "shared", {"continuous": 0.6}, seeds=(0,))
+    add_stages(shared)
+    record = json.loads((shared / "sft" / "done.json").read_text())
+    record["machine"] = MACHINE | {"processes": 2, "gpu": "A GPU"}
+    (shared / "sft" / "done.json").write_text(json.dumps(record))
+    elsewhere = "SFT: A CPU, AVX2, 2 threads, 2 processes, A GPU; reward model, discriminator: A CPU"
+    write_report(shared)
+    for folder, sentence in ((run, said), (shared, elsewhere)):
+        for name in ("report.html", "results.md"):
+            assert sentence in (folder / name).read_text(encoding="utf-8"), (folder, name)
 
 
 def test_whole_answers_are_compared_per_answer(tmp_path: Path) -> None:

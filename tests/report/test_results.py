@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.report.run_folders import add_stages, evaluation, write_run
+from tests.report.run_folders import MACHINE, add_stages, evaluation, write_run
 from tlcr.errors import DataError
 from tlcr.report.results import (
     SeedRun,
@@ -220,8 +220,18 @@ def test_a_run_is_read_from_its_files(tmp_path: Path) -> None:
     assert zeta["after"]["gold_per_token"]["seeds"] == 3
     assert [point["update"] for point in zeta["seeds"][0]["curve"]] == [0, 10, 20, 30, 40, 50, 60]
     assert results["versions"] == {"tlcr": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"}
+    assert results["machines"] == [
+        {"machine": MACHINE, "stages": ["sft", "reward_model", "discriminator"]},
+        {"machine": MACHINE | {"threads": 1}, "stages": ["ppo"]},
+    ]
     assert results["stages"]["labels"]["pairs"] == 2000
     assert results["frontier"]["comparisons"][0]["arm"] == "zeta"
+
+
+def test_a_run_of_an_older_version_names_no_machine(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"continuous": 0.6}, seeds=(0,))
+    (folder / "ppo" / "continuous" / "seed-0" / "done.json").write_text(json.dumps({"versions": {"tlcr": "0.1.0"}}))
+    assert collect_results(folder)["machines"] == []
 
 
 def test_the_curve_ends_with_what_was_written_last(tmp_path: Path) -> None:

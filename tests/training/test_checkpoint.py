@@ -395,6 +395,8 @@ def test_a_stage_is_done_with_its_config_and_its_checkpoints_go(tmp_path):
     record = json.loads((tmp_path / "done.json").read_text())
     assert (record["metrics"], record["seconds"]) == ({"loss": 0.1, "auc": None}, 2.5)
     assert record["versions"]["torch"] == torch.__version__
+    assert record["machine"]["threads"] == torch.get_num_threads() and record["machine"]["processes"] == 1
+    assert record["machine"]["instructions"] == torch.backends.cpu.get_cpu_capability()
     assert [path.name for path in tmp_path.iterdir()] == ["done.json"]
     (tmp_path / "done.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"done\.json cannot be read"):

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.training.distributed import process_count
 from tlcr.training.progress import Progress
@@ -36,7 +38,7 @@ def run_side_by_side(
     steps: int = 1,
     steps_done: Callable[[Job], int] = lambda job: 0,
 ) -> None:
-    """Runs every job, at most `parallel` at a time, in their order. Each gets its share of this machine's cores.
+    """Runs every job, at most `parallel` at a time, in their order. Each gets its share of this process's threads.
 
     title: of the progress bar. steps: number of steps of each job; steps_done: steps that a running job has finished.
 
@@ -74,8 +76,9 @@ def run_side_by_side(
 
 
 def _start(job: Job, parallel: int) -> subprocess.Popen[bytes]:
-    # If each job used all cores, their threads would wait for one another.
-    threads = max(1, (os.cpu_count() or 1) // parallel)
+    # If each job used all threads, they would wait for one another. torch's number, and not that of the cores: it
+    # follows OMP_NUM_THREADS and the cores that this process may use.
+    threads = max(1, torch.get_num_threads() // parallel)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TLCR_PROGRESS": "0"}
     job.folder.mkdir(parents=True, exist_ok=True)
     with _log(job).open("ab") as file:

@@ -61,6 +61,14 @@ DISCRIMINATOR_METRICS = {
     "mean_reward_positive": ("Mean reward of positive tokens", "should be above 0"),
 }
 
+STAGES = {
+    "sft": "SFT",
+    "reward_model": "reward model",
+    "dpo": "DPO",
+    "discriminator": "discriminator",
+    "ppo": "PPO",
+}
+
 
 def write_report(run_folder: str | Path) -> Path:
     """Write results.json, results.md (its tables), frontier.svg and report.html of a run; return the page's path.
@@ -102,7 +110,23 @@ def _tables(results: Mapping[str, Any]) -> dict[str, Any]:
         "frontier": results["frontier"],
         "per": results["per"],
         "other_per": "token" if results["per"] == "answer" else "answer",
+        "machines": [_machine(entry) for entry in results["machines"]],
     }
+
+
+def _machine(entry: Mapping[str, Any]) -> str:
+    """One of results["machines"] in words: "PPO: AMD EPYC, AVX512, 1 thread"."""
+    machine = entry["machine"]
+    facts = [machine["processor"], machine["instructions"], _count(machine["threads"], "thread", "threads")]
+    if machine["processes"] > 1:
+        facts.append(_count(machine["processes"], "process", "processes"))
+    if machine["gpu"] is not None:
+        facts.append(machine["gpu"])
+    return f"{', '.join(STAGES[stage] for stage in entry['stages'])}: {', '.join(facts)}"
+
+
+def _count(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
 
 
 def render_tables(results: Mapping[str, Any]) -> str:

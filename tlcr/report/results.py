@@ -272,6 +272,8 @@ def collect_results(folder: str | Path) -> dict[str, Any]:
     frontier: see `frontier`; paths: what it compares.
     stages: the metrics of SFT, reward model, DPO and discriminator (done.json), the statistics of the labels, of the
     first seed where each has models of its own; what was not run is absent. versions: of the libraries that trained.
+    machines: the processors and numbers of threads that trained, each with its stages; see `machine` in
+    tlcr/training/checkpoint.py.
 
     Raises DataError where the folder does not exist or a file in it is no JSON.
     """
@@ -301,19 +303,21 @@ def collect_results(folder: str | Path) -> dict[str, Any]:
         ]
         arms.append({"name": name, "kl_coef": kl_coef, **summary, "seeds": seeds})
     stages: dict[str, Any] = {}
-    versions: dict[str, Any] = {}
     models = models_folder(folder)
-    for stage in ("sft", "reward_model", "dpo", "discriminator"):
-        done = models / stage / "done.json"
-        if done.exists():
-            record = read_json(done)
-            stages[stage] = {"metrics": record.get("metrics", {}), "seconds": record.get("seconds")}
-            versions.update(record.get("versions") or {})
+    ended = [
+        (stage, read_json(done))
+        for stage in ("sft", "reward_model", "dpo", "discriminator")
+        if (done := models / stage / "done.json").exists()
+    ]
+    for stage, record in ended:
+        stages[stage] = {"metrics": record.get("metrics", {}), "seconds": record.get("seconds")}
     labels = models / "labels" / "statistics.json"
     if labels.exists():
         stages["labels"] = read_json(labels)
-    for done in sorted((folder / "ppo").glob("**/seed-*/done.json")):
-        versions.update(read_json(done).get("versions") or {})
+    ended += [("ppo", read_json(done)) for done in sorted((folder / "ppo").glob("**/seed-*/done.json"))]
+    versions: dict[str, Any] = {}
+    for _, record in ended:
+        versions.update(record.get("versions") or {})
     per = compared_per(read_config(folder))
     return {
         "arms": arms,
@@ -322,7 +326,23 @@ def collect_results(folder: str | Path) -> dict[str, Any]:
         "paths": paths(runs),
         "stages": stages,
         "versions": versions,
+        "machines": _machines(ended),
     }
+
+
+def _machines(ended: Iterable[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Each machine that the records of (stage, done.json) name, with the stages that ran there, in their order."""
+    found: list[dict[str, Any]] = []
+    for stage, record in ended:
+        machine = record.get("machine")
+        if machine is None:  # a run of an older version
+            continue
+        known = next((entry for entry in found if entry["machine"] == machine), None)
+        if known is None:
+            found.append(known := {"machine": machine, "stages": []})
+        if stage not in known["stages"]:
+            known["stages"].append(stage)
+    return found
 
 
 def compared_per(config: Mapping[str, Any]) -> Per:

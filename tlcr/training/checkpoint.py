@@ -413,7 +413,13 @@ def mark_done(
     """
 
     def write() -> None:
-        ended = {"config": as_plain(config), "metrics": dict(metrics), "seconds": seconds, "versions": versions()}
+        ended = {
+            "config": as_plain(config),
+            "metrics": dict(metrics),
+            "seconds": seconds,
+            "versions": versions(),
+            "machine": machine(),
+        }
         write_json(Path(folder) / record, ended)
         _remove(Path(folder) / "checkpoints")
 
@@ -473,6 +479,21 @@ def versions() -> dict[str, str]:
     """Versions of the software that a result depends on."""
     packages = {name: version(name) for name in ("torch", "transformers", "accelerate")}
     return {"tlcr": installed_version(), **packages, "python": platform.python_version()}
+
+
+def machine() -> dict[str, str | int | None]:
+    """What decides the order of floating-point sums, and so the last bits of every result, beside the software.
+
+    processor: its name. instructions: the widest instruction set that torch's kernels use on it. threads: of torch, in
+    each process. processes: that share one training. gpu: the one that this process may use, or None.
+    """
+    return {
+        "processor": torch.cpu.get_capabilities().get("cpu_name") or platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "processes": process_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
 
 
 def _checkpoints(folder: Path) -> list[Path]:
