@@ -14,6 +14,9 @@ DISTRIBUTION = "tlcr-rlhf"
 def installed_version() -> str:
     """The version of tlcr.
 
+    Returns:
+        The version that pip knows.
+
     Raises:
         PackageNotFoundError: tlcr is imported from a folder that was never installed.
     """

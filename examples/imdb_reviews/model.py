@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import sys
 from pathlib import Path
 
 from tlcr.config.schema import ModelConfig
@@ -36,6 +37,7 @@ def main() -> None:
     file = packed_model()
     cfg = ModelConfig(path=str(file.parent), gguf_file=file.name, dtype="bfloat16")
     save_model(load_causal_lm(cfg), load_tokenizer(cfg), options.output)
+    sys.stdout.write(f"wrote the model to {options.output}\n")
 
 
 if __name__ == "__main__":

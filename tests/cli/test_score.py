@@ -140,18 +140,18 @@ def test_people_see_the_answer_and_its_extremes(discriminator: Path, capsys: pyt
     assert "mean " in shown and "lowest " in shown and "highest " in shown
 
 
-def test_colours_go_from_red_over_white_to_green_and_stay_legible() -> None:
+def test_colours_go_from_orange_over_white_to_blue_and_stay_legible() -> None:
     text = coloured(["bad", " so", "\n", "good"], [-1.0, 0.0, 0.5, 1.0])
     assert text.plain == "bad so\u23ce\ngood"
     assert [str(span.style) for span in text.spans] == [
-        "black on rgb(214,39,40)",
+        "black on rgb(234,150,52)",
         "black on rgb(255,255,255)",
-        "black on rgb(150,208,150)",
-        "black on rgb(44,160,44)",
+        "black on rgb(167,201,239)",
+        "black on rgb(80,146,222)",
     ]
     out = io.StringIO()
     Console(file=out, force_terminal=True, color_system="truecolor", width=80).print(text)
-    assert "48;2;214;39;40" in out.getvalue()
+    assert "48;2;234;150;52" in out.getvalue()
 
 
 def test_messages_go_through_the_chat_template(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.console import Console
 from tests.evaluation.test_discriminator_analysis import BETTER, WORSE, example
 from tests.report.run_folders import NASTY, add_stages, write_run
 from tests.report.test_page import Page
+from tlcr.data.embedded import gold
 from tlcr.evaluation.discriminator_analysis import (
     by_absolute_position,
     by_kind,
@@ -22,9 +24,10 @@ from tlcr.evaluation.discriminator_analysis import (
     spill,
 )
 from tlcr.evaluation.discriminator_metrics import ReliabilityBin
-from tlcr.recipes.analyse_discriminator import DiscriminatorAnalysis
+from tlcr.recipes.analyse_discriminator import DiscriminatorAnalysis, EditExample, ExampleAnswer
 from tlcr.report import analysis as analysis_page
-from tlcr.report.page import number, write_analysis_page, write_report
+from tlcr.report.page import write_analysis_page, write_report
+from tlcr.report.tokens import number
 
 
 def made_up(**changes: Any) -> dict[str, Any]:
@@ -44,9 +47,49 @@ def made_up(**changes: Any) -> dict[str, Any]:
         calibration_error={"before": 0.125, "after": None},
         reliability={"before": [ReliabilityBin(0.0, 1.0, 17, 0.5, 0.6)]},
         comparisons={"revised over rejected": compared},
+        example=None,
     )
     plain: dict[str, Any] = json.loads(json.dumps(replace(found, **changes).to_json()))
     return plain
+
+
+def test_an_edit_is_drawn_before_the_first_paragraph(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"continuous": 0.6}, seeds=(0,))
+    add_stages(folder)
+    (folder / "analysis").mkdir()
+    prompt = "User: what of tala dipo for once?\nAssistant:"
+    edit = EditExample(
+        prompt,
+        ExampleAnswer(
+            " zi ne",
+            (" zi", " n", "e", "<end>"),
+            ("neutral", "negative", "negative", "neutral"),
+            (0.1, -0.5, -0.7, 0.0),
+        ),
+        ExampleAnswer(" zi laro", (" zi", " laro", "<end>"), ("neutral", "positive", "neutral"), (0.1, 0.8, 0.0)),
+    )
+    (folder / "analysis" / "analysis.json").write_text(json.dumps(made_up(example=edit)))
+    text = write_report(folder).read_text(encoding="utf-8")
+    Page(text)
+    figure = text[text.index('id="edit"') : text.index('id="what"')]
+    assert re.findall(r'class="token (\w+)"><span class="word">([^<]*)<', figure) == [
+        *(("kept", " zi"), ("removed", " n"), ("removed", "e"), ("kept", "&lt;end&gt;")),
+        *(("kept", " zi"), ("added", " laro"), ("kept", "&lt;end&gt;")),
+    ]
+    assert re.findall(r'--r: (\S+)"', figure) == ["0.1", "-0.5", "-0.7", "0.0", "0.1", "0.8", "0.0"]
+    # each word's gold stands under its last token
+    worth = {word.text: number(word.gold, 1) for word in gold(prompt, " zi ne laro").words}
+    shown = [cell.replace("&nbsp;", "") for cell in re.findall(r'class="gold">([^<]*)<', figure)]
+    assert shown == [worth["zi"], "", worth["ne"], "", worth["zi"], worth["laro"], ""]
+
+
+def test_an_analysis_of_an_older_version_has_no_edit_to_draw(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"continuous": 0.6}, seeds=(0,))
+    (folder / "analysis").mkdir()
+    older = made_up()
+    del older["example"]
+    (folder / "analysis" / "analysis.json").write_text(json.dumps(older))
+    assert 'id="edit"' not in write_report(folder).read_text(encoding="utf-8")
 
 
 def test_the_tables_hold_the_figures(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from tests.report.run_folders import MACHINE, NASTY, add_stages, write_run
 from tlcr.errors import DataError
-from tlcr.report.figures import ARM_COLOURS, STEPS, _linear, arm_colour, arm_marker, mean_curve
-from tlcr.report.page import number, print_results, verdicts, write_report
+from tlcr.report.figures import ARM_COLOURS, STEPS, _linear, arm_colour, arm_marker, curve_panels, mean_curve
+from tlcr.report.page import print_results, verdicts, write_report
+from tlcr.report.tokens import number
 
 ARMS = {"continuous": 0.6, "sum-at-end": 0.35, "sequence": 0.2}
 
@@ -23,7 +24,7 @@ ARMS = {"continuous": 0.6, "sum-at-end": 0.35, "sequence": 0.2}
 class Page(HTMLParser):
     """The tags of a page, the text of its table cells by table id, and whether every tag is closed in its place."""
 
-    VOID = frozenset({"meta", "br", "hr", "img", "link", "use", "path", "rect"})
+    VOID = frozenset({"meta", "br", "hr", "img", "input", "link", "use", "path", "rect"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -91,7 +92,7 @@ def test_nothing_comes_from_outside(text: str, page: Page) -> None:
 def test_what_the_model_wrote_is_text(text: str, page: Page) -> None:
     assert NASTY not in text
     assert "&lt;script&gt;" in text
-    assert sum(tag == "script" for tag, _ in page.tags) == 1  # the page's own switch
+    assert sum(tag == "script" for tag, _ in page.tags) == 0  # the page works without JavaScript
 
 
 def test_every_anchor_leads_somewhere(page: Page) -> None:
@@ -154,7 +155,7 @@ def test_tokens_are_coloured_by_sign_and_size(tmp_path: Path) -> None:
     assert [style["--reward"] for style in styles] == ["#2f7ed8d7", "#e6820ed7", "#e6820e00"]
     assert [style["--kl"] for style in styles] == ["#e6820e00", "#2f7ed86c", "#2f7ed8d7"]
     assert all("--advantage" not in style and "--value" not in style for style in styles)
-    assert tokens[1]["title"] == "reward −1.000, value 0.000, kl 0.500"  # noqa: RUF001
+    assert tokens[1]["data-figures"] == "“b”: reward −1.000, value 0.000, kl 0.500"  # noqa: RUF001
     assert "There is no advantage in these samples." in (folder / "report.html").read_text()
 
 
@@ -162,7 +163,7 @@ def test_arms_keep_their_colour(text: str) -> None:
     for colour in ARM_COLOURS[:3]:
         assert text.lower().count(colour.lower()) > 3  # dots, frontier and curves
     assert ARM_COLOURS[3].lower() not in text.lower()
-    assert text.count("<svg") == 5 and text.count('role="img"') == 5
+    assert text.count("<svg") == text.count('role="img"') == 12  # two frontiers, three proxies, five curves, two more
     assert "#123456" not in text  # the ink became the page's own colour
 
 
@@ -196,12 +197,61 @@ def test_an_empty_folder_has_a_report(tmp_path: Path) -> None:
         write_report(tmp_path / "nowhere")
 
 
-def test_without_a_scorer_gold_is_a_dash(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", {"continuous": 0.6, "sequence": 0.2}, scored=False)
+def test_without_a_scorer_the_arms_own_rewards_are_shown(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"continuous": 0.6, "sequence": 0.2}, seeds=(0,), scored=False)
     text = write_report(folder).read_text()
-    assert [cell.strip() for cell in Page(text).rows["headline"][1][1:4]] == ["–"] * 3  # noqa: RUF001
+    header, row, _ = Page(text).rows["headline"]
+    assert "Own reward per token" in header[1]
+    assert [cell.strip() for cell in row[1:3]] == ["0.000", "1.800"]
     assert "There is no gold score in this run" in text
-    assert "There is nothing to compare" in text
+    assert 'href="#frontier"' not in text and "Gold against KL" not in text
+    assert "| arm | own reward per token |" in (folder / "results.md").read_text()
+    out = io.StringIO()
+    print_results(folder, Console(file=out, width=80))
+    assert "own reward per token" in out.getvalue() and "0.000 → 1.800" in out.getvalue()
+    assert "–" not in out.getvalue()  # noqa: RUF001
+
+
+@pytest.mark.parametrize(
+    ("reward", "sentence"),
+    [
+        ("{kind: callable, callable: 'mine.py:score'}", "Here answers are paid by the function mine.py:score."),
+        ("{kind: random}", "Here answers are paid by random numbers, a control."),
+        ("{kind: dpo}", "Here answers are paid by the log-ratio of a policy trained by DPO."),
+    ],
+)
+def test_a_page_tells_of_its_own_run(tmp_path: Path, reward: str, sentence: str) -> None:
+    folder = write_run(tmp_path / "run", {"own": 0.6}, seeds=(0,))
+    (folder / "config.yaml").write_text(f"model: {{path: a/model}}\narms:\n- name: own\n  reward: {reward}\n")
+    text = write_report(folder).read_text()
+    assert sentence in text
+    for word in ("reviser", "iscriminator", "Token labels", "invented"):
+        assert word not in text, word
+
+
+def test_the_kl_is_the_exact_one_where_it_was_saved(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"continuous": 0.6}, seeds=(0,))
+    path = folder / "ppo" / "continuous" / "seed-0" / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    evaluation["after"] |= {"kl_per_token": -0.002, "exact_kl_per_token": 0.0031}
+    path.write_text(json.dumps(evaluation))
+    (row,) = Page(write_report(folder).read_text()).rows["headline"][1:]
+    assert row[4].strip() == "0.003"
+    del evaluation["after"]["exact_kl_per_token"]
+    path.write_text(json.dumps(evaluation))
+    (row,) = Page(write_report(folder).read_text()).rows["headline"][1:]
+    assert row[4].strip() == "−0.002"  # noqa: RUF001
+
+
+def test_no_two_plots_share_a_name(text: str) -> None:
+    names = re.findall(r'<clipPath id="([^"]+)"', text)
+    assert names and len(names) == len(set(names))
+
+
+def test_updates_are_whole_numbers() -> None:
+    (plot,) = curve_panels([("Gold", {"a": [[(0.0, 1.0), (1.0, 2.0), (2.0, 3.0)]]})], ["a"])
+    axis = plot[plot.index('id="matplotlib.axis_1"') : plot.index('id="matplotlib.axis_2"')]
+    assert re.findall(r">([^<>\n]+)</text>", axis) == ["0", "1", "2", "PPO update"]
 
 
 def test_the_page_is_the_same_each_time(run: Path, text: str) -> None:

@@ -107,9 +107,10 @@ def rehearse_revisions(cfg: RunConfig, *, show: int) -> None:
 
 
 def report(folder: Path) -> Path:
-    """Writes report.html and results.json of a run and prints its table."""
+    """Writes report.html and results.json of a run, and prints its table and where the page is."""
     page = write_report(folder)
     print_results(folder)
+    sys.stdout.write(f"report: {page}\n")
     return page
 
 
@@ -244,6 +245,7 @@ def _labels(run: RunFolder) -> None:
         folder = run.models / "labels"
         on_main_process(lambda: write_labels(folder / "labels.jsonl", pairs, run.tokenizer))
         on_main_process(lambda: write_json(folder / "statistics.json", asdict(statistics)))
+        logger.info("wrote %s", folder / "labels.jsonl")
         return asdict(statistics)
 
     run.once(run.models / "labels", run.settings("model", "data", "labels"), work)

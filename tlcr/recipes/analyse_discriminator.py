@@ -34,9 +34,34 @@ from tlcr.evaluation.discriminator_metrics import (
     token_rewards,
 )
 from tlcr.models.discriminator import Targets, is_trained_on, predict_tokens, score_answers, temperature_of
-from tlcr.types import EditPair, PreferencePair
+from tlcr.ops import TokenLabel
+from tlcr.text.tokenization import token_pieces
+from tlcr.types import EditPair, LabelledAnswer, LabelledPair, PreferencePair
 
 __all__ = ["DiscriminatorAnalysis", "analyse_discriminator"]
+
+
+EXAMPLE_TOKENS = 40
+"""Tokens that a side of the example has at most."""
+
+
+@dataclass(frozen=True)
+class ExampleAnswer:
+    """One side of an edit: its text, and the text, label and reward of each counted token."""
+
+    text: str
+    tokens: tuple[str, ...]
+    labels: tuple[str, ...]
+    rewards: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class EditExample:
+    """One edit of the analysed ones, token by token."""
+
+    prompt: str
+    rejected: ExampleAnswer
+    revised: ExampleAnswer
 
 
 @dataclass(frozen=True)
@@ -45,6 +70,7 @@ class DiscriminatorAnalysis:
     and calibrated ("after"), over the tokens that the loss was trained on.
 
     comparisons: "revised over rejected" and, where there are preferences, "chosen over rejected".
+    example: the first short edit in which something was taken away and put in, to look at; None where there is none.
     """
 
     pairs: int
@@ -59,6 +85,7 @@ class DiscriminatorAnalysis:
     calibration_error: dict[str, float | None]
     reliability: dict[str, list[ReliabilityBin]]
     comparisons: dict[str, AnswerComparison]
+    example: EditExample | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a JSON file."""
@@ -154,6 +181,43 @@ def analyse_discriminator(
         calibration_error={name: expected_calibration_error(bins) for name, bins in reliability.items()},
         reliability=reliability,
         comparisons={name: found for name, found in compared.items() if found is not None},
+        example=_example(edits, pairs, answers, tokenizer),
+    )
+
+
+def _example(
+    edits: Sequence[EditPair],
+    pairs: Sequence[LabelledPair],
+    rewards: Sequence[Sequence[float]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> EditExample | None:
+    """The first edit that takes away and puts in, of at most EXAMPLE_TOKENS tokens a side.
+
+    rewards: of the counted tokens of each pair's rejected and revised answer, in turn.
+    """
+    for number, (edit, pair) in enumerate(zip(edits, pairs, strict=True)):
+        sides = (pair.rejected, pair.revised)
+        changed = all(any(label != TokenLabel.NEUTRAL for label in side.labels) for side in sides)
+        if changed and all(len(side.labels) <= EXAMPLE_TOKENS and side.encoded.complete for side in sides):
+            rejected, revised = (
+                _example_answer(side, text, rewards[2 * number + place], tokenizer)
+                for place, (side, text) in enumerate(zip(sides, (edit.rejected, edit.revised), strict=True))
+            )
+            return EditExample(edit.prompt, rejected, revised)
+    return None
+
+
+def _example_answer(
+    answer: LabelledAnswer, text: str, rewards: Sequence[float], tokenizer: PreTrainedTokenizerBase
+) -> ExampleAnswer:
+    encoded = answer.encoded
+    pieces = token_pieces(tokenizer, encoded.answer_ids, context=encoded.ids[: encoded.answer_start])
+    counted = [k for k, counts in enumerate(answer.counted) if counts]
+    return ExampleAnswer(
+        text,
+        tuple(pieces[k] for k in counted),
+        tuple(TokenLabel(answer.labels[k]).name.lower() for k in counted),
+        tuple(rewards),
     )
 
 

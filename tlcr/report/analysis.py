@@ -79,14 +79,14 @@ def _point(estimate: Mapping[str, Any] | None) -> figures.Point | None:
 
 
 def _position_plot(relative: Sequence[Mapping[str, Any]], absolute: Sequence[Mapping[str, Any]]) -> Markup:
-    panels = [
+    places = [
         (axis, names, {label: [_point(row[label]["accuracy"]) for row in rows] for label in ("negative", "positive")})
         for axis, names, rows in (
             ("fifth of the answer", FIFTH_WORDS, relative),
             ("tokens before it", [_range(row) for row in absolute], absolute),
         )
     ]
-    return Markup(figures.position_plot(panels, "Accuracy on edited tokens by their place in the answer"))
+    return figures.panels(figures.position_panels(places, "Accuracy on edited tokens by their place in the answer"))
 
 
 def _spill_plot(spill: Sequence[Mapping[str, Any]]) -> Markup | None:
@@ -94,17 +94,20 @@ def _spill_plot(spill: Sequence[Mapping[str, Any]]) -> Markup | None:
         return None
     points = {name: [_point(row[name]) for row in spill] for name in ("rejected", "revised", "difference")}
     names = [_distance(row) for row in spill]
-    return Markup(figures.spill_plot(names, points, "Mean reward of kept tokens by their distance from an edit"))
+    label = "Mean reward of kept tokens by their distance from an edit"
+    wide, narrow = (figures.spill_plot(names, points, label, narrow=narrow) for narrow in (False, True))
+    return figures.wide_and_narrow(wide, narrow)
 
 
 def _comparison_plot(comparisons: Sequence[Mapping[str, Any]]) -> Markup | None:
     if not comparisons:
         return None
-    panels = [
+    compared = [
         (c["sides"][0], c["sides"][1], c["low"], c["high"], c["better_histogram"], c["worse_histogram"])
         for c in comparisons
     ]
-    return Markup(figures.comparison_plot(panels, "Answers by the mean reward of their tokens, better and worse ones"))
+    label = "Answers by the mean reward of their tokens, better and worse ones"
+    return figures.panels(figures.comparison_panels(compared, label))
 
 
 def print_analysis(analysis: Mapping[str, Any], console: Console | None = None) -> None:

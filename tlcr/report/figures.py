@@ -11,8 +11,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 ARM_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C")
 """Okabe and Ito's palette, told apart by colour-blind readers and on light and dark grounds alike."""
@@ -30,6 +32,9 @@ SCHEMES = (
     "text{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif!important}"
 )
 """Light and dark, for an image that no page lends its colours."""
+
+NARROW, WIDE = 4.6, 9.2
+"""Widths in inches: a panel, or a plot on a phone, whose letters are then as large as the page's; and a wide plot."""
 
 RELIABILITY_NAMES = {"before": "as trained", "after": "calibrated"}
 
@@ -55,7 +60,6 @@ def style() -> Iterator[None]:
     """Within, figures have the look of the report, with INK where the text's colour goes."""
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",
-        "svg.hashsalt": "tlcr",
         "font.family": "sans-serif",
         "font.size": 11,
         "text.color": INK,
@@ -80,7 +84,8 @@ def style() -> Iterator[None]:
 def svg_text(figure: Figure, label: str) -> str:
     """The figure as an SVG element with a text for those who cannot see it."""
     file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with matplotlib.rc_context({"svg.hashsalt": f"{label} {figure.get_figwidth()}"}):  # no two plots share a name
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     # The XML head has no place inside a page, and a fixed width would not fit a phone.
     text = text[text.index("<svg") :].replace(INK, "currentColor")
@@ -88,6 +93,17 @@ def svg_text(figure: Figure, label: str) -> str:
     head = " ".join(part for part in head.split() if not part.startswith(("width=", "height=")))
     escaped = label.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     return f'{head} role="img" aria-label="{escaped}">{rest}'
+
+
+def panels(plots: Sequence[str]) -> Markup:
+    """Plots side by side, as many in a row as there is room for."""
+    return Markup('<div class="panels">{}</div>').format(Markup("").join(Markup(plot) for plot in plots))
+
+
+def wide_and_narrow(wide: str, narrow: str) -> Markup:
+    """One plot in two widths, of which the page shows the one that fits."""
+    drawn = Markup('<div class="wide">{}</div><div class="narrow">{}</div>')
+    return drawn.format(Markup(wide), Markup(narrow))
 
 
 def svg_file(figure: Figure, label: str) -> str:
@@ -124,22 +140,20 @@ def _draw_arm(
         axes.plot(*zip(*mean, strict=True), label=name, color=colour, **style)
 
 
-def curve_grid(
-    panels: Sequence[tuple[str, Mapping[str, Sequence[Curve]]]], arm_order: Sequence[str], label: str
-) -> str:
-    """Small multiples against updates: (title, arm to its seeds' curves) for each panel."""
+def curve_panels(titled: Sequence[tuple[str, Mapping[str, Sequence[Curve]]]], arm_order: Sequence[str]) -> list[str]:
+    """A plot for each (title, arm to its seeds' curves), against updates."""
+    drawn = []
     with style():
-        columns = 2
-        rows = math.ceil(len(panels) / columns)
-        figure = Figure(figsize=(9.2, 2.7 * rows), layout="constrained")
-        for place, (title, by_arm) in enumerate(panels):
-            axes = figure.add_subplot(rows, columns, place + 1)
+        for title, by_arm in titled:
+            figure = Figure(figsize=(NARROW, 2.7), layout="constrained")
+            axes = figure.add_subplot()
             for name, seeds in by_arm.items():
                 _draw_arm(axes, arm_order.index(name), name, seeds, mean_curve(seeds), marker=False)
             axes.set_title(title, loc="left")
-            if place >= len(panels) - columns:
-                axes.set_xlabel("PPO update")
-        return svg_text(figure, label)
+            axes.set_xlabel("PPO update")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+            drawn.append(svg_text(figure, f"{title}, against PPO updates: {', '.join(by_arm)}"))
+    return drawn
 
 
 def frontier_plot(
@@ -149,12 +163,14 @@ def frontier_plot(
     levels: Sequence[float],
     per: str,
     label: str,
+    *,
+    narrow: bool = False,
 ) -> str:
     """Gold against KL, both per token or per answer: each arm's path away from the reference, with the matched levels
     as dashed lines. KL on a square-root scale, on which gold rises nearly straight at first (Gao et al. 2023, arXiv
     2210.10760), and an arm that ran far away leaves room for the others."""
     with style():
-        figure = Figure(figsize=(9.2, 4.6), layout="constrained")
+        figure = Figure(figsize=(NARROW if narrow else WIDE, 4.6), layout="constrained")
         axes = figure.add_subplot()
         for level in levels:
             axes.axvline(level, color=INK, alpha=0.35, linewidth=0.9, linestyle=(0, (4, 4)))
@@ -162,12 +178,13 @@ def frontier_plot(
             ways = [_linear(way) for way in seeds]
             _draw_arm(axes, arm_order.index(name), name, ways, _linear(means[name]), marker=True, every=STEPS)
         axes.set_xscale("function", functions=(_signed_root, lambda x: np.sign(x) * np.square(x)))
-        axes.set_xlabel(f"KL to the reference, nats per {per}, on a square-root scale: how far the policy has moved")
+        far = "" if narrow else ", on a square-root scale: how far the policy has moved"
+        axes.set_xlabel(f"KL to the reference, nats per {per}{far}")
         axes.set_ylabel(f"gold per {per}")
-        if len(by_arm) > len(ARM_COLOURS):
+        if len(by_arm) > len(ARM_COLOURS) and not narrow:
             figure.legend(loc="outside right upper", fontsize=9)
         else:
-            figure.legend(loc="outside upper left", ncols=4)
+            figure.legend(loc="outside upper left", ncols=2 if narrow else 4)
         return svg_text(figure, label)
 
 
@@ -185,14 +202,13 @@ def _signed_root(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.sign(x) * np.sqrt(np.abs(x))
 
 
-def proxy_plot(by_arm: Mapping[str, tuple[Curve, Curve]], arm_order: Sequence[str], per: str, label: str) -> str:
-    """For each arm a panel: the mean gold (solid, left) and the arm's own reward (dotted, right) against KL."""
+def proxy_panels(by_arm: Mapping[str, tuple[Curve, Curve]], arm_order: Sequence[str], per: str) -> list[str]:
+    """For each arm a plot: the mean gold (solid, left) and the arm's own reward (dotted, right) against KL."""
+    drawn = []
     with style():
-        columns = 3
-        rows = math.ceil(len(by_arm) / columns)
-        figure = Figure(figsize=(9.2, 2.3 * rows), layout="constrained")
-        for place, (name, (gold, proxy)) in enumerate(by_arm.items()):
-            axes = figure.add_subplot(rows, columns, place + 1)
+        for name, (gold, proxy) in by_arm.items():
+            figure = Figure(figsize=(NARROW, 2.5), layout="constrained")
+            axes = figure.add_subplot()
             colour, marker = arm_colour(arm_order.index(name)), arm_marker(arm_order.index(name))
             axes.plot(*zip(*gold, strict=True), color=colour, marker=marker, markersize=4)
             own = axes.twinx()
@@ -200,16 +216,16 @@ def proxy_plot(by_arm: Mapping[str, tuple[Curve, Curve]], arm_order: Sequence[st
             own.grid(False)
             for side in (axes, own):
                 side.locator_params(axis="y", nbins=4)
-            axes.set_title(name, loc="left", fontsize=10)
-            if place >= len(by_arm) - columns:
-                axes.set_xlabel(f"KL, nats per {per}")
-        return svg_text(figure, label)
+            axes.set_title(name, loc="left")
+            axes.set_xlabel(f"KL, nats per {per}")
+            drawn.append(svg_text(figure, f"Gold and the arm's own reward against KL: {name}"))
+    return drawn
 
 
 def reliability_plot(reliability: Mapping[str, Sequence[Mapping[str, Any]]], label: str) -> str:
     """Mean target against mean confidence, and how many tokens each bin holds."""
     with style():
-        figure = Figure(figsize=(5.2, 5.0), layout="constrained")
+        figure = Figure(figsize=(NARROW, 4.6), layout="constrained")
         above, below = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
         above.plot([0, 1], [0, 1], color=INK, alpha=0.4, linestyle=(0, (4, 4)), linewidth=1)
         for index, (key, bins) in enumerate(reliability.items()):
@@ -236,7 +252,7 @@ def reliability_plot(reliability: Mapping[str, Sequence[Mapping[str, Any]]], lab
 def histogram_plot(counts: Sequence[int], label: str) -> str:
     """Pairs by the share of their tokens that the reviser changed, in equal bins of [0, 1]."""
     with style():
-        figure = Figure(figsize=(5.2, 2.6), layout="constrained")
+        figure = Figure(figsize=(NARROW, 2.6), layout="constrained")
         axes = figure.add_subplot()
         width = 1 / len(counts)
         axes.bar([i * width for i in range(len(counts))], counts, width * 0.92, align="edge", color=arm_colour(0))
@@ -265,53 +281,62 @@ def _draw_points(axes: Axes, points: Sequence[Point | None], name: str, colour: 
 
 def _name_places(axes: Axes, names: Sequence[str]) -> None:
     axes.set_xticks(range(len(names)), names)
-    axes.tick_params(axis="x", labelsize=9)
+    axes.tick_params(axis="x", labelsize=10)
 
 
-def position_plot(panels: Sequence[tuple[str, Sequence[str], Mapping[str, Sequence[Point | None]]]], label: str) -> str:
+def position_panels(
+    places: Sequence[tuple[str, Sequence[str], Mapping[str, Sequence[Point | None]]]], label: str
+) -> list[str]:
     """Accuracy on negative and positive tokens by place: (what the places are, their names, points by label)."""
+    drawn = []
     with style():
-        figure = Figure(figsize=(9.2, 3.2), layout="constrained")
-        for place, (axis, names, points) in enumerate(panels):
-            axes = figure.add_subplot(1, len(panels), place + 1)
+        for axis, names, points in places:
+            figure = Figure(figsize=(NARROW, 3.2), layout="constrained")
+            axes = figure.add_subplot()
             _draw_points(axes, points["negative"], "negative: taken away", NEGATIVE_COLOUR, "s", -0.06)
             _draw_points(axes, points["positive"], "positive: put in", POSITIVE_COLOUR, "o", 0.06)
             _name_places(axes, names)
             axes.axhline(0.5, color=INK, alpha=0.4, linestyle=(0, (4, 4)), linewidth=1)
-            axes.set(xlabel=axis, ylim=(-0.02, 1.02))
-            if place == 0:
-                axes.set_ylabel("accuracy")
-                axes.legend(loc="lower left", fontsize=9)
-        return svg_text(figure, label)
+            axes.set(xlabel=axis, ylabel="accuracy", ylim=(-0.02, 1.02))
+            axes.legend(loc="lower left", fontsize=10)
+            drawn.append(svg_text(figure, f"{label}: {axis}"))
+    return drawn
 
 
-def spill_plot(names: Sequence[str], points: Mapping[str, Sequence[Point | None]], label: str) -> str:
+def spill_plot(
+    names: Sequence[str], points: Mapping[str, Sequence[Point | None]], label: str, *, narrow: bool = False
+) -> str:
     """Mean reward of kept tokens in the rejected and the revised answer, by their distance from an edit."""
     with style():
-        figure = Figure(figsize=(9.2, 3.0), layout="constrained")
+        figure = Figure(figsize=(NARROW, 4.0) if narrow else (WIDE, 3.0), layout="constrained")
         axes = figure.add_subplot()
         axes.axhline(0, color=INK, alpha=0.4, linestyle=(0, (4, 4)), linewidth=1)
         _draw_points(axes, points["rejected"], "in the rejected answer", NEGATIVE_COLOUR, "s", -0.08)
         _draw_points(axes, points["revised"], "in the revised answer", POSITIVE_COLOUR, "o", 0.08)
         _draw_points(axes, points["difference"], "difference", KEPT_COLOUR, "D", 0.0)
         _name_places(axes, names)
-        axes.set(
-            xlabel="kept tokens from the edit: before the first one (-), after the last one (+)", ylabel="mean reward"
-        )
-        axes.legend(fontsize=9)
+        if narrow:
+            axes.tick_params(axis="x", rotation=60)
+        axes.set_xlabel("kept tokens from the edit")
+        axes.set_ylabel("mean reward")
+        axes.legend(fontsize=10)
         return svg_text(figure, label)
 
 
-def comparison_plot(panels: Sequence[tuple[str, str, float, float, Sequence[int], Sequence[int]]], label: str) -> str:
-    """Histograms of mean token reward; a panel: (better, worse, low, high, counts of the better, of the worse)."""
+def comparison_panels(
+    compared: Sequence[tuple[str, str, float, float, Sequence[int], Sequence[int]]], label: str
+) -> list[str]:
+    """Histograms of mean token reward: one for each (better, worse, low, high, counts of better, counts of worse)."""
+    drawn = []
     with style():
-        figure = Figure(figsize=(4.6 * max(2, len(panels)), 2.8), layout="constrained")
-        for place, (better, worse, low, high, of_better, of_worse) in enumerate(panels):
-            axes = figure.add_subplot(1, max(2, len(panels)), place + 1)
+        for better, worse, low, high, of_better, of_worse in compared:
+            figure = Figure(figsize=(NARROW, 2.8), layout="constrained")
+            axes = figure.add_subplot()
             edges = [low + (high - low) * i / len(of_better) for i in range(len(of_better) + 1)]
             for counts, name, colour in ((of_worse, worse, NEGATIVE_COLOUR), (of_better, better, POSITIVE_COLOUR)):
                 axes.stairs(counts, edges, fill=True, color=colour, alpha=0.35)
                 axes.stairs(counts, edges, color=colour, label=name, linewidth=1.4)
-            axes.set(xlabel="mean reward of an answer's tokens", ylabel="answers" if place == 0 else "")
-            axes.legend(fontsize=9)
-        return svg_text(figure, label)
+            axes.set(xlabel="mean reward of an answer's tokens", ylabel="answers")
+            axes.legend(fontsize=10)
+            drawn.append(svg_text(figure, f"{label}: {better}, {worse}"))
+    return drawn

@@ -6,11 +6,8 @@ replaced by a sentence that says so.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +17,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from tlcr.config.schema import LOGIT_KINDS, SHARED_SCORE_KINDS
 from tlcr.report import analysis as analysis_page
-from tlcr.report import figures
+from tlcr.report import figures, tokens
 from tlcr.report.results import collect_results, models_folder, read_config, read_json, write_results
+from tlcr.report.tokens import number
 from tlcr.training.checkpoint import atomic_write
 from tlcr.training.metrics import read_metrics
-
-SHOWN_ANSWERS = 6
-"""Prompts whose answers are shown for each arm."""
-
-TOKEN_MEASURES = {
-    "reward": ("Reward", "what the arm's reward pays for this token, KL aside"),
-    "advantage": ("Advantage", "how much better this token was than the value model expected: what PPO reinforces"),
-    "value": ("Value", "the reward that the value model expects from here on, before this token"),
-    "kl": ("KL", "log pi(token) - log pi_ref(token) in nats: above 0 the policy likes it more than the reference did"),
-}
 
 CURVES = {
     "eval/gold_per_{per}": "Gold per {per}, held-out prompts",
@@ -77,10 +66,9 @@ def write_report(run_folder: str | Path) -> Path:
     """
     folder = Path(run_folder)
     results = write_results(folder)
-    plot = _frontier_plot(results)
-    texts = {"results.md": render_tables(results), "report.html": render(folder, results, plot)}
-    if plot is not None:
-        texts["frontier.svg"] = figures.as_file(plot)
+    texts = {"results.md": render_tables(results), "report.html": render(folder, results)}
+    if results["frontier"] is not None:
+        texts["frontier.svg"] = figures.as_file(_frontier_plot(results))
     for name, text in texts.items():
         with atomic_write(folder / name) as aside:
             aside.write_text(text, encoding="utf-8")
@@ -108,10 +96,24 @@ def _tables(results: Mapping[str, Any]) -> dict[str, Any]:
         "compares_kl": any(arm["kl_coef"] is not None for arm in results["arms"]),
         "seeds": sorted({seed["seed"] for arm in results["arms"] for seed in arm["seeds"]}),
         "frontier": results["frontier"],
+        "measure": _measure(results),
         "per": results["per"],
         "other_per": "token" if results["per"] == "answer" else "answer",
         "machines": [_machine(entry) for entry in results["machines"]],
     }
+
+
+def _measure(results: Mapping[str, Any]) -> str:
+    """What the arms are judged by: gold, or the arm's own reward ("proxy") in a run without a scorer."""
+    has_gold = any(arm["after"]["gold_per_token"] is not None for arm in results["arms"])
+    return "gold" if has_gold or not results["arms"] else "proxy"
+
+
+def _rewards(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The reward of every arm, as the config has it; defaults that an old config lacks are filled in."""
+    own = config.get("reward") or {}
+    rewards = [arm.get("reward") or own for arm in config.get("arms") or []] or [own]
+    return [{"kind": "continuous", "callable": None, "sequence_coef": 0.0, **reward} for reward in rewards]
 
 
 def _machine(entry: Mapping[str, Any]) -> str:
@@ -134,43 +136,43 @@ def render_tables(results: Mapping[str, Any]) -> str:
     return _template("results.md.j2", html=False).render(**_tables(results))
 
 
-def render(folder: Path, results: Mapping[str, Any], frontier_plot: Markup | None) -> str:
+def render(folder: Path, results: Mapping[str, Any]) -> str:
     """The page as text."""
     arms = list(dict.fromkeys(arm["name"] for arm in results["arms"]))
     config = read_config(folder)
+    rewards = _rewards(config)
+    embedded = (config.get("model") or {}).get("path") == "embedded"
+    analysis = _analysis(models_folder(folder))
+    curves = _curves(folder, results, arms)
+    # a page that has nothing else to begin with begins with the first curve
+    begins_with_curve = results["frontier"] is None and (analysis or {}).get("example") is None
+    first_curve = Markup(curves.pop(0)) if curves and begins_with_curve else None
     name = folder.resolve().name
     return _template("report.html.j2", html=True).render(
         **_tables(results),
         name=name,
-        has_gold=any(arm["after"]["gold_per_token"] is not None for arm in results["arms"]),
         verdicts=verdicts(results),
-        frontier_plot=frontier_plot,
+        uses_discriminator=any(reward["kind"] in LOGIT_KINDS for reward in rewards),
+        others=_other_rewards(rewards),
+        edit=tokens.drawn_edit((analysis or {}).get("example"), embedded_task=embedded),
+        frontier_plot=_frontier_plots(results),
         proxy_plot=_proxy_plot(results, arms),
-        curves_plot=_curves_plot(folder, results, arms),
+        first_curve=first_curve,
+        curves_plot=figures.panels(curves) if curves else None,
         discriminator=_discriminator(models_folder(folder)),
-        analysis=analysis_page.section(_analysis(models_folder(folder))),
+        analysis=analysis_page.section(analysis),
         labels=results["stages"].get("labels"),
         labels_plot=_labels_plot(results["stages"].get("labels")),
         stages={
             name: held for name in ("reward_model", "dpo", "sft") if (held := _held_out(results["stages"].get(name)))
         },
-        answers=_answers(folder, results),
-        token_measures=TOKEN_MEASURES,
+        answers=tokens.answers(folder, results, embedded_task=embedded),
+        token_measures=tokens.measures(embedded),
         config=(folder / "config.yaml").read_text(encoding="utf-8") if (folder / "config.yaml").exists() else None,
-        embedded=(config.get("model") or {}).get("path") == "embedded",
+        embedded=embedded,
         command=shlex.join(["tlcr", "run", f"{name}/config.yaml", "--output_dir", f"{name}-again"]),
         versions=results["versions"],
     )
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A figure for people: a fixed number of decimals, a real minus sign, a dash where there is none."""
-    if value is None:
-        return "–"  # noqa: RUF001
-    text = f"{value:.{digits}f}"
-    if float(text) == 0:
-        text = text.lstrip("-")
-    return text.replace("-", "\u2212")
 
 
 def verdicts(results: Mapping[str, Any]) -> list[str]:
@@ -195,6 +197,22 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
+def _other_rewards(rewards: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What rewards that read no discriminator pay for, in words, each once."""
+    words = []
+    for reward in rewards:
+        kind = reward["kind"]
+        if kind == "callable":
+            words.append(f"the function {reward['callable']}")
+        elif kind == "sequence" or kind in SHARED_SCORE_KINDS or reward["sequence_coef"]:
+            words.append("the score that a reward model gives to a whole answer")
+        elif kind == "dpo":
+            words.append("the log-ratio of a policy trained by DPO")
+        elif kind == "random":
+            words.append("random numbers, a control")
+    return list(dict.fromkeys(words))
+
+
 def print_results(run_folder: str | Path, console: Console | None = None) -> None:
     """Print the table of a run: gold, KL, length and ended share of every arm, and what the seeds say."""
     results = collect_results(run_folder)
@@ -208,19 +226,22 @@ def print_results(run_folder: str | Path, console: Console | None = None) -> Non
     table = Table(title=f"Held-out prompts, {seeds}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     compares_kl = any(arm["kl_coef"] is not None for arm in results["arms"])
     table.add_column("arm @ KL coefficient" if compares_kl else "arm", overflow="fold")
-    per = results["per"]
-    for heading in (f"gold per {per}", f"KL per {per}", "tokens", "ended"):
+    per, measure = results["per"], _measure(results)
+    judged = "gold" if measure == "gold" else "own reward"
+    for heading in (f"{judged} per {per}", f"KL per {per}", "tokens", "ended"):
         table.add_column(heading, justify="right", no_wrap=True)
     for arm in results["arms"]:
         before, after = arm["before"], arm["after"]
         table.add_row(
             arm["name"] if arm["kl_coef"] is None else f"{arm['name']} @ {arm['kl_coef']}",
-            f"{_mean(before[f'gold_per_{per}'])} → {_spread(after[f'gold_per_{per}'])}",
+            f"{_mean(before[f'{measure}_per_{per}'])} → {_spread(after[f'{measure}_per_{per}'])}",
             _spread(after[f"kl_per_{per}"]),
             f"{_mean(before['length'], 1)} → {_mean(after['length'], 1)}",
             _mean(after["ended_share"], 2),
         )
     console.print(table)
+    if measure == "proxy":
+        console.print("No scorer was set (evaluation.scorer): an arm's own reward says nothing of another arm's.")
     for sentence in verdicts(results):
         console.print(sentence, highlight=False)
 
@@ -260,9 +281,13 @@ def _along(results: Mapping[str, Any], measure: str) -> dict[str, tuple[list[fig
     return found
 
 
-def _frontier_plot(results: Mapping[str, Any]) -> Markup | None:
+def _frontier_plots(results: Mapping[str, Any]) -> Markup | None:
     if results["frontier"] is None:
         return None
+    return figures.wide_and_narrow(_frontier_plot(results), _frontier_plot(results, narrow=True))
+
+
+def _frontier_plot(results: Mapping[str, Any], *, narrow: bool = False) -> str:
     arms = list(dict.fromkeys(arm["name"] for arm in results["arms"]))
     along = _along(results, "gold")
     by_arm = {arm: seeds for arm, (seeds, _) in along.items()}
@@ -270,7 +295,7 @@ def _frontier_plot(results: Mapping[str, Any]) -> Markup | None:
     levels = [level["kl"] for level in results["frontier"]["levels"]]
     per = results["per"]
     label = f"Gold per {per} against KL for every arm"
-    return Markup(figures.frontier_plot(by_arm, means, arms, levels, per, label))
+    return figures.frontier_plot(by_arm, means, arms, levels, per, label, narrow=narrow)
 
 
 def _proxy_plot(results: Mapping[str, Any], arms: Sequence[str]) -> Markup | None:
@@ -278,12 +303,12 @@ def _proxy_plot(results: Mapping[str, Any], arms: Sequence[str]) -> Markup | Non
     both = {arm: (gold[arm][1], proxy[arm][1]) for arm in gold if arm in proxy}
     if not both:
         return None
-    label = "Gold and the arm's own reward against KL, a panel for every arm"
-    return Markup(figures.proxy_plot(both, arms, results["per"], label))
+    return figures.panels(figures.proxy_panels(both, arms, results["per"]))
 
 
-def _curves_plot(folder: Path, results: Mapping[str, Any], arms: Sequence[str]) -> Markup | None:
-    panels = []
+def _curves(folder: Path, results: Mapping[str, Any], arms: Sequence[str]) -> list[str]:
+    """A plot for each metric of training that was logged twice or more."""
+    titled = []
     rows = {
         (arm["name"], path): read_metrics(path)
         for arm in results["arms"]
@@ -298,10 +323,8 @@ def _curves_plot(folder: Path, results: Mapping[str, Any], arms: Sequence[str]) 
             if len(curve) > 1:
                 by_arm.setdefault(name, []).append(curve)
         if by_arm:
-            panels.append((title.format(per=results["per"]), by_arm))
-    if not panels:
-        return None
-    return Markup(figures.curve_grid(panels, arms, "Metrics of training against PPO updates, " + ", ".join(arms)))
+            titled.append((title.format(per=results["per"]), by_arm))
+    return figures.curve_panels(titled, arms)
 
 
 def _labels_plot(labels: Mapping[str, Any] | None) -> Markup | None:
@@ -347,75 +370,3 @@ def write_analysis_page(folder: Path, analysis: Mapping[str, Any], name: str) ->
     with atomic_write(folder / "analysis.html") as aside:
         aside.write_text(text, encoding="utf-8")
     return folder / "analysis.html"
-
-
-# ---- answers
-
-
-@dataclass(frozen=True)
-class ColouredToken:
-    """A token's text, the background of each measure as a CSS colour, and its figures in words."""
-
-    text: str
-    breaks: bool
-    """True where a line ends with it."""
-    colours: dict[str, str]
-    title: str
-
-
-def _answers(folder: Path, results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For each arm: the first seed's answers before and after, prompt by prompt, and the scale of each measure."""
-    first = {row["name"]: row for row in reversed(results["arms"])}
-    shown = []
-    for arm in dict.fromkeys(row["name"] for row in results["arms"]):
-        seed = first[arm]["seeds"][0]
-        path = folder / "ppo" / seed["folder"] / "samples.jsonl"
-        if not path.exists():
-            continue
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-        if not lines:
-            continue
-        scales = {measure: _scale([x for line in lines for x in line[measure]]) for measure in TOKEN_MEASURES}
-        colour = partial(_coloured, scales=scales)
-        by_prompt: dict[str, dict[str, Any]] = {}
-        for line in lines:
-            by_prompt.setdefault(line["prompt"], {})[line["when"]] = {"gold": line["gold"], "tokens": colour(line)}
-        shown.append(
-            {
-                "arm": arm,
-                "kl_coef": first[arm]["kl_coef"],
-                "seed": seed["seed"],
-                "scales": scales,
-                "prompts": [{"prompt": p, **sides} for p, sides in list(by_prompt.items())[:SHOWN_ANSWERS]],
-            }
-        )
-    return shown
-
-
-def _scale(values: Sequence[float]) -> float | None:
-    """The size at which a colour is full: the 98th percentile of |x|, so that one outlier does not pale the rest."""
-    sizes = sorted(abs(x) for x in values)
-    if not sizes or sizes[-1] == 0:
-        return None
-    return sizes[min(len(sizes) - 1, int(0.98 * len(sizes)))] or sizes[-1]
-
-
-def _coloured(line: Mapping[str, Any], scales: Mapping[str, float | None]) -> list[ColouredToken]:
-    tokens = []
-    for index, text in enumerate(line["tokens"]):
-        colours, words = {}, []
-        for measure, scale in scales.items():
-            # A rollout scored without a reward has no such list.
-            if index < len(line[measure]):
-                value = line[measure][index]
-                words.append(f"{TOKEN_MEASURES[measure][0].lower()} {number(value)}")
-                if scale:
-                    colours[measure] = _background(value / scale)
-        tokens.append(ColouredToken(text.replace("\n", "↵"), "\n" in text, colours, ", ".join(words)))
-    return tokens
-
-
-def _background(share: float) -> str:
-    """Blue above 0, orange below, as strong as |share|: told apart by colour-blind readers, over light and dark."""
-    base = "#2f7ed8" if share > 0 else "#e6820e"
-    return f"{base}{round(min(abs(share), 1.0) * 215):02x}"

@@ -116,9 +116,15 @@ def gold_at_matched_kl(
     return {seed: gold for seed, gold in found.items() if gold is not None}
 
 
-def largest_kl(curve: Sequence[Mapping[str, Any]], against: str = "kl_per_token") -> float:
-    """The largest KL that a run reached at an evaluation; 0 where it was not measured."""
-    return max((float(p[against]) for p in curve if p.get(against) is not None), default=0.0)
+def reached_kl(runs: Iterable[SeedRun], against: str = "kl_per_token") -> float:
+    """The KL that every seed's policies reached where training ended, at any of its coefficients; 0 without a run.
+
+    What a policy passed through on its way and left again does not count: no row of the table has it.
+    """
+    ends: dict[int, float] = {}
+    for run in runs:
+        ends[run.seed] = max(ends.get(run.seed, 0.0), float(run.after.get(against) or 0.0))
+    return min(ends.values(), default=0.0)
 
 
 def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[str, Any] | None:
@@ -163,12 +169,13 @@ def _way(own: Sequence[SeedRun], kl_coefs: Sequence[float | None]) -> Curve:
 def frontier(runs: Iterable[SeedRun], *, per: Per = "token") -> dict[str, Any] | None:
     """Arms compared by gold at matched KL, both per token or per answer, along their `paths`.
 
-    levels: each arm's gold over its seeds at shares of the KL that half of the arms reached with every seed; None for
-    an arm that did not reach a level with every seed, because those that did would be a selection.
-    comparisons: the first arm against each other one, at the largest KL that all runs of these two reached.
+    levels: each arm's gold over its seeds at shares of the KL that half of the arms reached (`reached_kl`); None for an
+    arm that did not reach a level with every seed, because those that did would be a selection.
+    comparisons: the first arm against each other one, at the largest KL that both reached.
     None where no run has gold at a KL above 0.
     """
     measure, against = f"gold_per_{per}", f"kl_per_{per}"
+    runs = list(runs)
     curves = {
         arm: measured
         for arm, by_seed in paths(runs).items()
@@ -176,7 +183,10 @@ def frontier(runs: Iterable[SeedRun], *, per: Per = "token") -> dict[str, Any] |
     }
     if not curves:
         return None
-    reached = {arm: min(largest_kl(c, against) for c in by_seed.values()) for arm, by_seed in curves.items()}
+    reached = {
+        arm: reached_kl([run for run in runs if run.arm == arm and run.seed in by_seed], against)
+        for arm, by_seed in curves.items()
+    }
 
     def at(arm: str, kl: float) -> dict[int, float]:
         return gold_at_matched_kl(curves[arm], kl, measure=measure, against=against)
@@ -239,9 +249,22 @@ def read_runs(folder: Path) -> list[SeedRun]:
         arm, kl_coef, seed = read_folder(PurePosixPath(path.parent.relative_to(folder / "ppo")))
         metrics = path.with_name("metrics.jsonl")
         rows = read_metrics(metrics) if metrics.exists() else []
-        found.append(SeedRun(arm, kl_coef, seed, evaluation["before"], evaluation["after"], _curve(rows, evaluation)))
+        ends = {when: with_exact_kl(evaluation[when]) for when in ("before", "after")}
+        found.append(SeedRun(arm, kl_coef, seed, ends["before"], ends["after"], _curve(rows, ends)))
     order = {name: place for place, name in enumerate(_arm_order(folder))}
     return sorted(found, key=lambda run: (order.get(run.arm, len(order)), run.arm, run.kl_coef or 0.0, run.seed))
+
+
+def with_exact_kl(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The evaluation with the exact KL in place of the sampled one, where it was saved.
+
+    The sampled KL is a mean of log-ratios. Near the reference its noise is larger than itself, and it may be negative.
+    The exact one is a mean over the same states of KL(policy || reference) over the whole vocabulary.
+    """
+    exact, length = evaluation.get("exact_kl_per_token"), evaluation.get("length")
+    if exact is None or length is None:
+        return dict(evaluation)
+    return {**evaluation, "kl_per_token": exact, "kl_per_answer": exact * length}
 
 
 def _arm_order(folder: Path) -> list[str]:
@@ -255,7 +278,7 @@ def _curve(rows: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any]) -> 
     for row in rows:
         values = {name: row[f"eval/{name}"] for name in MEASURES if row.get(f"eval/{name}") is not None}
         if values:
-            points[row["step"]] = {"update": row["step"], **values}
+            points[row["step"]] = {"update": row["step"], **with_exact_kl(values)}
     last = max((row["step"] for row in rows), default=1)
     # The first and the last evaluation are those of evaluation.json, whether or not training logged them.
     for step, when in ((0, "before"), (last, "after")):
@@ -268,7 +291,8 @@ def collect_results(folder: str | Path) -> dict[str, Any]:
     """Everything that results.json holds, from the files of a run.
 
     arms: for each, and each KL coefficient that it was tried at, its seeds' evaluations and curves, and mean, sd and
-    interval over seeds before and after. per: what gold and KL are compared per, `evaluation.per` of the config.
+    interval over seeds before and after; the KL is the exact one where it was saved (`with_exact_kl`).
+    per: what gold and KL are compared per, `evaluation.per` of the config.
     frontier: see `frontier`; paths: what it compares.
     stages: the metrics of SFT, reward model, DPO and discriminator (done.json), the statistics of the labels, of the
     first seed where each has models of its own; what was not run is absent. versions: of the libraries that trained.
