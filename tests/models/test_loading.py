@@ -117,13 +117,16 @@ def test_pickled_weights_are_not_loaded(tmp_path, tiny_tokenizer, make):
 # ---- tokenizers
 
 
-def test_a_missing_padding_token_is_an_error_with_its_remedy(tmp_path, tiny_tokenizer):
+def test_the_end_of_sequence_pads_where_no_token_is_named_for_it(tmp_path, tiny_tokenizer, caplog):
     tiny_tokenizer.save_pretrained(tmp_path)
     rewrite(tmp_path / "tokenizer_config.json", pad_token=None)
-    with pytest.raises(ConfigError, match=r"has no padding token; set model.pad_token: '<eos>'"):
-        load_tokenizer(config(tmp_path))
-    tokenizer = load_tokenizer(config(tmp_path, pad_token="<eos>"))
+    for _ in range(2):
+        tokenizer = load_tokenizer(config(tmp_path))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == tiny_tokenizer.eos_token_id
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the tokenizer {str(tmp_path)!r} names no padding token: '<eos>' pads, masks know lengths"
+    ]
+    assert load_tokenizer(config(tmp_path, pad_token="<bos>")).pad_token == "<bos>"
     with pytest.raises(ConfigError, match=r"'<nothing>' is not in the vocabulary .* such as '<eos>'"):
         load_tokenizer(config(tmp_path, pad_token="<nothing>"))
     assert len(load_tokenizer(config(tmp_path, pad_token="<eos>"))) == len(tiny_tokenizer)  # nothing was added

@@ -107,7 +107,11 @@ class GeneratorConfig(Checked):
     dtype: Dtype = knob("float32", "dtype of weights and activations; the optimiser keeps float32 masters of bfloat16")
     pad_token: str | None = knob(None, "a token to pad with, for a tokenizer that names none", advanced=True)
     chat_template: str | None = knob(None, "a Jinja template (text, or a file's path) for a tokenizer without one")
-    attn_implementation: str = knob("sdpa", "attention implementation of transformers", advanced=True)
+    attn_implementation: str = knob(
+        "auto",
+        "attention implementation of transformers; auto: sdpa, or eager where the architecture has no other",
+        advanced=True,
+    )
     trust_remote_code: bool = knob(
         False, "run code that comes with the model: only for sources you trust", advanced=True
     )

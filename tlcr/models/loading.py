@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    AutoTokenizer,
     GenerationConfig,
     GgufConfig,
     PreTrainedModel,
@@ -26,11 +29,13 @@ from transformers.initialization import no_init_weights
 from tlcr import ops
 from tlcr.config.schema import GeneratorConfig, ModelConfig
 from tlcr.errors import ConfigError, DataError
-from tlcr.models import attention
-from tlcr.models.heads import classification_head, use_float32_head
+from tlcr.models import inspection
+from tlcr.models.heads import Head, classification_head, use_float32_head
 from tlcr.models.layers import fuse_layers
 from tlcr.training.checkpoint import atomic_write, sync_folder
 from tlcr.training.distributed import on_main_process
+
+logger = logging.getLogger("tlcr")
 
 TWO_CLASSES = {0: "negative", 1: "positive"}
 THREE_CLASSES = {0: "negative", 1: "neutral", 2: "positive"}
@@ -44,59 +49,55 @@ def load_tokenizer(cfg: GeneratorConfig) -> PreTrainedTokenizerBase:
         cfg: the model's folder or hub name, and settings for what its tokenizer lacks.
 
     Returns:
-        A fast tokenizer with character offsets, an end-of-sequence token and a padding token.
+        A fast tokenizer with character offsets, an end-of-sequence token and a padding token. Where it names none, or
+        one that the model has no embedding for, the end-of-sequence token pads: every mask comes from lengths.
 
     Raises:
         ConfigError: one of these is missing; the message names the setting that supplies it.
     """
-    source = _named(cfg.tokenizer or cfg.path)
-    with _loading("tokenizer", source):
-        tokenizer = AutoTokenizer.from_pretrained(
-            source,
-            trust_remote_code=cfg.trust_remote_code,
-            **({"gguf_file": cfg.gguf_file} if cfg.gguf_file and not cfg.tokenizer else {}),
-        )
-    if not tokenizer.is_fast:
-        raise ConfigError(
-            f"the tokenizer {source!r} is a {type(tokenizer).__name__}, which gives no character offsets; tlcr aligns "
-            "text and tokens by them: name a fast one (a folder with tokenizer.json) with model.tokenizer"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"the tokenizer {source!r} has no end-of-sequence token; answers could never end: set eos_token in its "
-            "tokenizer_config.json"
-        )
+    _named(cfg.tokenizer or cfg.path)
+    tokenizer, faults = inspection.inspect_tokenizer(cfg)
+    inspection.raise_first(faults)
+    assert tokenizer is not None
     if cfg.pad_token is not None:
-        if cfg.pad_token not in tokenizer.get_vocab():
-            raise ConfigError(
-                f"model.pad_token {cfg.pad_token!r} is not in the vocabulary of {source!r}; name a token that is, such "
-                f"as {tokenizer.eos_token!r}"
-            )
         tokenizer.pad_token = cfg.pad_token
-    if tokenizer.pad_token_id is None:
-        raise ConfigError(
-            f"the tokenizer {source!r} has no padding token; set model.pad_token: {tokenizer.eos_token!r} (its "
-            "end-of-sequence token: safe here, because every mask comes from lengths and never from ids)"
-        )
+    rows = inspection.embedding_rows(cfg)
+    if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
+        why = "names no padding token" if tokenizer.pad_token_id is None else f"pads with {tokenizer.pad_token!r}, "
+        why += "" if tokenizer.pad_token_id is None else f"for which {cfg.path!r} has no embedding"
+        _note(f"the tokenizer {(cfg.tokenizer or cfg.path)!r} {why}: {tokenizer.eos_token!r} pads, masks know lengths")
+        tokenizer.pad_token = tokenizer.eos_token
     if cfg.chat_template is not None:
         tokenizer.chat_template = _template(cfg.chat_template)
     return tokenizer
 
 
 def load_causal_lm(cfg: GeneratorConfig) -> PreTrainedModel:
-    """The causal language model of ``cfg``, in its dtype, with no dropout. Safetensors only, or the GGUF file named."""
+    """The causal language model of ``cfg``, in its dtype, with no dropout. Safetensors only, or the GGUF file named.
+
+    Args:
+        cfg: the model's folder or hub name, and settings of loading.
+
+    Returns:
+        The model, every weight of which was in the file.
+
+    Raises:
+        ConfigError: the folder has a fault (``tlcr.models.inspection``), or it is not one that transformers can load.
+    """
     source = _named(cfg.path)
+    found = _inspected(cfg, "policy")
     with _loading("language model", source):
         if cfg.gguf_file:
             # Packed GGUF blocks can be neither trained nor saved.
             unpacked = GgufConfig(dequantize=True)
-            model = AutoModelForCausalLM.from_pretrained(
-                source, gguf_file=cfg.gguf_file, quantization_config=unpacked, **_common(cfg)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, gguf_file=cfg.gguf_file, quantization_config=unpacked, **_common(cfg, found)
             )
             model.config.quantization_config = None
             model.hf_quantizer = None  # type: ignore[assignment]
         else:
-            model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **_common(cfg))
+            model, report = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **_common(cfg, found))
+    _check_report(report, model, cfg, "policy", found)
     return _prepared(model, cfg)
 
 
@@ -123,7 +124,7 @@ def load_token_classifier(
                 "a new token classifier needs id2label: TWO_CLASSES or THREE_CLASSES of tlcr.models.loading"
             )
         return _with_new_head(AutoModelForTokenClassification, source, cfg, dict(id2label))
-    model = _load_classifier(AutoModelForTokenClassification, source, cfg)
+    model = _load_classifier("discriminator", source, cfg)
     found = {int(index): label for index, label in (model.config.id2label or {}).items()}
     accepted = [TWO_CLASSES, THREE_CLASSES] if id2label is None else [dict(id2label)]
     if found not in accepted:
@@ -150,12 +151,13 @@ def load_sequence_classifier(source: str | Path | PreTrainedModel, cfg: ModelCon
     """
     if isinstance(source, PreTrainedModel):
         return _with_new_head(AutoModelForSequenceClassification, source, cfg, {0: "score"})
-    model = _load_classifier(AutoModelForSequenceClassification, source, cfg)
+    model = _load_classifier("reward_model", source, cfg)
     if model.config.num_labels != 1:
-        raise ConfigError(
-            f"the reward model {str(source)!r} has {model.config.num_labels} outputs; wanted 1, the score "
-            "of an answer: train it with 'tlcr train reward-model'"
-        )
+        inspection.raise_first([inspection.several_outputs(str(source), model.config.num_labels)])
+    own = {name: getattr(model.config, name) for name in ("mean", "std") if hasattr(model.config, name)}
+    if own:
+        said = " and ".join(f"{name} {value}" for name, value in own.items())
+        _note(f"the reward model {str(source)!r} has {said} in its config.json: not applied, scores are the head's own")
     return model
 
 
@@ -298,16 +300,44 @@ def _template(template: str) -> str:
     return Path(template).read_text(encoding="utf-8")
 
 
-def _common(cfg: GeneratorConfig) -> dict[str, Any]:
+def _inspected(cfg: GeneratorConfig, role: inspection.Role) -> inspection.Inspection:
+    found = inspection.inspect_model(cfg, role)
+    inspection.raise_first(found.faults)
+    if found.attention == "eager" and cfg.attn_implementation != "eager":
+        _note(f"{cfg.path!r} runs with eager attention (model.attn_implementation): its architecture has no other")
+    return found
+
+
+def _common(cfg: GeneratorConfig, found: inspection.Inspection) -> dict[str, Any]:
     return {
+        "config": found.config,
         "dtype": getattr(torch, cfg.dtype),
-        "attn_implementation": _attention(cfg),
+        "attn_implementation": found.attention,
         "trust_remote_code": cfg.trust_remote_code,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # the report names them, see _check_report
     }
 
 
-def _attention(cfg: GeneratorConfig) -> str:
-    return attention.NAME if cfg.attn_implementation == "sdpa" else cfg.attn_implementation
+def _check_report(
+    report: Mapping[str, Any],
+    model: PreTrainedModel,
+    cfg: GeneratorConfig,
+    role: inspection.Role,
+    found: inspection.Inspection,
+) -> None:
+    """Raises ConfigError where a weight was newly initialised; a note of weights that no part of the model took."""
+    inspection.raise_first(inspection.report_faults(report, model, cfg, role, found.head))
+    unused = inspection.unused(report, found.head)
+    if unused:
+        count = f"{len(unused)} weight{'s' if len(unused) > 1 else ''}"
+        _note(f"{count} of {cfg.path!r} are not used as {type(model).__name__}: {inspection.some(unused)}")
+
+
+@functools.cache
+def _note(message: str) -> None:
+    """Logs the message the first time it comes."""
+    logger.warning("%s", message)
 
 
 @contextmanager
@@ -315,14 +345,11 @@ def _loading(what: str, source: str) -> Iterator[None]:
     """Turns any error from a missing folder, or from one of another format, into a ConfigError of one line."""
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         if isinstance(error, ConfigError):
             raise
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"cannot load a {what} from {source!r}: {reason[:400]}; give a folder that transformers can load (hub "
-            "names need the network, or a filled cache)"
-        ) from error
+        reason = inspection.one_line(error)
+        raise ConfigError(f"cannot load a {what} from {source!r}: {reason}; {inspection.LOADABLE}") from error
 
 
 def _prepared(model: PreTrainedModel, cfg: GeneratorConfig) -> PreTrainedModel:
@@ -335,17 +362,31 @@ def _prepared(model: PreTrainedModel, cfg: GeneratorConfig) -> PreTrainedModel:
     return model.eval()
 
 
-def _load_classifier(auto: Any, source: str | Path, cfg: ModelConfig) -> PreTrainedModel:
-    source = str(source)
-    with _loading("classifier", source):
-        model, report = auto.from_pretrained(source, use_safetensors=True, output_loading_info=True, **_common(cfg))
-    if report["missing_keys"]:
-        raise ConfigError(
-            f"{source!r} holds no trained {auto.__name__.removeprefix('AutoModelFor')} model: it lacks "
-            f"{', '.join(sorted(report['missing_keys']))}; name the folder of a trained one"
-        )
-    use_float32_head(model, saved_in=source)
+def _load_classifier(role: inspection.Role, source: str | Path, cfg: ModelConfig) -> PreTrainedModel:
+    cfg = replace(cfg, path=str(source), gguf_file=None)
+    found = _inspected(cfg, role)
+    with _loading("classifier", cfg.path):
+        model, report = inspection.AUTO[role].from_pretrained(cfg.path, use_safetensors=True, **_common(cfg, found))
+    _check_report(report, model, cfg, role, found)
+    if role == "reward_model":
+        _use_stored_head(model, found)
+    use_float32_head(model, saved_in=cfg.path)
     return _prepared(model, cfg)
+
+
+def _use_stored_head(model: PreTrainedModel, found: inspection.Inspection) -> None:
+    """Gives a reward model the head of its file where transformers knows it by another name, or without its bias."""
+    stored, name = found.head, inspection.name_of_head(model)
+    if stored is None or name is None or found.weights is None:
+        return
+    own = classification_head(model)
+    if stored.name == name and stored.has_bias == (own.bias is not None):
+        return
+    weights = inspection.read_weights(found.weights, stored.name)
+    dtype = torch.promote_types(weights["weight"].dtype, torch.float32)
+    head = Head(own.in_features, own.out_features, bias=stored.has_bias, device="meta")
+    head.load_state_dict({key: weight.to(own.weight.device, dtype) for key, weight in weights.items()}, assign=True)
+    model.set_submodule(name, head)
 
 
 def _with_new_head(
@@ -362,7 +403,9 @@ def _with_new_head(
     config.label2id = {label: index for index, label in id2label.items()}
     config.classifier_dropout = 0.0
     with no_init_weights():
-        model = auto.from_config(config, dtype=causal_lm.dtype, attn_implementation=_attention(cfg))
+        model = auto.from_config(
+            config, dtype=causal_lm.dtype, attn_implementation=inspection.attention_for(cfg, auto, config)
+        )
     model.to(causal_lm.device)
     use_float32_head(model)
     backbone(model).load_state_dict(backbone(causal_lm).state_dict(), strict=True)
