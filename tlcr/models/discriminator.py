@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tlcr import ops
 from tlcr.config.schema import ModelConfig
 from tlcr.models.bidirectional import make_top_layers_bidirectional
-from tlcr.models.loading import THREE_CLASSES, TWO_CLASSES, load_token_classifier, load_tokenizer
+from tlcr.models.inspection import THREE_CLASSES, TWO_CLASSES
+from tlcr.models.loading import load_token_classifier, load_tokenizer
 from tlcr.text.padding import pad_right
 from tlcr.text.tokenization import encode_answers, token_pieces
 from tlcr.types import LabelledAnswer, LabelledPair

@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     GenerationConfig,
@@ -30,15 +29,17 @@ from tlcr import ops
 from tlcr.config.schema import GeneratorConfig, ModelConfig
 from tlcr.errors import ConfigError, DataError
 from tlcr.models import inspection
+from tlcr.models.faults import AUTO, LOADABLE, Role, one_line, raise_first, some
 from tlcr.models.heads import Head, classification_head, use_float32_head
+from tlcr.models.inspection import THREE_CLASSES, TWO_CLASSES, Inspection
 from tlcr.models.layers import fuse_layers
+from tlcr.models.weight_files import read_weights
+from tlcr.models.weight_names import name_of_head, report_faults, unused
 from tlcr.training.checkpoint import atomic_write, sync_folder
 from tlcr.training.distributed import on_main_process
 
 logger = logging.getLogger("tlcr")
 
-TWO_CLASSES = {0: "negative", 1: "positive"}
-THREE_CLASSES = {0: "negative", 1: "neutral", 2: "positive"}
 CONFIG = "config.json"
 
 
@@ -57,7 +58,7 @@ def load_tokenizer(cfg: GeneratorConfig) -> PreTrainedTokenizerBase:
     """
     _named(cfg.tokenizer or cfg.path)
     tokenizer, faults = inspection.inspect_tokenizer(cfg)
-    inspection.raise_first(faults)
+    raise_first(faults)
     assert tokenizer is not None
     if cfg.pad_token is not None:
         tokenizer.pad_token = cfg.pad_token
@@ -86,17 +87,16 @@ def load_causal_lm(cfg: GeneratorConfig) -> PreTrainedModel:
     """
     source = _named(cfg.path)
     found = _inspected(cfg, "policy")
-    with _loading("language model", source):
+    with _loading("language model", source), inspection.quiet():
         if cfg.gguf_file:
             # Packed GGUF blocks can be neither trained nor saved.
-            unpacked = GgufConfig(dequantize=True)
-            model, report = AutoModelForCausalLM.from_pretrained(
-                source, gguf_file=cfg.gguf_file, quantization_config=unpacked, **_common(cfg, found)
-            )
-            model.config.quantization_config = None
-            model.hf_quantizer = None  # type: ignore[assignment]
+            options: dict[str, Any] = {"gguf_file": cfg.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
         else:
-            model, report = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **_common(cfg, found))
+            options = {"use_safetensors": True}
+        model, report = AUTO["policy"].from_pretrained(source, **options, **_common(cfg, found))
+    if cfg.gguf_file:
+        model.config.quantization_config = None
+        model.hf_quantizer = None
     _check_report(report, model, cfg, "policy", found)
     return _prepared(model, cfg)
 
@@ -121,18 +121,12 @@ def load_token_classifier(
     if isinstance(source, PreTrainedModel):
         if id2label is None:
             raise ConfigError(
-                "a new token classifier needs id2label: TWO_CLASSES or THREE_CLASSES of tlcr.models.loading"
+                "a new token classifier needs id2label: TWO_CLASSES or THREE_CLASSES of tlcr.models.inspection"
             )
         return _with_new_head(AutoModelForTokenClassification, source, cfg, dict(id2label))
     model = _load_classifier("discriminator", source, cfg)
-    found = {int(index): label for index, label in (model.config.id2label or {}).items()}
     accepted = [TWO_CLASSES, THREE_CLASSES] if id2label is None else [dict(id2label)]
-    if found not in accepted:
-        raise ConfigError(
-            f"the token classifier {str(source)!r} has the labels {_names(found)}; wanted "
-            f"{' or '.join(_names(labels) for labels in accepted)}, in this order: train it with 'tlcr train "
-            "discriminator', or rename id2label in its config.json if these are the same classes"
-        )
+    raise_first(inspection.label_faults(model.config, str(source), accepted))
     return model
 
 
@@ -152,8 +146,9 @@ def load_sequence_classifier(source: str | Path | PreTrainedModel, cfg: ModelCon
     if isinstance(source, PreTrainedModel):
         return _with_new_head(AutoModelForSequenceClassification, source, cfg, {0: "score"})
     model = _load_classifier("reward_model", source, cfg)
-    if model.config.num_labels != 1:
-        inspection.raise_first([inspection.several_outputs(str(source), model.config.num_labels)])
+    outputs = model.config.num_labels or 0
+    if outputs != 1:
+        raise_first([inspection.several_outputs(str(source), outputs)])
     own = {name: getattr(model.config, name) for name in ("mean", "std") if hasattr(model.config, name)}
     if own:
         said = " and ".join(f"{name} {value}" for name, value in own.items())
@@ -300,15 +295,15 @@ def _template(template: str) -> str:
     return Path(template).read_text(encoding="utf-8")
 
 
-def _inspected(cfg: GeneratorConfig, role: inspection.Role) -> inspection.Inspection:
+def _inspected(cfg: GeneratorConfig, role: Role) -> Inspection:
     found = inspection.inspect_model(cfg, role)
-    inspection.raise_first(found.faults)
+    raise_first(found.faults)
     if found.attention == "eager" and cfg.attn_implementation != "eager":
         _note(f"{cfg.path!r} runs with eager attention (model.attn_implementation): its architecture has no other")
     return found
 
 
-def _common(cfg: GeneratorConfig, found: inspection.Inspection) -> dict[str, Any]:
+def _common(cfg: GeneratorConfig, found: Inspection) -> dict[str, Any]:
     return {
         "config": found.config,
         "dtype": getattr(torch, cfg.dtype),
@@ -323,15 +318,15 @@ def _check_report(
     report: Mapping[str, Any],
     model: PreTrainedModel,
     cfg: GeneratorConfig,
-    role: inspection.Role,
-    found: inspection.Inspection,
+    role: Role,
+    found: Inspection,
 ) -> None:
     """Raises ConfigError where a weight was newly initialised; a note of weights that no part of the model took."""
-    inspection.raise_first(inspection.report_faults(report, model, cfg, role, found.head))
-    unused = inspection.unused(report, found.head)
-    if unused:
-        count = f"{len(unused)} weight{'s' if len(unused) > 1 else ''}"
-        _note(f"{count} of {cfg.path!r} are not used as {type(model).__name__}: {inspection.some(unused)}")
+    raise_first(report_faults(report, model, cfg, role, found.head))
+    left_over = unused(report, found.head)
+    if left_over:
+        count = f"{len(left_over)} weight{'s' if len(left_over) > 1 else ''}"
+        _note(f"{count} of {cfg.path!r} are not used as {type(model).__name__}: {some(left_over)}")
 
 
 @functools.cache
@@ -348,8 +343,8 @@ def _loading(what: str, source: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         if isinstance(error, ConfigError):
             raise
-        reason = inspection.one_line(error)
-        raise ConfigError(f"cannot load a {what} from {source!r}: {reason}; {inspection.LOADABLE}") from error
+        reason = one_line(error)
+        raise ConfigError(f"cannot load a {what} from {source!r}: {reason}; {LOADABLE}") from error
 
 
 def _prepared(model: PreTrainedModel, cfg: GeneratorConfig) -> PreTrainedModel:
@@ -362,11 +357,11 @@ def _prepared(model: PreTrainedModel, cfg: GeneratorConfig) -> PreTrainedModel:
     return model.eval()
 
 
-def _load_classifier(role: inspection.Role, source: str | Path, cfg: ModelConfig) -> PreTrainedModel:
+def _load_classifier(role: Role, source: str | Path, cfg: ModelConfig) -> PreTrainedModel:
     cfg = replace(cfg, path=str(source), gguf_file=None)
     found = _inspected(cfg, role)
-    with _loading("classifier", cfg.path):
-        model, report = inspection.AUTO[role].from_pretrained(cfg.path, use_safetensors=True, **_common(cfg, found))
+    with _loading("classifier", cfg.path), inspection.quiet():
+        model, report = AUTO[role].from_pretrained(cfg.path, use_safetensors=True, **_common(cfg, found))
     _check_report(report, model, cfg, role, found)
     if role == "reward_model":
         _use_stored_head(model, found)
@@ -374,15 +369,15 @@ def _load_classifier(role: inspection.Role, source: str | Path, cfg: ModelConfig
     return _prepared(model, cfg)
 
 
-def _use_stored_head(model: PreTrainedModel, found: inspection.Inspection) -> None:
+def _use_stored_head(model: PreTrainedModel, found: Inspection) -> None:
     """Gives a reward model the head of its file where transformers knows it by another name, or without its bias."""
-    stored, name = found.head, inspection.name_of_head(model)
+    stored, name = found.head, name_of_head(model)
     if stored is None or name is None or found.weights is None:
         return
     own = classification_head(model)
     if stored.name == name and stored.has_bias == (own.bias is not None):
         return
-    weights = inspection.read_weights(found.weights, stored.name)
+    weights = read_weights(found.weights, stored.name)
     dtype = torch.promote_types(weights["weight"].dtype, torch.float32)
     head = Head(own.in_features, own.out_features, bias=stored.has_bias, device="meta")
     head.load_state_dict({key: weight.to(own.weight.device, dtype) for key, weight in weights.items()}, assign=True)
@@ -412,7 +407,3 @@ def _with_new_head(
     for parameter in classification_head(model).parameters():
         nn.init.zeros_(parameter)
     return _prepared(model, cfg)
-
-
-def _names(labels: Mapping[int, str]) -> str:
-    return "[" + ", ".join(labels[index] for index in sorted(labels)) + "]"
