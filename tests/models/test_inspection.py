@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    Gemma2Config,
-    Gemma2ForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
@@ -451,7 +451,7 @@ def test_a_head_under_another_name_or_with_a_bias_is_used_in_float32(reward_fold
     caplog.clear()
     model = is_sound(reward_folder, "reward_model", dtype=dtype)
     assert classification_head(model).weight.dtype == torch.float32
-    assert torch.equal(sequence_scores(model, IDS, IDS >= 0), plain + (2.5 if bias else 0.0))
+    torch.testing.assert_close(sequence_scores(model, IDS, IDS >= 0), plain + (2.5 if bias else 0.0))
     assert not caplog.records
 
 
@@ -499,21 +499,19 @@ def test_a_discriminator_with_other_labels(tmp_path, tiny_tokenizer, tiny_causal
 @pytest.fixture
 def eager_only(tmp_path, tiny_tokenizer) -> Path:
     """A model of an architecture that transformers gives no sdpa attention."""
-    config = Gemma2Config(
+    config = GPTNeoConfig(
         vocab_size=len(tiny_tokenizer),
         hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=64,
     )
-    save_model(Gemma2ForCausalLM(config), tiny_tokenizer, tmp_path / "eager")
+    save_model(GPTNeoForCausalLM(config), tiny_tokenizer, tmp_path / "eager")
     return tmp_path / "eager"
 
 
-def test_an_architecture_without_sdpa_runs_eager_and_says_so_once(eager_only, monkeypatch, caplog):
-    monkeypatch.setattr("transformers.models.gemma2.modeling_gemma2.Gemma2PreTrainedModel._supports_sdpa", False)
+def test_an_architecture_without_sdpa_runs_eager_and_says_so_once(eager_only, tiny_tokenizer, caplog):
     for _ in range(2):
         model = is_sound(eager_only)
     assert model.config._attn_implementation == "eager"
@@ -521,14 +519,16 @@ def test_an_architecture_without_sdpa_runs_eager_and_says_so_once(eager_only, mo
         f"{str(eager_only)!r} runs with eager attention (model.attn_implementation): its architecture has no other"
     ]
     scorer = load_sequence_classifier(model, ModelConfig())
-    assert scorer.config._attn_implementation == "eager"
-    assert sequence_scores(scorer, IDS, IDS >= 0).tolist() == [0.0, 0.0]
+    torch.nn.init.normal_(classification_head(scorer).weight)
+    save_model(scorer, tiny_tokenizer, eager_only.parent / "reward")
+    loaded = is_sound(eager_only.parent / "reward", "reward_model")
+    assert loaded.config._attn_implementation == "eager"
+    torch.testing.assert_close(sequence_scores(loaded, IDS, IDS >= 0), sequence_scores(scorer, IDS, IDS >= 0))
 
 
-def test_an_attention_that_is_named_and_does_not_work_is_a_whole_sentence(eager_only, monkeypatch):
-    monkeypatch.setattr("transformers.models.gemma2.modeling_gemma2.Gemma2PreTrainedModel._supports_sdpa", False)
+def test_an_attention_that_is_named_and_does_not_work_is_a_whole_sentence(eager_only):
     fault = only_fault(eager_only, attn_implementation="sdpa")
-    assert fault.startswith("model.attn_implementation 'sdpa' does not work with Gemma2ForCausalLM: ")
+    assert fault.startswith("model.attn_implementation 'sdpa' does not work with GPTNeoForCausalLM: ")
     assert fault.endswith("; leave model.attn_implementation out, or set it to eager, which every architecture has")
     is_sound(eager_only, attn_implementation="eager")
 

@@ -166,8 +166,15 @@ def inspect_tokenizer(cfg: GeneratorConfig) -> tuple[PreTrainedTokenizerBase | N
 
 
 def embedding_rows(cfg: GeneratorConfig) -> int | None:
-    """Rows of the model's input embeddings by its config; None where there is no config to read beside the tokenizer,
-    which loading the model reports, and for GGUF, whose file has both."""
+    """Rows of the model's input embeddings, by its config.
+
+    Args:
+        cfg: the model's folder or hub name.
+
+    Returns:
+        The rows; None where there is no config to read beside the tokenizer, which loading the model reports, and for
+        GGUF, whose file has both.
+    """
     folder = Path(cfg.path)
     if cfg.gguf_file or (folder.is_dir() and not (folder / CONFIG_NAME).is_file()):
         return None
