@@ -4,6 +4,7 @@ They carry only their message, so that they can be pickled between processes.
 """
 
 __all__ = [
+    "AnotherProcessFailed",
     "BackendUnavailable",
     "BudgetExhausted",
     "CheckpointError",
@@ -51,6 +52,10 @@ class CheckpointError(TlcrError, RuntimeError):
 
 class TrainingDiverged(TlcrError, RuntimeError):
     """Training met NaN, infinity or an exploding ratio and stopped, with its state saved."""
+
+
+class AnotherProcessFailed(TlcrError, RuntimeError):
+    """This process is in order, and one that works with it is not; the other one says why."""
 
 
 class ExtensionWarning(RuntimeWarning):

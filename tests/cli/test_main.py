@@ -312,3 +312,77 @@ def test_a_reader_that_leaves_early_is_no_error(unbuffered: str) -> None:
     done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, timeout=60, env=environment)
     os.close(write_end)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+# ---- several processes
+
+
+@pytest.fixture
+def second_of_two(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """This process is one of two, which are not joined; what ends it is recorded instead."""
+    from tlcr.cli import together
+
+    ended: list[str] = []
+
+    def fail(code: int, error: BaseException, message: str) -> None:
+        ended.append(message)
+        raise SystemExit(code)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(together, "begin", lambda: None)
+    monkeypatch.setattr(together, "fail", fail)
+    return ended
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["doctor"],
+        ["report", "x"],
+        ["analyse", "x"],
+        ["score", "--response", "x"],
+        ["revise"],
+        ["revise", "--dry-run"],
+        ["evaluate-tokens", "--spans", "x"],
+        ["answer", "m"],
+        ["judge", "a", "b"],
+    ],
+)
+def test_what_several_processes_cannot_share_is_refused(
+    arguments: list[str], second_of_two: list[str], calls: list[Any]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert second_of_two == [
+        f"tlcr: error: 'tlcr {arguments[0]}' works in one process, and the launcher started 2; run it without the "
+        "launcher (what several can share: run, train, label, evaluate)\n"
+    ]
+    assert calls == []
+
+
+def test_one_of_several_processes_prints_the_config(
+    second_of_two: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(["run", "--print-config"]) == 0
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["run", "--print-config"]) == 0
+    assert "output_dir" in capsys.readouterr().out
+
+
+def test_an_exception_of_one_process_is_a_traceback_and_a_line(
+    second_of_two: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_down(arguments: Any) -> int:
+        raise MemoryError("of\nthe device")
+
+    monkeypatch.setitem(cli.HANDLERS, "run", break_down)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["run", "c.yaml"])
+    (message,) = second_of_two
+    assert message.startswith("Traceback (most recent call last):") and "in break_down" in message
+    assert message.splitlines()[-1] == (
+        "tlcr: error: process 1 of 2 failed (MemoryError: of the device); what was saved is kept; go on under the "
+        "same launcher with: tlcr run c.yaml --resume"
+    )

@@ -140,10 +140,13 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 from tlcr.training.callbacks import Callback
 from tlcr.training.checkpoint import save_checkpoint
-from tlcr.training.distributed import any_process, barrier, process_count, process_index, sum_over_processes
-from tlcr.errors import TlcrError
+from tlcr.training.distributed import (
+    any_process, barrier, on_all_processes, process_count, process_index, sum_over_processes
+)
+from tlcr.errors import TlcrError, TrainingDiverged
 from tests.training.test_supervised import Gradients, answers, completion_loss, config, mean_loss, partial, train
 from tests.training.test_supervised import collate_completions
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -190,6 +193,13 @@ for broken in (0, 1):  # a full disk on one process fails the save on both, and 
     assert wanted in message, message
     barrier()
     assert not list((folder / "full").iterdir())
+
+    def diverge():
+        if process_index() == broken:
+            raise TrainingDiverged("the KL is nan")
+        return process_index()
+    with pytest.raises(TrainingDiverged, match="the KL is nan"):  # on both, which then save the state together
+        on_all_processes(diverge)
     barrier()  # else the other process may already be writing the next one
 
 if process_index() == 0:

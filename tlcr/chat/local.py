@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import GenerationConfig
 
 from tlcr.chat.store import AnswerStore
@@ -17,6 +16,7 @@ from tlcr.config.schema import GeneratorConfig
 from tlcr.models.loading import end_of_sequence_ids, generating_with, load_causal_lm, load_tokenizer
 from tlcr.text.padding import pad_left
 from tlcr.text.tokenization import decode_text, render_prompt
+from tlcr.training.distributed import process_device
 from tlcr.training.interrupt import StopSignals
 
 __all__ = ["LocalModel"]
@@ -71,7 +71,7 @@ class LocalModel:
         if self._loaded:
             return
         self._tokenizer = load_tokenizer(self._cfg)
-        self._model = load_causal_lm(self._cfg).eval().to(PartialState().device)
+        self._model = load_causal_lm(self._cfg).eval().to(process_device())
         self._ends = end_of_sequence_ids(self._model, self._tokenizer)
         self._loaded = True
 

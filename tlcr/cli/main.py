@@ -21,10 +21,13 @@ from tlcr.config.judging import AnswerConfig, JudgeConfig
 from tlcr.config.loading import dump_config, knobs, load_command_config, load_config, nearest, value_problem
 from tlcr.config.schema import RunConfig
 from tlcr.errors import ConfigError, TlcrError
+from tlcr.training.launcher import launched_processes, launched_rank
 
 __all__ = ["main"]
 
 BLOCKED, WRONG, INTERRUPTED = 1, 2, 130
+SHARED = ("run", "train", "label", "evaluate")
+"""The commands that several processes of a launcher can run together."""
 
 
 def _overrides(arguments: Namespace, cls: type = RunConfig) -> dict[str, Any]:
@@ -37,7 +40,8 @@ def _with_config(command: Callable[[RunConfig, Namespace], int]) -> Callable[[Na
     def handle(arguments: Namespace) -> int:
         cfg = load_config(arguments.get("config"), _overrides(arguments))
         if arguments.get("print_config"):
-            sys.stdout.write(dump_config(cfg))
+            if launched_rank() == 0:
+                sys.stdout.write(dump_config(cfg))
             return 0
         return command(cfg, arguments)
 
@@ -63,14 +67,26 @@ def _with_own_config(name: str, command: Callable[[Any, Namespace], None]) -> Ca
 def _set_up_output() -> None:
     """Our log lines go to stderr, once for all processes; the libraries' progress bars are off: tlcr has its own."""
     import datasets
+    import torch
     from transformers.utils import logging as transformers_logging
 
-    from tlcr.training.distributed import is_main_process
+    from tlcr.training.distributed import SaidOnce, is_main_process, process_count, process_device
 
     logging.basicConfig(format="tlcr: %(message)s", level=logging.WARNING)
-    logging.getLogger("tlcr").setLevel(logging.INFO if is_main_process() else logging.WARNING)
+    logger = logging.getLogger("tlcr")
+    logger.setLevel(logging.INFO if is_main_process() else logging.WARNING)
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    if process_count() > 1:
+        logging.captureWarnings(True)
+        for handler in (*logging.getLogger().handlers, *logging.getLogger("transformers").handlers):
+            handler.addFilter(SaidOnce())
+        logger.info(
+            "%d processes share the work, on %s; threads of each (OMP_NUM_THREADS): %d",
+            process_count(),
+            process_device().type,
+            torch.get_num_threads(),
+        )
 
 
 def _run(cfg: RunConfig, arguments: Namespace) -> int:
@@ -231,21 +247,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 where doctor found what blocks, 2 for an error, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        if launched_processes() > 1:
+            from tlcr.cli import together
+
+            together.begin()
         parsed = _parse(arguments)
+        _refuse_several_processes(parsed["command"])
         code = HANDLERS[parsed["command"]](parsed[parsed["command"]])
         sys.stdout.flush()
-        return code
     except TlcrError as error:
-        sys.stderr.write(f"tlcr: error: {' '.join(str(error).split())}\n")
-        return WRONG
-    except KeyboardInterrupt:
-        sys.stderr.write(f"\ntlcr: interrupted; {_how_to_go_on(arguments)}\n")
-        return INTERRUPTED
+        return _failed(WRONG, error, f"tlcr: error: {' '.join(str(error).split())}\n")
+    except KeyboardInterrupt as error:
+        return _failed(INTERRUPTED, error, f"\ntlcr: interrupted; {_how_to_go_on(arguments)}\n")
     except BrokenPipeError:
         # The reader of our output (head, less) has closed the pipe. Python would report it again when it flushes at
         # exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        if launched_processes() > 1:
+            together.crash(error, _how_to_go_on(arguments))
+        raise
+    if launched_processes() > 1:
+        together.end()
+    return code
+
+
+def _failed(code: int, error: BaseException, message: str) -> int:
+    if launched_processes() > 1:
+        from tlcr.cli import together
+
+        together.fail(code, error, message)
+    sys.stderr.write(message)
+    return code
+
+
+def _refuse_several_processes(command: str) -> None:
+    if launched_processes() > 1 and command not in SHARED:
+        raise ConfigError(
+            f"'tlcr {command}' works in one process, and the launcher started {launched_processes()}; run it without "
+            f"the launcher (what several can share: {', '.join(SHARED)})"
+        )
 
 
 def _parse(arguments: list[str]) -> Namespace:
@@ -289,9 +331,10 @@ def _refuse_unknown_flags(arguments: list[str], known: list[str], cls: type) -> 
 
 
 def _how_to_go_on(arguments: list[str]) -> str:
+    with_launcher = " under the same launcher" if launched_processes() > 1 else ""
     if arguments[:1] in (["run"], ["train"]):
         again = arguments if "--resume" in arguments else [*arguments, "--resume"]
-        return f"what was saved is kept; go on with: tlcr {shlex.join(again)}"
+        return f"what was saved is kept; go on{with_launcher} with: tlcr {shlex.join(again)}"
     if arguments[:1] in (["revise"], ["answer"], ["judge"]):
         return f"what was answered is kept; go on with: tlcr {shlex.join(arguments)}"
     return f"start again with: tlcr {shlex.join(arguments)}"

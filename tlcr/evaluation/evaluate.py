@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,7 @@ def evaluate_policy(
         Figures over all answers, and the samples.
 
     Raises:
-        DataError: there are no prompts, or the scorer returns a wrong count or a score that is not finite.
+        DataError: there are no prompts, or the scorer raises, or returns a wrong count or a score that is not finite.
         ShapeError: ``detail`` returns another shape than the rollout's.
     """
     answers: list[EvaluatedAnswer] = []
@@ -250,7 +251,15 @@ def write_evaluation(folder: Path, before: PolicyEvaluation, after: PolicyEvalua
 def _gold(scorer: Scorer | None, rollout: Rollout) -> list[float | None]:
     if scorer is None:
         return [None] * len(rollout.prompts)
-    scores = [float(s) for s in scorer(rollout.prompts, rollout.responses)]
+    try:
+        given = scorer(rollout.prompts, rollout.responses)
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise DataError(
+            f"the scorer raised {type(error).__name__}: {error} ({last.filename}:{last.lineno}); it is called with the "
+            "prompts and the responses, two lists of texts"
+        ) from error
+    scores = [float(s) for s in given]
     if len(scores) != len(rollout.prompts):
         raise DataError(
             f"the scorer returned {len(scores)} scores for {len(rollout.prompts)} answers; "

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from tlcr.config.loading import dump_config, load_config
@@ -44,7 +43,7 @@ from tlcr.data.splits import Shares, ShareStatistics, Split, Stage, nothing_left
 from tlcr.errors import ConfigError
 from tlcr.models.loading import load_tokenizer
 from tlcr.training.checkpoint import DONE, as_plain, atomic_write, done_config, is_done, mark_done
-from tlcr.training.distributed import barrier, on_main_process
+from tlcr.training.distributed import barrier, on_main_process, process_device
 from tlcr.types import EditPair, PreferencePair
 
 logger = logging.getLogger(__name__)
@@ -121,7 +120,7 @@ class RunFolder:
 
     @cached_property
     def device(self) -> torch.device:
-        return PartialState().device
+        return process_device()
 
     def settings(self, *sections: str) -> dict[str, Any]:
         """What the result of a stage depends on: these sections of the config, the seed, and the revisions where the

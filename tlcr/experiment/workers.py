@@ -14,9 +14,10 @@ import torch
 
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.training.distributed import process_count
+from tlcr.training.launcher import without_launcher
 from tlcr.training.progress import Progress
 
-__all__ = ["Job", "run_side_by_side"]
+__all__ = ["Job", "check_parallel", "run_side_by_side"]
 
 SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -48,11 +49,7 @@ def run_side_by_side(
     """
     if not jobs:
         return
-    if process_count() > 1:
-        raise ConfigError(
-            f"parallel is {parallel} under a launcher of {process_count()} processes; one or the other: set "
-            "parallel to 1 to share each policy among the processes"
-        )
+    check_parallel(parallel)
     waiting, shown = list(jobs), 0
     running: dict[Job, subprocess.Popen[bytes]] = {}
     with Progress(title, steps * len(jobs)) as progress, _ended(running):
@@ -75,11 +72,20 @@ def run_side_by_side(
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
+def check_parallel(parallel: int) -> None:
+    """Raises ConfigError for several jobs at a time under a launcher of several processes: each would start them."""
+    if parallel > 1 and process_count() > 1:
+        raise ConfigError(
+            f"parallel is {parallel} under a launcher of {process_count()} processes; one or the other: set "
+            "parallel to 1 to share each policy among the processes"
+        )
+
+
 def _start(job: Job, parallel: int) -> subprocess.Popen[bytes]:
     # If each job used all threads, they would wait for one another. torch's number, and not that of the cores: it
     # follows OMP_NUM_THREADS and the cores that this process may use.
     threads = max(1, torch.get_num_threads() // parallel)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TLCR_PROGRESS": "0"}
+    environment = {**without_launcher(), "OMP_NUM_THREADS": str(threads), "TLCR_PROGRESS": "0"}
     job.folder.mkdir(parents=True, exist_ok=True)
     with _log(job).open("ab") as file:
         return subprocess.Popen(job.command, env=environment, stdout=file, stderr=file)

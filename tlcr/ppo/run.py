@@ -11,6 +11,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import PPOConfig, RunConfig
@@ -18,14 +19,15 @@ from tlcr.errors import CheckpointError, ConfigError, TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic
 from tlcr.ppo.kl import build_kl_controller
 from tlcr.ppo.rollout import PromptStream
-from tlcr.rewards.composition import RunningMean
+from tlcr.rewards.composition import RunningMean, check_kl
 from tlcr.rewards.sources import RewardSource
 from tlcr.training.callbacks import Callback
 from tlcr.training.checkpoint import DONE, as_plain, is_done, mark_done
-from tlcr.training.distributed import sum_over_processes
+from tlcr.training.distributed import on_all_processes, sum_over_processes
 from tlcr.training.loop import TrainingLoop, settings_without
 from tlcr.training.metrics import read_metrics
 from tlcr.training.optim import build_optimizer, build_scheduler, parameter_groups
+from tlcr.types import RewardSignal, Rollout
 
 Evaluate = Callable[[ActorCritic, int], Mapping[str, float]]
 """(policy and value model, updates done) to figures by name."""
@@ -117,6 +119,19 @@ class PPORun:
         """This process's share of the next round's prompts."""
         prompts = self.prompts.take(self.cfg.ppo.batch_size)
         return prompts[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def reward_signal(self, rollout: Rollout, kl_BT: Tensor | None) -> RewardSignal:
+        """The source's signal for this process's answers, with a KL that can be subtracted from it.
+
+        Every process calls it. An error that the answers of one process cause is raised on all: they save together.
+        """
+
+        def ask() -> RewardSignal:
+            if kl_BT is not None and self.kl_controller.coef != 0:
+                check_kl(kl_BT, rollout.mask_BT)
+            return self.reward_source(rollout)
+
+        return on_all_processes(ask)
 
     @property
     def warms_up_values(self) -> bool:

@@ -132,11 +132,12 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
     # 4. A reward for every token, r_t = 2 D(a_t | x, a_<t) - 1, minus the KL penalty.
     with watch.phase("reward"):
         kl_coef = run.kl_controller.coef
+        kl_BT = kl_of(scores, cfg.kl_estimator) if cfg.kl.placement == "reward" else None
         rewards = compose_rewards(
-            run.reward_source(rollout),
+            run.reward_signal(rollout, kl_BT),
             rollout.mask_BT,
             ended_B=rollout.ended_B,
-            kl_BT=kl_of(scores, cfg.kl_estimator) if cfg.kl.placement == "reward" else None,
+            kl_BT=kl_BT,
             kl_coef=kl_coef,
             cfg=cfg.reward,
             temperature=reward_temperature,

@@ -22,7 +22,7 @@ from tlcr.config.schema import LOGIT_KINDS, SHARED_SCORE_KINDS, RewardConfig
 from tlcr.errors import CheckpointError, ConfigError, DataError, ShapeError, TrainingDiverged
 from tlcr.types import Rewards, RewardSignal
 
-__all__ = ["PARTS", "RunningMean", "compose_rewards", "reward_accounting"]
+__all__ = ["PARTS", "RunningMean", "check_kl", "compose_rewards", "reward_accounting"]
 
 PARTS = ("dense", "terminal", "kl", "length")
 
@@ -155,7 +155,7 @@ def compose_rewards(
     terminal_B = torch.zeros_like(ended_B, dtype=dtype)
     pays_at_end = False
     if kl_BT is not None and kl_coef != 0:
-        _check_kl(kl_BT, mask_BT)
+        check_kl(kl_BT, mask_BT)
         parts["kl"] = torch.where(mask_BT, -kl_coef * kl_BT.to(dtype), 0.0)
     token_BT = _token_rewards(signal, mask_BT, parts.get("kl"), cfg, temperature, centre)
     if token_BT is not None and cfg.kind == "sum_at_end":
@@ -401,7 +401,8 @@ def _check_signal(signal: RewardSignal, mask_BT: Tensor, cfg: RewardConfig) -> N
             )
 
 
-def _check_kl(kl_BT: Tensor, mask_BT: Tensor) -> None:
+def check_kl(kl_BT: Tensor, mask_BT: Tensor) -> None:
+    """Raises TrainingDiverged where the KL of a counted token is not finite. Both (B, T)."""
     bad_BT = mask_BT & ~torch.isfinite(kl_BT)
     if bad_BT.any():
         row, token = bad_BT.nonzero()[0].tolist()

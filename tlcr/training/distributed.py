@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from collections import Counter
 from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
+from typing import TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from torch import distributed as dist
 
-from tlcr.errors import TlcrError
+from tlcr.errors import AnotherProcessFailed, ConfigError, TlcrError
+from tlcr.training.launcher import launched_processes
+
+T = TypeVar("T")
+STORE_TIMEOUT = timedelta(seconds=20)
+
+
+# ---- which processes there are
+
+
+def join_processes() -> None:
+    """Joins the processes that a launcher started into one group; once, and nothing where there is no launcher.
+
+    Whoever asks for the number of processes has joined, because a process that asked before would take itself for the
+    only one: each would do the whole work, in the same folder.
+
+    Raises:
+        ConfigError: the processes do not find each other.
+    """
+    launched = launched_processes()
+    if launched == 1 or dist.is_initialized():
+        return
+    try:
+        _state()
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"the {launched} processes of the launcher do not find each other ({' '.join(str(error).split())}); check "
+            "MASTER_ADDR and MASTER_PORT, and that no other run uses that port"
+        ) from error
+    if not dist.is_initialized() or dist.get_world_size() != launched:
+        raise ConfigError(
+            f"the launcher started {launched} processes, and they cannot share work on {_state().device}; set "
+            "ACCELERATE_USE_CPU=true to share it on the CPU, or start one process"
+        )
 
 
 def process_count() -> int:
+    join_processes()
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -21,6 +63,22 @@ def process_index() -> int:
 
 def is_main_process() -> bool:
     return process_index() == 0
+
+
+def process_device() -> torch.device:
+    """The device of this process."""
+    join_processes()
+    device: torch.device = _state().device
+    return device
+
+
+def _state() -> PartialState:
+    # accelerate joins processes on CPUs only where it is told to use the CPU.
+    without = launched_processes() > 1 and not torch.accelerator.is_available()
+    return PartialState(cpu=without or parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+# ---- working together
 
 
 def barrier() -> None:
@@ -49,17 +107,86 @@ def on_main_process(action: Callable[[], object]) -> None:
     on_all_processes(action if is_main_process() else lambda: None)
 
 
-def on_all_processes(action: Callable[[], object]) -> None:
-    """Runs ``action`` on every process and waits for all. If it fails on one, all raise, so that none waits forever."""
-    failed = True
+def on_all_processes(action: Callable[[], T]) -> T:
+    """Runs ``action``, which must not communicate, on every process. If it fails on one, all raise: none waits forever.
+
+    Returns:
+        What ``action`` returned on this process.
+
+    Raises:
+        TlcrError: an error of tlcr is raised on all processes, with its class and message; so all save what such an
+            error saves.
+        AnotherProcessFailed: any other exception of ``action`` is raised where it happened, and this elsewhere.
+    """
     try:
-        action()
-        failed = False
-    finally:
-        failed = any_process(failed)
-    if failed:
-        raise TlcrError("another process failed; its own message says why")
+        result = action()
+    except BaseException as error:
+        _first_failure(error)
+        raise
+    failure = _first_failure(None)
+    if failure is not None:
+        raise failure
+    return result
+
+
+def _first_failure(own: BaseException | None) -> TlcrError | None:
+    """What a process without a failure of its own has to raise; None where none failed. Every process must call it."""
+    if process_count() == 1 or not any_process(own is not None):
+        return None
+    failures: list[TlcrError | None] = [None] * process_count()
+    dist.all_gather_object(failures, type(own)(str(own)) if isinstance(own, TlcrError) else None)
+    known = [failure for failure in failures if failure is not None]
+    return known[0] if known else AnotherProcessFailed("another process failed; its own message says why")
 
 
 def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+# ---- saying things once
+
+
+def is_first(what: str) -> bool:
+    """True on the process that is the first of all to ask for ``what``, and only once.
+
+    It works without the other processes: they may be at work, wait for one that has failed, or have ended.
+    """
+    if launched_processes() == 1:
+        return True
+    try:
+        return _noticeboard().add(what, 1) == 1
+    except RuntimeError:  # the process or launcher that keeps the board has ended: better said twice than never
+        return True
+
+
+def was_asked(what: str) -> bool:
+    """Whether a process has called ``is_first`` with ``what``."""
+    try:
+        return launched_processes() > 1 and bool(_noticeboard().check([what]))
+    except RuntimeError:
+        return False
+
+
+@cache
+def _noticeboard() -> dist.Store:
+    """A table that all processes share; the launcher keeps it, or the main process."""
+    host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
+    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=STORE_TIMEOUT)
+    # A launcher that starts the processes again keeps the table.
+    return dist.PrefixStore(f"tlcr/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+class SaidOnce(logging.Filter):
+    """Lets a log record pass on the first process that has it: what all say is said once, what one says too.
+
+    A text that a process logs n times passes n times.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._times: Counter[str] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        self._times[text] += 1
+        return is_first(f"note {self._times[text]} {text}")

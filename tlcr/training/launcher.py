@@ -1,0 +1,43 @@
+"""What a launcher of processes says in the environment; read without torch, which takes seconds to import.
+
+Launchers are ``accelerate launch``, ``torchrun`` (``python -m torch.distributed.run``) and MPI's ``mpirun``.
+"""
+
+from __future__ import annotations
+
+import os
+
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+OTHERS = (
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MPI_LOCALRANKID",
+    "MPI_LOCALNRANKS",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+    "MV2_COMM_WORLD_LOCAL_SIZE",
+)
+
+
+def launched_processes() -> int:
+    """How many processes a launcher started together, this one among them; 1 without a launcher."""
+    size, rank = _number(SIZES), _number(RANKS)
+    # A size without a rank is a variable that somebody set for another purpose: no launcher sets one alone.
+    return size if size is not None and rank is not None and size > 1 else 1
+
+
+def launched_rank() -> int:
+    """The number of this process among those, from 0; 0 without a launcher."""
+    return _number(RANKS) or 0 if launched_processes() > 1 else 0
+
+
+def without_launcher() -> dict[str, str]:
+    """This environment without a launcher's variables, for a process that is to work alone."""
+    return {name: value for name, value in os.environ.items() if name not in (*SIZES, *RANKS, *OTHERS)}
+
+
+def _number(names: tuple[str, ...]) -> int | None:
+    """The first of these variables that holds a whole number, as accelerate reads them."""
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()), None)
