@@ -68,9 +68,10 @@ def check_command(words: list[str]) -> None:
         assert {word for word in words[1:] if "=" not in word} <= make_targets(), words
     elif words[0] == "tlcr":
         check_tlcr(words[1:])
-    elif words[:2] == ["accelerate", "launch"]:
-        assert words[words.index("-m") + 1] == "tlcr", words
-        check_tlcr(words[words.index("-m") + 2 :])
+    elif words[:2] == ["accelerate", "launch"] or words[:3] == ["python", "-m", "torch.distributed.run"]:
+        launched = len(words) - words[::-1].index("-m")
+        assert words[launched] == "tlcr", words
+        check_tlcr(words[launched + 1 :])
     elif words[:3] == ["python", "-m", "pytest"]:
         for word in words[3:]:
             assert not word.startswith("tests") or (ROOT / word).exists(), words
@@ -87,7 +88,7 @@ def check_command(words: list[str]) -> None:
     elif words[0] in ("source", "pre-commit"):
         assert words[1:] == ({"source": [".venv/bin/activate"], "pre-commit": ["install"]}[words[0]]), words
     elif "=" in words[0]:
-        assert words[0].partition("=")[0] in build_variables(), words
+        assert words[0].partition("=")[0] in {*build_variables(), "ACCELERATE_USE_CPU"}, words
         check_command(words[1:])
     else:
         raise AssertionError(f"a document names a command that nobody checks: {shlex.join(words)}")
@@ -154,6 +155,7 @@ def test_every_command_exists(page: Path) -> None:
             "tlcr run a.yaml --ppo.update 3",
             "tlcr report --help-all",
             "accelerate launch -m tlrc run",
+            "ACCELERATE_USE_CPU=true python -m torch.distributed.run --nproc_per_node 2 -m tlcr rn a.yaml",
             "rm x",
             "python -m examples.no_study",
             "python -m benchmarks",  # a package that is not run

@@ -110,6 +110,9 @@ def on_main_process(action: Callable[[], object]) -> None:
 def on_all_processes(action: Callable[[], T]) -> T:
     """Runs ``action``, which must not communicate, on every process. If it fails on one, all raise: none waits forever.
 
+    Args:
+        action: called without arguments.
+
     Returns:
         What ``action`` returned on this process.
 
@@ -150,6 +153,12 @@ def is_first(what: str) -> bool:
     """True on the process that is the first of all to ask for ``what``, and only once.
 
     It works without the other processes: they may be at work, wait for one that has failed, or have ended.
+
+    Args:
+        what: any text.
+
+    Returns:
+        Whether no process has asked for it before; True for every question where there is no launcher.
     """
     if launched_processes() == 1:
         return True
