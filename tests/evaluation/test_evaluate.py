@@ -213,6 +213,8 @@ def test_a_bad_scorer_is_named(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
             scorer=scorer,  # type: ignore[arg-type]
         )
 
+    with pytest.raises(DataError, match=r"the scorer raised ZeroDivisionError: division by zero \(.*\.py:"):
+        run(lambda prompts, responses: [1 / 0])
     with pytest.raises(DataError, match="returned 1 scores for 2 answers"):
         run(lambda prompts, responses: [0.0])
     with pytest.raises(DataError, match=r"returned nan for the answer ' never recommend it'"):
