@@ -18,7 +18,7 @@ def installed_version() -> str:
         The version that pip knows.
 
     Raises:
-        PackageNotFoundError: tlcr is imported from a folder that was never installed.
+        importlib.metadata.PackageNotFoundError: tlcr is imported from a folder that was never installed.
     """
     return version(DISTRIBUTION)
 
@@ -33,7 +33,7 @@ def requirements(extra: str = "") -> list[Requirement]:
         The requirements, in the order of the metadata.
 
     Raises:
-        PackageNotFoundError: tlcr is imported from a folder that was never installed.
+        importlib.metadata.PackageNotFoundError: tlcr is imported from a folder that was never installed.
     """
     needed = [Requirement(line) for line in requires(DISTRIBUTION) or []]
     if not extra:

@@ -38,7 +38,7 @@ from tlcr.ops import TokenLabel
 from tlcr.text.tokenization import token_pieces
 from tlcr.types import EditPair, LabelledAnswer, LabelledPair, PreferencePair
 
-__all__ = ["DiscriminatorAnalysis", "analyse_discriminator"]
+__all__ = ["DiscriminatorAnalysis", "EditExample", "ExampleAnswer", "analyse_discriminator"]
 
 
 EXAMPLE_TOKENS = 40
