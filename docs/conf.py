@@ -46,7 +46,12 @@ toc_object_entries_show_parents = "hide"
 
 # Every reference must be found, but for those to other projects: their sites cannot be asked without a network.
 nitpicky = True
-elsewhere = "accelerate|argparse|collections|datasets|importlib|jsonargparse|logging|np|numpy|packaging|pathlib|torch|transformers|typing"
+elsewhere = "|".join(
+    (
+        *("accelerate", "argparse", "collections", "datasets", "importlib", "jsonargparse", "logging"),
+        *("np", "numpy", "packaging", "pathlib", "torch", "transformers", "typing"),
+    )
+)
 nitpick_ignore_regex = [
     (r"py:.*", rf"({elsewhere})\..*"),
     (r"py:class", r"Tensor"),  # torch's, imported for the type checker only
