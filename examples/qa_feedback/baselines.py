@@ -56,7 +56,8 @@ from tlcr.experiment.token_evaluation import (
     print_evaluations,
     token_rewards,
 )
-from tlcr.models.loading import answer_logprobs, backbone
+from tlcr.models.heads import backbone
+from tlcr.models.loading import answer_logprobs
 from tlcr.text.padding import pad_right
 from tlcr.training.checkpoint import write_json
 from tlcr.types import EditPair, MarkedAnswer

@@ -16,8 +16,8 @@ from transformers import AutoModelForTokenClassification, PreTrainedModel, PreTr
 from tlcr.config.schema import ModelConfig
 from tlcr.errors import CheckpointError, ConfigError
 from tlcr.models.discriminator import classify
-from tlcr.models.heads import Head, classification_head, use_float32_head
-from tlcr.models.loading import TWO_CLASSES, backbone, load_sequence_classifier, load_token_classifier, save_model
+from tlcr.models.heads import Head, backbone, classification_head, use_float32_head
+from tlcr.models.loading import TWO_CLASSES, load_sequence_classifier, load_token_classifier, save_model
 from tlcr.models.reward_model import sequence_scores
 from tlcr.training.optim import MasterWeightAdamW, build_optimizer, parameter_groups
 

@@ -16,11 +16,10 @@ from transformers import (
 
 from tlcr.config.schema import ModelConfig
 from tlcr.errors import CheckpointError, ConfigError
-from tlcr.models.heads import classification_head
+from tlcr.models.heads import backbone, classification_head
 from tlcr.models.loading import (
     THREE_CLASSES,
     TWO_CLASSES,
-    backbone,
     disable_dropout,
     load_causal_lm,
     load_sequence_classifier,

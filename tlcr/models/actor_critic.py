@@ -20,9 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tlcr import ops
 from tlcr.config.schema import ModelConfig, PPOConfig
 from tlcr.errors import CheckpointError, ConfigError
-from tlcr.models.heads import Head, classification_head, use_float32_head
+from tlcr.models.heads import Head, backbone, classification_head, use_float32_head
 from tlcr.models.loading import (
-    backbone,
     disable_dropout,
     last_logits,
     load_causal_lm,

@@ -46,7 +46,8 @@ def attention(
     """
     short = 1 < query.shape[2] == key.shape[2] <= SHORT
     low_precision = query.device.type == "cpu" and query.dtype == torch.bfloat16 and multiplies_bfloat16()
-    plain = dropout == 0 and not any(kwargs.get(name) for name in BEYOND)
+    beyond = [kwargs.get(name) for name in BEYOND]
+    plain = dropout == 0 and not any(isinstance(value, Tensor) or value for value in beyond)
     if not (short and low_precision and plain) or (attention_mask is not None and attention_mask.dtype != torch.bool):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

@@ -1,6 +1,6 @@
-"""The linear layer on top of a classifier: scores, values and class logits in float32, whatever the backbone's dtype.
+"""The two parts of a classifier: its backbone, and a linear layer on top that works in float32.
 
-A bfloat16 number has 8 significant bits. A value or a score in bfloat16 would be off by up to 0.4 %, and answers that
+Scores, values and class logits are float32 whatever the backbone's dtype. A bfloat16 number has 8 significant bits. A value or a score in bfloat16 would be off by up to 0.4 %, and answers that
 differ by less would tie. The hidden states keep the backbone's dtype; their product with the
 head's weights is formed and kept in float32.
 """
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from tlcr.errors import ConfigError
+from tlcr.models.modeling_classifier import backbone_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,19 @@ class Head(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype))
+
+
+def backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head: ids to ``last_hidden_state`` (B, L, H)."""
+    base = backbone_of(model)
+    if base is None:
+        raise ConfigError(f"{type(model).__name__} has no backbone of its own (base_model is the model itself)")
+    return base
+
+
+def has_linear_head(model: PreTrainedModel) -> bool:
+    """Whether ``classification_head`` finds a head."""
+    return _name_of_head(model) is not None
 
 
 def classification_head(model: PreTrainedModel) -> nn.Linear:

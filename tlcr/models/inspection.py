@@ -27,7 +27,7 @@ from transformers.utils import (
 )
 
 from tlcr.config.schema import GeneratorConfig
-from tlcr.models import attention
+from tlcr.models import attention, classifiers
 from tlcr.models.faults import AUTO, LOADABLE, SUBJECT, WHAT, Fault, Role, one_line, python_command, raise_first, some
 from tlcr.models.weight_files import (
     GENERATION,
@@ -185,12 +185,12 @@ def embedding_rows(cfg: GeneratorConfig) -> int | None:
     return getattr(config.get_text_config(), "vocab_size", None)
 
 
-def attention_for(cfg: GeneratorConfig, auto: Any, config: PreTrainedConfig) -> str:
+def attention_for(cfg: GeneratorConfig, kind: Any, config: PreTrainedConfig) -> str:
     """The attention implementation that a model of ``config`` runs under these settings.
 
     Args:
         cfg: its ``attn_implementation`` "auto" is sdpa, and "eager" for an architecture that has no other.
-        auto: the class of transformers that makes the model.
+        kind: the class of the model, or the Auto class of transformers that makes it.
         config: the model's.
 
     Returns:
@@ -199,7 +199,7 @@ def attention_for(cfg: GeneratorConfig, auto: Any, config: PreTrainedConfig) -> 
     Raises:
         ConfigError: the architecture does not have the implementation that ``cfg`` names.
     """
-    implementation, _, faults = _try_attention(cfg, auto, config)
+    implementation, _, faults = _try_attention(cfg, kind, config)
     raise_first(faults)
     return implementation
 
@@ -336,28 +336,35 @@ def _skeleton(
     cfg: GeneratorConfig, role: Role, config: PreTrainedConfig
 ) -> tuple[str, PreTrainedModel | None, list[Fault]]:
     """The attention implementation; the model on the meta device, None where it cannot be made there; faults."""
-    implementation, model, faults = _try_attention(cfg, AUTO[role], config)
-    if model is None and not faults and role != "discriminator" and not _knows(AUTO[role], config):
+    kind = AUTO[role] if role == "policy" else classifiers.saved_class(AUTO[role], config) or AUTO[role]
+    implementation, model, faults = _try_attention(cfg, kind, config)
+    if model is None and not faults and role != "discriminator" and not _knows(kind, config):
         fact = f"{cfg.path!r} is a {config.model_type!r} model, for which transformers has no {AUTO[role].__name__}"
         faults = [Fault(SUBJECT[role], fact, "use another architecture, such as Llama, Qwen, Mistral, Gemma or GPT-2")]
     return implementation, model, [replace(fault, subject=SUBJECT[role]) for fault in faults]
 
 
-def _knows(auto: Any, config: PreTrainedConfig) -> bool:
-    return type(config) in auto._model_mapping or auto.__name__ in (getattr(config, "auto_map", None) or {})
+def _knows(kind: Any, config: PreTrainedConfig) -> bool:
+    if _is_model_class(kind):
+        return True
+    return type(config) in kind._model_mapping or kind.__name__ in (getattr(config, "auto_map", None) or {})
+
+
+def _is_model_class(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, PreTrainedModel)
 
 
 def _try_attention(
-    cfg: GeneratorConfig, auto: Any, config: PreTrainedConfig
+    cfg: GeneratorConfig, kind: Any, config: PreTrainedConfig
 ) -> tuple[str, PreTrainedModel | None, list[Fault]]:
     named = cfg.attn_implementation
     wanted = attention.NAME if named in ("auto", "sdpa") else named
-    if not _knows(auto, config):
+    if not _knows(kind, config):
         return wanted, None, []
-    model, error = _on_meta(cfg, auto, config, wanted)
+    model, error = _on_meta(cfg, kind, config, wanted)
     if model is not None or wanted == "eager":
         return wanted, model, []
-    model, _ = _on_meta(cfg, auto, config, "eager")
+    model, _ = _on_meta(cfg, kind, config, "eager")
     if model is None:  # it is not the attention: loading says what it is
         return wanted, None, []
     if named == "auto":
@@ -369,12 +376,14 @@ def _try_attention(
 
 
 def _on_meta(
-    cfg: GeneratorConfig, auto: Any, config: PreTrainedConfig, implementation: str
+    cfg: GeneratorConfig, kind: Any, config: PreTrainedConfig, implementation: str
 ) -> tuple[PreTrainedModel | None, Exception | None]:
     """The model without weights, or why it cannot be made. What a model's own code raises can be of any class."""
     try:
         with torch.device("meta"):
-            model = auto.from_config(
+            if _is_model_class(kind):
+                return kind._from_config(deepcopy(config), attn_implementation=implementation), None
+            model = kind.from_config(
                 deepcopy(config), attn_implementation=implementation, trust_remote_code=cfg.trust_remote_code
             )
         return model, None

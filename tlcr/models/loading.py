@@ -28,9 +28,9 @@ from transformers.initialization import no_init_weights
 from tlcr import ops
 from tlcr.config.schema import GeneratorConfig, ModelConfig
 from tlcr.errors import ConfigError, DataError
-from tlcr.models import inspection
+from tlcr.models import classifiers, inspection, probes
 from tlcr.models.faults import AUTO, LOADABLE, Role, one_line, raise_first, some
-from tlcr.models.heads import Head, classification_head, use_float32_head
+from tlcr.models.heads import Head, backbone, classification_head, use_float32_head
 from tlcr.models.inspection import THREE_CLASSES, TWO_CLASSES, Inspection
 from tlcr.models.layers import fuse_layers
 from tlcr.models.weight_files import read_weights
@@ -98,6 +98,7 @@ def load_causal_lm(cfg: GeneratorConfig) -> PreTrainedModel:
         model.config.quantization_config = None
         model.hf_quantizer = None
     _check_report(report, model, cfg, "policy", found)
+    probes.require_causal(model)
     return _prepared(model, cfg)
 
 
@@ -141,7 +142,8 @@ def load_sequence_classifier(source: str | Path | PreTrainedModel, cfg: ModelCon
         The classifier.
 
     Raises:
-        ConfigError: a loaded classifier has more than one output.
+        ConfigError: a loaded classifier has more than one output, or cannot be run on padded rows
+            (``probes.check_reward_model``).
     """
     if isinstance(source, PreTrainedModel):
         return _with_new_head(AutoModelForSequenceClassification, source, cfg, {0: "score"})
@@ -153,15 +155,8 @@ def load_sequence_classifier(source: str | Path | PreTrainedModel, cfg: ModelCon
     if own:
         said = " and ".join(f"{name} {value}" for name, value in own.items())
         _note(f"the reward model {str(source)!r} has {said} in its config.json: not applied, scores are the head's own")
+    probes.check_reward_model(model)
     return model
-
-
-def backbone(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without its head: ids to ``last_hidden_state`` (B, L, H)."""
-    base = model.base_model
-    if base is model:
-        raise ConfigError(f"{type(model).__name__} has no backbone of its own (base_model is the model itself)")
-    return base  # type: ignore[return-value]
 
 
 def last_logits(model: PreTrainedModel, inputs: Mapping[str, Any], count: int) -> Tensor:
@@ -261,8 +256,10 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     def write() -> None:
         model.config.pad_token_id = tokenizer.pad_token_id
         parts = folder / ".model"
+        classifiers.name_source(model)
         with atomic_write(parts) as aside:
             model.save_pretrained(aside)
+            classifiers.write_source(model, aside)
             tokenizer.save_pretrained(aside)
         names = {part.name for part in parts.iterdir()}
         (folder / CONFIG).unlink(missing_ok=True)
@@ -361,7 +358,8 @@ def _load_classifier(role: Role, source: str | Path, cfg: ModelConfig) -> PreTra
     cfg = replace(cfg, path=str(source), gguf_file=None)
     found = _inspected(cfg, role)
     with _loading("classifier", cfg.path), inspection.quiet():
-        model, report = AUTO[role].from_pretrained(cfg.path, use_safetensors=True, **_common(cfg, found))
+        kind = classifiers.saved_class(AUTO[role], found.config) or AUTO[role]
+        model, report = kind.from_pretrained(cfg.path, use_safetensors=True, **_common(cfg, found))
     _check_report(report, model, cfg, role, found)
     if role == "reward_model":
         _use_stored_head(model, found)
@@ -397,9 +395,10 @@ def _with_new_head(
     config.id2label = id2label
     config.label2id = {label: index for index, label in id2label.items()}
     config.classifier_dropout = 0.0
+    kind = classifiers.new_class(auto, causal_lm, config)
     with no_init_weights():
-        model = auto.from_config(
-            config, dtype=causal_lm.dtype, attn_implementation=inspection.attention_for(cfg, auto, config)
+        model = kind._from_config(
+            config, dtype=causal_lm.dtype, attn_implementation=inspection.attention_for(cfg, kind, config)
         )
     model.to(causal_lm.device)
     use_float32_head(model)

@@ -1,22 +1,26 @@
 """The sequence-level baseline: a score for a whole answer, learned from comparisons (Bradley and Terry 1952).
 
-The score is read at the last counted token, where the model has seen the whole answer. The mask gives that place. The
-classifiers of transformers look for the padding id instead, and miss the end where that id is also the
-end-of-sequence token.
+A decoder's score is read at the last counted token, where the model has seen the whole answer. The mask gives that
+place. The classifiers of transformers look for the padding id instead, and miss the end where that id is also the
+end-of-sequence token. Any other classifier, such as an encoder, reads its score where it was trained to: it is run as
+it is. `tlcr/models/probes.py` finds out which of both a model is.
+
+Each row's counted tokens are moved to the left before a model reads them, as in training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tlcr.errors import ConfigError
-from tlcr.models.heads import classification_head
-from tlcr.models.loading import backbone
+from tlcr.models.heads import backbone, classification_head
+from tlcr.models.probes import reads_last_token
 from tlcr.text.padding import pad_right
 from tlcr.training.supervised import LossParts, ranking_loss
 from tlcr.types import EncodedComparison
@@ -42,7 +46,7 @@ def bradley_terry_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Loss
 def sequence_scores(
     model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor, *, micro_batch_size: int | None = None
 ) -> Tensor:
-    """The score of each row, read at its last True column.
+    """The score of each row: a decoder's is read at the last True column, any other model pools as it was trained to.
 
     Args:
         model: the sequence reward model.
@@ -66,7 +70,7 @@ def prefix_scores(
     One pass is enough, because a causal model's state in column j does not depend on later columns.
 
     Args:
-        model: the sequence reward model.
+        model: the sequence reward model, a decoder.
         ids_BL: integers (B, L), padded on either side or both.
         attention_mask_BL: bool (B, L), True where a token counts.
         micro_batch_size: rows in one forward pass; None: all.
@@ -77,8 +81,9 @@ def prefix_scores(
     with _evaluating(model):
         parts = []
         for ids_bL, mask_bL in _parts(ids_BL, attention_mask_BL, micro_batch_size):
-            scores_bL = classification_head(model)(_hidden_states(model, ids_bL, mask_bL)).squeeze(-1).float()
-            parts.append(torch.where(mask_bL.bool(), scores_bL, 0.0))
+            row = _moved_left(ids_bL, mask_bL)
+            scores_bL = classification_head(model)(_hidden_states(model, row)).squeeze(-1).float()
+            parts.append(torch.where(mask_bL.bool(), row.back(scores_bL), 0.0))
         return torch.cat(parts)
 
 
@@ -92,7 +97,7 @@ def scores_and_attention(
     own implementation back afterwards. The weights of all other layers are dropped at once.
 
     Args:
-        model: the sequence reward model.
+        model: the sequence reward model, a decoder.
         ids_BL: integers (B, L), padded on either side or both.
         attention_mask_BL: bool (B, L), True where a token counts.
         micro_batch_size: rows in one forward pass; None: all.
@@ -108,9 +113,10 @@ def scores_and_attention(
     with _evaluating(model), _last_attention(model) as weights:
         parts = []
         for ids_bL, mask_bL in _parts(ids_BL, attention_mask_BL, micro_batch_size):
-            scores_b, rows = _scores(model, ids_bL, mask_bL), torch.arange(len(ids_bL), device=ids_bL.device)
+            row = _moved_left(ids_bL, mask_bL)
+            scores_b = _decoder_scores(model, row)
             attention_bKL = weights.pop().float().mean(dim=1)
-            parts.append((scores_b, attention_bKL[rows, _last_columns(mask_bL.bool())]))
+            parts.append((scores_b, row.back(row.at_last(attention_bKL))))
     scores, attention = zip(*parts, strict=True)
     return torch.cat(scores), torch.cat(attention)
 
@@ -160,24 +166,43 @@ def _parts(ids_BL: Tensor, attention_mask_BL: Tensor, micro_batch_size: int | No
     return zip(ids_BL.split(size), attention_mask_BL.split(size), strict=True)
 
 
-def _scores(model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
+class _Rows(NamedTuple):
+    """Rows whose counted tokens stand on the left, in their order, and where each column came from."""
+
+    ids_BL: Tensor
+    counted_BL: Tensor
+    source_BL: Tensor
+
+    def at_last(self, values_BLX: Tensor) -> Tensor:
+        """The values (B, ...) of each row's last counted column; of column 0 where nothing is counted."""
+        last_B = (self.counted_BL.sum(dim=1) - 1).clamp(min=0)
+        return values_BLX[torch.arange(len(last_B), device=last_B.device), last_B]
+
+    def back(self, values_BL: Tensor) -> Tensor:
+        """The values (B, L) in the columns that their tokens came from."""
+        return values_BL.gather(1, self.source_BL.argsort(dim=1))
+
+
+def _moved_left(ids_BL: Tensor, attention_mask_BL: Tensor) -> _Rows:
     counted_BL = attention_mask_BL.bool()
-    hidden_BLH = _hidden_states(model, ids_BL, counted_BL)
-    hidden_BH = hidden_BLH[torch.arange(len(ids_BL), device=ids_BL.device), _last_columns(counted_BL)]
-    scores_B = classification_head(model)(hidden_BH).squeeze(-1).float()
-    return torch.where(counted_BL.any(dim=1), scores_B, 0.0)
+    source_BL = counted_BL.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+    return _Rows(ids_BL.gather(1, source_BL), counted_BL.gather(1, source_BL), source_BL)
 
 
-def _hidden_states(model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
-    counted_BL = attention_mask_BL.long()
-    return backbone(model)(
-        input_ids=ids_BL,
-        attention_mask=counted_BL,
-        position_ids=(counted_BL.cumsum(dim=1) - 1).clamp(min=0),
-        use_cache=False,
-    ).last_hidden_state
+def _scores(model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
+    rows = _moved_left(ids_BL, attention_mask_BL)
+    if reads_last_token(model):
+        return _decoder_scores(model, rows)
+    scores_B = model(input_ids=rows.ids_BL, attention_mask=rows.counted_BL.long()).logits.squeeze(-1).float()
+    return torch.where(rows.counted_BL.any(dim=1), scores_B, 0.0)
 
 
-def _last_columns(counted_BL: Tensor) -> Tensor:
-    """(B,) the last True column of each row."""
-    return counted_BL.shape[1] - 1 - counted_BL.flip(1).int().argmax(dim=1)
+def _decoder_scores(model: PreTrainedModel, rows: _Rows) -> Tensor:
+    scores_B: Tensor = classification_head(model)(rows.at_last(_hidden_states(model, rows))).squeeze(-1).float()
+    return torch.where(rows.counted_BL.any(dim=1), scores_B, 0.0)
+
+
+def _hidden_states(model: PreTrainedModel, rows: _Rows) -> Tensor:
+    inputs = {"input_ids": rows.ids_BL, "attention_mask": rows.counted_BL.long(), "use_cache": False}
+    states_BLH: Tensor = backbone(model)(**inputs).last_hidden_state
+    return states_BLH

@@ -1,0 +1,195 @@
+"""What a model does with its input, found by running it on a few random ids.
+
+An architecture's name does not say where a classifier reads its score, or whether a model sees later tokens. The probes
+take a few short rows, a moment for any model, and are remembered for each model.
+
+Axes: B rows, L columns, H hidden units.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tlcr.errors import ConfigError
+from tlcr.models.heads import backbone, classification_head, has_linear_head
+
+LENGTHS = (7, 4)
+"""Tokens of the two rows of a probe."""
+
+_remembered: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, bool]] = weakref.WeakKeyDictionary()
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether the hidden states of a column are the same without the columns after it.
+
+    Args:
+        model: a model with a head, such as a token classifier.
+
+    Returns:
+        False for an encoder, and for an encoder-decoder.
+    """
+    return _remember(model, "is_causal", lambda: _is_causal(model))
+
+
+def reads_last_token(model: PreTrainedModel) -> bool:
+    """Whether a reward model is a decoder whose score is a linear layer on the hidden state of the last token.
+
+    Args:
+        model: a sequence classifier.
+
+    Returns:
+        False for every other way to a score, such as the pooled first token of an encoder.
+    """
+    return _remember(model, "reads_last_token", lambda: _reads_last_token(model))
+
+
+def check_reward_model(model: PreTrainedModel) -> None:
+    """Checks that a reward model gives every text one score, whatever else is in the batch.
+
+    A model that does not read its score at the last token (``reads_last_token``) is run as it is, padded on the right,
+    so its score must not depend on padding.
+
+    Args:
+        model: a sequence classifier with one output.
+
+    Raises:
+        ConfigError: its own forward pass fails on a text without special tokens, gives something else than one score,
+            or gives another score with padding.
+    """
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ConfigError(
+            f"the reward model is a {name}, an encoder and a decoder: it looks for its score at an end-of-sequence "
+            "token, which a cut answer does not have; name an encoder or a decoder with one output"
+        )
+    if reads_last_token(model):
+        return
+    rows = _rows(model)
+    ids_BL = torch.zeros((len(rows), max(LENGTHS)), dtype=torch.long) + (model.config.pad_token_id or 0)
+    mask_BL = torch.zeros_like(ids_BL)
+    for row, ids_1L in enumerate(rows):
+        ids_BL[row, : ids_1L.shape[1]], mask_BL[row, : ids_1L.shape[1]] = ids_1L[0].cpu(), 1
+    try:
+        with _evaluating(model):
+            alone = [model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for ids in rows]
+            device = rows[0].device
+            together = model(input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device)).logits
+    except Exception as error:
+        raise ConfigError(
+            f"the reward model is a {name}, whose forward pass fails on a plain text "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); name one that needs ids and an attention "
+            "mask only"
+        ) from error
+    if together.shape != (len(rows), 1):
+        raise ConfigError(
+            f"the reward model is a {name}, which gives outputs of shape {tuple(together.shape)} for {len(rows)} "
+            f"texts; wanted ({len(rows)}, 1), a score for each"
+        )
+    if not _close(torch.cat(alone), together):
+        raise ConfigError(
+            f"the reward model is a {name}, whose scores depend on padding: alone {torch.cat(alone)[:, 0].tolist()}, "
+            f"in one batch {together[:, 0].tolist()}; name one that reads its attention mask"
+        )
+
+
+def require_causal(model: PreTrainedModel) -> None:
+    """Raises ConfigError where the model, loaded as a causal language model, fails on plain text or sees later tokens."""
+    name = type(model).__name__
+    try:
+        causal = is_causal(model)
+    except Exception as error:
+        raise ConfigError(
+            f"{name} cannot be used as a language model: its forward pass fails on plain text "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); use a decoder such as Llama, Qwen or OPT"
+        ) from error
+    if not causal:
+        raise ConfigError(
+            f"{name} is no causal language model: what it says of a token depends on later tokens; use a decoder such "
+            "as Llama, Qwen or OPT, or set is_decoder in its config.json if it was trained as one"
+        )
+
+
+def require_decoder(model: PreTrainedModel, what: str) -> None:
+    """Raises ConfigError where ``what`` needs a score at every token and the reward model has none."""
+    if not reads_last_token(model):
+        raise ConfigError(
+            f"{what} needs a reward model that is a decoder with a linear head, and {type(model).__name__} is none; "
+            "train one with 'tlcr train reward-model', or use reward.kind sequence or uniform"
+        )
+
+
+def _remember(model: PreTrainedModel, what: str, probe: Callable[[], bool]) -> bool:
+    known = _remembered.setdefault(model, {})
+    if what not in known:
+        with _evaluating(model):
+            known[what] = probe()
+    return known[what]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _rows(model: PreTrainedModel) -> list[Tensor]:
+    """Rows (1, L) of random ids, none of which is special."""
+    config = model.config.get_text_config()
+    named = [value for name, value in vars(config).items() if name.endswith("_token_id")]
+    special = {token for value in named for token in (value if isinstance(value, (list, tuple)) else [value])}
+    plain = torch.tensor([token for token in range(min(config.vocab_size, 1000)) if token not in special])
+    generator = torch.Generator().manual_seed(0)
+    return [
+        plain[torch.randint(len(plain), (1, length), generator=generator)].to(model.device) for length in LENGTHS
+    ]
+
+
+def _hidden(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:
+    states: Tensor = backbone(model)(
+        input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL), use_cache=False
+    ).last_hidden_state
+    return states
+
+
+def _is_causal(model: PreTrainedModel) -> bool:
+    if model.config.is_encoder_decoder:
+        return False
+    ids_BL = _rows(model)[0]
+    cut = ids_BL.shape[1] - 2
+    return _close(_hidden(model, ids_BL)[:, :cut], _hidden(model, ids_BL[:, :cut]))
+
+
+def _reads_last_token(model: PreTrainedModel) -> bool:
+    if not has_linear_head(model) or not is_causal(model):
+        return False
+    ids_BL, head = _rows(model)[0], classification_head(model)
+    random_H = torch.randn(head.in_features, generator=torch.Generator().manual_seed(0)).to(model.device)
+
+    def project(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """In place of the head's product, which may be 0 for every input."""
+        return (args[0].float() @ random_H)[..., None]
+
+    hook = head.register_forward_hook(project)
+    try:
+        own = model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL), use_cache=False).logits
+        last = head(_hidden(model, ids_BL)[:, -1])
+    finally:
+        hook.remove()
+    return own.shape == last.shape and _close(own, last)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to the rounding of different kernels; another formula differs by as much as the numbers themselves."""
+    scale = float(a.abs().max())
+    return bool((a - b).abs().max() <= torch.finfo(a.dtype).eps ** 0.5 * scale)
