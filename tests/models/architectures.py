@@ -95,7 +95,7 @@ def tiny_model(kind: type[PreTrainedConfig], **changes: Any) -> PreTrainedModel:
 
 def config_class(model_type: str) -> type[PreTrainedConfig]:
     """The config of a causal language model, by its type."""
-    return next(kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING.keys() if kind.model_type == model_type)
+    return next(kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING if kind.model_type == model_type)
 
 
 def _options(kind: type[PreTrainedConfig]) -> dict[str, Any]:
@@ -149,13 +149,13 @@ def _rows(types: list[str]) -> Iterator[tuple[str, str, str]]:
     from tests.models.test_architectures import word_tokenizer
 
     tokenizer = word_tokenizer()
-    for kind in MODEL_FOR_CAUSAL_LM_MAPPING.keys():
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING:
         if types and kind.model_type not in types:
             continue
         try:
             model = tiny_model(kind)
             _outputs(model, torch.tensor([[5, 6, 7]]), torch.ones(1, 3))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (reported)
             yield kind.model_type, "no tiny model here", f"{type(error).__name__}: {' '.join(str(error).split())[:90]}"
             continue
         try:
@@ -163,7 +163,7 @@ def _rows(types: list[str]) -> Iterator[tuple[str, str, str]]:
                 yield kind.model_type, "works", try_out(model, tokenizer, Path(folder))
         except ConfigError as error:
             yield kind.model_type, "refused", str(error)[:120]
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (reported)
             yield kind.model_type, "FAILS", f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
@@ -173,8 +173,9 @@ def main() -> None:
     counts: Counter[str] = Counter()
     for name, result, why in _rows(sys.argv[1:]):
         counts[f"{result}; {why}" if result == "works" else result] += 1
-        print(f"{name:26} {result:20} {why}", flush=True)
-    print(*(f"{number:4} {result}" for result, number in sorted(counts.items())), sep="\n")
+        sys.stdout.write(f"{name:26} {result:20} {why}\n")
+        sys.stdout.flush()
+    sys.stdout.writelines(f"{number:4} {result}\n" for result, number in sorted(counts.items()))
     raise SystemExit(counts["FAILS"] > 0)
 
 

@@ -28,6 +28,7 @@ from tlcr.models.loading import (
     load_token_classifier,
     save_model,
 )
+from tlcr.models.probes import is_causal
 from tlcr.ops.types import TokenScores
 from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.training.distributed import on_main_process
@@ -266,7 +267,7 @@ def build_value_model(
         A token classifier with the label "value"; None for a value head on the policy.
 
     Raises:
-        ConfigError: ``cfg.value_init`` names a model that is not there.
+        ConfigError: ``cfg.value_init`` names a model that is not there, or one that is no decoder.
     """
     if cfg.value_model == "shared":
         return None
@@ -278,6 +279,11 @@ def build_value_model(
             f"ppo.value_init to {' or '.join(repr(name) for name, found in sources.items() if found is not None)}"
         )
     value_model = load_token_classifier(source, model, id2label={0: "value"})
+    if cfg.value_init != "policy" and not is_causal(value_model):
+        raise ConfigError(
+            f"ppo.value_init is {cfg.value_init!r}, but {type(source).__name__} is no decoder: it reads later tokens, "
+            "which a value must not know; set ppo.value_init to 'policy'"
+        )
     if cfg.value_init == "reward_model":
         with torch.no_grad():
             classification_head(value_model).weight.copy_(classification_head(source).weight)
@@ -318,7 +324,8 @@ def load_value_head(folder: Path) -> Head:
 def _new_value_head(policy: PreTrainedModel) -> Head:
     weight = policy.get_output_embeddings().weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    head = Head(policy.config.get_text_config().hidden_size, 1, dtype=dtype, device=weight.device)
+    # not hidden_size: OPT-350m projects its last hidden states to the width of its embeddings
+    head = Head(weight.shape[1], 1, dtype=dtype, device=weight.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head

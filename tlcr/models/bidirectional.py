@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from tlcr.errors import ConfigError
 from tlcr.models import attention
+from tlcr.models.heads import backbone
 
 __all__ = ["make_top_layers_bidirectional"]
 
@@ -67,7 +68,7 @@ def make_top_layers_bidirectional(model: PreTrainedModel, layers: int) -> None:
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    layers = getattr(model.base_model, "layers", None)
+    layers = getattr(backbone(model), "layers", None)
     if isinstance(layers, nn.ModuleList) and all(
         isinstance(getattr(getattr(layer, "self_attn", None), "is_causal", None), bool) for layer in layers
     ):

@@ -30,7 +30,7 @@ from tlcr.models.heads import backbone, has_linear_head
 MODULE = "modeling_classifier"
 """The saved module's name, of which ``auto_map`` in config.json speaks."""
 
-_MAPPINGS = {
+_MAPPINGS: dict[Any, Any] = {
     AutoModelForTokenClassification: MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoModelForSequenceClassification: MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 }
@@ -48,18 +48,25 @@ def new_class(auto: Any, source: PreTrainedModel, config: PreTrainedConfig) -> t
         transformers' class where it holds the same backbone under a linear head; else one of ours.
 
     Raises:
-        ConfigError: ``source`` is no causal language model that transformers knows.
+        ConfigError: ``source`` has not the backbone of a causal language model that transformers knows.
     """
     theirs = _MAPPINGS[auto].get(type(config), None)
     if theirs is not None and _holds(theirs, source, config):
         return theirs
-    causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    causal_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if causal_lm is None or not causal_lm.__module__.startswith("transformers."):
         raise ConfigError(
             f"no {auto.__name__.removeprefix('AutoModelFor')} class can be made for {type(source).__name__}: it is no "
             "causal language model of transformers itself; use a decoder that transformers has, such as Llama or Qwen"
         )
-    return _our_class(auto, causal_lm, type(config))
+    config_class: Any = type(config)
+    ours: type[PreTrainedModel] = _our_class(auto, causal_lm, config_class)
+    if not _holds(ours, source, config):
+        raise ConfigError(
+            f"no {auto.__name__.removeprefix('AutoModelFor')} class can be made for {type(source).__name__}: its "
+            f"backbone is not that of {causal_lm.__name__}, the decoder of this kind; start from a decoder"
+        )
+    return ours
 
 
 def saved_class(auto: Any, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -67,13 +74,14 @@ def saved_class(auto: Any, config: PreTrainedConfig) -> type[PreTrainedModel] | 
     named = (getattr(config, "auto_map", None) or {}).get(auto.__name__, "")
     if not named.rpartition("--")[2].startswith(MODULE + "."):
         return None
-    return _our_class(auto, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], type(config))
+    config_class: Any = type(config)
+    return _our_class(auto, MODEL_FOR_CAUSAL_LM_MAPPING[config_class], config_class)
 
 
 def name_source(model: PreTrainedModel) -> None:
     """Sets ``auto_map`` of the config of one of our classes; removes one that was copied from such a config."""
     if isinstance(model, modeling_classifier.LinearHead):
-        model.config.auto_map = {_auto(model): f"{MODULE}.{type(model).__name__}"}  # type: ignore[unreachable]
+        model.config.auto_map = {_auto(model): f"{MODULE}.{type(model).__name__}"}
     elif any(MODULE + "." in str(name) for name in (getattr(model.config, "auto_map", None) or {}).values()):
         del model.config.auto_map
 
@@ -82,10 +90,11 @@ def write_source(model: PreTrainedModel, folder: Path) -> None:
     """Writes the module that ``auto_map`` names, where the model's class is one of ours."""
     if not isinstance(model, modeling_classifier.LinearHead):
         return
-    name, parts = type(model).__name__, (model.causal_lm.__name__, type(model.config).__name__)  # type: ignore[unreachable]
+    name, parts = type(model).__name__, (model.causal_lm.__name__, type(model.config).__name__)
     make = "token_classifier" if _auto(model) == AutoModelForTokenClassification.__name__ else "sequence_classifier"
     general = Path(modeling_classifier.__file__).read_text(encoding="utf-8")
-    own = f"\n\nfrom transformers import {', '.join(sorted(parts))}  # noqa: E402\n\n{name} = {make}({', '.join(parts)})\n"
+    imported = ", ".join(sorted(parts))
+    own = f"\n\nfrom transformers import {imported}  # noqa: E402\n\n{name} = {make}({', '.join(parts)})\n"
     (folder / f"{MODULE}.py").write_text(general + own, encoding="utf-8")
 
 
@@ -95,9 +104,7 @@ def _auto(model: Any) -> str:
 
 
 @functools.cache
-def _our_class(
-    auto: Any, causal_lm: type[PreTrainedModel], config_class: type[PreTrainedConfig]
-) -> type[PreTrainedModel]:
+def _our_class(auto: Any, causal_lm: Any, config_class: Any) -> type[PreTrainedModel]:
     if auto is AutoModelForTokenClassification:
         return modeling_classifier.token_classifier(causal_lm, config_class)
     return modeling_classifier.sequence_classifier(causal_lm, config_class)

@@ -1,8 +1,8 @@
 """The two parts of a classifier: its backbone, and a linear layer on top that works in float32.
 
-Scores, values and class logits are float32 whatever the backbone's dtype. A bfloat16 number has 8 significant bits. A value or a score in bfloat16 would be off by up to 0.4 %, and answers that
-differ by less would tie. The hidden states keep the backbone's dtype; their product with the
-head's weights is formed and kept in float32.
+Scores, values and class logits are float32 whatever the backbone's dtype. A bfloat16 number has 8 significant bits. A
+value or a score in bfloat16 would be off by up to 0.4 %, and answers that differ by less would tie. The hidden states
+keep the backbone's dtype; their product with the head's weights is formed and kept in float32.
 """
 
 from __future__ import annotations
@@ -74,14 +74,15 @@ def use_float32_head(model: PreTrainedModel, saved_in: str | None = None) -> Non
     """Replaces the linear head of a classifier by a ``Head`` with the same weights, in place.
 
     Weights of bfloat16 or float16 become float32; float32 and float64 stay, and such a model computes the same bits
-    as before. A classifier without a single linear head stays as it is.
+    as before. Where the head has several layers, as in encoders of the RoBERTa kind, its last one is replaced; a
+    classifier without a single last layer stays as it is.
 
     Args:
         model: the classifier.
         saved_in: the folder or hub name that the model was loaded from. transformers rounds every weight that it loads
             to one dtype, so the head's are read from there once more. None: the weights are those that the model has.
     """
-    name = _name_of_head(model)
+    name = _name_of_head(model) or _name_of_last_layer(model)
     if name is None:
         return
     head = model.get_submodule(name)
@@ -100,6 +101,18 @@ def use_float32_head(model: PreTrainedModel, saved_in: str | None = None) -> Non
 
 def _name_of_head(model: PreTrainedModel) -> str | None:
     return next((name for name in HEADS if isinstance(getattr(model, name, None), nn.Linear)), None)
+
+
+def _name_of_last_layer(model: PreTrainedModel) -> str | None:
+    """The only linear layer outside the backbone that is as wide as the classifier's outputs."""
+    base = backbone_of(model)
+    inside = set() if base is None else set(base.modules())
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module not in inside and module.out_features == model.config.num_labels
+    ]
+    return names[0] if len(names) == 1 else None
 
 
 def _stored_weights(source: str, name: str, rounded: dict[str, Tensor]) -> dict[str, Tensor]:

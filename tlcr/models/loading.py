@@ -359,7 +359,9 @@ def _load_classifier(role: Role, source: str | Path, cfg: ModelConfig) -> PreTra
     found = _inspected(cfg, role)
     with _loading("classifier", cfg.path), inspection.quiet():
         kind = classifiers.saved_class(AUTO[role], found.config) or AUTO[role]
-        model, report = kind.from_pretrained(cfg.path, use_safetensors=True, **_common(cfg, found))
+        model, report = kind.from_pretrained(  # type: ignore[misc]
+            cfg.path, use_safetensors=True, **_common(cfg, found)
+        )
     _check_report(report, model, cfg, role, found)
     if role == "reward_model":
         _use_stored_head(model, found)

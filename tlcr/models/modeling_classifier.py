@@ -96,9 +96,7 @@ class SequenceClassifier(LinearHead):
         return SequenceClassifierOutput(logits=logits_BLC[rows_B, last_B])
 
 
-def token_classifier(
-    causal_lm: type[PreTrainedModel], config_class: type[PreTrainedConfig]
-) -> type[PreTrainedModel]:
+def token_classifier(causal_lm: type[PreTrainedModel], config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
     """The token classifier of a decoder: ``OPTForTokenClassification`` for ``OPTForCausalLM``.
 
     Args:

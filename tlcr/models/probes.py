@@ -99,7 +99,7 @@ def check_reward_model(model: PreTrainedModel) -> None:
 
 
 def require_causal(model: PreTrainedModel) -> None:
-    """Raises ConfigError where the model, loaded as a causal language model, fails on plain text or sees later tokens."""
+    """Raises ConfigError where a language model fails on plain text, or sees later tokens."""
     name = type(model).__name__
     try:
         causal = is_causal(model)
@@ -150,9 +150,7 @@ def _rows(model: PreTrainedModel) -> list[Tensor]:
     special = {token for value in named for token in (value if isinstance(value, (list, tuple)) else [value])}
     plain = torch.tensor([token for token in range(min(config.vocab_size, 1000)) if token not in special])
     generator = torch.Generator().manual_seed(0)
-    return [
-        plain[torch.randint(len(plain), (1, length), generator=generator)].to(model.device) for length in LENGTHS
-    ]
+    return [plain[torch.randint(len(plain), (1, length), generator=generator)].to(model.device) for length in LENGTHS]
 
 
 def _hidden(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:

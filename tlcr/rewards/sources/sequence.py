@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tlcr.models.probes import require_decoder
 from tlcr.models.reward_model import prefix_scores, scores_and_attention, sequence_scores
 from tlcr.rewards.sources.frozen_model import FrozenModel, Reading, read
 from tlcr.rewards.sources.protocol import Stateless
@@ -17,7 +18,9 @@ from tlcr.types import RewardSignal, Rollout
 
 
 class SequenceRewardSource(Stateless):
-    """A sequence reward model's score R of each answer, (B,), read at the answer's last token.
+    """A sequence reward model's score R of each answer, (B,).
+
+    A decoder is read at the answer's last token. Any other model, such as an encoder, pools as it was trained to.
 
     With the policy's tokenizer it reads the policy's ids; with another, the text that `DiscriminatorSource` describes.
     The last token is the end of sequence where the policy ended its answer, else the last token of the cut answer.
@@ -53,6 +56,7 @@ class AttentionSource(Stateless):
     """
 
     def __init__(self, frozen: FrozenModel) -> None:
+        require_decoder(frozen.model, "reward.kind 'attention'")
         self.frozen = frozen
 
     def __call__(self, rollout: Rollout) -> RewardSignal:
@@ -76,6 +80,7 @@ class PrefixDifferenceSource(Stateless):
     """
 
     def __init__(self, frozen: FrozenModel) -> None:
+        require_decoder(frozen.model, "reward.kind 'prefix_difference'")
         self.frozen = frozen
 
     def __call__(self, rollout: Rollout) -> RewardSignal:
