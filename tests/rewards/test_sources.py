@@ -13,6 +13,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
     PreTrainedModel,
@@ -29,8 +31,9 @@ from tests.rewards.rollouts import (
     random_rows,
     rollout_of,
 )
-from tlcr.config.schema import DataConfig, RewardConfig
+from tlcr.config.schema import DataConfig, ModelConfig, RewardConfig
 from tlcr.errors import CheckpointError, ConfigError, DataError, ShapeError
+from tlcr.models.loading import load_sequence_classifier, save_model
 from tlcr.rewards.composition import compose_rewards
 from tlcr.rewards.sources import (
     CallableSource,
@@ -569,4 +572,51 @@ def test_a_nan_from_a_function_is_named_when_composed(three_rows: Rollout, monke
             cfg=cfg,
             temperature=1.0,
             centre=None,
+        )
+
+
+# ---- a reward model that is an encoder
+
+
+@pytest.fixture
+def encoder(tmp_path, tiny_tokenizer):
+    """A random BERT with one output, loaded as a reward model."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    model = BertForSequenceClassification(BertConfig(vocab_size=len(tiny_tokenizer), num_labels=1, **small))
+    torch.nn.init.normal_(model.classifier.weight)
+    save_model(model, tiny_tokenizer, tmp_path / "encoder")
+    return load_sequence_classifier(tmp_path / "encoder", ModelConfig())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sequence", "uniform"])
+def test_an_encoder_gives_each_answer_the_score_of_its_own_forward_pass(encoder, tiny_tokenizer, kind):
+    rollout = rollout_of(random_rows(tiny_tokenizer), tiny_tokenizer, left=2, right=3)
+    truth = [
+        encoder(input_ids=ids[mask][None]).logits.item()
+        for ids, mask in zip(rollout.ids_BL, rollout.attention_mask_BL, strict=True)
+    ]
+    source = build_reward_source(
+        RewardConfig(kind=kind),
+        policy_tokenizer=tiny_tokenizer,
+        reward_model=LoadedModel(encoder, tiny_tokenizer),
+        data=DataConfig(),
+        seed=0,
+        micro_batch_size=2,
+    )
+    signal = source(rollout)
+    scores = signal.terminal_B if kind == "sequence" else signal.dense_BT.sum(dim=1)
+    torch.testing.assert_close(scores, torch.tensor(truth), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["attention", "prefix_difference"])
+def test_credit_for_tokens_needs_a_decoder(encoder, tiny_tokenizer, kind):
+    with pytest.raises(ConfigError, match=rf"reward.kind '{kind}' needs a reward model that is a decoder"):
+        build_reward_source(
+            RewardConfig(kind=kind),
+            policy_tokenizer=tiny_tokenizer,
+            reward_model=LoadedModel(encoder, tiny_tokenizer),
+            data=DataConfig(),
+            seed=0,
         )
