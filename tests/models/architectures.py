@@ -57,6 +57,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "reformer": {"axial_pos_embds_dim": (8, 24), "axial_pos_shape": (8, 8), "attn_layers": ["local", "local"]},
     "rembert": {"input_embedding_size": WIDTH, "output_embedding_size": WIDTH},
+    "codegen": {"n_head": 4},
     "xmod": {"default_language": "en_XX"},
     "mamba2": {"num_heads": 4, "head_dim": 16, "expand": 2},
     "falcon_h1": {"mamba_d_ssm": 64},

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForTokenClassification, BertConfig, BertLMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForTokenClassification,
+    BertConfig,
+    BertLMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from tests.models.architectures import SPECIAL, VOCABULARY, config_class, tiny_model, try_out
 from tlcr.config.schema import ModelConfig, PPOConfig
@@ -20,8 +26,10 @@ from tlcr.models.heads import backbone, classification_head
 from tlcr.models.loading import TWO_CLASSES, load_causal_lm, load_token_classifier, save_model
 from tlcr.models.modeling_classifier import LinearHead
 
-OURS = ["opt", "gemma3_text", "olmo2", "granite", "cohere", "gptj", "codegen", "mamba", "bart", "exaone", "olmoe"]
+OURS = ["opt", "gemma3_text", "olmo2", "granite", "cohere", "gptj", "codegen", "mamba", "bart", "olmoe"]
 OURS += ["llama4_text", "openai-gpt", "rwkv"]
+# ExaoneConfig is not the config that its causal model names; transformers has it since a later version than our first
+OURS += [kind.model_type for kind in MODEL_FOR_CAUSAL_LM_MAPPING if kind.model_type == "exaone"]
 THEIRS = ["gpt_neox", "bloom", "qwen2"]
 
 IDS = torch.tensor([[5, 9, 17, 23, 2, 40], [7, 8, 30, 0, 0, 0]])
