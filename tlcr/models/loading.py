@@ -358,6 +358,7 @@ def _load_classifier(role: Role, source: str | Path, cfg: ModelConfig) -> PreTra
     cfg = replace(cfg, path=str(source), gguf_file=None)
     found = _inspected(cfg, role)
     with _loading("classifier", cfg.path), inspection.quiet():
+        assert found.config is not None  # _inspected has raised
         kind = classifiers.saved_class(AUTO[role], found.config) or AUTO[role]
         model, report = kind.from_pretrained(  # type: ignore[misc]
             cfg.path, use_safetensors=True, **_common(cfg, found)
