@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import csv
 import difflib
-import gzip
 import json
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ import datasets
 import pyarrow
 
 from tlcr.errors import DataError
+from tlcr.text.files import open_text
 
 __all__ = ["Row", "read_rows"]
 
@@ -101,24 +100,8 @@ def _file_rows(path: Path) -> Iterator[Row]:
             ),
         )
         return
-    try:
-        with _open_text(path) as file:
-            yield from (
-                _json_rows(path, file) if suffix in JSON_SUFFIXES else _table_rows(path, file, SEPARATORS[suffix])
-            )
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path} is not a whole gzip file ({error}); download or write it again") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error}); convert it to UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from error
-
-
-def _open_text(path: Path) -> IO[str]:
-    # utf-8-sig: otherwise a byte-order mark, which spreadsheets write, would be part of the first column's name.
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+    with open_text(path) as file:
+        yield from (_json_rows(path, file) if suffix in JSON_SUFFIXES else _table_rows(path, file, SEPARATORS[suffix]))
 
 
 def _json_rows(path: Path, file: IO[str]) -> Iterator[Row]:

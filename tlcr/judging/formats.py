@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from tlcr.errors import DataError
+from tlcr.text.files import broken_character, read_text
 from tlcr.training.checkpoint import atomic_write, write_json
 
 __all__ = [
@@ -126,7 +127,7 @@ def read_answers(path: str | Path) -> AnswerFile:
 def read_lines(path: str | Path) -> Iterator[tuple[Mapping[str, Any], str]]:
     """The objects of a JSON-lines file, each with where it stands ("file:line")."""
     # Not splitlines: texts in JSON may hold line separators of Unicode.
-    for number, line in enumerate(_text(Path(path)).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -135,35 +136,38 @@ def read_lines(path: str | Path) -> Iterator[tuple[Mapping[str, Any], str]]:
             raise DataError(f"{path}:{number}: not JSON ({error}); wanted one object a line") from error
         if not isinstance(record, dict):
             raise DataError(f"{path}:{number}: {line[:80]!r} is no JSON object; wanted one object a line")
+        _require_unicode(record, f"{path}:{number}")
         yield record, f"{path}:{number}"
 
 
 def _is_list(path: Path) -> bool:
-    return _text(path).lstrip()[:1] == "["
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; give the path of a JSON file") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    return read_text(path).lstrip()[:1] == "["
 
 
 def _json_list(path: Path, *wanted: str) -> list[tuple[Mapping[str, Any], str]]:
     try:
-        records = json.loads(_text(path))
+        records = json.loads(read_text(path))
     except ValueError as error:
         raise DataError(f"{path} begins like a JSON list and is none ({error})") from error
     for index, record in enumerate(records):
         if not isinstance(record, dict):
             raise DataError(f"{path}, item {index}: {str(record)[:80]!r} is no object; wanted {', '.join(wanted)}")
+        _require_unicode(record, f"{path}, item {index}")
         for name in wanted:
             _field(record, name, lambda value: isinstance(value, str), "a text", f"{path}, item {index}")
         if record.get("input"):
             raise DataError(f"{path}, item {index}: there is an 'input' beside the instruction; make them one text")
     return [(record, f"{path}, item {index}") for index, record in enumerate(records)]
+
+
+def _require_unicode(record: Mapping[str, Any], where: str) -> None:
+    for name, value in record.items():
+        place = broken_character(value)
+        if place is not None:
+            raise DataError(
+                f"{where}: {name!r} is not valid Unicode (half of a surrogate pair at character {place + 1}); mend the "
+                "program that cut the text"
+            )
 
 
 def _instructions(records: Sequence[tuple[Mapping[str, Any], str]]) -> list[BenchmarkQuestion]:

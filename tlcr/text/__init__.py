@@ -1,4 +1,4 @@
-"""Text to token ids and back, aligned by character offsets; rows of different lengths as one rectangle.
+"""Text to token ids and back, aligned by character offsets; rows of different lengths as one rectangle; text files.
 
-May touch errors, types and config; uses no model and no file.
+May touch errors, types and config; uses no model.
 """

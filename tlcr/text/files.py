@@ -1,0 +1,102 @@
+"""Text of files and of standard input, read in one way by all commands.
+
+Text is UTF-8, with or without a byte-order mark, or such text in gzip. Anything else is an error that says what the
+bytes look like, because a guessed encoding changes the words without a sign.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import sys
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from tlcr.errors import DataError
+
+__all__ = ["STANDARD_INPUT", "broken_character", "open_text", "read_text"]
+
+STANDARD_INPUT = "-"
+"""The name under which commands read standard input."""
+
+GZIP = b"\x1f\x8b"
+MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+"""Byte-order marks. UTF-32 stands first, because its little-endian mark begins with that of UTF-16."""
+
+
+@contextmanager
+def open_text(source: str | Path) -> Iterator[TextIO]:
+    r"""Opens a text for reading, for a ``with`` statement; errors in its body's reads are of this function, too.
+
+    Args:
+        source: a path, or "-" for standard input. Bytes that begin as gzip does, and files that end in .gz, are
+            unpacked.
+
+    Yields:
+        The text without its byte-order mark. Line ends are as written: ``\r\n`` is not changed.
+
+    Raises:
+        DataError: the source is missing, cannot be read, is a damaged gzip file, or is not UTF-8.
+    """
+    name = "standard input" if source == STANDARD_INPUT else str(source)
+    start = b""
+    try:
+        with _opened(source) as raw:
+            start = raw.peek(4)[:4]
+            packed = start[:2] == GZIP or name.endswith(".gz")
+            content: Any = gzip.GzipFile(fileobj=raw) if packed else raw
+            if packed:
+                content = io.BufferedReader(content)
+                start = content.peek(4)[:4]
+            # utf-8-sig: otherwise the mark, which spreadsheets write, would be part of the first word.
+            yield io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{name} is not a whole gzip file ({error}); download or write it again") from error
+    except UnicodeDecodeError as error:
+        mark = next((f"; it begins as {kind} does" for sign, kind in MARKS.items() if start.startswith(sign)), "")
+        raise DataError(f"{name} is not UTF-8 ({error}{mark}); convert it to UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {error.strerror}; check its permissions, its path and the disk") from error
+
+
+def read_text(source: str | Path) -> str:
+    """All of the text that ``open_text`` opens, with its errors."""
+    with open_text(source) as file:
+        return file.read()
+
+
+def broken_character(value: Any) -> int | None:
+    r"""The place, from 0, of the first half of a surrogate pair in any text of a JSON value.
+
+    JSON can write one half ("\ud83d") where a program cut a text in the middle of a character. Such text has no UTF-8
+    and no tokens.
+
+    Args:
+        value: a text, or lists and mappings of values.
+
+    Returns:
+        The place in its text; None where all texts are valid Unicode.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            return error.start
+        return None
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return next((place for part in parts if (place := broken_character(part)) is not None), None)
+
+
+def _opened(source: str | Path) -> io.BufferedReader:
+    if source == STANDARD_INPUT:
+        return open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115 - the caller closes it
+    return Path(source).expanduser().open("rb")
