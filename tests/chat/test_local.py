@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from tlcr.chat import Answer, AnswerStore, Message, NoAnswer, Question, ask
 from tlcr.chat import local as local_module
@@ -75,14 +76,27 @@ def test_a_batch_of_different_lengths_gives_what_the_model_says_to_each_alone(fo
     assert found == answers_of(folder, questions(), batch_size=1)
 
 
-def test_an_answer_ends_where_the_model_ends_it(folder: Path, tiny_tokenizer, monkeypatch) -> None:
-    """The third token that greedy decoding gives is made an end of sequence."""
+def test_an_answer_ends_at_any_end_that_the_model_names(folder: Path, tiny_tokenizer) -> None:
+    """A later token that greedy decoding gives becomes one of two ends that the generation config names."""
     (question,) = questions()[:1]
     ids, _ = greedy(folder, question)
     at = next(k for k in range(1, 12) if ids[k] not in ids[:k])
-    monkeypatch.setattr(local_module, "end_of_sequence_ids", lambda model, tokenizer: [ids[at]])
+    GenerationConfig(eos_token_id=[tiny_tokenizer.eos_token_id, ids[at]]).save_pretrained(folder)
     (answer,) = answers_of(folder, [question])
     assert answer == Answer(tiny_tokenizer.decode(ids[:at]), "stop", answer.prompt_tokens, at + 1)  # type: ignore[union-attr]
+
+
+def test_a_model_is_asked_with_all_that_its_generation_prompt_opens(folder: Path, tiny_tokenizer) -> None:
+    thinking = TEMPLATE.removesuffix("assistant:") + "{% if add_generation_prompt %}assistant:<think>{% endif %}"
+    bare = TEMPLATE.removesuffix("assistant:")
+    (question,) = questions()[:1]
+    for template, prompt in ((thinking, "assistant:<think>"), (bare, "assistant:")):
+        with AnswerStore(folder.parent / f"{len(template)}.sqlite") as store:
+            model = LocalModel(ModelConfig(path=str(folder), chat_template=template), store, batch_size=1)
+            (answer,) = ask(model, [question], store, label="test")
+        assert isinstance(answer, Answer)
+        text = f"user: {question.messages[0].content}\n{prompt}"
+        assert answer.prompt_tokens == len(tiny_tokenizer(text)["input_ids"])
 
 
 def test_a_model_is_held_to_the_choices_and_takes_the_likeliest(folder: Path, tiny_tokenizer) -> None:

@@ -103,10 +103,13 @@ def test_a_file_is_scored_in_its_order_whatever_the_batch(
 
 
 def test_standard_input_is_read_without_a_file(
-    reward_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    reward_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({"prompt": PROMPT, "response": RESPONSE})))
-    record = json.loads(run(["--reward-model", str(reward_model), "--json"], capsys))
+    piped = tmp_path / "piped"
+    piped.write_text(json.dumps({"prompt": PROMPT, "response": RESPONSE}))
+    with piped.open() as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        record = json.loads(run(["--reward-model", str(reward_model), "--json"], capsys))
     assert set(record) == {"prompt", "response", "score"}
 
 
@@ -230,3 +233,16 @@ def test_nothing_to_score_at_a_terminal_says_so(
     monkeypatch.setattr("sys.stdin", terminal)
     assert cli.main(["score", "--discriminator", "x"]) == 2
     assert "nothing to score" in capsys.readouterr().err
+
+
+def test_an_end_in_the_answer_is_scored_once_and_said(
+    discriminator: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "answers.jsonl"
+    lines = [json.dumps({"prompt": PROMPT, "response": RESPONSE + end}) + "\n" for end in ("", "<eos>", "<eos>\n")]
+    file.write_text("".join(lines), encoding="utf-8")
+    plain, *ended = map(json.loads, run(["--discriminator", str(discriminator), str(file), "--json"], capsys).splitlines())
+    for record in ended:
+        assert record["tokens"] == plain["tokens"] and record["tokens"].count("<eos>") == 1
+        assert record["rewards"] == pytest.approx(plain["rewards"], abs=1e-6)
+    assert "2 of 3 records have a text that ends with an end token" in caplog.text

@@ -82,11 +82,11 @@ class TestAlignment:
         assert len(pair.rejected.labels) == 3
         assert both(pair) == ("-..", "+..")
 
-    def test_only_the_last_end_of_sequence_is_set_apart(self) -> None:
-        # One that is written in the answer is a token like any other; only the one that ends it is set apart.
+    def test_an_end_of_sequence_inside_an_answer_is_a_token_and_one_at_its_end_is_its_end(self) -> None:
+        assert both(label("a<eos>b", "ab")) == (".-..", "...")
         pair = label("a<eos>", "a")
-        assert pair.rejected.encoded.answer_ids[-2:] == (LETTERS.eos_token_id,) * 2
-        assert both(pair) == (".-.", "..")
+        assert pair.rejected.encoded.answer_ids == pair.revised.encoded.answer_ids
+        assert both(pair) == ("..", "..")
 
 
 class TestEndOfSequence:

@@ -7,25 +7,32 @@ import json
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    GenerationConfig,
 )
 
+from tests.text.test_tokenization import byte_level
 from tlcr.config.schema import ModelConfig
 from tlcr.errors import CheckpointError, ConfigError
+from tlcr.models import loading
 from tlcr.models.heads import backbone, classification_head
 from tlcr.models.loading import (
     THREE_CLASSES,
     TWO_CLASSES,
     disable_dropout,
+    end_of_sequence_ids,
     load_causal_lm,
     load_sequence_classifier,
     load_token_classifier,
     load_tokenizer,
     save_model,
+    stop_ids,
+    turn_notes,
 )
 
 IDS = torch.tensor([[5, 9, 17, 23, 2, 40], [7, 8, 30, 31, 32, 33]])
@@ -153,6 +160,82 @@ def test_a_chat_template_comes_as_text_or_as_a_file(tmp_path, tiny_tokenizer):
         assert tokenizer.apply_chat_template(messages, tokenize=False) == "[hi]"
     with pytest.raises(ConfigError, match="neither a Jinja template nor a file that exists"):
         load_tokenizer(config(tmp_path, chat_template=str(tmp_path / "absent.jinja")))
+
+
+# ---- the end of answers
+
+CHAT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture
+def chat_model(tmp_path, tiny_causal_lm):
+    """Writes a model with a template that ends turns with <|im_end|>, and the ends that its files name."""
+
+    def write(*, generation=(), config=None, special=True):
+        tokenizer = byte_level()
+        tokenizer.add_tokens([AddedToken("<|im_end|>", special=special)])
+        tokenizer.chat_template = CHAT
+        ids = {name: tokenizer.convert_tokens_to_ids(name) for name in ("<eos>", "<|im_end|>", "<bos>")}
+        model = tiny_causal_lm(vocab_size=len(tokenizer))
+        save_model(model, tokenizer, tmp_path)
+        (tmp_path / "generation_config.json").unlink()
+        if generation:
+            GenerationConfig(eos_token_id=[ids[name] for name in generation]).save_pretrained(tmp_path)
+        if config is not None:
+            rewrite(tmp_path / "config.json", eos_token_id=[ids[name] for name in config])
+        loading._note.cache_clear()
+        return ModelConfig(path=str(tmp_path))
+
+    return write
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize(
+    "named", [{"generation": ("<eos>", "<|im_end|>")}, {"generation": ("<|im_end|>",)}, {"config": ("<eos>", "<|im_end|>")}]
+)
+def test_answers_end_as_the_template_ends_them_where_the_model_names_that_end(chat_model, caplog, named, special):
+    cfg = chat_model(**named, special=special)
+    for _ in range(2):
+        tokenizer = load_tokenizer(cfg)
+    assert tokenizer.eos_token == "<|im_end|>"
+    ids = tokenizer("a<|im_end|>")["input_ids"]
+    assert ids[-1] == tokenizer.eos_token_id and tokenizer.decode(ids, skip_special_tokens=True) == "a"
+    said = [record.message for record in caplog.records if record.name == "tlcr"]
+    assert len(said) == 1 and "answers end with '<|im_end|>', as the chat template of" in said[0]
+    assert "not with '<eos>'" in said[0]
+
+
+@pytest.mark.parametrize("named", [{"generation": ("<eos>",)}, {"config": ("<eos>", "<bos>")}, {}])
+def test_answers_end_with_the_tokenizers_own_end_where_the_model_does_not_name_the_templates(chat_model, caplog, named):
+    tokenizer = load_tokenizer(chat_model(**named))
+    assert tokenizer.eos_token == "<eos>"
+    assert not [record for record in caplog.records if record.name == "tlcr"]
+    assert "ends turns with '<|im_end|>', and answers end with '<eos>'" in turn_notes(tokenizer)[0]
+
+
+def test_all_that_is_saved_and_generated_has_the_same_end(chat_model, tmp_path, caplog):
+    cfg = chat_model(generation=("<eos>", "<|im_end|>", "<bos>"))
+    tokenizer, model = load_tokenizer(cfg), load_causal_lm(cfg)
+    end, own, bos = tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<eos>", "<bos>"])
+    assert end_of_sequence_ids(model, tokenizer) == [end]
+    assert stop_ids(model, tokenizer) == sorted([end, own, bos])
+    (note,) = turn_notes(tokenizer, model.generation_config)
+    assert "also ends answers with '<bos>', '<eos>'; rollouts end with '<|im_end|>' alone" in note
+    assert note in [record.message for record in caplog.records]
+
+    save_model(model, tokenizer, tmp_path / "policy")
+    discriminator = load_token_classifier(model, cfg, id2label=TWO_CLASSES)
+    save_model(discriminator, tokenizer, tmp_path / "discriminator")
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    assert policy.generation_config.eos_token_id == policy.config.eos_token_id == end
+    assert stop_ids(policy, load_tokenizer(config(tmp_path / "policy"))) == [end]
+    for folder in ("policy", "discriminator"):
+        loaded = load_tokenizer(config(tmp_path / folder))
+        assert loaded.eos_token == "<|im_end|>" and turn_notes(loaded) == ()
+        assert json.loads((tmp_path / folder / "config.json").read_text())["eos_token_id"] == end
 
 
 # ---- classifiers

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from tests.ppo.helpers import ANSWER_IDS, PROMPT_IDS, PROMPTS, bigram_lm, double_actor_critic, known_rollout
 from tlcr.config.schema import RolloutConfig
 from tlcr.errors import DataError
+from tlcr.models import loading
 from tlcr.ppo.rollout import PromptStream, generate, seeded_generator
 from tlcr.ppo.scores import score_rollout
 
@@ -86,12 +87,18 @@ def test_masks_come_from_lengths_where_padding_and_end_of_sequence_share_an_id(t
     assert rollout.ended_B.tolist() == [True, False]
 
 
-def test_any_end_that_the_model_names_ends_an_answer(tiny_tokenizer: Tokenizer) -> None:
+def test_answers_end_with_the_tokenizers_end_alone_and_the_models_other_ends_are_named_once(
+    tiny_tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
     a, b = ids_of(tiny_tokenizer, "a")[0], ids_of(tiny_tokenizer, "b")[0]
-    policy = chain(tiny_tokenizer, (a, b))
+    policy = chain(tiny_tokenizer, (a, b), (b, tiny_tokenizer.eos_token_id))
     policy.generation_config = GenerationConfig(eos_token_id=[tiny_tokenizer.eos_token_id, b])
-    rollout = rollout_of(policy, tiny_tokenizer, ["a"])
-    assert rollout.response_ids_BT.tolist() == [[b]] and rollout.ended_B.tolist() == [True]
+    loading._note.cache_clear()
+    for _ in range(2):
+        rollout = rollout_of(policy, tiny_tokenizer, ["a"])
+        assert rollout.response_ids_BT.tolist() == [[b, tiny_tokenizer.eos_token_id]]
+    said = [record.message for record in caplog.records if record.name == "tlcr"]
+    assert len(said) == 1 and "also ends answers with 'b'; rollouts end with '<eos>' alone" in said[0]
 
 
 def test_the_last_token_within_the_limit_may_be_the_end(tiny_tokenizer: Tokenizer) -> None:

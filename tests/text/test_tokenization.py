@@ -212,7 +212,7 @@ class TestRenderPrompt:
         messages = [{"role": "user", "content": "hi"}]
         tokenizer = self.with_template()
         assert render_answer(tokenizer, messages, "Yes.") == " Yes."
-        assert render_answer(tokenizer, messages, "  Yes.\n") == " Yes.\n"
+        assert render_answer(tokenizer, messages, "  Yes.\n") == " Yes.", "the template strips it"
         tokenizer.chat_template = (
             "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
             "{% if add_generation_prompt %}assistant:{% endif %}"

@@ -13,9 +13,9 @@ from transformers import GenerationConfig
 from tlcr.chat.store import AnswerStore
 from tlcr.chat.types import Answer, Deliver, NoAnswer, Question
 from tlcr.config.schema import GeneratorConfig
-from tlcr.models.loading import end_of_sequence_ids, generating_with, load_causal_lm, load_tokenizer
+from tlcr.models.loading import generating_with, load_causal_lm, load_tokenizer, stop_ids
 from tlcr.text.padding import pad_left
-from tlcr.text.tokenization import decode_text, render_prompt
+from tlcr.text.tokenization import decode_text, render_question
 from tlcr.training.distributed import process_device
 from tlcr.training.interrupt import StopSignals
 
@@ -50,7 +50,7 @@ class LocalModel:
         positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         ids: dict[int, list[int]] = {}
         for index, question in enumerate(questions):
-            text = render_prompt(self._tokenizer, [asdict(message) for message in question.messages])
+            text = render_question(self._tokenizer, [asdict(message) for message in question.messages])
             ids[index] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
             longest_way = max(map(len, self._ways(question.choices)), default=question.max_new_tokens)
             longest = len(ids[index]) + min(longest_way, question.max_new_tokens)
@@ -72,7 +72,7 @@ class LocalModel:
             return
         self._tokenizer = load_tokenizer(self._cfg)
         self._model = load_causal_lm(self._cfg).eval().to(process_device())
-        self._ends = end_of_sequence_ids(self._model, self._tokenizer)
+        self._ends = stop_ids(self._model, self._tokenizer)
         self._loaded = True
 
     def _batches(self, questions: Sequence[Question], ids: Mapping[int, Sequence[int]]) -> Iterator[list[int]]:
@@ -118,7 +118,7 @@ class LocalModel:
         """The ids of each choice, with the end of sequence."""
         if not choices:
             return []
-        return [[*ids, self._ends[0]] for ids in self._tokenizer(list(choices), add_special_tokens=False)["input_ids"]]
+        return [[*ids, self._tokenizer.eos_token_id] for ids in self._tokenizer(list(choices), add_special_tokens=False)["input_ids"]]
 
     def _holding_to(self, choices: Sequence[str], width: int) -> Callable[[int, torch.Tensor], list[int]] | None:
         """For ``generate``: the tokens that may follow an answer's first ones, of a row with a prompt of ``width``."""
@@ -129,7 +129,7 @@ class LocalModel:
         def allowed(row: int, ids_L: torch.Tensor) -> list[int]:
             begun = ids_L[width:].tolist()
             following = {way[len(begun)] for way in ways if way[: len(begun)] == begun and len(way) > len(begun)}
-            return sorted(following) or [self._ends[0]]  # a finished row repeats its end until the others finish
+            return sorted(following) or [self._tokenizer.eos_token_id]  # a finished row repeats its end until the others finish
 
         return allowed
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,14 +16,20 @@ from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from tlcr.config.schema import ModelConfig
+from tlcr.data.formats import RawMarkedAnswer, rendered_marked_answer
+from tlcr.data.turns import TurnNotes
 from tlcr.errors import ConfigError, DataError
 from tlcr.models.discriminator import load_discriminator, score_answers
 from tlcr.models.loading import load_sequence_classifier, load_tokenizer
 from tlcr.models.reward_model import sequence_scores
 from tlcr.report.colours import coloured
-from tlcr.text.tokenization import encode_answers, render_prompt
+from tlcr.text.files import STANDARD_INPUT, broken_character, open_text
+from tlcr.text.tokenization import encode_answers
+from tlcr.types import MarkedAnswer
 
 __all__ = ["Answer", "Limits", "ScoredAnswer", "read_answers", "score_command"]
+
+logger = logging.getLogger("tlcr")
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def score_command(
         raise ConfigError("--prompt is given without --response; add it, or put both into a file")
     if response is None and file is None and sys.stdin.isatty():
         raise ConfigError("nothing to score; give --response TEXT, a FILE, or JSON lines on standard input")
-    answers: Iterable[Answer] = [Answer(prompt, response)] if response is not None else read_answers(file or "-")
+    answers: Iterable[Answer] = [Answer(prompt, response)] if response is not None else read_answers(file or STANDARD_INPUT)
     if discriminator is not None:
         scored = _by_discriminator(discriminator, answers, limits)
     else:
@@ -94,30 +100,31 @@ def score_command(
 
 def read_answers(file: str) -> Iterator[Answer]:
     """The records of a JSONL file, or of standard input for "-". Raises DataError with the line of a bad one."""
-    if file == "-":
-        yield from _parse_lines(sys.stdin, "standard input")
-        return
+    where = "standard input" if file == STANDARD_INPUT else file
+    with open_text(file) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _answer(line, f"{where}:{number}")
+
+
+def _answer(line: str, where: str) -> Answer:
     try:
-        with Path(file).open(encoding="utf-8") as lines:
-            yield from _parse_lines(lines, file)
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from error
-
-
-def _parse_lines(lines: TextIO, where: str) -> Iterator[Answer]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}:{number}: not JSON ({error.msg}); wanted one object a line") from error
-        if not isinstance(record, dict) or not isinstance(record.get("response"), str):
-            raise DataError(f"{where}:{number}: no text under 'response'; wanted {{'prompt': ..., 'response': ...}}")
-        prompt = record.get("prompt", "")
-        if not isinstance(prompt, str) and not _are_messages(prompt):
-            raise DataError(f"{where}:{number}: 'prompt' is neither text nor a list of {{'role', 'content'}} messages")
-        yield Answer(prompt, record["response"])
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg}); wanted one object a line") from error
+    if not isinstance(record, dict) or not isinstance(record.get("response"), str):
+        raise DataError(f"{where}: no text under 'response'; wanted {{'prompt': ..., 'response': ...}}")
+    prompt, response = record.get("prompt", ""), record["response"]
+    if not isinstance(prompt, str) and not _are_messages(prompt):
+        raise DataError(f"{where}: 'prompt' is neither text nor a list of {{'role', 'content'}} messages")
+    for name, value in (("prompt", prompt), ("response", response)):
+        place = broken_character(value)
+        if place is not None:
+            raise DataError(
+                f"{where}: {name!r} is not valid Unicode (half of a surrogate pair at character {place + 1}); mend the "
+                "program that cut the text, or leave the record out"
+            )
+    return Answer(prompt, response)
 
 
 def _are_messages(prompt: Any) -> bool:
@@ -127,20 +134,27 @@ def _are_messages(prompt: Any) -> bool:
     )
 
 
-def _batches(answers: Iterable[Answer], size: int) -> Iterator[list[Answer]]:
+def _batches(
+    answers: Iterable[Answer], size: int, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[Answer], list[MarkedAnswer]]]:
+    """Answers as given and as the model reads them, which is as in its training data; what was put right is logged."""
+    turns = TurnNotes(tokenizer)
+    read = turns.counting(rendered_marked_answer)
     iterator = iter(answers)
     while batch := list(islice(iterator, size)):
-        yield batch
+        yield batch, [read(RawMarkedAnswer("", answer.prompt, answer.response, ())) for answer in batch]
+    for note in turns.notes():
+        logger.warning("%s", note)
 
 
 def _by_discriminator(folder: str, answers: Iterable[Answer], limits: Limits) -> Iterator[ScoredAnswer]:
     model, tokenizer = load_discriminator(folder, ModelConfig(path=folder))
     model.to(_device())  # type: ignore[arg-type]
-    for batch in _batches(answers, limits.batch_size):
+    for batch, rendered in _batches(answers, limits.batch_size, tokenizer):
         scores = score_answers(
             model,
             tokenizer,
-            [(render_prompt(tokenizer, answer.prompt), answer.response) for answer in batch],
+            [(answer.prompt, answer.response) for answer in rendered],
             max_prompt_tokens=limits.max_prompt_tokens,
             max_answer_tokens=limits.max_answer_tokens,
             batch_size=limits.batch_size,
@@ -153,19 +167,19 @@ def _by_reward_model(folder: str, answers: Iterable[Answer], limits: Limits) -> 
     cfg = ModelConfig(path=folder)
     model, tokenizer = load_sequence_classifier(folder, cfg), load_tokenizer(cfg)
     model.eval().to(_device())
-    for batch in _batches(answers, limits.batch_size):
-        ids_BL, mask_BL = _encode(tokenizer, batch, limits)
+    for batch, rendered in _batches(answers, limits.batch_size, tokenizer):
+        ids_BL, mask_BL = _encode(tokenizer, rendered, limits)
         scores_B = sequence_scores(model, ids_BL.to(model.device), mask_BL.to(model.device))
         for answer, score in zip(batch, scores_B.tolist(), strict=True):
             yield ScoredAnswer(answer, score)
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, batch: Sequence[Answer], limits: Limits
+    tokenizer: PreTrainedTokenizerBase, batch: Sequence[MarkedAnswer], limits: Limits
 ) -> tuple[torch.Tensor, torch.Tensor]:
     encoded = encode_answers(
         tokenizer,
-        [render_prompt(tokenizer, answer.prompt) for answer in batch],
+        [answer.prompt for answer in batch],
         [answer.response for answer in batch],
         max_prompt_tokens=limits.max_prompt_tokens,
         max_answer_tokens=limits.max_answer_tokens,

@@ -17,7 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from tlcr.data.edit_codes import check_edit_codes
 from tlcr.errors import DataError
+from tlcr.text.files import broken_character
 from tlcr.text.tokenization import render_answer, render_prompt
+from tlcr.text.turns import without_beginning, without_end
 from tlcr.types import EditPair, ErrorSpan, MarkedAnswer, PreferencePair
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "rendered_marked_answer",
     "rendered_preference",
     "rendered_prompt",
+    "template_arguments",
     "tlcr_edit",
     "tlcr_preference",
     "tlcr_revision",
@@ -151,7 +154,7 @@ def rendered_edit(raw: RawEdit, tokenizer: PreTrainedTokenizerBase) -> EditPair:
 def rendered_marked_answer(raw: RawMarkedAnswer, tokenizer: PreTrainedTokenizerBase) -> MarkedAnswer:
     """The same for an answer with marked errors, whose spans still mark the same words."""
     prompt, (response,) = _rendered(raw, [raw.response], tokenizer)
-    return MarkedAnswer(raw.id, prompt, response, _placed(raw.spans, raw.response, response))
+    return MarkedAnswer(raw.id, prompt, response, _placed(raw.spans, without_end(tokenizer, raw.response), response))
 
 
 def as_texts(pairs: Sequence[RawPreference]) -> tuple[TextPreference, ...]:
@@ -186,22 +189,46 @@ def message_text(message: Message) -> str:
 
 def rendered_prompt(raw: RawPrompt, tokenizer: PreTrainedTokenizerBase) -> str:
     """The complete prompt as a model with this tokenizer reads it."""
-    return render_prompt(tokenizer, raw.prompt, **_template_arguments(raw.template))
+    return render_prompt(tokenizer, _without_marks(raw.prompt, tokenizer), **template_arguments(raw.template))
 
 
 def _rendered(
     raw: RawPreference | RawEdit | RawMarkedAnswer, answers: Sequence[Answer], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, Sequence[str]]:
-    context = raw.prompt
+    context = _without_marks(raw.prompt, tokenizer)
+    bare = [_answer_without_marks(answer, tokenizer) for answer in answers]
     if isinstance(context, str):
-        return render_prompt(tokenizer, context), [answer for answer in answers if isinstance(answer, str)]
-    template = _template_arguments(raw.template)
+        return render_prompt(tokenizer, context), [answer for answer in bare if isinstance(answer, str)]
+    template = template_arguments(raw.template)
     prompt = render_prompt(tokenizer, context, **template)
-    return prompt, [render_answer(tokenizer, context, answer, **template) for answer in answers]
+    return prompt, [render_answer(tokenizer, context, answer, **template) for answer in bare]
 
 
-def _template_arguments(template: Values) -> dict[str, Any]:
-    """`chat_template_kwargs` hold switches by name; the other columns are arguments themselves."""
+def _without_marks(context: Context, tokenizer: PreTrainedTokenizerBase) -> Context:
+    """The messages without the special tokens around their texts, which the chat template writes; text as it is."""
+    if isinstance(context, str):
+        return context
+    return [_message_without_marks(message, tokenizer) for message in context]
+
+
+def _answer_without_marks(answer: Answer, tokenizer: PreTrainedTokenizerBase) -> Answer:
+    if not isinstance(answer, str):
+        return _message_without_marks(answer, tokenizer)
+    bare = without_end(tokenizer, without_beginning(tokenizer, answer))
+    if answer.strip() and not bare.strip():
+        raise Malformed(f"an answer is {answer.strip()!r}, which is special tokens alone")
+    return bare
+
+
+def _message_without_marks(message: Message, tokenizer: PreTrainedTokenizerBase) -> Message:
+    content = message.get("content")
+    if not isinstance(content, str):
+        return message
+    return {**message, "content": without_end(tokenizer, without_beginning(tokenizer, content))}
+
+
+def template_arguments(template: Values) -> dict[str, Any]:
+    """What a chat template gets: `chat_template_kwargs` hold switches by name; other columns are arguments themselves."""
     own = {name: value for name, value in template.items() if name != "chat_template_kwargs"}
     return own | dict(template.get("chat_template_kwargs", {}))
 
@@ -317,9 +344,9 @@ def marked_answer(id: str, values: Values) -> RawMarkedAnswer:
 
 
 def _placed(spans: Sequence[ErrorSpan], text: str, as_read: str) -> tuple[ErrorSpan, ...]:
-    """The spans of a text, moved to the text that a model reads: its beginning may differ, its end is the same."""
-    by = len(as_read) - len(text)
-    moved = [ErrorSpan(max(0, span.start + by), span.end + by, span.label) for span in spans]
+    """The spans of a text, moved to the text that a model reads: its beginning may differ, and white space at its end."""
+    by = len(as_read.rstrip()) - len(text.rstrip())
+    moved = [ErrorSpan(max(0, span.start + by), min(span.end + by, len(as_read)), span.label) for span in spans]
     return tuple(span for span in moved if span.start < span.end)
 
 
@@ -388,13 +415,14 @@ def _text(value: object, what: str) -> str:
         raise Malformed(f"{what} is a {type(value).__name__}, not text")
     if not value.strip():
         raise Malformed(f"{what} is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise Malformed(
-            f"{what} is not valid Unicode (half of a surrogate pair at character {error.start + 1})"
-        ) from error
+    _require_unicode(value, what)
     return value
+
+
+def _require_unicode(value: object, what: str) -> None:
+    place = broken_character(value)
+    if place is not None:
+        raise Malformed(f"{what} is not valid Unicode (half of a surrogate pair at character {place + 1})")
 
 
 def _answers(values: Values, names: Sequence[str]) -> tuple[Context, list[Answer]]:
@@ -484,6 +512,7 @@ def _template(values: Values, context: Context) -> dict[str, Any]:
         if name == "chat_template_kwargs" and value and not isinstance(value, Mapping):
             raise Malformed(f"field {name!r} is a {type(value).__name__}, not a mapping of a template's switches")
         if value:
+            _require_unicode(value, f"field {name!r}")
             found[name] = value
     return found
 
@@ -515,6 +544,7 @@ def _messages(value: object, name: str) -> list[Message]:
         held = {key: field for key, field in message.items() if field not in (None, [], {})}
         if not (set(held) - {"role", "content"}) or held.get("content"):
             _text(held.get("content"), f"the content of message {number} of {name!r}")
+        _require_unicode(held, f"message {number} of {name!r}")
         messages.append(held)
     return messages
 

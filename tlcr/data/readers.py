@@ -41,6 +41,7 @@ from tlcr.data.formats import (
 )
 from tlcr.data.repairs import columns_left_out, repaired
 from tlcr.data.sources import Row, read_rows
+from tlcr.data.turns import TurnNotes
 from tlcr.errors import ConfigError, DataError
 from tlcr.text.tokenization import encode_answers
 from tlcr.types import EditPair, MarkedAnswer, PreferencePair
@@ -142,10 +143,10 @@ def read_preferences(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rea
         ConfigError: no source is set, or it holds conversations and the tokenizer has no chat template.
         DataError: the source cannot be read, no record can be used, or a malformed one stops the run.
     """
-    table = _preference_table(cfg)
-    read, _ = _convert(table, PREFERENCE_FORMATS[table.format], lambda raw: rendered_preference(raw, tokenizer), cfg)
+    table, turns = _preference_table(cfg), TurnNotes(tokenizer)
+    read, _ = _convert(table, PREFERENCE_FORMATS[table.format], turns.counting(rendered_preference), cfg)
     texts = [(pair.prompt, answer) for pair in read.records for answer in (pair.chosen, pair.rejected)]
-    return _reported(replace(read, notes=(*table.notes, *_joins(texts, tokenizer))))
+    return _reported(replace(read, notes=(*table.notes, *turns.notes(), *_joins(texts, tokenizer))))
 
 
 def read_edits(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadResult[EditPair]:
@@ -169,11 +170,11 @@ def read_edits(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadResul
         ConfigError: as ``read_preferences``.
         DataError: as ``read_preferences``.
     """
-    table = _edit_table(cfg)
-    read, used = _convert(table, EDIT_FORMATS[table.format], lambda raw: rendered_edit(raw, tokenizer), cfg)
+    table, turns = _edit_table(cfg), TurnNotes(tokenizer)
+    read, used = _convert(table, EDIT_FORMATS[table.format], turns.counting(rendered_edit), cfg)
     pairs = read.records
     texts = [(pair.prompt, answer) for pair in pairs for answer in (pair.rejected, pair.revised)]
-    notes = [*table.notes, *_joins(texts, tokenizer)]
+    notes = [*table.notes, *turns.notes(), *_joins(texts, tokenizer)]
     unedited = sum(pair.rejected == pair.revised for pair in pairs)
     if unedited:
         notes.append(f"{unedited} of {len(pairs)} revisions change nothing, so all of their labels will be neutral")
@@ -200,12 +201,12 @@ def read_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadRes
         ConfigError: as ``read_preferences``.
         DataError: as ``read_preferences``.
     """
-    table, read_one = _prompt_table(cfg)
-    read, _ = _convert(table, read_one, lambda raw: rendered_prompt(raw, tokenizer), cfg)
+    (table, read_one), turns = _prompt_table(cfg), TurnNotes(tokenizer)
+    read, _ = _convert(table, read_one, turns.counting(rendered_prompt), cfg)
     once = dict(zip(read.records, read.prompt_keys, strict=True))
     repeated = len(read.records) - len(once)
     notes = (f"{repeated} repeated prompts left out",) if repeated else ()
-    notes = (*table.notes, *notes)
+    notes = (*table.notes, *turns.notes(), *notes)
     return _reported(replace(read, records=tuple(once), prompt_keys=tuple(once.values()), notes=notes))
 
 
@@ -229,9 +230,10 @@ def read_marked_answers(source: str, cfg: DataConfig, tokenizer: PreTrainedToken
     if not columns >= {"prompt", "response", "spans"}:
         raise _unknown_columns(source, columns, ["prompt, response, spans (a list of {'start', 'end', 'label'})"])
     table = _Table(source, rows, "spans", columns_left_out(rows, COLUMNS["spans"]))
-    read, _ = _convert(table, marked_answer, lambda raw: rendered_marked_answer(raw, tokenizer), cfg)
+    turns = TurnNotes(tokenizer)
+    read, _ = _convert(table, marked_answer, turns.counting(rendered_marked_answer), cfg)
     notes = _joins([(answer.prompt, answer.response) for answer in read.records], tokenizer)
-    return _reported(replace(read, notes=(*table.notes, *notes)))
+    return _reported(replace(read, notes=(*table.notes, *turns.notes(), *notes)))
 
 
 def read_raw_preferences(cfg: DataConfig) -> ReadResult[RawPreference]:

@@ -16,10 +16,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     GenerationConfig,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -35,6 +37,8 @@ from tlcr.models.inspection import THREE_CLASSES, TWO_CLASSES, Inspection
 from tlcr.models.layers import fuse_layers
 from tlcr.models.weight_files import read_weights
 from tlcr.models.weight_names import name_of_head, report_faults, unused
+from tlcr.text.files import read_text
+from tlcr.text.turns import template_notes, turn_end
 from tlcr.training.checkpoint import atomic_write, sync_folder
 from tlcr.training.distributed import on_main_process
 
@@ -45,6 +49,10 @@ CONFIG = "config.json"
 
 def load_tokenizer(cfg: GeneratorConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of ``cfg``, checked for what tlcr needs.
+
+    Its end-of-sequence token ends every answer, in all stages. It is the token that the chat template writes right
+    after an assistant's content, if the model's generation config names that as an end; else the tokenizer's own. A
+    change is logged.
 
     Args:
         cfg: the model's folder or hub name, and settings for what its tokenizer lacks.
@@ -60,6 +68,9 @@ def load_tokenizer(cfg: GeneratorConfig) -> PreTrainedTokenizerBase:
     tokenizer, faults = inspection.inspect_tokenizer(cfg)
     raise_first(faults)
     assert tokenizer is not None
+    if cfg.chat_template is not None:
+        tokenizer.chat_template = _template(cfg.chat_template)
+    _end_answers_as_the_template(tokenizer, cfg)
     if cfg.pad_token is not None:
         tokenizer.pad_token = cfg.pad_token
     rows = inspection.embedding_rows(cfg)
@@ -68,8 +79,6 @@ def load_tokenizer(cfg: GeneratorConfig) -> PreTrainedTokenizerBase:
         why += "" if tokenizer.pad_token_id is None else f"for which {cfg.path!r} has no embedding"
         _note(f"the tokenizer {(cfg.tokenizer or cfg.path)!r} {why}: {tokenizer.eos_token!r} pads, masks know lengths")
         tokenizer.pad_token = tokenizer.eos_token
-    if cfg.chat_template is not None:
-        tokenizer.chat_template = _template(cfg.chat_template)
     return tokenizer
 
 
@@ -200,12 +209,62 @@ def check_fits(model: PreTrainedModel, tokens: int, what: str) -> None:
 
 
 def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end an answer: the tokenizer's, and those that the model's generation config names."""
-    named = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    """The id that ends a policy's answers in rollouts: the tokenizer's end of sequence, which ends all answers that SFT
+    and the judges learn from. Other ends that the model's generation config names are logged, once.
+
+    Args:
+        model: the policy.
+        tokenizer: its tokenizer, as ``load_tokenizer`` gives it.
+
+    Returns:
+        A list of one id.
+
+    Raises:
+        ConfigError: the tokenizer names no end of sequence.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer names no end-of-sequence token; set its eos_token")
+    note = _other_ends(tokenizer, model.generation_config)
+    if note:
+        _note(note)
+    return [tokenizer.eos_token_id]
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids at which a model that is asked in words stops: the tokenizer's end of sequence, and all ends that the
+    model's generation config names.
+
+    Args:
+        model: the language model.
+        tokenizer: its tokenizer.
+
+    Returns:
+        The ids, sorted.
+
+    Raises:
+        ConfigError: neither names an end of sequence.
+    """
+    ids = {tokenizer.eos_token_id, *_named_ends(model.generation_config)} - {None}
     if not ids:
         raise ConfigError("neither tokenizer nor model names an end-of-sequence token; set the tokenizer's eos_token")
     return sorted(ids)
+
+
+def turn_notes(
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
+) -> tuple[str, ...]:
+    """What is unusual about where answers begin and end, one sentence for each thing.
+
+    Args:
+        tokenizer: as ``load_tokenizer`` gives it.
+        generation_config: the model's.
+
+    Returns:
+        The notes of ``tlcr.text.turns.template_notes``, and the ends of the generation config at which rollouts do not
+        stop.
+    """
+    other = _other_ends(tokenizer, generation_config)
+    return (*template_notes(tokenizer), *([other] if other else []))
 
 
 @contextmanager
@@ -243,8 +302,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """Writes model and tokenizer to ``folder`` so that ``AutoModel*.from_pretrained`` loads them from there.
 
     Everything is written to a temporary folder and then renamed into place, config.json last: a folder with a
-    config.json is complete. Other files of the folder stay. The config records the padding id for other programs
-    that load the model.
+    config.json is complete. Other files of the folder stay. The configs record the ids of padding and of the end of
+    sequence for other programs that load the model: they stop where the policy's answers ended in training.
 
     Args:
         model: the model to save.
@@ -254,7 +313,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     folder = Path(folder)
 
     def write() -> None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+        for config in filter(None, (model.config, getattr(model, "generation_config", None))):
+            config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
         parts = folder / ".model"
         classifiers.name_source(model)
         with atomic_write(parts) as aside:
@@ -289,7 +349,48 @@ def _template(template: str) -> str:
         return template
     if not Path(template).is_file():
         raise ConfigError(f"model.chat_template {template!r} is neither a Jinja template nor a file that exists")
-    return Path(template).read_text(encoding="utf-8")
+    return read_text(template)
+
+
+def _end_answers_as_the_template(tokenizer: PreTrainedTokenizerBase, cfg: GeneratorConfig) -> None:
+    end, own = turn_end(tokenizer), tokenizer.eos_token
+    if end is None or end == own or tokenizer.convert_tokens_to_ids(end) not in _ends_of_model(cfg):
+        return
+    tokenizer.add_special_tokens({"eos_token": end})
+    _note(
+        f"answers end with {end!r}, as the chat template of {cfg.path!r} writes them and its generation config allows, "
+        f"and not with {own!r}, its tokenizer's eos_token: in every stage, and in the folders that are saved"
+    )
+
+
+def _ends_of_model(cfg: GeneratorConfig) -> set[int]:
+    """The ends of sequence that the files of a model name, without loading the model."""
+    try:
+        return _named_ends(GenerationConfig.from_pretrained(cfg.path))
+    except OSError:  # without that file transformers makes one from the model's config
+        pass
+    packed = {"gguf_file": cfg.gguf_file} if cfg.gguf_file else {}
+    try:
+        config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code, **packed)
+    except (OSError, ValueError):  # a tokenizer's folder; a model that should be there is missed when it is loaded
+        return set()
+    return _named_ends(config.get_text_config())
+
+
+def _named_ends(config: GenerationConfig | PreTrainedConfig | None) -> set[int]:
+    named = None if config is None else config.eos_token_id
+    return set(named if isinstance(named, list) else [named]) - {None}
+
+
+def _other_ends(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig | None) -> str | None:
+    others = sorted(_named_ends(config) - {tokenizer.eos_token_id})
+    if not others:
+        return None
+    names = ", ".join(repr(tokenizer.convert_ids_to_tokens(id)) for id in others)
+    return (
+        f"the model's generation config also ends answers with {names}; rollouts end with {tokenizer.eos_token!r} alone, "
+        "because no answer in training ends with another token, so no reward is made for one"
+    )
 
 
 def _inspected(cfg: GeneratorConfig, role: Role) -> Inspection:

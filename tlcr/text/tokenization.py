@@ -8,16 +8,17 @@ the answer begins. No function here adds special tokens: a prompt's text is comp
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
 from tlcr.config.schema import DataConfig
 from tlcr.errors import ConfigError, DataError
+from tlcr.text.turns import Message, Opening, apply_template, find_opening, without_end
 from tlcr.types import EncodedAnswer, EncodedComparison, PreferencePair
 
 __all__ = [
@@ -27,16 +28,13 @@ __all__ = [
     "encode_answer",
     "encode_answers",
     "encode_comparisons",
+    "is_written",
+    "opening",
     "render_answer",
     "render_prompt",
+    "render_question",
     "token_pieces",
 ]
-
-Message = Mapping[str, Any]
-
-MARK = "\N{OBJECT REPLACEMENT CHARACTER}tlcr\N{OBJECT REPLACEMENT CHARACTER}"
-"""A placeholder for an answer's text, to find the text that a chat template writes around it."""
-
 
 def encode_answer(
     tokenizer: PreTrainedTokenizerBase,
@@ -60,8 +58,8 @@ def encode_answer(
         max_prompt_tokens: a longer prompt is cut at the beginning, its beginning-of-sequence token included.
         max_answer_tokens: a longer answer is cut at the end; the end-of-sequence token counts towards this limit, as it
             does when a policy generates. None: no limit.
-        end_of_sequence: append the end-of-sequence token to an answer that was not cut. ``complete`` says whether the
-            answer ends with it.
+        end_of_sequence: append the end-of-sequence token to an answer that was not cut, in place of the end tokens that
+            its text may end with (``turns.without_end``). ``complete`` says whether the answer ends with it.
 
     Returns:
         The ids of both and where the answer begins.
@@ -97,7 +95,10 @@ def encode_answers(
     if not prompts:
         return []
     batch = tokenizer(
-        [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
+        [
+            prompt + (without_end(tokenizer, answer) if end_of_sequence else answer)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ],
         add_special_tokens=False,
         return_offsets_mapping=True,
         padding=False,
@@ -145,9 +146,9 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mes
 
     Args:
         tokenizer: the tokenizer whose chat template and beginning-of-sequence token apply.
-        prompt: messages ({"role", "content"}) are rendered by the chat template, with the header of the next answer.
-            Plain text gets the beginning-of-sequence token in front if the tokenizer would add one and the text does
-            not begin with it.
+        prompt: messages ({"role", "content"}) are rendered by the chat template, with the header of the next answer
+            (``turns.find_opening``). Plain text gets the beginning-of-sequence token in front if the tokenizer would
+            add one. It never stands there twice.
         **template: other values for the chat template: tools, documents, its own switches.
 
     Returns:
@@ -157,12 +158,44 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mes
         ConfigError: messages, and a tokenizer without a chat template.
         DataError: the chat template refuses the messages (their order of roles, say).
     """
-    if not isinstance(prompt, str):
-        return _apply_template(tokenizer, prompt, template, add_generation_prompt=True)
     bos = tokenizer.bos_token
-    if bos is None or prompt.startswith(bos) or tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
-        return prompt
-    return bos + prompt
+    if not isinstance(prompt, str):
+        text = opening(tokenizer, prompt, **template).prompt
+    elif bos is None or prompt.startswith(bos) or tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        text = prompt
+    else:
+        text = bos + prompt
+    while bos and text.startswith(bos + bos):
+        text = text.removeprefix(bos)
+    return text
+
+
+def render_question(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """The text that asks a model for an answer in words, with all that its chat template's generation prompt opens.
+
+    Args:
+        tokenizer: the model's tokenizer, with a chat template.
+        messages: the conversation before the answer.
+
+    Returns:
+        The generation prompt as it is, also where whole conversations do not have its end (``<think>``): no answer is
+        compared with it. Where it lacks the header of an answer, ``render_prompt``.
+
+    Raises:
+        ConfigError: as ``render_prompt``.
+        DataError: as ``render_prompt``.
+    """
+    found = opening(tokenizer, messages)
+    if found.added and not found.dropped:
+        return found.prompt
+    return apply_template(tokenizer, messages, {}, add_generation_prompt=True)
+
+
+def opening(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], **template: Any) -> Opening:
+    """How the tokenizer's chat template begins the answer to ``prompt``; see ``turns.find_opening``."""
+    return find_opening(
+        lambda messages, wanted: apply_template(tokenizer, messages, template, add_generation_prompt=wanted), prompt
+    )
 
 
 def render_answer(
@@ -177,32 +210,42 @@ def render_answer(
         **template: other values for the chat template, as for the prompt.
 
     Returns:
-        The content, after the white space (if any) that the chat template writes before it. Some templates begin an
-        answer with a space, and a model tuned on them expects it. For a message: all the text that the template writes
-        for it, without the end of the turn.
+        All that the chat template writes for the answer after the prompt, without the end of the turn: prompt, answer
+        and that end are the rendered conversation. White space before the answer and an empty block of thoughts belong
+        to it, where the template writes them. If the template leaves out a part of a text (its thoughts), the text
+        itself follows the white space (``is_written`` tells).
 
     Raises:
         DataError: the chat template does not continue its own prompt with such a message.
     """
-    opening = _apply_template(tokenizer, prompt, template, add_generation_prompt=True)
-
-    def rendered(message: Message) -> str:
-        return _apply_template(tokenizer, [*prompt, message], template, add_generation_prompt=False)
-
+    found = opening(tokenizer, prompt, **template)
+    message = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+    whole = apply_template(tokenizer, [*prompt, message], template, add_generation_prompt=False)
+    continues, whole = whole.startswith(found.prompt), whole.removesuffix(found.closing)
+    written = whole[len(found.prompt) :]
     if not isinstance(answer, str):
-        whole, closing = rendered(answer), rendered({"role": "assistant", "content": MARK}).partition(MARK)[2]
-        if not whole.startswith(opening):
+        if not continues:
             raise DataError(
                 "the tokenizer's chat template does not continue its own prompt where an answer holds tool calls or "
                 "reasoning; set model.chat_template to one that does, or give such answers as text"
             )
-        return whole[len(opening) :].removesuffix(closing)
-    whole = rendered({"role": "assistant", "content": answer})
-    content = answer.strip()
-    if not whole.startswith(opening) or content not in whole[len(opening) :]:
-        return answer
-    before = whole[len(opening) :].partition(content)[0]
-    return before + content + answer[len(answer.rstrip()) :] if not before.strip() else answer
+        return written
+    if continues and found.continues and is_written(answer, whole):
+        return written
+    return (found.lead if not found.lead.strip() else "") + _reopened(answer, found.dropped)
+
+
+def is_written(answer: str, conversation: str) -> bool:
+    """Whether a rendered conversation, without the end of its last turn, ends with an answer, white space aside."""
+    return "".join(conversation.split()).endswith("".join(answer.split()))
+
+
+def _reopened(answer: str, dropped: str) -> str:
+    """The answer, with the tag that the generation prompt opened if the answer only closes it."""
+    tag = re.search(r"<(\w+)>\s*\Z", dropped)
+    if tag and f"</{tag[1]}>" in answer and tag[0].strip() not in answer:
+        return tag[0] + answer
+    return answer
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, context: Sequence[int] = ()) -> str:
@@ -281,30 +324,6 @@ def _require_fast(tokenizer: PreTrainedTokenizerBase, purpose: str) -> None:
             f"{purpose} needs a fast tokenizer (one with a tokenizer.json), but {tokenizer.name_or_path!r} is a "
             f"{type(tokenizer).__name__}; convert it, or name another in model.tokenizer"
         )
-
-
-def _apply_template(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    template: Mapping[str, Any],
-    *,
-    add_generation_prompt: bool,
-) -> str:
-    if tokenizer.chat_template is None:
-        raise ConfigError(
-            f"the data hold conversations, but tokenizer {tokenizer.name_or_path!r} has no chat template; "
-            "set model.chat_template to one, or give prompts as plain text"
-        )
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **template,
-        )
-    except TemplateError as error:
-        raise DataError(f"the tokenizer's chat template refuses this conversation: {error}") from error
-    return str(text)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -1,0 +1,253 @@
+"""Where the turns of a conversation begin and end, as a chat template writes them.
+
+A template says only how a whole conversation reads, and how a prompt reads for which an answer is wanted. Where an
+answer begins and which token ends it is found by rendering a placeholder as the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from tlcr.errors import ConfigError, DataError
+
+__all__ = [
+    "Message",
+    "Opening",
+    "apply_template",
+    "find_opening",
+    "opening_note",
+    "template_notes",
+    "turn_end",
+    "without_beginning",
+    "without_end",
+]
+
+Message = Mapping[str, Any]
+Render = Callable[[Sequence[Message], bool], str]
+"""(messages, add_generation_prompt) to their text."""
+
+MARK = "\N{OBJECT REPLACEMENT CHARACTER}tlcr\N{OBJECT REPLACEMENT CHARACTER}"
+"""A placeholder for an answer's text, to find the text that a chat template writes around it."""
+MARKED = {"role": "assistant", "content": MARK}
+SAMPLE: tuple[Message, ...] = ({"role": "user", "content": "Hello."},)
+
+ENDS = (
+    *("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"),
+    *("<|end_of_turn|>", "<|eot|>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+)
+"""Names of end tokens in published models. One counts only where the tokenizer has it as a special token."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a chat template begins an answer.
+
+    prompt: the text before the answer, the same in training and in rollouts. lead: what the template writes between it
+    and the answer's content (white space, or an empty block of thoughts). closing: what it writes after the content.
+    dropped: the end of the generation prompt that whole conversations do not have, and that ``prompt`` is without.
+    added: what ``prompt`` has in its place, or after the generation prompt. continues: whether whole conversations begin with
+    ``prompt``; where they do not, it is the generation prompt as it is.
+    """
+
+    prompt: str
+    lead: str = ""
+    closing: str = ""
+    dropped: str = ""
+    added: str = ""
+    continues: bool = True
+
+
+def find_opening(render: Render, prompt: Sequence[Message]) -> Opening:
+    """Where the answer to ``prompt`` begins, so that prompt and answer are a text that the template could have written.
+
+    Args:
+        render: the chat template.
+        prompt: the messages before the answer.
+
+    Returns:
+        The prompt's text is the generation prompt where whole conversations begin with it. A generation prompt that
+        opens what whole conversations leave out (``<think>``) is cut to what both have in common. One that lacks the
+        header of an answer gets it.
+    """
+    asked = render(prompt, True)
+    try:
+        whole = render([*prompt, MARKED], False)
+    except DataError:  # a template that only renders prompts; an answer to this one is refused when it is rendered
+        return Opening(asked, continues=False)
+    before, mark, closing = whole.partition(MARK)
+    if not mark:
+        return Opening(asked, continues=False)
+    if before.startswith(asked):
+        lead = before[len(asked) :]
+        if not lead.strip() or render(prompt, False) != asked:
+            return Opening(asked, lead, closing)
+        common, shared = asked, before
+    else:
+        plain = render(prompt, False)
+        if not before.startswith(plain):
+            return Opening(asked, continues=False)
+        common = commonprefix([asked, before])
+        if common != before:  # both go on, perhaps from the middle of a tag or a word
+            common = re.sub(r"(<[^<>\s]*|\w+)\Z", "", common)
+        shared = common if common[len(plain) :].strip() else before
+    # Spaces before an answer belong to it: in most tokenizers they are part of its first word.
+    text = shared.rstrip(" \t")
+    return Opening(text, before[len(text) :], closing, asked[len(common) :], text[len(common) :])
+
+
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    template: Mapping[str, Any],
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    """The messages' text, by the tokenizer's chat template.
+
+    Args:
+        tokenizer: the tokenizer whose chat template applies.
+        messages: the conversation.
+        template: other values for the template.
+        add_generation_prompt: end with what the template writes before an answer that is wanted.
+
+    Returns:
+        The text.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+        DataError: the template refuses the messages.
+    """
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"the data hold conversations, but tokenizer {tokenizer.name_or_path!r} has no chat template; "
+            "set model.chat_template to one, or give prompts as plain text"
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **template,
+        )
+    except TemplateError as error:
+        raise DataError(f"the tokenizer's chat template refuses this conversation: {error}") from error
+    return str(text)
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The token that the chat template writes right after an assistant's content.
+
+    Args:
+        tokenizer: a tokenizer with or without a chat template.
+
+    Returns:
+        One of the tokenizer's added tokens; None without a template, or if it writes none there.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        whole = apply_template(tokenizer, [*SAMPLE, MARKED], {}, add_generation_prompt=False)
+    except DataError:  # a template for other conversations than this one; its data will show what it wants
+        return None
+    closing = whole.partition(MARK)[2].lstrip()
+    names = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    return max((name for name in names if name and closing.startswith(name)), key=len, default=None)
+
+
+def without_end(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text without the end tokens that stand at its end, and without the white space after them.
+
+    End tokens are the tokenizer's end-of-sequence token, what its chat template ends turns with, and other special
+    tokens with the name of an end (`ENDS`). Whoever encodes the text writes the one end that it should have.
+
+    Args:
+        tokenizer: the tokenizer of the text.
+        text: an answer, or the content of a message.
+
+    Returns:
+        The text; as it is, where it ends with none of them.
+    """
+    ends = _ends(tokenizer)
+    while (bare := text.rstrip()).endswith(ends):
+        text = bare.removesuffix(max((end for end in ends if bare.endswith(end)), key=len))
+    return text
+
+
+def without_beginning(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text without the beginning-of-sequence tokens at its head, and without the white space before them."""
+    bos = tokenizer.bos_token
+    while bos and (bare := text.lstrip()).startswith(bos):
+        text = bare.removeprefix(str(bos))
+    return text
+
+
+def template_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """What is unusual about the turns of a tokenizer's chat template, one sentence for each thing.
+
+    Args:
+        tokenizer: a tokenizer with or without a chat template.
+
+    Returns:
+        Notes on a generation prompt that whole conversations do not have, or that lacks the header of an answer; on
+        a template that does not continue its own prompt; and on turns that end with another token than answers do.
+    """
+    if tokenizer.chat_template is None:
+        return ()
+
+    def render(messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        return apply_template(tokenizer, messages, {}, add_generation_prompt=add_generation_prompt)
+
+    try:
+        note = opening_note(find_opening(render, SAMPLE))
+    except DataError as error:
+        return (str(error),)
+    end = turn_end(tokenizer)
+    notes = [f"the chat template {note}"] if note else []
+    if end is not None and end != tokenizer.eos_token:
+        notes.append(
+            f"the chat template ends turns with {end!r}, and answers end with {tokenizer.eos_token!r}, the tokenizer's "
+            "eos_token: where the model ends its answers as the template does, set eos_token to that"
+        )
+    return tuple(notes)
+
+
+def opening_note(opening: Opening) -> str | None:
+    """What is unusual about an opening, as what "the chat template" does; None for a usual one."""
+    if not opening.continues:
+        return (
+            "does not begin a whole conversation with the text of its prompt: answers follow the prompt as they are, "
+            "in a text that the template would not write"
+        )
+    if opening.dropped:
+        instead = f"end with {opening.added!r} instead" if opening.added else "do without it"
+        return (
+            f"ends the prompt with {opening.dropped!r}, which it leaves out of whole conversations: prompts {instead}, "
+            "in training and in rollouts, and an answer may begin with it"
+        )
+    if opening.added:
+        return (
+            f"has no generation prompt: prompts get {opening.added!r}, the header that it writes before an answer"
+        )
+    return None
+
+
+_ENDS_OF: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, tuple[str, ...]]] = WeakKeyDictionary()
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Texts of the tokenizer's end tokens; found once, because it costs a look at all added tokens."""
+    described = (tokenizer.eos_token, tokenizer.chat_template, len(tokenizer))
+    known = _ENDS_OF.get(tokenizer)
+    if known is None or known[0] != described:
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        found = {tokenizer.eos_token, turn_end(tokenizer), *(special & set(ENDS))}
+        known = _ENDS_OF[tokenizer] = (described, tuple(str(end) for end in found if end))
+    return known[1]
