@@ -241,7 +241,9 @@ def test_an_end_in_the_answer_is_scored_once_and_said(
     file = tmp_path / "answers.jsonl"
     lines = [json.dumps({"prompt": PROMPT, "response": RESPONSE + end}) + "\n" for end in ("", "<eos>", "<eos>\n")]
     file.write_text("".join(lines), encoding="utf-8")
-    plain, *ended = map(json.loads, run(["--discriminator", str(discriminator), str(file), "--json"], capsys).splitlines())
+    plain, *ended = map(
+        json.loads, run(["--discriminator", str(discriminator), str(file), "--json"], capsys).splitlines()
+    )
     for record in ended:
         assert record["tokens"] == plain["tokens"] and record["tokens"].count("<eos>") == 1
         assert record["rewards"] == pytest.approx(plain["rewards"], abs=1e-6)

@@ -1,4 +1,4 @@
-"""Ends and beginnings of sequence in people's texts, and unusual chat templates: what the readers make of them and say."""
+"""Ends and beginnings of sequence in people's texts, and unusual chat templates: what readers make of them and say."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def test_an_end_in_plain_answers_is_taken_off_counted_and_said(
 
 def test_ends_and_beginnings_in_messages_are_written_once(tmp_path: Path, chat: PreTrainedTokenizerFast) -> None:
     context = [*turn("user", "<bos>Hi<eos>"), *turn("assistant", "Yes?<eos>\n"), *turn("user", "Go on.<eos>")]
-    source = written(tmp_path, {"prompt": context, "chosen": "Good.<eos>\n", "rejected": turn("assistant", "Bad.<eos>")})
+    source = written(
+        tmp_path, {"prompt": context, "chosen": "Good.<eos>\n", "rejected": turn("assistant", "Bad.<eos>")}
+    )
     found = read_preferences(DataConfig(preferences=source), chat)
     (pair,) = found.records
     assert pair.prompt == "<bos><user>Hi<eos>\n<assistant>Yes?<eos>\n<user>Go on.<eos>\n<assistant>"
@@ -108,7 +110,7 @@ def test_a_template_that_opens_thoughts_and_answers_that_it_shortens_are_said(
     )
     opened, shortened = found.notes
     assert opened.startswith("2 of 2 conversations are for a chat template that ends the prompt with '<think>'")
-    assert shortened.startswith("2 of 4 answers hold text that the chat template leaves out or changes")
+    assert shortened.startswith("2 of 4 answers hold text that the chat template leaves out")
     prompts = read_prompts(DataConfig(prompts=written(tmp_path, record)), chat)
     assert prompts.records == (found.records[0].prompt,) and "ends the prompt with '<think>'" in prompts.notes[0]
 

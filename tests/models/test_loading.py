@@ -194,7 +194,8 @@ def chat_model(tmp_path, tiny_causal_lm):
 
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize(
-    "named", [{"generation": ("<eos>", "<|im_end|>")}, {"generation": ("<|im_end|>",)}, {"config": ("<eos>", "<|im_end|>")}]
+    "named",
+    [{"generation": ("<eos>", "<|im_end|>")}, {"generation": ("<|im_end|>",)}, {"config": ("<eos>", "<|im_end|>")}],
 )
 def test_answers_end_as_the_template_ends_them_where_the_model_names_that_end(chat_model, caplog, named, special):
     cfg = chat_model(**named, special=special)

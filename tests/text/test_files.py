@@ -74,7 +74,7 @@ def test_standard_input_is_read_alike_and_stays_open(
         assert read_text("-") == TEXT
         assert read_text("-") == ""
     (tmp_path / "piped").write_bytes("é".encode("cp1252"))
-    with (tmp_path / "piped").open() as stdin, pytest.raises(DataError, match="^standard input is not UTF-8"):
+    with (tmp_path / "piped").open() as stdin, pytest.raises(DataError, match=r"^standard input is not UTF-8"):
         monkeypatch.setattr("sys.stdin", stdin)
         read_text("-")
 

@@ -59,7 +59,9 @@ class Case(NamedTuple):
 CASES = {
     "usual": Case(CHATML, "Good.", "<a>\n", "Good.", "<eos>\n"),
     "usual, white space kept": Case(CHATML, "  Good.\n", "<a>\n", "  Good.\n", "<eos>\n"),
-    "opens thoughts that it leaves out": Case(R1, "Good.", "<a>", "Good.", "<eos>", r"ends the prompt with '<think>\\n'"),
+    "opens thoughts that it leaves out": Case(
+        R1, "Good.", "<a>", "Good.", "<eos>", r"ends the prompt with '<think>\\n'"
+    ),
     "opens thoughts, answer has them": Case(R1, THOUGHTS, "<a>", THOUGHTS, None, "prompts do without it"),
     "opens thoughts, answer closes them": Case(
         R1, THOUGHTS.removeprefix("<think>\n"), "<a>", THOUGHTS, None, "an answer may begin with it"
@@ -69,14 +71,20 @@ CASES = {
     "opens the block that it writes": Case(OPENED_BLOCK, "Good.", "<a>\n<think>\n", "\n</think>\n\nGood.", "<eos>\n"),
     "opens the answer's thoughts": Case(OPENED_BLOCK, THOUGHTS, "<a>\n<think>\n", "Hm.\n</think>\n\nGood.", "<eos>\n"),
     "has closed the block": Case(SWITCHED_OFF, "Good.", "<a>\n<think>\n\n</think>\n\n", "Good.", "<eos>\n"),
-    "opens what it then closes": Case(CLOSED, "Good.", "<a>", "</think>Good.", "<eos>", "ends the prompt with '<think>'"),
-    "no generation prompt": Case(NO_PROMPT, "Good.", "assistant:", " Good.", "\n", "has no generation prompt: prompts get"),
+    "opens what it then closes": Case(
+        CLOSED, "Good.", "<a>", "</think>Good.", "<eos>", "ends the prompt with '<think>'"
+    ),
+    "no generation prompt": Case(
+        NO_PROMPT, "Good.", "assistant:", " Good.", "\n", "has no generation prompt: prompts get"
+    ),
     "no generation prompt, own line": Case(
         NO_PROMPT_LINE, "Good.", "### Assistant:\n", "Good.", "\n", r"prompts get '### Assistant:\\n'"
     ),
     "no header at all": Case(SPACE, "Good.", "", " Good.", "<eos>"),
     "strips answers": Case(SPACE, "  Good. \n", "", " Good.", "<eos>"),
-    "another header": Case(OTHER_HEADER, "Good.", "Assistant:", " Good.", "\n", "prompts end with 'Assistant:' instead"),
+    "another header": Case(
+        OTHER_HEADER, "Good.", "Assistant:", " Good.", "\n", "prompts end with 'Assistant:' instead"
+    ),
     "end of a whole conversation": Case(ENDED, "Good.", "<a>", "Good.", "<eos>"),
 }
 
@@ -137,7 +145,8 @@ def test_a_template_that_refuses_answers_still_renders_prompts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "end"), [(CHATML, "<eos>"), (SPACE, "<eos>"), (NO_PROMPT, None), (COUNT, None), (ENDED, "<eos>"), (None, None)]
+    ("text", "end"),
+    [(CHATML, "<eos>"), (SPACE, "<eos>"), (NO_PROMPT, None), (COUNT, None), (ENDED, "<eos>"), (None, None)],
 )
 def test_the_token_that_ends_a_turn(text: str | None, end: str | None) -> None:
     tokenizer = byte_level()

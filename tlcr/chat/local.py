@@ -118,7 +118,10 @@ class LocalModel:
         """The ids of each choice, with the end of sequence."""
         if not choices:
             return []
-        return [[*ids, self._tokenizer.eos_token_id] for ids in self._tokenizer(list(choices), add_special_tokens=False)["input_ids"]]
+        return [
+            [*ids, self._tokenizer.eos_token_id]
+            for ids in self._tokenizer(list(choices), add_special_tokens=False)["input_ids"]
+        ]
 
     def _holding_to(self, choices: Sequence[str], width: int) -> Callable[[int, torch.Tensor], list[int]] | None:
         """For ``generate``: the tokens that may follow an answer's first ones, of a row with a prompt of ``width``."""
@@ -129,7 +132,9 @@ class LocalModel:
         def allowed(row: int, ids_L: torch.Tensor) -> list[int]:
             begun = ids_L[width:].tolist()
             following = {way[len(begun)] for way in ways if way[: len(begun)] == begun and len(way) > len(begun)}
-            return sorted(following) or [self._tokenizer.eos_token_id]  # a finished row repeats its end until the others finish
+            return sorted(following) or [
+                self._tokenizer.eos_token_id
+            ]  # a finished row repeats its end until the others finish
 
         return allowed
 

@@ -84,7 +84,9 @@ def score_command(
         raise ConfigError("--prompt is given without --response; add it, or put both into a file")
     if response is None and file is None and sys.stdin.isatty():
         raise ConfigError("nothing to score; give --response TEXT, a FILE, or JSON lines on standard input")
-    answers: Iterable[Answer] = [Answer(prompt, response)] if response is not None else read_answers(file or STANDARD_INPUT)
+    answers: Iterable[Answer] = (
+        [Answer(prompt, response)] if response is not None else read_answers(file or STANDARD_INPUT)
+    )
     if discriminator is not None:
         scored = _by_discriminator(discriminator, answers, limits)
     else:

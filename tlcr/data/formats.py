@@ -228,7 +228,7 @@ def _message_without_marks(message: Message, tokenizer: PreTrainedTokenizerBase)
 
 
 def template_arguments(template: Values) -> dict[str, Any]:
-    """What a chat template gets: `chat_template_kwargs` hold switches by name; other columns are arguments themselves."""
+    """What a chat template gets: the switches in `chat_template_kwargs`, and the other columns under their names."""
     own = {name: value for name, value in template.items() if name != "chat_template_kwargs"}
     return own | dict(template.get("chat_template_kwargs", {}))
 
@@ -344,7 +344,7 @@ def marked_answer(id: str, values: Values) -> RawMarkedAnswer:
 
 
 def _placed(spans: Sequence[ErrorSpan], text: str, as_read: str) -> tuple[ErrorSpan, ...]:
-    """The spans of a text, moved to the text that a model reads: its beginning may differ, and white space at its end."""
+    """The spans of a text in the text that a model reads: its beginning may differ, and white space at its end."""
     by = len(as_read.rstrip()) - len(text.rstrip())
     moved = [ErrorSpan(max(0, span.start + by), min(span.end + by, len(as_read)), span.label) for span in spans]
     return tuple(span for span in moved if span.start < span.end)

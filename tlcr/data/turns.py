@@ -89,7 +89,7 @@ class TurnNotes:
             turns = [*prompt, {"role": "assistant", "content": bare}]
             whole = apply_template(self._tokenizer, turns, template, add_generation_prompt=False)
             if found.continues and not is_written(bare, whole.removesuffix(found.closing)):
-                what = "answers hold text that the chat template leaves out or changes (thoughts, say): they are used whole"
+                what = "answers hold text that the chat template leaves out (thoughts, say): they are used whole"
                 self._note(what, f"{answer[:SHOWN]!r}...")
 
     def _note(self, what: str, example: str) -> None:

@@ -388,8 +388,8 @@ def _other_ends(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig | N
         return None
     names = ", ".join(repr(tokenizer.convert_ids_to_tokens(id)) for id in others)
     return (
-        f"the model's generation config also ends answers with {names}; rollouts end with {tokenizer.eos_token!r} alone, "
-        "because no answer in training ends with another token, so no reward is made for one"
+        f"the model's generation config also ends answers with {names}; rollouts end with {tokenizer.eos_token!r} "
+        "alone, because no answer in training ends with another token, so no reward is made for one"
     )
 
 

@@ -65,7 +65,9 @@ def open_text(source: str | Path) -> Iterator[TextIO]:
         mark = next((f"; it begins as {kind} does" for sign, kind in MARKS.items() if start.startswith(sign)), "")
         raise DataError(f"{name} is not UTF-8 ({error}{mark}); convert it to UTF-8") from error
     except OSError as error:
-        raise DataError(f"{name} cannot be read: {error.strerror}; check its permissions, its path and the disk") from error
+        raise DataError(
+            f"{name} cannot be read: {error.strerror}; check its permissions, its path and the disk"
+        ) from error
 
 
 def read_text(source: str | Path) -> str:
@@ -98,5 +100,5 @@ def broken_character(value: Any) -> int | None:
 
 def _opened(source: str | Path) -> io.BufferedReader:
     if source == STANDARD_INPUT:
-        return open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115 - the caller closes it
+        return open(sys.stdin.fileno(), "rb", closefd=False)
     return Path(source).expanduser().open("rb")

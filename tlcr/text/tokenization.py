@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -35,6 +35,7 @@ __all__ = [
     "render_question",
     "token_pieces",
 ]
+
 
 def encode_answer(
     tokenizer: PreTrainedTokenizerBase,

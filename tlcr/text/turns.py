@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -53,8 +53,8 @@ class Opening:
     prompt: the text before the answer, the same in training and in rollouts. lead: what the template writes between it
     and the answer's content (white space, or an empty block of thoughts). closing: what it writes after the content.
     dropped: the end of the generation prompt that whole conversations do not have, and that ``prompt`` is without.
-    added: what ``prompt`` has in its place, or after the generation prompt. continues: whether whole conversations begin with
-    ``prompt``; where they do not, it is the generation prompt as it is.
+    added: what ``prompt`` has in its place, or after the generation prompt. continues: whether whole conversations
+    begin with ``prompt``; where they do not, it is the generation prompt as it is.
     """
 
     prompt: str
@@ -94,13 +94,17 @@ def find_opening(render: Render, prompt: Sequence[Message]) -> Opening:
         plain = render(prompt, False)
         if not before.startswith(plain):
             return Opening(asked, continues=False)
-        common = commonprefix([asked, before])
+        common = _shared_start(asked, before)
         if common != before:  # both go on, perhaps from the middle of a tag or a word
             common = re.sub(r"(<[^<>\s]*|\w+)\Z", "", common)
         shared = common if common[len(plain) :].strip() else before
     # Spaces before an answer belong to it: in most tokenizers they are part of its first word.
     text = shared.rstrip(" \t")
     return Opening(text, before[len(text) :], closing, asked[len(common) :], text[len(common) :])
+
+
+def _shared_start(a: str, b: str) -> str:
+    return a[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))]
 
 
 def apply_template(
@@ -233,9 +237,7 @@ def opening_note(opening: Opening) -> str | None:
             "in training and in rollouts, and an answer may begin with it"
         )
     if opening.added:
-        return (
-            f"has no generation prompt: prompts get {opening.added!r}, the header that it writes before an answer"
-        )
+        return f"has no generation prompt: prompts get {opening.added!r}, the header that it writes before an answer"
     return None
 
 
