@@ -63,11 +63,15 @@ class EncodedAnswer:
     """Prompt and answer tokenised together; ``ids[answer_start:]`` is the answer.
 
     ``complete`` says that the answer ends with the end-of-sequence token; False means it was cut at the limit.
+    ``prompt_cut`` and ``answer_cut`` are the numbers of tokens that limits cut, from the prompt's beginning and the
+    answer's end.
     """
 
     ids: tuple[int, ...]
     answer_start: int
     complete: bool
+    prompt_cut: int = 0
+    answer_cut: int = 0
 
     @property
     def answer_ids(self) -> tuple[int, ...]:

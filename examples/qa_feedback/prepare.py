@@ -26,7 +26,6 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from tlcr.config.schema import DataConfig
+from tlcr.data.formats import prompt_key
 from tlcr.data.splits import split_held_out
 from tlcr.errors import DataError
 from tlcr.training.checkpoint import write_json_lines
@@ -142,8 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
     # Some corrected answers are empty. An empty revision is not an edit, so they are left out.
     corrected = [raw for raw in train if raw["feedback"]["corrected-prediction"].strip()]
     edits = [edit_record(raw, options.passage_words) for raw in corrected]
-    put_aside = split_held_out([SimpleNamespace(id=edit["id"]) for edit in edits], DataConfig().held_out).held_out
-    aside = {record.id for record in put_aside}
+    names = [prompt_key(edit["prompt"]) for edit in edits]
+    aside = {edit["id"] for edit in split_held_out(edits, DataConfig().held_out, names=names).held_out}
     spans = [span_record(raw, options.passage_words) for raw in corrected]
     for name, records in {
         "edits.jsonl": edits,

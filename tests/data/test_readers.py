@@ -19,6 +19,7 @@ from tlcr.data.readers import (
     MalformedRecord,
     ReadResult,
     read_edits,
+    read_marked_answers,
     read_preferences,
     read_prompts,
 )
@@ -315,7 +316,7 @@ class TestMalformedRecords:
         [
             ({"revised": None}, "field 'revised' is null"),
             ({"revised": ""}, "field 'revised' is empty"),
-            ({"prompt": " \n"}, "field 'prompt' is empty"),
+            ({"prompt": None}, "field 'prompt' is null"),
             ({"rejected": 5}, "field 'rejected' is a int, not text"),
             ({"chosen": ["x"]}, "message 1 of 'chosen' has no 'role'"),
             (
@@ -570,7 +571,7 @@ class TestPrompts:
 
     def test_malformed(self, jsonl: Callable, tokenizer: PreTrainedTokenizerFast) -> None:
         read = prompts(
-            jsonl({"prompt": "Hi"}, {"prompt": ""}, {"prompt": [assistant("a")]}), tokenizer, on_malformed="skip"
+            jsonl({"prompt": "Hi"}, {"prompt": None}, {"prompt": [assistant("a")]}), tokenizer, on_malformed="skip"
         )
         assert [bad.row for bad in read.malformed] == [2, 3]
 
@@ -608,3 +609,48 @@ class TestRealFiles:
     def test_other_columns_are_named(self, tokenizer: PreTrainedTokenizerFast) -> None:
         with pytest.raises(DataError, match="columns Sentiment, Text, batch_id"):
             edits(str(REAL / "imdb_counterfactual_dev.tsv"), tokenizer)
+
+
+class TestTextWithoutAPrompt:
+    """An empty prompt is legal in every format, counted and said."""
+
+    @pytest.mark.parametrize(
+        "record",
+        [
+            {"prompt": "", "chosen": "Yes.", "rejected": "No."},
+            {"prompt": " ", "chosen": "Yes.", "rejected": "No."},
+            {"prompt": "", "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]},
+            {"prompt": [], "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]},
+            {"context": "", "chosen_response": "Yes.", "reject_response": "No."},
+        ],
+        ids=["empty", "blank", "messages", "no messages", "tlcr"],
+    )
+    def test_preferences(self, record: dict, jsonl: Callable, tokenizer: PreTrainedTokenizerFast) -> None:
+        read = preferences(jsonl(record, record), tokenizer)
+        (pair, _) = read.records
+        blank = record.get("prompt") == " "
+        assert pair.prompt == (" " if blank else "<bos>") and pair.chosen.strip() == "Yes."
+        assert read.prompt_keys == ("", "") and read.answer_keys == ("No.", "No.")
+        assert "2 of 2 prompts are empty: what answers them is text without a prompt" in read.notes
+
+    def test_edits_prompts_and_marked_answers(self, jsonl: Callable, tokenizer: PreTrainedTokenizerFast) -> None:
+        (edit,) = edits(jsonl({**EDIT, "prompt": ""}), tokenizer).records
+        assert (edit.prompt, edit.revised) == ("<bos>", EDIT["revised"])
+        assert prompts(jsonl({"prompt": ""}, {"prompt": "Hi"}), tokenizer).records == ("<bos>", "Hi")
+        source = jsonl({"prompt": "", "response": "It was bad.", "spans": [{"start": 7, "end": 10}]})
+        (marked,) = read_marked_answers(source, DataConfig(), tokenizer).records
+        assert marked.prompt == "<bos>" and marked.response[marked.spans[0].start : marked.spans[0].end] == "bad"
+
+    def test_a_system_message_is_a_prompt(self, jsonl: Callable, tokenizer: PreTrainedTokenizerFast) -> None:
+        read = preferences(jsonl({**PREFERENCE, "prompt": "", "system": "Write."}), tokenizer)
+        assert read.records[0].prompt == "<system>Write.<assistant>" and not read.notes
+
+    def test_a_missing_prompt_is_said_with_the_remedy(
+        self, jsonl: Callable, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        rows = jsonl(PREFERENCE, {"chosen": "a", "rejected": "b"})
+        with pytest.raises(DataError, match="field 'prompt' is missing; text without a prompt has an empty text there"):
+            preferences(rows, tokenizer)
+        conversations = jsonl({"chosen": [assistant("a")], "rejected": [assistant("b")]})
+        with pytest.raises(DataError, match="nothing before the answer; text without a prompt has an empty text as"):
+            preferences(conversations, tokenizer)

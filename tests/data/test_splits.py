@@ -19,7 +19,7 @@ from tlcr.config.loading import load_config
 from tlcr.config.schema import Arm, RewardConfig, RunConfig
 from tlcr.data.formats import prompt_key
 from tlcr.data.readers import ReadResult
-from tlcr.data.splits import STAGES, Shares, split_held_out
+from tlcr.data.splits import STAGES, Shares, Split, in_order_of_hashes, split_held_out
 from tlcr.errors import ConfigError
 from tlcr.experiment.pipeline import _shares, run, stage
 from tlcr.experiment.run_folder import RunFolder, open_run, raw_preferences
@@ -30,32 +30,32 @@ def pairs(*ids: object) -> list[PreferencePair]:
     return [PreferencePair(id=str(id), prompt="p", chosen="c", rejected="r") for id in ids]
 
 
+def by_id(records: list[PreferencePair], share: float) -> Split[PreferencePair]:
+    return split_held_out(records, share, names=[record.id for record in records])
+
+
 class TestSplitHeldOut:
     def test_share_order_and_disjointness(self) -> None:
         records = pairs(*range(2000))
-        split = split_held_out(records, 0.1)
+        split = by_id(records, 0.1)
         assert 120 <= len(split.held_out) <= 280, "200, and six standard deviations of 13.4 beside it at most"
         assert sorted([*split.train, *split.held_out], key=lambda pair: int(pair.id)) == records
         assert split.train == sorted(split.train, key=lambda pair: int(pair.id))
 
-    def test_side_depends_on_the_id_alone(self) -> None:
-        few = split_held_out(pairs(*range(0, 500)), 0.2).held_out
-        many = split_held_out(pairs(*reversed(range(1000))), 0.2).held_out
+    def test_side_depends_on_the_name_alone(self) -> None:
+        few = by_id(pairs(*range(0, 500)), 0.2).held_out
+        many = by_id(pairs(*reversed(range(1000))), 0.2).held_out
         assert {pair.id for pair in few} == {pair.id for pair in many if int(pair.id) < 500}
         # SHA-256 of "0" begins 5fec.. = 0.37, of "1" 6b86.. = 0.42, of "2" d473.. = 0.83, whatever Python's hash salt.
-        assert [pair.id for pair in split_held_out(pairs(2, 1, 0), 0.4).held_out] == ["0"]
+        assert [pair.id for pair in by_id(pairs(2, 1, 0), 0.4).held_out] == ["0"]
 
     @pytest.mark.parametrize(
         ("ids", "share", "sizes"),
-        [("xy", 0.0001, (1, 1)), ("xy", 0.9, (1, 1)), ("xy", 0.0, (2, 0)), ("", 0.5, (0, 0)), ("0", 0.5, (0, 1))],
+        [("xy", 0.0001, (1, 1)), ("xy", 0.9, (1, 1)), ("xy", 0.0, (2, 0)), ("", 0.5, (0, 0)), ("0", 0.5, (1, 0))],
     )
     def test_both_sides_have_one_at_least(self, ids: str, share: float, sizes: tuple[int, int]) -> None:
-        split = split_held_out(pairs(*ids), share)
+        split = by_id(pairs(*ids), share)
         assert (len(split.train), len(split.held_out)) == sizes
-
-    def test_texts_are_their_own_names(self) -> None:
-        split = split_held_out(["0", "1"], 0.4)
-        assert (split.train, split.held_out) == (["1"], ["0"])
 
     def test_records_of_one_name_stay_together(self) -> None:
         split = split_held_out([1, 2, 3, 4, 5], 0.0001, names=["c", "d", "h", "d", "c"])
@@ -84,11 +84,41 @@ class TestShares:
         found = {stage: "".join(shares.of(stage, letters("abcdefgh")).records) for stage in STAGES}
         assert found == {"sft": "EF", "reward": "ABCH", "ppo": "DG"}
 
-    def test_without_shares_every_stage_sees_all_and_ids_decide(self) -> None:
-        read = ReadResult("pairs", "preference", tuple(pairs("0", "1")), ("same", "same"))
+    def test_without_shares_every_stage_sees_all_and_prompts_decide(self) -> None:
+        """The fractions are those of ``test_by_hand``; the ids a, b and c would put others on the sides."""
+        read = ReadResult("pairs", "preference", tuple(pairs("c", "b", "a")), ("a", "b", "c"), ("x", "y", "z"))
         for stage_ in STAGES:
-            split = Shares().split(stage_, read, 0.4)
-            assert [[pair.id for pair in side] for side in (split.train, split.held_out)] == [["1"], ["0"]]
+            split = Shares().split(stage_, read, 0.2)
+            assert [[pair.id for pair in side] for side in (split.train, split.held_out)] == [["c", "b"], ["a"]]
+
+    @pytest.mark.parametrize("key", ["same", ""])
+    def test_where_all_have_one_prompt_or_none_their_answers_decide(self, key: str) -> None:
+        answers = tuple(f"answer {number}" for number in range(200))
+        read = ReadResult("texts", "preference", answers, (key,) * 200, answers)
+        split = Shares().split("sft", read, 0.2)
+        assert 10 < len(split.held_out) < 80 and len(split.train) + len(split.held_out) == 200
+        half = ReadResult("texts", "preference", answers[100:], (key,) * 100, answers[100:])
+        assert set(Shares().split("sft", half, 0.2).held_out) == {a for a in split.held_out if a in answers[100:]}
+
+    def test_an_empty_prompt_is_for_every_stage(self) -> None:
+        read = ReadResult("prompts", "prompts", ("", "A"), ("", "a"), ("", ""))
+        assert {stage: Shares((2, 4, 4)).of(stage, read).records for stage in STAGES} == {
+            "sft": ("",),
+            "reward": ("",),
+            "ppo": ("", "A"),
+        }
+
+    def test_the_first_prompts_are_the_same_in_every_order(self) -> None:
+        ordered = [in_order_of_hashes(letters(order)) for order in ("abcdefgh", "hgfedcba")]
+        assert ordered[0] == ordered[1]
+        assert "".join(ordered[0].records) == "DFCBEHAG", "their fractions rise"
+
+    def test_a_source_too_small_for_its_share_says_so(self, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level(logging.INFO, logger="tlcr"):
+            assert Shares().split("sft", letters("abc"), 0.1).held_out == ["C"]
+            assert "no hash of a prompt is below data.held_out (0.1)" in caplog.text
+            caplog.clear()
+            assert Shares().split("sft", letters("abcd"), 0.11).held_out == ["D"] and not caplog.text
 
     def test_sizes_disjointness_completeness_and_stability(self) -> None:
         keys = tuple(f"prompt {number}" for number in range(3000))
@@ -106,7 +136,7 @@ class TestShares:
         # a larger share of held-out prompts moves none from stage to stage
         assert set(shares.split("sft", whole, 0.1).held_out) < set(shares.split("sft", whole, 0.3).held_out)
         # what is held out and which stage it is for do not depend on one another
-        out = split_held_out(keys, 0.1).held_out
+        out = split_held_out(keys, 0.1, names=keys).held_out
         assert abs(sum(shares.stage_of(key) == "sft" for key in out) / len(out) - 0.2) < 6 * 0.024
 
     def test_a_stage_with_a_share_of_0_gets_nothing(self) -> None:

@@ -23,6 +23,7 @@ from tlcr.evaluation.evaluate import (
     summarise,
     write_evaluation,
 )
+from tlcr.text.padding import pad_left
 from tlcr.types import PolicyScores, Rollout
 
 PROMPTS = ("Human: bread?", "Human: soup, please?")
@@ -281,6 +282,26 @@ def test_files_are_what_the_report_reads(tiny_tokenizer: PreTrainedTokenizerFast
     for line in lines:
         assert len(line["tokens"]) == len(line["reward"]) == len(line["advantage"]) == len(line["kl"])
     assert lines[0]["gold"] == 3.0
+
+
+def test_a_sample_marks_what_the_policy_was_not_given(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    sampler = Sampler(tiny_tokenizer)
+    whole = sampler.generate(PROMPTS)
+    prompt_ids_BP, mask_BP = pad_left([tiny_tokenizer(text)["input_ids"][-2:] for text in PROMPTS], 0)
+    cut = replace(whole, prompt_ids_BP=prompt_ids_BP, prompt_mask_BP=mask_BP)
+    for rollout, given in ((whole, False), (cut, True)):
+        result = evaluate_policy(
+            PROMPTS,
+            tokenizer=tiny_tokenizer,
+            generate=lambda _, rollout=rollout: rollout,
+            score=sampler.score,
+            scorer=None,
+            samples=len(PROMPTS),
+        )
+        for prompt, sample in zip(PROMPTS, result.samples, strict=True):
+            line = sample.to_json("before")
+            kept = tiny_tokenizer.decode(tiny_tokenizer(prompt)["input_ids"][-2:]) if given else prompt
+            assert line["prompt"] == prompt and line["prompt"][len(line["prompt_cut"]) :] == kept
 
 
 def test_a_summary_needs_answers() -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from examples.qa_feedback import baselines, prepare
 from tlcr.config.schema import DataConfig, ModelConfig
 from tlcr.data.readers import read_edits, read_marked_answers
-from tlcr.data.splits import split_held_out
+from tlcr.data.splits import Shares
 from tlcr.errors import DataError
 from tlcr.experiment.token_evaluation import MarkedRow, mark
 from tlcr.models.loading import TWO_CLASSES, load_token_classifier, save_model
@@ -107,8 +107,8 @@ def test_every_file_holds_what_it_should(
     (span,) = marked["spans"]
     assert marked["response"][span["start"] : span["end"]] == "bad" and span["label"] == "Wrong-Grounding"
     # what is put aside for the threshold is what tlcr puts aside in training
-    read = read_edits(DataConfig(edits=str(tmp_path / "edits.jsonl")), tiny_tokenizer).records
-    put_aside = split_held_out(read, DataConfig().held_out).held_out
+    read = read_edits(DataConfig(edits=str(tmp_path / "edits.jsonl")), tiny_tokenizer)
+    put_aside = Shares().split("reward", read, DataConfig().held_out).held_out
     assert [record["id"] for record in threshold] == [pair.id for pair in put_aside]
 
 

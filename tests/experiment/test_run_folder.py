@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +262,98 @@ def test_prompts_of_ones_own_are_those_of_the_preferences_and_at_most_so_many_he
     own.write_text("".join(json.dumps({"prompt": f"question {index}"}) + "\n" for index in range(30)))
     named = prompts(replace(cfg, data=replace(cfg.data, prompts=str(own))))
     assert all(prompt.startswith("question ") for prompt in (*named.train, *named.held_out))
+
+
+DATED = (
+    "Today: {{ strftime_now('%d %b %Y') }}\n{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def conversations(folder: Path, name: str, numbers: Iterable[int]) -> str:
+    def said(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    rows = (
+        {"prompt": said("user", f"Question {k}?"), "chosen": said("assistant", "a"), "rejected": said("assistant", "b")}
+        for k in numbers
+    )
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / name)
+
+
+def asked(texts: Iterable[str]) -> list[str]:
+    return [match[0] for text in texts if (match := re.search(r"Question \d+\?", text))]
+
+
+def dated_run(cfg: RunConfig, started: str | None = None) -> RunFolder:
+    run = open_run(cfg, resume=True)
+    if started is not None:
+        (run.path / "started.json").write_text(json.dumps({"started": started}))
+    vars(run)["tokenizer"] = embedded.build_tokenizer(0)
+    run.tokenizer.chat_template = DATED
+    return run
+
+
+def test_a_run_reads_the_date_on_which_it_began(tmp_path: Path) -> None:
+    source = conversations(tmp_path, "chat.jsonl", range(40))
+    changes = {"data.preferences": source, "evaluation.prompts": 100}
+    cfg = arm_config(tmp_path, tmp_path / "model", **changes)
+    began = dated_run(cfg, "2026-07-01T23:59:59")
+    prompts = began.prompts
+    assert all(text.startswith("Today: 01 Jul 2026\n") for text in (*prompts.train, *prompts.held_out))
+    assert began.preferences("sft").train[0].prompt.startswith("Today: 01 Jul 2026\n")
+    again = dated_run(cfg)
+    assert again.prompts == prompts, "opened again, the run keeps its date"
+    other = dated_run(replace(cfg, output_dir=str(tmp_path / "other")), "2026-07-02T00:00:01").prompts
+    assert other != prompts and asked(other.held_out) == asked(prompts.held_out)
+    assert asked(other.train) == asked(prompts.train)
+
+
+def test_a_new_run_began_today_and_a_folder_that_does_not_say_begins_now(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = datetime.now().replace(microsecond=0)
+    run = open_run(small_config(tmp_path / "run"), resume=False)
+    assert before <= run.started <= datetime.now()
+    (run.path / "started.json").unlink()
+    assert before <= reopen_run(run.path).started <= datetime.now() and not caplog.text
+    open_run(run.cfg, resume=True)
+    assert "was begun by an earlier version, which held out other prompts" in caplog.text
+
+
+def test_what_is_held_out_depends_on_the_prompt_alone(tmp_path: Path) -> None:
+    """Not on the order, the file's name or what else is there; and it is held out from every stage."""
+
+    def run(name: str, numbers: Iterable[int], **changes: object) -> RunFolder:
+        source = conversations(tmp_path, name, numbers)
+        given = {"data.preferences": source, "data.held_out": 0.2, "evaluation.prompts": 5, **changes}
+        return dated_run(arm_config(tmp_path / name.split(".")[0], tmp_path / "model", **given))
+
+    for name in ("first", "second", "third"):
+        (tmp_path / name).mkdir()
+    first, second = run("first.jsonl", range(60)), run("second.jsonl", reversed(range(60)))
+    assert first.prompts == second.prompts, "the first few held-out prompts and the order of training too"
+    every = run("third.jsonl", [*range(100, 160), *range(60)], **{"evaluation.prompts": 1000})
+    for stage in ("sft", "reward"):
+        held_out = {asked([pair.prompt])[0] for pair in first.preferences(stage).held_out}
+        assert held_out == {asked([pair.prompt])[0] for pair in second.preferences(stage).held_out}
+        assert set(asked(first.prompts.held_out)) <= held_out < set(asked(every.prompts.held_out))
+        assert not held_out & set(asked(first.prompts.train))
+
+
+def test_one_prompt_alone_is_trained_and_evaluated_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Text without a prompt: every rollout starts from the beginning-of-sequence token."""
+    source = tmp_path / "texts.jsonl"
+    rows = [{"prompt": "", "chosen": f"Text {k}.", "rejected": f"Test {k}."} for k in range(40)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = dated_run(arm_config(tmp_path, tmp_path / "model", **{"data.preferences": str(source)}))
+    tokenizer = run.tokenizer
+    start = tokenizer.bos_token or tokenizer.eos_token
+    assert run.prompts.train == [start] and run.prompts.held_out == [start] * 6
+    assert "PPO has one prompt" in caplog.text and "40 of 40 prompts are empty" in caplog.text
+    pairs = run.preferences("sft")
+    assert {pair.prompt for pair in pairs.train} == {start} and 5 < len(pairs.held_out) < 30
 
 
 @pytest.mark.parametrize(

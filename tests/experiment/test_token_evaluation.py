@@ -100,7 +100,7 @@ def test_an_answer_is_counted_as_far_as_it_is_read(
         for limit in (99, 4)
     )
     assert cut.kinds == whole.kinds[:4] and cut.characters == whole.characters[:4]
-    assert "1 of 1 marked answers are longer than data.max_answer_tokens (4)" in caplog.text
+    assert "marked answers: 1 of 1 answers are longer than data.max_answer_tokens (4)" in caplog.text
 
 
 def test_a_tokenizer_that_changes_the_text_is_refused() -> None:

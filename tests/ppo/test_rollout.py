@@ -117,12 +117,28 @@ def test_a_long_prompt_keeps_its_end(tiny_tokenizer: Tokenizer, tiny_causal_lm: 
     assert rollout.prompt_ids_BP.tolist() == [ids_of(tiny_tokenizer, prompt)[-4:]]
 
 
-@pytest.mark.parametrize("nothing", ["", "<pad><pad>"])
-def test_a_prompt_of_padding_is_refused_by_its_number(
-    tiny_tokenizer: Tokenizer, tiny_causal_lm: LM, nothing: str
-) -> None:
+def test_a_prompt_of_padding_is_refused_by_its_number(tiny_tokenizer: Tokenizer, tiny_causal_lm: LM) -> None:
     with pytest.raises(DataError, match=r"prompt 1 is .*no token but padding; .*drop it"):
-        rollout_of(tiny_causal_lm(), tiny_tokenizer, ["fine", nothing])
+        rollout_of(tiny_causal_lm(), tiny_tokenizer, ["fine", "<pad><pad>"])
+
+
+def test_text_without_a_prompt_starts_from_the_token_that_starts_texts(
+    tiny_tokenizer: Tokenizer, tiny_causal_lm: LM
+) -> None:
+    """The scores of its first action are read at that token, beside a prompt of three."""
+    actor_critic = double_actor_critic(tiny_causal_lm)
+    rollout = rollout_of(actor_critic.policy, tiny_tokenizer, ["", "abc"], max_new_tokens=3)
+    assert rollout.prompts == ("", "abc")
+    assert rollout.prompt_ids_BP[0][rollout.prompt_mask_BP[0]].tolist() == [tiny_tokenizer.bos_token_id]
+    scores = score_rollout(
+        actor_critic, actor_critic.policy, rollout, temperature=1.0, micro_batch_size=None, exact_kl=False
+    )
+    with torch.no_grad():
+        logits_V = actor_critic.policy(torch.tensor([[tiny_tokenizer.bos_token_id]])).logits[0, -1]
+        value = actor_critic.value_model(torch.tensor([[tiny_tokenizer.bos_token_id]])).logits[0, -1, 0]
+    first = int(rollout.response_ids_BT[0, 0])
+    torch.testing.assert_close(scores.logprobs_BT[0, 0], logits_V.log_softmax(-1)[first])
+    torch.testing.assert_close(scores.values_BT[0, 0], value)
 
 
 def test_an_answer_beyond_the_models_positions_is_refused(tiny_tokenizer: Tokenizer, tiny_causal_lm: LM) -> None:

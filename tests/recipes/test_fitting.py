@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from tlcr.text.padding import collate_completions
 from tlcr.training.callbacks import Callback
 from tlcr.training.metrics import read_metrics
 from tlcr.training.supervised import FitResult
-from tlcr.types import EncodedAnswer
+from tlcr.types import EncodedAnswer, PreferencePair
 
 LM = Callable[..., PreTrainedModel]
 Tokenizer = PreTrainedTokenizerFast
@@ -136,9 +136,18 @@ def test_evaluation_reads_no_more_at_a_time_than_training(
 
 def test_both_splits_are_measured(tiny_causal_lm: LM) -> None:
     model = tiny_causal_lm(max_position_embeddings=6)
-    options: dict[str, Any] = {"model": model, "length": len}
-    assert encode_splits(list, ["ab"], ["abc", ""], **options) == (["ab"], ["abc", ""])
-    for train, held_out in ((["abcdefg"], []), ([], ["abcdefg"])):
+    short, fitting, long = (EncodedAnswer(tuple(range(length)), 1, True) for length in (2, 6, 7))
+
+    def encode(pairs: Sequence[PreferencePair]) -> list[EncodedAnswer]:
+        return [{"short": short, "fitting": fitting, "long": long}[pair.chosen] for pair in pairs]
+
+    def pairs(*names: str) -> list[PreferencePair]:
+        return [PreferencePair(name, "p", name, "r") for name in names]
+
+    options: dict[str, Any] = {"model": model, "length": lambda row: len(row.ids), "limits": CFG.data, "stage": "SFT"}
+    found = encode_splits(encode, pairs("short"), pairs("fitting", "short"), **options)
+    assert found == ([short], [fitting, short])
+    for train, held_out in ((pairs("long"), []), ([], pairs("long"))):
         with pytest.raises(DataError, match="an answer with its prompt has 7 tokens, and the model reads at most 6"):
-            encode_splits(list, train, held_out, **options)
+            encode_splits(encode, train, held_out, **options)
     check_lengths(model, [])

@@ -104,13 +104,16 @@ ONE_STEP = RunConfig(
 )
 
 
+@pytest.mark.parametrize("text", ["a", ""])
 def test_rewarding_a_token_raises_exactly_its_probability_where_it_was_chosen(
-    tiny_tokenizer: Tokenizer, tmp_path: Path
+    tiny_tokenizer: Tokenizer, tmp_path: Path, text: str
 ) -> None:
     """A bandit of three steps over tokens x, y, z. Only x as the FIRST token is paid: the logits after the prompt move
-    towards x, and those after x, y and z, which the later actions were drawn from, stay to the last bit."""
+    towards x, and those after x, y and z, which the later actions were drawn from, stay to the last bit. Text without a
+    prompt stands after <bos>."""
     V = len(tiny_tokenizer)
-    prompt, x, y, z = (tiny_tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "axyz")
+    start = text or tiny_tokenizer.bos_token
+    prompt, x, y, z = (tiny_tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in (start, *"xyz"))
     logits_VV = torch.full((V, V), -30.0)
     logits_VV[:, [x, y, z]] = 0.0
     policy, reference = bigram_lm(logits_VV), bigram_lm(logits_VV)
@@ -132,7 +135,7 @@ def test_rewarding_a_token_raises_exactly_its_probability_where_it_was_chosen(
         reference=reference,
         tokenizer=tiny_tokenizer,
         reward_source=Source(pay_first_x),
-        prompts=["a"],
+        prompts=[text],
         folder=tmp_path,
         seed=0,
     )

@@ -264,7 +264,11 @@ def test_a_judge_with_few_positions_loses_the_prompt_first(
     short = Rigged({d: 6.0, end: 2.0}, positions=11)
     assert positive(DiscriminatorSource(frozen_model(short, characters, tiny_tokenizer)), rollout) == whole
     assert short.shown == [[*ids_of(characters, "d and dull"), end]]
-    assert not caplog.records
+    (said,) = caplog.messages
+    assert said.startswith(
+        "rigged has 11 positions, and a prompt with its answer has 18 tokens: such prompts lose their beginning, here 7"
+    )
+    caplog.clear()
 
     shorter = Rigged({d: 6.0, end: 2.0}, positions=4)
     with caplog.at_level(logging.WARNING):
@@ -273,6 +277,24 @@ def test_a_judge_with_few_positions_loses_the_prompt_first(
     kept = len(ids_of(tiny_tokenizer, " and"))
     assert got[:kept] == whole[0][:kept] and got[kept:] == [0.0] * (len(ids) + 1 - kept)
     assert "an answer has 10 tokens for rigged, which has 4 positions" in caplog.text
+
+
+def test_a_prompt_that_is_too_long_in_the_judge_s_own_tokens_is_said_once(
+    tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    characters = character_tokenizer()
+    frozen = replace(frozen_model(Rigged({}), characters, tiny_tokenizer), max_prompt_tokens=5)
+    source = DiscriminatorSource(frozen)
+    rows = [
+        Row(text, [*ids_of(tiny_tokenizer, " dull"), tiny_tokenizer.eos_token_id], True) for text in ("abc", "The food")
+    ]
+    for _ in range(2):
+        source(rollout_of(rows, tiny_tokenizer))
+    (said,) = caplog.messages
+    assert said.startswith(
+        "rigged, whose tokens are not the policy's, in the first rollout with such prompts: 1 of 2 prompts"
+    )
+    assert "loses the first 3 of its 8 tokens, which begin 'The food'" in said
 
 
 def test_the_prompt_keeps_its_end(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

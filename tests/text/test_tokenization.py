@@ -191,6 +191,23 @@ class TestRenderPrompt:
         tokenizer.chat_template = TEMPLATE
         return tokenizer
 
+    @pytest.mark.parametrize(("bos", "start"), [("<bos>", "<bos>"), (None, "<eos>")])
+    def test_text_without_a_prompt_has_the_token_that_starts_texts(self, bos: str | None, start: str) -> None:
+        tokenizer = byte_level()
+        tokenizer.bos_token = bos
+        assert render_prompt(tokenizer, "") == start
+        encoded = encode_answer(tokenizer, start, "hi", max_prompt_tokens=9, max_answer_tokens=9)
+        assert tokenizer.convert_ids_to_tokens(list(encoded.ids)) == [start, "h", "i", "<eos>"]
+        assert encoded.answer_start == 1, "so that something predicts the answer's first token"
+        assert render_prompt(tokenizer, "\n") == "\n", "white space is a token"
+
+    def test_white_space_that_is_no_token_is_no_prompt(self, wordpiece: PreTrainedTokenizerFast) -> None:
+        assert render_prompt(wordpiece, " ") == "[EOS] "
+        wordpiece.eos_token = None
+        with pytest.raises(ConfigError, match="neither a beginning- nor an end-of-sequence token"):
+            render_prompt(wordpiece, "")
+        wordpiece.eos_token = "[EOS]"
+
     def test_text_gets_a_beginning_of_sequence_only_from_a_tokenizer_that_adds_one(self) -> None:
         tokenizer = byte_level()
         assert render_prompt(tokenizer, "hi") == "hi"

@@ -24,12 +24,17 @@ from tlcr.models.loading import load_sequence_classifier, load_tokenizer
 from tlcr.models.reward_model import sequence_scores
 from tlcr.report.colours import coloured
 from tlcr.text.files import STANDARD_INPUT, broken_character, open_text
+from tlcr.text.padding import pad_right
 from tlcr.text.tokenization import encode_answers
-from tlcr.types import MarkedAnswer
+from tlcr.text.truncation import CutTexts
+from tlcr.types import EncodedAnswer, MarkedAnswer
 
 __all__ = ["Answer", "Limits", "ScoredAnswer", "read_answers", "score_command"]
 
 logger = logging.getLogger("tlcr")
+
+
+LIMITS = ("--max-prompt-tokens", "--max-answer-tokens")
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,7 @@ def _batches(
 def _by_discriminator(folder: str, answers: Iterable[Answer], limits: Limits) -> Iterator[ScoredAnswer]:
     model, tokenizer = load_discriminator(folder, ModelConfig(path=folder))
     model.to(_device())  # type: ignore[arg-type]
+    cuts = CutTexts(limits, names=LIMITS)
     for batch, rendered in _batches(answers, limits.batch_size, tokenizer):
         scores = score_answers(
             model,
@@ -162,44 +168,47 @@ def _by_discriminator(folder: str, answers: Iterable[Answer], limits: Limits) ->
             batch_size=limits.batch_size,
         )
         for answer, score in zip(batch, scores, strict=True):
+            cuts.add(_shown_prompt(answer), score)
             yield ScoredAnswer(answer, score.mean_reward, score.pieces, score.rewards)
+    cuts.report("score")
 
 
 def _by_reward_model(folder: str, answers: Iterable[Answer], limits: Limits) -> Iterator[ScoredAnswer]:
     cfg = ModelConfig(path=folder)
     model, tokenizer = load_sequence_classifier(folder, cfg), load_tokenizer(cfg)
     model.eval().to(_device())
+    cuts = CutTexts(limits, names=LIMITS)
     for batch, rendered in _batches(answers, limits.batch_size, tokenizer):
-        ids_BL, mask_BL = _encode(tokenizer, rendered, limits)
+        encoded = _encode(tokenizer, rendered, limits)
+        ids_BL, mask_BL = pad_right([row.ids for row in encoded], tokenizer.pad_token_id)
         scores_B = sequence_scores(model, ids_BL.to(model.device), mask_BL.to(model.device))
-        for answer, score in zip(batch, scores_B.tolist(), strict=True):
+        for answer, row, score in zip(batch, encoded, scores_B.tolist(), strict=True):
+            cuts.add(_shown_prompt(answer), row)
             yield ScoredAnswer(answer, score)
+    cuts.report("score")
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, batch: Sequence[MarkedAnswer], limits: Limits
-) -> tuple[torch.Tensor, torch.Tensor]:
-    encoded = encode_answers(
+def _encode(tokenizer: PreTrainedTokenizerBase, batch: Sequence[MarkedAnswer], limits: Limits) -> list[EncodedAnswer]:
+    return encode_answers(
         tokenizer,
         [answer.prompt for answer in batch],
         [answer.response for answer in batch],
         max_prompt_tokens=limits.max_prompt_tokens,
         max_answer_tokens=limits.max_answer_tokens,
     )
-    lengths = torch.tensor([len(row.ids) for row in encoded])
-    longest = int(lengths.max())
-    padding = tokenizer.pad_token_id
-    ids_BL = torch.tensor([[*row.ids, *[padding] * (longest - len(row.ids))] for row in encoded])
-    return ids_BL, torch.arange(longest) < lengths[:, None]
 
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _shown_prompt(answer: Answer) -> str:
+    prompt = answer.prompt
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
 def _show(item: ScoredAnswer, console: Console) -> None:
-    prompt = item.answer.prompt
-    shown = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    shown = _shown_prompt(item.answer)
     if shown:
         console.print(f"[dim]{escape(shown)}[/dim]")
     if not item.tokens:

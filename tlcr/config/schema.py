@@ -146,9 +146,7 @@ class DataConfig(Checked):
     )
     split: str = knob("train", "the split to read, for hub datasets")
     limit: int | None = knob(None, "read at most this many records of each source", ge=1)
-    held_out: float = knob(
-        0.1, "share of records kept for evaluation, chosen by record id (by prompt where shares is set)", ge=0, le=0.9
-    )
+    held_out: float = knob(0.1, "share of records kept for evaluation, chosen by a hash of their prompts", ge=0, le=0.9)
     shares: tuple[float, ...] = knob(
         (),
         "proportions in which the prompts of the preferences are divided among SFT, reward learning (reviser, labels, "

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from tlcr.data.edit_codes import check_edit_codes
 from tlcr.errors import DataError
 from tlcr.text.files import broken_character
+from tlcr.text.template_variables import template_variables
 from tlcr.text.tokenization import render_answer, render_prompt
 from tlcr.text.turns import without_beginning, without_end
 from tlcr.types import EditPair, ErrorSpan, MarkedAnswer, PreferencePair
@@ -38,6 +40,7 @@ __all__ = [
     "RawPrompt",
     "TextPreference",
     "Values",
+    "answer_key",
     "as_texts",
     "edit",
     "hh_preference",
@@ -65,9 +68,14 @@ Answer = str | Message
 """An answer: its text, or its message if that holds more than text (tool calls, reasoning)."""
 
 TEMPLATE_COLUMNS = ("tools", "documents", "chat_template_kwargs")
-"""Columns that a chat template renders beside the messages."""
+"""Columns that every chat template is given beside the messages; of others it is given those that it names."""
+TEXT_COLUMNS = ("id", "prompt", "messages", "chosen", "rejected", "revised", "response", "spans")
+"""Columns that no chat template is given: they hold the conversation itself."""
 CONTEXT_COLUMNS = ("system", "history")
 """Columns with the turns before the prompt: a system message, and turns as [question, answer] or messages."""
+
+SWITCHES = {"true": True, "True": True, "false": False, "False": False}
+"""A switch in a table, which holds texts only; for a chat template the text "false" would be true."""
 
 REVISION_MARKER = "<|Start Of Modified Response|>\n"
 """In the published TLCR data a reviser's raw text is its reasoning, this marker, and the revision."""
@@ -85,7 +93,7 @@ class Malformed(DataError):
 
 @dataclass(frozen=True)
 class RawPrompt:
-    """A prompt as in its source. template: other values that its chat template renders (`TEMPLATE_COLUMNS`)."""
+    """A prompt as in its source. template: the columns that its chat template may render (`template_arguments`)."""
 
     prompt: Context
     template: Values = field(default_factory=dict)
@@ -136,24 +144,28 @@ class RawMarkedAnswer:
     template: Values = field(default_factory=dict)
 
 
-def rendered_preference(raw: RawPreference, tokenizer: PreTrainedTokenizerBase) -> PreferencePair:
-    """The pair as a model with this tokenizer reads it."""
-    prompt, (chosen, rejected) = _rendered(raw, [raw.chosen, raw.rejected], tokenizer)
+def rendered_preference(
+    raw: RawPreference, tokenizer: PreTrainedTokenizerBase, rendered_at: datetime | None = None
+) -> PreferencePair:
+    """The pair as a model with this tokenizer reads it; ``rendered_at`` as for ``render_prompt``."""
+    prompt, (chosen, rejected) = _rendered(raw, [raw.chosen, raw.rejected], tokenizer, rendered_at)
     if chosen == rejected:
         raise Malformed("chosen and rejected are the same text in this tokenizer's chat template")
     return PreferencePair(id=raw.id, prompt=prompt, chosen=chosen, rejected=rejected)
 
 
-def rendered_edit(raw: RawEdit, tokenizer: PreTrainedTokenizerBase) -> EditPair:
+def rendered_edit(raw: RawEdit, tokenizer: PreTrainedTokenizerBase, rendered_at: datetime | None = None) -> EditPair:
     """The same for an edited answer."""
     answers = [raw.rejected, raw.revised, *([] if raw.chosen is None else [raw.chosen])]
-    prompt, (rejected, revised, *chosen) = _rendered(raw, answers, tokenizer)
+    prompt, (rejected, revised, *chosen) = _rendered(raw, answers, tokenizer, rendered_at)
     return EditPair(id=raw.id, prompt=prompt, rejected=rejected, revised=revised, chosen=chosen[0] if chosen else None)
 
 
-def rendered_marked_answer(raw: RawMarkedAnswer, tokenizer: PreTrainedTokenizerBase) -> MarkedAnswer:
+def rendered_marked_answer(
+    raw: RawMarkedAnswer, tokenizer: PreTrainedTokenizerBase, rendered_at: datetime | None = None
+) -> MarkedAnswer:
     """The same for an answer with marked errors, whose spans still mark the same words."""
-    prompt, (response,) = _rendered(raw, [raw.response], tokenizer)
+    prompt, (response,) = _rendered(raw, [raw.response], tokenizer, rendered_at)
     return MarkedAnswer(raw.id, prompt, response, _placed(raw.spans, without_end(tokenizer, raw.response), response))
 
 
@@ -187,21 +199,25 @@ def message_text(message: Message) -> str:
     return " ".join(part for part in parts if part)
 
 
-def rendered_prompt(raw: RawPrompt, tokenizer: PreTrainedTokenizerBase) -> str:
+def rendered_prompt(raw: RawPrompt, tokenizer: PreTrainedTokenizerBase, rendered_at: datetime | None = None) -> str:
     """The complete prompt as a model with this tokenizer reads it."""
-    return render_prompt(tokenizer, _without_marks(raw.prompt, tokenizer), **template_arguments(raw.template))
+    context, template = _without_marks(raw.prompt, tokenizer), template_arguments(raw.template, tokenizer)
+    return render_prompt(tokenizer, context, rendered_at=rendered_at, **template)
 
 
 def _rendered(
-    raw: RawPreference | RawEdit | RawMarkedAnswer, answers: Sequence[Answer], tokenizer: PreTrainedTokenizerBase
+    raw: RawPreference | RawEdit | RawMarkedAnswer,
+    answers: Sequence[Answer],
+    tokenizer: PreTrainedTokenizerBase,
+    rendered_at: datetime | None,
 ) -> tuple[str, Sequence[str]]:
     context = _without_marks(raw.prompt, tokenizer)
     bare = [_answer_without_marks(answer, tokenizer) for answer in answers]
     if isinstance(context, str):
         return render_prompt(tokenizer, context), [answer for answer in bare if isinstance(answer, str)]
-    template = template_arguments(raw.template)
-    prompt = render_prompt(tokenizer, context, **template)
-    return prompt, [render_answer(tokenizer, context, answer, **template) for answer in bare]
+    template = template_arguments(raw.template, tokenizer)
+    prompt = render_prompt(tokenizer, context, rendered_at=rendered_at, **template)
+    return prompt, [render_answer(tokenizer, context, answer, rendered_at=rendered_at, **template) for answer in bare]
 
 
 def _without_marks(context: Context, tokenizer: PreTrainedTokenizerBase) -> Context:
@@ -227,16 +243,26 @@ def _message_without_marks(message: Message, tokenizer: PreTrainedTokenizerBase)
     return {**message, "content": without_end(tokenizer, without_beginning(tokenizer, content))}
 
 
-def template_arguments(template: Values) -> dict[str, Any]:
-    """What a chat template gets: the switches in `chat_template_kwargs`, and the other columns under their names."""
-    own = {name: value for name, value in template.items() if name != "chat_template_kwargs"}
+def template_arguments(template: Values, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a chat template is given beside the messages.
+
+    Args:
+        template: the columns of a record that are not its texts.
+        tokenizer: the tokenizer whose chat template it is.
+
+    Returns:
+        The columns `tools` and `documents`, those that the chat template names, and the switches that
+        `chat_template_kwargs` hold, which come before columns of the same name.
+    """
+    names = ("tools", "documents", *template_variables(tokenizer))
+    own = {name: value for name, value in template.items() if name in names}
     return own | dict(template.get("chat_template_kwargs", {}))
 
 
 def preference(id: str, values: Values) -> RawPreference:
     """``prompt``, ``chosen``, ``rejected``: texts, or conversations (see ``_answers``)."""
     context, (chosen, rejected) = _answers(values, ("chosen", "rejected"))
-    return _preference(id, context, chosen, rejected, _template(values, context))
+    return _preference(id, context, chosen, rejected, _template(values))
 
 
 def hh_preference(id: str, values: Values) -> RawPreference:
@@ -275,7 +301,7 @@ def edit(id: str, values: Values) -> RawEdit:
     names = ("rejected", "revised", "chosen")
     given = names if values.get("chosen") is not None else names[:2]
     context, (rejected, revised, *chosen) = _answers(values, given)
-    return RawEdit(id, context, rejected, revised, chosen[0] if chosen else None, _template(values, context))
+    return RawEdit(id, context, rejected, revised, chosen[0] if chosen else None, _template(values))
 
 
 def tlcr_edit(id: str, values: Values) -> RawEdit:
@@ -340,7 +366,7 @@ def marked_answer(id: str, values: Values) -> RawMarkedAnswer:
         )
     given = values["response"] if isinstance(values["response"], str) else answer
     spans = tuple(_span(value, number, len(given)) for number, value in enumerate(_list_of_spans(values), start=1))
-    return RawMarkedAnswer(id, context, answer, _placed(spans, given, answer), _template(values, context))
+    return RawMarkedAnswer(id, context, answer, _placed(spans, given, answer), _template(values))
 
 
 def _placed(spans: Sequence[ErrorSpan], text: str, as_read: str) -> tuple[ErrorSpan, ...]:
@@ -374,9 +400,9 @@ def prompt(values: Values) -> RawPrompt:
     if isinstance(values.get("prompt"), list):
         context: Context = _after(_earlier(values), _messages(values["prompt"], "prompt"))
     else:
-        context = _after(_earlier(values), _complete_transcript(text_field(values, "prompt"))[0])
+        context = _after(_earlier(values), _complete_transcript(_prompt_text(values, "prompt"))[0])
     _require_open(context)
-    return RawPrompt(context, _template(values, context))
+    return RawPrompt(context, _template(values))
 
 
 def prompt_key(prompt: Context) -> str:
@@ -393,11 +419,31 @@ def prompt_key(prompt: Context) -> str:
     return " ".join(_TURN.sub(" ", "\n\n" + prompt.lstrip()).split())
 
 
+def answer_key(raw: RawPrompt | RawPreference | RawEdit | RawMarkedAnswer) -> str:
+    """A key of a record's rejected (or only) answer, which preferences and edits of one answer share; "" for a prompt.
+
+    Args:
+        raw: the record.
+
+    Returns:
+        The answer's text without white space.
+    """
+    answer = getattr(raw, "rejected", getattr(raw, "response", ""))
+    return " ".join((answer if isinstance(answer, str) else message_text(answer)).split())
+
+
 def text_field(values: Values, name: str) -> str:
     """A field's text, which must be there and not be blank."""
     if name not in values:
         raise Malformed(f"field {name!r} is missing")
     return _text(values[name], f"field {name!r}")
+
+
+def _prompt_text(values: Values, name: str) -> str:
+    """A prompt's text, which must be there and may be blank: what follows is then text without a prompt."""
+    if name not in values:
+        raise Malformed(f"field {name!r} is missing; text without a prompt has an empty text there")
+    return _text(values[name], f"field {name!r}", may_be_blank=True)
 
 
 def _preference(
@@ -408,12 +454,12 @@ def _preference(
     return RawPreference(id, prompt, chosen, rejected, template or {})
 
 
-def _text(value: object, what: str) -> str:
+def _text(value: object, what: str, *, may_be_blank: bool = False) -> str:
     if value is None:
         raise Malformed(f"{what} is null")
     if not isinstance(value, str):
         raise Malformed(f"{what} is a {type(value).__name__}, not text")
-    if not value.strip():
+    if not value.strip() and not may_be_blank:
         raise Malformed(f"{what} is empty")
     _require_unicode(value, what)
     return value
@@ -446,11 +492,13 @@ def _answers(values: Values, names: Sequence[str]) -> tuple[Context, list[Answer
             if conversation[:-1] != conversations[0][:-1]:
                 raise Malformed(f"the messages before the last answer differ between {names[0]} and {name}")
         answers = [_answer(conversation[-1]) for conversation in conversations]
+        if not context and prompt in ("", []):
+            context = ""  # text without a prompt, whose answers are written as messages
     elif isinstance(prompt, list):
         context = _after(earlier, _messages(prompt, "prompt"))
         answers = [text_field(values, name) for name in names]
     else:
-        text, completed = _complete_transcript(text_field(values, "prompt"))
+        text, completed = _complete_transcript(_prompt_text(values, "prompt"))
         texts = [text_field(values, name) for name in names]
         if completed:
             texts = [" " + answer.lstrip().removeprefix(ASSISTANT.strip()).lstrip() for answer in texts]
@@ -486,6 +534,8 @@ def _after(earlier: list[Message], context: Context) -> Context:
     if isinstance(context, list):
         own = context[0]["role"] == "system" if context else False
         return [message for message in earlier if not (own and message["role"] == "system")] + context
+    if not context.strip():
+        return earlier
     if not ("\n\n" + context.lstrip()).startswith(HUMAN):
         return [*earlier, {"role": "user", "content": context}]
     marks = {"user": HUMAN + " ", "assistant": ASSISTANT + " "}
@@ -497,24 +547,34 @@ def _answer(message: Message) -> Answer:
     return message if set(message) - {"role", "content"} else str(message["content"])
 
 
-def _template(values: Values, context: Context) -> dict[str, Any]:
-    """The other values that the chat template renders; a prompt that is a text gets none of them."""
-    if isinstance(context, str):
-        return {}
+def _template(values: Values) -> dict[str, Any]:
+    """The columns beside the texts that a chat template may render: those that JSON can hold."""
     found: dict[str, Any] = {}
-    for name in TEMPLATE_COLUMNS:
-        value = values.get(name)
-        if isinstance(value, str) and value.strip():
+    for name, value in values.items():
+        if name in (*TEXT_COLUMNS, *CONTEXT_COLUMNS) or not _is_plain(value):
+            continue
+        if isinstance(value, str) and name in TEMPLATE_COLUMNS and value.strip():
             try:
                 value = json.loads(value)
             except ValueError as error:
                 raise Malformed(f"field {name!r} is a text that is not JSON ({error})") from error
         if name == "chat_template_kwargs" and value and not isinstance(value, Mapping):
             raise Malformed(f"field {name!r} is a {type(value).__name__}, not a mapping of a template's switches")
-        if value:
+        if name in TEMPLATE_COLUMNS and not value:
+            continue
+        if value is not None:
             _require_unicode(value, f"field {name!r}")
-            found[name] = value
+            found[name] = SWITCHES.get(value, value) if isinstance(value, str) else value
     return found
+
+
+def _is_plain(value: object) -> bool:
+    """Whether JSON can hold a value; images and sounds it cannot."""
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, int, float))
 
 
 def _conversation(prompt: object, answer: object, name: str) -> list[Message]:
@@ -526,8 +586,9 @@ def _conversation(prompt: object, answer: object, name: str) -> list[Message]:
     if messages[-1]["role"] != "assistant":
         raise Malformed(f"the last message of {name!r} is of role {messages[-1]['role']!r}, not 'assistant'")
     if isinstance(prompt, str) and all(message["role"] == "assistant" for message in messages):
-        return [{"role": "user", "content": _text(prompt, "field 'prompt'")}, *messages]
-    if isinstance(prompt, list):
+        text = _text(prompt, "field 'prompt'", may_be_blank=True)
+        return [{"role": "user", "content": text}, *messages] if text.strip() else messages
+    if isinstance(prompt, list) and prompt:
         before = _messages(prompt, "prompt")
         return messages if messages[: len(before)] == before else before + messages
     return messages
@@ -553,7 +614,10 @@ def _require_open(prompt: Context) -> None:
     if isinstance(prompt, str):
         return
     if not prompt:
-        raise Malformed("the conversation has nothing before the answer")
+        raise Malformed(
+            "the conversation has nothing before the answer; text without a prompt has an empty text as its 'prompt' "
+            "and its answers as texts"
+        )
     if prompt[-1]["role"] == "assistant":
         raise Malformed("the prompt ends with an assistant's message, so there is nothing left to answer")
 
@@ -583,7 +647,7 @@ def _complete_transcript(prompt: str) -> tuple[str, bool]:
 
 
 def _tlcr_context(values: Values) -> str:
-    context = text_field(values, "context")
+    context = _prompt_text(values, "context")
     return context.replace("###Human:", HUMAN).replace("###Assistant:", ASSISTANT).rstrip()
 
 

@@ -19,6 +19,7 @@ from tlcr import ops
 from tlcr.config.schema import DataConfig, LabelConfig
 from tlcr.ops import TokenLabel
 from tlcr.text.tokenization import cut_answer, encode_answers, token_pieces
+from tlcr.text.truncation import CutTexts
 from tlcr.training.checkpoint import write_json_lines
 from tlcr.types import EditPair, EncodedAnswer, LabelledAnswer, LabelledPair
 
@@ -110,7 +111,7 @@ def label_pair(
 def label_pairs(
     pairs: Iterable[EditPair], tokenizer: PreTrainedTokenizerBase, data: DataConfig, labels: LabelConfig
 ) -> tuple[list[LabelledPair], LabelStatistics]:
-    """``label_pair`` for a whole corpus, with its statistics; warns where most tokens were edited."""
+    """``label_pair`` for a whole corpus, with its statistics; warns where texts are cut or most tokens were edited."""
     pairs = list(pairs)
     labelled: list[LabelledPair] = []
     for first in range(0, len(pairs), CHUNK):
@@ -121,6 +122,10 @@ def label_pairs(
             max_answer_tokens=data.max_answer_tokens,
             end_of_sequence=labels.end_of_sequence,
         )
+    cuts = CutTexts(data)
+    for pair, sides in zip(pairs, labelled, strict=True):
+        cuts.add(pair.prompt, sides.rejected.encoded, sides.revised.encoded)
+    cuts.report("token labels")
     statistics = _statistics(labelled)
     logger.info("token labels: %s", statistics.summary())
     if statistics.edited_share > MOSTLY_EDITED:

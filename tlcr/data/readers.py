@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Generic, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -29,6 +30,7 @@ from tlcr.data.formats import (
     RawPreference,
     RawPrompt,
     Values,
+    answer_key,
     marked_answer,
     prompt,
     prompt_key,
@@ -41,8 +43,10 @@ from tlcr.data.formats import (
 )
 from tlcr.data.repairs import columns_left_out, repaired
 from tlcr.data.sources import Row, read_rows
+from tlcr.data.template_notes import template_notes
 from tlcr.data.turns import TurnNotes
 from tlcr.errors import ConfigError, DataError
+from tlcr.text.template_variables import template_variables
 from tlcr.text.tokenization import encode_answers
 from tlcr.types import EditPair, MarkedAnswer, PreferencePair
 
@@ -84,7 +88,9 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("rejected_token_edit", "modified_token_edit"),
     ),
 }
-"""Columns that each format reads; a note names the others."""
+"""Columns that each format reads; a note names the others that a model may need."""
+KNOWN = OF_PROMPTS[1:]
+"""Columns that a model may need, whether or not a format reads them."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,8 @@ class ReadResult(Generic[T]):
     records: tuple[T, ...]
     prompt_keys: tuple[str, ...] = ()
     """For each record the key of its prompt (``formats.prompt_key``)."""
+    answer_keys: tuple[str, ...] = ()
+    """For each record the key of its answer (``formats.answer_key``)."""
     malformed: tuple[MalformedRecord, ...] = ()
     notes: tuple[str, ...] = ()
     """Further remarks, one line each."""
@@ -120,7 +128,9 @@ class ReadResult(Generic[T]):
         return "; ".join((f"{self.source} ({self.format}): {len(self.records)} records{skipped}", *self.notes))
 
 
-def read_preferences(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadResult[PreferencePair]:
+def read_preferences(
+    cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, *, rendered_at: datetime | None = None
+) -> ReadResult[PreferencePair]:
     """``cfg.preferences`` as preference pairs.
 
     Where ``cfg.preferences_format`` is "auto", the columns decide the format:
@@ -135,6 +145,7 @@ def read_preferences(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rea
     Args:
         cfg: source, format, and what to do with a malformed record.
         tokenizer: its chat template renders messages.
+        rendered_at: what the clock of the chat template shows; None: the time.
 
     Returns:
         The pairs, and the records that could not be used.
@@ -143,13 +154,16 @@ def read_preferences(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rea
         ConfigError: no source is set, or it holds conversations and the tokenizer has no chat template.
         DataError: the source cannot be read, no record can be used, or a malformed one stops the run.
     """
-    table, turns = _preference_table(cfg), TurnNotes(tokenizer)
-    read, _ = _convert(table, PREFERENCE_FORMATS[table.format], turns.counting(rendered_preference), cfg)
+    table, turns = _preference_table(cfg, tokenizer), TurnNotes(tokenizer, rendered_at)
+    read, used = _convert(table, PREFERENCE_FORMATS[table.format], turns.counting(rendered_preference), cfg)
     texts = [(pair.prompt, answer) for pair in read.records for answer in (pair.chosen, pair.rejected)]
-    return _reported(replace(read, notes=(*table.notes, *turns.notes(), *_joins(texts, tokenizer))))
+    notes = (*read.notes, *turns.notes(), *_joins(texts, tokenizer), *template_notes(used.raws, tokenizer, rendered_at))
+    return _reported(replace(read, notes=notes))
 
 
-def read_edits(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadResult[EditPair]:
+def read_edits(
+    cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, *, rendered_at: datetime | None = None
+) -> ReadResult[EditPair]:
     """``cfg.edits`` as edit pairs.
 
     Where ``cfg.edits_format`` is "auto", the columns decide the format:
@@ -162,6 +176,7 @@ def read_edits(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadResul
     Args:
         cfg: source, format, and what to do with a malformed record.
         tokenizer: its chat template renders messages.
+        rendered_at: what the clock of the chat template shows; None: the time.
 
     Returns:
         The edits, and the records that could not be used.
@@ -170,22 +185,27 @@ def read_edits(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadResul
         ConfigError: as ``read_preferences``.
         DataError: as ``read_preferences``.
     """
-    table, turns = _edit_table(cfg), TurnNotes(tokenizer)
+    table, turns = _edit_table(cfg, tokenizer), TurnNotes(tokenizer, rendered_at)
     read, used = _convert(table, EDIT_FORMATS[table.format], turns.counting(rendered_edit), cfg)
     pairs = read.records
     texts = [(pair.prompt, answer) for pair in pairs for answer in (pair.rejected, pair.revised)]
-    notes = [*table.notes, *turns.notes(), *_joins(texts, tokenizer)]
+    notes = [*read.notes, *turns.notes(), *_joins(texts, tokenizer)]
+    notes += template_notes(used.raws, tokenizer, rendered_at)
     unedited = sum(pair.rejected == pair.revised for pair in pairs)
     if unedited:
         notes.append(f"{unedited} of {len(pairs)} revisions change nothing, so all of their labels will be neutral")
     if table.format == "tlcr":
-        answers = [(text_field(row.values, "reject_response"), tlcr_revision(row.values), row.values) for row in used]
+        answers = [
+            (text_field(row.values, "reject_response"), tlcr_revision(row.values), row.values) for row in used.rows
+        ]
         agreement = compare_edit_codes(answers, tokenizer)
         notes += [agreement] if agreement else []
     return _reported(replace(read, notes=tuple(notes)))
 
 
-def read_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadResult[str]:
+def read_prompts(
+    cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, *, rendered_at: datetime | None = None
+) -> ReadResult[str]:
     """``cfg.prompts`` (if it is not set, the prompts of ``cfg.preferences``) as complete prompts without repetition.
 
     A source has a ``prompt`` column of texts or messages, or is in a format of ``read_preferences``.
@@ -193,6 +213,7 @@ def read_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadRes
     Args:
         cfg: source, format, and what to do with a malformed record.
         tokenizer: its chat template renders messages.
+        rendered_at: what the clock of the chat template shows; None: the time.
 
     Returns:
         The prompts, and the records that could not be used.
@@ -201,22 +222,28 @@ def read_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadRes
         ConfigError: as ``read_preferences``.
         DataError: as ``read_preferences``.
     """
-    (table, read_one), turns = _prompt_table(cfg), TurnNotes(tokenizer)
-    read, _ = _convert(table, read_one, turns.counting(rendered_prompt), cfg)
-    once = dict(zip(read.records, read.prompt_keys, strict=True))
-    repeated = len(read.records) - len(once)
+    (table, read_one), turns = _prompt_table(cfg, tokenizer), TurnNotes(tokenizer, rendered_at)
+    read, used = _convert(table, read_one, turns.counting(rendered_prompt), cfg)
+    # Of prompts that are one text for the model, the first key in the alphabet counts, in whatever order they come.
+    once = dict(sorted(zip(read.records, read.prompt_keys, strict=True), key=lambda pair: pair[1], reverse=True))
+    prompts = tuple(dict.fromkeys(read.records))
+    repeated = len(read.records) - len(prompts)
     notes = (f"{repeated} repeated prompts left out",) if repeated else ()
-    notes = (*table.notes, *turns.notes(), *notes)
-    return _reported(replace(read, records=tuple(once), prompt_keys=tuple(once.values()), notes=notes))
+    notes = (*read.notes, *turns.notes(), *notes, *template_notes(used.raws, tokenizer, rendered_at))
+    keys = tuple(once[text] for text in prompts)
+    return _reported(replace(read, records=prompts, prompt_keys=keys, answer_keys=("",) * len(prompts), notes=notes))
 
 
-def read_marked_answers(source: str, cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ReadResult[MarkedAnswer]:
+def read_marked_answers(
+    source: str, cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, *, rendered_at: datetime | None = None
+) -> ReadResult[MarkedAnswer]:
     """Answers with the errors that people marked: ``prompt``, ``response`` and ``spans`` (``formats.marked_answer``).
 
     Args:
         source: a file, folder or hub dataset.
         cfg: split, limit, and what to do with a malformed record.
         tokenizer: its chat template renders messages.
+        rendered_at: what the clock of the chat template shows; None: the time.
 
     Returns:
         The answers, and the records that could not be used.
@@ -229,11 +256,11 @@ def read_marked_answers(source: str, cfg: DataConfig, tokenizer: PreTrainedToken
     columns = _columns(rows)
     if not columns >= {"prompt", "response", "spans"}:
         raise _unknown_columns(source, columns, ["prompt, response, spans (a list of {'start', 'end', 'label'})"])
-    table = _Table(source, rows, "spans", columns_left_out(rows, COLUMNS["spans"]))
-    turns = TurnNotes(tokenizer)
-    read, _ = _convert(table, marked_answer, turns.counting(rendered_marked_answer), cfg)
-    notes = _joins([(answer.prompt, answer.response) for answer in read.records], tokenizer)
-    return _reported(replace(read, notes=(*table.notes, *turns.notes(), *notes)))
+    table, turns = _Table(source, rows, "spans", _left_out(rows, "spans", tokenizer)), TurnNotes(tokenizer, rendered_at)
+    read, used = _convert(table, marked_answer, turns.counting(rendered_marked_answer), cfg)
+    joins = _joins([(answer.prompt, answer.response) for answer in read.records], tokenizer)
+    notes = (*read.notes, *turns.notes(), *joins, *template_notes(used.raws, tokenizer, rendered_at))
+    return _reported(replace(read, notes=notes))
 
 
 def read_raw_preferences(cfg: DataConfig) -> ReadResult[RawPreference]:
@@ -251,7 +278,7 @@ def read_raw_preferences(cfg: DataConfig) -> ReadResult[RawPreference]:
     """
     table = _preference_table(cfg)
     read, _ = _convert(table, PREFERENCE_FORMATS[table.format], _as_it_is, cfg)
-    return _reported(replace(read, notes=table.notes))
+    return _reported(read)
 
 
 def read_raw_edits(cfg: DataConfig) -> ReadResult[RawEdit]:
@@ -269,7 +296,7 @@ def read_raw_edits(cfg: DataConfig) -> ReadResult[RawEdit]:
     """
     table = _edit_table(cfg)
     read, _ = _convert(table, EDIT_FORMATS[table.format], _as_it_is, cfg)
-    return _reported(replace(read, notes=table.notes))
+    return _reported(read)
 
 
 def read_raw_prompts(cfg: DataConfig) -> ReadResult[RawPrompt]:
@@ -287,7 +314,7 @@ def read_raw_prompts(cfg: DataConfig) -> ReadResult[RawPrompt]:
     """
     table, read_one = _prompt_table(cfg)
     read, _ = _convert(table, read_one, _as_it_is, cfg)
-    return _reported(replace(read, notes=table.notes))
+    return _reported(read)
 
 
 def _as_it_is(raw: RawT) -> RawT:
@@ -314,19 +341,28 @@ class _Table(NamedTuple):
     notes: tuple[str, ...]
 
 
+class _Used(NamedTuple, Generic[RawT]):
+    """The rows and the raw records that were used."""
+
+    rows: list[Row]
+    raws: list[RawT]
+
+
 def _convert(
     table: _Table, read: Callable[[str, Values], RawT], render: Callable[[RawT], T], cfg: DataConfig
-) -> tuple[ReadResult[T], list[Row]]:
-    """The records, the malformed ones, and the rows of the records."""
+) -> tuple[ReadResult[T], _Used[RawT]]:
+    """The records, the malformed ones, and what the records were made from."""
     source, rows = table.source, table.rows
-    records, keys, malformed, used = [], [], [], []
+    records: list[T] = []
+    raws: list[RawT] = []
+    malformed, used = [], []
     for row in rows:
         try:
             if row.problem:
                 raise Malformed(row.problem)
             raw = read(_id(row), row.values)
             records.append(render(raw))
-            keys.append(prompt_key(raw.prompt))
+            raws.append(raw)
             used.append(row)
         except DataError as reason:
             malformed.append(MalformedRecord(row.file, row.number, row.line, str(reason)))
@@ -341,7 +377,23 @@ def _convert(
         logger.warning("skipped %d more malformed records of %s", len(malformed) - REPORTED, source)
     if not records:
         raise DataError(f"none of the {len(rows)} records of {source} can be used; the first: {malformed[0]}")
-    return ReadResult(source, table.format, tuple(records), tuple(keys), tuple(malformed)), used
+    found = ReadResult(
+        source,
+        table.format,
+        tuple(records),
+        prompt_keys=tuple(prompt_key(raw.prompt) for raw in raws),
+        answer_keys=tuple(map(answer_key, raws)),
+        malformed=tuple(malformed),
+        notes=(*table.notes, *_without_prompt(raws)),
+    )
+    return found, _Used(used, raws)
+
+
+def _without_prompt(raws: Sequence[RawT]) -> tuple[str, ...]:
+    blank = sum(isinstance(raw.prompt, str) and not raw.prompt.strip() for raw in raws)
+    if not blank:
+        return ()
+    return (f"{blank} of {len(raws)} prompts are empty: what answers them is text without a prompt",)
 
 
 def _reported(result: ReadResult[T]) -> ReadResult[T]:
@@ -358,19 +410,32 @@ def _columns(rows: Sequence[Row]) -> set[str]:
     return {name for row in readable for name in row.values}
 
 
-def _table(source: str, cfg: DataConfig, format_of: Callable[[Sequence[Row]], str]) -> _Table:
+def _table(
+    source: str,
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    format_of: Callable[[Sequence[Row]], str],
+) -> _Table:
     """The repaired rows of a source, their format, and a note for each repair and for unread columns."""
     rows, notes = repaired(read_rows(source, split=cfg.split, limit=cfg.limit), ANSWERS)
     format = format_of(rows)
-    return _Table(source, rows, format, (*notes, *columns_left_out(rows, COLUMNS[format])))
+    return _Table(source, rows, format, (*notes, *_left_out(rows, format, tokenizer)))
 
 
-def _preference_table(cfg: DataConfig) -> _Table:
+def _left_out(rows: Sequence[Row], format: str, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, ...]:
+    """The note on unread columns. Other formats read the answers, and a chat template the columns that it names."""
+    named = () if tokenizer is None else template_variables(tokenizer)
+    return columns_left_out(rows, {*COLUMNS[format], *ANSWERS, "response", *named}, KNOWN)
+
+
+def _preference_table(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> _Table:
     source, named = _required(cfg.preferences, "preferences"), cfg.preferences_format
-    return _table(source, cfg, lambda rows: _preference_format(source, rows) if named == "auto" else named)
+    return _table(source, cfg, tokenizer, lambda rows: _preference_format(source, rows) if named == "auto" else named)
 
 
-def _prompt_table(cfg: DataConfig) -> tuple[_Table, Callable[[str, Values], RawPrompt]]:
+def _prompt_table(
+    cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[_Table, Callable[[str, Values], RawPrompt]]:
     """The source of prompts, and the function that reads one of its records."""
     source = _required(cfg.prompts or cfg.preferences, "prompts")
 
@@ -379,7 +444,7 @@ def _prompt_table(cfg: DataConfig) -> tuple[_Table, Callable[[str, Values], RawP
             return "prompts"
         return _preference_format(source, rows, also="prompt (text, or a list of messages)")
 
-    table = _table(source, cfg, format_of)
+    table = _table(source, cfg, tokenizer, format_of)
     if table.format == "prompts":
         return table, lambda _, values: prompt(values)
 
@@ -390,9 +455,9 @@ def _prompt_table(cfg: DataConfig) -> tuple[_Table, Callable[[str, Values], RawP
     return table, read_one
 
 
-def _edit_table(cfg: DataConfig) -> _Table:
+def _edit_table(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> _Table:
     source, named = _required(cfg.edits, "edits"), cfg.edits_format
-    return _table(source, cfg, lambda rows: _edit_format(source, rows) if named == "auto" else named)
+    return _table(source, cfg, tokenizer, lambda rows: _edit_format(source, rows) if named == "auto" else named)
 
 
 def _preference_format(source: str, rows: Sequence[Row], also: str | None = None) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tlcr.data.sources import Row
 
-__all__ = ["columns_left_out", "repaired"]
+__all__ = ["columns_left_out", "repaired", "shown"]
 
 INPUTS = (
     *("image", "images", "video", "videos", "audio", "audios", "media"),
@@ -52,32 +52,43 @@ def repaired(rows: Sequence[Row], answers: Collection[str]) -> tuple[list[Row], 
     return list(rows), tuple(notes)
 
 
-def columns_left_out(rows: Sequence[Row], read: Collection[str]) -> tuple[str, ...]:
+def columns_left_out(rows: Sequence[Row], read: Collection[str], known: Collection[str] = ()) -> tuple[str, ...]:
     """A note on columns that a model may need and that no format reads.
 
     Args:
         rows: the records.
         read: the columns that their format reads.
+        known: further columns that a model may need: those that other formats read.
 
     Returns:
-        One note that names the columns of `INPUTS`, and those that hold images, sounds or videos; none without such
-        columns. Other columns (sources, margins, ratings) are left out without a note.
+        One note that names the columns of `INPUTS` and of `known`, and those that hold conversations, images, sounds
+        or videos; none without such columns. Other columns (sources, margins, ratings) are left out without a note.
     """
     found: dict[str, Any] = {}
     for row in rows:
         for name, value in row.values.items():
-            if name not in read and name not in found and value and (name in INPUTS or _is_media(value)):
+            if name in read or name in found or not value:
+                continue
+            if name in INPUTS or name in known or _is_media(value) or _is_conversation(value):
                 found[name] = value
     if not found:
         return ()
     name, value = next(iter(found.items()))
-    return (f"columns that are not read: {', '.join(found)} (the first holds {_shown(value)})",)
+    return (f"columns that are not read: {', '.join(found)} (the first holds {shown(value)})",)
 
 
 def _is_media(value: Any) -> bool:
     """Whether a value is an image, a sound or a video as `datasets` stores it, or a list of these."""
     first = value[0] if isinstance(value, list) and value else value
     return isinstance(first, dict) and set(first) == {"bytes", "path"}
+
+
+def _is_conversation(value: Any) -> bool:
+    """Whether a value is a list of messages, whatever their fields are called."""
+    first = value[0] if isinstance(value, list) and value else None
+    return (
+        isinstance(first, dict) and bool({"role", "from"} & first.keys()) and bool({"content", "value"} & first.keys())
+    )
 
 
 def _each(values: Mapping[str, Any], repair: Callable[[Any], Any]) -> dict[str, Any]:
@@ -90,11 +101,12 @@ def _note(before: Sequence[Row], after: Sequence[Row], what: str) -> list[str]:
         return []
     old, new = pairs[0]
     name = next(name for name in old.values if old.values[name] != new.values[name])
-    example = f"{name} of record {old.number} is {_shown(old.values[name])}"
+    example = f"{name} of record {old.number} is {shown(old.values[name])}"
     return [f"{len(pairs)} of {len(before)} records {what} ({example})"]
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value for a note, cut to `SHOWN` characters."""
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 

@@ -1,12 +1,15 @@
 """Assigns records to stages, and to training or evaluation, by hashes, never by order or at random.
 
-With hashes no record changes its side when data are added, reordered or read on another machine. The assignment is the
-same for every seed: each revision is paid only once, and the seeds of a comparison share their data.
+What is hashed is a prompt as its source has it (``formats.prompt_key``), and never the text that a chat template makes
+of it, which may change with the day. So no record changes its side when data are added, reordered, renamed or read on
+another day or machine, and a prompt that is held out from one stage is held out from all. The assignment is the same
+for every seed: each revision is paid only once, and the seeds of a comparison share their data.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, compress
@@ -23,10 +26,13 @@ __all__ = [
     "Shares",
     "Split",
     "Stage",
+    "in_order_of_hashes",
     "nothing_left",
     "read_shares",
     "split_held_out",
 ]
+
+logger = logging.getLogger("tlcr")
 
 T = TypeVar("T")
 
@@ -102,16 +108,14 @@ class Shares:
         """The records of a source that this stage may see, held-out ones included."""
         if not self.shares:
             return read
-        mine = [self.stage_of(key) == stage for key in read.prompt_keys]
-        return replace(
-            read, records=tuple(compress(read.records, mine)), prompt_keys=tuple(compress(read.prompt_keys, mine))
-        )
+        # An empty prompt tells a stage nothing that another one could learn from it.
+        return _where(read, [not key or self.stage_of(key) == stage for key in read.prompt_keys])
 
     def split(self, stage: Stage, read: ReadResult[T], held_out: float) -> Split[T]:
         """The records of a stage, split into training and held-out records.
 
-        With shares, prompts decide: a prompt that is held out from one stage is held out from all. Without, the
-        records' ids decide.
+        Prompts decide: a prompt that is held out from one stage is held out from all. Where a prompt is empty, or all
+        records have the same one, their answers decide (``formats.answer_key``).
 
         Args:
             stage: "sft", "reward" or "ppo".
@@ -122,7 +126,16 @@ class Shares:
             Training and held-out records.
         """
         part = self.of(stage, read)
-        return split_held_out(part.records, held_out, names=part.prompt_keys if self.shares else None)
+        names = _names(part)
+        split = split_held_out(part.records, held_out, names=names)
+        if split.held_out and min(_fraction(name, 0) for name in names) >= held_out:
+            logger.info(
+                "%s: no hash of a prompt is below data.held_out (%g), so that of the lowest is held out; data that are "
+                "added may change which one that is",
+                read.source,
+                held_out,
+            )
+        return split
 
     def statistics(self, reads: Mapping[Stage, Mapping[str, ReadResult[Any]]], held_out: float) -> ShareStatistics:
         """Each stage's part of each source that it reads. Only with shares."""
@@ -134,9 +147,28 @@ class Shares:
         return ShareStatistics(self.shares, len(keys), stages)
 
     def _part(self, stage: Stage, read: ReadResult[Any], held_out: float) -> Part:
-        keys = self.of(stage, read).prompt_keys
-        prompts = list(dict.fromkeys(keys))
-        return Part(len(keys), len(prompts), len(split_held_out(prompts, held_out).held_out))
+        part = self.of(stage, read)
+        split = split_held_out(part.prompt_keys, held_out, names=_names(part))
+        return Part(len(part.records), len(set(part.prompt_keys)), len(set(split.held_out) - set(split.train)))
+
+
+def in_order_of_hashes(read: ReadResult[str]) -> ReadResult[str]:
+    """The prompts of a source in an order that does not depend on theirs in it, so that the first few are the same.
+
+    Args:
+        read: what a reader returned.
+
+    Returns:
+        The same in the order of the hashes that decide what is held out.
+    """
+    keys = read.prompt_keys
+    order = sorted(range(len(keys)), key=lambda i: (_fraction(keys[i], 0), keys[i], read.records[i]))
+    return replace(
+        read,
+        records=tuple(read.records[i] for i in order),
+        prompt_keys=tuple(keys[i] for i in order),
+        answer_keys=tuple(read.answer_keys[i] for i in order if read.answer_keys),
+    )
 
 
 def read_shares(cfg: DataConfig) -> Shares:
@@ -173,32 +205,44 @@ def nothing_left(stage: Stage, shares: Sequence[float], source: str) -> ConfigEr
     )
 
 
-def split_held_out(records: Sequence[T], share: float, *, names: Sequence[str] | None = None) -> Split[T]:
+def split_held_out(records: Sequence[T], share: float, *, names: Sequence[str]) -> Split[T]:
     """Training and held-out records; a record's side depends only on its name and the share.
 
     A record is held out where bytes 0 to 7 of the SHA-256 of its name, read as a fraction of 1, are below ``share``.
     With two or more names and any share above 0, the name of the lowest fraction is held out, and that of the highest
-    is not. Records of one name stay together.
+    is not. A single name is trained on. Records of one name stay together.
 
     Args:
         records: the records to split.
         share: share of the names to hold out, in [0, 1).
-        names: the name of each record; None: its id, or for a text the text itself.
+        names: the name of each record.
 
     Returns:
         Training and held-out records, in their order.
     """
-    fractions = [_fraction(name, 0) for name in (map(_name, records) if names is None else names)]
+    fractions = [_fraction(name, 0) for name in names]
     if share <= 0 or len(set(fractions)) < 2:
-        out = [fraction < share for fraction in fractions]
-    else:
-        lowest, highest = min(fractions), max(fractions)
-        out = [fraction == lowest or (fraction < share and fraction != highest) for fraction in fractions]
+        return Split(list(records), [])
+    lowest, highest = min(fractions), max(fractions)
+    out = [fraction == lowest or (fraction < share and fraction != highest) for fraction in fractions]
     return Split([r for r, held in zip(records, out, strict=True) if not held], list(compress(records, out)))
 
 
-def _name(record: Any) -> str:
-    return record if isinstance(record, str) else record.id
+def _where(read: ReadResult[T], mine: Sequence[bool]) -> ReadResult[T]:
+    return replace(
+        read,
+        records=tuple(compress(read.records, mine)),
+        prompt_keys=tuple(compress(read.prompt_keys, mine)),
+        answer_keys=tuple(compress(read.answer_keys, mine)),
+    )
+
+
+def _names(read: ReadResult[Any]) -> tuple[str, ...]:
+    """What decides on which side each record is."""
+    keys = read.prompt_keys
+    answers = read.answer_keys or ("",) * len(keys)
+    alike = len(set(keys)) < 2
+    return tuple(f"{key}\0{answer}" if alike or not key else key for key, answer in zip(keys, answers, strict=True))
 
 
 def _fraction(text: str, first_byte: int) -> float:

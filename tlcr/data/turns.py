@@ -6,6 +6,7 @@ The records themselves are put right by ``formats`` as they are rendered; here t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -19,8 +20,8 @@ from tlcr.data.formats import (
     RawPrompt,
     template_arguments,
 )
-from tlcr.text.tokenization import is_written, opening
-from tlcr.text.turns import apply_template, opening_note, without_beginning, without_end
+from tlcr.text.tokenization import is_written, opening, render_messages
+from tlcr.text.turns import opening_note, without_beginning, without_end
 
 __all__ = ["TurnNotes"]
 
@@ -36,16 +37,16 @@ SHOWN = 24
 class TurnNotes:
     """Counts over the records of one source, and one note for each kind that was met."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rendered_at: datetime | None = None) -> None:
+        self._tokenizer, self._rendered_at = tokenizer, rendered_at
         self._records = self._conversations = self._answers = 0
         self._found: dict[str, tuple[int, str]] = {}
 
-    def counting(self, render: Callable[[RawT, PreTrainedTokenizerBase], T]) -> Callable[[RawT], T]:
-        """``render`` with this tokenizer, as a function of a raw record alone, which counts the record."""
+    def counting(self, render: Callable[[RawT, PreTrainedTokenizerBase, datetime | None], T]) -> Callable[[RawT], T]:
+        """``render`` with this tokenizer and clock, as a function of a raw record alone, which counts the record."""
 
         def rendered(raw: RawT) -> T:
-            found = render(raw, self._tokenizer)
+            found = render(raw, self._tokenizer, self._rendered_at)
             self._count(raw)
             return found
 
@@ -76,8 +77,8 @@ class TurnNotes:
 
     def _compare(self, raw: RawPrompt | RawPreference | RawEdit | RawMarkedAnswer, prompt: list[Message]) -> None:
         """Notes on one conversation's opening, and on answers that the chat template would write otherwise."""
-        template = template_arguments(raw.template)
-        found = opening(self._tokenizer, prompt, **template)
+        template = template_arguments(raw.template, self._tokenizer)
+        found = opening(self._tokenizer, prompt, rendered_at=self._rendered_at, **template)
         note = opening_note(found)
         if note:
             self._note(f"conversations are for a chat template that {note}", f"...{found.prompt[-SHOWN:]!r}")
@@ -87,7 +88,7 @@ class TurnNotes:
             self._answers += 1
             bare = without_end(self._tokenizer, without_beginning(self._tokenizer, answer))
             turns = [*prompt, {"role": "assistant", "content": bare}]
-            whole = apply_template(self._tokenizer, turns, template, add_generation_prompt=False)
+            whole = render_messages(self._tokenizer, turns, rendered_at=self._rendered_at, **template)
             if found.continues and not is_written(bare, whole.removesuffix(found.closing)):
                 what = "answers hold text that the chat template leaves out (thoughts, say): they are used whole"
                 self._note(what, f"{answer[:SHOWN]!r}...")

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tlcr.errors import DataError, ShapeError
 from tlcr.text.tokenization import token_pieces
+from tlcr.text.truncation import cut_beginning
 from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.types import PolicyScores, Rollout
 
@@ -63,6 +64,7 @@ class EvaluatedAnswer:
     """One answer and its sums over counted tokens; per-token lists only where the answer was kept as a sample."""
 
     prompt: str
+    """Complete; what the policy was given lacks `prompt_cut` at its beginning."""
     response: str
     gold: float | None
     proxy: float | None
@@ -81,12 +83,14 @@ class EvaluatedAnswer:
     advantage: tuple[float, ...] = ()
     value: tuple[float, ...] = ()
     token_kl: tuple[float, ...] = ()
+    prompt_cut: str = ""
 
     def to_json(self, when: Literal["before", "after"]) -> dict[str, Any]:
         """A line of samples.jsonl."""
         return {
             "when": when,
             "prompt": self.prompt,
+            "prompt_cut": self.prompt_cut,
             "response": self.response,
             "tokens": list(self.tokens),
             "reward": list(self.reward),
@@ -317,6 +321,7 @@ def _answers(
             answer = dataclasses.replace(
                 answer,
                 tokens=tuple(token_pieces(tokenizer, ids, context=context)),
+                prompt_cut=cut_beginning(tokenizer, prompt, len(context)),
                 value=tuple(values[b]),
                 token_kl=tuple(kl[b]),
                 reward=tuple(rows(detail.rewards_BT)[b]) if detail is not None else (),

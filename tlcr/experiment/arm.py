@@ -28,6 +28,7 @@ from tlcr.ppo.scores import score_rollout
 from tlcr.recipes.train_ppo import train_ppo
 from tlcr.rewards.composition import RunningMean, compose_rewards
 from tlcr.rewards.sources import import_function
+from tlcr.text.truncation import note_cut_prompts
 from tlcr.training.distributed import on_main_process, process_count, process_index
 from tlcr.types import PolicyScores, Rewards, Rollout
 
@@ -113,6 +114,7 @@ class _Evaluation:
     ) -> None:
         self._run, self._cfg, self._frozen, self._reference = run, cfg, frozen, reference
         self._source = frozen.source(run, cfg, reference, seed)
+        note_cut_prompts(run.tokenizer, run.prompts.held_out, cfg.data, stage="evaluation")
         self._scorer = None
         if cfg.evaluation.scorer is not None:
             self._scorer = import_function(cfg.evaluation.scorer, "evaluation.scorer")

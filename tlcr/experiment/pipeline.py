@@ -165,8 +165,8 @@ def analyse_edits(folder: Path, edits: str, output: Path, *, preferences: str | 
     data = replace(run.cfg.data, edits=edits, edits_format="auto", preferences=preferences, limit=None)
     found = _analyse(
         run,
-        read_edits(data, run.tokenizer).records,
-        read_preferences(data, run.tokenizer).records if preferences is not None else (),
+        read_edits(data, run.tokenizer, rendered_at=run.started).records,
+        read_preferences(data, run.tokenizer, rendered_at=run.started).records if preferences is not None else (),
         calibrated_on_them=False,
     ).to_json()
     write_json(output / "analysis.json", found)
@@ -275,16 +275,14 @@ def _discriminator(run: RunFolder) -> None:
     """6. The discriminator learns the labels in context; its confidence is the reward of a token."""
 
     def work() -> Mapping[str, Any]:
-        train, held_out = (
-            label_pairs(pairs, run.tokenizer, run.cfg.data, run.cfg.labels)[0]
-            for pairs in (run.edits.train, run.edits.held_out)
-        )
+        edits, count = run.edits, len(run.edits.train)
+        labelled, _ = label_pairs([*edits.train, *edits.held_out], run.tokenizer, run.cfg.data, run.cfg.labels)
         trained = train_discriminator(
             run.cfg,
             backbone=load_causal_lm(run.policy_source),
             tokenizer=run.tokenizer,
-            train=train,
-            held_out=held_out,
+            train=labelled[:count],
+            held_out=labelled[count:],
             held_out_preferences=run.comparisons,
             folder=run.models / "discriminator",
             resume=run.resume,

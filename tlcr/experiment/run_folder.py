@@ -7,10 +7,12 @@ later run with the same part skips the stage; a run with another part stops, bec
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,10 +41,10 @@ from tlcr.data.readers import (
     read_raw_preferences,
     read_raw_prompts,
 )
-from tlcr.data.splits import Shares, ShareStatistics, Split, Stage, nothing_left, read_shares
+from tlcr.data.splits import Shares, ShareStatistics, Split, Stage, in_order_of_hashes, nothing_left, read_shares
 from tlcr.errors import ConfigError
 from tlcr.models.loading import load_tokenizer
-from tlcr.training.checkpoint import DONE, as_plain, atomic_write, done_config, is_done, mark_done
+from tlcr.training.checkpoint import DONE, as_plain, atomic_write, done_config, is_done, mark_done, write_json
 from tlcr.training.distributed import barrier, on_main_process, process_device
 from tlcr.types import EditPair, PreferencePair
 
@@ -51,12 +53,14 @@ logger = logging.getLogger(__name__)
 RecordT = TypeVar("RecordT")
 TRAINED = "arm.json"
 """The record of a finished trial. done.json in the same folder is train_ppo's: trained, but not yet evaluated."""
+STARTED = "started.json"
+"""When the run began, which is the date that its chat template writes on every later day too."""
 EMBEDDED_PROMPTS = 2000
 """Training prompts that the embedded task makes for PPO; about 60 passes of questions without repetition."""
 
 
 def open_run(cfg: RunConfig, *, resume: bool, whole: bool = True) -> RunFolder:
-    """Writes ``config.yaml`` into ``output_dir`` and returns the run.
+    """Writes ``config.yaml`` and ``started.json`` into ``output_dir`` and returns the run.
 
     resume: continue what the folder holds. whole: a run of all stages, which needs the folder for itself. Raises
     ConfigError where the folder holds a run and ``resume`` is False.
@@ -68,6 +72,7 @@ def open_run(cfg: RunConfig, *, resume: bool, whole: bool = True) -> RunFolder:
             "kept), name another output_dir, or delete that folder"
         )
     barrier()
+    on_main_process(lambda: _write_start(path))
     on_main_process(lambda: _write_config(cfg, path))
     return RunFolder(cfg, resume, path, path)
 
@@ -88,6 +93,19 @@ def _write_config(cfg: RunConfig, folder: Path) -> None:
         return
     with atomic_write(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def _write_start(folder: Path) -> None:
+    if (folder / STARTED).exists():
+        return
+    if (folder / "config.yaml").exists():
+        logger.warning(
+            "%s was begun by an earlier version, which held out other prompts: what its models learnt from may be held "
+            "out now; go on with that version, or begin a new run",
+            folder,
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / STARTED, {"started": datetime.now().isoformat(timespec="seconds")})
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +135,14 @@ class RunFolder:
     @property
     def embedded(self) -> bool:
         return self.cfg.model.path == "embedded"
+
+    @cached_property
+    def started(self) -> datetime:
+        """When the run began. A folder of a version that did not record it has no such time: it is now."""
+        path = self.path / STARTED
+        if not path.is_file():
+            return datetime.now()
+        return datetime.fromisoformat(json.loads(path.read_text(encoding="utf-8"))["started"])
 
     @cached_property
     def device(self) -> torch.device:
@@ -275,11 +301,11 @@ class RunFolder:
         if self.revises:
             made = str(self._written("revisions") / "revisions.jsonl")
             data = replace(self.cfg.data, edits=made, edits_format="edits", limit=None)
-            return self._split("reward", read_edits(data, self.tokenizer))
+            return self._split("reward", read_edits(data, self.tokenizer, rendered_at=self.started))
         if self._made_here(self.cfg.data.edits):
             return self._split("reward", self._embedded_pairs[1])
         self._named("edits", "the discriminator")
-        return self._split("reward", read_edits(self.cfg.data, self.tokenizer))
+        return self._split("reward", read_edits(self.cfg.data, self.tokenizer, rendered_at=self.started))
 
     @cached_property
     def prompts(self) -> Split[str]:
@@ -290,20 +316,25 @@ class RunFolder:
             )
         if self.cfg.data.prompts is None:
             self._named("preferences", "PPO's prompts")
-        split = self._split("ppo", read_prompts(self.cfg.data, self.tokenizer))
-        return Split(split.train, split.held_out[: self.cfg.evaluation.prompts])
+        read = in_order_of_hashes(read_prompts(self.cfg.data, self.tokenizer, rendered_at=self.started))
+        split, count = self._split("ppo", read), self.cfg.evaluation.prompts
+        if len(split.train) == 1 and not split.held_out and self.cfg.data.held_out > 0:
+            logger.warning("PPO has one prompt, so that it is trained and evaluated on that one")
+            return Split(split.train, split.train * count)
+        return Split(split.train, split.held_out[:count])
 
     @cached_property
     def _all_preferences(self) -> ReadResult[PreferencePair]:
         if self._made_here(self.cfg.data.preferences):
             return self._embedded_pairs[0]
         self._named("preferences", "SFT and the reward model")
-        return read_preferences(self.cfg.data, self.tokenizer)
+        return read_preferences(self.cfg.data, self.tokenizer, rendered_at=self.started)
 
     @cached_property
     def _embedded_pairs(self) -> tuple[ReadResult[PreferencePair], ReadResult[EditPair]]:
         preferences, edits = embedded.generate_pairs(self.cfg.data.embedded_pairs, self.cfg.seed)
-        keys = tuple(prompt_key(pair.prompt) for pair in preferences)
+        # Without shares the ids decide what is held out: no source can change the names or the order of made pairs.
+        keys = tuple(prompt_key(pair.prompt) if self.cfg.data.shares else pair.id for pair in preferences)
         return (
             ReadResult("the embedded task", "preference", tuple(preferences), keys),
             ReadResult("the embedded task", "edits", tuple(edits), keys),

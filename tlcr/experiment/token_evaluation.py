@@ -40,6 +40,7 @@ from tlcr.report.colours import coloured
 from tlcr.rewards.composition import compose_rewards
 from tlcr.text.padding import pad_left, pad_right
 from tlcr.text.tokenization import character_spans, decode_text, encode_answers, token_pieces
+from tlcr.text.truncation import CutTexts, cut_beginning
 from tlcr.training.checkpoint import write_json, write_json_lines
 from tlcr.training.distributed import on_main_process
 from tlcr.training.progress import Progress
@@ -96,14 +97,10 @@ def mark(answers: Sequence[MarkedAnswer], tokenizer: PreTrainedTokenizerBase, da
         max_answer_tokens=data.max_answer_tokens,
     )
     rows = [_mark(answer, row, tokenizer) for answer, row in zip(answers, encoded, strict=True)]
-    cut = sum(not row.encoded.complete for row in rows)
-    if cut:
-        logger.warning(
-            "%d of %d marked answers are longer than data.max_answer_tokens (%d): their ends are not judged",
-            cut,
-            len(rows),
-            data.max_answer_tokens,
-        )
+    cuts = CutTexts(data)
+    for row in rows:
+        cuts.add(row.answer.prompt, row.encoded)
+    cuts.report("marked answers")
     return rows
 
 
@@ -271,7 +268,8 @@ def evaluate_tokens(cfg: RunConfig, *, spans: str, threshold_spans: str | None =
 
 
 def _read(source: str, run: RunFolder) -> list[MarkedRow]:
-    return mark(read_marked_answers(source, run.cfg.data, run.tokenizer).records, run.tokenizer, run.cfg.data)
+    read = read_marked_answers(source, run.cfg.data, run.tokenizer, rendered_at=run.started)
+    return mark(read.records, run.tokenizer, run.cfg.data)
 
 
 def _check_apart(rows: Sequence[MarkedRow], tuned: Sequence[MarkedRow]) -> None:
@@ -297,6 +295,7 @@ def _write(
         {
             "id": row.answer.id,
             "prompt": row.answer.prompt,
+            "prompt_cut": cut_beginning(run.tokenizer, row.answer.prompt, row.encoded.answer_start),
             "response": row.answer.response,
             "spans": [asdict(span) for span in row.answer.spans],
             "tokens": _pieces(row, run.tokenizer),

@@ -243,12 +243,17 @@ def predict_tokens(
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """One answer, token by token: its text in pieces, the ids, the reward in [-1, 1] and p(positive) of each."""
+    """One answer, token by token: its text in pieces, the ids, the reward in [-1, 1] and p(positive) of each.
+
+    prompt_cut and answer_cut are the numbers of tokens that the limits cut.
+    """
 
     pieces: tuple[str, ...]
     ids: tuple[int, ...]
     rewards: tuple[float, ...]
     p_positive: tuple[float, ...]
+    prompt_cut: int = 0
+    answer_cut: int = 0
 
     @property
     def mean_reward(self) -> float:
@@ -306,7 +311,9 @@ def score_answers(
             for i, row, rewards_L, p_L, answer_L in zip(batch, rows, rewards_BL, p_positive_BL, answer_BL, strict=True):
                 pieces = token_pieces(tokenizer, row.answer_ids, context=row.ids[: row.answer_start])
                 rewards, p_positive = rewards_L[answer_L].tolist(), p_L[answer_L].tolist()
-                scores[i] = AnswerScores(tuple(pieces), row.answer_ids, tuple(rewards), tuple(p_positive))
+                scores[i] = AnswerScores(
+                    tuple(pieces), row.answer_ids, tuple(rewards), tuple(p_positive), row.prompt_cut, row.answer_cut
+                )
     return [scores[i] for i in range(len(answers))]
 
 

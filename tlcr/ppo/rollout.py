@@ -14,7 +14,7 @@ from tlcr.config.schema import RolloutConfig
 from tlcr.errors import DataError
 from tlcr.models.loading import check_fits, end_of_sequence_ids, generating_with
 from tlcr.text.padding import pad_left
-from tlcr.text.tokenization import decode_text
+from tlcr.text.tokenization import decode_text, start_of_text
 from tlcr.types import Rollout
 
 
@@ -27,7 +27,7 @@ class PromptStream:
     def __init__(self, prompts: Sequence[str], seed: int, cursor: int = 0) -> None:
         if not prompts:
             raise DataError("there are no prompts to roll out; name a source with data.prompts or data.preferences")
-        self._prompts = prompts
+        self.texts = prompts
         self._seed = seed
         self._pass, self._order = -1, torch.empty(0, dtype=torch.long)
         self.cursor = cursor
@@ -39,11 +39,11 @@ class PromptStream:
         return taken
 
     def _at(self, position: int) -> str:
-        number, place = divmod(position, len(self._prompts))
+        number, place = divmod(position, len(self.texts))
         if number != self._pass:
             generator = seeded_generator("prompts", self._seed, number)
-            self._pass, self._order = number, torch.randperm(len(self._prompts), generator=generator)
-        return self._prompts[int(self._order[place])]
+            self._pass, self._order = number, torch.randperm(len(self.texts), generator=generator)
+        return self.texts[int(self._order[place])]
 
 
 @torch.no_grad()
@@ -137,7 +137,10 @@ def seeded_generator(purpose: str, *numbers: int) -> torch.Generator:
 def _encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_prompt_tokens: int
 ) -> list[list[int]]:
+    start = start_of_text(tokenizer)
     encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    # The first action is judged at the column before it: a prompt without a token needs one.
+    encoded = [ids or [tokenizer.convert_tokens_to_ids(start)] for ids in encoded]
     meaningful = {tokenizer.eos_token_id, tokenizer.bos_token_id}
     for index, ids in enumerate(encoded):
         if all(token == tokenizer.pad_token_id and token not in meaningful for token in ids):

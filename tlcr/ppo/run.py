@@ -21,6 +21,7 @@ from tlcr.ppo.kl import build_kl_controller
 from tlcr.ppo.rollout import PromptStream
 from tlcr.rewards.composition import RunningMean, check_kl
 from tlcr.rewards.sources import RewardSource
+from tlcr.text.truncation import note_cut_prompts
 from tlcr.training.callbacks import Callback
 from tlcr.training.checkpoint import DONE, as_plain, is_done, mark_done
 from tlcr.training.distributed import on_all_processes, sum_over_processes
@@ -150,6 +151,7 @@ class PPORun:
         if (self.folder / DONE).is_file():
             self._load_finished(resume)
             return False
+        note_cut_prompts(self.tokenizer, self.prompts.texts, self.cfg.data, stage="PPO")
         state = self.loop.start(resume=resume)
         if state is not None:
             self._load_own_state(state)

@@ -36,6 +36,7 @@ from tlcr.evaluation.discriminator_metrics import (
 from tlcr.models.discriminator import Targets, is_trained_on, predict_tokens, score_answers, temperature_of
 from tlcr.ops import TokenLabel
 from tlcr.text.tokenization import token_pieces
+from tlcr.text.truncation import CutTexts
 from tlcr.types import EditPair, LabelledAnswer, LabelledPair, PreferencePair
 
 __all__ = ["DiscriminatorAnalysis", "EditExample", "ExampleAnswer", "analyse_discriminator"]
@@ -144,6 +145,11 @@ def analyse_discriminator(
         for limit in (cfg.data.max_answer_tokens, sys.maxsize)
     )
 
+    cuts = CutTexts(cfg.data)
+    for edit, labelled in zip(edits, pairs, strict=True):
+        cuts.add(edit.prompt, labelled.rejected.encoded, labelled.revised.encoded)
+    cuts.report("analysis of edits")
+
     # 2. the model's logits for every token
     predictions = predict_tokens(model, pairs, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size)
     rewards_N = token_rewards(predictions.logits_NC, temperature_of(model))
@@ -236,5 +242,9 @@ def _compare_preferences(
         max_answer_tokens=cfg.data.max_answer_tokens,
         batch_size=batch_size,
     )
+    cuts = CutTexts(cfg.data)
+    for pair, chosen, rejected in zip(preferences, scores[0::2], scores[1::2], strict=True):
+        cuts.add(pair.prompt, chosen, rejected)
+    cuts.report("analysis of preferences")
     rewards = [score.rewards for score in scores]
     return compare_answers(rewards[0::2], rewards[1::2])

@@ -10,26 +10,36 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import RunConfig, TrainingConfig
 from tlcr.models.loading import check_fits, save_model
+from tlcr.text.truncation import CutTexts, Limits
 from tlcr.training.accelerator import open_accelerator
 from tlcr.training.callbacks import Callback
 from tlcr.training.supervised import Batch, FitResult, Loss, fit, mean_loss
+from tlcr.types import EncodedAnswer, EncodedComparison, PreferencePair
 
-P = TypeVar("P")
 E = TypeVar("E")
+T = TypeVar("T", bound=EncodedAnswer | EncodedComparison)
 
 
 def encode_splits(
-    encode: Callable[[Sequence[P]], list[E]],
-    train: Sequence[P],
-    held_out: Sequence[P],
+    encode: Callable[[Sequence[PreferencePair]], list[T]],
+    train: Sequence[PreferencePair],
+    held_out: Sequence[PreferencePair],
     *,
     model: PreTrainedModel,
-    length: Callable[[E], int],
-) -> tuple[list[E], list[E]]:
-    """Both splits as token ids. Raises DataError where an example is longer than ``model`` can read."""
-    encoded = encode(train), encode(held_out)
-    check_lengths(model, [length(example) for split in encoded for example in split])
-    return encoded
+    length: Callable[[T], int],
+    limits: Limits,
+    stage: str,
+) -> tuple[list[T], list[T]]:
+    """Both splits as token ids; logs what the limits cut, under the stage's name. Raises DataError where an example is
+    longer than ``model`` can read."""
+    trained, kept = encode(train), encode(held_out)
+    cuts = CutTexts(limits)
+    for pair, example in zip((*train, *held_out), (*trained, *kept), strict=True):
+        sides = (example,) if isinstance(example, EncodedAnswer) else (example.chosen, example.rejected)
+        cuts.add(pair.prompt, *sides)
+    cuts.report(stage)
+    check_lengths(model, [length(example) for example in (*trained, *kept)])
+    return trained, kept
 
 
 def check_lengths(model: PreTrainedModel, lengths: Sequence[int]) -> None:

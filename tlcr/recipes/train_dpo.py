@@ -58,7 +58,7 @@ def train_dpo(
     """
     # 1. both answers to each prompt, tokenised in context
     encode = partial(encode_comparisons, tokenizer, data=cfg.data)
-    splits = encode_splits(encode, train, held_out, model=model, length=_length)
+    splits = encode_splits(encode, train, held_out, model=model, length=_length, limits=cfg.data, stage="DPO")
 
     # 2. their log-probabilities under the reference, before the first step (a resumed run loads its weights later)
     train_pairs, held_out_pairs = (

@@ -60,7 +60,9 @@ def train_reward_model(
     """
     # 1. both answers to each prompt, tokenised in context
     encode = partial(encode_comparisons, tokenizer, data=cfg.data)
-    train_pairs, held_out_pairs = encode_splits(encode, train, held_out, model=backbone, length=_length)
+    train_pairs, held_out_pairs = encode_splits(
+        encode, train, held_out, model=backbone, length=_length, limits=cfg.data, stage="reward model"
+    )
 
     # 2. the classifier: the causal LM's backbone under one output
     model = load_sequence_classifier(backbone, cfg.model)

@@ -59,7 +59,9 @@ def train_sft(
     """
     # 1. prompt and preferred answer as one text; an answer that was not cut ends with the end-of-sequence token
     encode, length = partial(_encode, tokenizer=tokenizer, cfg=cfg), _length
-    train_answers, held_out_answers = encode_splits(encode, train, held_out, model=model, length=length)
+    train_answers, held_out_answers = encode_splits(
+        encode, train, held_out, model=model, length=length, limits=cfg.data, stage="SFT"
+    )
 
     # 2. maximise the likelihood of the answers, evaluate on the held-out pairs, and 3. write a standard model folder
     return fit_and_save(

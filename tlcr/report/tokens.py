@@ -68,20 +68,30 @@ def answers(folder: Path, results: Mapping[str, Any], *, embedded_task: bool) ->
         figures = [_figures(line, embedded_task) for line in lines]
         scales = {name: _scale([x for own in figures for x in own[name] if x is not None]) for name in figures[0]}
         colour = partial(_coloured, scales=scales)
-        by_prompt: dict[str, dict[str, Any]] = {}
-        for line, own in zip(lines, figures, strict=True):
-            tokens = colour(line["tokens"], own)
-            by_prompt.setdefault(line["prompt"], {})[line["when"]] = {"gold": line["gold"], "tokens": tokens}
+        # By their place, not by their text: prompts may be equal, as empty ones are.
+        by_place: list[dict[str, Any]] = []
+        for when in ("before", "after"):
+            of_time = [(line, own) for line, own in zip(lines, figures, strict=True) if line["when"] == when]
+            for place, (line, own) in enumerate(of_time):
+                if place == len(by_place):
+                    by_place.append({"prompt": _given_prompt(line)})
+                by_place[place][when] = {"gold": line["gold"], "tokens": colour(line["tokens"], own)}
         shown.append(
             {
                 "arm": arm,
                 "kl_coef": first[arm]["kl_coef"],
                 "seed": seed["seed"],
                 "scales": scales,
-                "prompts": [{"prompt": p, **sides} for p, sides in list(by_prompt.items())[:SHOWN_ANSWERS]],
+                "prompts": by_place[:SHOWN_ANSWERS],
             }
         )
     return shown
+
+
+def _given_prompt(line: Mapping[str, Any]) -> str:
+    """What the policy was given of a prompt, with a mark where its beginning was cut."""
+    cut = line.get("prompt_cut", "")  # runs of version 0.1 did not write it
+    return f"[cut: {len(cut)} characters] {line['prompt'][len(cut) :]}" if cut else line["prompt"]
 
 
 def drawn_edit(example: Mapping[str, Any] | None, *, embedded_task: bool) -> dict[str, Any] | None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
 from itertools import takewhile
 from typing import Any
 
@@ -31,8 +33,10 @@ __all__ = [
     "is_written",
     "opening",
     "render_answer",
+    "render_messages",
     "render_prompt",
     "render_question",
+    "start_of_text",
     "token_pieces",
 ]
 
@@ -112,7 +116,9 @@ def encode_answers(
         start = next((k for k, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids)) if prompt else 0
         first = max(0, start - max_prompt_tokens)
         tail = [tokenizer.eos_token_id] if end_of_sequence else []
-        whole = EncodedAnswer(ids=(*ids[first:], *tail), answer_start=start - first, complete=end_of_sequence)
+        whole = EncodedAnswer(
+            ids=(*ids[first:], *tail), answer_start=start - first, complete=end_of_sequence, prompt_cut=first
+        )
         encoded.append(whole if max_answer_tokens is None else cut_answer(whole, max_answer_tokens))
     return encoded
 
@@ -139,17 +145,26 @@ def cut_answer(encoded: EncodedAnswer, max_answer_tokens: int) -> EncodedAnswer:
     limit = encoded.answer_start + max_answer_tokens
     if len(encoded.ids) <= limit:
         return encoded
-    return EncodedAnswer(ids=encoded.ids[:limit], answer_start=encoded.answer_start, complete=False)
+    cut = encoded.answer_cut + len(encoded.ids) - limit
+    return replace(encoded, ids=encoded.ids[:limit], complete=False, answer_cut=cut)
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message], **template: Any) -> str:
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[Message],
+    *,
+    rendered_at: datetime | None = None,
+    **template: Any,
+) -> str:
     """A prompt's complete text, to be tokenised without adding special tokens.
 
     Args:
         tokenizer: the tokenizer whose chat template and beginning-of-sequence token apply.
         prompt: messages ({"role", "content"}) are rendered by the chat template, with the header of the next answer
             (``turns.find_opening``). Plain text gets the beginning-of-sequence token in front if the tokenizer would
-            add one. It never stands there twice.
+            add one. It never stands there twice. A text without a token (an empty one) becomes the ``start_of_text``: a
+            model needs something to predict the first token from.
+        rendered_at: what the clock of the chat template shows; None: the time.
         **template: other values for the chat template: tools, documents, its own switches.
 
     Returns:
@@ -161,14 +176,38 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mes
     """
     bos = tokenizer.bos_token
     if not isinstance(prompt, str):
-        text = opening(tokenizer, prompt, **template).prompt
-    elif bos is None or prompt.startswith(bos) or tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
-        text = prompt
-    else:
+        text = opening(tokenizer, prompt, rendered_at=rendered_at, **template).prompt
+    elif bos is not None and not prompt.startswith(bos) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
         text = bos + prompt
+    elif not prompt.strip() and not tokenizer(prompt, add_special_tokens=False)["input_ids"]:
+        text = start_of_text(tokenizer) + prompt
+    else:
+        text = prompt
     while bos and text.startswith(bos + bos):
         text = text.removeprefix(bos)
     return text
+
+
+def start_of_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What stands before a text without a prompt: the beginning-of-sequence token or, where the tokenizer has none, the
+    end-of-sequence token, which separates the texts of a pre-training corpus.
+
+    Args:
+        tokenizer: the tokenizer.
+
+    Returns:
+        The token's text.
+
+    Raises:
+        ConfigError: the tokenizer names neither.
+    """
+    token = tokenizer.bos_token or tokenizer.eos_token
+    if token is None:
+        raise ConfigError(
+            f"tokenizer {tokenizer.name_or_path!r} names neither a beginning- nor an end-of-sequence token to stand "
+            "before text without a prompt; set one of them and save it again"
+        )
+    return str(token)
 
 
 def render_question(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
@@ -192,22 +231,36 @@ def render_question(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Messa
     return apply_template(tokenizer, messages, {}, add_generation_prompt=True)
 
 
-def opening(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], **template: Any) -> Opening:
+def opening(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[Message],
+    *,
+    rendered_at: datetime | None = None,
+    **template: Any,
+) -> Opening:
     """How the tokenizer's chat template begins the answer to ``prompt``; see ``turns.find_opening``."""
-    return find_opening(
-        lambda messages, wanted: apply_template(tokenizer, messages, template, add_generation_prompt=wanted), prompt
-    )
+
+    def render(messages: Sequence[Message], wanted: bool) -> str:
+        return apply_template(tokenizer, messages, template, add_generation_prompt=wanted, rendered_at=rendered_at)
+
+    return find_opening(render, prompt)
 
 
 def render_answer(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], answer: str | Message, **template: Any
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[Message],
+    answer: str | Message,
+    *,
+    rendered_at: datetime | None = None,
+    **template: Any,
 ) -> str:
-    """An assistant message's text as it follows ``render_prompt(tokenizer, prompt, **template)``.
+    """An assistant message's text as it follows ``render_prompt`` of the same messages, moment and other values.
 
     Args:
         tokenizer: the tokenizer whose chat template applies.
         prompt: the messages before the answer.
         answer: the content of the assistant's message, or the message if it holds more (tool calls, reasoning).
+        rendered_at: as for the prompt.
         **template: other values for the chat template, as for the prompt.
 
     Returns:
@@ -219,9 +272,11 @@ def render_answer(
     Raises:
         DataError: the chat template does not continue its own prompt with such a message.
     """
-    found = opening(tokenizer, prompt, **template)
+    found = opening(tokenizer, prompt, rendered_at=rendered_at, **template)
     message = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
-    whole = apply_template(tokenizer, [*prompt, message], template, add_generation_prompt=False)
+    whole = apply_template(
+        tokenizer, [*prompt, message], template, add_generation_prompt=False, rendered_at=rendered_at
+    )
     continues, whole = whole.startswith(found.prompt), whole.removesuffix(found.closing)
     written = whole[len(found.prompt) :]
     if not isinstance(answer, str):
@@ -247,6 +302,13 @@ def _reopened(answer: str, dropped: str) -> str:
     if tag and f"</{tag[1]}>" in answer and tag[0].strip() not in answer:
         return tag[0] + answer
     return answer
+
+
+def render_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, rendered_at: datetime | None, **template: Any
+) -> str:
+    """What the chat template writes for whole messages, without the header of another."""
+    return apply_template(tokenizer, messages, template, add_generation_prompt=False, rendered_at=rendered_at)
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, context: Sequence[int] = ()) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import takewhile
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +18,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from tlcr.errors import ConfigError, DataError
+from tlcr.text.template_dates import shown_at
 
 __all__ = [
     "Message",
@@ -113,6 +115,7 @@ def apply_template(
     template: Mapping[str, Any],
     *,
     add_generation_prompt: bool,
+    rendered_at: datetime | None = None,
 ) -> str:
     """The messages' text, by the tokenizer's chat template.
 
@@ -121,6 +124,7 @@ def apply_template(
         messages: the conversation.
         template: other values for the template.
         add_generation_prompt: end with what the template writes before an answer that is wanted.
+        rendered_at: what the clock of the template shows; None: the time.
 
     Returns:
         The text.
@@ -134,12 +138,16 @@ def apply_template(
             f"the data hold conversations, but tokenizer {tokenizer.name_or_path!r} has no chat template; "
             "set model.chat_template to one, or give prompts as plain text"
         )
+    source = tokenizer.get_chat_template(tools=template.get("tools"))
+    source, date = (source, {}) if rendered_at is None else shown_at(source, rendered_at)
     try:
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
+            chat_template=source,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             **template,
+            **date,
         )
     except TemplateError as error:
         raise DataError(f"the tokenizer's chat template refuses this conversation: {error}") from error

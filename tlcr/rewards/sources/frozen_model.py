@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.text.tokenization import character_spans, cut_answer, decode_text, encode_answers, render_prompt
+from tlcr.text.truncation import CutTexts
 from tlcr.types import EncodedAnswer, Rollout
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,17 @@ class FrozenModel:
     policy_tokenizer: PreTrainedTokenizerBase
     max_prompt_tokens: int
     micro_batch_size: int | None = None
+    said: set[str] = field(default_factory=set, compare=False, repr=False)
+    """The kinds of notes that were logged, each once."""
+
+    @property
+    def max_answer_tokens(self) -> int:
+        """Answers are as long as the policy made them."""
+        return sys.maxsize
+
+    @property
+    def name(self) -> str:
+        return self.model.name_or_path or type(self.model).__name__
 
     @property
     def position_limit(self) -> int | None:
@@ -136,8 +149,19 @@ def read_as_text(frozen: FrozenModel, rollout: Rollout) -> list[TextAnswer]:
     encoded = encode_answers(
         frozen.tokenizer, prompts, texts, max_prompt_tokens=frozen.max_prompt_tokens, max_answer_tokens=None
     )
+    _note_cut_prompts(frozen, prompts, encoded)
     fitted = [_fit(frozen, row if end else _without_end(row)) for row, end in zip(encoded, ended, strict=True)]
     return list(map(TextAnswer, prompt_ids, answer_ids, ended, prompts, texts, fitted))
+
+
+def _note_cut_prompts(frozen: FrozenModel, prompts: Sequence[str], encoded: Sequence[EncodedAnswer]) -> None:
+    """Says once for each model that its tokens of the policy's prompts are too many."""
+    cuts = CutTexts(frozen)
+    for prompt, row in zip(prompts, encoded, strict=True):
+        cuts.add(prompt, row)
+    if cuts.prompts_cut and "limit" not in frozen.said:
+        frozen.said.add("limit")
+        cuts.report(f"{frozen.name}, whose tokens are not the policy's, in the first rollout with such prompts")
 
 
 def counted(ids: Tensor, mask: Tensor) -> list[list[int]]:
@@ -159,13 +183,23 @@ def _fit(frozen: FrozenModel, encoded: EncodedAnswer) -> EncodedAnswer:
     if limit is None or len(encoded.ids) <= limit:
         return encoded
     dropped = min(encoded.answer_start, len(encoded.ids) - limit)
+    if dropped and "positions" not in frozen.said:
+        frozen.said.add("positions")
+        logger.warning(
+            "%s has %d positions, and a prompt with its answer has %d tokens: such prompts lose their beginning, here "
+            "%d tokens of it; lower data.max_prompt_tokens or rollout.max_new_tokens",
+            frozen.name,
+            limit,
+            len(encoded.ids),
+            dropped,
+        )
     shorter = replace(encoded, ids=encoded.ids[dropped:], answer_start=encoded.answer_start - dropped)
     if len(shorter.ids) > limit:
         logger.warning(
             "an answer has %d tokens for %s, which has %d positions: what lies beyond earns nothing; "
             "lower rollout.max_new_tokens",
             len(shorter.ids),
-            frozen.model.name_or_path or type(frozen.model).__name__,
+            frozen.name,
             limit,
         )
     return cut_answer(shorter, limit - shorter.answer_start)
