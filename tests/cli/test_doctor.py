@@ -15,22 +15,23 @@ from transformers import LlamaConfig
 from tlcr import distribution, ops
 from tlcr.cli import doctor
 from tlcr.cli import main as cli
-from tlcr.cli.doctor import Finding, examine, findings
-from tlcr.cli.memory import measure_model
+from tlcr.cli.doctor import examine, machine
 from tlcr.config.loading import load_config
 from tlcr.config.schema import RunConfig
+from tlcr.experiment.memory import build_on_meta, measure_model
+from tlcr.experiment.preflight import Finding, settings
 
 GIB = 2**30
 
 
-def shown(cfg: RunConfig, *, memory: bool = True) -> tuple[bool, str]:
+def shown(cfg: RunConfig, *, named: bool = True) -> tuple[bool, str]:
     text = io.StringIO()
-    blocked = examine(cfg, memory=memory, console=Console(file=text, width=400))
+    blocked = examine(cfg, named=named, console=Console(file=text, width=400))
     return blocked, text.getvalue()
 
 
 def by_subject(cfg: RunConfig) -> dict[str, Finding]:
-    return {finding.subject: finding for finding in findings(cfg)}
+    return {finding.subject: finding for finding in (*machine(cfg), *settings(cfg))}
 
 
 @pytest.fixture
@@ -52,11 +53,11 @@ def test_the_defaults_are_fit_to_run(tmp_path: Path) -> None:
     blocked, text = shown(load_config(None, {"output_dir": str(tmp_path / "run")}))
     assert not blocked, text
     assert "Nothing stands in the way" in text
-    assert "policy" in text and f"{measure_model(RunConfig().model).parameters:,}" in text
+    assert "policy" in text and f"{measure_model(build_on_meta(RunConfig().model)).parameters:,}" in text
 
 
 def test_it_names_the_implementation_that_each_op_takes(tmp_path: Path) -> None:
-    _, text = shown(load_config(None, {"output_dir": str(tmp_path)}), memory=False)
+    _, text = shown(load_config(None, {"output_dir": str(tmp_path)}), named=False)
     for status in ops.available():
         assert status.op in text
         assert f"'auto' takes {status.auto} on {status.device}" in text
@@ -133,9 +134,12 @@ def test_a_folder_that_cannot_be_written_blocks(monkeypatch: pytest.MonkeyPatch,
 
 def test_what_a_config_needs_and_is_not_installed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    cfg = load_config(None, {"tracker": "tensorboard", "model.gguf_file": "model.gguf"})
+    cfg = load_config(None, {"tracker": "tensorboard", "model.path": "owner/name", "model.gguf_file": "model.gguf"})
     found = by_subject(cfg)
-    assert (found["tensorboard"].level, found["tensorboard"].remedy) == ("blocked", "pip install tensorboard")
+    assert (found["tensorboard"].level, found["tensorboard"].remedy) == (
+        "blocked",
+        "pip install tensorboard, or set tracker: none",
+    )
     assert (found["gguf"].level, found["gguf"].remedy) == ("blocked", "pip install gguf")
     assert not {"tensorboard", "wandb", "gguf"} & set(by_subject(RunConfig()))
 
@@ -147,7 +151,7 @@ def test_a_reviser_behind_an_endpoint_wants_its_packages_and_a_key(monkeypatch: 
             "reviser.endpoint.model": "m",
             "reviser.endpoint.key_variable": "MY_KEY",
         }
-        found = doctor.findings(load_config(None, values | changes))
+        found = settings(load_config(None, values | changes))
         return [(finding.level, finding.fact) for finding in found if finding.subject == "reviser"]
 
     for name in ("MY_KEY", "OPENAI_BASE_URL"):
@@ -161,7 +165,7 @@ def test_a_reviser_behind_an_endpoint_wants_its_packages_and_a_key(monkeypatch: 
     assert facts() == [("note", "no prices are named, so no cost is shown and none is capped")]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openai" else object())
     assert facts(**priced) == [("blocked", "reviser.backend endpoint needs openai, and that is not installed")]
-    assert [finding for finding in doctor.findings(RunConfig()) if finding.subject == "reviser"] == []
+    assert [finding for finding in settings(RunConfig()) if finding.subject == "reviser"] == []
 
 
 def test_a_dependency_out_of_bounds_blocks_and_names_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,9 +147,14 @@ def test_a_flag_wins_over_the_file_and_resume_reaches_the_pipeline(tmp_path: Pat
         (["evaluate"], "evaluate", False),
     ],
 )
-def test_each_command_calls_its_stage(arguments: list[str], stage: str, resume: bool, calls: list[Any]) -> None:
-    assert cli.main(arguments) == 0
-    assert calls == [(stage, RunConfig(), resume)]
+def test_each_command_calls_its_stage(
+    arguments: list[str], stage: str, resume: bool, calls: list[Any], tmp_path: Path
+) -> None:
+    for earlier in ("sft", "discriminator"):
+        (tmp_path / earlier).mkdir()
+        (tmp_path / earlier / "done.json").touch()
+    assert cli.main([*arguments, "--output_dir", str(tmp_path)]) == 0
+    assert calls == [(stage, RunConfig(output_dir=str(tmp_path)), resume)]
 
 
 @pytest.mark.parametrize(("flags", "show"), [([], 2), (["--show", "5"], 5)])

@@ -79,3 +79,8 @@ def arm_run(folder: Path, model: Path, **changes: object) -> RunFolder:
 def count_letters(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """A scorer: an answer is worth the characters it has."""
     return [float(len(response)) for response in responses]
+
+
+def reward_that_fails(**_: object) -> list[float]:
+    """A reward that can be imported and called, and that fails on the first answers."""
+    raise RuntimeError("no score for these answers")

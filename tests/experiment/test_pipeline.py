@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ from tlcr.evaluation.evaluate import PolicyEvaluation, evaluate_policy
 from tlcr.experiment import pipeline, workers
 from tlcr.experiment.pipeline import analyse, analyse_edits, run, stage
 from tlcr.experiment.run_folder import RunFolder, _differences, open_run, reopen_run
-from tlcr.training.checkpoint import as_plain
+from tlcr.training.checkpoint import as_plain, write_json
 from tlcr.training.metrics import read_metrics
 
 
@@ -105,7 +106,7 @@ def test_what_is_done_is_skipped_to_the_byte(finished: RunConfig) -> None:
 
 
 def test_a_folder_with_a_run_is_not_overwritten(finished: RunConfig) -> None:
-    with pytest.raises(ConfigError, match="already holds a run: pass --resume"):
+    with pytest.raises(ConfigError, match="already holds a run; pass --resume"):
         run(finished)
 
 
@@ -166,7 +167,7 @@ def test_a_stage_says_which_one_it_lacks(tmp_path: Path) -> None:
 def test_data_of_ones_own_must_be_named(tmp_path: Path, finished: RunConfig) -> None:
     own = replace(finished.model, path=str(Path(finished.output_dir) / "sft"))
     cfg = replace(finished, output_dir=str(tmp_path), model=own)
-    with pytest.raises(ConfigError, match=r"data\.preferences is not set, and SFT and the reward model needs it"):
+    with pytest.raises(ConfigError, match=r"data\.preferences is not set, and training on preferences needs it"):
         run(cfg)
 
 
@@ -231,10 +232,10 @@ def test_a_run_that_is_opened_again_keeps_its_config_file(finished: RunConfig, t
 def test_a_worker_that_fails_is_named_with_its_reason(finished: RunConfig, tmp_path: Path) -> None:
     arms = (
         Arm("works"),
-        Arm("breaks", reward=RewardConfig(kind="callable", callable="no_such_module_here:reward")),
+        Arm("breaks", reward=RewardConfig(kind="callable", callable="tests.experiment.helpers:reward_that_fails")),
     )
     cfg = replace(finished, output_dir=str(tmp_path / "run"), parallel=2, arms=arms)
-    with pytest.raises(TlcrError, match=r"ppo breaks/seed-0 ended with code 2: .*no_such_module_here"):
+    with pytest.raises(TlcrError, match=r"ppo breaks/seed-0 ended with code 2: .*no score for these answers"):
         run(cfg)
 
 
@@ -333,6 +334,8 @@ def test_every_trial_is_trained_and_evaluated_with_the_models_of_its_seed(
     monkeypatch.setattr(pipeline, "train_arm", ask)
     monkeypatch.setattr(pipeline, "evaluate_arm", ask)
     monkeypatch.setattr(pipeline, "report", lambda folder: folder)
+    for seed, model in itertools.product((4, 3), ("sft", "reward_model", "discriminator")):
+        write_json(tmp_path / "run" / "models" / f"seed-{seed}" / model / "done.json", {})
     stage(replace(small_config(tmp_path / "run"), seeds=(4, 3), models_per_seed=True), stage_of)
     assert asked == [(seed, f"seed-{seed}", seed) for seed in (4, 4, 3, 3)]
 

@@ -25,7 +25,7 @@ from tlcr.experiment.run_folder import (
     reopen_run,
     revision_cache,
 )
-from tlcr.training.checkpoint import mark_done
+from tlcr.training.checkpoint import mark_done, write_json
 
 STAGES = ("revisions", "sft", "reward_model", "dpo", "labels", "discriminator", "analysis")
 
@@ -41,7 +41,9 @@ def opened(cfg: RunConfig, *, resume: bool = False) -> RunFolder:
 def test_a_run_that_is_there_is_continued_on_request_only(tmp_path: Path) -> None:
     cfg = small_config(tmp_path / "run")
     assert open_run(cfg, resume=False).resume is False
-    with pytest.raises(ConfigError, match="already holds a run: pass --resume to continue it"):
+    assert open_run(cfg, resume=False).resume is False  # a config alone: the run before it failed at once
+    write_json(tmp_path / "run" / "sft" / "done.json", {})
+    with pytest.raises(ConfigError, match="already holds a run; pass --resume to continue it"):
         open_run(cfg, resume=False)
     assert open_run(cfg, resume=True).resume is True
     assert open_run(cfg, resume=False, whole=False).models == tmp_path / "run"  # one stage shares the folder
@@ -359,8 +361,8 @@ def test_one_prompt_alone_is_trained_and_evaluated_on(tmp_path: Path, caplog: py
 @pytest.mark.parametrize(
     ("read", "said"),
     [
-        (lambda run: run.prompts, r"data\.preferences is not set, and PPO's prompts needs it"),
-        (lambda run: run.preferences("sft"), r"data\.preferences is not set, and SFT and the reward model needs it"),
+        (lambda run: run.prompts, r"neither data\.prompts nor data\.preferences is set, and PPO needs one of them"),
+        (lambda run: run.preferences("sft"), r"data\.preferences is not set, and training on preferences needs it"),
         (lambda run: run.edits, r"data\.edits is not set, and the discriminator needs it"),
     ],
     ids=["prompts", "preferences", "edits"],

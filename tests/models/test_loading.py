@@ -107,7 +107,7 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match="cannot load a tokenizer"):
         load_tokenizer(config(tmp_path))
     for load in (load_causal_lm, load_tokenizer):
-        with pytest.raises(ConfigError, match="'embedded' is made by the pipeline: use 'tlcr run'"):
+        with pytest.raises(ConfigError, match=r"'embedded' is no folder: .* set sft.enabled: true"):
             load(ModelConfig())
 
 

@@ -308,8 +308,16 @@ def test_from_hidden_shapes(backend: Backend, batch: int, length: int) -> None:
             ShapeError,
             r"mask has dtype torch.float32, wanted bool \(True counts\); pass mask.bool\(\)",
         ),
-        ({"kl": torch.zeros(3, 8)}, ShapeError, r"kl has shape \(3, 8\), wanted \(3, 7\) to match mask"),
-        ({"terminal": torch.zeros(3, 1)}, ShapeError, r"terminal has shape \(3, 1\), wanted \(3,\)"),
+        (
+            {"kl": torch.zeros(3, 8)},
+            ShapeError,
+            r"kl has shape \(3, 8\), wanted \(3, 7\) to match mask; slice or pad it",
+        ),
+        (
+            {"terminal": torch.zeros(3, 1)},
+            ShapeError,
+            r"terminal has shape \(3, 1\), wanted \(3,\).*one value for each answer$",
+        ),
         ({"kl": None, "kl_coef": 0.1}, ConfigError, r"kl_coef is 0.1 but kl is missing; pass kl"),
         ({"kl_coef": NAN}, ConfigError, r"kl_coef is nan"),
         ({"kl_coef": torch.tensor(0.1)}, ConfigError, r"kl_coef is a Tensor, wanted a Python number"),

@@ -146,7 +146,8 @@ def test_others_enter_the_ops_by_the_door() -> None:
 def test_the_command_line_is_parsed_without_heavy_imports() -> None:
     own, foreign = read_graph()
     light = {"jsonargparse", "yaml", "tlcr", *sys.stdlib_module_names}
-    for start in ("cli.main", "__main__", "config.schema", "config.loading", "errors", "__init__"):
+    starts = ("cli.main", "__main__", "config.schema", "config.loading", "errors", "__init__", "experiment.preflight")
+    for start in starts:
         reached = reachable(own, start)
         packages = {name.rpartition(".")[0] for name in reached} & own.keys()  # which Python imports on the way
         for module in reached | packages:

@@ -400,9 +400,7 @@ def three_rows(tiny_tokenizer: PreTrainedTokenizerFast) -> Rollout:
 def call(result: object, rollout: Rollout, monkeypatch: pytest.MonkeyPatch) -> RewardSignal:
     monkeypatch.setitem(globals(), "RESULT", [result])
     CALLS.clear()
-    source = CallableSource("json:dumps")
-    source.path, source.function = "tests.rewards.test_sources:returned", returned
-    return source(rollout)
+    return CallableSource("tests.rewards.test_sources:returned")(rollout)
 
 
 DENSE = [[1.0, 2.0, 3.0, 0.0], [4.0, 0.0, 0.0, 0.0], [5.0, 0.0, 6.0, 0.0]]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
 
 import psutil
 import torch
@@ -21,45 +18,41 @@ from rich.markup import escape
 from rich.table import Table
 
 from tlcr import ops
-from tlcr.cli.memory import Estimate, ModelSize, advice, estimate_run, measure_model
 from tlcr.config.schema import RunConfig
 from tlcr.config.trials import trials_of
-from tlcr.distribution import install_command, requirements
+from tlcr.distribution import requirements
 from tlcr.errors import ConfigError
+from tlcr.experiment.memory import (
+    Estimate,
+    ModelSize,
+    advice,
+    build_on_meta,
+    estimate_run,
+    in_words,
+    measure_model,
+)
+from tlcr.experiment.preflight import Finding, Level, existing, preflight, settings
 
-__all__ = ["Finding", "Level", "examine", "findings"]
+__all__ = ["examine", "machine"]
 
-Level = Literal["ok", "note", "warning", "blocked"]
 STYLES: dict[Level, str] = {"ok": "green", "note": "cyan", "warning": "yellow", "blocked": "bold red"}
 
 USABLE_SHARE = 0.9
 """Share of the free memory that an estimate may fill: allocators and other programs need the rest."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One fact, its severity, and its remedy if it is a problem."""
+def examine(cfg: RunConfig, *, named: bool, console: Console | None = None) -> bool:
+    """Prints every finding; returns whether something prevents a run.
 
-    level: Level
-    subject: str
-    fact: str
-    remedy: str = ""
-
-
-def examine(cfg: RunConfig, *, memory: bool, console: Console | None = None) -> bool:
-    """Print every finding, and with ``memory`` the estimate of the config; returns whether something prevents a run."""
+    named: whether the user named a config or knobs. If so, memory is estimated and models and sources are looked at.
+    """
     console = console or Console(highlight=False)
-    size, found = None, list(findings(cfg))
-    if memory:
-        try:
-            size = measure_model(cfg.model)
-        except ConfigError as error:
-            found.append(Finding("blocked", "model", str(error)))
-    if size is not None:
-        estimates = estimate_run(cfg, size)
-        console.print(_memory_table(estimates, cfg))
-        found += _fits(cfg, size, estimates)
-        found += _checkpoints_fit(cfg, estimates[-1])
+    found = list(machine(cfg))
+    if named:
+        found += preflight(cfg)
+        found += _memory(cfg, found, console)
+    else:
+        found += settings(cfg)
     console.print(_table(found))
     blocked = [finding for finding in found if finding.level == "blocked"]
     if blocked:
@@ -69,17 +62,27 @@ def examine(cfg: RunConfig, *, memory: bool, console: Console | None = None) -> 
     return bool(blocked)
 
 
-def findings(cfg: RunConfig) -> Iterator[Finding]:
-    """All findings that do not need the model."""
+def machine(cfg: RunConfig) -> Iterator[Finding]:
+    """All findings on this machine and on what is installed."""
     yield from _packages()
-    yield from _extras(cfg)
-    yield from _reviser(cfg)
     yield from _processor(cfg)
     yield from _accelerators(cfg)
     yield from _build()
     yield from _implementations()
-    yield from _sources(cfg)
     yield from _disk(cfg)
+
+
+def _memory(cfg: RunConfig, found: Sequence[Finding], console: Console) -> Iterator[Finding]:
+    """Prints the estimate, and yields whether it fits; nothing where the model's config cannot be read."""
+    try:
+        size = measure_model(build_on_meta(cfg.model))
+    except ConfigError as error:
+        if not any(finding.level == "blocked" and finding.subject.startswith("model.") for finding in found):
+            yield Finding.of("model.path", error)
+        return
+    estimates = estimate_run(cfg, size)
+    console.print(_memory_table(estimates, cfg))
+    yield from _fits(cfg, size, estimates)
 
 
 def _packages() -> Iterator[Finding]:
@@ -110,36 +113,10 @@ def _package_problem(requirement: Requirement) -> str | None:
     return f"{installed} is installed; tlcr needs {requirement.specifier}"
 
 
-def _extras(cfg: RunConfig) -> Iterator[Finding]:
-    wanted = {"tensorboard": cfg.tracker == "tensorboard", "wandb": cfg.tracker == "wandb"}
-    wanted["gguf"] = cfg.model.gguf_file is not None
-    for name, needed in wanted.items():
-        if needed and importlib.util.find_spec(name) is None:
-            knob = "model.gguf_file" if name == "gguf" else "tracker"
-            yield Finding("blocked", name, f"{knob} needs it, and it is not installed", f"pip install {name}")
-
-
-def _reviser(cfg: RunConfig) -> Iterator[Finding]:
-    if cfg.reviser.backend != "endpoint":
-        return
-    missing = [name for name in ("openai", "tenacity", "aiolimiter") if importlib.util.find_spec(name) is None]
-    if missing:
-        fact = f"reviser.backend endpoint needs {', '.join(missing)}, and that is not installed"
-        yield Finding("blocked", "reviser", fact, install_command("openai"))
-    endpoint = cfg.reviser.endpoint
-    if endpoint.lacks_key():
-        fact = f"the environment variable {endpoint.key_variable} holds no API key"
-        remedy = "set it, or reviser.endpoint.base_url of a server without keys"
-        yield Finding("blocked", "reviser", fact, remedy)
-    if endpoint.prompt_price is None:
-        remedy = "reviser.endpoint.prompt_price, answer_price and max_cost, if the server is paid"
-        yield Finding("note", "reviser", "no prices are named, so no cost is shown and none is capped", remedy)
-
-
 def _processor(cfg: RunConfig) -> Iterator[Finding]:
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
     memory = psutil.virtual_memory()
-    yield Finding("ok", "memory", f"{_gib(memory.total)}, of which {_gib(_free_memory())} free")
+    yield Finding("ok", "memory", f"{in_words(memory.total)}, of which {in_words(_free_memory())} free")
     if threads > cores:
         remedy = f"export OMP_NUM_THREADS={cores}"
         yield Finding("warning", "processor", f"{cores} cores, but torch uses {threads} threads", remedy)
@@ -163,7 +140,7 @@ def _accelerators(cfg: RunConfig) -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
-        yield Finding("ok", f"GPU {index}", f"{name}, {_gib(total)}, of which {_gib(free)} free")
+        yield Finding("ok", f"GPU {index}", f"{name}, {in_words(total)}, of which {in_words(free)} free")
     if cfg.model.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield Finding("warning", "bfloat16", "this GPU only emulates it", "model.dtype: float32")
 
@@ -196,38 +173,9 @@ def _implementations() -> Iterator[Finding]:
         yield Finding("ok", "ops", f"{', '.join(names)}: {fact}")
 
 
-def _sources(cfg: RunConfig) -> Iterator[Finding]:
-    sources = {f"data.{name}": getattr(cfg.data, name) for name in ("preferences", "edits", "prompts")}
-    for name, source in {**sources, "reviser.files": cfg.reviser.files}.items():
-        # A name without a suffix may be a dataset of the hub; a path with one is a file.
-        if source is not None and Path(source).suffix and not Path(source).exists():
-            yield Finding("blocked", name, f"there is no file {source}", f"correct {name}")
-
-
 def _disk(cfg: RunConfig) -> Iterator[Finding]:
-    folder = _existing(Path(cfg.output_dir))
-    if not os.access(folder, os.W_OK):
-        yield Finding("blocked", "output_dir", f"{folder} cannot be written to", "name another output_dir")
-    else:
-        free = shutil.disk_usage(folder).free
-        yield Finding("ok", "output_dir", f"{cfg.output_dir}, {_gib(free)} free")
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    folder = folder.absolute()
-    return next(there for there in (folder, *folder.parents) if there.exists())
-
-
-def _checkpoints_fit(cfg: RunConfig, ppo: Estimate) -> Iterator[Finding]:
-    """While a checkpoint is saved, each PPO run has keep_checkpoints + 1 of them, with weights and optimiser states."""
-    trained = sum(role.weights + role.optimizer for role in ppo.roles if role.optimizer)
-    runs = len(trials_of(cfg))
-    need = trained * (cfg.ppo.keep_checkpoints + 1) * runs
-    free = shutil.disk_usage(_existing(Path(cfg.output_dir))).free
-    if need > free:
-        fact = f"checkpoints of {runs} PPO runs may take {_gib(need)}, {_gib(free)} are free"
-        yield Finding("blocked", "disk", fact, "lower ppo.keep_checkpoints, or name an output_dir on a larger disk")
+    there = existing(Path(cfg.output_dir))
+    yield Finding("ok", "disk", f"{in_words(shutil.disk_usage(there).free)} free for {cfg.output_dir}")
 
 
 def _free_memory() -> int:
@@ -252,20 +200,17 @@ def _fits(cfg: RunConfig, size: ModelSize, estimates: list[Estimate]) -> Iterato
         at_a_time = min(cfg.parallel, len(trials_of(cfg))) if estimate.stage == "ppo" else 1
         need = estimate.total * at_a_time
         times = f" ({at_a_time} at a time)" if at_a_time > 1 else ""
-        fact = f"{estimate.stage}{times} needs about {_gib(need)}; {where} has {_gib(free)} free"
+        fact = f"{estimate.stage}{times} needs about {in_words(need)}; {where} has {in_words(free)} free"
         if need <= limit:
             yield Finding("ok", "fit", fact)
             continue
         remedies = [
-            f"{change} (then {_gib(peak)})" for change, peak in advice(cfg, size, estimate.stage, limit // at_a_time)
+            f"{change} (then {in_words(peak)})"
+            for change, peak in advice(cfg, size, estimate.stage, limit // at_a_time)
         ]
         if at_a_time > 1:
             remedies.insert(0, "parallel: 1")
         yield Finding("blocked", "fit", fact, "one or more of: " + "; ".join(remedies or ["a smaller model"]))
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def _table(found: list[Finding]) -> Table:
@@ -291,13 +236,15 @@ def _memory_table(estimates: list[Estimate], cfg: RunConfig) -> Table:
     for name in ("parameters", "weights", "gradients", "optimiser", "total"):
         table.add_column(name, justify="right", no_wrap=True)
     for estimate in estimates:
-        table.add_row(f"[bold]{estimate.stage}[/bold]", "", "", "", "", f"[bold]{_gib(estimate.total)}[/bold]")
+        table.add_row(f"[bold]{estimate.stage}[/bold]", "", "", "", "", f"[bold]{in_words(estimate.total)}[/bold]")
         for role in estimate.roles:
-            parts = [_gib(part) if part else "" for part in (role.weights, role.gradients, role.optimizer, role.total)]
+            parts = [
+                in_words(part) if part else "" for part in (role.weights, role.gradients, role.optimizer, role.total)
+            ]
             table.add_row(f"  {role.name}", f"{role.parameters:,}", *parts)
         peak = max(estimate.phases.values())
         for phase, need in estimate.phases.items():
             aside = "" if need == peak else " [dim](not added)[/dim]"
-            table.add_row(f"  {phase}{aside}", "", "", "", "", _gib(need))
+            table.add_row(f"  {phase}{aside}", "", "", "", "", in_words(need))
         table.add_section()
     return table

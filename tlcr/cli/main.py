@@ -89,23 +89,38 @@ def _set_up_output() -> None:
         )
 
 
+def _refuse_at_once(cfg: RunConfig, stages: Sequence[str] | None, *, resume: bool | None = None) -> None:
+    """Raises what can be known of a config before the large packages are imported, which takes seconds."""
+    from tlcr.experiment.preflight import refuse, settings
+
+    refuse(settings(cfg, stages, resume=resume))
+
+
 def _run(cfg: RunConfig, arguments: Namespace) -> int:
+    resume = bool(arguments.get("resume", False))
+    _refuse_at_once(cfg, None, resume=resume)
     from tlcr.experiment import pipeline
 
     _set_up_output()
-    pipeline.run(cfg, resume=arguments.get("resume", False))
+    pipeline.run(cfg, resume=resume)
     return 0
 
 
 def _train(cfg: RunConfig, arguments: Namespace) -> int:
+    return _stage(cfg, STAGES[arguments["stage"]][0], resume=bool(arguments.get("resume", False)))
+
+
+def _stage(cfg: RunConfig, name: str, *, resume: bool = False) -> int:
+    _refuse_at_once(cfg, [name])
     from tlcr.experiment import pipeline
 
     _set_up_output()
-    pipeline.stage(cfg, STAGES[arguments["stage"]][0], resume=arguments.get("resume", False))
+    pipeline.stage(cfg, name, resume=resume)
     return 0
 
 
 def _revise(cfg: RunConfig, arguments: Namespace) -> int:
+    _refuse_at_once(cfg, ["revisions"])
     from tlcr.experiment import pipeline
 
     _set_up_output()
@@ -146,24 +161,21 @@ def _judge(cfg: JudgeConfig, arguments: Namespace) -> None:
 
 
 def _label(cfg: RunConfig, arguments: Namespace) -> int:
-    from tlcr.experiment import pipeline
-
-    _set_up_output()
-    pipeline.stage(cfg, "labels", resume=False)
-    return 0
+    return _stage(cfg, "labels")
 
 
 def _evaluate(cfg: RunConfig, arguments: Namespace) -> int:
-    from tlcr.experiment import pipeline
-
-    _set_up_output()
-    pipeline.stage(cfg, "evaluate", resume=False)
-    return 0
+    return _stage(cfg, "evaluate")
 
 
 def _evaluate_tokens(cfg: RunConfig, arguments: Namespace) -> int:
     if "spans" not in arguments:
         raise ConfigError("--spans is missing; name a file of answers in which people marked errors")
+    from tlcr.data.places import find_source
+
+    for name in ("spans", "threshold_spans"):
+        if (source := arguments.get(name)) is not None:
+            find_source(source)
     from tlcr.experiment.token_evaluation import evaluate_tokens
 
     _set_up_output()
@@ -179,8 +191,8 @@ def _evaluate_tokens(cfg: RunConfig, arguments: Namespace) -> int:
 def _doctor(cfg: RunConfig, arguments: Namespace) -> int:
     from tlcr.cli.doctor import examine
 
-    named = "config" in arguments or bool(_overrides(arguments))
-    return BLOCKED if examine(cfg, memory=named) else 0
+    named = arguments.get("config") is not None or bool(_overrides(arguments))
+    return BLOCKED if examine(cfg, named=named) else 0
 
 
 def _analyse(arguments: Namespace) -> int:

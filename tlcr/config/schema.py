@@ -549,6 +549,15 @@ class PPOConfig(Checked):
     keep_checkpoints: int = knob(2, "older checkpoints are deleted", ge=1, advanced=True)
     evaluate_every: int = knob(0, "updates between evaluations; 0: at the start and end only", ge=0)
 
+    def size_problem(self, processes: int) -> str | None:
+        """Why the batches cannot be cut and shared evenly among so many processes; None where they can."""
+        if self.batch_size % self.minibatch_size == 0 and self.minibatch_size % processes == 0:
+            return None
+        return (
+            f"ppo.batch_size is {self.batch_size} and ppo.minibatch_size {self.minibatch_size}, on {processes} "
+            "process(es); make the batch a multiple of the minibatch, and the minibatch a multiple of the processes"
+        )
+
 
 @dataclass(frozen=True)
 class EvaluationConfig(Checked):

@@ -366,17 +366,20 @@ def _convert(
             used.append(row)
         except DataError as reason:
             malformed.append(MalformedRecord(row.file, row.number, row.line, str(reason)))
+    if not records:
+        raise DataError(
+            f"none of the {len(rows)} records of {source} can be used, such as {malformed[0]}; mend them, or name "
+            "another source or format"
+        )
     if malformed and cfg.on_malformed == "raise":
         raise DataError(
-            f"{malformed[0]}; {len(malformed)} of {len(rows)} records of {source} are malformed: mend them, or set "
+            f"{malformed[0]}; {len(malformed)} of {len(rows)} records of {source} are malformed; mend them, or set "
             "data.on_malformed=skip to go on without them"
         )
     for record in malformed[:REPORTED]:
         logger.warning("skipped %s", record)
     if len(malformed) > REPORTED:
         logger.warning("skipped %d more malformed records of %s", len(malformed) - REPORTED, source)
-    if not records:
-        raise DataError(f"none of the {len(rows)} records of {source} can be used; the first: {malformed[0]}")
     found = ReadResult(
         source,
         table.format,

@@ -8,7 +8,6 @@ without any download.
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,18 +20,14 @@ from typing import IO, Any
 import datasets
 import pyarrow
 
+from tlcr.data.places import BUILDERS, JSON_SUFFIXES, SEPARATORS, find_source, kind_of_file, nearest_name
 from tlcr.errors import DataError
 from tlcr.text.files import open_text
 
 __all__ = ["Row", "read_rows"]
 
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
-BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 LONGEST_CELL = 2**31 - 1
 """Characters; the largest number that the csv module takes on every platform."""
-
-SUFFIXES = (*JSON_SUFFIXES, *SEPARATORS, *BUILDERS)
 
 
 @dataclass(frozen=True)
@@ -67,13 +62,11 @@ def read_rows(source: str, *, split: str, limit: int | None) -> list[Row]:
     Raises:
         DataError: the source does not exist, is empty or damaged, or is of an unknown kind.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
+    path = find_source(source)
+    if path is not None and path.is_file():
         found = list(islice(_file_rows(path), limit))
-    elif path.is_dir():
+    elif path is not None:
         found = _dataset_rows(source, lambda cache: _open_folder(path, split, cache), limit)
-    elif _looks_like_a_path(source):
-        raise DataError(f"there is no file or folder {source!r}{_nearest(path)}; check the path")
     else:
         name, _, configuration = source.partition(":")
         found = _dataset_rows(source, lambda _: datasets.load_dataset(name, configuration or None, split=split), limit)
@@ -83,15 +76,7 @@ def read_rows(source: str, *, split: str, limit: int | None) -> list[Row]:
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
-    inner = path.with_suffix("") if path.suffix == ".gz" else path
-    suffix = inner.suffix.lower()
-    if suffix not in SUFFIXES or (suffix in BUILDERS and inner != path):
-        raise DataError(
-            f"{path}: unknown kind of file {''.join(path.suffixes[-2:])!r}; known are {', '.join(SUFFIXES)}, and "
-            ".gz of text: convert the file or rename it"
-        )
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty (0 bytes); write or download it again")
+    suffix = kind_of_file(path)
     if suffix in BUILDERS:
         yield from _dataset_rows(
             path.name,
@@ -177,7 +162,7 @@ def _dataset_rows(source: str, load: Callable[[str], Any], limit: int | None = N
             return [Row(source, number, None, values) for number, values in enumerate(found, start=1)]
     except ConnectionError as error:
         raise DataError(
-            f"{source!r} is neither a file nor a folder{_nearest(Path(source))}, and as a hub dataset it cannot be "
+            f"{source!r} is neither a file nor a folder{nearest_name(Path(source))}, and as a hub dataset it cannot be "
             f"had: {_first_line(error)}; check the name, or download it first and name the folder"
         ) from error
     except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError) as error:
@@ -219,24 +204,6 @@ def _quiet_datasets() -> Iterator[None]:
         datasets.utils.logging.set_verbosity(verbosity)
         if not bars_were_off:
             datasets.enable_progress_bars()
-
-
-def _looks_like_a_path(source: str) -> bool:
-    path = Path(source)
-    return (
-        source.startswith((".", "/", "~"))
-        or len(path.parts) > 2
-        or path.suffix.lower() in (*SUFFIXES, ".gz")
-        or (len(path.parts) == 2 and path.parent.is_dir())
-    )
-
-
-def _nearest(path: Path) -> str:
-    """ " (nearest name: ...)", if the folder holds a similar name."""
-    if not path.parent.is_dir():
-        return ""
-    names = difflib.get_close_matches(path.name, sorted(entry.name for entry in path.parent.iterdir()), n=1)
-    return f" (nearest name: {str(path.parent / names[0])!r})" if names else ""
 
 
 def _first_line(error: Exception) -> str:

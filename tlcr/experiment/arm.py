@@ -14,6 +14,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
+from tlcr.config.functions import import_scorer
 from tlcr.config.schema import RewardConfig, RunConfig
 from tlcr.config.trials import Trial
 from tlcr.data import embedded
@@ -27,7 +28,6 @@ from tlcr.ppo.rollout import generate, seeded_generator
 from tlcr.ppo.scores import score_rollout
 from tlcr.recipes.train_ppo import train_ppo
 from tlcr.rewards.composition import RunningMean, compose_rewards
-from tlcr.rewards.sources import import_function
 from tlcr.text.truncation import note_cut_prompts
 from tlcr.training.distributed import on_main_process, process_count, process_index
 from tlcr.types import PolicyScores, Rewards, Rollout
@@ -117,7 +117,7 @@ class _Evaluation:
         note_cut_prompts(run.tokenizer, run.prompts.held_out, cfg.data, stage="evaluation")
         self._scorer = None
         if cfg.evaluation.scorer is not None:
-            self._scorer = import_function(cfg.evaluation.scorer, "evaluation.scorer")
+            self._scorer = import_scorer(cfg.evaluation.scorer)
         elif run.embedded:
             self._scorer = embedded.score
 

@@ -25,6 +25,7 @@ from tlcr.data.readers import read_edits, read_preferences
 from tlcr.data.splits import Stage
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.experiment.arm import evaluate_arm, train_arm
+from tlcr.experiment.preflight import require
 from tlcr.experiment.run_folder import RunFolder, open_run, raw_preferences, reopen_run, revision_cache
 from tlcr.experiment.workers import Job, check_parallel, run_side_by_side
 from tlcr.models.discriminator import load_discriminator
@@ -63,8 +64,10 @@ def run(cfg: RunConfig, *, resume: bool = False) -> Path:
         The folder that holds the results.
 
     Raises:
-        ConfigError: ``output_dir`` holds a run but ``resume`` is False, or the run was made with other settings.
+        ConfigError: something stands in the way of a stage (``preflight``), ``output_dir`` holds a run but ``resume``
+            is False, or the run was made with other settings.
     """
+    require(cfg, resume=resume)
     _check_processes(cfg, revises=cfg.reviser.backend != "none", trains_policies=True)
     opened = open_run(cfg, resume=resume)
     _shares(opened, opened.data_wanted)
@@ -88,6 +91,7 @@ def stage(cfg: RunConfig, name: str, *, resume: bool = False) -> Path:
     Returns:
         The folder that holds the results.
     """
+    require(cfg, [name], resume=True)
     _check_processes(cfg, revises=name == "revisions", trains_policies=name == "ppo")
     opened = open_run(cfg, resume=resume, whole=False)
     _shares(opened)

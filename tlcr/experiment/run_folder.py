@@ -21,15 +21,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tlcr.config.loading import dump_config, load_config
-from tlcr.config.schema import (
-    DiscriminatorConfig,
-    DPOConfig,
-    ModelConfig,
-    RewardConfig,
-    RewardModelConfig,
-    RunConfig,
-)
-from tlcr.config.trials import Trial, arms_of, trials_of
+from tlcr.config.schema import ModelConfig, RunConfig
+from tlcr.config.stages import wants
+from tlcr.config.trials import Trial, trials_of
 from tlcr.data import embedded
 from tlcr.data.formats import TextPreference, as_texts, prompt_key
 from tlcr.data.readers import (
@@ -43,6 +37,7 @@ from tlcr.data.readers import (
 )
 from tlcr.data.splits import Shares, ShareStatistics, Split, Stage, in_order_of_hashes, nothing_left, read_shares
 from tlcr.errors import ConfigError
+from tlcr.experiment.preflight import TRAINED, holds_a_run, taken, unfinished, unnamed
 from tlcr.models.loading import load_tokenizer
 from tlcr.training.checkpoint import DONE, as_plain, atomic_write, done_config, is_done, mark_done, write_json
 from tlcr.training.distributed import barrier, on_main_process, process_device
@@ -51,8 +46,6 @@ from tlcr.types import EditPair, PreferencePair
 logger = logging.getLogger(__name__)
 
 RecordT = TypeVar("RecordT")
-TRAINED = "arm.json"
-"""The record of a finished trial. done.json in the same folder is train_ppo's: trained, but not yet evaluated."""
 STARTED = "started.json"
 """When the run began, which is the date that its chat template writes on every later day too."""
 EMBEDDED_PROMPTS = 2000
@@ -66,13 +59,10 @@ def open_run(cfg: RunConfig, *, resume: bool, whole: bool = True) -> RunFolder:
     ConfigError where the folder holds a run and ``resume`` is False.
     """
     path = Path(cfg.output_dir)
-    if (path / "config.yaml").exists() and whole and not resume:
-        raise ConfigError(
-            f"output_dir {str(path)!r} already holds a run: pass --resume to continue it (what is done is "
-            "kept), name another output_dir, or delete that folder"
-        )
+    if whole and not resume and holds_a_run(path):
+        raise taken(path)
     barrier()
-    on_main_process(lambda: _write_start(path))
+    on_main_process(lambda: _write_start(path, anew=whole and not resume))
     on_main_process(lambda: _write_config(cfg, path))
     return RunFolder(cfg, resume, path, path)
 
@@ -95,10 +85,10 @@ def _write_config(cfg: RunConfig, folder: Path) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
-def _write_start(folder: Path) -> None:
-    if (folder / STARTED).exists():
+def _write_start(folder: Path, *, anew: bool) -> None:
+    if (folder / STARTED).exists() and not anew:
         return
-    if (folder / "config.yaml").exists():
+    if holds_a_run(folder):
         logger.warning(
             "%s was begun by an earlier version, which held out other prompts: what its models learnt from may be held "
             "out now; go on with that version, or begin a new run",
@@ -182,23 +172,8 @@ class RunFolder:
     # ---- what is trained, and in which folder
 
     def wants(self, stage: str) -> bool:
-        """Whether a run of all stages includes this one: a model is trained if an arm needs it and no path is set."""
-        cfg, rewards = self.cfg, [arm.reward for arm in arms_of(self.cfg)]
-        frozen: dict[
-            str, tuple[RewardModelConfig | DPOConfig | DiscriminatorConfig, Callable[[RewardConfig], bool]]
-        ] = {
-            "reward_model": (cfg.reward_model, cfg.uses_reward_model),
-            "dpo": (cfg.dpo, cfg.uses_dpo),
-            "labels": (cfg.discriminator, cfg.uses_discriminator),
-            "discriminator": (cfg.discriminator, cfg.uses_discriminator),
-            "analysis": (cfg.discriminator, cfg.uses_discriminator),
-        }
-        if stage in frozen:
-            training, used = frozen[stage]
-            return training.path is None and any(map(used, rewards))
-        if stage == "revisions":
-            return self.revises and self.wants("labels")
-        return cfg.sft.enabled if stage == "sft" else True
+        """``config.stages.wants``."""
+        return wants(self.cfg, stage)
 
     @property
     def policy_source(self) -> ModelConfig:
@@ -223,14 +198,9 @@ class RunFolder:
         return Path(path) if path else self._written("dpo")
 
     def _written(self, stage: str) -> Path:
-        revisions = stage == "revisions"
-        folder = self.revisions_folder if revisions else self.models / stage
-        command = "revise" if revisions else f"train {stage.replace('_', '-')}"
-        if not (folder / "done.json").exists():
-            raise ConfigError(
-                f"{folder} holds no finished stage; run 'tlcr {command}' with this config first, or 'tlcr "
-                "run' for all stages"
-            )
+        folder = self.revisions_folder if stage == "revisions" else self.models / stage
+        if not (folder / DONE).exists():
+            raise unfinished(folder, stage)
         return folder
 
     # ---- data
@@ -314,8 +284,8 @@ class RunFolder:
                 embedded.prompts(EMBEDDED_PROMPTS, self.cfg.seed, "train"),
                 embedded.prompts(self.cfg.evaluation.prompts, self.cfg.seed, "held_out"),
             )
-        if self.cfg.data.prompts is None:
-            self._named("preferences", "PPO's prompts")
+        if self.cfg.data.preferences is None:
+            self._named("prompts", "PPO")
         read = in_order_of_hashes(read_prompts(self.cfg.data, self.tokenizer, rendered_at=self.started))
         split, count = self._split("ppo", read), self.cfg.evaluation.prompts
         if len(split.train) == 1 and not split.held_out and self.cfg.data.held_out > 0:
@@ -327,7 +297,7 @@ class RunFolder:
     def _all_preferences(self) -> ReadResult[PreferencePair]:
         if self._made_here(self.cfg.data.preferences):
             return self._embedded_pairs[0]
-        self._named("preferences", "SFT and the reward model")
+        self._named("preferences", "training on preferences")
         return read_preferences(self.cfg.data, self.tokenizer, rendered_at=self.started)
 
     @cached_property
@@ -345,10 +315,7 @@ class RunFolder:
 
     def _named(self, source: str, what: str) -> None:
         if getattr(self.cfg.data, source) is None:
-            raise ConfigError(
-                f"data.{source} is not set, and {what} needs it: name a file, a folder or a hub dataset "
-                "(docs/data.md shows the formats), or switch that stage off"
-            )
+            raise unnamed(source, what)
 
     def _split(self, stage: Stage, read: ReadResult[RecordT]) -> Split[RecordT]:
         split = self.shares.split(stage, read, self.cfg.data.held_out)

@@ -203,7 +203,7 @@ def check_fits(model: PreTrainedModel, tokens: int, what: str) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and tokens > positions:
         raise DataError(
-            f"{what} has {tokens} tokens, and the model reads at most {positions} (max_position_embeddings): lower "
+            f"{what} has {tokens} tokens, and the model reads at most {positions} (max_position_embeddings); lower "
             "data.max_prompt_tokens, data.max_answer_tokens or rollout.max_new_tokens"
         )
 
@@ -338,8 +338,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 def _named(path: str) -> str:
     if path == "embedded":
         raise ConfigError(
-            "model.path 'embedded' is made by the pipeline: use 'tlcr run', or name the folder that it wrote, such as "
-            "<output_dir>/sft"
+            "model.path 'embedded' is no folder: a run makes that model itself and trains it in its SFT stage; set "
+            "sft.enabled: true, or name the folder of a trained one, such as <output_dir>/sft of an earlier run"
         )
     return path
 

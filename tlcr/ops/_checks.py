@@ -54,13 +54,16 @@ def axes(op: str, name: str, tensor: Tensor, names: str) -> None:
         raise ShapeError(f"{op}: {name} has shape {tuple(tensor.shape)}, wanted {wanted} axes ({names})")
 
 
-def same_shape(op: str, shape: torch.Size, like: str, **tensors: Tensor | None) -> None:
+PER_TOKEN = "slice or pad it so that index t is the action that emitted token t"
+"""What to do about a tensor that has not one value for each token."""
+
+
+def same_shape(op: str, shape: torch.Size, like: str, remedy: str = PER_TOKEN, /, **tensors: Tensor | None) -> None:
     """Each tensor that is given must have `shape`, which is that of the argument called `like`."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.shape != shape:
             raise ShapeError(
-                f"{op}: {name} has shape {tuple(tensor.shape)}, wanted {tuple(shape)} to match {like}; "
-                f"slice or pad {name} so that index t is the action that emitted token t"
+                f"{op}: {name} has shape {tuple(tensor.shape)}, wanted {tuple(shape)} to match {like}; {remedy}"
             )
 
 

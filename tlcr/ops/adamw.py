@@ -69,7 +69,7 @@ def adamw_step(
     low, high = torch.bfloat16, torch.float32
     for (name, tensor), dtype in zip(given.items(), (low, low, high, high, torch.int16), strict=True):
         _checks.dtype(op, name, tensor, dtype)
-        _checks.same_shape(op, parameter.shape, "parameter", **{name: tensor})
+        _checks.same_shape(op, parameter.shape, "parameter", "pass what belongs to this parameter", **{name: tensor})
     device = _checks.same_device(op, **given)
     if isinstance(step, bool) or not isinstance(step, int) or step < 1:
         raise ConfigError(f"{op}: step is {step!r}, wanted the number of this step, an int from 1")

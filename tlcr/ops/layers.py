@@ -106,7 +106,7 @@ def gated_silu(gate: Tensor, up: Tensor, *, impl: Impl = "auto") -> Tensor:
     """
     op = "gated_silu"
     _checks.floating(op, gate=gate, up=up)
-    _checks.same_shape(op, gate.shape, "gate", up=up)
+    _checks.same_shape(op, gate.shape, "gate", "pass two projections of the same hidden states", up=up)
     _checks.dtype(op, "up", up, gate.dtype)
     device = _checks.same_device(op, gate=gate, up=up)
     return GATED_SILU(impl, device, GatedSiLUArguments(gate, up))

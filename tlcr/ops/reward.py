@@ -178,7 +178,7 @@ def reward_from_hidden(
             f"{op}: weight has shape {tuple(weight.shape)}, wanted (2, {hidden.shape[-1]}) [negative, positive] "
             f"or (3, {hidden.shape[-1]}) [negative, neutral, positive]"
         )
-    _checks.same_shape(op, weight.shape[:1], "weight's classes", bias=bias)
+    _checks.same_shape(op, weight.shape[:1], "weight's classes", "pass the bias of that head", bias=bias)
     shape_BT = hidden.shape[:-1]
     mask = _checks.bool_mask(op, mask, shape_BT, "hidden' first two axes")
     options = _options(op, shape_BT, kl, kl_coef, terminal, temperature, scale, clip, kind, band)
@@ -230,7 +230,7 @@ def _options(
     """The options of both ops, checked."""
     _checks.floating(op, kl=kl, terminal=terminal)
     _checks.same_shape(op, shape_BT, "mask", kl=kl)
-    _checks.same_shape(op, shape_BT[:1], "the batch axis", terminal=terminal)
+    _checks.same_shape(op, shape_BT[:1], "the batch axis", "pass one value for each answer", terminal=terminal)
     _checks.choice(op, "kind", kind, ("continuous", "discrete"))
     options = RewardOptions(
         kl,

@@ -117,7 +117,10 @@ def score_tokens(
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ShapeError(f"{op}: logits has shape {tuple(logits.shape)}, wanted (..., V) with V >= 1")
     _checks.same_shape(op, logits.shape[:-1], "logits without V", token_ids=token_ids)
-    _checks.same_shape(op, logits.shape, "logits", ref_logits=ref_logits)
+    if ref_logits is not None:
+        of_same_tokens = ref_logits.shape[:-1] == logits.shape[:-1]
+        remedy = "use a reference with the policy's vocabulary" if of_same_tokens else _checks.PER_TOKEN
+        _checks.same_shape(op, logits.shape, "logits", remedy, ref_logits=ref_logits)
     number, tensor = _temperature(op, temperature, token_ids)
     device = _checks.same_device(op, logits=logits, token_ids=token_ids, ref_logits=ref_logits, temperature=tensor)
     _checks.vocabulary_ids(op, token_ids, logits.shape[-1])
@@ -182,7 +185,9 @@ def score_hidden(
                 f"{tuple(hidden.shape)} and weight {tuple(weight.shape)}; both need the same tokens and vocabulary"
             )
     _checks.same_shape(op, hidden.shape[:-1], "hidden without H", token_ids=token_ids)
-    _checks.same_shape(op, weight.shape[:1], "weight's vocabulary", bias=bias, ref_bias=ref_bias)
+    _checks.same_shape(
+        op, weight.shape[:1], "weight's vocabulary", "pass the bias of that head", bias=bias, ref_bias=ref_bias
+    )
     number, tensor = _temperature(op, temperature, token_ids)
     if chunk_tokens is not None and (not isinstance(chunk_tokens, int) or chunk_tokens < 1):
         raise ConfigError(f"{op}: chunk_tokens is {chunk_tokens!r}, wanted an int >= 1 or None")
@@ -207,7 +212,9 @@ def _temperature(op: str, temperature: float | Tensor, token_ids: Tensor) -> tup
     if not isinstance(temperature, Tensor):
         return _checks.number(op, "temperature", temperature, above=0), None
     _checks.floating(op, temperature=temperature)
-    _checks.same_shape(op, token_ids.shape, "token_ids", temperature=temperature)
+    _checks.same_shape(
+        op, token_ids.shape, "token_ids", "pass one number, or one for each token", temperature=temperature
+    )
     if temperature.requires_grad:
         raise ConfigError(f"{op}: temperature requires a gradient, but is a constant here; pass temperature.detach()")
     return 1.0, temperature

@@ -243,11 +243,8 @@ def ddp_options(ppo: PPOConfig) -> DistributedDataParallelKwargs:
 
 def check_sizes(ppo: PPOConfig, num_processes: int) -> None:
     """Raise ConfigError where batches cannot be cut and shared evenly."""
-    if ppo.batch_size % ppo.minibatch_size or ppo.minibatch_size % num_processes:
-        raise ConfigError(
-            f"ppo.batch_size is {ppo.batch_size} and ppo.minibatch_size {ppo.minibatch_size}, on {num_processes} "
-            "process(es); make the batch a multiple of the minibatch, and the minibatch a multiple of the processes"
-        )
+    if (problem := ppo.size_problem(num_processes)) is not None:
+        raise ConfigError(problem)
 
 
 def _parameter_groups(actor_critic: ActorCritic, cfg: RunConfig) -> list[dict[str, Any]]:

@@ -4,8 +4,9 @@ A source that shares the policy's tokenizer reads the policy's ids. Another one 
 back to the policy's tokens by the characters that they share. Weights are applied in the composition, not here.
 """
 
+from tlcr.config.functions import import_function
 from tlcr.rewards.sources.build import CombinedSource, LoadedModel, build_reward_source
-from tlcr.rewards.sources.callable import CallableSource, import_function
+from tlcr.rewards.sources.callable import CallableSource
 from tlcr.rewards.sources.discriminator import DiscriminatorSource
 from tlcr.rewards.sources.frozen_model import FrozenModel, same_tokenizer
 from tlcr.rewards.sources.log_ratio import LogRatioSource

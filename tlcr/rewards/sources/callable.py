@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import numbers
 import traceback
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tlcr.errors import ConfigError, DataError, ShapeError
+from tlcr.config.functions import REWARD_KEYWORDS, import_reward
+from tlcr.errors import DataError, ShapeError
 from tlcr.rewards.sources.frozen_model import counted
 from tlcr.rewards.sources.protocol import Stateless
 from tlcr.types import RewardSignal, Rollout
@@ -38,7 +33,7 @@ class CallableSource(Stateless):
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.function = import_function(path, "reward.callable")
+        self.function = import_reward(path)
 
     def __call__(self, rollout: Rollout) -> RewardSignal:
         mask_BT = rollout.mask_BT.cpu()
@@ -54,8 +49,8 @@ class CallableSource(Stateless):
             last = traceback.extract_tb(error.__traceback__)[-1]
             raise DataError(
                 f"reward.callable {self.path!r} raised {type(error).__name__}: {error} "
-                f"({last.filename}:{last.lineno}); it is called with the keywords prompts, responses, response_ids, "
-                "mask and ended"
+                f"({last.filename}:{last.lineno}); it is called with the keywords "
+                f"{', '.join(REWARD_KEYWORDS)}"
             ) from error
         signal = self._signal(result, mask_BT)
         device = rollout.mask_BT.device
@@ -103,42 +98,3 @@ class CallableSource(Stateless):
             f"numbers as long as the lists in response_ids (a reward for each token), or an array or tensor of shape "
             f"({B},) or ({B}, {T}) as the mask has it"
         )
-
-
-def import_function(path: str, knob: str) -> Callable[..., Any]:
-    """The function that a knob names; importing it runs its module's code.
-
-    Args:
-        path: "package.module:function" or "folder/file.py:function".
-        knob: the knob that holds the path, for the error's text.
-
-    Returns:
-        The function.
-
-    Raises:
-        ConfigError: the path is malformed, or the module or the function is not there.
-    """
-    place, _, name = path.rpartition(":")
-    if not place or not name:
-        raise ConfigError(f"{knob} is {path!r}; write it as 'package.module:function' or 'folder/file.py:function'")
-    try:
-        module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{knob} is {path!r}, but there is no file {place!r} here ({Path.cwd()})") from error
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{knob} is {path!r}, but there is no module {error.name!r}; install it, or put its folder on PYTHONPATH"
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ConfigError(f"{knob} is {path!r}, but {module.__file__ or place} has no function {name!r}")
-    return function
-
-
-def _load_file(path: Path) -> ModuleType:
-    """Loads the module in a file under a name that no package has."""
-    spec = importlib.util.spec_from_file_location(f"tlcr_user_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # holds for every path that ends in .py
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

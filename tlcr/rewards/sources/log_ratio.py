@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.errors import ConfigError
 from tlcr.models.loading import answer_logprobs
-from tlcr.rewards.sources.frozen_model import FrozenModel, read
+from tlcr.rewards.sources.frozen_model import FrozenModel, read, same_tokenizer
 from tlcr.rewards.sources.protocol import Stateless
 from tlcr.types import RewardSignal, Rollout
 
@@ -23,11 +23,7 @@ class LogRatioSource(Stateless):
     """
 
     def __init__(self, frozen: FrozenModel, reference: PreTrainedModel, beta: float) -> None:
-        if not frozen.shares_tokens:
-            raise ConfigError(
-                "reward.kind 'dpo' compares the probabilities of the policy's own tokens, but the model in dpo.path "
-                "has another tokenizer; name one trained from the policy's model"
-            )
+        check_same_tokenizer(frozen.policy_tokenizer, frozen.tokenizer)
         self.frozen, self.reference, self.beta = frozen, reference, beta
 
     @torch.no_grad()
@@ -46,3 +42,12 @@ class LogRatioSource(Stateless):
             ratios_BL[rows, -columns:] = dpo_bK - ref_bK
         dense_BT = reading.credit(self.beta * ratios_BL, mask_BT.to(ratios_BL.device))
         return RewardSignal(dense_BT=dense_BT.to(mask_BT.device))
+
+
+def check_same_tokenizer(policy: PreTrainedTokenizerBase, dpo: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError where DPO's policy has another tokenizer than the policy that is rewarded."""
+    if not same_tokenizer(policy, dpo):
+        raise ConfigError(
+            "reward.kind 'dpo' compares the probabilities of the policy's own tokens, but the model in dpo.path has "
+            "another tokenizer; name one trained from the policy's model"
+        )

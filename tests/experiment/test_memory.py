@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from tlcr.cli.memory import Estimate, ModelSize, advice, estimate_run, measure_model
 from tlcr.config.loading import load_config
 from tlcr.config.schema import Arm, ModelConfig, PPOConfig, RewardConfig, RolloutConfig, RunConfig, SFTConfig
 from tlcr.data import embedded
 from tlcr.errors import ConfigError
+from tlcr.experiment.memory import Estimate, ModelSize, advice, build_on_meta, estimate_run, measure_model
 from tlcr.training.optim import build_optimizer
 
 SIZE = ModelSize(parameters=1000, backbone=900, vocabulary=50, hidden=10, layers=2, intermediate=20, key_value=10)
@@ -37,7 +37,7 @@ def test_a_llama_is_counted_as_by_hand_without_weights(tmp_path: Path) -> None:
     attention = 8 * 8 + 2 * (8 * 4) + 8 * 8  # queries, keys and values of two heads of width 2, output
     block = attention + 3 * 8 * 20 + 2 * 8  # gate, up and down; two norms
     backbone = 100 * 8 + 3 * block + 8
-    assert measure_model(ModelConfig(path=str(tmp_path))) == ModelSize(
+    assert measure_model(build_on_meta(ModelConfig(path=str(tmp_path)))) == ModelSize(
         parameters=backbone + 100 * 8,
         backbone=backbone,
         vocabulary=100,
@@ -51,21 +51,21 @@ def test_a_llama_is_counted_as_by_hand_without_weights(tmp_path: Path) -> None:
 
 def test_tied_embeddings_are_counted_once(tmp_path: Path) -> None:
     GPT2Config().save_pretrained(tmp_path)
-    size = measure_model(ModelConfig(path=str(tmp_path)))
+    size = measure_model(build_on_meta(ModelConfig(path=str(tmp_path))))
     assert size.parameters == size.backbone == 124_439_808  # the published size of GPT-2
     assert (size.intermediate, size.key_value) == (4 * 768, 768)
 
 
 def test_the_embedded_model_is_counted_as_it_is_built() -> None:
     model = embedded.build_model(embedded.build_tokenizer())
-    size = measure_model(ModelConfig(path="embedded"))
+    size = measure_model(build_on_meta(ModelConfig(path="embedded")))
     assert size.parameters == sum(p.numel() for p in model.parameters())
     assert (size.hidden, size.layers) == (model.config.hidden_size, model.config.num_hidden_layers)
 
 
 def test_a_model_that_is_not_there_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.path .*give a folder that transformers can load"):
-        measure_model(ModelConfig(path=str(tmp_path)))
+        measure_model(build_on_meta(ModelConfig(path=str(tmp_path))))
 
 
 @pytest.mark.parametrize(("dtype", "bytes_per_parameter"), [("float32", 4 + 4 + 8), ("bfloat16", 2 + 2 + 8 + 2)])

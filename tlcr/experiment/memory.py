@@ -11,12 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from tlcr.config.schema import ModelConfig, RunConfig, TrainingConfig
 from tlcr.config.trials import arms_of
 from tlcr.errors import ConfigError
 
-__all__ = ["Estimate", "ModelSize", "Role", "advice", "estimate_run", "measure_model"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Estimate", "ModelSize", "Role", "advice", "build_on_meta", "estimate_run", "in_words", "measure_model"]
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -67,11 +71,8 @@ class Estimate:
         return sum(role.total for role in self.roles) + max(self.phases.values())
 
 
-def measure_model(cfg: ModelConfig) -> ModelSize:
-    """Counts a model's parameters by building it on the meta device, which allocates nothing.
-
-    Raises ConfigError where its config cannot be read.
-    """
+def build_on_meta(cfg: ModelConfig) -> PreTrainedModel:
+    """The model on the meta device, which allocates nothing. Raises ConfigError where its config cannot be read."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -80,7 +81,7 @@ def measure_model(cfg: ModelConfig) -> ModelSize:
     if cfg.path == "embedded":
         tokenizer = embedded.build_tokenizer()
         with torch.device("meta"):
-            model = embedded.build_model(tokenizer)
+            model: PreTrainedModel = embedded.build_model(tokenizer)
     else:
         gguf = {"gguf_file": cfg.gguf_file} if cfg.gguf_file else {}
         try:
@@ -93,6 +94,11 @@ def measure_model(cfg: ModelConfig) -> ModelSize:
                 "load (a hub name needs the network, or a filled cache)"
             ) from error
     model.tie_weights()
+    return model
+
+
+def measure_model(model: PreTrainedModel) -> ModelSize:
+    """The sizes of a causal language model; it may be on the meta device."""
     config = model.config.get_text_config()
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelSize(
@@ -224,3 +230,8 @@ def advice(cfg: RunConfig, size: ModelSize, stage: str, limit: int) -> list[tupl
 
 def _peak(cfg: RunConfig, size: ModelSize, stage: str) -> int:
     return next(estimate.total for estimate in estimate_run(cfg, size) if estimate.stage == stage)
+
+
+def in_words(count: int) -> str:
+    """Bytes in MiB or GiB."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -1,0 +1,227 @@
+"""What is found before a run beyond tests/cli/test_doctor_faults.py: stages, processes, folders, notes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tests.experiment.helpers import arm_config, small_config
+from tlcr.config.loading import load_config
+from tlcr.config.schema import RunConfig
+from tlcr.config.stages import stages_of
+from tlcr.errors import ConfigError
+from tlcr.experiment.pipeline import run, stage
+from tlcr.experiment.preflight import Finding, holds_a_run, preflight, refuse, require, settings
+
+
+def blocked(found: list[Finding]) -> dict[str, str]:
+    return {finding.subject: str(finding) for finding in found if finding.level == "blocked"}
+
+
+def at_once(cfg: RunConfig, *stages: str) -> dict[str, str]:
+    return blocked(list(settings(cfg, stages or None)))
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({}, ("sft", "labels", "discriminator", "analysis", "ppo")),
+        ({"reward.kind": "sequence", "sft.enabled": False}, ("reward_model", "ppo")),
+        ({"reward.kind": "dpo", "dpo.path": "x"}, ("sft", "ppo")),
+        (
+            {"reviser.backend": "files", "reviser.files": "x"},
+            ("revisions", "sft", "labels", "discriminator", "analysis", "ppo"),
+        ),
+    ],
+)
+def test_the_stages_of_a_config(values: dict[str, object], wanted: tuple[str, ...]) -> None:
+    assert stages_of(load_config(None, values)) == wanted
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        ["run", "--data.edits", "no.jsonl"],
+        ["run", "--reward.kind", "callable", "--reward.callable", "no_module:f"],
+        ["run", "--sft.enabled", "false"],
+        ["run", "--ppo.minibatch_size", "7"],
+        ["run", "--model.path", "./no/folder"],
+        ["run", "--reward.knd", "sequence"],
+        ["run", "--ppo.updates", "0"],
+        ["train", "ppo"],
+        ["revise", "--reviser.backend", "files", "--reviser.files", "no.jsonl"],
+        ["label", "--reviser.backend", "files", "--reviser.files", "no.jsonl"],
+        ["evaluate-tokens", "--spans", "no.jsonl"],
+    ],
+    ids=" ".join,
+)
+def test_a_config_is_refused_before_the_large_packages_are_imported(refused: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom tlcr.cli.main import main\nassert main(sys.argv[1:]) == 2\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'accelerate', 'pyarrow'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *refused], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("tlcr: error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_needs_no_model_library_where_nothing_is_named(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom tlcr.cli.main import main\nassert main(['doctor']) == 0\n"
+        "heavy = {'transformers', 'datasets', 'accelerate', 'pyarrow'} & set(sys.modules)\nassert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Memory of one process" not in done.stdout
+
+
+def test_all_that_blocks_is_said_in_one_error(tmp_path: Path) -> None:
+    cfg = load_config(None, {"output_dir": str(tmp_path), "sft.enabled": False, "data.edits": "no.jsonl"})
+    with pytest.raises(ConfigError, match=r"^2 things stand in the way: \(1\) sft\.enabled is .*; \(2\) data\.edits: "):
+        refuse(settings(cfg))
+    refuse([Finding("note", "a", "b"), Finding("warning", "c", "d")])
+
+
+def test_a_run_that_is_refused_leaves_nothing_and_the_next_try_needs_no_resume(tmp_path: Path) -> None:
+    cfg = small_config(tmp_path / "run")
+    with pytest.raises(ConfigError, match="no_module"):
+        run(replace(cfg, arms=(), reward=replace(cfg.reward, kind="callable", callable="no_module:f")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_alone_is_no_run(tmp_path: Path) -> None:
+    assert not holds_a_run(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "sft").mkdir()
+    assert not holds_a_run(tmp_path)
+    (tmp_path / "sft" / "metrics.jsonl").touch()
+    assert holds_a_run(tmp_path)
+    cfg = load_config(None, {"output_dir": str(tmp_path)})
+    assert "already holds a run" in blocked(list(settings(cfg, resume=False)))["output_dir"]
+    assert not at_once(cfg)
+    assert [finding.level for finding in settings(cfg) if finding.subject == "output_dir"] == ["note"]
+    assert not list(settings(cfg, resume=True))
+
+
+def test_a_finished_run_goes_on_where_its_sources_are_gone(tmp_path: Path, tiny_folder: Path) -> None:
+    cfg = arm_config(tmp_path, tiny_folder)
+    (tmp_path / "pairs.jsonl").unlink()
+    assert set(at_once(cfg)) == {"data.preferences"}
+    arm = tmp_path / "run" / "ppo" / "callable" / "seed-0"
+    arm.mkdir(parents=True)
+    (arm / "arm.json").touch()
+    assert preflight(cfg, resume=True) == []
+
+
+def test_a_stage_needs_those_before_it(tmp_path: Path) -> None:
+    cfg = load_config(None, {"output_dir": str(tmp_path), "reward.kind": "sequence", "reward.sequence_coef": 0.0})
+    assert set(at_once(cfg, "ppo")) == {"sft", "reward_model"}
+    assert set(at_once(cfg, "labels")) == set()
+    assert set(at_once(cfg, "sft", "reward_model", "ppo")) == set()
+    revised = replace(cfg, reviser=replace(cfg.reviser, backend="files", files="x.jsonl"))
+    assert "run 'tlcr revise' with this config first" in at_once(revised, "labels")["revisions"]
+    with pytest.raises(ConfigError, match="run 'tlcr train sft' with this config first"):
+        stage(cfg, "ppo")
+
+
+def test_ppo_names_both_sources_of_its_prompts(tmp_path: Path) -> None:
+    cfg = load_config(None, {"output_dir": str(tmp_path), "model.path": "owner/name", "reward.kind": "random"})
+    assert at_once(replace(cfg, sft=replace(cfg.sft, enabled=False))) == {
+        "data.prompts": "neither data.prompts nor data.preferences is set, and PPO needs one of them; name a file, a "
+        "folder or a hub dataset (docs/data.md shows the formats), or switch that stage off"
+    }
+
+
+def test_a_launcher_of_several_processes_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"output_dir": str(tmp_path), "ppo.minibatch_size": 32, "parallel": 2, "seeds": [0, 1]}
+    cfg = load_config(None, values)
+    assert at_once(cfg) == {}
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert set(at_once(cfg)) == {"ppo.batch_size", "parallel"}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert set(at_once(replace(cfg, parallel=1))) == set()
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("{}\n")
+    revised = replace(cfg, parallel=1, reviser=replace(cfg.reviser, backend="files", files=str(pairs)))
+    assert "run 'tlcr revise' with this config first, without the launcher" in at_once(revised)["reviser"]
+
+
+def test_a_token_classifier_cannot_be_calibrated_on_nothing(tmp_path: Path) -> None:
+    cfg = load_config(None, {"output_dir": str(tmp_path), "data.held_out": 0.0})
+    assert "discriminator.calibrate is on, but no pair is held out" in at_once(cfg)["data.held_out"]
+    assert at_once(cfg, "sft") == {}
+
+
+def test_more_prompts_than_the_embedded_language_has(tmp_path: Path) -> None:
+    cfg = load_config(None, {"output_dir": str(tmp_path), "evaluation.prompts": 1_000_000})
+    assert "ask for at most" in blocked(preflight(cfg))["evaluation.prompts"]
+
+
+def test_the_defaults_run(tmp_path: Path) -> None:
+    """Answers of the default length fit the embedded model: at 256 positions they stopped the run after SFT."""
+    assert blocked(preflight(load_config(None, {"output_dir": str(tmp_path)}))) == {}
+
+
+def test_a_reviser_s_own_model_is_looked_at(tmp_path: Path) -> None:
+    cfg = load_config(
+        None, {"output_dir": str(tmp_path), "reviser.backend": "local", "reviser.model.path": str(tmp_path)}
+    )
+    assert "cannot load a" in blocked(preflight(cfg))["reviser.model.path"]
+
+
+def test_what_readers_note_is_noted_once(tmp_path: Path, tiny_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Before the run for doctor, and by the stage that reads in a run."""
+    cfg = arm_config(tmp_path, tiny_folder)
+    records = [{"prompt": "How are you", "chosen": "well", "rejected": f"bad{n}"} for n in range(6)]
+    Path(str(cfg.data.preferences)).write_text("".join(json.dumps(record) + "\n" for record in records))
+    caplog.set_level(logging.INFO, "tlcr")
+    notes = [finding for finding in preflight(cfg) if finding.subject == "data.preferences"]
+    assert any("run on inside the prompt's last word" in note.fact for note in notes)
+    assert {note.level for note in notes} == {"note"}
+    require(cfg)
+    assert caplog.messages == []
+
+
+def test_records_that_are_skipped_are_counted(tmp_path: Path, tiny_folder: Path) -> None:
+    cfg = arm_config(tmp_path, tiny_folder)
+    path = Path(str(cfg.data.preferences))
+    path.write_text(path.read_text() + '\n{"prompt": 3, "chosen": "a", "rejected": "b"}\n')
+    assert "; 1 of 41 records of" in blocked(preflight(cfg))["data.preferences"]
+    skipping = replace(cfg, data=replace(cfg.data, on_malformed="skip"))
+    (found,) = [finding for finding in preflight(skipping) if finding.level == "warning"]
+    assert found.fact.startswith("1 of the first 41 records are malformed and skipped: pairs.jsonl, record 41")
+
+
+def test_texts_that_may_be_longer_than_the_positions_are_a_warning(
+    tmp_path: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tiny_causal_lm: Callable[..., PreTrainedModel],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = tmp_path / "model"
+    tiny_causal_lm(max_position_embeddings=256).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    cfg = arm_config(tmp_path, folder)
+    (found,) = [finding for finding in preflight(cfg) if finding.level == "warning"]
+    assert "each as long as the config allows, has 288 tokens, and the model reads at most 256" in found.fact
+    require(cfg)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert found.fact in caplog.text
+
+
+def test_a_finding_splits_an_error_where_its_remedy_begins() -> None:
+    found = Finding.of("data.edits", ConfigError("it has no rows; or none\n that count; write it again"))
+    assert (found.fact, found.remedy) == ("it has no rows; or none that count", "write it again")
+    assert str(found) == "data.edits: it has no rows; or none that count; write it again"
+    assert Finding.of("x", ConfigError("broken")) == Finding("blocked", "x", "broken")

@@ -1,0 +1,111 @@
+"""The functions that knobs name, such as ``reward.callable`` and ``evaluation.scorer``. Imports no large package."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import traceback
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tlcr.errors import ConfigError
+
+__all__ = ["REWARD_KEYWORDS", "import_function", "import_reward", "import_scorer"]
+
+REWARD_KEYWORDS = ("prompts", "responses", "response_ids", "mask", "ended")
+"""What a reward is called with."""
+
+
+def import_reward(path: str) -> Callable[..., Any]:
+    """The function that ``reward.callable`` names. Raises ConfigError as ``import_function``, or where it does not take
+    the keywords of a reward."""
+    function = import_function(path, "reward.callable")
+    _require_arguments(function, f"reward.callable is {path!r}", keywords=REWARD_KEYWORDS)
+    return function
+
+
+def import_scorer(path: str) -> Callable[..., Any]:
+    """The function that ``evaluation.scorer`` names. Raises ConfigError as ``import_function``, or where it does not
+    take prompts and responses."""
+    function = import_function(path, "evaluation.scorer")
+    _require_arguments(function, f"evaluation.scorer is {path!r}", positional=("prompts", "responses"))
+    return function
+
+
+def import_function(path: str, knob: str) -> Callable[..., Any]:
+    """The function that a knob names; importing it runs its module's code.
+
+    Args:
+        path: "package.module:function" or "folder/file.py:function".
+        knob: the knob that holds the path, for the error's text.
+
+    Returns:
+        The function.
+
+    Raises:
+        ConfigError: the path is malformed, the module or the function is not there, or the module raises an error.
+    """
+    place, _, name = path.rpartition(":")
+    if not place or not name:
+        raise ConfigError(f"{knob} is {path!r}; write it as 'package.module:function' or 'folder/file.py:function'")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise ConfigError(f"{knob} is {path!r}, but there is no file {place!r} here ({Path.cwd()}); correct the path")
+    try:
+        module = _module_of(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{knob} is {path!r}, but there is no module {error.name!r}; install it, or put its folder on PYTHONPATH"
+        ) from error
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        at = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (last.filename, last.lineno)
+        raise ConfigError(
+            f"{knob} is {path!r}, and importing it raises {type(error).__name__}: {error} ({at[0]}:{at[1]}); mend that "
+            "module"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigError(
+            f"{knob} is {path!r}, but {module.__file__ or place} has no function {name!r}; correct the name"
+        )
+    return function
+
+
+def _module_of(path: Path) -> ModuleType:
+    return _load_file(path.resolve(), path.stat().st_mtime_ns)
+
+
+@lru_cache
+def _load_file(path: Path, changed: int) -> ModuleType:
+    """Loads the module in a file under a name that no package has.
+
+    Cached: the file is named where a run is checked and where it is used, and must not run twice. changed: when it was
+    last written.
+    """
+    spec = importlib.util.spec_from_file_location(f"tlcr_user_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # holds for every path that ends in .py
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _require_arguments(
+    function: Callable[..., Any], what: str, *, positional: Sequence[str] = (), keywords: Sequence[str] = ()
+) -> None:
+    """Raises ConfigError where the function cannot be called with these arguments."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # a few functions written in C tell nothing; the call will
+    try:
+        signature.bind(*positional, **dict.fromkeys(keywords))
+    except TypeError as error:
+        wanted = f"the keywords {', '.join(keywords)}" if keywords else f"({', '.join(positional)})"
+        rest = ", or **unused for those that it ignores" if keywords else ", in this order"
+        raise ConfigError(
+            f"{what}, which takes {signature}, but it is called with {wanted} ({error}); give it these parameters{rest}"
+        ) from error

@@ -1,0 +1,35 @@
+"""Which stages a run of a config has. Nothing here imports torch, so that a config can be refused at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tlcr.config.schema import DiscriminatorConfig, DPOConfig, RewardConfig, RewardModelConfig, RunConfig
+from tlcr.config.trials import arms_of
+
+__all__ = ["STAGES", "stages_of", "wants"]
+
+STAGES = ("revisions", "sft", "reward_model", "dpo", "labels", "discriminator", "analysis", "ppo")
+"""In the order in which a run goes through them."""
+
+
+def stages_of(cfg: RunConfig) -> tuple[str, ...]:
+    """The stages of a whole run of ``cfg``."""
+    return tuple(stage for stage in STAGES if wants(cfg, stage))
+
+
+def wants(cfg: RunConfig, stage: str) -> bool:
+    """Whether a run of all stages includes this one: a model is trained if an arm needs it and no path is set."""
+    rewards = [arm.reward for arm in arms_of(cfg)]
+    discriminator = (cfg.discriminator, cfg.uses_discriminator)
+    frozen: dict[str, tuple[RewardModelConfig | DPOConfig | DiscriminatorConfig, Callable[[RewardConfig], bool]]] = {
+        "reward_model": (cfg.reward_model, cfg.uses_reward_model),
+        "dpo": (cfg.dpo, cfg.uses_dpo),
+        **dict.fromkeys(("labels", "discriminator", "analysis"), discriminator),
+    }
+    if stage in frozen:
+        training, used = frozen[stage]
+        return training.path is None and any(map(used, rewards))
+    if stage == "revisions":
+        return cfg.reviser.backend != "none" and wants(cfg, "labels")
+    return cfg.sft.enabled if stage == "sft" else True

@@ -1,0 +1,90 @@
+"""Whether a source of records is there and can be one: what can be known of it without reading it.
+
+Imports no large package, so that a config that names a missing file is refused at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from tlcr.errors import DataError
+
+__all__ = ["BUILDERS", "JSON_SUFFIXES", "SEPARATORS", "find_source", "kind_of_file", "nearest_name"]
+
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
+SUFFIXES = (*JSON_SUFFIXES, *SEPARATORS, *BUILDERS)
+
+LFS_POINTER = b"version https://git-lfs"
+"""How the text begins that git leaves in the place of a large file that was not downloaded."""
+
+
+def find_source(source: str) -> Path | None:
+    """The file or folder that a source names.
+
+    Args:
+        source: a path, or the name of a hub dataset.
+
+    Returns:
+        The path; None where the source is the name of a hub dataset.
+
+    Raises:
+        DataError: there is no such file, it is empty, of an unknown kind, a Git LFS pointer, or cannot be opened.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        _check_file(path)
+    elif not path.is_dir():
+        if looks_like_a_path(source):
+            raise DataError(f"there is no file or folder {source!r}{nearest_name(path)}; check the path")
+        return None
+    return path
+
+
+def kind_of_file(path: Path) -> str:
+    """The suffix that says how a file is read, without .gz. Raises DataError where it is unknown."""
+    inner = path.with_suffix("") if path.suffix == ".gz" else path
+    suffix = inner.suffix.lower()
+    if suffix not in SUFFIXES or (suffix in BUILDERS and inner != path):
+        raise DataError(
+            f"{path}: unknown kind of file {''.join(path.suffixes[-2:])!r}; known are {', '.join(SUFFIXES)}, and "
+            ".gz of text: convert the file or rename it"
+        )
+    return suffix
+
+
+def _check_file(path: Path) -> None:
+    kind_of_file(path)
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty (0 bytes); write or download it again")
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(LFS_POINTER))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from error
+    if start == LFS_POINTER:
+        raise DataError(
+            f"{path} is a Git LFS pointer, which stands for a file that was not downloaded; run 'git lfs pull' in its "
+            "folder, or download the file itself"
+        )
+
+
+def looks_like_a_path(source: str) -> bool:
+    """Whether a source that is not there was meant as a path: the names of hub datasets have one slash at most."""
+    path = Path(source)
+    return (
+        source.startswith((".", "/", "~"))
+        or len(path.parts) > 2
+        or path.suffix.lower() in (*SUFFIXES, ".gz")
+        or (len(path.parts) == 2 and path.parent.is_dir())
+    )
+
+
+def nearest_name(path: Path) -> str:
+    """ " (nearest name: ...)", if the folder holds a similar name."""
+    if not path.parent.is_dir():
+        return ""
+    names = difflib.get_close_matches(path.name, sorted(entry.name for entry in path.parent.iterdir()), n=1)
+    return f" (nearest name: {str(path.parent / names[0])!r})" if names else ""

@@ -1,0 +1,255 @@
+"""What the models and sources of a config hold, as far as their headers and first records show it.
+
+No weights are read. Every check calls the code that the stage would call, so that both say the same sentence.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tlcr.config.schema import DataConfig, RunConfig
+from tlcr.config.trials import trials_of
+from tlcr.data import embedded
+from tlcr.data.readers import ReadResult, read_edits, read_preferences, read_prompts
+from tlcr.errors import TlcrError
+from tlcr.experiment.memory import build_on_meta, estimate_run, in_words, measure_model
+from tlcr.experiment.preflight import Finding, existing, models_used, sources_used
+from tlcr.models.bidirectional import make_top_layers_bidirectional
+from tlcr.models.faults import Role
+from tlcr.models.inspection import model_faults
+from tlcr.models.loading import check_fits, load_tokenizer
+from tlcr.rewards.sources.log_ratio import check_same_tokenizer
+from tlcr.text.tokenization import encode_answers
+from tlcr.types import EditPair, PreferencePair
+
+__all__ = ["FIRST_RECORDS", "contents"]
+
+FIRST_RECORDS = 200
+"""Records of each source that are read before a run."""
+
+ROLES: dict[str, Role] = {"discriminator.path": "discriminator", "reward_model.path": "reward_model"}
+"""What the models are wanted for, by their knob; all others are policies."""
+
+
+def contents(cfg: RunConfig, stages: Collection[str], *, absent: Collection[str]) -> list[Finding]:
+    """What blocks these stages, or should be known before them, in the models and sources that they read.
+
+    Args:
+        cfg: the whole config.
+        stages: the stages that are to run.
+        absent: knobs of models and sources that are not there, of which nothing more can be said.
+
+    Returns:
+        The findings.
+    """
+    return list(_contents(cfg, stages, absent))
+
+
+def _contents(cfg: RunConfig, stages: Collection[str], absent: Collection[str]) -> Iterator[Finding]:
+    if not stages:
+        return
+    faulty = set(absent)
+    for knob, named in models_used(cfg, stages).items():
+        section = knob.rpartition(".")[0]
+        if {knob, f"{section}.tokenizer", f"{section}.gguf_file", f"{section}.chat_template"} & faulty:
+            faulty.add(knob)
+            continue
+        for fault in model_faults(named, ROLES.get(knob, "policy")):
+            faulty.add(knob)
+            yield Finding("blocked", knob, fault.fact, fault.remedy)
+    if "model.path" in faulty or set(stages) <= {"revisions"}:
+        return
+    try:
+        is_embedded = cfg.model.path == "embedded"
+        tokenizer = embedded.build_tokenizer(cfg.seed) if is_embedded else load_tokenizer(cfg.model)
+        model = build_on_meta(cfg.model)
+    except TlcrError as error:
+        yield Finding.of("model.path", error)
+        return
+    yield from _dpo(cfg, stages, tokenizer, faulty)
+    yield from _bidirectional(cfg, stages, model)
+    yield from _embedded_prompts(cfg, stages)
+    examples = []
+    for knob, source in sources_used(cfg, stages).items():
+        if knob.startswith("data.") and knob not in faulty and source is not None:
+            read = _first_records(knob, cfg, tokenizer)
+            yield from read.findings
+            examples.append(read)
+    yield from _scorer(cfg, stages, examples)
+    yield from _positions(cfg, stages, examples, tokenizer, model)
+    yield from _disk(cfg, stages, model)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without log lines: what a reader logs, it logs again in its stage. Loaders log once, so they are not here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+# ---- sources
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The first records of a source as (prompt, answers), and what was found on the way."""
+
+    knob: str
+    texts: tuple[tuple[str, tuple[str, ...]], ...]
+    findings: tuple[Finding, ...]
+
+
+def _first_records(knob: str, cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> _Read:
+    read: Callable[[DataConfig, PreTrainedTokenizerBase], ReadResult[PreferencePair | EditPair | str]] = {
+        "data.preferences": read_preferences,
+        "data.edits": read_edits,
+        "data.prompts": read_prompts,
+    }[knob]  # type: ignore[assignment]
+    try:
+        with _quietly():
+            found = read(replace(cfg.data, limit=min(cfg.data.limit or FIRST_RECORDS, FIRST_RECORDS)), tokenizer)
+    except TlcrError as error:
+        return _Read(knob, (), (Finding.of(knob, error),))
+    said = [Finding("note", knob, note, repeated=True) for note in found.notes]
+    if found.malformed:
+        count = len(found.malformed) + len(found.records)
+        fact = f"{len(found.malformed)} of the first {count} records are malformed and skipped: {found.malformed[0]}"
+        said.append(Finding("warning", knob, fact, "mend them, or let them be skipped", repeated=True))
+    edits = [record for record in found.records if isinstance(record, EditPair)]
+    if edits and len(found.records) < FIRST_RECORDS and all(edit.rejected == edit.revised for edit in edits):
+        fact = f"none of the {len(edits)} pairs of {found.source} has an edited token, so there is nothing to learn"
+        remedy = "name pairs of a rejected answer and its revision that differ in data.edits"
+        said.append(Finding("blocked", knob, fact, remedy))
+    return _Read(knob, tuple(map(_texts, found.records)), tuple(said))
+
+
+def _texts(record: PreferencePair | EditPair | str) -> tuple[str, tuple[str, ...]]:
+    if isinstance(record, str):
+        return record, ()
+    if isinstance(record, EditPair):
+        return record.prompt, (record.rejected, record.revised)
+    return record.prompt, (record.chosen, record.rejected)
+
+
+def _prompts(cfg: RunConfig, stages: Collection[str], examples: Sequence[_Read]) -> list[str]:
+    """Some prompts that PPO will answer; none where it is not to run or they cannot be read."""
+    if not {"ppo", "evaluate"} & set(stages):
+        return []
+    wanted = "data.prompts" if cfg.data.prompts is not None else "data.preferences"
+    own = [prompt for read in examples if read.knob == wanted for prompt, _ in read.texts]
+    made_here = cfg.model.path == "embedded" and cfg.data.prompts is None and cfg.data.preferences is None
+    return embedded.prompts(FIRST_RECORDS, cfg.seed) if made_here else own
+
+
+def _embedded_prompts(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
+    made_here = cfg.model.path == "embedded" and cfg.data.prompts is None and cfg.data.preferences is None
+    if made_here and {"ppo", "evaluate"} & set(stages):
+        try:
+            embedded.prompts(cfg.evaluation.prompts, cfg.seed, "held_out")
+        except TlcrError as error:
+            yield Finding.of("evaluation.prompts", error)
+
+
+def _scorer(cfg: RunConfig, stages: Collection[str], examples: Sequence[_Read]) -> Iterator[Finding]:
+    """The embedded task's scorer on prompts of the user, of which it knows nothing."""
+    if cfg.model.path != "embedded" or cfg.evaluation.scorer is not None:
+        return
+    prompts = _prompts(cfg, stages, examples)
+    try:
+        embedded.score(prompts, [""] * len(prompts))
+    except TlcrError:
+        fact = "evaluation.scorer is not set, and the scorer of the embedded task does not know the prompts of the data"
+        yield Finding("blocked", "evaluation.scorer", fact, "set evaluation.scorer, or model.path to a model of yours")
+
+
+# ---- models
+
+
+def _dpo(
+    cfg: RunConfig, stages: Collection[str], tokenizer: PreTrainedTokenizerBase, faulty: Collection[str]
+) -> Iterator[Finding]:
+    dpo = models_used(cfg, stages).get("dpo.path")
+    if dpo is None or "dpo.path" in faulty:
+        return
+    try:
+        check_same_tokenizer(tokenizer, load_tokenizer(dpo))
+    except TlcrError as error:
+        yield Finding.of("dpo.path", error)
+
+
+def _bidirectional(cfg: RunConfig, stages: Collection[str], model: PreTrainedModel) -> Iterator[Finding]:
+    if "discriminator" not in stages:
+        return
+    try:
+        make_top_layers_bidirectional(model, cfg.discriminator.bidirectional_layers)
+    except TlcrError as error:
+        yield Finding.of("discriminator.bidirectional_layers", error)
+
+
+def _positions(
+    cfg: RunConfig,
+    stages: Collection[str],
+    examples: Sequence[_Read],
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+) -> Iterator[Finding]:
+    """The longest of the first records against the positions of the model; then the longest that the config allows."""
+    data = cfg.data
+    cut = partial(
+        encode_answers,
+        tokenizer,
+        max_prompt_tokens=data.max_prompt_tokens,
+        max_answer_tokens=data.max_answer_tokens,
+        end_of_sequence=False,
+    )
+    lengths: dict[str, tuple[int, str]] = {}
+    for read in examples:
+        pairs = [(prompt, answer) for prompt, answers in read.texts for answer in answers]
+        encoded = cut([prompt for prompt, _ in pairs], [answer for _, answer in pairs])
+        longest = max((len(answer.ids) for answer in encoded), default=0)
+        lengths[read.knob] = (longest, "an answer with its prompt")
+    prompts = cut(prompts_ := _prompts(cfg, stages, examples), [""] * len(prompts_))
+    if prompts:
+        longest = max(len(prompt.ids) for prompt in prompts) + cfg.rollout.max_new_tokens
+        lengths["rollout.max_new_tokens"] = (longest, "a prompt with an answer of full length")
+    blocked = False
+    for knob, (longest, what) in lengths.items():
+        try:
+            check_fits(model, longest, what)
+        except TlcrError as error:
+            blocked = True
+            yield Finding.of(knob, error)
+    answer = max(data.max_answer_tokens, cfg.rollout.max_new_tokens)
+    try:
+        check_fits(
+            model, data.max_prompt_tokens + answer, "a prompt with an answer, each as long as the config allows,"
+        )
+    except TlcrError as error:
+        if not blocked and cfg.model.path != "embedded":
+            yield replace(Finding.of("model.path", error), level="warning")
+
+
+def _disk(cfg: RunConfig, stages: Collection[str], model: PreTrainedModel) -> Iterator[Finding]:
+    """While a checkpoint is saved, each PPO run has keep_checkpoints + 1 of them, with weights and optimiser states."""
+    if "ppo" not in stages:
+        return
+    ppo = estimate_run(cfg, measure_model(model))[-1]
+    trained = sum(role.weights + role.optimizer for role in ppo.roles if role.optimizer)
+    runs = len(trials_of(cfg))
+    need = trained * (cfg.ppo.keep_checkpoints + 1) * runs
+    free = shutil.disk_usage(existing(Path(cfg.output_dir))).free
+    if need > free:
+        fact = f"checkpoints of {runs} PPO runs may take {in_words(need)}, {in_words(free)} are free"
+        yield Finding("blocked", "disk", fact, "lower ppo.keep_checkpoints, or name an output_dir on a larger disk")

@@ -1,0 +1,414 @@
+"""What a run of a config would meet: found before its first stage, by ``tlcr run`` and by ``tlcr doctor`` alike.
+
+``settings`` needs no large package, so that a config is refused before torch is imported. What the files hold is
+looked at by ``tlcr.experiment.contents``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from tlcr.config.functions import import_reward, import_scorer
+from tlcr.config.schema import GeneratorConfig, RunConfig
+from tlcr.config.stages import stages_of
+from tlcr.config.trials import arms_of, trials_of
+from tlcr.data.places import find_source, looks_like_a_path, nearest_name
+from tlcr.errors import ConfigError, TlcrError
+from tlcr.training.launcher import launched_processes
+
+__all__ = [
+    "Finding",
+    "Level",
+    "existing",
+    "holds_a_run",
+    "models_used",
+    "preflight",
+    "refuse",
+    "require",
+    "settings",
+    "sources_used",
+    "taken",
+    "unfinished",
+    "unnamed",
+]
+
+logger = logging.getLogger("tlcr")
+
+Level = Literal["ok", "note", "warning", "blocked"]
+
+DONE = "done.json"
+TRAINED = "arm.json"
+"""The record of a finished trial. done.json in the same folder is train_ppo's: trained, but not yet evaluated."""
+CONFIG = "config.yaml"
+
+FROM_POLICY = {"reward_model", "dpo", "discriminator", "ppo", "evaluate"}
+"""Stages that start from the policy: the result of SFT, or ``model`` where SFT is off."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact about a config or this machine, its severity, and its remedy if it is a problem.
+
+    repeated: whether a stage says it too, so that a run need not.
+    """
+
+    level: Level
+    subject: str
+    fact: str
+    remedy: str = ""
+    repeated: bool = False
+
+    @classmethod
+    def of(cls, subject: str, error: Exception) -> Finding:
+        """The error that a stage would raise: what stands before its last semicolon is the fact."""
+        fact, _, remedy = " ".join(str(error).split()).rpartition("; ")
+        return cls("blocked", subject, fact or remedy, remedy if fact else "")
+
+    def __str__(self) -> str:
+        whole = f"{self.fact}; {self.remedy}" if self.remedy else self.fact
+        return whole if self.subject in whole else f"{self.subject}: {whole}"
+
+
+def preflight(cfg: RunConfig, stages: Collection[str] | None = None, *, resume: bool | None = None) -> list[Finding]:
+    """Everything that stands in the way of these stages, or should be known before them.
+
+    Args:
+        cfg: the whole config.
+        stages: those that are to run, of ``config.stages.STAGES``, or "evaluate"; None: those of a whole run.
+        resume: whether a whole run may go on with what ``output_dir`` holds; None: not asked, so that a run there is
+            only noted.
+
+    Returns:
+        The findings. Where a model or a source is not there, nothing is said of what it would hold.
+    """
+    from tlcr.experiment.contents import contents
+
+    wanted = _pending(cfg, stages_of(cfg) if stages is None else stages)
+    found = list(settings(cfg, wanted, resume=resume))
+    return found + contents(cfg, wanted, absent={finding.subject for finding in found if finding.level == "blocked"})
+
+
+def require(cfg: RunConfig, stages: Collection[str] | None = None, *, resume: bool | None = None) -> None:
+    """Logs the notes of ``preflight`` that no stage repeats. Raises ConfigError with all that blocks these stages."""
+    found = preflight(cfg, stages, resume=resume)
+    refuse(found)
+    for finding in found:
+        if finding.level in ("note", "warning") and not finding.repeated:
+            logger.log(logging.WARNING if finding.level == "warning" else logging.INFO, "%s", finding)
+
+
+def refuse(found: Iterable[Finding]) -> None:
+    """Raises ConfigError with all findings that block; none, and it returns."""
+    blocked = [str(finding) for finding in found if finding.level == "blocked"]
+    if len(blocked) == 1:
+        raise ConfigError(blocked[0])
+    if blocked:
+        listed = "; ".join(f"({number}) {sentence}" for number, sentence in enumerate(blocked, start=1))
+        raise ConfigError(f"{len(blocked)} things stand in the way: {listed}")
+
+
+def settings(cfg: RunConfig, stages: Collection[str] | None = None, *, resume: bool | None = None) -> Iterator[Finding]:
+    """The findings that need neither torch nor what a file holds; arguments as for ``preflight``."""
+    wanted = _pending(cfg, stages_of(cfg) if stages is None else stages)
+    for look in (_packages, _reviser, _processes, _earlier_stages, _models, _sources, _held_out, _functions):
+        yield from look(cfg, wanted)
+    yield from _output_dir(cfg, resume)
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Whether a folder holds a run that did something: a config alone was left by one that failed at once."""
+    if not (folder / CONFIG).exists():
+        return False
+    return any(path.is_file() for path in folder.rglob("*") if path not in (folder / CONFIG, folder / STARTED))
+
+
+def taken(folder: Path) -> ConfigError:
+    """The error for a new run in a folder that holds one."""
+    return ConfigError(
+        f"output_dir {str(folder)!r} already holds a run; pass --resume to continue it (what is done is kept), name "
+        "another output_dir, or delete that folder"
+    )
+
+
+def unfinished(folder: Path, stage: str) -> ConfigError:
+    """The error for a stage that another one needs and that did not finish in ``folder``."""
+    command = "revise" if stage == "revisions" else f"train {stage.replace('_', '-')}"
+    return ConfigError(
+        f"{folder} holds no finished stage; run 'tlcr {command}' with this config first, or 'tlcr run' for all stages"
+    )
+
+
+def unnamed(source: str, what: str) -> ConfigError:
+    """The error for a source that is not set, and ``what`` that needs it."""
+    if source == "prompts":
+        fact = f"neither data.prompts nor data.preferences is set, and {what} needs one of them"
+    else:
+        fact = f"data.{source} is not set, and {what} needs it"
+    return ConfigError(
+        f"{fact}; name a file, a folder or a hub dataset (docs/data.md shows the formats), or switch that stage off"
+    )
+
+
+# ---- stages and folders
+
+
+def _pending(cfg: RunConfig, stages: Collection[str]) -> list[str]:
+    """The stages that have no record yet: a finished run goes on even where its sources are gone."""
+    return [stage for stage in stages if not all(path.exists() for path in _records(cfg, stage))]
+
+
+def _records(cfg: RunConfig, stage: str) -> list[Path]:
+    """What a finished stage leaves, in all the folders where it works."""
+    folder = Path(cfg.output_dir)
+    if stage == "ppo":
+        return [folder / "ppo" / trial.folder / TRAINED for trial in trials_of(cfg)]
+    if stage in ("revisions", "evaluate"):
+        return [folder / stage / DONE]
+    return [models / stage / DONE for models in _model_folders(cfg)]
+
+
+def _model_folders(cfg: RunConfig) -> list[Path]:
+    folder = Path(cfg.output_dir)
+    return [folder / "models" / f"seed-{seed}" for seed in cfg.seeds] if cfg.models_per_seed else [folder]
+
+
+def _rewards_use(cfg: RunConfig, name: str) -> bool:
+    used: Callable[..., bool] = getattr(cfg, f"uses_{name}")
+    return any(used(arm.reward) for arm in arms_of(cfg))
+
+
+def _earlier_stages(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
+    """Stages whose result these start from, and which neither ran nor will."""
+    needed = []
+    if FROM_POLICY & set(stages) and cfg.sft.enabled:
+        needed.append("sft")
+    if {"labels", "discriminator", "analysis"} & set(stages) and cfg.reviser.backend != "none":
+        needed.append("revisions")
+    if {"ppo", "evaluate"} & set(stages):
+        needed += [
+            name
+            for name in ("reward_model", "dpo", "discriminator")
+            if getattr(cfg, name).path is None and _rewards_use(cfg, name)
+        ]
+    for stage in needed:
+        missing = [path.parent for path in _records(cfg, stage) if not path.exists()]
+        if missing and stage not in stages:
+            yield Finding.of(stage, unfinished(missing[0], stage))
+
+
+def _output_dir(cfg: RunConfig, resume: bool | None) -> Iterator[Finding]:
+    folder = Path(cfg.output_dir)
+    there = existing(folder)
+    if not there.is_dir():
+        yield Finding("blocked", "output_dir", f"{there} is a file, not a folder", "name another output_dir")
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield Finding("blocked", "output_dir", f"{there} cannot be written to", "name another output_dir")
+    elif resume is not True and holds_a_run(folder):
+        found = Finding.of("output_dir", taken(folder))
+        yield replace(found, level="note") if resume is None else found
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.absolute()
+    return next(there for there in (folder, *folder.parents) if there.exists())
+
+
+# ---- packages, processes, functions
+
+
+def _packages(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
+    if cfg.tracker != "none" and importlib.util.find_spec(cfg.tracker) is None:
+        remedy = f"pip install {cfg.tracker}, or set tracker: none"
+        yield Finding("blocked", cfg.tracker, f"tracker: {cfg.tracker} needs it, and it is not installed", remedy)
+    if cfg.model.gguf_file is not None and importlib.util.find_spec("gguf") is None:
+        yield Finding(
+            "blocked", "gguf", "model.gguf_file needs the package gguf, and it is not installed", "pip install gguf"
+        )
+
+
+def _reviser(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
+    if cfg.reviser.backend != "endpoint" or "revisions" not in stages:
+        return
+    missing = [name for name in ("openai", "tenacity", "aiolimiter") if importlib.util.find_spec(name) is None]
+    if missing:
+        from tlcr.distribution import install_command  # it reads the metadata of packages
+
+        fact = f"reviser.backend endpoint needs {', '.join(missing)}, and that is not installed"
+        yield Finding("blocked", "reviser", fact, install_command("openai"))
+    endpoint = cfg.reviser.endpoint
+    if endpoint.lacks_key():
+        fact = f"the environment variable {endpoint.key_variable} holds no API key"
+        remedy = "set it, or reviser.endpoint.base_url of a server without keys"
+        yield Finding("blocked", "reviser", fact, remedy)
+    if endpoint.prompt_price is None:
+        remedy = "reviser.endpoint.prompt_price, answer_price and max_cost, if the server is paid"
+        yield Finding("note", "reviser", "no prices are named, so no cost is shown and none is capped", remedy)
+
+
+def _processes(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
+    """What depends on how many processes a launcher started."""
+    processes = launched_processes()
+    if "ppo" in stages and (problem := cfg.ppo.size_problem(processes)):
+        yield Finding.of("ppo.batch_size", ConfigError(problem))
+    if processes == 1:
+        return
+    if cfg.parallel > 1 and len(trials_of(cfg)) > 1:
+        yield Finding(
+            "blocked",
+            "parallel",
+            f"parallel is {cfg.parallel} under a launcher of {processes} processes, and a run takes one or the other",
+            "set parallel: 1 to share each policy among the processes",
+        )
+    if "revisions" in stages:
+        yield Finding(
+            "blocked",
+            "reviser",
+            f"a reviser asks for hours from one process, while the other {processes - 1} would time out",
+            "run 'tlcr revise' with this config first, without the launcher",
+        )
+
+
+def _functions(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
+    """Functions of the user, which are imported here as they are for PPO."""
+    if not {"ppo", "evaluate"} & set(stages):
+        return
+    named: dict[str, tuple[str, Callable[[str], object]]] = {
+        arm.reward.callable: ("reward.callable", import_reward)
+        for arm in arms_of(cfg)
+        if arm.reward.callable is not None
+    }
+    if cfg.evaluation.scorer is not None:
+        named[cfg.evaluation.scorer] = ("evaluation.scorer", import_scorer)
+    for path, (knob, load) in named.items():
+        try:
+            load(path)
+        except ConfigError as error:
+            yield Finding.of(knob, error)
+
+
+# ---- models and sources
+
+
+def models_used(cfg: RunConfig, stages: Collection[str]) -> dict[str, GeneratorConfig]:
+    """The models that these stages read and no stage makes, by the knob that names them.
+
+    Args:
+        cfg: the whole config.
+        stages: the stages that are to run.
+
+    Returns:
+        The knob's path, and how the model is loaded.
+    """
+    used: dict[str, GeneratorConfig] = {}
+    if set(stages) - {"revisions"} and cfg.model.path != "embedded":
+        used["model.path"] = cfg.model
+    for name in ("discriminator", "reward_model", "dpo"):
+        path = getattr(cfg, name).path
+        if path is not None and {"ppo", "evaluate"} & set(stages) and _rewards_use(cfg, name):
+            used[f"{name}.path"] = cfg.model.saved_in(path)
+    if "revisions" in stages and cfg.reviser.backend == "local":
+        used["reviser.model.path"] = cfg.reviser.model
+    return used
+
+
+def _models(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
+    if cfg.model.path == "embedded" and not cfg.sft.enabled and FROM_POLICY & set(stages):
+        yield Finding(
+            "blocked",
+            "sft.enabled",
+            "sft.enabled is false and model.path is 'embedded', a model of random weights that only SFT trains",
+            f"set sft.enabled: true, or model.path to the folder of a trained model, such as {cfg.output_dir}/sft of "
+            "an earlier run",
+        )
+    for knob, model in models_used(cfg, stages).items():
+        yield from _path_of_a_model(knob, model.path)
+        section = knob.rpartition(".")[0]
+        if model.tokenizer is not None:
+            yield from _path_of_a_model(f"{section}.tokenizer", model.tokenizer)
+        if model.gguf_file is not None and Path(model.path).is_dir():
+            file = Path(model.path) / model.gguf_file
+            if not file.is_file():
+                fact = f"there is no file {str(file)!r}{nearest_name(file)}"
+                yield Finding("blocked", f"{section}.gguf_file", fact, f"correct {section}.gguf_file, or leave it out")
+        template = model.chat_template
+        if template is not None and "{" not in template and not Path(template).is_file():
+            fact = f"{section}.chat_template {template!r} is neither a Jinja template nor a file that exists"
+            yield Finding("blocked", f"{section}.chat_template", fact, "correct the path, or write the template itself")
+
+
+def _path_of_a_model(knob: str, path: str) -> Iterator[Finding]:
+    """A path that leads nowhere, or to a file; hub names, which have one slash at most, are looked up later."""
+    if Path(path).is_file():
+        remedy = f"name its folder in {knob}" + (
+            f" and the file in {knob.rpartition('.')[0]}.gguf_file" if path.endswith(".gguf") else ""
+        )
+        yield Finding("blocked", knob, f"{knob} {path!r} is a file, and models are folders", remedy)
+    elif not Path(path).is_dir() and looks_like_a_path(path):
+        yield Finding(
+            "blocked", knob, f"there is no folder {path!r}{nearest_name(Path(path))}", f"correct the path in {knob}"
+        )
+
+
+def sources_used(cfg: RunConfig, stages: Collection[str]) -> dict[str, str | None]:
+    """The sources that these stages read, by their knob; None where one is needed and not set.
+
+    Args:
+        cfg: the whole config.
+        stages: the stages that are to run.
+
+    Returns:
+        "data.preferences", "data.edits", "data.prompts" and "reviser.files", as far as they are read; without those
+        that the embedded task makes.
+    """
+    data, wanted = cfg.data, set(stages)
+    embedded = cfg.model.path == "embedded"
+    reads = {
+        "preferences": wanted & {"sft", "reward_model", "dpo", "revisions"},
+        "edits": wanted & {"labels", "discriminator", "analysis"} if cfg.reviser.backend == "none" else set(),
+        "prompts": wanted & {"ppo", "evaluate"},
+    }
+    if data.prompts is None and data.preferences is not None:
+        reads["preferences"] |= reads.pop("prompts")
+    if data.preferences is not None:
+        reads["preferences"] |= wanted & {"discriminator", "analysis"}
+    used = {
+        f"data.{name}": getattr(data, name)
+        for name, by in reads.items()
+        if by and not (embedded and getattr(data, name) is None)
+    }
+    if "revisions" in wanted and cfg.reviser.backend == "files":
+        used["reviser.files"] = cfg.reviser.files
+    return used
+
+
+NEEDED_BY = {"data.preferences": "training on preferences", "data.edits": "the discriminator", "data.prompts": "PPO"}
+
+
+def _sources(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
+    for knob, source in sources_used(cfg, stages).items():
+        try:
+            if source is None:
+                raise unnamed(knob.partition(".")[2], NEEDED_BY[knob])
+            find_source(source)
+        except TlcrError as error:
+            yield Finding.of(knob, error)
+
+
+def _held_out(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
+    if cfg.data.held_out > 0:
+        return
+    if "discriminator" in stages and cfg.discriminator.calibrate:
+        fact = "discriminator.calibrate is on, but no pair is held out to fit the temperature on (data.held_out is 0)"
+        remedy = "set data.held_out above 0, or discriminator.calibrate: false"
+        yield Finding("blocked", "data.held_out", fact, remedy)
+    made_here = cfg.model.path == "embedded" and cfg.data.prompts is None and cfg.data.preferences is None
+    if {"ppo", "evaluate"} & set(stages) and not made_here:
+        fact = "no prompt is held out to evaluate a policy on (data.held_out is 0)"
+        yield Finding("blocked", "data.held_out", fact, "set data.held_out above 0, such as 0.1")
