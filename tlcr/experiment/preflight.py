@@ -46,6 +46,8 @@ DONE = "done.json"
 TRAINED = "arm.json"
 """The record of a finished trial. done.json in the same folder is train_ppo's: trained, but not yet evaluated."""
 CONFIG = "config.yaml"
+STARTED = "started.json"
+"""When the run began, which is the date that its chat template writes on every later day too."""
 
 FROM_POLICY = {"reward_model", "dpo", "discriminator", "ppo", "evaluate"}
 """Stages that start from the policy: the result of SFT, or ``model`` where SFT is off."""

@@ -37,7 +37,7 @@ from tlcr.data.readers import (
 )
 from tlcr.data.splits import Shares, ShareStatistics, Split, Stage, in_order_of_hashes, nothing_left, read_shares
 from tlcr.errors import ConfigError
-from tlcr.experiment.preflight import TRAINED, holds_a_run, taken, unfinished, unnamed
+from tlcr.experiment.preflight import STARTED, TRAINED, holds_a_run, taken, unfinished, unnamed
 from tlcr.models.loading import load_tokenizer
 from tlcr.training.checkpoint import DONE, as_plain, atomic_write, done_config, is_done, mark_done, write_json
 from tlcr.training.distributed import barrier, on_main_process, process_device
@@ -46,8 +46,6 @@ from tlcr.types import EditPair, PreferencePair
 logger = logging.getLogger(__name__)
 
 RecordT = TypeVar("RecordT")
-STARTED = "started.json"
-"""When the run began, which is the date that its chat template writes on every later day too."""
 EMBEDDED_PROMPTS = 2000
 """Training prompts that the embedded task makes for PPO; about 60 passes of questions without repetition."""
 
