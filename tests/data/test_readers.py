@@ -274,7 +274,7 @@ class TestBadFiles:
             raise PermissionError(13, "Permission denied")
 
         monkeypatch.setattr(Path, "open", refuse)
-        self.refused(source, tokenizer, "cannot be read: Permission denied", "check its permissions")
+        self.refused(source, tokenizer, "cannot be read (Permission denied)", "check its permissions")
 
     def test_folder_without_data(self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         (tmp_path / "hollow").mkdir()

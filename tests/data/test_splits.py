@@ -258,6 +258,7 @@ def test_every_recipe_gets_its_own_share(
 
     monkeypatch.setattr("tlcr.experiment.run_folder.load_tokenizer", lambda cfg: tiny_tokenizer)
     monkeypatch.setattr("tlcr.experiment.pipeline.load_causal_lm", lambda cfg: None)
+    monkeypatch.setattr("tlcr.experiment.pipeline.require", lambda *_, **__: None)  # the model is never asked for
     for name in ("sft", "reward_model", "dpo"):
         monkeypatch.setattr(f"tlcr.experiment.pipeline.train_{name}", recipe(name))
     cfg = load_config(None, settings(tmp_path))
@@ -305,7 +306,10 @@ def test_what_is_counted_is_what_the_stages_get(tmp_path: Path, tiny_tokenizer: 
     ("shares", "arm", "missing"),
     [([0, 5, 5], "continuous", "sft"), ([5, 0, 5], "continuous", "reward"), ([5, 5, 0], "random", "ppo")],
 )
-def test_a_run_says_at_once_that_a_share_is_empty(shares: list[int], arm: Any, missing: str, tmp_path: Path) -> None:
+def test_a_run_says_at_once_that_a_share_is_empty(
+    shares: list[int], arm: Any, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tlcr.experiment.pipeline.require", lambda *_, **__: None)  # neither model nor revisions exist
     cfg = replace(
         load_config(None, settings(tmp_path, data__shares=shares, reviser__backend="files", reviser__files="unread")),
         arms=(Arm(arm, RewardConfig(kind=arm)),),

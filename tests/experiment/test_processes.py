@@ -101,11 +101,15 @@ def test_two_processes_share_a_run_fail_as_one_and_resume(
     [
         ({"ppo.minibatch_size": 4, "ppo.batch_size": 4}, None, "make the batch a multiple of the minibatch, and the m"),
         ({"ppo.minibatch_size": 4, "ppo.batch_size": 4}, "ppo", "and the minibatch a multiple of the processes"),
-        ({"parallel": 2, "seeds": [0, 1]}, None, "parallel is 2 under a launcher of 3 processes; one or the other"),
+        (
+            {"parallel": 2, "seeds": [0, 1]},
+            None,
+            "parallel is 2 under a launcher of 3 processes, and a run takes one or the other",
+        ),
         (
             {"parallel": 2, "seeds": [0, 1], "models_per_seed": True},
             None,
-            "parallel is 2 under a launcher of 3 processes; one or the other",
+            "parallel is 2 under a launcher of 3 processes, and a run takes one or the other",
         ),
         ({"reviser.backend": "local", "reviser.model.path": "x"}, None, "run 'tlcr revise' with this config first"),
     ],
@@ -113,8 +117,7 @@ def test_two_processes_share_a_run_fail_as_one_and_resume(
 def test_what_cannot_be_shared_is_refused_before_anything_is_written(
     tmp_path: Path, changes: dict[str, object], stage: str | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tlcr.experiment.pipeline.process_count", lambda: 3)
-    monkeypatch.setattr("tlcr.experiment.workers.process_count", lambda: 3)
+    monkeypatch.setattr("tlcr.experiment.preflight.launched_processes", lambda: 3)
     values = {"output_dir": str(tmp_path / "run"), "ppo.batch_size": 6, "ppo.minibatch_size": 6, **changes}
     cfg = load_config(None, values)
     with pytest.raises(ConfigError, match=message):
@@ -124,7 +127,7 @@ def test_what_cannot_be_shared_is_refused_before_anything_is_written(
 
 def test_a_stage_minds_only_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SFT on three processes is no matter of PPO's minibatches, nor of how many policies train at a time."""
-    monkeypatch.setattr("tlcr.experiment.pipeline.process_count", lambda: 3)
+    monkeypatch.setattr("tlcr.experiment.preflight.launched_processes", lambda: 3)
     trained: list[RunConfig] = []
     monkeypatch.setitem(pipeline.MODEL_STAGES, "sft", lambda run: trained.append(run.cfg))
     monkeypatch.setattr("tlcr.experiment.workers.process_count", lambda: 3)

@@ -319,6 +319,8 @@ def test_a_new_run_began_today_and_a_folder_that_does_not_say_begins_now(
     run = open_run(small_config(tmp_path / "run"), resume=False)
     assert before <= run.started <= datetime.now()
     (run.path / "started.json").unlink()
+    (run.path / "sft").mkdir()
+    (run.path / "sft" / "done.json").write_text("{}")
     assert before <= reopen_run(run.path).started <= datetime.now() and not caplog.text
     open_run(run.cfg, resume=True)
     assert "was begun by an earlier version, which held out other prompts" in caplog.text

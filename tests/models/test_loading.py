@@ -211,10 +211,11 @@ def test_answers_end_as_the_template_ends_them_where_the_model_names_that_end(ch
 
 @pytest.mark.parametrize("named", [{"generation": ("<eos>",)}, {"config": ("<eos>", "<bos>")}, {}])
 def test_answers_end_with_the_tokenizers_own_end_where_the_model_does_not_name_the_templates(chat_model, caplog, named):
-    tokenizer = load_tokenizer(chat_model(**named))
+    cfg = chat_model(**named)
+    tokenizer = load_tokenizer(cfg)
     assert tokenizer.eos_token == "<eos>"
     assert not [record for record in caplog.records if record.name == "tlcr"]
-    assert "ends turns with '<|im_end|>', and answers end with '<eos>'" in turn_notes(tokenizer)[0]
+    assert "ends turns with '<|im_end|>', and answers end with '<eos>'" in turn_notes(tokenizer, cfg)[0]
 
 
 def test_all_that_is_saved_and_generated_has_the_same_end(chat_model, tmp_path, caplog):
@@ -223,7 +224,7 @@ def test_all_that_is_saved_and_generated_has_the_same_end(chat_model, tmp_path, 
     end, own, bos = tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<eos>", "<bos>"])
     assert end_of_sequence_ids(model, tokenizer) == [end]
     assert stop_ids(model, tokenizer) == sorted([end, own, bos])
-    (note,) = turn_notes(tokenizer, model.generation_config)
+    (note,) = turn_notes(tokenizer, cfg)
     assert "also ends answers with '<bos>', '<eos>'; rollouts end with '<|im_end|>' alone" in note
     assert note in [record.message for record in caplog.records]
 
@@ -234,8 +235,9 @@ def test_all_that_is_saved_and_generated_has_the_same_end(chat_model, tmp_path, 
     assert policy.generation_config.eos_token_id == policy.config.eos_token_id == end
     assert stop_ids(policy, load_tokenizer(config(tmp_path / "policy"))) == [end]
     for folder in ("policy", "discriminator"):
-        loaded = load_tokenizer(config(tmp_path / folder))
-        assert loaded.eos_token == "<|im_end|>" and turn_notes(loaded) == ()
+        saved = config(tmp_path / folder)
+        loaded = load_tokenizer(saved)
+        assert loaded.eos_token == "<|im_end|>" and turn_notes(loaded, saved) == ()
         assert json.loads((tmp_path / folder / "config.json").read_text())["eos_token_id"] == end
 
 

@@ -25,7 +25,7 @@ from tlcr.experiment.preflight import Finding, existing, models_used, sources_us
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.faults import Role
 from tlcr.models.inspection import model_faults
-from tlcr.models.loading import check_fits, load_tokenizer
+from tlcr.models.loading import check_fits, load_tokenizer, turn_notes
 from tlcr.rewards.sources.log_ratio import check_same_tokenizer
 from tlcr.text.tokenization import encode_answers
 from tlcr.types import EditPair, PreferencePair
@@ -74,6 +74,8 @@ def _contents(cfg: RunConfig, stages: Collection[str], absent: Collection[str]) 
     except TlcrError as error:
         yield Finding.of("model.path", error)
         return
+    if not is_embedded:
+        yield from (Finding("note", "model.path", note, repeated=True) for note in turn_notes(tokenizer, cfg.model))
     yield from _dpo(cfg, stages, tokenizer, faulty)
     yield from _bidirectional(cfg, stages, model)
     yield from _embedded_prompts(cfg, stages)

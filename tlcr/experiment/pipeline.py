@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from tlcr.config.loading import load_config
 from tlcr.config.schema import RunConfig
-from tlcr.config.trials import trials_of
 from tlcr.data import embedded
 from tlcr.data.labels import label_pairs, write_labels
 from tlcr.data.readers import read_edits, read_preferences
@@ -27,10 +26,9 @@ from tlcr.errors import ConfigError, TlcrError
 from tlcr.experiment.arm import evaluate_arm, train_arm
 from tlcr.experiment.preflight import require
 from tlcr.experiment.run_folder import RunFolder, open_run, raw_preferences, reopen_run, revision_cache
-from tlcr.experiment.workers import Job, check_parallel, run_side_by_side
+from tlcr.experiment.workers import Job, run_side_by_side
 from tlcr.models.discriminator import load_discriminator
 from tlcr.models.loading import load_causal_lm
-from tlcr.ppo.run import check_sizes
 from tlcr.recipes.analyse_discriminator import DiscriminatorAnalysis, analyse_discriminator
 from tlcr.recipes.train_discriminator import train_discriminator
 from tlcr.recipes.train_dpo import train_dpo
@@ -68,7 +66,6 @@ def run(cfg: RunConfig, *, resume: bool = False) -> Path:
             is False, or the run was made with other settings.
     """
     require(cfg, resume=resume)
-    _check_processes(cfg, revises=cfg.reviser.backend != "none", trains_policies=True)
     opened = open_run(cfg, resume=resume)
     _shares(opened, opened.data_wanted)
     if opened.wants("revisions"):
@@ -92,7 +89,6 @@ def stage(cfg: RunConfig, name: str, *, resume: bool = False) -> Path:
         The folder that holds the results.
     """
     require(cfg, [name], resume=True)
-    _check_processes(cfg, revises=name == "revisions", trains_policies=name == "ppo")
     opened = open_run(cfg, resume=resume, whole=False)
     _shares(opened)
     if name == "evaluate":
@@ -107,25 +103,6 @@ def stage(cfg: RunConfig, name: str, *, resume: bool = False) -> Path:
         for run in opened.model_folders:
             MODEL_STAGES[name](run)
     return opened.path
-
-
-def _check_processes(cfg: RunConfig, *, revises: bool, trains_policies: bool) -> None:
-    """Raises ConfigError where the processes of a launcher cannot share this work, before anything is written."""
-    if process_count() == 1:
-        return
-    if revises and not (Path(cfg.output_dir) / "revisions" / DONE).is_file():
-        raise _asks_alone()
-    if trains_policies:
-        check_sizes(cfg.ppo, process_count())
-        if len(trials_of(cfg)) > 1:
-            check_parallel(cfg.parallel)
-
-
-def _asks_alone() -> ConfigError:
-    return ConfigError(
-        f"a reviser asks for hours from one process, while the other {process_count() - 1} would time out; run 'tlcr "
-        "revise' with this config first, without the launcher"
-    )
 
 
 def rehearse_revisions(cfg: RunConfig, *, show: int) -> None:
@@ -200,7 +177,10 @@ def _revisions(run: RunFolder) -> None:
 
     def work() -> Mapping[str, Any]:
         if process_count() > 1:
-            raise _asks_alone()
+            raise ConfigError(
+                f"a reviser asks for hours from one process, while the other {process_count() - 1} would time out; run "
+                "'tlcr revise' with this config first, without the launcher"
+            )
         cfg, pairs = run.cfg.reviser, raw_preferences(run.cfg)
         checked, statistics = revise(pairs, cfg, run.cfg.data, revision_cache(run.cfg))
         write_json(run.revisions_folder / "statistics.json", asdict(statistics))

@@ -268,7 +268,7 @@ def _processes(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
             f"parallel is {cfg.parallel} under a launcher of {processes} processes, and a run takes one or the other",
             "set parallel: 1 to share each policy among the processes",
         )
-    if "revisions" in stages:
+    if "revisions" in stages and not (Path(cfg.output_dir) / "revisions" / DONE).is_file():
         yield Finding(
             "blocked",
             "reviser",

@@ -224,7 +224,7 @@ def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     """
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer names no end-of-sequence token; set its eos_token")
-    note = _other_ends(tokenizer, model.generation_config)
+    note = _other_ends(tokenizer, _named_ends(model.generation_config))
     if note:
         _note(note)
     return [tokenizer.eos_token_id]
@@ -250,20 +250,18 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     return sorted(ids)
 
 
-def turn_notes(
-    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
-) -> tuple[str, ...]:
+def turn_notes(tokenizer: PreTrainedTokenizerBase, cfg: GeneratorConfig) -> tuple[str, ...]:
     """What is unusual about where answers begin and end, one sentence for each thing.
 
     Args:
         tokenizer: as ``load_tokenizer`` gives it.
-        generation_config: the model's.
+        cfg: the model's folder or hub name.
 
     Returns:
         The notes of ``tlcr.text.turns.template_notes``, and the ends of the generation config at which rollouts do not
         stop.
     """
-    other = _other_ends(tokenizer, generation_config)
+    other = _other_ends(tokenizer, _ends_of_model(cfg))
     return (*template_notes(tokenizer), *([other] if other else []))
 
 
@@ -382,8 +380,8 @@ def _named_ends(config: GenerationConfig | PreTrainedConfig | None) -> set[int]:
     return set(named if isinstance(named, list) else [named]) - {None}
 
 
-def _other_ends(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig | None) -> str | None:
-    others = sorted(_named_ends(config) - {tokenizer.eos_token_id})
+def _other_ends(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> str | None:
+    others = sorted(ends - {tokenizer.eos_token_id})
     if not others:
         return None
     names = ", ".join(repr(tokenizer.convert_ids_to_tokens(id)) for id in others)
