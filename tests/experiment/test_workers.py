@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -132,6 +133,26 @@ def test_an_exception_here_leaves_no_process_behind(job: Callable[[str, str], Jo
     long = "(here / 'p').write_text(str(os.getpid())); (here / 'p').rename(here / 'pid'); time.sleep(60)"
     with pytest.raises(KeyboardInterrupt):
         run_side_by_side([job("long", long)], parallel=2, title="test", steps_done=interrupted)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(read(tmp_path / "pid")), 0)
+
+
+def test_a_signal_that_ends_this_process_ends_its_jobs_first(job: Callable[[str, str], Job], tmp_path: Path) -> None:
+    """SIGTERM, as of `kill` and of schedulers, did not run any clean-up: the jobs went on alone."""
+
+    def told_to_end(_: Job) -> int:
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 0
+
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM had its usual effect"))
+    long = "(here / 'p').write_text(str(os.getpid())); (here / 'p').rename(here / 'pid'); time.sleep(60)"
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_side_by_side([job("long", long)], parallel=2, title="test", steps_done=told_to_end)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     with pytest.raises(ProcessLookupError):
         os.kill(int(read(tmp_path / "pid")), 0)
 

@@ -13,6 +13,7 @@ import torch
 
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.training.distributed import process_count
+from tlcr.training.interrupt import StopSignals
 from tlcr.training.launcher import without_launcher
 from tlcr.training.progress import Progress
 
@@ -43,16 +44,18 @@ def run_side_by_side(
     title: of the progress bar. steps: number of steps of each job; steps_done: steps that a running job has finished.
 
     If a job ends with a code other than 0, raises TlcrError with the last line of its log. Then, as on any other
-    exception, the other jobs get SIGTERM and are waited for. Raises ConfigError under a launcher of several processes,
-    each of which would start all jobs.
+    exception, the other jobs get SIGTERM and are waited for. SIGTERM and Ctrl-C here raise KeyboardInterrupt. Raises
+    ConfigError under a launcher of several processes, each of which would start all jobs.
     """
     if not jobs:
         return
     check_parallel(parallel)
     waiting, shown = list(jobs), 0
     running: dict[Job, subprocess.Popen[bytes]] = {}
-    with Progress(title, steps * len(jobs)) as progress, _ended(running):
+    with StopSignals() as signals, Progress(title, steps * len(jobs)) as progress, _ended(running):
         while waiting or running:
+            if signals.received():
+                raise KeyboardInterrupt
             while waiting and len(running) < parallel:
                 job = waiting.pop(0)
                 running[job] = _start(job, parallel)
