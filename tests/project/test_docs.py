@@ -62,6 +62,10 @@ def make_targets() -> set[str]:
     return set(phony[1].split())
 
 
+RUN_VARIABLES = {"ACCELERATE_USE_CPU", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS"}
+"""Variables of accelerate, torch and OpenMP that documents set for a run."""
+
+
 def check_command(words: list[str]) -> None:
     """Raises AssertionError for a command that this repository does not know."""
     if words[0] == "make":
@@ -88,7 +92,7 @@ def check_command(words: list[str]) -> None:
     elif words[0] in ("source", "pre-commit"):
         assert words[1:] == ({"source": [".venv/bin/activate"], "pre-commit": ["install"]}[words[0]]), words
     elif "=" in words[0]:
-        assert words[0].partition("=")[0] in {*build_variables(), "ACCELERATE_USE_CPU"}, words
+        assert words[0].partition("=")[0] in {*build_variables(), *RUN_VARIABLES}, words
         check_command(words[1:])
     else:
         raise AssertionError(f"a document names a command that nobody checks: {shlex.join(words)}")

@@ -331,13 +331,13 @@ def test_the_tables_in_markdown_are_whole(grid: Path, run: Path, tmp_path: Path)
 
 def test_page_and_tables_say_where_each_stage_ran(run: Path, tmp_path: Path) -> None:
     """Processor, instruction set and threads: with others the last bits of a result differ."""
-    said = "SFT, reward model, discriminator: A CPU, AVX2, 2 threads; PPO: A CPU, AVX2, 1 thread"
+    said = "SFT, reward model, discriminator on A CPU, AVX2, 2 threads; PPO on A CPU, AVX2, 1 thread"
     shared = write_run(tmp_path / "shared", {"continuous": 0.6}, seeds=(0,))
     add_stages(shared)
     record = json.loads((shared / "sft" / "done.json").read_text())
     record["machine"] = MACHINE | {"processes": 2, "gpu": "A GPU"}
     (shared / "sft" / "done.json").write_text(json.dumps(record))
-    elsewhere = "SFT: A CPU, AVX2, 2 threads, 2 processes, A GPU; reward model, discriminator: A CPU"
+    elsewhere = "SFT on A CPU, AVX2, 2 threads, 2 processes, A GPU; reward model, discriminator on A CPU"
     write_report(shared)
     for folder, sentence in ((run, said), (shared, elsewhere)):
         for name in ("report.html", "results.md"):

@@ -117,14 +117,14 @@ def _rewards(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _machine(entry: Mapping[str, Any]) -> str:
-    """One of results["machines"] in words: "PPO: AMD EPYC, AVX512, 1 thread"."""
+    """One of results["machines"] in words: "PPO on AMD EPYC, AVX512, 1 thread"."""
     machine = entry["machine"]
     facts = [machine["processor"], machine["instructions"], _count(machine["threads"], "thread", "threads")]
     if machine["processes"] > 1:
         facts.append(_count(machine["processes"], "process", "processes"))
     if machine["gpu"] is not None:
         facts.append(machine["gpu"])
-    return f"{', '.join(STAGES[stage] for stage in entry['stages'])}: {', '.join(facts)}"
+    return f"{', '.join(STAGES[stage] for stage in entry['stages'])} on {', '.join(facts)}"
 
 
 def _count(number: int, one: str, several: str) -> str:
