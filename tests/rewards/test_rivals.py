@@ -102,6 +102,7 @@ def test_each_way_of_sharing_a_score_by_hand(
     prefixes_BL = torch.tensor([[0.5, 1.5, 1.0, 2.0], [0.5, 4.0, -3.0, 0.0]])
     attention_BL = torch.tensor([[0.5, 0.1, 0.3, 0.1], [0.2, 0.2, 0.6, 0.0]])
     module = "tlcr.rewards.sources.sequence"
+    monkeypatch.setattr(f"{module}.require_decoder", lambda *_: None)  # nothing asks the model
     monkeypatch.setattr(f"{module}.sequence_scores", lambda *_, **__: scores_B)
     monkeypatch.setattr(f"{module}.prefix_scores", lambda *_, **__: prefixes_BL)
     monkeypatch.setattr(f"{module}.scores_and_attention", lambda *_, **__: (scores_B, attention_BL))
