@@ -11,13 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.experiment.helpers import arm_config, small_config
 from tlcr.config.loading import load_config
 from tlcr.config.schema import RunConfig
 from tlcr.config.stages import stages_of
 from tlcr.errors import ConfigError
+from tlcr.experiment import contents
 from tlcr.experiment.pipeline import run, stage
 from tlcr.experiment.preflight import Finding, holds_a_run, preflight, refuse, require, settings
 
@@ -225,3 +227,13 @@ def test_a_finding_splits_an_error_where_its_remedy_begins() -> None:
     assert (found.fact, found.remedy) == ("it has no rows; or none that count", "write it again")
     assert str(found) == "data.edits: it has no rows; or none that count; write it again"
     assert Finding.of("x", ConfigError("broken")) == Finding("blocked", "x", "broken")
+
+
+def test_a_policy_of_which_no_classifier_can_be_made_is_found_before_sft() -> None:
+    with torch.device("meta"):
+        emu = AutoModelForCausalLM.from_config(AutoConfig.for_model("emu3"))
+    (finding,) = contents._classifiers(["sft", "discriminator"], emu)
+    assert (finding.level, finding.subject) == ("blocked", "model.path")
+    assert finding.fact.startswith("no TokenClassification class can be made for Emu3ForCausalLM")
+    assert finding.remedy == "use a decoder that transformers has, such as Llama or Qwen"
+    assert list(contents._classifiers(["sft", "ppo"], emu)) == []

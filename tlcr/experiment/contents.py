@@ -23,7 +23,8 @@ from tlcr.errors import TlcrError
 from tlcr.experiment.memory import build_on_meta, estimate_run, in_words, measure_model
 from tlcr.experiment.preflight import Finding, existing, models_used, sources_used
 from tlcr.models.bidirectional import make_top_layers_bidirectional
-from tlcr.models.faults import Role
+from tlcr.models.classifiers import new_class
+from tlcr.models.faults import AUTO, Role
 from tlcr.models.inspection import model_faults
 from tlcr.models.loading import check_fits, load_tokenizer, turn_notes
 from tlcr.rewards.sources.log_ratio import check_same_tokenizer
@@ -77,6 +78,7 @@ def _contents(cfg: RunConfig, stages: Collection[str], absent: Collection[str]) 
     if not is_embedded:
         yield from (Finding("note", "model.path", note, repeated=True) for note in turn_notes(tokenizer, cfg.model))
     yield from _dpo(cfg, stages, tokenizer, faulty)
+    yield from _classifiers(stages, model)
     yield from _bidirectional(cfg, stages, model)
     yield from _embedded_prompts(cfg, stages)
     examples = []
@@ -189,6 +191,16 @@ def _dpo(
         check_same_tokenizer(tokenizer, load_tokenizer(dpo))
     except TlcrError as error:
         yield Finding.of("dpo.path", error)
+
+
+def _classifiers(stages: Collection[str], model: PreTrainedModel) -> Iterator[Finding]:
+    """A policy that no classifier can be made of."""
+    for role in ("discriminator", "reward_model"):
+        if role in stages:
+            try:
+                new_class(AUTO[role], model, model.config)
+            except TlcrError as error:
+                yield Finding.of("model.path", error)
 
 
 def _bidirectional(cfg: RunConfig, stages: Collection[str], model: PreTrainedModel) -> Iterator[Finding]:
