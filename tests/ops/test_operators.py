@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch import Tensor
 
 from tests.ops.examples import CALLS, V, call_inputs, samples
@@ -124,6 +125,21 @@ def test_second_derivatives_are_refused(op: str, backend: Backend) -> None:
     (gradient,) = torch.autograd.grad(call(inputs, backend.impl).square(), inputs[name], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize(("op", "backend"), fast_backends(differentiable=True))
+def test_derivatives_in_forward_mode_are_refused(op: str, backend: Backend) -> None:
+    """Not dropped: a result without a tangent would say that nothing depends on the input."""
+    call, (name, *_) = CALLS[op]
+    inputs = call_inputs(4, backend.device)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        call(inputs | {name: forward_ad.make_dual(inputs[name], torch.ones_like(inputs[name]))}, backend.impl)
+
+
+@pytest.mark.parametrize(("op", "backend"), fast_backends(differentiable=True))
+def test_without_a_gradient_the_operator_is_called_alone(op: str, backend: Backend) -> None:
+    call, _ = CALLS[op]
+    assert call(call_inputs(4, backend.device), backend.impl).grad_fn is None
 
 
 def test_every_operator_has_a_kernel_where_it_says_so() -> None:

@@ -97,7 +97,7 @@ def implementation(op: Op[ArgumentsT, ResultT], namespace: str) -> Callable[[Arg
         if function is None or torch.compiler.is_compiling():
             results = operator(*values)
         elif torch.is_grad_enabled():
-            results = function.apply(*values)
+            results = function(values)
         else:
             with below_autograd():
                 results = operator(*values)
