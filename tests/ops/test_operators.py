@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.autograd import forward_ad
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tests.ops.examples import CALLS, V, call_inputs, samples
 from tests.ops.helpers import Backend, assert_close
@@ -127,6 +127,7 @@ def test_second_derivatives_are_refused(op: str, backend: Backend) -> None:
         gradient.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own, as forward mode starts
 @pytest.mark.parametrize(("op", "backend"), fast_backends(differentiable=True))
 def test_derivatives_in_forward_mode_are_refused(op: str, backend: Backend) -> None:
     """Not dropped: a result without a tangent would say that nothing depends on the input."""
