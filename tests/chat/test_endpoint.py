@@ -140,12 +140,15 @@ def test_a_server_that_dribbles_is_given_up_too(store: AnswerStore) -> None:
     assert len(server.requests) == 2
 
 
-def test_a_server_that_is_not_there_is_no_answer(store: AnswerStore) -> None:
+def test_a_server_that_is_not_there_is_no_answer(store: AnswerStore, caplog: pytest.LogCaptureFixture) -> None:
     server = ChatServer()
     server.address = f"http://127.0.0.1:{closed_port()}/v1"
     prices = {"prompt_price": 1.0, "answer_price": 1.0}
     answer = ask_one(server, store, retries=1, **prices)
     assert isinstance(answer, NoAnswer) and not answer.final
+    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("tlcr")]
+    assert said.startswith(f"{server.address}/ gave no answer: the connection failed")
+    assert "repeated up to 1 times" in said
     assert store.totals() == (2, 0.0)  # what never reached a server costs nothing
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import time
 from collections.abc import Coroutine, Mapping, Sequence
@@ -36,6 +37,8 @@ try:
     )
 except ImportError as error:
     raise BackendUnavailable(f"an endpoint needs {error.name} ({error}): {install_command('openai')}") from error
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Endpoint"]
 
@@ -160,6 +163,7 @@ class _Session:
         self._end: BaseException | None = None
         self._ended = asyncio.Event()
         self._answered = self._failures = 0
+        self._said_that_it_repeats = False
 
     async def answer_all(self, questions: Sequence[Question], deliver: Deliver) -> BaseException | None:
         """Returns the reason for an early end; None where every question was asked."""
@@ -215,6 +219,7 @@ class _Session:
             stop=stop_after_attempt(self._cfg.retries + 1),
             wait=_wait,
             sleep=self._pause,
+            before_sleep=self._say_that_it_repeats,
             reraise=True,
         )
         try:
@@ -223,6 +228,18 @@ class _Session:
             return NoAnswer(f"{error} ({self._cfg.retries + 1} times)", final=False)
         except _Refused as error:
             return NoAnswer(str(error), final=True)
+
+    def _say_that_it_repeats(self, state: RetryCallState) -> None:
+        """Once: a server that is not there shows only in minutes, when all attempts at many questions have failed."""
+        if self._said_that_it_repeats or state.outcome is None:
+            return
+        self._said_that_it_repeats = True
+        logger.warning(
+            "%s gave no answer: %s; such a request is repeated up to %d times, with longer and longer waits",
+            self._client.base_url,
+            state.outcome.exception(),
+            self._cfg.retries,
+        )
 
     async def _pause(self, seconds: float) -> None:
         """Sleeps, but not beyond the end of the session."""
