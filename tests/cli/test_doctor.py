@@ -52,7 +52,12 @@ def real_size(tmp_path: Path) -> str:
 def test_the_defaults_are_fit_to_run(tmp_path: Path) -> None:
     blocked, text = shown(load_config(None, {"output_dir": str(tmp_path / "run")}))
     assert not blocked, text
-    assert "Nothing stands in the way" in text
+    assert "Nothing stands in the way of a run." in text
+    (tmp_path / "run").mkdir()
+    for name in ("config.yaml", "metrics.jsonl"):
+        (tmp_path / "run" / name).touch()
+    blocked, text = shown(load_config(None, {"output_dir": str(tmp_path / "run")}))
+    assert not blocked and "Nothing stands in the way of a run, with --resume." in text
     assert "policy" in text and f"{measure_model(build_on_meta(RunConfig().model)).parameters:,}" in text
 
 

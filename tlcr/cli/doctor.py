@@ -58,7 +58,9 @@ def examine(cfg: RunConfig, *, named: bool, console: Console | None = None) -> b
     if blocked:
         console.print(f"[bold red]{len(blocked)} of these must be put right before a run.[/bold red]")
     else:
-        console.print("[green]Nothing stands in the way of a run.[/green]")
+        # a folder that holds a run is no fault: the command may be given --resume
+        how = ", with --resume" if any(finding.subject == "output_dir" for finding in found) else ""
+        console.print(f"[green]Nothing stands in the way of a run{how}.[/green]")
     return bool(blocked)
 
 
