@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,10 @@ class PPORun:
         self.reference = reference.requires_grad_(False).eval().to(device)
         self.actor_critic = actor_critic.eval().to(device)
         self.optimizer = build_optimizer(_parameter_groups(self.actor_critic, cfg))
-        self.parallel = accelerator.prepare_model(self.actor_critic)
+        with warnings.catch_warnings():
+            # accelerate has no field for the name that newer versions of torch give to this option
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            self.parallel = accelerator.prepare_model(self.actor_critic)
         self.kl_controller = build_kl_controller(cfg.kl)
         self.centre = RunningMean(reduce=sum_over_processes) if cfg.reward.centre else None
         self.prompts = PromptStream(prompts, seed)
