@@ -130,7 +130,7 @@ def test_the_end_of_sequence_pads_where_no_token_is_named_for_it(tmp_path, tiny_
         tokenizer = load_tokenizer(config(tmp_path))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == tiny_tokenizer.eos_token_id
     assert [record.getMessage() for record in caplog.records] == [
-        f"the tokenizer {str(tmp_path)!r} names no padding token: '<eos>' pads, masks know lengths"
+        f"the tokenizer {str(tmp_path)!r} names no padding token: '<eos>' pads, and nothing is learnt from padding"
     ]
     assert load_tokenizer(config(tmp_path, pad_token="<bos>")).pad_token == "<bos>"
     with pytest.raises(ConfigError, match=r"'<nothing>' is not in the vocabulary .* such as '<eos>'"):

@@ -603,7 +603,7 @@ class Arm(Checked):
 
 @dataclass(frozen=True)
 class RunConfig(Checked):
-    """The whole pipeline: SFT, reward model, DPO, labels, discriminator, PPO for every arm and seed, report."""
+    """What is trained, for which seeds, KL coefficients and rewards, and where it is written."""
 
     output_dir: str = knob("runs/default", "everything a run writes goes here")
     seed: int = knob(0, "seed of every stage before PPO", ge=0)
@@ -644,8 +644,8 @@ class RunConfig(Checked):
             raise ConfigError("RunConfig.seeds is empty; name at least one seed, such as [0]")
         if self.reviser.backend != "none" and self.data.edits is not None:
             raise ConfigError(
-                f"RunConfig.data.edits is {self.data.edits!r} and RunConfig.reviser.backend is "
-                f"{self.reviser.backend!r}; edits are read or made: drop one"
+                f"RunConfig.data.edits is {self.data.edits!r} and reviser.backend is {self.reviser.backend!r}: edits "
+                "are read, or a reviser makes them; drop one of the two settings"
             )
         _check_kl_coefs(self.kl_coefs, "RunConfig")
         several = self.kl_coefs or [coef for arm in self.arms for coef in arm.kl_coefs]

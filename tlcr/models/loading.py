@@ -77,7 +77,10 @@ def load_tokenizer(cfg: GeneratorConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
         why = "names no padding token" if tokenizer.pad_token_id is None else f"pads with {tokenizer.pad_token!r}, "
         why += "" if tokenizer.pad_token_id is None else f"for which {cfg.path!r} has no embedding"
-        _note(f"the tokenizer {(cfg.tokenizer or cfg.path)!r} {why}: {tokenizer.eos_token!r} pads, masks know lengths")
+        _note(
+            f"the tokenizer {(cfg.tokenizer or cfg.path)!r} {why}: {tokenizer.eos_token!r} pads, and nothing is learnt "
+            "from padding"
+        )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

@@ -149,9 +149,10 @@ def train_discriminator(
             if calibration.at_bound:
                 logger.warning(
                     "the discriminator's temperature ended at its bound %.3g: its scores on the %d held-out tokens are "
-                    "no better than chance, or perfect; look at evaluation.json before you use it as a reward",
+                    "no better than chance, or perfect; look at %s before you use it as a reward",
                     calibration.temperature,
                     calibration.tokens,
+                    Path(folder) / "evaluation.json",
                 )
 
         # 4. evaluate on held-out edits
