@@ -73,6 +73,24 @@ def test_the_discriminator_is_analysed_on_what_it_has_not_seen(finished: RunConf
     assert page == tmp_path / "out" / "analysis.html" and "edits.jsonl" in page.read_text()
 
 
+def test_a_run_says_once_what_it_found_and_wrote(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "tlcr")
+    cfg = small_config(tmp_path / "run")
+    run(cfg)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == len({*said}), said
+    assert sum(line.startswith("token labels: 80 pairs, ") for line in said) == 1
+    wrote = [f"wrote {tmp_path / 'run' / name}" for name in ("sft", "reward_model", "discriminator")]
+    policies = ["policy 1 of 2: continuous/seed-0", "policy 2 of 2: sequence/seed-0"]
+    assert [line for line in said if line in (*wrote, *policies)] == [*wrote, *policies]
+
+    caplog.clear()
+    stage(replace(cfg, output_dir=str(tmp_path / "run")), "ppo", resume=True)
+    folder = tmp_path / "run"
+    assert f"wrote {folder / 'ppo'}; 'tlcr report {folder}' compares the policies" in caplog.messages
+    assert not any(line.startswith("policy 1") for line in caplog.messages), "they are done"
+
+
 def test_an_analysis_can_be_made_again(finished: RunConfig) -> None:
     path = Path(finished.output_dir) / "analysis" / "analysis.json"
     before = path.read_text()

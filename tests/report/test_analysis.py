@@ -134,7 +134,7 @@ def test_the_terminal_shows_the_kinds() -> None:
     file = io.StringIO()
     analysis_page.print_analysis(made_up(), Console(file=file, width=80))
     shown = file.getvalue()
-    assert "2 held-out pairs, 17 tokens" in shown
+    assert "2 pairs, 17 tokens; 95% intervals over pairs" in shown
     assert [line.split() for line in shown.splitlines() if line.startswith("Deleted")] == []
     assert any(line.split()[:5] == ["Substituted,", "the", "old", "token", "1"] for line in shown.splitlines())
 

@@ -209,7 +209,7 @@ def _analyse(arguments: Namespace) -> int:
         page = pipeline.analyse(folder)
     else:
         page = pipeline.analyse_edits(folder, edits, Path(output), preferences=preferences)
-    sys.stdout.write(f"{page}\n")
+    sys.stdout.write(f"report: {page}\n")
     return 0
 
 

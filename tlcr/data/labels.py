@@ -127,7 +127,6 @@ def label_pairs(
         cuts.add(pair.prompt, sides.rejected.encoded, sides.revised.encoded)
     cuts.report("token labels")
     statistics = _statistics(labelled)
-    logger.info("token labels: %s", statistics.summary())
     if statistics.edited_share > MOSTLY_EDITED:
         logger.warning(
             "%.0f%% of the answer tokens were edited, more than %.0f%%: few neutral tokens are "

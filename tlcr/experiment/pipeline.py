@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from tlcr.config.loading import load_config
 from tlcr.config.schema import RunConfig
 from tlcr.data import embedded
-from tlcr.data.labels import label_pairs, write_labels
+from tlcr.data.labels import write_labels
 from tlcr.data.readers import read_edits, read_preferences
 from tlcr.data.splits import Stage
 from tlcr.errors import ConfigError, TlcrError
@@ -99,6 +99,7 @@ def stage(cfg: RunConfig, name: str, *, resume: bool = False) -> Path:
         _revisions(opened)
     elif name == "ppo":
         _ppo(opened)
+        logger.info("wrote %s; 'tlcr report %s' compares the policies", opened.path / "ppo", opened.path)
     else:
         for run in opened.model_folders:
             MODEL_STAGES[name](run)
@@ -234,6 +235,7 @@ def _from_preferences(
         result = train(
             tokenizer=run.tokenizer, train=pairs.train, held_out=pairs.held_out, folder=folder, resume=run.resume
         )
+        logger.info("wrote %s", folder)
         return {**result.metrics, **result.evaluation}
 
     run.once(folder, run.settings(*sections), work)
@@ -243,12 +245,11 @@ def _labels(run: RunFolder) -> None:
     """5. Every token of an edited answer: kept, or changed for the better or worse."""
 
     def work() -> Mapping[str, Any]:
-        pairs, statistics = label_pairs(
-            [*run.edits.train, *run.edits.held_out], run.tokenizer, run.cfg.data, run.cfg.labels
-        )
+        pairs, statistics = run.labelled
         folder = run.models / "labels"
         on_main_process(lambda: write_labels(folder / "labels.jsonl", pairs, run.tokenizer))
         on_main_process(lambda: write_json(folder / "statistics.json", asdict(statistics)))
+        logger.info("token labels: %s", statistics.summary())
         logger.info("wrote %s", folder / "labels.jsonl")
         return asdict(statistics)
 
@@ -259,8 +260,7 @@ def _discriminator(run: RunFolder) -> None:
     """6. The discriminator learns the labels in context; its confidence is the reward of a token."""
 
     def work() -> Mapping[str, Any]:
-        edits, count = run.edits, len(run.edits.train)
-        labelled, _ = label_pairs([*edits.train, *edits.held_out], run.tokenizer, run.cfg.data, run.cfg.labels)
+        (labelled, _), count = run.labelled, len(run.edits.train)
         trained = train_discriminator(
             run.cfg,
             backbone=load_causal_lm(run.policy_source),
@@ -271,6 +271,7 @@ def _discriminator(run: RunFolder) -> None:
             folder=run.models / "discriminator",
             resume=run.resume,
         )
+        logger.info("wrote %s", run.models / "discriminator")
         return trained.metrics
 
     settings = run.settings("model", "data", "sft", "labels", "discriminator")
@@ -324,6 +325,7 @@ def _models(run: RunFolder) -> None:
     for name, work in MODEL_STAGES.items():
         if run.wants(name):
             work(run)
+    run.release_labels()
 
 
 def _models_of_all_seeds(run: RunFolder) -> None:
@@ -338,7 +340,9 @@ def _models_of_all_seeds(run: RunFolder) -> None:
 def _ppo(run: RunFolder) -> None:
     """8. PPO on the reward of every token: one policy for each trial, compared before and after."""
     if run.cfg.parallel == 1 or len(run.trials) == 1:
-        for trial in run.trials:
+        for number, trial in enumerate(run.trials, 1):
+            if len(run.trials) > 1 and not run.per_seed[trial.seed].is_trained(trial):
+                logger.info("policy %d of %d: %s", number, len(run.trials), trial.folder)
             train_arm(run.per_seed[trial.seed], trial)
         return
     # a process whose work is already done costs as much as any other: some seconds of imports

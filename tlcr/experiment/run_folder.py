@@ -26,6 +26,7 @@ from tlcr.config.stages import wants
 from tlcr.config.trials import Trial, trials_of
 from tlcr.data import embedded
 from tlcr.data.formats import TextPreference, as_texts, prompt_key
+from tlcr.data.labels import LabelStatistics, label_pairs
 from tlcr.data.readers import (
     ReadResult,
     read_edits,
@@ -41,7 +42,7 @@ from tlcr.experiment.preflight import STARTED, TRAINED, holds_a_run, taken, unfi
 from tlcr.models.loading import load_tokenizer
 from tlcr.training.checkpoint import DONE, as_plain, atomic_write, done_config, is_done, mark_done, write_json
 from tlcr.training.distributed import barrier, on_main_process, process_device
-from tlcr.types import EditPair, PreferencePair
+from tlcr.types import EditPair, LabelledPair, PreferencePair
 
 logger = logging.getLogger(__name__)
 
@@ -320,6 +321,15 @@ class RunFolder:
         if self.shares.shares and not split.train:
             raise nothing_left(stage, self.shares.shares, read.source)
         return split
+
+    @cached_property
+    def labelled(self) -> tuple[list[LabelledPair], LabelStatistics]:
+        """The edits with their labels, first those to train on; computed, and warned of, once for all stages."""
+        return label_pairs([*self.edits.train, *self.edits.held_out], self.tokenizer, self.cfg.data, self.cfg.labels)
+
+    def release_labels(self) -> None:
+        """Frees ``labelled``, which holds every token of the edits; PPO does without."""
+        vars(self).pop("labelled", None)
 
     # ---- stages
 

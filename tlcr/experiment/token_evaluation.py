@@ -262,6 +262,10 @@ def evaluate_tokens(cfg: RunConfig, *, spans: str, threshold_spans: str | None =
             for row, values in list(zip(rows, of_answers, strict=True))[:show]:
                 _show(name, row, values, run.tokenizer, console)
         print_evaluations(evaluations, console)
+        written = run.path / WRITTEN
+        console.print(
+            f"wrote {written}.json (all figures) and {written}.jsonl (each token)", soft_wrap=True, markup=False
+        )
 
     on_main_process(deliver)
     return run.path / f"{WRITTEN}.json"
@@ -346,6 +350,7 @@ def print_evaluations(evaluations: Mapping[str, SpanEvaluation], console: Consol
         if others:
             cells.append("" if evaluation is first else _figure(difference(evaluation, first, "auc"), sign="+"))
         table.add_row(escape(name), *cells)
+    table.caption, table.caption_justify = "Below each figure: its 95% interval, over answers.", "left"
     console.print(table)
 
     kinds = sorted({name.partition("/")[2] for name in first.figures if "/" in name})

@@ -113,7 +113,7 @@ def _comparison_plot(comparisons: Sequence[Mapping[str, Any]]) -> Markup | None:
 def print_analysis(analysis: Mapping[str, Any], console: Console | None = None) -> None:
     """The rows by kind of edit, for the terminal."""
     console = console or Console()
-    title = f"{analysis['pairs']} held-out pairs, {analysis['tokens']} tokens; 95 % intervals over pairs"
+    title = f"{analysis['pairs']} pairs, {analysis['tokens']} tokens; 95% intervals over pairs"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("token", overflow="fold")
     for heading in ("tokens", "accuracy", "mean reward"):
