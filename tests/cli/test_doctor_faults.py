@@ -463,7 +463,7 @@ FAULTS: dict[str, Fault] = {
     "a disk that is too small": Fault(
         plant_small_disk,
         "disk",
-        "checkpoints of 1 PPO runs may take",
+        "(checkpoints of 1 runs at a time, models of 1)",
         "name an output_dir on a larger disk",
         lambda desk, _: desk.set("output_dir", str(desk.folder / "another")),
     ),

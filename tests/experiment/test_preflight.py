@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import shutil
 import subprocess
 import sys
+from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +171,26 @@ def test_a_token_classifier_cannot_be_calibrated_on_nothing(tmp_path: Path) -> N
 def test_more_prompts_than_the_embedded_language_has(tmp_path: Path) -> None:
     cfg = load_config(None, {"output_dir": str(tmp_path), "evaluation.prompts": 1_000_000})
     assert "ask for at most" in blocked(preflight(cfg))["evaluation.prompts"]
+
+
+def test_the_disk_needs_room_for_the_checkpoints_of_the_runs_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def needed(**values: object) -> float:
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9, 9, 0))
+        found = preflight(
+            load_config(None, {"output_dir": str(tmp_path / "run"), "ppo.value_model": "shared", **values})
+        )
+        (fact,) = (finding.fact for finding in found if finding.subject == "disk")
+        return float(re.findall(r"PPO may take ([0-9.]+) MiB", fact)[0])
+
+    one, many = needed(), needed(seeds=list(range(100)))
+    checkpoints_of_one = (
+        one * 9 / 10
+    )  # 3 checkpoints, each of weights and two moments; the models that remain are one tenth
+    assert many == pytest.approx(checkpoints_of_one + 100 * one / 10, rel=0.1), "finished runs keep no checkpoints"
+    assert needed(seeds=list(range(100)), parallel=2) == pytest.approx(many + checkpoints_of_one, rel=0.1)
 
 
 def test_the_defaults_run(tmp_path: Path) -> None:

@@ -16,12 +16,11 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import DataConfig, RunConfig
-from tlcr.config.trials import trials_of
 from tlcr.data import embedded
 from tlcr.data.readers import ReadResult, read_edits, read_preferences, read_prompts
 from tlcr.errors import TlcrError
 from tlcr.experiment.memory import build_on_meta, estimate_run, in_words, measure_model
-from tlcr.experiment.preflight import Finding, existing, models_used, sources_used
+from tlcr.experiment.preflight import Finding, existing, models_used, records, sources_used
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.classifiers import new_class
 from tlcr.models.faults import AUTO, Role
@@ -256,14 +255,19 @@ def _positions(
 
 
 def _disk(cfg: RunConfig, stages: Collection[str], model: PreTrainedModel) -> Iterator[Finding]:
-    """While a checkpoint is saved, each PPO run has keep_checkpoints + 1 of them, with weights and optimiser states."""
+    """A PPO run has keep_checkpoints + 1 checkpoints, weights and optimiser states, while one is saved. When it ends it
+    deletes them and leaves its models."""
     if "ppo" not in stages:
         return
-    ppo = estimate_run(cfg, measure_model(model))[-1]
-    trained = sum(role.weights + role.optimizer for role in ppo.roles if role.optimizer)
-    runs = len(trials_of(cfg))
-    need = trained * (cfg.ppo.keep_checkpoints + 1) * runs
+    trained = [role for role in estimate_run(cfg, measure_model(model))[-1].roles if role.optimizer]
+    models, states = sum(role.weights for role in trained), sum(role.optimizer for role in trained)
+    runs = sum(not path.exists() for path in records(cfg, "ppo"))
+    at_a_time = min(cfg.parallel, runs)
+    need = at_a_time * (cfg.ppo.keep_checkpoints + 1) * (models + states) + runs * models
     free = shutil.disk_usage(existing(Path(cfg.output_dir))).free
     if need > free:
-        fact = f"checkpoints of {runs} PPO runs may take {in_words(need)}, {in_words(free)} are free"
+        fact = (
+            f"PPO may take {in_words(need)} (checkpoints of {at_a_time} runs at a time, models of {runs}), and "
+            f"{in_words(free)} are free"
+        )
         yield Finding("blocked", "disk", fact, "lower ppo.keep_checkpoints, or name an output_dir on a larger disk")

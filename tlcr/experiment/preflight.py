@@ -29,6 +29,7 @@ __all__ = [
     "holds_a_run",
     "models_used",
     "preflight",
+    "records",
     "refuse",
     "require",
     "settings",
@@ -162,11 +163,11 @@ def unnamed(source: str, what: str) -> ConfigError:
 
 def _pending(cfg: RunConfig, stages: Collection[str]) -> list[str]:
     """The stages that have no record yet: a finished run goes on even where its sources are gone."""
-    return [stage for stage in stages if not all(path.exists() for path in _records(cfg, stage))]
+    return [stage for stage in stages if not all(path.exists() for path in records(cfg, stage))]
 
 
-def _records(cfg: RunConfig, stage: str) -> list[Path]:
-    """What a finished stage leaves, in all the folders where it works."""
+def records(cfg: RunConfig, stage: str) -> list[Path]:
+    """The record that a finished stage leaves in each of the folders where it works."""
     folder = Path(cfg.output_dir)
     if stage == "ppo":
         return [folder / "ppo" / trial.folder / TRAINED for trial in trials_of(cfg)]
@@ -199,7 +200,7 @@ def _earlier_stages(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding
             if getattr(cfg, name).path is None and _rewards_use(cfg, name)
         ]
     for stage in needed:
-        missing = [path.parent for path in _records(cfg, stage) if not path.exists()]
+        missing = [path.parent for path in records(cfg, stage) if not path.exists()]
         if missing and stage not in stages:
             yield Finding.of(stage, unfinished(missing[0], stage))
 
