@@ -12,8 +12,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tlcr.config.schema import DataConfig
+from tlcr.data.formats import RawPrompt
 from tlcr.data.readers import ReadResult, read_edits, read_preferences, read_prompts
-from tlcr.data.template_notes import LOOKED_AT, date_notes
+from tlcr.data.template_notes import LOOKED_AT, template_notes
 from tlcr.types import PreferencePair
 
 PLAIN = (
@@ -139,16 +140,18 @@ class TestDate:
         )
         assert first != second and "01 Jul 2026" in str(first) and "02 Jul 2026" in str(second)
 
-    def test_without_data(self, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert date_notes(tiny_tokenizer) == ()
-        monkeypatch.setattr(tiny_tokenizer, "chat_template", PLAIN)
-        assert date_notes(tiny_tokenizer) == ()
-        monkeypatch.setattr(tiny_tokenizer, "chat_template", DATED)
-        (note,) = date_notes(tiny_tokenizer, rendered_at=datetime(2026, 7, 4))
-        assert "into 1 of 1 prompts ('Today: 04 Jul 2026')" in note
-        refuses = "{{ raise_exception('no') }}{{ strftime_now('%Y') }}"
-        monkeypatch.setattr(tiny_tokenizer, "chat_template", refuses)
-        assert date_notes(tiny_tokenizer) == ()
+    def test_only_the_first_records_are_rendered_on_another_day(self, read: Read) -> None:
+        (note,) = (note for note in read(DATED, *map(record, range(LOOKED_AT + 5))).notes if "the date" in note)
+        assert note.startswith(f"the chat template writes the date into {LOOKED_AT} of the first {LOOKED_AT} prompts (")
+
+    def test_no_note_without_a_date(
+        self, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        raws = [RawPrompt([said("user", "Hi")])]
+        for template in (PLAIN, "{{ raise_exception('no') }}{{ strftime_now('%Y') }}"):
+            monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
+            assert template_notes(raws, tiny_tokenizer, datetime(2026, 7, 4)) == ()
+        assert template_notes([RawPrompt("Hi")], tiny_tokenizer, None) == ()
 
 
 def test_columns_that_only_other_formats_read_are_named(read: Read) -> None:

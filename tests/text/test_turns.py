@@ -11,7 +11,14 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.text.test_tokenization import byte_level
 from tlcr.errors import DataError
-from tlcr.text.tokenization import encode_answer, opening, render_answer, render_prompt, render_question
+from tlcr.text.tokenization import (
+    encode_answer,
+    opening,
+    render_answer,
+    render_prompt,
+    render_prompt_and_answers,
+    render_question,
+)
 from tlcr.text.turns import apply_template, opening_note, template_notes, turn_end, without_beginning, without_end
 
 ASK = [{"role": "user", "content": "Hi?"}]
@@ -103,6 +110,7 @@ def test_prompt_and_answer_are_a_text_that_the_template_writes(name: str, contex
     tokenizer = tokenizer_with(case.template)
     prompt, answer = render_prompt(tokenizer, context), render_answer(tokenizer, context, case.answer)
     assert prompt.endswith("[Hi?]" + case.prompt) and answer == case.rendered
+    assert render_prompt_and_answers(tokenizer, context, [case.answer] * 2) == (prompt, [answer] * 2)
     if case.closing is not None:
         turns = [*context, {"role": "assistant", "content": case.answer}]
         whole = apply_template(tokenizer, turns, {}, add_generation_prompt=False)

@@ -20,7 +20,7 @@ from tlcr.data.edit_codes import check_edit_codes
 from tlcr.errors import DataError
 from tlcr.text.files import broken_character
 from tlcr.text.template_variables import template_variables
-from tlcr.text.tokenization import render_answer, render_prompt
+from tlcr.text.tokenization import render_prompt, render_prompt_and_answers
 from tlcr.text.turns import without_beginning, without_end
 from tlcr.types import EditPair, ErrorSpan, MarkedAnswer, PreferencePair
 
@@ -216,8 +216,7 @@ def _rendered(
     if isinstance(context, str):
         return render_prompt(tokenizer, context), [answer for answer in bare if isinstance(answer, str)]
     template = template_arguments(raw.template, tokenizer)
-    prompt = render_prompt(tokenizer, context, rendered_at=rendered_at, **template)
-    return prompt, [render_answer(tokenizer, context, answer, rendered_at=rendered_at, **template) for answer in bare]
+    return render_prompt_and_answers(tokenizer, context, bare, rendered_at=rendered_at, **template)
 
 
 def _without_marks(context: Context, tokenizer: PreTrainedTokenizerBase) -> Context:

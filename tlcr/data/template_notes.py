@@ -31,15 +31,14 @@ from tlcr.text.template_variables import template_variables
 from tlcr.text.tokenization import render_messages
 from tlcr.text.turns import MARK
 
-__all__ = ["date_notes", "template_notes"]
+__all__ = ["template_notes"]
 
 Raw = RawPrompt | RawPreference | RawEdit | RawMarkedAnswer
 
 LOOKED_AT = 200
-"""Records that are rendered again for each kind of field; all records that hold it are counted."""
+"""Records that are rendered again for the date, and for each kind of field; all that hold the field are counted."""
 NOON = datetime(2026, 1, 1, 12)
 """A moment for renderings that are compared, which must not differ by the time."""
-GREETING = RawPrompt([{"role": "user", "content": "Hello"}])
 
 
 def template_notes(
@@ -61,43 +60,33 @@ def template_notes(
     return (
         *_given(conversations, tokenizer),
         *_left_out(conversations, tokenizer),
-        *date_notes(tokenizer, conversations, rendered_at),
+        *_date(conversations, tokenizer, rendered_at),
         *_beside_texts(texts, tokenizer),
     )
 
 
-def date_notes(
-    tokenizer: PreTrainedTokenizerBase, raws: Sequence[Raw] = (GREETING,), rendered_at: datetime | None = None
-) -> tuple[str, ...]:
-    """A note where the chat template writes the date into prompts.
-
-    Args:
-        tokenizer: the tokenizer.
-        raws: conversations; the default is a greeting, for use without data.
-        rendered_at: what the template's clock shows; None: the time.
-
-    Returns:
-        The note, or nothing: for a tokenizer without a chat template too, and for a template that refuses them.
-    """
+def _date(raws: Sequence[Raw], tokenizer: PreTrainedTokenizerBase, rendered_at: datetime | None) -> tuple[str, ...]:
+    """A note where the chat template writes the date into prompts."""
     templates = tokenizer.chat_template or ""
     if not any(map(asks_the_clock, templates.values() if isinstance(templates, dict) else [templates])):
         return ()
     moment = rendered_at or datetime.now()
-    dated = []
-    for raw in raws:
+    dated, looked_at = [], raws[:LOOKED_AT]
+    for raw in looked_at:
         prompt = RawPrompt(raw.prompt, raw.template)
         try:
             lines, others = (
                 rendered_prompt(prompt, tokenizer, at).splitlines() for at in (moment, another_day(moment))
             )
         except DataError:
-            continue  # the reader has reported it; a greeting that a template refuses says nothing of the date
+            continue  # refused on another day alone
         if lines != others:
             dated.append(next((line for line, other in zip(lines, others, strict=False) if line != other), ""))
     if not dated:
         return ()
+    of = str(len(raws)) if len(raws) == len(looked_at) else f"the first {len(looked_at)}"
     return (
-        f"the chat template writes the date into {len(dated)} of {len(raws)} prompts ({shown(dated[0].strip())}): a "
+        f"the chat template writes the date into {len(dated)} of {of} prompts ({shown(dated[0].strip())}): a "
         "run keeps the date on which it began, and whoever uses its models later gives them another; to avoid that, "
         f"give the template a date of its own{_date_variable(tokenizer)}, or set model.chat_template to one without",
     )
@@ -148,16 +137,16 @@ def _left_out(raws: Sequence[Raw], tokenizer: PreTrainedTokenizerBase) -> tuple[
             held[kind] += 1
             if looked[kind] < LOOKED_AT:
                 looked[kind] += 1
-                missing = [part for part in parts if not part.is_rendered(tokenizer)]
-                lost.setdefault(kind, []).extend(part.value for part in missing[:1])
-    kinds_lost = [kind for kind, values in lost.items() if values]
-    if not kinds_lost:
+                missing = next((part for part in parts if not part.is_rendered(tokenizer)), None)
+                if missing is not None:
+                    lost.setdefault(kind, []).append(missing.value)
+    if not lost:
         return ()
     each = [
-        f"{kind} in {len(lost[kind])} of {looked[kind]} records"
+        f"{kind} in {len(values)} of {looked[kind]} records"
         + (f" looked at, of {held[kind]}" if held[kind] > looked[kind] else "")
-        + f" (the first is {shown(lost[kind][0])})"
-        for kind in kinds_lost
+        + f" (the first is {shown(values[0])})"
+        for kind, values in lost.items()
     ]
     return (
         f"the chat template does not render {', '.join(each)}: no model reads that; set model.chat_template to one "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import takewhile
@@ -35,6 +35,7 @@ __all__ = [
     "render_answer",
     "render_messages",
     "render_prompt",
+    "render_prompt_and_answers",
     "render_question",
     "start_of_text",
     "token_pieces",
@@ -176,13 +177,18 @@ def render_prompt(
     """
     bos = tokenizer.bos_token
     if not isinstance(prompt, str):
-        text = opening(tokenizer, prompt, rendered_at=rendered_at, **template).prompt
-    elif bos is not None and not prompt.startswith(bos) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        return _with_one_beginning(tokenizer, opening(tokenizer, prompt, rendered_at=rendered_at, **template).prompt)
+    if bos is not None and not prompt.startswith(bos) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
         text = bos + prompt
     elif not prompt.strip() and not tokenizer(prompt, add_special_tokens=False)["input_ids"]:
         text = start_of_text(tokenizer) + prompt
     else:
         text = prompt
+    return _with_one_beginning(tokenizer, text)
+
+
+def _with_one_beginning(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    bos = tokenizer.bos_token
     while bos and text.startswith(bos + bos):
         text = text.removeprefix(bos)
     return text
@@ -273,6 +279,42 @@ def render_answer(
         DataError: the chat template does not continue its own prompt with such a message.
     """
     found = opening(tokenizer, prompt, rendered_at=rendered_at, **template)
+    return _after_opening(tokenizer, found, prompt, answer, rendered_at, template)
+
+
+def render_prompt_and_answers(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[Message],
+    answers: Sequence[str | Message],
+    *,
+    rendered_at: datetime | None = None,
+    **template: Any,
+) -> tuple[str, list[str]]:
+    """``render_prompt`` of messages and ``render_answer`` of each answer, for which the opening is found only once.
+
+    Args:
+        tokenizer: as for ``render_answer``.
+        prompt: as for ``render_answer``.
+        answers: as for ``render_answer``.
+        rendered_at: as for ``render_answer``.
+        **template: as for ``render_answer``.
+
+    Returns:
+        The prompt's text, and that of each answer.
+    """
+    found = opening(tokenizer, prompt, rendered_at=rendered_at, **template)
+    after = [_after_opening(tokenizer, found, prompt, answer, rendered_at, template) for answer in answers]
+    return _with_one_beginning(tokenizer, found.prompt), after
+
+
+def _after_opening(
+    tokenizer: PreTrainedTokenizerBase,
+    found: Opening,
+    prompt: Sequence[Message],
+    answer: str | Message,
+    rendered_at: datetime | None,
+    template: Mapping[str, Any],
+) -> str:
     message = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
     whole = apply_template(
         tokenizer, [*prompt, message], template, add_generation_prompt=False, rendered_at=rendered_at
