@@ -10,7 +10,6 @@ Axes: B answers (rows), L columns of a padded row, T response tokens, C classes,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tlcr import ops
 from tlcr.config.schema import ModelConfig
 from tlcr.models.bidirectional import make_top_layers_bidirectional
+from tlcr.models.heads import evaluating
 from tlcr.models.inspection import THREE_CLASSES, TWO_CLASSES
 from tlcr.models.loading import load_token_classifier, load_tokenizer
 from tlcr.text.padding import pad_right
@@ -140,18 +140,6 @@ def discriminator_loss(logits_BLC: Tensor, labels_BL: Tensor, weights_BL: Tensor
 # ---- logits
 
 
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """No dropout and no gradients inside; the model's mode is restored after."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
 def classify(model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
     """The logits (B, L, C), float32 or float64, of rows that are padded on the right."""
     return model(input_ids=ids_BL, attention_mask=attention_mask_BL.long(), use_cache=False).logits
@@ -187,7 +175,7 @@ def token_logits(
     length_B = moved_mask_BL.sum(dim=1)
     target_BT = source_BL.argsort(dim=1)[:, answer]
     logits_BTC = torch.zeros((*target_BT.shape, model.config.num_labels or 0), device=ids_BL.device)
-    with _evaluating(model):
+    with evaluating(model):
         lengths = length_B.tolist()
         for batch in _length_sorted(lengths, micro_batch_size or max(rows, 1)):
             longest = max(lengths[batch[0]], 1)
@@ -223,7 +211,7 @@ def predict_tokens(
     """The discriminator's logits for every counted token of both sides of `pairs`, neutral ones included."""
     answers = [answer for pair in pairs for answer in (pair.rejected, pair.revised)]
     logits: list[Tensor] = [torch.empty(0)] * len(answers)
-    with _evaluating(model):
+    with evaluating(model):
         for batch in _length_sorted([len(answer.encoded.ids) for answer in answers], batch_size):
             tensors = collate_answers([answers[i] for i in batch], pad_token_id=pad_token_id, targets="soft")
             ids_BL, mask_BL = tensors["ids"].to(model.device), tensors["attention_mask"].to(model.device)
@@ -299,7 +287,7 @@ def score_answers(
         end_of_sequence=end_of_sequence,
     )
     scores: dict[int, AnswerScores] = {}
-    with _evaluating(model):
+    with evaluating(model):
         for batch in _length_sorted([len(row.ids) for row in encoded], batch_size):
             rows = [encoded[i] for i in batch]
             ids_BL, mask_BL = pad_right([row.ids for row in rows], tokenizer.pad_token_id)

@@ -7,20 +7,15 @@ keep the backbone's dtype; their product with the head's weights is formed and k
 
 from __future__ import annotations
 
-import json
-import logging
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from tlcr.errors import ConfigError
 from tlcr.models.modeling_classifier import backbone_of
-
-logger = logging.getLogger(__name__)
 
 HEADS = ("score", "classifier")
 """Names of the head in the classifiers of transformers."""
@@ -46,7 +41,7 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
 
 def has_linear_head(model: PreTrainedModel) -> bool:
     """Whether ``classification_head`` finds a head."""
-    return _name_of_head(model) is not None
+    return name_of_head(model) is not None
 
 
 def classification_head(model: PreTrainedModel) -> nn.Linear:
@@ -61,7 +56,7 @@ def classification_head(model: PreTrainedModel) -> nn.Linear:
     Raises:
         ConfigError: the model has no linear layer of these names.
     """
-    name = _name_of_head(model)
+    name = name_of_head(model)
     if name is None:
         raise ConfigError(
             f"{type(model).__name__} has no single linear head under {' or '.join(HEADS)}; use a decoder architecture "
@@ -70,7 +65,7 @@ def classification_head(model: PreTrainedModel) -> nn.Linear:
     return model.get_submodule(name)  # type: ignore[return-value]
 
 
-def use_float32_head(model: PreTrainedModel, saved_in: str | None = None) -> None:
+def use_float32_head(model: PreTrainedModel, stored: Mapping[str, Tensor] | None = None) -> None:
     """Replaces the linear head of a classifier by a ``Head`` with the same weights, in place.
 
     Weights of bfloat16 or float16 become float32; float32 and float64 stay, and such a model computes the same bits
@@ -79,32 +74,34 @@ def use_float32_head(model: PreTrainedModel, saved_in: str | None = None) -> Non
 
     Args:
         model: the classifier.
-        saved_in: the folder or hub name that the model was loaded from. transformers rounds every weight that it loads
-            to one dtype, so the head's are read from there once more. None: the weights are those that the model has.
+        stored: "weight" and perhaps "bias" of that layer as the model's files have them: transformers rounds every
+            weight that it loads to one dtype. None: the weights are those that the model has.
     """
-    name = _name_of_head(model) or _name_of_last_layer(model)
+    name = name_of_last_layer(model)
     if name is None:
         return
     head = model.get_submodule(name)
     assert isinstance(head, nn.Linear)
     dtype = torch.promote_types(head.weight.dtype, torch.float32)
-    if isinstance(head, Head) and head.weight.dtype == dtype:
+    if stored is None and isinstance(head, Head) and head.weight.dtype == dtype:
         return
-    weights = head.state_dict()
-    if saved_in is not None and dtype != head.weight.dtype:
-        weights = _stored_weights(saved_in, name, weights)
+    weights = head.state_dict() if stored is None else stored
     # On "meta" no random number is drawn, so that later random numbers do not depend on this replacement.
-    wide = Head(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+    wide = Head(head.in_features, head.out_features, bias="bias" in weights, device="meta")
     wide.load_state_dict({key: weight.to(head.weight.device, dtype) for key, weight in weights.items()}, assign=True)
     model.set_submodule(name, wide)
 
 
-def _name_of_head(model: PreTrainedModel) -> str | None:
+def name_of_head(model: PreTrainedModel) -> str | None:
+    """The name of the linear head that a classifier has; None where it has no single one."""
     return next((name for name in HEADS if isinstance(getattr(model, name, None), nn.Linear)), None)
 
 
-def _name_of_last_layer(model: PreTrainedModel) -> str | None:
-    """The only linear layer outside the backbone that is as wide as the classifier's outputs."""
+def name_of_last_layer(model: PreTrainedModel) -> str | None:
+    """``name_of_head``; else the name of the only linear layer outside the backbone that is as wide as the outputs."""
+    own = name_of_head(model)
+    if own is not None:
+        return own
     base = backbone_of(model)
     inside = set() if base is None else set(base.modules())
     names = [
@@ -115,26 +112,13 @@ def _name_of_last_layer(model: PreTrainedModel) -> str | None:
     return names[0] if len(names) == 1 else None
 
 
-def _stored_weights(source: str, name: str, rounded: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the head `name` in the dtype that the safetensors of `source` have them in."""
-    found = {}
-    for key, weight in rounded.items():
-        file = _file_with(source, f"{name}.{key}")
-        if file is None:
-            logger.warning("%s keeps no %s.%s under that name; it was read in %s", source, name, key, weight.dtype)
-            return rounded
-        with safe_open(file, framework="pt") as tensors:
-            found[key] = tensors.get_tensor(f"{name}.{key}")
-    return found
-
-
-def _file_with(source: str, key: str) -> str | None:
-    """The safetensors file of a folder or hub name that holds the tensor `key`."""
-    whole = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
-    if whole is not None:
-        with safe_open(whole, framework="pt") as tensors:
-            return whole if key in tensors.keys() else None  # noqa: SIM118 (no mapping)
-    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME)
-    assert index is not None  # it raises where there is none
-    part = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].get(key)
-    return None if part is None else cached_file(source, part)
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradients inside; the model's mode is restored after."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

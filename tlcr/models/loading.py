@@ -26,25 +26,24 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.initialization import no_init_weights
+from transformers.utils import CONFIG_NAME
 
 from tlcr import ops
 from tlcr.config.schema import GeneratorConfig, ModelConfig
 from tlcr.errors import ConfigError, DataError
 from tlcr.models import classifiers, inspection, probes
 from tlcr.models.faults import AUTO, LOADABLE, Role, one_line, raise_first, some
-from tlcr.models.heads import Head, backbone, classification_head, use_float32_head
+from tlcr.models.heads import backbone, classification_head, name_of_head, name_of_last_layer, use_float32_head
 from tlcr.models.inspection import THREE_CLASSES, TWO_CLASSES, Inspection
 from tlcr.models.layers import fuse_layers
-from tlcr.models.weight_files import read_weights
-from tlcr.models.weight_names import name_of_head, report_faults, unused
+from tlcr.models.weight_files import read_weights, weight_files
+from tlcr.models.weight_names import report_faults, unused
 from tlcr.text.files import read_text
 from tlcr.text.turns import template_notes, turn_end
 from tlcr.training.checkpoint import atomic_write, sync_folder
 from tlcr.training.distributed import on_main_process
 
 logger = logging.getLogger("tlcr")
-
-CONFIG = "config.json"
 
 
 def load_tokenizer(cfg: GeneratorConfig) -> PreTrainedTokenizerBase:
@@ -323,13 +322,13 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
             classifiers.write_source(model, aside)
             tokenizer.save_pretrained(aside)
         names = {part.name for part in parts.iterdir()}
-        (folder / CONFIG).unlink(missing_ok=True)
+        (folder / CONFIG_NAME).unlink(missing_ok=True)
         for stale in folder.glob("*.safetensors*"):
             if stale.name not in names:
                 stale.unlink()
-        for name in sorted(names - {CONFIG}):
+        for name in sorted(names - {CONFIG_NAME}):
             os.replace(parts / name, folder / name)
-        os.replace(parts / CONFIG, folder / CONFIG)
+        os.replace(parts / CONFIG_NAME, folder / CONFIG_NAME)
         parts.rmdir()
         sync_folder(folder)
 
@@ -466,25 +465,28 @@ def _load_classifier(role: Role, source: str | Path, cfg: ModelConfig) -> PreTra
             cfg.path, use_safetensors=True, **_common(cfg, found)
         )
     _check_report(report, model, cfg, role, found)
-    if role == "reward_model":
-        _use_stored_head(model, found)
-    use_float32_head(model, saved_in=cfg.path)
+    use_float32_head(model, _stored_head(model, cfg, role, found))
     return _prepared(model, cfg)
 
 
-def _use_stored_head(model: PreTrainedModel, found: Inspection) -> None:
-    """Gives a reward model the head of its file where transformers knows it by another name, or without its bias."""
-    stored, name = found.head, name_of_head(model)
-    if stored is None or name is None or found.weights is None:
-        return
-    own = classification_head(model)
-    if stored.name == name and stored.has_bias == (own.bias is not None):
-        return
-    weights = read_weights(found.weights, stored.name)
-    dtype = torch.promote_types(weights["weight"].dtype, torch.float32)
-    head = Head(own.in_features, own.out_features, bias=stored.has_bias, device="meta")
-    head.load_state_dict({key: weight.to(own.weight.device, dtype) for key, weight in weights.items()}, assign=True)
-    model.set_submodule(name, head)
+def _stored_head(
+    model: PreTrainedModel, cfg: GeneratorConfig, role: Role, found: Inspection
+) -> dict[str, Tensor] | None:
+    """The weights of a classifier's last layer as its files have them; None where they have none under its name.
+
+    A reward model's head may have another name there, or a bias that transformers' class is without.
+    """
+    name = name_of_last_layer(model)
+    files = found.weights or weight_files(cfg, role)[0]  # a hub name may be in the cache only now
+    if name is None or files is None:
+        return None
+    head = found.head if role == "reward_model" and name == name_of_head(model) else None
+    stored = read_weights(files, name if head is None else head.name)
+    if "weight" in stored:
+        return stored
+    dtype = model.get_submodule(name).weight.dtype
+    _note(f"{cfg.path!r} keeps no {name}.weight under that name; it was read in {dtype}")
+    return None
 
 
 def _with_new_head(

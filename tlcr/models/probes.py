@@ -9,15 +9,14 @@ Axes: B rows, L columns, H hidden units.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tlcr.errors import ConfigError
-from tlcr.models.heads import backbone, classification_head, has_linear_head
+from tlcr.models.heads import backbone, classification_head, evaluating, has_linear_head
 
 LENGTHS = (7, 4)
 """Tokens of the two rows of a probe."""
@@ -76,7 +75,7 @@ def check_reward_model(model: PreTrainedModel) -> None:
     for row, ids_1L in enumerate(rows):
         ids_BL[row, : ids_1L.shape[1]], mask_BL[row, : ids_1L.shape[1]] = ids_1L[0].cpu(), 1
     try:
-        with _evaluating(model):
+        with evaluating(model):
             alone = [model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for ids in rows]
             device = rows[0].device
             together = model(input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device)).logits
@@ -127,20 +126,9 @@ def require_decoder(model: PreTrainedModel, what: str) -> None:
 def _remember(model: PreTrainedModel, what: str, probe: Callable[[], bool]) -> bool:
     known = _remembered.setdefault(model, {})
     if what not in known:
-        with _evaluating(model):
+        with evaluating(model):
             known[what] = probe()
     return known[what]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 def _rows(model: PreTrainedModel) -> list[Tensor]:

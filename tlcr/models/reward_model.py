@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tlcr.errors import ConfigError
-from tlcr.models.heads import backbone, classification_head
+from tlcr.models.heads import backbone, classification_head, evaluating
 from tlcr.models.probes import reads_last_token
 from tlcr.text.padding import pad_right
 from tlcr.training.supervised import LossParts, ranking_loss
@@ -57,7 +57,7 @@ def sequence_scores(
     Returns:
         (B,) float32 without gradient. A row with nothing counted scores 0.
     """
-    with _evaluating(model):
+    with evaluating(model):
         return torch.cat([_scores(model, *part) for part in _parts(ids_BL, attention_mask_BL, micro_batch_size)])
 
 
@@ -78,7 +78,7 @@ def prefix_scores(
     Returns:
         (B, L) float32 without gradient; 0 where not counted.
     """
-    with _evaluating(model):
+    with evaluating(model):
         parts = []
         for ids_bL, mask_bL in _parts(ids_BL, attention_mask_BL, micro_batch_size):
             row = _moved_left(ids_bL, mask_bL)
@@ -110,7 +110,7 @@ def scores_and_attention(
     Raises:
         ConfigError: the last layer's attention module is not found in this architecture.
     """
-    with _evaluating(model), _last_attention(model) as weights:
+    with evaluating(model), _last_attention(model) as weights:
         parts = []
         for ids_bL, mask_bL in _parts(ids_BL, attention_mask_BL, micro_batch_size):
             row = _moved_left(ids_bL, mask_bL)
@@ -119,16 +119,6 @@ def scores_and_attention(
             parts.append((scores_b, row.back(row.at_last(attention_bKL))))
     scores, attention = zip(*parts, strict=True)
     return torch.cat(scores), torch.cat(attention)
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager

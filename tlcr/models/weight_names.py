@@ -11,16 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from tlcr.config.schema import GeneratorConfig
 from tlcr.models.faults import AUTO, SUBJECT, Fault, Role, python_command, some
-from tlcr.models.heads import HEADS
+from tlcr.models.heads import HEADS, name_of_head
 from tlcr.models.weight_files import StoredHead
 
-__all__ = ["name_of_head", "report_faults", "unused"]
+__all__ = ["report_faults", "unused"]
 
 _Sentences = tuple[str, str]
 """Fact and remedy."""
@@ -60,11 +59,6 @@ def unused(report: Mapping[str, Any], head: StoredHead | None) -> list[str]:
     """The weights in the file that the model has no place for, where that is no fault, in order."""
     own = set() if head is None else {f"{head.name}.weight", f"{head.name}.bias"}
     return sorted(set(report["unexpected_keys"]) - own)
-
-
-def name_of_head(model: PreTrainedModel) -> str | None:
-    """The name of the linear head that a classifier has; None where it has no single one."""
-    return next((name for name in HEADS if isinstance(getattr(model, name, None), torch.nn.Linear)), None)
 
 
 def _unmerged(unexpected: set[str], cfg: GeneratorConfig) -> _Sentences | None:
