@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tlcr.errors import DataError
-from tlcr.text.files import broken_character, open_text, read_text
+from tlcr.text.files import open_text, read_text, unicode_problem
 
 TEXT = '{"a": "café 🙃"}\r\nzwei\n'
 ENCODINGS = {
@@ -82,12 +82,13 @@ def test_standard_input_is_read_alike_and_stays_open(
 @pytest.mark.parametrize(
     ("value", "place"),
     [
-        ("ab\ud83d", 2),
+        ("ab\ud83d", 3),
         ("whole 🙃", None),
-        ({"a": [1, {"b": "x\udc00"}]}, 1),
+        ({"a": [1, {"b": "x\udc00"}]}, 2),
         ({"a": [1, None, ("b", 2.5)]}, None),
         (3, None),
     ],
 )
 def test_halves_of_characters_are_found_wherever_they_stand(value: object, place: int | None) -> None:
-    assert broken_character(value) == place
+    problem = f"is not valid Unicode (half of a surrogate pair at character {place})"
+    assert unicode_problem(value) == (None if place is None else problem)

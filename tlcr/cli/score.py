@@ -23,7 +23,7 @@ from tlcr.models.discriminator import load_discriminator, score_answers
 from tlcr.models.loading import load_sequence_classifier, load_tokenizer
 from tlcr.models.reward_model import sequence_scores
 from tlcr.report.colours import coloured
-from tlcr.text.files import STANDARD_INPUT, broken_character, open_text
+from tlcr.text.files import STANDARD_INPUT, open_text, unicode_problem
 from tlcr.text.padding import pad_right
 from tlcr.text.tokenization import encode_answers
 from tlcr.text.truncation import CutTexts
@@ -33,8 +33,8 @@ __all__ = ["Answer", "Limits", "ScoredAnswer", "read_answers", "score_command"]
 
 logger = logging.getLogger("tlcr")
 
-
 LIMITS = ("--max-prompt-tokens", "--max-answer-tokens")
+"""The flags of prompts' and answers' limits."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,8 @@ def _answer(line: str, where: str) -> Answer:
     if not isinstance(prompt, str) and not _are_messages(prompt):
         raise DataError(f"{where}: 'prompt' is neither text nor a list of {{'role', 'content'}} messages")
     for name, value in (("prompt", prompt), ("response", response)):
-        place = broken_character(value)
-        if place is not None:
-            raise DataError(
-                f"{where}: {name!r} is not valid Unicode (half of a surrogate pair at character {place + 1}); mend the "
-                "program that cut the text, or leave the record out"
-            )
+        if problem := unicode_problem(value):
+            raise DataError(f"{where}: {name!r} {problem}; mend the program that cut the text, or leave the record out")
     return Answer(prompt, response)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from tlcr.errors import ConfigError
 
-__all__ = ["REWARD_KEYWORDS", "import_function", "import_reward", "import_scorer"]
+__all__ = ["REWARD_KEYWORDS", "failure", "import_function", "import_reward", "import_scorer"]
 
 REWARD_KEYWORDS = ("prompts", "responses", "response_ids", "mask", "ended")
 """What a reward is called with."""
@@ -61,18 +61,20 @@ def import_function(path: str, knob: str) -> Callable[..., Any]:
             f"{knob} is {path!r}, but there is no module {error.name!r}; install it, or put its folder on PYTHONPATH"
         ) from error
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        at = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (last.filename, last.lineno)
-        raise ConfigError(
-            f"{knob} is {path!r}, and importing it raises {type(error).__name__}: {error} ({at[0]}:{at[1]}); mend that "
-            "module"
-        ) from error
+        raise ConfigError(f"{knob} is {path!r}, and importing it raises {failure(error)}; mend that module") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(
             f"{knob} is {path!r}, but {module.__file__ or place} has no function {name!r}; correct the name"
         )
     return function
+
+
+def failure(error: Exception) -> str:
+    """What a function or module of the user raised, and where: "KeyError: 'x' (my_reward.py:12)"."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    at = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (last.filename, last.lineno)
+    return f"{type(error).__name__}: {error} ({at[0]}:{at[1]})"
 
 
 def _module_of(path: Path) -> ModuleType:

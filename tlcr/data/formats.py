@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tlcr.data.edit_codes import check_edit_codes
 from tlcr.errors import DataError
-from tlcr.text.files import broken_character
+from tlcr.text.files import unicode_problem
 from tlcr.text.template_variables import template_variables
 from tlcr.text.tokenization import render_prompt, render_prompt_and_answers
 from tlcr.text.turns import without_beginning, without_end
@@ -465,9 +465,8 @@ def _text(value: object, what: str, *, may_be_blank: bool = False) -> str:
 
 
 def _require_unicode(value: object, what: str) -> None:
-    place = broken_character(value)
-    if place is not None:
-        raise Malformed(f"{what} is not valid Unicode (half of a surrogate pair at character {place + 1})")
+    if problem := unicode_problem(value):
+        raise Malformed(f"{what} {problem}")
 
 
 def _answers(values: Values, names: Sequence[str]) -> tuple[Context, list[Answer]]:

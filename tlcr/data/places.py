@@ -9,16 +9,22 @@ import difflib
 from pathlib import Path
 
 from tlcr.errors import DataError
+from tlcr.text.files import is_lfs_pointer
 
-__all__ = ["BUILDERS", "JSON_SUFFIXES", "SEPARATORS", "find_source", "kind_of_file", "nearest_name"]
+__all__ = [
+    "BUILDERS",
+    "JSON_SUFFIXES",
+    "SEPARATORS",
+    "find_source",
+    "kind_of_file",
+    "looks_like_a_path",
+    "nearest_name",
+]
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 SUFFIXES = (*JSON_SUFFIXES, *SEPARATORS, *BUILDERS)
-
-LFS_POINTER = b"version https://git-lfs"
-"""How the text begins that git leaves in the place of a large file that was not downloaded."""
 
 
 def find_source(source: str) -> Path | None:
@@ -60,11 +66,10 @@ def _check_file(path: Path) -> None:
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes); write or download it again")
     try:
-        with path.open("rb") as file:
-            start = file.read(len(LFS_POINTER))
+        pointer = is_lfs_pointer(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from error
-    if start == LFS_POINTER:
+    if pointer:
         raise DataError(
             f"{path} is a Git LFS pointer, which stands for a file that was not downloaded; run 'git lfs pull' in its "
             "folder, or download the file itself"

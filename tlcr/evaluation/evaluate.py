@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tlcr.config.functions import failure
 from tlcr.errors import DataError, ShapeError
 from tlcr.text.tokenization import token_pieces
 from tlcr.text.truncation import cut_beginning
@@ -258,10 +258,8 @@ def _gold(scorer: Scorer | None, rollout: Rollout) -> list[float | None]:
     try:
         given = scorer(rollout.prompts, rollout.responses)
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
         raise DataError(
-            f"the scorer raised {type(error).__name__}: {error} ({last.filename}:{last.lineno}); it is called with the "
-            "prompts and the responses, two lists of texts"
+            f"the scorer raised {failure(error)}; it is called with the prompts and the responses, two lists of texts"
         ) from error
     scores = [float(s) for s in given]
     if len(scores) != len(rollout.prompts):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from tlcr.errors import DataError
-from tlcr.text.files import broken_character, read_text
+from tlcr.text.files import read_text, unicode_problem
 from tlcr.training.checkpoint import atomic_write, write_json
 
 __all__ = [
@@ -162,12 +162,8 @@ def _json_list(path: Path, *wanted: str) -> list[tuple[Mapping[str, Any], str]]:
 
 def _require_unicode(record: Mapping[str, Any], where: str) -> None:
     for name, value in record.items():
-        place = broken_character(value)
-        if place is not None:
-            raise DataError(
-                f"{where}: {name!r} is not valid Unicode (half of a surrogate pair at character {place + 1}); mend the "
-                "program that cut the text"
-            )
+        if problem := unicode_problem(value):
+            raise DataError(f"{where}: {name!r} {problem}; mend the program that cut the text")
 
 
 def _instructions(records: Sequence[tuple[Mapping[str, Any], str]]) -> list[BenchmarkQuestion]:

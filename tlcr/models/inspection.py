@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     logging,
@@ -30,7 +31,6 @@ from tlcr.config.schema import GeneratorConfig
 from tlcr.models import attention, classifiers
 from tlcr.models.faults import AUTO, LOADABLE, SUBJECT, WHAT, Fault, Role, one_line, python_command, raise_first, some
 from tlcr.models.weight_files import (
-    GENERATION,
     StoredHead,
     WeightFiles,
     find_file,
@@ -115,7 +115,10 @@ def inspect_model(cfg: GeneratorConfig, role: Role) -> Inspection:
         the cache), loading compares them.
     """
     try:
-        faults = [*_adapter_faults(cfg, role), *pointer_faults(cfg.path, SUBJECT[role], (CONFIG_NAME, GENERATION))]
+        faults = [
+            *_adapter_faults(cfg, role),
+            *pointer_faults(cfg.path, SUBJECT[role], (CONFIG_NAME, GENERATION_CONFIG_NAME)),
+        ]
         weights, damaged = (None, []) if faults else weight_files(cfg, role)
         faults += damaged
         if faults:
@@ -318,12 +321,12 @@ def _adapter_faults(cfg: GeneratorConfig, role: Role) -> Iterator[Fault]:
 
 
 def _merging(source: str, base: str, role: Role) -> str:
-    task = {"policy": "CausalLM", "reward_model": "SequenceClassification", "discriminator": "TokenClassification"}
     options = ", num_labels=1" if role == "reward_model" else ""
     merged = f"{Path(source).name}-merged"
     tokenizer = source if find_file(source, "tokenizer_config.json") else base
+    auto = AUTO[role].__name__.replace("AutoModel", "AutoPeftModel")
     return python_command(
-        f"from peft import AutoPeftModelFor{task[role]} as M; from transformers import AutoTokenizer as T",
+        f"from peft import {auto} as M; from transformers import AutoTokenizer as T",
         f"M.from_pretrained({source!r}{options}).merge_and_unload().save_pretrained({merged!r})",
         f"T.from_pretrained({tokenizer!r}).save_pretrained({merged!r})",
     )
@@ -401,7 +404,7 @@ def _report(model: Any, config: PreTrainedConfig, weights: WeightFiles) -> dict[
         return None
     tensors = {name: torch.empty(shape, device="meta") for name, shape in weights.shapes.items()}
     try:
-        with quiet(), no_progress_bars():
+        with quiet(), _no_progress_bars():
             _, report = type(model).from_pretrained(
                 None,
                 config=model.config,
@@ -433,7 +436,7 @@ class _NoReport(Filter):
 
 
 @contextmanager
-def no_progress_bars() -> Iterator[None]:
+def _no_progress_bars() -> Iterator[None]:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

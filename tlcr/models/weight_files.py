@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.utils import (
     CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
@@ -22,9 +23,9 @@ from transformers.utils import (
 from tlcr.config.schema import GeneratorConfig
 from tlcr.models.faults import AUTO, SUBJECT, WHAT, Fault, Role, one_line, python_command, some
 from tlcr.models.heads import HEADS
+from tlcr.text.files import is_lfs_pointer
 
 __all__ = [
-    "GENERATION",
     "StoredHead",
     "WeightFiles",
     "find_file",
@@ -34,16 +35,8 @@ __all__ = [
     "weight_files",
 ]
 
-GENERATION = "generation_config.json"
-
-POINTER = b"version https://git-lfs"
-"""How a Git LFS pointer begins: the text that a clone without git-lfs has in the place of a large file."""
-
-POINTER_BYTES = 1024
-"""Git LFS pointers are shorter than this (its specification)."""
-
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".jinja")
-NOT_OF_A_TOKENIZER = (CONFIG_NAME, GENERATION, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)
+NOT_OF_A_TOKENIZER = (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)
 """The files that a tokenizer may read have these suffixes, and not these names."""
 
 OTHER_HEADS = ("value_head", "v_head", "v_head.summary")
@@ -97,7 +90,7 @@ def pointer_faults(source: str, subject: str, names: Sequence[str] | None) -> li
             else path.suffix in TOKENIZER_SUFFIXES and path.name not in NOT_OF_A_TOKENIZER
         )
     ]
-    return [_pointer(path, subject) for path in files if _is_pointer(path)]
+    return [_pointer(path, subject) for path in files if is_lfs_pointer(path)]
 
 
 def weight_files(cfg: GeneratorConfig, role: Role) -> tuple[WeightFiles | None, list[Fault]]:
@@ -147,13 +140,6 @@ def read_weights(weights: WeightFiles, module: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def _is_pointer(path: Path) -> bool:
-    if path.stat().st_size >= POINTER_BYTES:
-        return False
-    with path.open("rb") as file:
-        return file.read(len(POINTER)) == POINTER
-
-
 def _pointer(path: Path, subject: str) -> Fault:
     fact = f"{str(path)!r} is a Git LFS pointer, a note of where the file is, and not the file itself"
     return Fault(subject, fact, "run 'git lfs pull' in that folder, or download the file")
@@ -166,7 +152,7 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _unlike_weights(file: Path, subject: str, error: BaseException) -> Fault:
-    if _is_pointer(file):
+    if is_lfs_pointer(file):
         return _pointer(file, subject)
     size = file.stat().st_size
     fact = f"{str(file)!r} is {'empty' if not size else f'cut off or damaged ({size} bytes: {one_line(error)})'}"
@@ -174,7 +160,7 @@ def _unlike_weights(file: Path, subject: str, error: BaseException) -> Fault:
 
 
 def _shards(source: str, index: Path, subject: str) -> tuple[list[Path], list[Fault]]:
-    if _is_pointer(index):
+    if is_lfs_pointer(index):
         return [], [_pointer(index, subject)]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

@@ -18,10 +18,15 @@ from typing import Any, TextIO
 
 from tlcr.errors import DataError
 
-__all__ = ["STANDARD_INPUT", "broken_character", "open_text", "read_text"]
+__all__ = ["STANDARD_INPUT", "is_lfs_pointer", "open_text", "read_text", "unicode_problem"]
 
 STANDARD_INPUT = "-"
 """The name under which commands read standard input."""
+
+LFS_POINTER = b"version https://git-lfs"
+"""How the text begins that a clone without git-lfs has in the place of a large file."""
+LFS_POINTER_BYTES = 1024
+"""Git LFS pointers are shorter than this (its specification)."""
 
 GZIP = b"\x1f\x8b"
 MARKS = {
@@ -76,8 +81,15 @@ def read_text(source: str | Path) -> str:
         return file.read()
 
 
-def broken_character(value: Any) -> int | None:
-    r"""The place, from 0, of the first half of a surrogate pair in any text of a JSON value.
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what a clone without git-lfs has in its place. Raises OSError where it cannot be opened."""
+    with path.open("rb") as file:
+        start = file.read(LFS_POINTER_BYTES)
+    return len(start) < LFS_POINTER_BYTES and start.startswith(LFS_POINTER)
+
+
+def unicode_problem(value: Any) -> str | None:
+    r"""What is wrong where a text of a JSON value holds half of a surrogate pair.
 
     JSON can write one half ("\ud83d") where a program cut a text in the middle of a character. Such text has no UTF-8
     and no tokens.
@@ -86,8 +98,13 @@ def broken_character(value: Any) -> int | None:
         value: a text, or lists and mappings of values.
 
     Returns:
-        The place in its text; None where all texts are valid Unicode.
+        A predicate for the value's name, with the place from 1 in its text; None where all texts are valid Unicode.
     """
+    place = _broken_character(value)
+    return None if place is None else f"is not valid Unicode (half of a surrogate pair at character {place + 1})"
+
+
+def _broken_character(value: Any) -> int | None:
     if isinstance(value, str):
         try:
             value.encode()
@@ -95,7 +112,7 @@ def broken_character(value: Any) -> int | None:
             return error.start
         return None
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    return next((place for part in parts if (place := broken_character(part)) is not None), None)
+    return next((place for part in parts if (place := _broken_character(part)) is not None), None)
 
 
 def _opened(source: str | Path) -> io.BufferedReader:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import numbers
-import traceback
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tlcr.config.functions import REWARD_KEYWORDS, import_reward
+from tlcr.config.functions import REWARD_KEYWORDS, failure, import_reward
 from tlcr.errors import DataError, ShapeError
 from tlcr.rewards.sources.frozen_model import counted
 from tlcr.rewards.sources.protocol import Stateless
@@ -46,10 +45,8 @@ class CallableSource(Stateless):
                 ended=rollout.ended_B.tolist(),
             )
         except Exception as error:
-            last = traceback.extract_tb(error.__traceback__)[-1]
             raise DataError(
-                f"reward.callable {self.path!r} raised {type(error).__name__}: {error} "
-                f"({last.filename}:{last.lineno}); it is called with the keywords "
+                f"reward.callable {self.path!r} raised {failure(error)}; it is called with the keywords "
                 f"{', '.join(REWARD_KEYWORDS)}"
             ) from error
         signal = self._signal(result, mask_BT)
