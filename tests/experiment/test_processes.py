@@ -131,6 +131,9 @@ def test_a_stage_minds_only_what_it_does(tmp_path: Path, monkeypatch: pytest.Mon
     trained: list[RunConfig] = []
     monkeypatch.setitem(pipeline.MODEL_STAGES, "sft", lambda run: trained.append(run.cfg))
     monkeypatch.setattr("tlcr.experiment.workers.process_count", lambda: 3)
-    cfg = load_config(None, {"output_dir": str(tmp_path), "ppo.minibatch_size": 4, "ppo.batch_size": 4, "parallel": 2})
+    cfg = load_config(
+        None,
+        {"output_dir": str(tmp_path), "ppo.minibatch_size": 4, "ppo.batch_size": 4, "parallel": 2, "seeds": [0, 1]},
+    )
     pipeline.stage(cfg, "sft")
     assert trained == [cfg]

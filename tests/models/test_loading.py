@@ -24,6 +24,7 @@ from tlcr.models.heads import backbone, classification_head
 from tlcr.models.loading import (
     THREE_CLASSES,
     TWO_CLASSES,
+    answer_notes,
     disable_dropout,
     end_of_sequence_ids,
     load_causal_lm,
@@ -32,7 +33,6 @@ from tlcr.models.loading import (
     load_tokenizer,
     save_model,
     stop_ids,
-    turn_notes,
 )
 
 IDS = torch.tensor([[5, 9, 17, 23, 2, 40], [7, 8, 30, 31, 32, 33]])
@@ -215,7 +215,7 @@ def test_answers_end_with_the_tokenizers_own_end_where_the_model_does_not_name_t
     tokenizer = load_tokenizer(cfg)
     assert tokenizer.eos_token == "<eos>"
     assert not [record for record in caplog.records if record.name == "tlcr"]
-    assert "ends turns with '<|im_end|>', and answers end with '<eos>'" in turn_notes(tokenizer, cfg)[0]
+    assert "ends turns with '<|im_end|>', and answers end with '<eos>'" in answer_notes(tokenizer, cfg)[0]
 
 
 def test_all_that_is_saved_and_generated_has_the_same_end(chat_model, tmp_path, caplog):
@@ -224,7 +224,7 @@ def test_all_that_is_saved_and_generated_has_the_same_end(chat_model, tmp_path, 
     end, own, bos = tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<eos>", "<bos>"])
     assert end_of_sequence_ids(model, tokenizer) == [end]
     assert stop_ids(model, tokenizer) == sorted([end, own, bos])
-    (note,) = turn_notes(tokenizer, cfg)
+    (note,) = answer_notes(tokenizer, cfg)
     assert "also ends answers with '<bos>', '<eos>'; rollouts end with '<|im_end|>' alone" in note
     assert note in [record.message for record in caplog.records]
 
@@ -237,7 +237,7 @@ def test_all_that_is_saved_and_generated_has_the_same_end(chat_model, tmp_path, 
     for folder in ("policy", "discriminator"):
         saved = config(tmp_path / folder)
         loaded = load_tokenizer(saved)
-        assert loaded.eos_token == "<|im_end|>" and turn_notes(loaded, saved) == ()
+        assert loaded.eos_token == "<|im_end|>" and answer_notes(loaded, saved) == ()
         assert json.loads((tmp_path / folder / "config.json").read_text())["eos_token_id"] == end
 
 

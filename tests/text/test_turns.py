@@ -19,7 +19,7 @@ from tlcr.text.tokenization import (
     render_prompt_and_answers,
     render_question,
 )
-from tlcr.text.turns import apply_template, opening_note, template_notes, turn_end, without_beginning, without_end
+from tlcr.text.turns import apply_template, opening_note, turn_end, turn_notes, without_beginning, without_end
 
 ASK = [{"role": "user", "content": "Hi?"}]
 EARLIER = [{"role": "user", "content": "Oh?"}, {"role": "assistant", "content": "So."}, *ASK]
@@ -117,7 +117,7 @@ def test_prompt_and_answer_are_a_text_that_the_template_writes(name: str, contex
         assert prompt + answer + case.closing == whole
     note = opening_note(opening(tokenizer, context))
     assert bool(note) == bool(case.note) and re.search(case.note or "", note or "")
-    assert note is None or f"the chat template {note}" in template_notes(tokenizer)
+    assert note is None or f"the chat template {note}" in turn_notes(tokenizer)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -135,7 +135,7 @@ def test_a_template_that_rewrites_the_past_is_used_as_it_is_with_a_note(text: st
     asked = apply_template(tokenizer, ASK, {}, add_generation_prompt=True)
     assert render_prompt(tokenizer, ASK) == asked
     assert render_answer(tokenizer, ASK, " Yes. ") == " Yes. "
-    assert "does not begin a whole conversation with the text of its prompt" in template_notes(tokenizer)[0]
+    assert "does not begin a whole conversation with the text of its prompt" in turn_notes(tokenizer)[0]
 
 
 def test_a_model_that_is_asked_in_words_gets_all_that_its_template_opens() -> None:
@@ -166,9 +166,9 @@ def test_another_end_of_turn_than_that_of_answers_is_a_note() -> None:
     tokenizer = tokenizer_with(CHATML.replace("<eos>", "<|im_end|>"))
     tokenizer.add_tokens([AddedToken("<|im_end|>", special=True)])
     assert turn_end(tokenizer) == "<|im_end|>"
-    (note,) = template_notes(tokenizer)
+    (note,) = turn_notes(tokenizer)
     assert "ends turns with '<|im_end|>', and answers end with '<eos>'" in note
-    assert template_notes(byte_level()) == ()
+    assert turn_notes(byte_level()) == ()
 
 
 class TestEndsInTexts:

@@ -1,4 +1,7 @@
-"""Which stages a run of a config has. Nothing here imports torch, so that a config can be refused at once."""
+"""Which stages a run of a config has, and by which files its folder shows what was done.
+
+Nothing here imports torch, so that a config can be refused at once.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,18 @@ from collections.abc import Callable
 from tlcr.config.schema import DiscriminatorConfig, DPOConfig, RewardConfig, RewardModelConfig, RunConfig
 from tlcr.config.trials import arms_of
 
-__all__ = ["STAGES", "stages_of", "wants"]
+__all__ = ["CONFIG", "DONE", "STAGES", "STARTED", "TRAINED", "stages_of", "wants"]
 
 STAGES = ("revisions", "sft", "reward_model", "dpo", "labels", "discriminator", "analysis", "ppo")
 """In the order in which a run goes through them."""
+
+CONFIG = "config.yaml"
+STARTED = "started.json"
+"""When the run began, which is the date that its chat template writes on every later day too."""
+DONE = "done.json"
+"""The record of a finished stage, or of a finished training of PPO."""
+TRAINED = "arm.json"
+"""The record of a finished trial: trained, and evaluated too. done.json in the same folder is train_ppo's."""
 
 
 def stages_of(cfg: RunConfig) -> tuple[str, ...]:

@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 
 from tlcr.config.functions import import_scorer
 from tlcr.config.schema import RewardConfig, RunConfig
+from tlcr.config.stages import TRAINED
 from tlcr.config.trials import Trial
 from tlcr.data import embedded
 from tlcr.evaluation.evaluate import EvaluatedAnswer, PolicyEvaluation, TokenDetail, evaluate_policy, write_evaluation
 from tlcr.experiment.frozen_models import FrozenModels, load_frozen_models, load_reference
-from tlcr.experiment.run_folder import TRAINED, RunFolder
+from tlcr.experiment.run_folder import RunFolder
 from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.models.loading import load_causal_lm
 from tlcr.ppo.advantages import compute_advantages

@@ -20,12 +20,12 @@ from tlcr.data import embedded
 from tlcr.data.readers import ReadResult, read_edits, read_preferences, read_prompts
 from tlcr.errors import TlcrError
 from tlcr.experiment.memory import build_on_meta, estimate_run, in_words, measure_model
-from tlcr.experiment.preflight import Finding, existing, models_used, records, sources_used
+from tlcr.experiment.preflight import Finding, existing, makes_prompts, models_used, records, sources_used
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.classifiers import new_class
 from tlcr.models.faults import AUTO, Role
 from tlcr.models.inspection import model_faults
-from tlcr.models.loading import check_fits, load_tokenizer, turn_notes
+from tlcr.models.loading import answer_notes, check_fits, load_tokenizer
 from tlcr.rewards.sources.log_ratio import check_same_tokenizer
 from tlcr.text.tokenization import encode_answers
 from tlcr.types import EditPair, PreferencePair
@@ -75,7 +75,7 @@ def _contents(cfg: RunConfig, stages: Collection[str], absent: Collection[str]) 
         yield Finding.of("model.path", error)
         return
     if not is_embedded:
-        yield from (Finding("note", "model.path", note, repeated=True) for note in turn_notes(tokenizer, cfg.model))
+        yield from (Finding("note", "model.path", note, repeated=True) for note in answer_notes(tokenizer, cfg.model))
     yield from _dpo(cfg, stages, tokenizer, faulty)
     yield from _classifiers(stages, model)
     yield from _bidirectional(cfg, stages, model)
@@ -93,7 +93,7 @@ def _contents(cfg: RunConfig, stages: Collection[str], absent: Collection[str]) 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without log lines: what a reader logs, it logs again in its stage. Loaders log once, so they are not here."""
+    """Without log lines: what a reader logs here, it logs again in its stage."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -152,13 +152,11 @@ def _prompts(cfg: RunConfig, stages: Collection[str], examples: Sequence[_Read])
         return []
     wanted = "data.prompts" if cfg.data.prompts is not None else "data.preferences"
     own = [prompt for read in examples if read.knob == wanted for prompt, _ in read.texts]
-    made_here = cfg.model.path == "embedded" and cfg.data.prompts is None and cfg.data.preferences is None
-    return embedded.prompts(FIRST_RECORDS, cfg.seed) if made_here else own
+    return embedded.prompts(FIRST_RECORDS, cfg.seed) if makes_prompts(cfg) else own
 
 
 def _embedded_prompts(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
-    made_here = cfg.model.path == "embedded" and cfg.data.prompts is None and cfg.data.preferences is None
-    if made_here and {"ppo", "evaluate"} & set(stages):
+    if makes_prompts(cfg) and {"ppo", "evaluate"} & set(stages):
         try:
             embedded.prompts(cfg.evaluation.prompts, cfg.seed, "held_out")
         except TlcrError as error:
@@ -233,9 +231,10 @@ def _positions(
         encoded = cut([prompt for prompt, _ in pairs], [answer for _, answer in pairs])
         longest = max((len(answer.ids) for answer in encoded), default=0)
         lengths[read.knob] = (longest, "an answer with its prompt")
-    prompts = cut(prompts_ := _prompts(cfg, stages, examples), [""] * len(prompts_))
+    prompts = _prompts(cfg, stages, examples)
     if prompts:
-        longest = max(len(prompt.ids) for prompt in prompts) + cfg.rollout.max_new_tokens
+        encoded = cut(prompts, [""] * len(prompts))
+        longest = max(len(prompt.ids) for prompt in encoded) + cfg.rollout.max_new_tokens
         lengths["rollout.max_new_tokens"] = (longest, "a prompt with an answer of full length")
     blocked = False
     for knob, (longest, what) in lengths.items():

@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 
 from tlcr.config.loading import load_config
 from tlcr.config.schema import RunConfig
+from tlcr.config.stages import CONFIG, DONE
 from tlcr.data import embedded
 from tlcr.data.labels import write_labels
 from tlcr.data.readers import read_edits, read_preferences
 from tlcr.data.splits import Stage
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.experiment.arm import evaluate_arm, train_arm
-from tlcr.experiment.preflight import require
+from tlcr.experiment.preflight import for_one_process, require
 from tlcr.experiment.run_folder import RunFolder, open_run, raw_preferences, reopen_run, revision_cache
 from tlcr.experiment.workers import Job, run_side_by_side
 from tlcr.models.discriminator import load_discriminator
@@ -40,7 +41,7 @@ from tlcr.report.results import read_json
 from tlcr.reviser.dry_run import dry_run
 from tlcr.reviser.prompt import VERSION
 from tlcr.reviser.revise import revise, write_revisions
-from tlcr.training.checkpoint import DONE, write_json
+from tlcr.training.checkpoint import write_json
 from tlcr.training.distributed import on_main_process, process_count
 from tlcr.training.metrics import read_metrics
 from tlcr.training.supervised import FitResult
@@ -178,10 +179,7 @@ def _revisions(run: RunFolder) -> None:
 
     def work() -> Mapping[str, Any]:
         if process_count() > 1:
-            raise ConfigError(
-                f"a reviser asks for hours from one process, while the other {process_count() - 1} would time out; run "
-                "'tlcr revise' with this config first, without the launcher"
-            )
+            raise for_one_process(process_count())
         cfg, pairs = run.cfg.reviser, raw_preferences(run.cfg)
         checked, statistics = revise(pairs, cfg, run.cfg.data, revision_cache(run.cfg))
         write_json(run.revisions_folder / "statistics.json", asdict(statistics))
@@ -369,7 +367,7 @@ def _job(run: RunFolder, stage: str, name: str, folder: Path) -> Job:
 
     stage 'ppo': the trial whose folder below ppo/ is ``name``. stage 'models': all before PPO for the seed ``name``.
     """
-    config = str(run.path / "config.yaml")
+    config = str(run.path / CONFIG)
     return Job(f"{stage} {name}", (sys.executable, "-m", "tlcr.experiment.pipeline", config, stage, name), folder)
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 from tlcr.config.functions import import_reward, import_scorer
 from tlcr.config.schema import GeneratorConfig, RunConfig
-from tlcr.config.stages import stages_of
+from tlcr.config.stages import CONFIG, DONE, STARTED, TRAINED, stages_of
 from tlcr.config.trials import arms_of, trials_of
 from tlcr.data.places import find_source, looks_like_a_path, nearest_name
 from tlcr.errors import ConfigError, TlcrError
@@ -26,7 +26,9 @@ __all__ = [
     "Finding",
     "Level",
     "existing",
+    "for_one_process",
     "holds_a_run",
+    "makes_prompts",
     "models_used",
     "preflight",
     "records",
@@ -42,13 +44,6 @@ __all__ = [
 logger = logging.getLogger("tlcr")
 
 Level = Literal["ok", "note", "warning", "blocked"]
-
-DONE = "done.json"
-TRAINED = "arm.json"
-"""The record of a finished trial. done.json in the same folder is train_ppo's: trained, but not yet evaluated."""
-CONFIG = "config.yaml"
-STARTED = "started.json"
-"""When the run began, which is the date that its chat template writes on every later day too."""
 
 FROM_POLICY = {"reward_model", "dpo", "discriminator", "ppo", "evaluate"}
 """Stages that start from the policy: the result of SFT, or ``model`` where SFT is off."""
@@ -144,6 +139,14 @@ def unfinished(folder: Path, stage: str) -> ConfigError:
     command = "revise" if stage == "revisions" else f"train {stage.replace('_', '-')}"
     return ConfigError(
         f"{folder} holds no finished stage; run 'tlcr {command}' with this config first, or 'tlcr run' for all stages"
+    )
+
+
+def for_one_process(processes: int) -> ConfigError:
+    """The error for a reviser under a launcher of several processes."""
+    return ConfigError(
+        f"a reviser asks for hours from one process, while the other {processes - 1} would time out; run 'tlcr revise' "
+        "with this config first, without the launcher"
     )
 
 
@@ -262,7 +265,7 @@ def _processes(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
         yield Finding.of("ppo.batch_size", ConfigError(problem))
     if processes == 1:
         return
-    if cfg.parallel > 1 and len(trials_of(cfg)) > 1:
+    if "ppo" in stages and cfg.parallel > 1 and len(trials_of(cfg)) > 1:
         yield Finding(
             "blocked",
             "parallel",
@@ -270,12 +273,7 @@ def _processes(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
             "set parallel: 1 to share each policy among the processes",
         )
     if "revisions" in stages and not (Path(cfg.output_dir) / "revisions" / DONE).is_file():
-        yield Finding(
-            "blocked",
-            "reviser",
-            f"a reviser asks for hours from one process, while the other {processes - 1} would time out",
-            "run 'tlcr revise' with this config first, without the launcher",
-        )
+        yield Finding.of("reviser", for_one_process(processes))
 
 
 def _functions(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
@@ -391,6 +389,11 @@ def sources_used(cfg: RunConfig, stages: Collection[str]) -> dict[str, str | Non
     return used
 
 
+def makes_prompts(cfg: RunConfig) -> bool:
+    """Whether the embedded task makes the prompts of PPO."""
+    return cfg.model.path == "embedded" and cfg.data.prompts is None and cfg.data.preferences is None
+
+
 NEEDED_BY = {"data.preferences": "training on preferences", "data.edits": "the discriminator", "data.prompts": "PPO"}
 
 
@@ -411,7 +414,6 @@ def _held_out(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
         fact = "discriminator.calibrate is on, but no pair is held out to fit the temperature on (data.held_out is 0)"
         remedy = "set data.held_out above 0, or discriminator.calibrate: false"
         yield Finding("blocked", "data.held_out", fact, remedy)
-    made_here = cfg.model.path == "embedded" and cfg.data.prompts is None and cfg.data.preferences is None
-    if {"ppo", "evaluate"} & set(stages) and not made_here:
+    if {"ppo", "evaluate"} & set(stages) and not makes_prompts(cfg):
         fact = "no prompt is held out to evaluate a policy on (data.held_out is 0)"
         yield Finding("blocked", "data.held_out", fact, "set data.held_out above 0, such as 0.1")

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tlcr.config.loading import dump_config, load_config
 from tlcr.config.schema import ModelConfig, RunConfig
-from tlcr.config.stages import wants
+from tlcr.config.stages import CONFIG, DONE, STARTED, TRAINED, wants
 from tlcr.config.trials import Trial, trials_of
 from tlcr.data import embedded
 from tlcr.data.formats import TextPreference, as_texts, prompt_key
@@ -38,9 +38,9 @@ from tlcr.data.readers import (
 )
 from tlcr.data.splits import Shares, ShareStatistics, Split, Stage, in_order_of_hashes, nothing_left, read_shares
 from tlcr.errors import ConfigError
-from tlcr.experiment.preflight import STARTED, TRAINED, holds_a_run, taken, unfinished, unnamed
+from tlcr.experiment.preflight import holds_a_run, taken, unfinished, unnamed
 from tlcr.models.loading import load_tokenizer
-from tlcr.training.checkpoint import DONE, as_plain, atomic_write, done_config, is_done, mark_done, write_json
+from tlcr.training.checkpoint import as_plain, atomic_write, done_config, is_done, mark_done, write_json
 from tlcr.training.distributed import barrier, on_main_process, process_device
 from tlcr.types import EditPair, LabelledPair, PreferencePair
 
@@ -68,15 +68,15 @@ def open_run(cfg: RunConfig, *, resume: bool, whole: bool = True) -> RunFolder:
 
 def reopen_run(folder: Path) -> RunFolder:
     """The run in a folder, to read its results. Raises ConfigError where there is none."""
-    if not (folder / "config.yaml").is_file():
+    if not (folder / CONFIG).is_file():
         raise ConfigError(f"{str(folder)!r} holds no run (no config.yaml); name the output_dir of a run")
-    cfg = replace(load_config(folder / "config.yaml"), output_dir=str(folder))
+    cfg = replace(load_config(folder / CONFIG), output_dir=str(folder))
     return RunFolder(cfg, resume=True, path=folder, models=folder)
 
 
 def _write_config(cfg: RunConfig, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    path, text = folder / "config.yaml", dump_config(cfg)
+    path, text = folder / CONFIG, dump_config(cfg)
     # An equal config is not written again: parallel PPO runs open their folder at the same time.
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return

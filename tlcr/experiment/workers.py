@@ -17,7 +17,7 @@ from tlcr.training.interrupt import StopSignals
 from tlcr.training.launcher import without_launcher
 from tlcr.training.progress import Progress
 
-__all__ = ["Job", "check_parallel", "run_side_by_side"]
+__all__ = ["Job", "run_side_by_side"]
 
 SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -49,7 +49,11 @@ def run_side_by_side(
     """
     if not jobs:
         return
-    check_parallel(parallel)
+    if process_count() > 1:
+        raise ConfigError(
+            f"parallel is {parallel} under a launcher of {process_count()} processes; one or the other: set parallel "
+            "to 1 to share each policy among the processes"
+        )
     waiting, shown = list(jobs), 0
     running: dict[Job, subprocess.Popen[bytes]] = {}
     with StopSignals() as signals, Progress(title, steps * len(jobs)) as progress, _ended(running):
@@ -72,15 +76,6 @@ def run_side_by_side(
                 shown = now_done
                 progress.on_step(shown, {})
             time.sleep(SECONDS_BETWEEN_LOOKS)
-
-
-def check_parallel(parallel: int) -> None:
-    """Raises ConfigError for several jobs at a time under a launcher of several processes: each would start them."""
-    if parallel > 1 and process_count() > 1:
-        raise ConfigError(
-            f"parallel is {parallel} under a launcher of {process_count()} processes; one or the other: set "
-            "parallel to 1 to share each policy among the processes"
-        )
 
 
 def _start(job: Job, parallel: int) -> subprocess.Popen[bytes]:

@@ -39,7 +39,7 @@ from tlcr.models.layers import fuse_layers
 from tlcr.models.weight_files import read_weights, weight_files
 from tlcr.models.weight_names import report_faults, unused
 from tlcr.text.files import read_text
-from tlcr.text.turns import template_notes, turn_end
+from tlcr.text.turns import turn_end, turn_notes
 from tlcr.training.checkpoint import atomic_write, sync_folder
 from tlcr.training.distributed import on_main_process
 
@@ -252,7 +252,7 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     return sorted(ids)
 
 
-def turn_notes(tokenizer: PreTrainedTokenizerBase, cfg: GeneratorConfig) -> tuple[str, ...]:
+def answer_notes(tokenizer: PreTrainedTokenizerBase, cfg: GeneratorConfig) -> tuple[str, ...]:
     """What is unusual about where answers begin and end, one sentence for each thing.
 
     Args:
@@ -260,11 +260,11 @@ def turn_notes(tokenizer: PreTrainedTokenizerBase, cfg: GeneratorConfig) -> tupl
         cfg: the model's folder or hub name.
 
     Returns:
-        The notes of ``tlcr.text.turns.template_notes``, and the ends of the generation config at which rollouts do not
+        The notes of ``tlcr.text.turns.turn_notes``, and the ends of the generation config at which rollouts do not
         stop.
     """
     other = _other_ends(tokenizer, _ends_of_model(cfg))
-    return (*template_notes(tokenizer), *([other] if other else []))
+    return (*turn_notes(tokenizer), *([other] if other else []))
 
 
 @contextmanager

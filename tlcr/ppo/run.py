@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import PPOConfig, RunConfig
+from tlcr.config.stages import DONE
 from tlcr.errors import CheckpointError, ConfigError, TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic
 from tlcr.ppo.kl import build_kl_controller
@@ -24,7 +25,7 @@ from tlcr.rewards.composition import RunningMean, check_kl
 from tlcr.rewards.sources import RewardSource
 from tlcr.text.truncation import note_cut_prompts
 from tlcr.training.callbacks import Callback
-from tlcr.training.checkpoint import DONE, as_plain, is_done, mark_done
+from tlcr.training.checkpoint import as_plain, is_done, mark_done
 from tlcr.training.distributed import on_all_processes, sum_over_processes
 from tlcr.training.loop import TrainingLoop, settings_without
 from tlcr.training.metrics import read_metrics

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tlcr.config.schema import LOGIT_KINDS, SHARED_SCORE_KINDS
+from tlcr.config.stages import CONFIG
 from tlcr.report import analysis as analysis_page
 from tlcr.report import figures, tokens
 from tlcr.report.results import collect_results, models_folder, read_config, read_json, write_results
@@ -168,7 +169,7 @@ def render(folder: Path, results: Mapping[str, Any]) -> str:
         },
         answers=tokens.answers(folder, results, embedded_task=embedded),
         token_measures=tokens.measures(embedded),
-        config=(folder / "config.yaml").read_text(encoding="utf-8") if (folder / "config.yaml").exists() else None,
+        config=(folder / CONFIG).read_text(encoding="utf-8") if (folder / CONFIG).exists() else None,
         embedded=embedded,
         command=shlex.join(["tlcr", "run", f"{name}/config.yaml", "--output_dir", f"{name}-again"]),
         versions=results["versions"],

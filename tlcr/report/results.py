@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 from scipy import stats
 
+from tlcr.config.stages import CONFIG, DONE
 from tlcr.config.trials import folder_of, read_folder
 from tlcr.errors import DataError
 from tlcr.evaluation.evaluate import MEASURES
@@ -331,14 +332,14 @@ def collect_results(folder: str | Path) -> dict[str, Any]:
     ended = [
         (stage, read_json(done))
         for stage in ("sft", "reward_model", "dpo", "discriminator")
-        if (done := models / stage / "done.json").exists()
+        if (done := models / stage / DONE).exists()
     ]
     for stage, record in ended:
         stages[stage] = {"metrics": record.get("metrics", {}), "seconds": record.get("seconds")}
     labels = models / "labels" / "statistics.json"
     if labels.exists():
         stages["labels"] = read_json(labels)
-    ended += [("ppo", read_json(done)) for done in sorted((folder / "ppo").glob("**/seed-*/done.json"))]
+    ended += [("ppo", read_json(done)) for done in sorted((folder / "ppo").glob(f"**/seed-*/{DONE}"))]
     versions: dict[str, Any] = {}
     for _, record in ended:
         versions.update(record.get("versions") or {})
@@ -399,5 +400,5 @@ def read_json(path: Path) -> Any:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The resolved config of a run as plain values; empty where the folder has none."""
-    path = folder / "config.yaml"
+    path = folder / CONFIG
     return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}

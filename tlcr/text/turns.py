@@ -26,8 +26,8 @@ __all__ = [
     "apply_template",
     "find_opening",
     "opening_note",
-    "template_notes",
     "turn_end",
+    "turn_notes",
     "without_beginning",
     "without_end",
 ]
@@ -201,7 +201,7 @@ def without_beginning(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return text
 
 
-def template_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+def turn_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """What is unusual about the turns of a tokenizer's chat template, one sentence for each thing.
 
     Args:

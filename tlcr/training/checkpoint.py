@@ -37,6 +37,7 @@ from safetensors.torch import save_model as save_weights
 from torch import Tensor, nn
 
 from tlcr.config.dropped import without_dropped
+from tlcr.config.stages import DONE
 from tlcr.distribution import installed_version
 from tlcr.errors import CheckpointError
 from tlcr.training.distributed import is_main_process, on_all_processes, on_main_process, process_count, process_index
@@ -45,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
-DONE = "done.json"
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
