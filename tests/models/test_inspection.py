@@ -358,7 +358,7 @@ def test_other_weights_that_are_not_used_are_said_once(folder, caplog):
     for _ in range(2):
         is_sound(folder)
     assert [r.getMessage() for r in caplog.records if r.name == "tlcr"] == [
-        f"1 weight of {str(folder)!r} are not used as LlamaForCausalLM: v_head.summary.weight"
+        f"1 weight of {str(folder)!r} is not used as LlamaForCausalLM: v_head.summary.weight"
     ]
 
 

@@ -93,7 +93,7 @@ def test_answers_end_with_the_tokenizers_end_alone_and_the_models_other_ends_are
     a, b = ids_of(tiny_tokenizer, "a")[0], ids_of(tiny_tokenizer, "b")[0]
     policy = chain(tiny_tokenizer, (a, b), (b, tiny_tokenizer.eos_token_id))
     policy.generation_config = GenerationConfig(eos_token_id=[tiny_tokenizer.eos_token_id, b])
-    loading._note.cache_clear()
+    loading.forget_notes()
     for _ in range(2):
         rollout = rollout_of(policy, tiny_tokenizer, ["a"])
         assert rollout.response_ids_BT.tolist() == [[b, tiny_tokenizer.eos_token_id]]

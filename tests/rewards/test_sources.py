@@ -272,11 +272,12 @@ def test_a_judge_with_few_positions_loses_the_prompt_first(
 
     shorter = Rigged({d: 6.0, end: 2.0}, positions=4)
     with caplog.at_level(logging.WARNING):
-        got = positive(DiscriminatorSource(frozen_model(shorter, characters, tiny_tokenizer)), rollout)[0]
-    assert shorter.shown == [ids_of(characters, " and")]
+        source = DiscriminatorSource(frozen_model(shorter, characters, tiny_tokenizer))
+        got, _ = positive(source, rollout)[0], positive(source, rollout)
+    assert shorter.shown == [ids_of(characters, " and")] * 2
     kept = len(ids_of(tiny_tokenizer, " and"))
     assert got[:kept] == whole[0][:kept] and got[kept:] == [0.0] * (len(ids) + 1 - kept)
-    assert "an answer has 10 tokens for rigged, which has 4 positions" in caplog.text
+    assert caplog.text.count("an answer has 10 tokens for rigged, which has 4 positions") == 1
 
 
 def test_a_prompt_that_is_too_long_in_the_judge_s_own_tokens_is_said_once(

@@ -74,25 +74,23 @@ class Estimate:
 def build_on_meta(cfg: ModelConfig) -> PreTrainedModel:
     """The model on the meta device, which allocates nothing. Raises ConfigError where its config cannot be read."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from tlcr.data import embedded
+    from tlcr.models.faults import LOADABLE, one_line
+    from tlcr.models.inspection import read_config
 
     if cfg.path == "embedded":
         tokenizer = embedded.build_tokenizer()
         with torch.device("meta"):
             model: PreTrainedModel = embedded.build_model(tokenizer)
     else:
-        gguf = {"gguf_file": cfg.gguf_file} if cfg.gguf_file else {}
         try:
-            config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code, **gguf)
+            config = read_config(cfg)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
         except (OSError, ValueError, ImportError) as error:
-            raise ConfigError(
-                f"model.path {cfg.path!r}: {' '.join(str(error).split())[:300]}; give a folder that transformers can "
-                "load (a hub name needs the network, or a filled cache)"
-            ) from error
+            raise ConfigError(f"model.path {cfg.path!r}: {one_line(error)[:300]}; {LOADABLE}") from error
     model.tie_weights()
     return model
 

@@ -29,7 +29,7 @@ from tlcr.experiment.preflight import for_one_process, require
 from tlcr.experiment.run_folder import RunFolder, open_run, raw_preferences, reopen_run, revision_cache
 from tlcr.experiment.workers import Job, run_side_by_side
 from tlcr.models.discriminator import load_discriminator
-from tlcr.models.loading import load_causal_lm
+from tlcr.models.loading import forget_notes, load_causal_lm
 from tlcr.recipes.analyse_discriminator import DiscriminatorAnalysis, analyse_discriminator
 from tlcr.recipes.train_discriminator import train_discriminator
 from tlcr.recipes.train_dpo import train_dpo
@@ -66,6 +66,7 @@ def run(cfg: RunConfig, *, resume: bool = False) -> Path:
         ConfigError: something stands in the way of a stage (``preflight``), ``output_dir`` holds a run but ``resume``
             is False, or the run was made with other settings.
     """
+    forget_notes()
     require(cfg, resume=resume)
     opened = open_run(cfg, resume=resume)
     _shares(opened, opened.data_wanted)
@@ -89,6 +90,7 @@ def stage(cfg: RunConfig, name: str, *, resume: bool = False) -> Path:
     Returns:
         The folder that holds the results.
     """
+    forget_notes()
     require(cfg, [name], resume=True)
     opened = open_run(cfg, resume=resume, whole=False)
     _shares(opened)

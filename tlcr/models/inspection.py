@@ -53,6 +53,7 @@ __all__ = [
     "label_faults",
     "model_faults",
     "quiet",
+    "read_config",
     "several_outputs",
 ]
 
@@ -123,11 +124,7 @@ def inspect_model(cfg: GeneratorConfig, role: Role) -> Inspection:
         faults += damaged
         if faults:
             return Inspection(faults=tuple(faults))
-        config = AutoConfig.from_pretrained(
-            cfg.path,
-            trust_remote_code=cfg.trust_remote_code,
-            **({"gguf_file": cfg.gguf_file} if cfg.gguf_file else {}),
-        )
+        config = read_config(cfg)
     except (OSError, ValueError, ImportError) as error:
         return Inspection(faults=(_unreadable(cfg.path, role, error),))
     head = stored_head(weights.shapes, config) if weights is not None and role != "policy" else None
@@ -168,6 +165,24 @@ def inspect_tokenizer(cfg: GeneratorConfig) -> tuple[PreTrainedTokenizerBase | N
     return tokenizer, [*_token_faults(tokenizer, source, cfg), *_embedding_faults(tokenizer, source, cfg)]
 
 
+def read_config(cfg: GeneratorConfig) -> PreTrainedConfig:
+    """The config of a model, from its folder, hub name or GGUF file.
+
+    Args:
+        cfg: the model's folder or hub name.
+
+    Returns:
+        The config.
+
+    Raises:
+        OSError: transformers finds none. It raises ValueError for an architecture that it does not know, and
+            ImportError where the model's own code needs a package.
+    """
+    gguf = {"gguf_file": cfg.gguf_file} if cfg.gguf_file else {}
+    config: PreTrainedConfig = AutoConfig.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code, **gguf)
+    return config
+
+
 def embedding_rows(cfg: GeneratorConfig) -> int | None:
     """Rows of the model's input embeddings, by its config.
 
@@ -182,7 +197,7 @@ def embedding_rows(cfg: GeneratorConfig) -> int | None:
     if cfg.gguf_file or (folder.is_dir() and not (folder / CONFIG_NAME).is_file()):
         return None
     try:
-        config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code)
+        config = read_config(cfg)
     except (OSError, ValueError, ImportError):
         return None
     return getattr(config.get_text_config(), "vocab_size", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     GenerationConfig,
@@ -73,12 +71,15 @@ def load_tokenizer(cfg: GeneratorConfig) -> PreTrainedTokenizerBase:
     if cfg.pad_token is not None:
         tokenizer.pad_token = cfg.pad_token
     rows = inspection.embedding_rows(cfg)
-    if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
-        why = "names no padding token" if tokenizer.pad_token_id is None else f"pads with {tokenizer.pad_token!r}, "
-        why += "" if tokenizer.pad_token_id is None else f"for which {cfg.path!r} has no embedding"
+    lacking = None
+    if tokenizer.pad_token_id is None:
+        lacking = "names no padding token"
+    elif rows is not None and tokenizer.pad_token_id >= rows:
+        lacking = f"pads with {tokenizer.pad_token!r}, for which {cfg.path!r} has no embedding"
+    if lacking is not None:
         _note(
-            f"the tokenizer {(cfg.tokenizer or cfg.path)!r} {why}: {tokenizer.eos_token!r} pads, and nothing is learnt "
-            "from padding"
+            f"the tokenizer {(cfg.tokenizer or cfg.path)!r} {lacking}: {tokenizer.eos_token!r} pads, and nothing is "
+            "learnt from padding"
         )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -369,9 +370,8 @@ def _ends_of_model(cfg: GeneratorConfig) -> set[int]:
         return _named_ends(GenerationConfig.from_pretrained(cfg.path))
     except OSError:  # without that file transformers makes one from the model's config
         pass
-    packed = {"gguf_file": cfg.gguf_file} if cfg.gguf_file else {}
     try:
-        config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code, **packed)
+        config = inspection.read_config(cfg)
     except (OSError, ValueError):  # a tokenizer's folder; a model that should be there is missed when it is loaded
         return set()
     return _named_ends(config.get_text_config())
@@ -423,14 +423,23 @@ def _check_report(
     raise_first(report_faults(report, model, cfg, role, found.head))
     left_over = unused(report, found.head)
     if left_over:
-        count = f"{len(left_over)} weight{'s' if len(left_over) > 1 else ''}"
-        _note(f"{count} of {cfg.path!r} are not used as {type(model).__name__}: {some(left_over)}")
+        count = "1 weight" if len(left_over) == 1 else f"{len(left_over)} weights"
+        verb = "is" if len(left_over) == 1 else "are"
+        _note(f"{count} of {cfg.path!r} {verb} not used as {type(model).__name__}: {some(left_over)}")
 
 
-@functools.cache
+_said: set[str] = set()
+
+
+def forget_notes() -> None:
+    """Lets every note of this module be logged again: each is logged once in a run, which loads a model many times."""
+    _said.clear()
+
+
 def _note(message: str) -> None:
-    """Logs the message the first time it comes."""
-    logger.warning("%s", message)
+    if message not in _said:
+        _said.add(message)
+        logger.warning("%s", message)
 
 
 @contextmanager

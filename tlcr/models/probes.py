@@ -1,7 +1,7 @@
 """What a model does with its input, found by running it on a few random ids.
 
 An architecture's name does not say where a classifier reads its score, or whether a model sees later tokens. The probes
-take a few short rows, a moment for any model, and are remembered for each model.
+take a few short rows, as long as reading the weights once or twice, and are remembered for each model.
 
 Axes: B rows, L columns, H hidden units.
 """
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tlcr.errors import ConfigError
+from tlcr.models.faults import one_line
 from tlcr.models.heads import backbone, classification_head, evaluating, has_linear_head
 
 LENGTHS = (7, 4)
@@ -82,7 +83,7 @@ def check_reward_model(model: PreTrainedModel) -> None:
     except Exception as error:
         raise ConfigError(
             f"the reward model is a {name}, whose forward pass fails on a plain text "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); name one that needs ids and an attention "
+            f"({type(error).__name__}: {one_line(error)[:200]}); name one that needs ids and an attention "
             "mask only"
         ) from error
     if together.shape != (len(rows), 1):
@@ -105,7 +106,7 @@ def require_causal(model: PreTrainedModel) -> None:
     except Exception as error:
         raise ConfigError(
             f"{name} cannot be used as a language model: its forward pass fails on plain text "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); use a decoder such as Llama, Qwen or OPT"
+            f"({type(error).__name__}: {one_line(error)[:200]}); use a decoder such as Llama, Qwen or OPT"
         ) from error
     if not causal:
         raise ConfigError(

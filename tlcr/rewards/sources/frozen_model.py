@@ -45,6 +45,12 @@ class FrozenModel:
     def name(self) -> str:
         return self.model.name_or_path or type(self.model).__name__
 
+    def note_once(self, kind: str, note: str) -> None:
+        """Logs a note where none of its kind was logged for this model."""
+        if kind not in self.said:
+            self.said.add(kind)
+            logger.warning("%s", note)
+
     @property
     def position_limit(self) -> int | None:
         return getattr(self.model.config, "max_position_embeddings", None)
@@ -183,24 +189,19 @@ def _fit(frozen: FrozenModel, encoded: EncodedAnswer) -> EncodedAnswer:
     if limit is None or len(encoded.ids) <= limit:
         return encoded
     dropped = min(encoded.answer_start, len(encoded.ids) - limit)
-    if dropped and "positions" not in frozen.said:
-        frozen.said.add("positions")
-        logger.warning(
-            "%s has %d positions, and a prompt with its answer has %d tokens: such prompts lose their beginning, here "
-            "%d tokens of it; lower data.max_prompt_tokens or rollout.max_new_tokens",
-            frozen.name,
-            limit,
-            len(encoded.ids),
-            dropped,
+    if dropped:
+        frozen.note_once(
+            "positions",
+            f"{frozen.name} has {limit} positions, and a prompt with its answer has {len(encoded.ids)} tokens: such "
+            f"prompts lose their beginning, here {dropped} tokens of it; lower data.max_prompt_tokens or "
+            "rollout.max_new_tokens",
         )
     shorter = replace(encoded, ids=encoded.ids[dropped:], answer_start=encoded.answer_start - dropped)
     if len(shorter.ids) > limit:
-        logger.warning(
-            "an answer has %d tokens for %s, which has %d positions: what lies beyond earns nothing; "
-            "lower rollout.max_new_tokens",
-            len(shorter.ids),
-            frozen.name,
-            limit,
+        frozen.note_once(
+            "answers",
+            f"an answer has {len(shorter.ids)} tokens for {frozen.name}, which has {limit} positions: what lies beyond "
+            "earns nothing, in this answer and all like it; lower rollout.max_new_tokens",
         )
     return cut_answer(shorter, limit - shorter.answer_start)
 
