@@ -19,7 +19,7 @@ from tlcr import ops
 from tlcr.config.schema import DataConfig, LabelConfig
 from tlcr.ops import TokenLabel
 from tlcr.text.tokenization import cut_answer, encode_answers, token_pieces
-from tlcr.text.truncation import CutTexts
+from tlcr.text.truncation import note_cuts
 from tlcr.training.checkpoint import write_json_lines
 from tlcr.types import EditPair, EncodedAnswer, LabelledAnswer, LabelledPair
 
@@ -122,10 +122,8 @@ def label_pairs(
             max_answer_tokens=data.max_answer_tokens,
             end_of_sequence=labels.end_of_sequence,
         )
-    cuts = CutTexts(data)
-    for pair, sides in zip(pairs, labelled, strict=True):
-        cuts.add(pair.prompt, sides.rejected.encoded, sides.revised.encoded)
-    cuts.report("token labels")
+    encoded = [(sides.rejected.encoded, sides.revised.encoded) for sides in labelled]
+    note_cuts(zip([pair.prompt for pair in pairs], encoded, strict=True), data, stage="token labels")
     statistics = _statistics(labelled)
     if statistics.edited_share > MOSTLY_EDITED:
         logger.warning(

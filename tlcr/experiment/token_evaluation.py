@@ -40,7 +40,7 @@ from tlcr.report.colours import coloured
 from tlcr.rewards.composition import compose_rewards
 from tlcr.text.padding import pad_left, pad_right
 from tlcr.text.tokenization import character_spans, decode_text, encode_answers, token_pieces
-from tlcr.text.truncation import CutTexts, cut_beginning
+from tlcr.text.truncation import cut_beginning, note_cuts
 from tlcr.training.checkpoint import write_json, write_json_lines
 from tlcr.training.distributed import on_main_process
 from tlcr.training.progress import Progress
@@ -97,10 +97,7 @@ def mark(answers: Sequence[MarkedAnswer], tokenizer: PreTrainedTokenizerBase, da
         max_answer_tokens=data.max_answer_tokens,
     )
     rows = [_mark(answer, row, tokenizer) for answer, row in zip(answers, encoded, strict=True)]
-    cuts = CutTexts(data)
-    for row in rows:
-        cuts.add(row.answer.prompt, row.encoded)
-    cuts.report("marked answers")
+    note_cuts([(row.answer.prompt, [row.encoded]) for row in rows], data, stage="marked answers")
     return rows
 
 

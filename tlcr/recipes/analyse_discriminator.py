@@ -36,11 +36,10 @@ from tlcr.evaluation.discriminator_metrics import (
 from tlcr.models.discriminator import Targets, is_trained_on, predict_tokens, score_answers, temperature_of
 from tlcr.ops import TokenLabel
 from tlcr.text.tokenization import token_pieces
-from tlcr.text.truncation import CutTexts
+from tlcr.text.truncation import note_cuts
 from tlcr.types import EditPair, LabelledAnswer, LabelledPair, PreferencePair
 
 __all__ = ["DiscriminatorAnalysis", "EditExample", "ExampleAnswer", "analyse_discriminator"]
-
 
 EXAMPLE_TOKENS = 40
 """Tokens that a side of the example has at most."""
@@ -145,10 +144,8 @@ def analyse_discriminator(
         for limit in (cfg.data.max_answer_tokens, sys.maxsize)
     )
 
-    cuts = CutTexts(cfg.data)
-    for edit, labelled in zip(edits, pairs, strict=True):
-        cuts.add(edit.prompt, labelled.rejected.encoded, labelled.revised.encoded)
-    cuts.report("analysis of edits")
+    encoded = [(pair.rejected.encoded, pair.revised.encoded) for pair in pairs]
+    note_cuts(zip([edit.prompt for edit in edits], encoded, strict=True), cfg.data, stage="analysis of edits")
 
     # 2. the model's logits for every token
     predictions = predict_tokens(model, pairs, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size)
@@ -242,9 +239,7 @@ def _compare_preferences(
         max_answer_tokens=cfg.data.max_answer_tokens,
         batch_size=batch_size,
     )
-    cuts = CutTexts(cfg.data)
-    for pair, chosen, rejected in zip(preferences, scores[0::2], scores[1::2], strict=True):
-        cuts.add(pair.prompt, chosen, rejected)
-    cuts.report("analysis of preferences")
+    pairs = zip(scores[0::2], scores[1::2], strict=True)
+    note_cuts(zip([pair.prompt for pair in preferences], pairs, strict=True), cfg.data, stage="analysis of preferences")
     rewards = [score.rewards for score in scores]
     return compare_answers(rewards[0::2], rewards[1::2])

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import RunConfig, TrainingConfig
 from tlcr.models.loading import check_fits, save_model
-from tlcr.text.truncation import CutTexts, Limits
+from tlcr.text.truncation import Limits, note_cuts
 from tlcr.training.accelerator import open_accelerator
 from tlcr.training.callbacks import Callback
 from tlcr.training.supervised import Batch, FitResult, Loss, fit, mean_loss
@@ -33,11 +33,8 @@ def encode_splits(
     """Both splits as token ids; logs what the limits cut, under the stage's name. Raises DataError where an example is
     longer than ``model`` can read."""
     trained, kept = encode(train), encode(held_out)
-    cuts = CutTexts(limits)
-    for pair, example in zip((*train, *held_out), (*trained, *kept), strict=True):
-        sides = (example,) if isinstance(example, EncodedAnswer) else (example.chosen, example.rejected)
-        cuts.add(pair.prompt, *sides)
-    cuts.report(stage)
+    answers = [(e,) if isinstance(e, EncodedAnswer) else (e.chosen, e.rejected) for e in (*trained, *kept)]
+    note_cuts(zip([pair.prompt for pair in (*train, *held_out)], answers, strict=True), limits, stage=stage)
     check_lengths(model, [length(example) for example in (*trained, *kept)])
     return trained, kept
 

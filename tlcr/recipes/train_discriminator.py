@@ -34,7 +34,7 @@ from tlcr.models.discriminator import (
 )
 from tlcr.models.loading import load_token_classifier, save_model
 from tlcr.recipes.fitting import check_lengths, fit_tracked, micro_batch_size
-from tlcr.text.truncation import CutTexts
+from tlcr.text.truncation import note_cuts
 from tlcr.training.callbacks import Callback
 from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.training.distributed import on_main_process
@@ -212,10 +212,8 @@ def _preference_accuracy(
         max_answer_tokens=cfg.data.max_answer_tokens,
         batch_size=batch_size,
     )
-    cuts = CutTexts(cfg.data)
-    for pair, chosen, rejected in zip(pairs, scores[0::2], scores[1::2], strict=True):
-        cuts.add(pair.prompt, chosen, rejected)
-    cuts.report("held-out preferences")
+    sides = zip(scores[0::2], scores[1::2], strict=True)
+    note_cuts(zip([pair.prompt for pair in pairs], sides, strict=True), cfg.data, stage="held-out preferences")
     means = [score.mean_reward for score in scores]
     return pairwise_accuracy(means[0::2], means[1::2])
 

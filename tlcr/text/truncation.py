@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CutTexts", "Limits", "cut_beginning", "note_cut_prompts"]
+__all__ = ["CutTexts", "Limits", "cut_beginning", "note_cut_prompts", "note_cuts"]
 
 logger = logging.getLogger("tlcr")
 
@@ -91,6 +91,20 @@ class CutTexts:
                 f"at the end: the first of them loses the last {cut} of its {cut + limit} tokens"
             )
         return found
+
+
+def note_cuts(texts: Iterable[tuple[str, Sequence[Cut]]], limits: Limits, *, stage: str) -> None:
+    """Logs how many prompts and answers were cut.
+
+    Args:
+        texts: each prompt, with its answers.
+        limits: what they were cut to.
+        stage: who reads them, for the note.
+    """
+    cuts = CutTexts(limits)
+    for prompt, answers in texts:
+        cuts.add(prompt, *answers)
+    cuts.report(stage)
 
 
 def note_cut_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limits: Limits, *, stage: str) -> None:
