@@ -48,7 +48,7 @@ toc_object_entries_show_parents = "hide"
 nitpicky = True
 elsewhere = "|".join(
     (
-        *("accelerate", "argparse", "collections", "datasets", "importlib", "jsonargparse", "logging"),
+        *("accelerate", "argparse", "collections", "datasets", "datetime", "importlib", "jsonargparse", "logging"),
         *("np", "numpy", "packaging", "pathlib", "torch", "transformers", "typing"),
     )
 )

@@ -23,6 +23,7 @@ from tlcr.config.schema import RunConfig
 from tlcr.config.stages import stages_of
 from tlcr.errors import ConfigError
 from tlcr.experiment import contents
+from tlcr.experiment.contents import FIRST_RECORDS
 from tlcr.experiment.pipeline import run, stage
 from tlcr.experiment.preflight import Finding, holds_a_run, preflight, refuse, require, settings
 
@@ -226,6 +227,18 @@ def test_records_that_are_skipped_are_counted(tmp_path: Path, tiny_folder: Path)
     skipping = replace(cfg, data=replace(cfg.data, on_malformed="skip"))
     (found,) = [finding for finding in preflight(skipping) if finding.level == "warning"]
     assert found.fact.startswith("1 of the first 41 records are malformed and skipped: pairs.jsonl, record 41")
+
+
+def test_the_first_records_say_nothing_of_edits_that_come_later(tmp_path: Path, tiny_folder: Path) -> None:
+    same = {"prompt": "How", "rejected": " bad", "revised": " bad"}
+    rows = [{**same, "revised": 5}, *[same] * FIRST_RECORDS, {**same, "revised": " good"}]
+    edits = tmp_path / "edits.jsonl"
+    edits.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {"model.path": str(tiny_folder), "data.edits": str(edits), "data.on_malformed": "skip"}
+    cfg = load_config(None, {"output_dir": str(tmp_path / "run"), **values})
+    assert blocked(preflight(cfg, ["labels"])) == {}
+    edits.write_text("".join(json.dumps(row) + "\n" for row in rows[:9]))
+    assert "none of the 8 pairs" in blocked(preflight(cfg, ["labels"]))["data.edits"]
 
 
 def test_texts_that_may_be_longer_than_the_positions_are_a_warning(

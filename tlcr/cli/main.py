@@ -278,9 +278,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         if launched_processes() > 1:
+            from tlcr.cli import together
+
             together.crash(error, _how_to_go_on(arguments))
         raise
     if launched_processes() > 1:
+        from tlcr.cli import together
+
         together.end()
     return code
 

@@ -131,7 +131,8 @@ def _first_records(knob: str, cfg: RunConfig, tokenizer: PreTrainedTokenizerBase
         fact = f"{len(found.malformed)} of the first {count} records are malformed and skipped: {found.malformed[0]}"
         said.append(Finding("warning", knob, fact, "mend them, or let them be skipped", repeated=True))
     edits = [record for record in found.records if isinstance(record, EditPair)]
-    if edits and len(found.records) < FIRST_RECORDS and all(edit.rejected == edit.revised for edit in edits):
+    is_all = len(found.records) + len(found.malformed) < FIRST_RECORDS
+    if edits and is_all and all(edit.rejected == edit.revised for edit in edits):
         fact = f"none of the {len(edits)} pairs of {found.source} has an edited token, so there is nothing to learn"
         remedy = "name pairs of a rejected answer and its revision that differ in data.edits"
         said.append(Finding("blocked", knob, fact, remedy))

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CutTexts", "Limits", "cut_beginning", "note_cut_prompts", "note_cuts"]
+__all__ = ["Cut", "CutTexts", "Limits", "cut_beginning", "note_cut_prompts", "note_cuts"]
 
 logger = logging.getLogger("tlcr")
 
