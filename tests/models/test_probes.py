@@ -12,11 +12,11 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoMod
 
 from tests.models.test_architectures import word_tokenizer
 from tlcr.config.schema import ModelConfig, PPOConfig
-from tlcr.errors import ConfigError
+from tlcr.errors import ConfigError, DataError
 from tlcr.models.actor_critic import build_value_model
 from tlcr.models.discriminator import load_discriminator, score_answers
 from tlcr.models.heads import Head
-from tlcr.models.loading import TWO_CLASSES, load_sequence_classifier, save_model
+from tlcr.models.loading import TWO_CLASSES, check_fits, load_sequence_classifier, position_limit, save_model
 from tlcr.models.probes import check_reward_model, is_causal, reads_last_token, require_decoder
 from tlcr.models.reward_model import prefix_scores, sequence_scores
 
@@ -132,6 +132,20 @@ def test_the_last_layer_of_an_encoders_head_is_float32_too(kind: str, tmp_path: 
     assert [head.weight.dtype for head in heads] == [torch.float32]
     rows = torch.randint(3, 99, (200, 9))
     assert len(sequence_scores(model, rows, torch.ones_like(rows).bool()).unique()) > 195
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_model_reads_as_many_tokens_as_its_positions_say(kind: str, tmp_path: Path) -> None:
+    """RoBERTa keeps the first rows of its positions: with 14 of them it reads fewer tokens, and fails at one more."""
+    model = load_sequence_classifier(saved(tmp_path, kind, {**SMALL, "max_position_embeddings": 14}), ModelConfig())
+    limit = position_limit(model)
+    assert limit is not None
+    longest = torch.full((1, limit), 7)
+    assert sequence_scores(model, longest, torch.ones_like(longest).bool()).isfinite().all()
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, limit + 1), 7), attention_mask=torch.ones(1, limit + 1))
+    with pytest.raises(DataError, match=f"has {limit + 1} tokens, and the model reads at most {limit}"):
+        check_fits(model, limit + 1, "a text")
 
 
 def test_values_do_not_start_from_an_encoder(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from tlcr.rewards.sources import FrozenModel
 from tlcr.text.tokenization import decode_text
@@ -74,7 +74,7 @@ class Rigged(nn.Module):
     def __init__(self, positive: dict[int, float], *, positions: int | None = None) -> None:
         super().__init__()
         self.positive = positive
-        self.config = SimpleNamespace(num_labels=2, max_position_embeddings=positions)
+        self.config = PreTrainedConfig(num_labels=2, max_position_embeddings=positions)
         self.device = torch.device("cpu")
         self.name_or_path = "rigged"
         self.shown: list[list[int]] = []

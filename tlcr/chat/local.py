@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from tlcr.chat.store import AnswerStore
 from tlcr.chat.types import Answer, Deliver, NoAnswer, Question
 from tlcr.config.schema import GeneratorConfig
-from tlcr.models.loading import generating_with, load_causal_lm, load_tokenizer, stop_ids
+from tlcr.models.loading import generating_with, load_causal_lm, load_tokenizer, position_limit, stop_ids
 from tlcr.text.padding import pad_left
 from tlcr.text.tokenization import decode_text, render_question
 from tlcr.training.distributed import process_device
@@ -47,7 +47,7 @@ class LocalModel:
     def answer_all(self, questions: Sequence[Question], deliver: Deliver) -> None:
         """See ``ChatModel``. A question that leaves no room for its answer in the model's context gets none."""
         self._load()
-        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        positions = position_limit(self._model)
         ids: dict[int, list[int]] = {}
         for index, question in enumerate(questions):
             text = render_question(self._tokenizer, [asdict(message) for message in question.messages])

@@ -201,9 +201,26 @@ def answer_logprobs(model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: T
     return ops.score_tokens(logits_BKV, ids_BL[:, ids_BL.shape[1] - columns :]).logprobs
 
 
+def position_limit(model: PreTrainedModel) -> int | None:
+    """How many tokens a model can read in one row.
+
+    Args:
+        model: any model; it may be on the meta device.
+
+    Returns:
+        ``max_position_embeddings`` of its config, without the rows that models of RoBERTa's kind keep for padding;
+        None where the config names no limit.
+    """
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1  # their positions count from the padding's row on
+    return limit
+
+
 def check_fits(model: PreTrainedModel, tokens: int, what: str) -> None:
     """Raises DataError where ``what``, a text of ``tokens`` tokens, is longer than the model has positions."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = position_limit(model)
     if positions is not None and tokens > positions:
         raise DataError(
             f"{what} has {tokens} tokens, and the model reads at most {positions} (max_position_embeddings); lower "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tlcr.models.loading import position_limit
 from tlcr.text.tokenization import character_spans, cut_answer, decode_text, encode_answers, render_prompt
 from tlcr.text.truncation import CutTexts
 from tlcr.types import EncodedAnswer, Rollout
@@ -51,9 +52,9 @@ class FrozenModel:
             self.said.add(kind)
             logger.warning("%s", note)
 
-    @property
+    @cached_property
     def position_limit(self) -> int | None:
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return position_limit(self.model)
 
     @cached_property
     def shares_tokens(self) -> bool:
