@@ -39,6 +39,7 @@ def test_two_files_of_one_name_are_two_modules(tmp_path: Path) -> None:
         ("x = 1\nx.y", r"raises AttributeError: 'int' object has no attribute 'y' \(.*own\.py:2\)"),
         ("from json import nothing", r"raises ImportError: cannot import name 'nothing'"),
         ("import no_such_module_at_all", "there is no module 'no_such_module_at_all'; install it"),
+        ("import sys\nsys.exit(0)", r"importing it raises SystemExit: 0 \(.*own\.py:2\); mend that module"),
         ("f = 3", r"own\.py has no function 'f'; correct the name"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -220,6 +221,14 @@ def test_a_bad_scorer_is_named(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
         run(lambda prompts, responses: [0.0])
     with pytest.raises(DataError, match=r"returned nan for the answer ' never recommend it'"):
         run(lambda prompts, responses: [0.0, NAN])
+    with pytest.raises(DataError, match="the scorer raised SystemExit: 0"):
+        run(lambda prompts, responses: sys.exit(0))
+    for wrong in (None, 1.0, {0: 1.0, 1: 2.0}, {1.0, 2.0}, "12"):
+        with pytest.raises(DataError, match=f"returned a {type(wrong).__name__}; it must return a list"):
+            run(lambda prompts, responses, wrong=wrong: wrong)
+    for value in (None, (1.0, 2.0), "good"):
+        with pytest.raises(DataError, match=rf"\({type(value).__name__}\) for an answer; it must return"):
+            run(lambda prompts, responses, value=value: [0.0, value])
     with pytest.raises(DataError, match="no held-out prompts"):
         evaluate_policy([], tokenizer=tiny_tokenizer, generate=sampler.generate, score=sampler.score, scorer=None)
 

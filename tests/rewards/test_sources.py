@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -576,6 +577,31 @@ def test_a_callable_is_imported_when_the_source_is_built() -> None:
     assert isinstance(build("callable", cfg={"callable": "tests.rewards.test_sources:returned"}), CallableSource)
     with pytest.raises(ConfigError, match="no module"):
         build("callable", cfg={"callable": "no_such_module:f"})
+
+
+def test_a_function_may_write_into_what_it_is_given(three_rows: Rollout, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = three_rows.mask_BT.clone()
+
+    def careless(*, response_ids: list[list[int]], mask: torch.Tensor, **_: object) -> list[float]:
+        mask[:] = False
+        for ids in response_ids:
+            ids.clear()
+        return [1.0] * len(response_ids)
+
+    monkeypatch.setattr("tests.rewards.test_sources.returned", careless)
+    signal = CallableSource("tests.rewards.test_sources:returned")(three_rows)
+    assert torch.equal(three_rows.mask_BT, before) and signal.terminal_B.tolist() == [1.0] * len(before)
+
+
+def test_a_function_that_ends_the_program_is_an_error(three_rows: Rollout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.rewards.test_sources.returned", lambda **_: sys.exit(0))
+    with pytest.raises(DataError, match="raised SystemExit: 0"):
+        CallableSource("tests.rewards.test_sources:returned")(three_rows)
+
+
+def test_complex_rewards_are_refused(three_rows: Rollout, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ShapeError, match="returned a complex64 Tensor"):
+        call(torch.ones(len(three_rows.prompts), dtype=torch.complex64), three_rows, monkeypatch)
 
 
 def test_a_nan_from_a_function_is_named_when_composed(three_rows: Rollout, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def import_function(path: str, knob: str) -> Callable[..., Any]:
         raise ConfigError(
             f"{knob} is {path!r}, but there is no module {error.name!r}; install it, or put its folder on PYTHONPATH"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself would end the command, without a word
         raise ConfigError(f"{knob} is {path!r}, and importing it raises {failure(error)}; mend that module") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -70,7 +70,7 @@ def import_function(path: str, knob: str) -> Callable[..., Any]:
     return function
 
 
-def failure(error: Exception) -> str:
+def failure(error: BaseException) -> str:
     """What a function or module of the user raised, and where: "KeyError: 'x' (my_reward.py:12)"."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     at = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (last.filename, last.lineno)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -256,12 +256,17 @@ def _gold(scorer: Scorer | None, rollout: Rollout) -> list[float | None]:
     if scorer is None:
         return [None] * len(rollout.prompts)
     try:
-        given = scorer(rollout.prompts, rollout.responses)
-    except Exception as error:
+        given = scorer(list(rollout.prompts), list(rollout.responses))
+    except (Exception, SystemExit) as error:  # sys.exit() of a scorer would end the run with its code, 0 say
         raise DataError(
             f"the scorer raised {failure(error)}; it is called with the prompts and the responses, two lists of texts"
         ) from error
-    scores = [float(s) for s in given]
+    if isinstance(given, (str, bytes, Mapping, Set)) or not isinstance(given, Iterable):
+        raise DataError(
+            f"the scorer returned a {type(given).__name__}; it must return a list of one number for each answer, in "
+            "their order"
+        )
+    scores = list(map(_number, given))
     if len(scores) != len(rollout.prompts):
         raise DataError(
             f"the scorer returned {len(scores)} scores for {len(rollout.prompts)} answers; "
@@ -274,6 +279,16 @@ def _gold(scorer: Scorer | None, rollout: Rollout) -> list[float | None]:
                 "it must return a finite number for every answer, an empty one too"
             )
     return list(scores)
+
+
+def _number(score: object) -> float:
+    try:
+        return float(score)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"the scorer returned {str(score)[:80]!r} ({type(score).__name__}) for an answer; it must return a finite "
+            "number for every answer, an empty one too"
+        ) from error
 
 
 def _answers(

@@ -41,10 +41,10 @@ class CallableSource(Stateless):
                 prompts=list(rollout.prompts),
                 responses=list(rollout.responses),
                 response_ids=counted(rollout.response_ids_BT, mask_BT),
-                mask=mask_BT,
+                mask=mask_BT.clone(),  # a function may write into what it is given
                 ended=rollout.ended_B.tolist(),
             )
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit() of a function would end the run with its code, 0 say
             raise DataError(
                 f"reward.callable {self.path!r} raised {failure(error)}; it is called with the keywords "
                 f"{', '.join(REWARD_KEYWORDS)}"
@@ -60,6 +60,8 @@ class CallableSource(Stateless):
         B, T = mask_BT.shape
         if isinstance(result, np.ndarray) and result.dtype.kind in "biuf":
             result = torch.as_tensor(result)
+        if isinstance(result, Tensor) and result.is_complex():
+            raise self._wrong(f"a {str(result.dtype).removeprefix('torch.')} Tensor", mask_BT)
         if isinstance(result, Tensor):
             if result.shape == (B,):
                 return RewardSignal(terminal_B=result.detach().float())
