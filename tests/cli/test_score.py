@@ -248,3 +248,35 @@ def test_an_end_in_the_answer_is_scored_once_and_said(
         assert record["tokens"] == plain["tokens"] and record["tokens"].count("<eos>") == 1
         assert record["rewards"] == pytest.approx(plain["rewards"], abs=1e-6)
     assert "2 of 3 records have a text that ends with an end token" in caplog.text
+
+
+def test_a_text_longer_than_the_positions_names_the_flags(
+    reward_model: Path, discriminator: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for model in (["--reward-model", str(reward_model)], ["--discriminator", str(discriminator)]):
+        assert cli.main(["score", *model, "--response", " good" * 900]) == 2
+        said = capsys.readouterr().err
+        assert "and the model reads at most" in said and "lower --max-prompt-tokens or --max-answer-tokens" in said
+
+
+def test_a_score_that_is_no_number_is_an_error(
+    reward_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = load_sequence_classifier(reward_model, ModelConfig())
+    with torch.no_grad():
+        model.score.weight.fill_(float("nan"))
+    save_model(model, tiny_tokenizer, tmp_path / "nan")
+    assert cli.main(["score", "--reward-model", str(tmp_path / "nan"), "--response", RESPONSE, "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "gives the answer ' good and the service was not bad' the score nan" in err
+
+
+def test_columns_that_are_not_read_are_counted(
+    reward_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = {"prompt": PROMPT, "response": RESPONSE}
+    lines = [record, {**record, "system": "Be kind.", "tools": []}, {**record, "system": "Be brief."}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert cli.main(["score", "--reward-model", str(reward_model), str(tmp_path / "a.jsonl"), "--json"]) == 0
+    (said,) = [message for message in caplog.messages if "does not read" in message]
+    assert said.startswith("2 of 3 records have 'system', which tlcr score does not read")

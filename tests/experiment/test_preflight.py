@@ -219,6 +219,19 @@ def test_what_readers_note_is_noted_once(tmp_path: Path, tiny_folder: Path, capl
     assert caplog.messages == []
 
 
+@pytest.mark.parametrize("sft", [True, False])
+def test_ends_at_which_rollouts_do_not_stop_are_said_once_in_a_run(
+    tmp_path: Path, tiny_folder: Path, caplog: pytest.LogCaptureFixture, sft: bool
+) -> None:
+    """With SFT, PPO starts from a folder that names one end alone, so that only the start of the run knows others."""
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    changes = {"sft.enabled": sft, "sft.epochs": 1, "ppo.updates": 1}
+    caplog.set_level(logging.INFO, "tlcr")
+    run(arm_config(tmp_path, model, **changes))
+    assert sum("also ends answers with" in message for message in caplog.messages) == 1
+
+
 def test_records_that_are_skipped_are_counted(tmp_path: Path, tiny_folder: Path) -> None:
     cfg = arm_config(tmp_path, tiny_folder)
     path = Path(str(cfg.data.preferences))

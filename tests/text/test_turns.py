@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from tests.text.test_tokenization import byte_level
-from tlcr.errors import DataError
+from tlcr.errors import ConfigError, DataError
 from tlcr.text.tokenization import (
     encode_answer,
     opening,
@@ -150,6 +150,23 @@ def test_a_template_that_refuses_answers_still_renders_prompts() -> None:
     assert turn_end(tokenizer) is None
     with pytest.raises(DataError, match="refuses this conversation: none here"):
         render_answer(tokenizer, ASK, "Yes.")
+
+
+def test_an_error_inside_a_template_refuses_the_conversation() -> None:
+    """``'<a>' + content`` is a TypeError for a content that is a list of parts."""
+    tokenizer = tokenizer_with("{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}")
+    calling = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": ["A picture."]}]
+    with pytest.raises(DataError, match=r"refuses this conversation: .*concatenate"):
+        apply_template(tokenizer, calling, {}, add_generation_prompt=False)
+
+
+def test_several_templates_without_a_default_are_named() -> None:
+    tokenizer = tokenizer_with(CHATML)
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": CHATML}
+    assert turn_end(tokenizer) is None
+    with pytest.raises(ConfigError, match=r"several chat templates \(rag, tool_use\).*; set model.chat_template"):
+        render_prompt(tokenizer, ASK)
+    assert "several chat templates" in turn_notes(tokenizer)[0]
 
 
 @pytest.mark.parametrize(

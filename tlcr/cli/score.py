@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -13,14 +15,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import ModelConfig
 from tlcr.data.formats import RawMarkedAnswer, rendered_marked_answer
 from tlcr.data.turns import TurnNotes
 from tlcr.errors import ConfigError, DataError
 from tlcr.models.discriminator import load_discriminator, score_answers
-from tlcr.models.loading import load_sequence_classifier, load_tokenizer
+from tlcr.models.loading import check_fits, load_sequence_classifier, load_tokenizer
 from tlcr.models.reward_model import sequence_scores
 from tlcr.report.colours import coloured
 from tlcr.text.files import STANDARD_INPUT, open_text, unicode_problem
@@ -36,6 +38,9 @@ logger = logging.getLogger("tlcr")
 LIMITS = ("--max-prompt-tokens", "--max-answer-tokens")
 """The flags of prompts' and answers' limits."""
 
+UNREAD = ("system", "history", "tools", "documents", "chat_template_kwargs")
+"""Columns that the readers of a run's data give to a model."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -43,6 +48,8 @@ class Answer:
 
     prompt: str | list[dict[str, str]]
     response: str
+    unread: tuple[str, ...] = ()
+    """Columns of its record that a model may need and that are not read here."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,11 @@ def score_command(
         scored = _by_reward_model(str(reward_model), answers, limits)
     console = Console(highlight=False, soft_wrap=True)
     for item in scored:
+        if not math.isfinite(item.score):
+            raise DataError(
+                f"{(discriminator or reward_model)!r} gives the answer {item.answer.response[:80]!r} the score "
+                f"{item.score}; its weights hold numbers that are not finite, or are too large to compute with"
+            )
         if as_json:
             sys.stdout.write(json.dumps(item.as_json(), ensure_ascii=False) + "\n")
             sys.stdout.flush()
@@ -127,7 +139,7 @@ def _answer(line: str, where: str) -> Answer:
     for name, value in (("prompt", prompt), ("response", response)):
         if problem := unicode_problem(value):
             raise DataError(f"{where}: {name!r} {problem}; mend the program that cut the text, or leave the record out")
-    return Answer(prompt, response)
+    return Answer(prompt, response, tuple(name for name in UNREAD if record.get(name)))
 
 
 def _are_messages(prompt: Any) -> bool:
@@ -144,10 +156,21 @@ def _batches(
     turns = TurnNotes(tokenizer)
     read = turns.counting(rendered_marked_answer)
     iterator = iter(answers)
+    count, unread = 0, Counter[str]()
     while batch := list(islice(iterator, size)):
+        count += len(batch)
+        unread.update(name for answer in batch for name in answer.unread)
         yield batch, [read(RawMarkedAnswer("", answer.prompt, answer.response, ())) for answer in batch]
     for note in turns.notes():
         logger.warning("%s", note)
+    for name, having in unread.items():
+        logger.warning(
+            "%d of %d records have %r, which tlcr score does not read: the model did not see it; write what it should "
+            "see into 'prompt'",
+            having,
+            count,
+            name,
+        )
 
 
 def _by_discriminator(folder: str, answers: Iterable[Answer], limits: Limits) -> Iterator[ScoredAnswer]:
@@ -155,6 +178,7 @@ def _by_discriminator(folder: str, answers: Iterable[Answer], limits: Limits) ->
     model.to(_device())  # type: ignore[arg-type]
     cuts = CutTexts(limits, names=LIMITS)
     for batch, rendered in _batches(answers, limits.batch_size, tokenizer):
+        _require_fits(model, _encode(tokenizer, rendered, limits))
         scores = score_answers(
             model,
             tokenizer,
@@ -176,6 +200,7 @@ def _by_reward_model(folder: str, answers: Iterable[Answer], limits: Limits) -> 
     cuts = CutTexts(limits, names=LIMITS)
     for batch, rendered in _batches(answers, limits.batch_size, tokenizer):
         encoded = _encode(tokenizer, rendered, limits)
+        _require_fits(model, encoded)
         ids_BL, mask_BL = pad_right([row.ids for row in encoded], tokenizer.pad_token_id)
         scores_B = sequence_scores(model, ids_BL.to(model.device), mask_BL.to(model.device))
         for answer, row, score in zip(batch, encoded, scores_B.tolist(), strict=True):
@@ -192,6 +217,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, batch: Sequence[MarkedAnswer], l
         max_prompt_tokens=limits.max_prompt_tokens,
         max_answer_tokens=limits.max_answer_tokens,
     )
+
+
+def _require_fits(model: PreTrainedModel, encoded: Sequence[EncodedAnswer]) -> None:
+    check_fits(model, max(len(row.ids) for row in encoded), "an answer with its prompt", LIMITS)
 
 
 def _device() -> torch.device:

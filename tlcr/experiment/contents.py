@@ -25,9 +25,10 @@ from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.classifiers import new_class
 from tlcr.models.faults import AUTO, Role
 from tlcr.models.inspection import model_faults
-from tlcr.models.loading import answer_notes, check_fits, load_tokenizer
+from tlcr.models.loading import answer_notes, check_fits, load_tokenizer, other_ends
 from tlcr.rewards.sources.log_ratio import check_same_tokenizer
 from tlcr.text.tokenization import encode_answers
+from tlcr.text.turns import end_notes
 from tlcr.types import EditPair, PreferencePair
 
 __all__ = ["FIRST_RECORDS", "contents"]
@@ -75,7 +76,10 @@ def _contents(cfg: RunConfig, stages: Collection[str], absent: Collection[str]) 
         yield Finding.of("model.path", error)
         return
     if not is_embedded:
-        yield from (Finding("note", "model.path", note, repeated=True) for note in answer_notes(tokenizer, cfg.model))
+        # Readers say what is unusual about prompts; PPO says other ends, unless SFT has saved the model with one alone.
+        unsaid = {*end_notes(tokenizer), *(other_ends(tokenizer, cfg.model) if cfg.sft.enabled else ())}
+        for note in answer_notes(tokenizer, cfg.model):
+            yield Finding("note", "model.path", note, repeated=note not in unsaid)
     yield from _dpo(cfg, stages, tokenizer, faulty)
     yield from _classifiers(stages, model)
     yield from _bidirectional(cfg, stages, model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -218,13 +218,18 @@ def position_limit(model: PreTrainedModel) -> int | None:
     return limit
 
 
-def check_fits(model: PreTrainedModel, tokens: int, what: str) -> None:
-    """Raises DataError where ``what``, a text of ``tokens`` tokens, is longer than the model has positions."""
+LIMITS = ("data.max_prompt_tokens", "data.max_answer_tokens", "rollout.max_new_tokens")
+"""What limits the texts of a run."""
+
+
+def check_fits(model: PreTrainedModel, tokens: int, what: str, limits: Sequence[str] = LIMITS) -> None:
+    """Raises DataError where ``what``, a text of ``tokens`` tokens within these limits, is longer than the model has
+    positions."""
     positions = position_limit(model)
     if positions is not None and tokens > positions:
         raise DataError(
             f"{what} has {tokens} tokens, and the model reads at most {positions} (max_position_embeddings); lower "
-            "data.max_prompt_tokens, data.max_answer_tokens or rollout.max_new_tokens"
+            f"{', '.join(limits[:-1])} or {limits[-1]}"
         )
 
 
@@ -278,11 +283,15 @@ def answer_notes(tokenizer: PreTrainedTokenizerBase, cfg: GeneratorConfig) -> tu
         cfg: the model's folder or hub name.
 
     Returns:
-        The notes of ``tlcr.text.turns.turn_notes``, and the ends of the generation config at which rollouts do not
-        stop.
+        The notes of ``tlcr.text.turns.turn_notes``, and of ``other_ends``.
     """
+    return (*turn_notes(tokenizer), *other_ends(tokenizer, cfg))
+
+
+def other_ends(tokenizer: PreTrainedTokenizerBase, cfg: GeneratorConfig) -> tuple[str, ...]:
+    """A note of the ends in the generation config at which rollouts do not stop; empty where there are none."""
     other = _other_ends(tokenizer, _ends_of_model(cfg))
-    return (*turn_notes(tokenizer), *([other] if other else []))
+    return (other,) if other else ()
 
 
 @contextmanager

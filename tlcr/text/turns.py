@@ -24,6 +24,7 @@ __all__ = [
     "Message",
     "Opening",
     "apply_template",
+    "end_notes",
     "find_opening",
     "opening_note",
     "turn_end",
@@ -130,7 +131,7 @@ def apply_template(
         The text.
 
     Raises:
-        ConfigError: the tokenizer has no chat template.
+        ConfigError: the tokenizer has no chat template, or several and none for every conversation.
         DataError: the template refuses the messages.
     """
     if tokenizer.chat_template is None:
@@ -138,7 +139,14 @@ def apply_template(
             f"the data hold conversations, but tokenizer {tokenizer.name_or_path!r} has no chat template; "
             "set model.chat_template to one, or give prompts as plain text"
         )
-    source = tokenizer.get_chat_template(tools=template.get("tools"))
+    try:
+        source = tokenizer.get_chat_template(tools=template.get("tools"))
+    except ValueError as error:  # several templates, and none of them for every conversation
+        names = ", ".join(tokenizer.chat_template)
+        raise ConfigError(
+            f"tokenizer {tokenizer.name_or_path!r} has several chat templates ({names}) and none called 'default'; set "
+            "model.chat_template to the one that you want"
+        ) from error
     source, date = (source, {}) if rendered_at is None else shown_at(source, rendered_at)
     try:
         text = tokenizer.apply_chat_template(
@@ -149,7 +157,8 @@ def apply_template(
             **template,
             **date,
         )
-    except TemplateError as error:
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # a template that joins texts with + raises a TypeError where a content is no text
         raise DataError(f"the tokenizer's chat template refuses this conversation: {error}") from error
     return str(text)
 
@@ -167,7 +176,10 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
         return None
     try:
         whole = apply_template(tokenizer, [*SAMPLE, MARKED], {}, add_generation_prompt=False)
-    except DataError:  # a template for other conversations than this one; its data will show what it wants
+    except (
+        ConfigError,
+        DataError,
+    ):  # templates for other conversations; their data will show what they want
         return None
     closing = whole.partition(MARK)[2].lstrip()
     names = [token.content for token in tokenizer.added_tokens_decoder.values()]
@@ -219,16 +231,20 @@ def turn_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 
     try:
         note = opening_note(find_opening(render, SAMPLE))
-    except DataError as error:
+    except (ConfigError, DataError) as error:
         return (str(error),)
+    return (*([f"the chat template {note}"] if note else []), *end_notes(tokenizer))
+
+
+def end_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """A note of a chat template that ends turns with another token than answers do; empty for any other."""
     end = turn_end(tokenizer)
-    notes = [f"the chat template {note}"] if note else []
-    if end is not None and end != tokenizer.eos_token:
-        notes.append(
-            f"the chat template ends turns with {end!r}, and answers end with {tokenizer.eos_token!r}, the tokenizer's "
-            "eos_token: where the model ends its answers as the template does, set eos_token to that"
-        )
-    return tuple(notes)
+    if end is None or end == tokenizer.eos_token:
+        return ()
+    return (
+        f"the chat template ends turns with {end!r}, and answers end with {tokenizer.eos_token!r}, the tokenizer's "
+        "eos_token: where the model ends its answers as the template does, set eos_token to that",
+    )
 
 
 def opening_note(opening: Opening) -> str | None:
