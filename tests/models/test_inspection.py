@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from tlcr.config.schema import ModelConfig
 from tlcr.errors import ConfigError
 from tlcr.models import attention
 from tlcr.models.heads import classification_head
-from tlcr.models.inspection import TWO_CLASSES, model_faults
+from tlcr.models.inspection import THREE_CLASSES, TWO_CLASSES, label_faults, model_faults
 from tlcr.models.loading import (
     load_causal_lm,
     load_sequence_classifier,
@@ -491,6 +492,21 @@ def test_a_discriminator_with_other_labels(tmp_path, tiny_tokenizer, tiny_causal
     labels = {0: "bad", 1: "good"}
     save_model(load_token_classifier(tiny_causal_lm(), ModelConfig(), id2label=labels), tiny_tokenizer, tmp_path)
     assert "has the labels [bad, good]; wanted [negative, positive]" in only_fault(tmp_path, "discriminator")
+
+
+@pytest.mark.parametrize(
+    ("labels", "remedy"),
+    [
+        ({0: "bad", 1: "good"}, "or rename id2label in its config.json"),
+        ({0: "positive", 1: "negative"}, "new names alone would turn the rewards round"),
+        ({0: "positive", 1: "neutral", 2: "negative"}, "new names alone would turn the rewards round"),
+        ({0: "score"}, "train discriminator'"),
+    ],
+)
+def test_labels_are_only_to_be_renamed_where_that_keeps_their_meaning(labels, remedy):
+    (fault,) = label_faults(SimpleNamespace(id2label=labels), "tokens", [TWO_CLASSES, THREE_CLASSES])
+    assert fault.remedy.endswith(remedy) or remedy in fault.remedy
+    assert ("rename id2label" in fault.remedy) == ("rename" in remedy)
 
 
 # ---- attention

@@ -236,13 +236,17 @@ def label_faults(config: PreTrainedConfig, source: str, accepted: Sequence[Mappi
     found = {int(index): label for index, label in (config.id2label or {}).items()}
     if found in accepted:
         return []
+    remedy = "train it with 'tlcr train discriminator'"
+    if any(set(found.values()) == set(labels.values()) for labels in accepted):
+        remedy += ", or put the rows of its head in this order too; new names alone would turn the rewards round"
+    elif any(len(found) == len(labels) for labels in accepted):
+        remedy += ", or rename id2label in its config.json if these are the same classes"
     return [
         Fault(
             SUBJECT["discriminator"],
             f"the token classifier {source!r} has the labels {_listed(found)}; wanted "
             f"{' or '.join(map(_listed, accepted))}, in this order",
-            "train it with 'tlcr train discriminator', or rename id2label in its config.json if these are the same "
-            "classes",
+            remedy,
         )
     ]
 
