@@ -19,13 +19,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from tests.experiment.helpers import arm_config, small_config
 from tlcr.config.loading import load_config
-from tlcr.config.schema import RunConfig
+from tlcr.config.schema import ModelConfig, RunConfig
 from tlcr.config.stages import stages_of
 from tlcr.errors import ConfigError
 from tlcr.experiment import contents
 from tlcr.experiment.contents import FIRST_RECORDS
 from tlcr.experiment.pipeline import run, stage
 from tlcr.experiment.preflight import Finding, holds_a_run, preflight, refuse, require, settings
+from tlcr.models.loading import load_sequence_classifier, save_model
 
 
 def blocked(found: list[Finding]) -> dict[str, str]:
@@ -269,6 +270,21 @@ def test_texts_that_may_be_longer_than_the_positions_are_a_warning(
     require(cfg)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert found.fact in caplog.text
+
+
+def test_texts_longer_than_a_reward_model_reads_are_found_before_the_run(
+    tmp_path: Path,
+    tiny_folder: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tiny_causal_lm: Callable[..., PreTrainedModel],
+) -> None:
+    """PPO met them in its first rollout, after SFT was paid for: an error of torch's about sizes, or nothing at all."""
+    scorer = load_sequence_classifier(tiny_causal_lm(max_position_embeddings=12), ModelConfig())
+    save_model(scorer, tiny_tokenizer, tmp_path / "scorer")
+    changes = {"reward.kind": "sequence", "reward.callable": None, "reward_model.path": str(tmp_path / "scorer")}
+    cfg = arm_config(tmp_path, tiny_folder, **changes)
+    assert "reads at most 12" in blocked(preflight(cfg))["reward_model.path"]
+    assert not blocked(preflight(replace(cfg, data=replace(cfg.data, max_prompt_tokens=6))))
 
 
 def test_a_finding_splits_an_error_where_its_remedy_begins() -> None:

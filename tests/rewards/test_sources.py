@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from collections.abc import Callable
@@ -620,6 +621,16 @@ def test_a_nan_from_a_function_is_named_when_composed(three_rows: Rollout, monke
             temperature=1.0,
             centre=None,
         )
+
+
+def test_texts_longer_than_the_model_reads_are_refused(
+    tiny_tokenizer: PreTrainedTokenizerFast, reward_model: PreTrainedModel
+) -> None:
+    short = copy.deepcopy(reward_model)
+    short.config.max_position_embeddings = 3
+    models = {"reward_model": LoadedModel(short, tiny_tokenizer), "policy_tokenizer": tiny_tokenizer}
+    with pytest.raises(DataError, match=r"reads at most 3 .*; lower data.max_prompt_tokens or rollout"):
+        build("sequence", **models)(rollout_of(random_rows(tiny_tokenizer), tiny_tokenizer))
 
 
 # ---- a reward model that is an encoder

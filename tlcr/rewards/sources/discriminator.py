@@ -35,6 +35,7 @@ class DiscriminatorSource(Stateless):
         frozen, mask_BT = self.frozen, rollout.mask_BT
         device = frozen.model.device
         if frozen.shares_tokens:
+            frozen.require_fits(rollout)
             P, L = rollout.prompt_ids_BP.shape[1], rollout.ids_BL.shape[1]
             logits_BTC = token_logits(
                 frozen.model,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tlcr.errors import DataError
 from tlcr.models.loading import position_limit
 from tlcr.text.tokenization import character_spans, cut_answer, decode_text, encode_answers, render_prompt
 from tlcr.text.truncation import CutTexts
@@ -60,6 +61,15 @@ class FrozenModel:
     def shares_tokens(self) -> bool:
         return same_tokenizer(self.policy_tokenizer, self.tokenizer)
 
+    def require_fits(self, rollout: Rollout) -> None:
+        """Raises DataError where a row of the policy's ids is longer than the model has positions."""
+        longest = int(rollout.attention_mask_BL.sum(dim=1).max()) if len(rollout.prompts) else 0
+        if self.position_limit is not None and longest > self.position_limit:
+            raise DataError(
+                f"a prompt with its answer has {longest} tokens, and {self.name!r} reads at most {self.position_limit} "
+                "(max_position_embeddings); lower data.max_prompt_tokens or rollout.max_new_tokens"
+            )
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -95,11 +105,15 @@ def read(frozen: FrozenModel, rollout: Rollout) -> Reading:
 
     Returns:
         The policy's ids where both share a tokenizer, else the ids of the text that ``DiscriminatorSource`` describes.
+
+    Raises:
+        DataError: a row of the policy's ids is longer than the model has positions.
     """
     weights = None
     if frozen.shares_tokens:
         rows: Sequence[Sequence[int]] = counted(rollout.ids_BL, rollout.attention_mask_BL)
         starts = rollout.prompt_mask_BP.sum(dim=1).tolist()
+        frozen.require_fits(rollout)
     else:
         answers = read_as_text(frozen, rollout)
         rows, starts = [a.encoded.ids for a in answers], [a.encoded.answer_start for a in answers]
