@@ -374,3 +374,18 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(tmp_path, tin
         gradients.append([p.grad for p in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)
+
+
+def test_a_tokenizer_with_other_ids_than_the_models_own_is_said(tmp_path, tiny_tokenizer, caplog):
+    for name in ("model", "same", "other"):
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+    path = tmp_path / "other" / "tokenizer.json"
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    vocab = whole["model"]["vocab"]
+    one, two = [token for token in vocab if token.isalpha()][:2]
+    vocab[one], vocab[two] = vocab[two], vocab[one]
+    path.write_text(json.dumps(whole), encoding="utf-8")
+    load_tokenizer(ModelConfig(path=str(tmp_path / "model"), tokenizer=str(tmp_path / "same")))
+    assert "another id" not in caplog.text
+    load_tokenizer(ModelConfig(path=str(tmp_path / "model"), tokenizer=str(tmp_path / "other")))
+    assert f"gives 2 of {len(tiny_tokenizer)} tokens another id than the tokenizer in" in caplog.text

@@ -65,6 +65,7 @@ def load_tokenizer(cfg: GeneratorConfig) -> PreTrainedTokenizerBase:
     tokenizer, faults = inspection.inspect_tokenizer(cfg)
     raise_first(faults)
     assert tokenizer is not None
+    _note_other_ids(tokenizer, cfg)
     if cfg.chat_template is not None:
         tokenizer.chat_template = _template(cfg.chat_template)
     _end_answers_as_the_template(tokenizer, cfg)
@@ -369,6 +370,23 @@ def _named(path: str) -> str:
             "sft.enabled: true, or name the folder of a trained one, such as <output_dir>/sft of an earlier run"
         )
     return path
+
+
+def _note_other_ids(tokenizer: PreTrainedTokenizerBase, cfg: GeneratorConfig) -> None:
+    """A note where another folder's tokenizer gives the tokens of the model's own other ids, so that it reads noise."""
+    if cfg.tokenizer is None or cfg.gguf_file is not None:
+        return
+    own, _ = inspection.inspect_tokenizer(replace(cfg, tokenizer=None))
+    if own is None:
+        return
+    ids, given = own.get_vocab(), tokenizer.get_vocab()
+    moved = [token for token, index in ids.items() if given.get(token, index) != index]
+    if moved:
+        _note(
+            f"the tokenizer {cfg.tokenizer!r} gives {len(moved)} of {len(ids)} tokens another id than the tokenizer in "
+            f"{cfg.path!r} ({some(map(repr, moved))}): the model was trained on the ids of its own; unless it is to "
+            "learn others, leave model.tokenizer out"
+        )
 
 
 def _template(template: str) -> str:
