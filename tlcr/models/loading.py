@@ -224,8 +224,17 @@ LIMITS = ("data.max_prompt_tokens", "data.max_answer_tokens", "rollout.max_new_t
 
 
 def check_fits(model: PreTrainedModel, tokens: int, what: str, limits: Sequence[str] = LIMITS) -> None:
-    """Raises DataError where ``what``, a text of ``tokens`` tokens within these limits, is longer than the model has
-    positions."""
+    """Refuses a text that is longer than the model has positions.
+
+    Args:
+        model: the model that is to read it.
+        tokens: how many tokens the text has.
+        what: what the text is, as the beginning of a sentence.
+        limits: the knobs or flags that keep it shorter, for the error's text.
+
+    Raises:
+        DataError: the text is longer.
+    """
     positions = position_limit(model)
     if positions is not None and tokens > positions:
         raise DataError(
