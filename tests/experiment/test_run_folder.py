@@ -17,6 +17,8 @@ from tests.experiment.helpers import arm_config, arm_run, small_config
 from tlcr.config.schema import Arm, RewardConfig, RunConfig
 from tlcr.data import embedded
 from tlcr.errors import ConfigError
+from tlcr.experiment.pipeline import run
+from tlcr.experiment.preflight import holds_a_run
 from tlcr.experiment.run_folder import (
     EMBEDDED_PROMPTS,
     RunFolder,
@@ -24,6 +26,7 @@ from tlcr.experiment.run_folder import (
     raw_preferences,
     reopen_run,
     revision_cache,
+    sole_run,
 )
 from tlcr.training.checkpoint import mark_done, write_json
 
@@ -466,3 +469,14 @@ def test_records_of_two_names_do_not_meet(tmp_path: Path) -> None:
     run.once(tmp_path, {"a": 1}, lambda: {"one": 1})
     assert json.loads((tmp_path / "done.json").read_text())["metrics"] == {"one": 1}
     assert json.loads((tmp_path / "arm.json").read_text())["metrics"] == {"two": 2}
+
+
+def test_two_runs_do_not_work_in_one_folder(tmp_path: Path) -> None:
+    cfg = small_config(tmp_path / "run")
+    with sole_run(tmp_path / "run"):
+        with pytest.raises(ConfigError, match=r"another run is at work in output_dir .*run'; wait for it"):
+            run(cfg)
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
+    assert not holds_a_run(tmp_path / "run")
+    with sole_run(tmp_path / "run"):  # the first has let go of it
+        pass

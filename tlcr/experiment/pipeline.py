@@ -26,7 +26,7 @@ from tlcr.data.splits import Stage
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.experiment.arm import evaluate_arm, train_arm
 from tlcr.experiment.preflight import for_one_process, require
-from tlcr.experiment.run_folder import RunFolder, open_run, raw_preferences, reopen_run, revision_cache
+from tlcr.experiment.run_folder import RunFolder, open_run, raw_preferences, reopen_run, revision_cache, sole_run
 from tlcr.experiment.workers import Job, run_side_by_side
 from tlcr.models.discriminator import load_discriminator
 from tlcr.models.loading import forget_notes, load_causal_lm
@@ -64,17 +64,18 @@ def run(cfg: RunConfig, *, resume: bool = False) -> Path:
 
     Raises:
         ConfigError: something stands in the way of a stage (``preflight``), ``output_dir`` holds a run but ``resume``
-            is False, or the run was made with other settings.
+            is False, the run was made with other settings, or another run is at work there.
     """
     forget_notes()
     require(cfg, resume=resume)
-    opened = open_run(cfg, resume=resume)
-    _shares(opened, opened.data_wanted)
-    if opened.wants("revisions"):
-        _revisions(opened)
-    _models_of_all_seeds(opened)
-    _ppo(opened)
-    on_main_process(lambda: report(opened.path))
+    with sole_run(Path(cfg.output_dir)):
+        opened = open_run(cfg, resume=resume)
+        _shares(opened, opened.data_wanted)
+        if opened.wants("revisions"):
+            _revisions(opened)
+        _models_of_all_seeds(opened)
+        _ppo(opened)
+        on_main_process(lambda: report(opened.path))
     return opened.path
 
 

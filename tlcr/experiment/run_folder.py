@@ -10,7 +10,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from tlcr.config.loading import dump_config, load_config
 from tlcr.config.schema import ModelConfig, RunConfig
-from tlcr.config.stages import CONFIG, DONE, STARTED, TRAINED, wants
+from tlcr.config.stages import CONFIG, DONE, LOCK, STARTED, TRAINED, wants
 from tlcr.config.trials import Trial, trials_of
 from tlcr.data import embedded
 from tlcr.data.formats import TextPreference, as_texts, prompt_key
@@ -64,6 +66,30 @@ def open_run(cfg: RunConfig, *, resume: bool, whole: bool = True) -> RunFolder:
     on_main_process(lambda: _write_start(path, anew=whole and not resume))
     on_main_process(lambda: _write_config(cfg, path))
     return RunFolder(cfg, resume, path, path)
+
+
+@contextmanager
+def sole_run(folder: Path) -> Iterator[None]:
+    """Keeps every other run of all stages out of a folder: two would train there and mix their files.
+
+    A run that is killed leaves no lock. Raises ConfigError where another run is at work.
+    """
+    lock = FileLock(folder / LOCK, timeout=0)
+
+    def take() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise ConfigError(
+                f"another run is at work in output_dir {str(folder)!r}; wait for it, end it, or name another output_dir"
+            ) from error
+
+    on_main_process(take)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def reopen_run(folder: Path) -> RunFolder:
