@@ -383,6 +383,18 @@ def test_the_table_stands_in_eighty_columns(run: Path) -> None:
     assert "continuous is ahead" in " ".join(printed.split())
 
 
+def test_the_names_of_many_coefficients_stay_whole(tmp_path: Path) -> None:
+    arms = {"attention-credit": 0.6, "sum-at-end": 0.3}
+    folder = write_run(tmp_path / "run", arms, seeds=(0, 1, 2), kl_coefs=(0.1, 0.02), updates=20)
+    file = io.StringIO()
+    print_results(folder, Console(file=file, width=80))
+    printed = file.getvalue()
+    assert max(map(len, printed.splitlines())) <= 80
+    for name in ("attention-credit @ 0.1", "attention-credit @ 0.02", "sum-at-end @ 0.02"):
+        assert name in printed
+    assert "→" not in printed and "before: gold −0.050, 22.0 tokens" in printed  # noqa: RUF001
+
+
 def test_the_table_says_when_there_is_nothing(tmp_path: Path) -> None:
     file = io.StringIO()
     print_results(tmp_path, Console(file=file, width=80))

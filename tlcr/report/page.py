@@ -223,21 +223,27 @@ def print_results(run_folder: str | Path, console: Console | None = None) -> Non
         return
     counts = sorted({len(arm["seeds"]) for arm in results["arms"]})
     seeds = "one seed" if counts == [1] else f"mean ± sd over {' to '.join(map(str, counts))} seeds"
-    # Few columns, so that it stands in 80 characters without cutting a figure.
-    table = Table(title=f"Held-out prompts, {seeds}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    compares_kl = any(arm["kl_coef"] is not None for arm in results["arms"])
-    table.add_column("arm @ KL coefficient" if compares_kl else "arm", overflow="fold")
     per, measure = results["per"], _measure(results)
     judged = "gold" if measure == "gold" else "own reward"
+    compares_kl = any(arm["kl_coef"] is not None for arm in results["arms"])
+    title = f"Held-out prompts, {seeds}"
+    if compares_kl:  # names are longer then, and what all arms begin with is said once
+        before = results["arms"][0]["before"]
+        start = f"{judged} {_mean(before[f'{measure}_per_{per}'])}, {_mean(before['length'], 1)} tokens"
+        title = f"After PPO; before: {start}. {title}"
+    # Few columns, so that it stands in 80 characters without cutting a figure.
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("arm @ KL coefficient" if compares_kl else "arm", overflow="fold")
     for heading in (f"{judged} per {per}", f"KL per {per}", "tokens", "ended"):
         table.add_column(heading, justify="right", no_wrap=True)
     for arm in results["arms"]:
         before, after = arm["before"], arm["after"]
+        value, length = _spread(after[f"{measure}_per_{per}"]), _mean(after["length"], 1)
         table.add_row(
             arm["name"] if arm["kl_coef"] is None else f"{arm['name']} @ {arm['kl_coef']}",
-            f"{_mean(before[f'{measure}_per_{per}'])} → {_spread(after[f'{measure}_per_{per}'])}",
+            value if compares_kl else f"{_mean(before[f'{measure}_per_{per}'])} → {value}",
             _spread(after[f"kl_per_{per}"]),
-            f"{_mean(before['length'], 1)} → {_mean(after['length'], 1)}",
+            length if compares_kl else f"{_mean(before['length'], 1)} → {length}",
             _mean(after["ended_share"], 2),
         )
     console.print(table)
