@@ -169,9 +169,9 @@ def _last_level_cache() -> int | None:
 def versions(packages: Iterable[str] = ()) -> dict[str, str]:
     """Of Python, torch, triton, tlcr and `packages`, those that are installed; tlcr may run from a bare checkout."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "tlcr", *packages):
+    for package, known_as in (("triton", "triton"), ("tlcr", "tlcr-rlhf"), *((name, name) for name in packages)):
         try:
-            found[package] = version(package)
+            found[package] = version(known_as)
         except PackageNotFoundError:
             if package == "tlcr":
                 found[package] = "a checkout, not installed"

@@ -10,14 +10,15 @@ import dataclasses
 import inspect
 import re
 import typing
-from importlib.metadata import version as installed_version
 from typing import Any
 
 from sphinx.application import Sphinx
 
+from tlcr.distribution import installed_version
+
 project = "tlcr"
 author = "The tlcr authors"
-version = release = installed_version("tlcr")
+version = release = installed_version()
 
 extensions = [
     "myst_parser",

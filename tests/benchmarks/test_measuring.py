@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import tlcr
 from benchmarks import clocks, record
 from benchmarks.ops import cases, rivals, runs
 from tlcr import ops
@@ -485,3 +486,7 @@ def test_a_changed_checkout_is_refused_before_anything_is_measured(bare_checkout
     changed.unlink()
     assert done.returncode == 1 and "changed.py" in done.stderr and "commit or stash" in done.stderr
     assert done.stdout == "" and list(tmp_path.iterdir()) == []
+
+
+def test_the_version_of_tlcr_is_recorded() -> None:
+    assert record.versions()["tlcr"] == tlcr.__version__
