@@ -24,9 +24,9 @@ from tlcr.experiment.preflight import Finding, existing, makes_prompts, models_u
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.classifiers import new_class
 from tlcr.models.faults import AUTO, Role
-from tlcr.models.inspection import inspect_model, model_faults
-from tlcr.models.loading import answer_notes, check_fits, load_tokenizer, other_ends
-from tlcr.rewards.sources.frozen_model import same_tokenizer
+from tlcr.models.inspection import model_faults, read_config
+from tlcr.models.loading import answer_notes, check_fits, check_positions, load_tokenizer, other_ends
+from tlcr.rewards.sources.frozen_model import ROLLOUT_LIMITS, same_tokenizer
 from tlcr.rewards.sources.log_ratio import check_same_tokenizer
 from tlcr.text.tokenization import encode_answers
 from tlcr.text.turns import end_notes
@@ -92,7 +92,7 @@ def _contents(cfg: RunConfig, stages: Collection[str], absent: Collection[str]) 
             yield from read.findings
             examples.append(read)
     yield from _scorer(cfg, stages, examples)
-    yield from _positions(cfg, stages, examples, tokenizer, model)
+    yield from _positions(cfg, stages, examples, tokenizer, model, faulty)
     yield from _disk(cfg, stages, model)
 
 
@@ -221,6 +221,7 @@ def _positions(
     examples: Sequence[_Read],
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
+    faulty: Collection[str],
 ) -> Iterator[Finding]:
     """The longest of the first records against the positions of the model; then the longest that the config allows."""
     data = cfg.data
@@ -242,7 +243,7 @@ def _positions(
         encoded = cut(prompts, [""] * len(prompts))
         longest = max(len(prompt.ids) for prompt in encoded) + cfg.rollout.max_new_tokens
         lengths["rollout.max_new_tokens"] = (longest, "a prompt with an answer of full length")
-        yield from _positions_of_others(cfg, stages, longest, tokenizer)
+        yield from _positions_of_others(cfg, stages, longest, tokenizer, faulty)
     blocked = False
     for knob, (longest, what) in lengths.items():
         try:
@@ -261,19 +262,22 @@ def _positions(
 
 
 def _positions_of_others(
-    cfg: RunConfig, stages: Collection[str], longest: int, tokenizer: PreTrainedTokenizerBase
+    cfg: RunConfig,
+    stages: Collection[str],
+    longest: int,
+    tokenizer: PreTrainedTokenizerBase,
+    faulty: Collection[str],
 ) -> Iterator[Finding]:
     """The models that a reward asks, which read the policy's ids uncut where they share its tokenizer."""
     for knob, named in models_used(cfg, stages).items():
-        role = ROLES.get(knob)
-        if role is None or model_faults(named, role) or not same_tokenizer(tokenizer, load_tokenizer(named)):
+        if knob not in ROLES or knob in faulty or not same_tokenizer(tokenizer, load_tokenizer(named)):
             continue
-        config = inspect_model(named, role).config
-        positions = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None and longest > positions:
-            fact = f"a prompt with an answer of full length has {longest} tokens, and {named.path!r} reads at most "
-            remedy = "lower data.max_prompt_tokens or rollout.max_new_tokens"
-            yield Finding("blocked", knob, f"{fact}{positions} (max_position_embeddings)", remedy)
+        positions = getattr(read_config(named).get_text_config(), "max_position_embeddings", None)
+        what = "a prompt with an answer of full length"
+        try:
+            check_positions(positions, longest, what, reader=repr(named.path), limits=ROLLOUT_LIMITS)
+        except TlcrError as error:
+            yield Finding.of(knob, error)
 
 
 def _disk(cfg: RunConfig, stages: Collection[str], model: PreTrainedModel) -> Iterator[Finding]:

@@ -235,10 +235,27 @@ def check_fits(model: PreTrainedModel, tokens: int, what: str, limits: Sequence[
     Raises:
         DataError: the text is longer.
     """
-    positions = position_limit(model)
+    check_positions(position_limit(model), tokens, what, reader="the model", limits=limits)
+
+
+def check_positions(
+    positions: int | None, tokens: int, what: str, *, reader: str, limits: Sequence[str] = LIMITS
+) -> None:
+    """``check_fits`` for a model whose positions are known.
+
+    Args:
+        positions: how many tokens it reads in one row; None: there is no limit.
+        tokens: how many tokens the text has.
+        what: what the text is, as the beginning of a sentence.
+        reader: the model, as the error calls it.
+        limits: as for ``check_fits``.
+
+    Raises:
+        DataError: the text is longer.
+    """
     if positions is not None and tokens > positions:
         raise DataError(
-            f"{what} has {tokens} tokens, and the model reads at most {positions} (max_position_embeddings); lower "
+            f"{what} has {tokens} tokens, and {reader} reads at most {positions} (max_position_embeddings); lower "
             f"{', '.join(limits[:-1])} or {limits[-1]}"
         )
 

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tlcr.errors import DataError
-from tlcr.models.loading import position_limit
+from tlcr.models.loading import check_positions, position_limit
 from tlcr.text.tokenization import character_spans, cut_answer, decode_text, encode_answers, render_prompt
 from tlcr.text.truncation import CutTexts
 from tlcr.types import EncodedAnswer, Rollout
+
+ROLLOUT_LIMITS = ("data.max_prompt_tokens", "rollout.max_new_tokens")
+"""What limits the rows of a rollout."""
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +66,9 @@ class FrozenModel:
     def require_fits(self, rollout: Rollout) -> None:
         """Raises DataError where a row of the policy's ids is longer than the model has positions."""
         longest = int(rollout.attention_mask_BL.sum(dim=1).max()) if len(rollout.prompts) else 0
-        if self.position_limit is not None and longest > self.position_limit:
-            raise DataError(
-                f"a prompt with its answer has {longest} tokens, and {self.name!r} reads at most {self.position_limit} "
-                "(max_position_embeddings); lower data.max_prompt_tokens or rollout.max_new_tokens"
-            )
+        check_positions(
+            self.position_limit, longest, "a prompt with its answer", reader=repr(self.name), limits=ROLLOUT_LIMITS
+        )
 
 
 @dataclass(frozen=True)
