@@ -21,7 +21,7 @@ from tlcr.config.schema import ModelConfig
 from tlcr.data.formats import RawMarkedAnswer, rendered_marked_answer
 from tlcr.data.turns import TurnNotes
 from tlcr.errors import ConfigError, DataError
-from tlcr.models.discriminator import load_discriminator, score_answers
+from tlcr.models.discriminator import load_discriminator, score_encoded
 from tlcr.models.loading import check_fits, load_sequence_classifier, load_tokenizer
 from tlcr.models.reward_model import sequence_scores
 from tlcr.report.colours import coloured
@@ -178,15 +178,8 @@ def _by_discriminator(folder: str, answers: Iterable[Answer], limits: Limits) ->
     model.to(_device())  # type: ignore[arg-type]
     cuts = CutTexts(limits, names=LIMITS)
     for batch, rendered in _batches(answers, limits.batch_size, tokenizer):
-        _require_fits(model, _encode(tokenizer, rendered, limits))
-        scores = score_answers(
-            model,
-            tokenizer,
-            [(answer.prompt, answer.response) for answer in rendered],
-            max_prompt_tokens=limits.max_prompt_tokens,
-            max_answer_tokens=limits.max_answer_tokens,
-            batch_size=limits.batch_size,
-        )
+        encoded = _encode(model, tokenizer, rendered, limits)
+        scores = score_encoded(model, tokenizer, encoded, batch_size=limits.batch_size)
         for answer, score in zip(batch, scores, strict=True):
             cuts.add(_shown_prompt(answer), score)
             yield ScoredAnswer(answer, score.mean_reward, score.pieces, score.rewards)
@@ -199,8 +192,7 @@ def _by_reward_model(folder: str, answers: Iterable[Answer], limits: Limits) -> 
     model.eval().to(_device())
     cuts = CutTexts(limits, names=LIMITS)
     for batch, rendered in _batches(answers, limits.batch_size, tokenizer):
-        encoded = _encode(tokenizer, rendered, limits)
-        _require_fits(model, encoded)
+        encoded = _encode(model, tokenizer, rendered, limits)
         ids_BL, mask_BL = pad_right([row.ids for row in encoded], tokenizer.pad_token_id)
         scores_B = sequence_scores(model, ids_BL.to(model.device), mask_BL.to(model.device))
         for answer, row, score in zip(batch, encoded, scores_B.tolist(), strict=True):
@@ -209,18 +201,19 @@ def _by_reward_model(folder: str, answers: Iterable[Answer], limits: Limits) -> 
     cuts.report("score")
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, batch: Sequence[MarkedAnswer], limits: Limits) -> list[EncodedAnswer]:
-    return encode_answers(
+def _encode(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[MarkedAnswer], limits: Limits
+) -> list[EncodedAnswer]:
+    """The batch as the model's tokens. Raises DataError where an answer with its prompt is too long for the model."""
+    encoded = encode_answers(
         tokenizer,
         [answer.prompt for answer in batch],
         [answer.response for answer in batch],
         max_prompt_tokens=limits.max_prompt_tokens,
         max_answer_tokens=limits.max_answer_tokens,
     )
-
-
-def _require_fits(model: PreTrainedModel, encoded: Sequence[EncodedAnswer]) -> None:
     check_fits(model, max(len(row.ids) for row in encoded), "an answer with its prompt", LIMITS)
+    return encoded
 
 
 def _device() -> torch.device:

@@ -27,7 +27,7 @@ from tlcr.models.inspection import THREE_CLASSES, TWO_CLASSES
 from tlcr.models.loading import load_token_classifier, load_tokenizer
 from tlcr.text.padding import pad_right
 from tlcr.text.tokenization import encode_answers, token_pieces
-from tlcr.types import LabelledAnswer, LabelledPair
+from tlcr.types import EncodedAnswer, LabelledAnswer, LabelledPair
 
 __all__ = [
     "AnswerScores",
@@ -38,6 +38,7 @@ __all__ = [
     "load_discriminator",
     "predict_tokens",
     "score_answers",
+    "score_encoded",
     "target_distribution",
     "temperature_of",
     "token_logits",
@@ -286,6 +287,27 @@ def score_answers(
         max_answer_tokens=max_answer_tokens,
         end_of_sequence=end_of_sequence,
     )
+    return score_encoded(model, tokenizer, encoded, batch_size=batch_size)
+
+
+def score_encoded(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[EncodedAnswer],
+    *,
+    batch_size: int,
+) -> list[AnswerScores]:
+    """``score_answers`` for answers that are tokens already.
+
+    Args:
+        model: the discriminator.
+        tokenizer: its tokenizer.
+        encoded: prompts with their answers, as ``encode_answers`` gives them.
+        batch_size: answers of one forward pass.
+
+    Returns:
+        The scores of each answer.
+    """
     scores: dict[int, AnswerScores] = {}
     with evaluating(model):
         for batch in _length_sorted([len(row.ids) for row in encoded], batch_size):
@@ -302,7 +324,7 @@ def score_answers(
                 scores[i] = AnswerScores(
                     tuple(pieces), row.answer_ids, tuple(rewards), tuple(p_positive), row.prompt_cut, row.answer_cut
                 )
-    return [scores[i] for i in range(len(answers))]
+    return [scores[i] for i in range(len(encoded))]
 
 
 # ---- loading

@@ -17,13 +17,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tlcr.config.schema import LOGIT_KINDS, SHARED_SCORE_KINDS
+from tlcr.config.schema import LOGIT_KINDS, SHARED_SCORE_KINDS, RewardConfig
 from tlcr.config.stages import CONFIG
 from tlcr.report import analysis as analysis_page
 from tlcr.report import figures, tokens
 from tlcr.report.results import collect_results, models_folder, read_config, read_json, write_results
 from tlcr.report.tokens import number
-from tlcr.training.checkpoint import atomic_write
+from tlcr.training.checkpoint import as_plain, atomic_write
 from tlcr.training.metrics import read_metrics
 
 CURVES = {
@@ -114,7 +114,7 @@ def _rewards(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The reward of every arm, as the config has it; defaults that an old config lacks are filled in."""
     own = config.get("reward") or {}
     rewards = [arm.get("reward") or own for arm in config.get("arms") or []] or [own]
-    return [{"kind": "continuous", "callable": None, "sequence_coef": 0.0, **reward} for reward in rewards]
+    return [{**as_plain(RewardConfig()), **reward} for reward in rewards]
 
 
 def _machine(entry: Mapping[str, Any]) -> str:

@@ -151,13 +151,13 @@ def _scale(values: Sequence[float]) -> float | None:
 def _coloured(
     tokens: Sequence[str], figures: Mapping[str, Sequence[float | None]], *, scales: Mapping[str, float | None]
 ) -> list[ColouredToken]:
-    shown = []
+    shown, titles = [], measures(True)
     for index, text in enumerate(tokens):
         colours, words = {}, []
         for name, scale in scales.items():
             value = figures[name][index]
             if value is not None:
-                words.append(f"{measures(True)[name][0].lower()} {number(value)}")
+                words.append(f"{titles[name][0].lower()} {number(value)}")
                 if scale:
                     colours[name] = css(value / scale)
         line = text.replace("\n", "↵")
