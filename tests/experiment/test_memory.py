@@ -199,6 +199,17 @@ def test_only_the_judges_that_the_rewards_need_are_trained_and_loaded(
     assert {estimate.stage for estimate in estimates} & both == judges
 
 
+def test_a_limit_of_tokens_bounds_what_an_update_takes() -> None:
+    def update(**ppo: int) -> int:
+        cfg = load_config(None, {f"ppo.{name}": number for name, number in ppo.items()})
+        estimate = next(one for one in estimate_run(cfg, SIZE) if one.stage == "ppo")
+        return estimate.phases["update"]
+
+    whole = update()
+    assert update(micro_batch_tokens=10**9) == whole
+    assert update(micro_batch_tokens=2048) < update(micro_batch_tokens=4096) < whole
+
+
 def test_advice_lowers_the_peak_and_the_micro_batch_it_names_fits() -> None:
     cfg = RunConfig()
     now = of_stage(estimate_run(cfg, SIZE), "ppo").total

@@ -28,15 +28,22 @@ ANSWERS = [[41, 17, 60, 2], [23], [99, 3, 14]]
 TEMPERATURE = 0.7
 
 
-def batch(extra_left: int = 0, extra_right: int = 0, pad: int = 0) -> tuple[Tensor, Tensor, int]:
-    """The rows above as (ids_BL, attention_mask_BL, T), padded as a rollout is, and wider on request."""
+def batch(extra_left: int = 0, extra_right: int = 0, pad: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows above as (ids_BL, attention_mask_BL, actions_N), padded as a rollout is, and wider on request."""
     P, T = max(map(len, PROMPTS)) + extra_left, max(map(len, ANSWERS)) + extra_right
     rows, masks = [], []
     for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
         left, right = P - len(prompt), T - len(answer)
         rows.append([pad] * left + prompt + answer + [pad] * right)
         masks.append([False] * left + [True] * (len(prompt) + len(answer)) + [False] * right)
-    return torch.tensor(rows), torch.tensor(masks), T
+    starts = [row * (P + T) + P for row in range(len(rows))]
+    actions = [start + t for start, answer in zip(starts, ANSWERS, strict=True) for t in range(len(answer))]
+    return torch.tensor(rows), torch.tensor(masks), torch.tensor(actions)
+
+
+def by_row(x_N: Tensor) -> tuple[Tensor, ...]:
+    """Each answer's part of what a model says of the actions."""
+    return x_N.split([len(answer) for answer in ANSWERS])
 
 
 def by_prefixes(policy: PreTrainedModel, value_of: Callable[[list[int]], float]) -> list[list[tuple[float, ...]]]:
@@ -82,7 +89,7 @@ def test_every_output_belongs_to_the_action_that_emitted_the_token(
     truth = by_prefixes(policy, lambda prefix: value_model(torch.tensor([prefix])).logits[0, -1, 0].item())
     for b, row in enumerate(truth):
         for t, expected in enumerate(row):
-            found = (output.logprobs_BT[b, t], output.entropy_BT[b, t], output.values_BT[b, t])
+            found = tuple(by_row(x_N)[b][t] for x_N in (output.logprobs_N, output.entropy_N, output.values_N))
             torch.testing.assert_close(torch.stack(found), torch.tensor(expected, dtype=torch.float64))
 
 
@@ -98,7 +105,7 @@ def test_a_shared_value_is_the_heads_view_of_the_policys_last_hidden_state(polic
     )
     for b, row in enumerate(truth):
         for t, expected in enumerate(row):
-            found = (output.logprobs_BT[b, t], output.entropy_BT[b, t], output.values_BT[b, t])
+            found = tuple(by_row(x_N)[b][t] for x_N in (output.logprobs_N, output.entropy_N, output.values_N))
             torch.testing.assert_close(torch.stack(found), torch.tensor(expected, dtype=torch.float64))
 
 
@@ -112,17 +119,16 @@ def test_the_exact_kl_is_the_sum_over_the_vocabulary(
 ) -> None:
     reference = tiny_causal_lm(seed=3).double()
     actor_critic = ActorCritic(policy, value_model, chunk_tokens=chunk_tokens)
-    ids_BL, mask_BL, T = batch()
-    output = actor_critic(ids_BL, mask_BL, T, temperature=TEMPERATURE, reference=reference)
-    plain_BT = actor_critic.reference_logprobs(reference, ids_BL, mask_BL, T, temperature=TEMPERATURE)
+    output = actor_critic(*batch(), temperature=TEMPERATURE, reference=reference)
+    plain_N = actor_critic.reference_logprobs(reference, *batch(), temperature=TEMPERATURE)
     for b, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
         for t, token in enumerate(answer):
             prefix = torch.tensor([prompt + answer[:t]])
             logp_V = (policy(prefix).logits[0, -1] / TEMPERATURE).log_softmax(-1)
             logq_V = (reference(prefix).logits[0, -1] / TEMPERATURE).log_softmax(-1)
-            torch.testing.assert_close(output.kl_BT[b, t], (logp_V.exp() * (logp_V - logq_V)).sum())
-            torch.testing.assert_close(output.ref_logprobs_BT[b, t], logq_V[token])
-            torch.testing.assert_close(plain_BT[b, t], logq_V[token])
+            torch.testing.assert_close(by_row(output.kl_N)[b][t], (logp_V.exp() * (logp_V - logq_V)).sum())
+            torch.testing.assert_close(by_row(output.ref_logprobs_N)[b][t], logq_V[token])
+            torch.testing.assert_close(by_row(plain_N)[b][t], logq_V[token])
 
 
 @torch.no_grad()
@@ -132,9 +138,8 @@ def test_padding_changes_nothing_whatever_its_width_and_its_ids(
     actor_critic = ActorCritic(policy, value_model)
     narrow = actor_critic(*batch(), temperature=TEMPERATURE)
     wide = actor_critic(*batch(extra_left=4, extra_right=3, pad=77), temperature=TEMPERATURE)
-    for b, answer in enumerate(ANSWERS):
-        for name in ("logprobs_BT", "entropy_BT", "values_BT"):
-            torch.testing.assert_close(getattr(wide, name)[b, : len(answer)], getattr(narrow, name)[b, : len(answer)])
+    for name in ("logprobs_N", "entropy_N", "values_N"):
+        torch.testing.assert_close(getattr(wide, name), getattr(narrow, name))
 
 
 @torch.no_grad()
@@ -145,7 +150,7 @@ def test_gpt2_with_learned_positions_counts_them_from_the_first_real_token(
     output = ActorCritic(policy, None)(*batch(extra_left=3), temperature=TEMPERATURE)
     for b, row in enumerate(by_prefixes(policy, lambda _: 0.0)):
         for t, (logprob, _, _) in enumerate(row):
-            assert output.logprobs_BT[b, t].item() == pytest.approx(logprob, abs=1e-12)
+            assert by_row(output.logprobs_N)[b][t].item() == pytest.approx(logprob, abs=1e-12)
 
 
 def test_chunked_logits_give_the_same_gradients(
@@ -154,10 +159,8 @@ def test_chunked_logits_give_the_same_gradients(
     gradients = []
     for chunk_tokens in (None, 3):
         actor_critic = ActorCritic(tiny_causal_lm(seed=1).double(), value_model, chunk_tokens=chunk_tokens)
-        ids_BL, mask_BL, T = batch()
-        output = actor_critic(ids_BL, mask_BL, T, temperature=TEMPERATURE)
-        counted_BT = mask_BL[:, -T:]
-        (output.logprobs_BT + 0.3 * output.entropy_BT)[counted_BT].sum().backward()
+        output = actor_critic(*batch(), temperature=TEMPERATURE)
+        (output.logprobs_N + 0.3 * output.entropy_N).sum().backward()
         gradients.append([p.grad for p in actor_critic.policy_parameters()])
     assert all(g is not None and g.abs().sum() > 0 for g in gradients[0])
     for plain, chunked in zip(*gradients, strict=True):
@@ -170,30 +173,29 @@ def test_value_terms_alone_send_nothing_into_the_policy(
 ) -> None:
     actor_critic = ActorCritic(policy, None if shared else value_model)
     output = actor_critic(*batch(), temperature=1.0, terms="value")
-    assert output.logprobs_BT is None and output.entropy_BT is None
-    output.values_BT.sum().backward()
+    assert output.logprobs_N is None and output.entropy_N is None
+    output.values_N.sum().backward()
     assert all(p.grad is None for p in actor_critic.policy_parameters())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in actor_critic.value_parameters())
 
 
 def test_policy_terms_alone_leave_the_value_model_out(policy: PreTrainedModel, value_model: PreTrainedModel) -> None:
     output = ActorCritic(policy, value_model)(*batch(), temperature=1.0, terms="policy")
-    assert output.values_BT is None and output.logprobs_BT is not None
+    assert output.values_N is None and output.logprobs_N is not None
 
 
-def test_logits_exist_for_the_answers_columns_only(policy: PreTrainedModel, value_model: PreTrainedModel) -> None:
+def test_logits_exist_for_actions_only(policy: PreTrainedModel, value_model: PreTrainedModel) -> None:
     shapes = []
     policy.lm_head.register_forward_hook(lambda _module, _inputs, output: shapes.append(tuple(output.shape)))
-    ids_BL, mask_BL, T = batch()
-    ActorCritic(policy, value_model)(ids_BL, mask_BL, T, temperature=1.0)
-    assert shapes == [(len(PROMPTS), T, policy.config.vocab_size)]
+    ActorCritic(policy, value_model)(*batch(), temperature=1.0)
+    assert shapes == [(1, sum(map(len, ANSWERS)), policy.config.vocab_size)]
 
 
 def test_dropout_is_off_in_training_too(tiny_gpt2: Callable[..., PreTrainedModel]) -> None:
     policy = tiny_gpt2(seed=5, resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5)
     actor_critic = ActorCritic(policy, None)
-    still = actor_critic.eval()(*batch(), temperature=1.0).logprobs_BT
-    moving = actor_critic.train()(*batch(), temperature=1.0).logprobs_BT
+    still = actor_critic.eval()(*batch(), temperature=1.0).logprobs_N
+    moving = actor_critic.train()(*batch(), temperature=1.0).logprobs_N
     torch.testing.assert_close(moving, still, rtol=0, atol=0)
 
 
@@ -210,7 +212,7 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(
         actor_critic = ActorCritic(policy, critic).train()
         assert policy.model.layers[0].gradient_checkpointing == checkpointing
         output = actor_critic(*batch(), temperature=1.0)
-        (output.logprobs_BT.sum() + output.values_BT.sum()).backward()
+        (output.logprobs_N.sum() + output.values_N.sum()).backward()
         gradients.append([p.grad for p in actor_critic.parameters()])
         cached = policy.eval().generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False)
         assert cached.shape[1] > 2
@@ -219,13 +221,15 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(
 
 
 def test_models_that_cap_their_logits_are_refused_where_the_hidden_states_are_read() -> None:
-    small = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32, "vocab_size": 50, "head_dim": 8}
+    small = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32, "vocab_size": 128, "head_dim": 8}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     policy = Gemma2ForCausalLM(Gemma2Config(**small, **heads, final_logit_softcapping=0.5))
     with pytest.raises(ConfigError, match=r"capped or scaled.*ppo.chunk_tokens=null and ppo.value_model=separate"):
         ActorCritic(policy, None)
     value_model = build_value_model(PPOConfig(), ModelConfig(attn_implementation="eager"), policy=policy)
-    ActorCritic(policy, value_model)
+    capped = ActorCritic(policy.double(), value_model.double())(*batch(), temperature=TEMPERATURE)
+    for found_N, row in zip(by_row(capped.logprobs_N), by_prefixes(policy, lambda _: 0.0), strict=True):
+        torch.testing.assert_close(found_N, torch.tensor([logprob for logprob, _, _ in row], dtype=torch.float64))
     with pytest.raises(ConfigError, match="capped or scaled"):
         ActorCritic(policy, value_model, chunk_tokens=8)
 
@@ -291,8 +295,8 @@ def test_a_shared_value_head_is_saved_and_loaded(
     actor_critic.save(tiny_tokenizer, tmp_path / "policy", tmp_path / "value")
     head = load_value_head(tmp_path / "value")
     loaded = ActorCritic.load(ModelConfig(path=str(tmp_path / "policy")), tmp_path / "value")
-    found = loaded(*batch(), temperature=1.0).values_BT
-    torch.testing.assert_close(found.double(), actor_critic(*batch(), temperature=1.0).values_BT, rtol=1e-4, atol=1e-4)
+    found = loaded(*batch(), temperature=1.0).values_N
+    torch.testing.assert_close(found.double(), actor_critic(*batch(), temperature=1.0).values_N, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(head.weight, actor_critic.value_head.weight, rtol=0, atol=0)
     with pytest.raises(CheckpointError, match="no value head in"):
         load_value_head(tmp_path / "policy")
@@ -304,7 +308,7 @@ def test_a_bfloat16_policy_has_a_float32_shared_head_and_float32_outputs(
     actor_critic = ActorCritic(tiny_causal_lm(seed=1).bfloat16(), None)
     assert actor_critic.value_head is not None and actor_critic.value_head.weight.dtype == torch.float32
     output = actor_critic(*batch(), temperature=1.0)
-    assert output.logprobs_BT.dtype == output.values_BT.dtype == torch.float32
+    assert output.logprobs_N.dtype == output.values_N.dtype == torch.float32
 
 
 @torch.no_grad()
@@ -315,9 +319,9 @@ def test_a_bfloat16_policy_that_has_not_moved_is_at_distance_zero(
     policy, reference = (tiny_causal_lm(seed=1).bfloat16() for _ in range(2))
     critic = None if shared else build_value_model(PPOConfig(), ModelConfig(dtype="bfloat16"), policy=policy)
     actor_critic = ActorCritic(policy, critic)
-    own_BT = actor_critic(*batch(), temperature=1.0).logprobs_BT
-    ref_BT = actor_critic.reference_logprobs(reference, *batch(), temperature=1.0)
-    torch.testing.assert_close(ref_BT, own_BT, rtol=0, atol=0)
+    own_N = actor_critic(*batch(), temperature=1.0).logprobs_N
+    ref_N = actor_critic.reference_logprobs(reference, *batch(), temperature=1.0)
+    torch.testing.assert_close(ref_N, own_N, rtol=0, atol=0)
 
 
 # ---- a separate value model in bfloat16
@@ -352,22 +356,22 @@ def test_values_of_a_bfloat16_value_model_are_float32_products_of_its_hidden_sta
     actor_critic = ActorCritic(policy, value_model)
     head = classification_head(value_model)
     assert value_model.dtype == torch.bfloat16 and head.weight.dtype == torch.float32
-    ids_BL, mask_BL, T = batch()
-    values_BT = actor_critic(ids_BL, mask_BL, T, temperature=1.0).values_BT
-    assert values_BT.dtype == torch.float32
+    ids_BL, mask_BL, actions_N = batch()
+    values_N = actor_critic(ids_BL, mask_BL, actions_N, temperature=1.0).values_N
+    assert values_N.dtype == torch.float32
     positions_BL = (mask_BL.long().cumsum(1) - 1).clamp(min=0)
     hidden_BLH = value_model.model(
         ids_BL[:, :-1], attention_mask=mask_BL[:, :-1].long(), position_ids=positions_BL[:, :-1]
     ).last_hidden_state
-    truth_BT = (hidden_BLH.double() @ head.weight.double().t() + head.bias.double()).squeeze(-1)[:, -T:]
-    counted_BT = mask_BL[:, -T:]
-    torch.testing.assert_close(values_BT.double()[counted_BT], truth_BT[counted_BT], rtol=1e-5, atol=1e-6)
-    assert (values_BT != values_BT.bfloat16().float())[counted_BT].all()
+    truth_BL = (hidden_BLH.double() @ head.weight.double().t() + head.bias.double()).squeeze(-1)
+    rows_N, columns_N = actions_N // ids_BL.shape[1], actions_N % ids_BL.shape[1]
+    torch.testing.assert_close(values_N.double(), truth_BL[rows_N, columns_N - 1], rtol=1e-5, atol=1e-6)
+    assert (values_N != values_N.bfloat16().float()).all()
 
     actor_critic.save(tiny_tokenizer, tmp_path / "policy", tmp_path / "value")
     own = ModelConfig(path=str(tmp_path / "policy"), dtype="bfloat16")
     loaded = ActorCritic.load(own, tmp_path / "value")
-    assert torch.equal(loaded(ids_BL, mask_BL, T, temperature=1.0).values_BT, values_BT)
+    assert torch.equal(loaded(ids_BL, mask_BL, actions_N, temperature=1.0).values_N, values_N)
     for (name, p), q in zip(actor_critic.named_parameters(), loaded.parameters(), strict=True):
         assert p.dtype == q.dtype and torch.equal(p, q), name
 

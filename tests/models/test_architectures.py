@@ -34,6 +34,8 @@ THEIRS = ["gpt_neox", "bloom", "qwen2"]
 
 IDS = torch.tensor([[5, 9, 17, 23, 2, 40], [7, 8, 30, 0, 0, 0]])
 MASK = torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
+ACTIONS = torch.tensor([3, 4, 5, 6 + 1, 6 + 2])
+"""Where, in IDS laid end to end, an answer begins after three tokens, and one after the first."""
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -144,14 +146,14 @@ def test_values_start_at_zero_and_are_trained(model_type: str, kind: str, tmp_pa
     cfg = own_config(policy)
     value_model = build_value_model(PPOConfig(value_model=kind), cfg, policy=policy)
     model = ActorCritic(policy, value_model)
-    output = model(IDS, MASK, 3, temperature=1.0)
-    assert torch.equal(output.values_BT, torch.zeros(2, 3))
-    ((output.values_BT - 1) ** 2).sum().backward()
+    output = model(IDS, MASK, ACTIONS, temperature=1.0)
+    assert torch.equal(output.values_N, torch.zeros(len(ACTIONS)))
+    ((output.values_N - 1) ** 2).sum().backward()
     head = model.value_head if value_model is None else classification_head(value_model)
     assert head.weight.grad.abs().sum() > 0
     model.save(word_tokenizer(), tmp_path / "policy", tmp_path / "value")
     loaded = ActorCritic.load(own_config(policy, path=str(tmp_path / "policy")), tmp_path / "value")
-    torch.testing.assert_close(loaded(IDS, MASK, 3, temperature=1.0).values_BT, output.values_BT)
+    torch.testing.assert_close(loaded(IDS, MASK, ACTIONS, temperature=1.0).values_N, output.values_N)
 
 
 def test_a_model_that_sees_later_tokens_is_no_language_model(tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "wider": {"extra_left": 4, "extra_right": 3},
     "permuted": {"rows": [6, 3, 0, 7, 1, 5, 2, 4]},
     "permuted, wider, 2 x 4": {"rows": [1, 0, 3, 2, 5, 4, 7, 6], "extra_left": 1, "micro_batch_size": 2},
+    "at most 16 tokens": {"micro_batch_tokens": 16},
+    "a row at a time, by tokens": {"micro_batch_tokens": 1},
     "logits in chunks": {"chunk_tokens": 5, "micro_batch_size": 3},
 }
 
@@ -154,6 +156,8 @@ def test_two_processes_take_the_step_of_one(two_processes: Path, aggregate: str)
         tensors = load_file(two_processes / f"update-{aggregate}-{rank}.safetensors")
         figures = torch.tensor(list(vars(statistics).values()), dtype=torch.float64)
         torch.testing.assert_close(tensors.pop("statistics"), figures, rtol=1e-9, atol=1e-12)
+        # 12 tokens at a time: the long rows of one process need four passes, and the short ones of the other two.
+        assert tensors.pop("passes").tolist() == [1, 1, 1, 1]
         assert len(tensors) == len(gradients)
         for index, expected in enumerate(gradients):
             torch.testing.assert_close(tensors[str(index)], expected, rtol=1e-8, atol=1e-11)

@@ -1,63 +1,195 @@
-"""How a rollout is cut into forward passes: every row once, sizes alike, no more than a CPU has use for."""
+"""How a rollout is cut into forward passes: every row once and whole, little padding, as many on every process."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from tlcr.ppo.microbatches import CPU_TOKENS, MicroBatches
+from tests.ppo.helpers import ANSWER_IDS, PROMPT_IDS, known_rollout
+from tests.ppo.test_invariance import assert_same, update
+from tlcr.ppo import microbatches
+from tlcr.ppo.microbatches import CPU_TOKENS, MicroBatch, MicroBatches
 from tlcr.types import Rollout
 
 
 def rollout(prompts: list[int], answers: list[int]) -> Rollout:
-    """Rows of these lengths, whose ids count upwards from 100 times their row."""
+    """Rows of these lengths; the ids of row r count upwards from 1000 (r + 1), prompt and answer in one."""
     P, T, B = max(prompts), max(answers), len(prompts)
-    prompt_mask_BP = torch.arange(P) >= P - torch.tensor(prompts).unsqueeze(1)
+    shift_B1, first_B1 = P - torch.tensor(prompts).unsqueeze(1), 1000 * torch.arange(1, B + 1).unsqueeze(1)
     mask_BT = torch.arange(T) < torch.tensor(answers).unsqueeze(1)
-    ids_BL = 100 * torch.arange(B).unsqueeze(1) + torch.arange(P + T)
+    prompt_mask_BP = torch.arange(P) >= shift_B1
+    ids_BL = first_B1 + torch.arange(P + T) - shift_B1
     return Rollout(
         prompts=("",) * B,
         responses=("",) * B,
-        prompt_ids_BP=ids_BL[:, :P],
+        prompt_ids_BP=torch.where(prompt_mask_BP, ids_BL[:, :P], 7),
         prompt_mask_BP=prompt_mask_BP,
-        response_ids_BT=ids_BL[:, P:],
+        response_ids_BT=torch.where(mask_BT, ids_BL[:, P:], 7),
         mask_BT=mask_BT,
         ended_B=torch.ones(B, dtype=torch.bool),
     )
 
 
-def sizes(batches: MicroBatches, at_most: int | None, rows: list[int] | None = None) -> list[int]:
-    parts = batches.split(at_most, rows)
-    taken = sorted(row for part in parts for row in part.rows_B.tolist())
-    assert taken == sorted(range(10) if rows is None else rows)
+def split(of: Rollout, rows: int | None = None, tokens: int | None = None) -> list[MicroBatch]:
+    (parts,) = MicroBatches(of, rows=rows, tokens=tokens).split()
+    assert sorted(row for part in parts for row in part.rows_B.tolist()) == list(range(len(of.mask_BT)))
+    return parts
+
+
+def sizes(parts: list[MicroBatch]) -> list[int]:
     return [len(part.rows_B) for part in parts]
 
 
-def test_short_rows_go_together_and_a_limit_is_shared_out_evenly() -> None:
-    batches = MicroBatches(rollout([2] * 10, [3] * 10))
-    assert sizes(batches, None) == [10]
-    assert sizes(batches, 6) == [5, 5]
-    assert sizes(batches, 3) == [3, 3, 2, 2]
-    assert sizes(batches, None, [4, 7, 1]) == [3]
-    assert batches.split(4, []) == []
+# ---- what a micro-batch holds
 
 
-def test_long_rows_are_cut_to_what_a_cpu_has_use_for_whatever_the_limit() -> None:
-    batches = MicroBatches(rollout([CPU_TOKENS // 4] * 10, [CPU_TOKENS // 4] * 10))
-    assert sizes(batches, None) == sizes(batches, 5) == [2] * 5
-    assert sizes(batches, 1) == [1] * 10
-    assert sizes(MicroBatches(rollout([CPU_TOKENS] * 10, [9] * 10)), None) == [1] * 10
-
-
-@pytest.mark.parametrize("at_most", [None, 4])
-def test_the_longest_come_first_without_the_columns_that_none_of_them_needs(at_most: int | None) -> None:
+@pytest.mark.parametrize("rows", [None, 3])
+def test_a_row_is_its_prompt_its_answer_and_padding(rows: int | None) -> None:
     prompts, answers = [1, 2, 9, 3, 2, 1, 8, 2, 1, 1], [5, 1, 20, 2, 1, 1, 30, 2, 1, 1]
-    parts = MicroBatches(rollout(prompts, answers)).split(at_most)
+    parts = split(rollout(prompts, answers), rows)
     assert parts[0].rows_B[:2].tolist() == [6, 2]
     for part in parts:
-        rows = part.rows_B.tolist()
-        longest = max(answers[row] for row in rows)
-        assert part.response_length == longest
-        assert part.ids_BL.shape[1] == max(prompts[row] for row in rows) + longest
-        # The first token of every answer stands where the prompts' columns, 9 of the rollout's, end.
-        assert part.ids_BL[:, -longest].tolist() == [100 * row + 9 for row in rows]
+        numbers = part.rows_B.tolist()
+        L = part.ids_BL.shape[1]
+        assert max(prompts[row] + answers[row] for row in numbers) == L
+        assert part.response_length == max(answers[row] for row in numbers)
+        expected_actions = []
+        for at, row in enumerate(numbers):
+            whole = prompts[row] + answers[row]
+            assert part.ids_BL[at, :whole].tolist() == [1000 * (row + 1) + column for column in range(whole)]
+            assert part.attention_mask_BL[at].tolist() == [column < whole for column in range(L)]
+            expected_actions += [at * L + prompts[row] + t for t in range(answers[row])]
+        assert part.actions_N.tolist() == expected_actions
+
+
+def test_what_is_said_of_an_action_goes_to_its_row_and_column() -> None:
+    of = known_rollout(extra_left=2, extra_right=3)
+    written_BT = torch.full(of.mask_BT.shape, -1.0)
+    for part in split(of, 3):
+        ids_N = part.ids_BL.flatten()[part.actions_N].double()
+        spread_BT = part.spread(ids_N)
+        assert torch.equal(spread_BT[part.mask_BT], part.take(of.response_ids_BT)[part.mask_BT].double())
+        assert (spread_BT[~part.mask_BT] == 0).all()
+        part.put(ids_N, written_BT)
+    for row, answer in enumerate(ANSWER_IDS):
+        assert written_BT[row, : len(answer)].tolist() == answer
+
+
+def test_an_action_that_does_not_count_between_others_keeps_its_place() -> None:
+    """What a tool wrote into an answer, say: later actions stay where they are, and its own figures go nowhere."""
+    of = known_rollout()
+    of.mask_BT[0, 1] = of.mask_BT[6, 3] = False
+    written_BT = torch.full(of.mask_BT.shape, -1.0)
+    for part in split(of, 4):
+        part.put(part.ids_BL.flatten()[part.actions_N].double(), written_BT)
+    assert written_BT[0, :4].tolist() == [41, 0, 60, 2]
+    assert written_BT[6].tolist() == [33, 34, 35, 0, 37]
+
+
+def test_gradients_come_back_from_rows_and_columns() -> None:
+    (part,) = split(known_rollout())
+    x_N = torch.arange(len(part.actions_N), dtype=torch.float64, requires_grad=True)
+    (part.spread(x_N) * part.take(known_rollout().response_ids_BT)).sum().backward()
+    assert x_N.grad is not None
+    assert torch.equal(x_N.grad, part.ids_BL.flatten()[part.actions_N].double())
+
+
+# ---- how rows are cut
+
+
+def test_short_rows_go_together_and_the_largest_part_is_as_small_as_can_be() -> None:
+    of = rollout([2] * 10, [3] * 10)
+    assert sizes(split(of)) == [10]
+    assert sizes(split(of, rows=6)) == [5, 5]
+    assert sizes(split(of, rows=3)) == [3, 3, 3, 1]
+    assert sizes(split(of, tokens=5 * 4)) == [4, 4, 2]
+    assert sizes(split(of, rows=2, tokens=5 * 4)) == [2] * 5
+    assert sizes(split(of, tokens=1)) == [1] * 10
+    some = MicroBatches(of, rows=None, tokens=None).split([[4, 7, 1], [], [0]])
+    assert [[part.rows_B.tolist() for part in parts] for parts in some] == [[[4, 7, 1]], [], [[0]]]
+
+
+def test_long_rows_are_cut_to_what_a_cpu_has_use_for() -> None:
+    of = rollout([CPU_TOKENS // 4] * 10, [CPU_TOKENS // 4] * 10)
+    assert sizes(split(of)) == sizes(split(of, rows=5)) == [2] * 5
+    assert sizes(split(of, rows=1)) == [1] * 10
+    assert sizes(split(of, tokens=CPU_TOKENS * 2)) == [4, 4, 2]
+    assert sizes(split(rollout([CPU_TOKENS] * 10, [9] * 10))) == [1] * 10
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=24),
+    rows=st.none() | st.integers(1, 9),
+    tokens=st.none() | st.integers(1, 400),
+)
+def test_no_limit_is_passed_and_no_row_is_lost(
+    lengths: list[tuple[int, int]], rows: int | None, tokens: int | None
+) -> None:
+    parts = split(rollout(*map(list, zip(*lengths, strict=True))), rows, tokens)
+    for part in parts:
+        assert rows is None or len(part.rows_B) <= rows
+        assert part.ids_BL.numel() <= (tokens or CPU_TOKENS) or len(part.rows_B) == 1
+        assert part.mask_BT.any()
+
+
+def test_rows_of_unlike_parts_and_like_lengths_waste_nothing() -> None:
+    """Two rectangles would hold 9 + 9 columns a row, of which the rows fill 10."""
+    (part,) = split(rollout([1, 3, 5, 7, 9], [9, 7, 5, 3, 1]))
+    assert part.ids_BL.shape == (5, 10) and part.attention_mask_BL.all()
+
+
+# ---- as many on every process
+
+
+@pytest.fixture
+def another_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int]], None]:
+    """Call it with the numbers of micro-batches that another process needs."""
+
+    def needs(numbers: list[int]) -> None:
+        monkeypatch.setattr(microbatches, "largest_of_processes", lambda own: torch.maximum(own, torch.tensor(numbers)))
+
+    return needs
+
+
+def test_a_process_that_needs_fewer_cuts_its_rows_finer(another_process: Callable[[list[int]], None]) -> None:
+    of = rollout([2] * 10, [3] * 10)
+    another_process([5, 1])
+    first, second = MicroBatches(of, rows=None, tokens=None).split([[0, 1, 2, 3, 4, 5, 6, 7], [8, 9]])
+    assert sizes(first) == [2, 2, 2, 2, 1] and sizes(second) == [2]
+    # Four parts of two are as small as five can make them; the fifth takes part without counting.
+    assert [bool(part.mask_BT.any()) for part in first] == [True] * 4 + [False]
+
+
+def test_where_rows_do_not_suffice_a_micro_batch_counts_nothing(another_process: Callable[[list[int]], None]) -> None:
+    of = known_rollout()
+    another_process([4, 2])
+    first, second = MicroBatches(of, rows=None, tokens=None).split([[0, 1], []])
+    assert [bool(part.mask_BT.any()) for part in first] == [True, True, False, False]
+    assert [bool(part.mask_BT.any()) for part in second] == [False, False]
+    idle = second[0]
+    shortest = min(range(8), key=lambda row: len(PROMPT_IDS[row] + ANSWER_IDS[row]))
+    assert idle.ids_BL[0].tolist() == PROMPT_IDS[shortest] + ANSWER_IDS[shortest] and idle.attention_mask_BL.all()
+    written_BT = torch.zeros(of.mask_BT.shape)
+    idle.put(torch.ones(len(idle.actions_N)), written_BT)
+    assert (written_BT == 0).all()
+
+
+def test_idle_micro_batches_change_no_gradient_and_no_statistic(
+    another_process: Callable[[list[int]], None], tiny_gpt2: Callable[..., PreTrainedModel]
+) -> None:
+    alone = update(tiny_gpt2)
+    another_process([11])
+    assert_same(alone, update(tiny_gpt2))
+
+
+def test_largest_of_one_process_is_its_own() -> None:
+    own = torch.tensor([3, 1])
+    found: Tensor = microbatches.largest_of_processes(own)
+    assert torch.equal(found, own) and found is not own

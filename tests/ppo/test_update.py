@@ -189,11 +189,11 @@ def test_an_input_one_token_late_would_be_noticed(tiny_gpt2: LM, late: str) -> N
 def test_each_pass_takes_every_row_once_in_a_new_order(tiny_gpt2: LM) -> None:
     actor_critic, seen = double_actor_critic(tiny_gpt2), []
     rollout = known_rollout()
-    rows = {tuple(p[-1:] + a[:1]): i for i, (p, a) in enumerate(zip(PROMPT_IDS, ANSWER_IDS, strict=True))}
+    rows = {tuple(p + a): i for i, (p, a) in enumerate(zip(PROMPT_IDS, ANSWER_IDS, strict=True))}
 
-    def note(_module: torch.nn.Module, inputs: tuple[Tensor, Tensor, int]) -> None:
-        ids_BL, _, T = inputs
-        seen.append([rows[tuple(row[-T - 1 : ids_BL.shape[1] - T + 1])] for row in ids_BL.tolist()])
+    def note(_module: torch.nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+        ids_BL, mask_BL, _ = inputs
+        seen.append([rows[tuple(ids_L[mask_L].tolist())] for ids_L, mask_L in zip(ids_BL, mask_BL, strict=True)])
 
     actor_critic.register_forward_pre_hook(note)
     recorder = GradientRecorder(actor_critic)

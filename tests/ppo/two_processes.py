@@ -51,9 +51,10 @@ def main(models: Path, out: Path) -> None:
         out / f"advantages-{rank}.safetensors",
     )
 
-    # One update, its gradients and its loss.
+    # One update, its gradients and its loss. The rows of one process need more forward passes than those of the other.
     for aggregate in ("token", "sequence"):
-        actor_critic = double_actor_critic(make_lm)
+        actor_critic, passes = double_actor_critic(make_lm), []
+        actor_critic.register_forward_pre_hook(lambda _module, inputs, seen=passes: seen.append(len(inputs[0])))
         recorder = GradientRecorder(actor_critic)
         statistics = ppo_update(
             accelerator.prepare_model(actor_critic),
@@ -61,7 +62,9 @@ def main(models: Path, out: Path) -> None:
             rollout,
             scores,
             advantages,
-            PPOConfig(minibatch_size=8, micro_batch_size=3, max_grad_norm=1e9, entropy_coef=0.1, aggregate=aggregate),
+            PPOConfig(
+                minibatch_size=8, micro_batch_tokens=12, max_grad_norm=1e9, entropy_coef=0.1, aggregate=aggregate
+            ),
             KLConfig(placement="loss", estimator="k3"),
             kl_coef=0.3,
             temperature=0.7,
@@ -72,7 +75,10 @@ def main(models: Path, out: Path) -> None:
         (gradients,) = recorder.steps
         tensors = {str(i): g for i, g in enumerate(gradients) if g is not None}
         figures = torch.tensor(list(vars(statistics).values()), dtype=torch.float64)
-        save_file({**tensors, "statistics": figures}, out / f"update-{aggregate}-{rank}.safetensors")
+        save_file(
+            {**tensors, "statistics": figures, "passes": torch.tensor(passes)},
+            out / f"update-{aggregate}-{rank}.safetensors",
+        )
 
     # The same answers in two steps, from which nothing moves.
     actor_critic = double_actor_critic(make_lm)

@@ -503,7 +503,12 @@ class PPOConfig(Checked):
     minibatch_size: int = knob(64, "answers per optimiser step, over all processes", ge=1)
     micro_batch_size: int | None = knob(
         None,
-        "answers per forward pass of a process, at most; default: its whole share, on a CPU 1024 tokens",
+        "answers per forward pass of a process, at most; default: its whole share",
+        ge=1,
+    )
+    micro_batch_tokens: int | None = knob(
+        None,
+        "tokens per forward pass of a process, at most, padding among them; default: on a CPU 1024, else no limit",
         ge=1,
     )
     epochs: int = knob(1, "passes over each round's answers", source="released code", ge=1)

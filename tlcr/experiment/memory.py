@@ -189,13 +189,14 @@ def _ppo(cfg: RunConfig, size: ModelSize) -> Estimate:
     generation = cfg.rollout.batch_size * (cache + size.vocabulary * 4)
 
     answers = ppo.micro_batch_size or ppo.minibatch_size
-    scored = answers * cfg.rollout.max_new_tokens
+    tokens = min(answers * columns, ppo.micro_batch_tokens or answers * columns)
+    scored = min(answers * cfg.rollout.max_new_tokens, tokens)
     # Logits and their gradient, and the reference's logits where the exact KL is in the loss.
     copies = 3 if cfg.kl.placement == "loss" and cfg.kl.estimator == "full" else 2
     logits = (
         copies * size.vocabulary * (scored * width if ppo.chunk_tokens is None else min(ppo.chunk_tokens, scored) * 4)
     )
-    activations = _activations(size, answers * columns, cfg.model) * (1 if shared else 2)
+    activations = _activations(size, tokens, cfg.model) * (1 if shared else 2)
     return Estimate("ppo", roles, {"generation": generation, "update": activations + logits})
 
 

@@ -1,8 +1,8 @@
-"""Policy and value model as one module: what both say of the tokens of an answer, in one forward pass.
+"""Policy and value model as one module: what both say of the tokens of answers, in one forward pass.
 
-The token in column P + t is the action of index t. It was chosen from the logits of column P + t - 1, and the value of
-the state it was chosen in is read from the same column. The last column is therefore never an input, and logits exist
-for the T columns before an answer's tokens only.
+An action is a token that the policy chose. The action in column c was chosen from the logits of column c - 1, and the
+value of the state it was chosen in is read from the same column. The last column is therefore never an input, and
+logits exist for the N actions only, which are counted over all rows (axis N): padding reaches no output layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from tlcr.errors import CheckpointError, ConfigError
 from tlcr.models.heads import Head, backbone, classification_head, use_float32_head
 from tlcr.models.loading import (
     disable_dropout,
-    last_logits,
     load_causal_lm,
     load_token_classifier,
     save_model,
@@ -37,20 +36,17 @@ Terms = Literal["both", "policy", "value"]
 
 
 class PolicyOutput(NamedTuple):
-    """What policy and value model say of T actions; every field (B, T), float32 or float64, None where not asked for.
+    """What policy and value model say of N actions; every field (N,), float32 or float64, None where not asked for."""
 
-    Columns beyond a row's answer hold finite numbers without meaning.
-    """
-
-    logprobs_BT: Tensor | None
+    logprobs_N: Tensor | None
     """log-probability of the action at the sampling temperature, nats."""
-    entropy_BT: Tensor | None
+    entropy_N: Tensor | None
     """Entropy of the distribution it was drawn from, nats."""
-    kl_BT: Tensor | None
+    kl_N: Tensor | None
     """Exact KL(policy || reference) over the vocabulary, nats; with a reference only."""
-    values_BT: Tensor | None
+    values_N: Tensor | None
     """Value of the state in which the action was chosen."""
-    ref_logprobs_BT: Tensor | None = None
+    ref_logprobs_N: Tensor | None = None
     """log-probability of the action under the reference; with a reference only."""
 
 
@@ -103,38 +99,37 @@ class ActorCritic(nn.Module):
         self,
         ids_BL: Tensor,
         attention_mask_BL: Tensor,
-        response_length: int,
+        actions_N: Tensor,
         *,
         temperature: float,
         reference: PreTrainedModel | None = None,
         terms: Terms = "both",
     ) -> PolicyOutput:
-        """Log-probabilities, entropies and values of the last ``response_length`` tokens of each row.
+        """Log-probabilities, entropies and values of the actions.
 
         Args:
-            ids_BL: integers (B, L), prompts padded on the left, answers on the right.
+            ids_BL: integers (B, L), a prompt and its answer in each row, with padding at either end.
             attention_mask_BL: bool (B, L), True where a token counts.
-            response_length: T, the number of response columns.
+            actions_N: integers (N,), the place ``row * L + column`` of each action; no action stands in column 0.
             temperature: what the answers were sampled at.
             reference: also compute the exact KL to this model, and its log-probabilities, without gradient to it.
             terms: "value" skips the policy and gives it no gradient; "policy" skips the value model.
 
         Returns:
-            The terms that were asked for, each (B, T), in nats where they are log-probabilities, entropy or KL.
+            The terms that were asked for, each (N,), in nats where they are log-probabilities, entropy or KL.
         """
-        scores, values_BT, hidden_BTH = None, None, None
+        batch = _Batch.of(ids_BL, attention_mask_BL, actions_N)
+        scores, values_N, hidden_NH = None, None, None
         if self._from_hidden:
             with torch.set_grad_enabled(torch.is_grad_enabled() and terms != "value"):
-                hidden_BTH = _hidden_states(self.policy, ids_BL, attention_mask_BL, response_length)
+                hidden_NH = _hidden_states(self.policy, batch)
         if terms != "value":
-            scores = self._scores(
-                self.policy, ids_BL, attention_mask_BL, response_length, temperature, reference, hidden_BTH
-            )
+            scores = self._scores(self.policy, batch, temperature, reference, hidden_NH)
         if terms != "policy":
-            values_BT = self._values(ids_BL, attention_mask_BL, response_length, hidden_BTH)
+            values_N = self._values(batch, hidden_NH)
         if scores is None:
-            return PolicyOutput(None, None, None, values_BT)
-        return PolicyOutput(scores.logprobs, scores.entropy, scores.kl, values_BT, scores.ref_logprobs)
+            return PolicyOutput(None, None, None, values_N)
+        return PolicyOutput(scores.logprobs, scores.entropy, scores.kl, values_N, scores.ref_logprobs)
 
     @torch.no_grad()
     def reference_logprobs(
@@ -142,7 +137,7 @@ class ActorCritic(nn.Module):
         reference: PreTrainedModel,
         ids_BL: Tensor,
         attention_mask_BL: Tensor,
-        response_length: int,
+        actions_N: Tensor,
         *,
         temperature: float,
     ) -> Tensor:
@@ -152,64 +147,60 @@ class ActorCritic(nn.Module):
 
         Args:
             reference: the reference model.
-            ids_BL: integers (B, L), prompts padded on the left, answers on the right.
+            ids_BL: integers (B, L), a prompt and its answer in each row, with padding at either end.
             attention_mask_BL: bool (B, L), True where a token counts.
-            response_length: T, the number of response columns.
+            actions_N: integers (N,), the place ``row * L + column`` of each action.
             temperature: what the answers were sampled at.
 
         Returns:
-            (B, T), in nats.
+            (N,), in nats.
         """
-        return self._scores(reference, ids_BL, attention_mask_BL, response_length, temperature, None, None).logprobs
+        batch = _Batch.of(ids_BL, attention_mask_BL, actions_N)
+        return self._scores(reference, batch, temperature, None, None).logprobs
 
     def _scores(
         self,
         model: PreTrainedModel,
-        ids_BL: Tensor,
-        attention_mask_BL: Tensor,
-        response_length: int,
+        batch: _Batch,
         temperature: float,
         reference: PreTrainedModel | None,
-        hidden_BTH: Tensor | None,
+        hidden_NH: Tensor | None,
     ) -> TokenScores:
-        inputs = (ids_BL, attention_mask_BL, response_length)
-        action_ids_BT = ids_BL[:, -response_length:]
         if not self._from_hidden:
-            logits_BTV = _logits(model, *inputs)
+            logits_NV = _logits(model, batch)
             with torch.no_grad():
-                ref_logits_BTV = None if reference is None else _logits(reference, *inputs)
-            return ops.score_tokens(logits_BTV, action_ids_BT, ref_logits=ref_logits_BTV, temperature=temperature)
-        hidden_BTH = _hidden_states(model, *inputs) if hidden_BTH is None else hidden_BTH
+                ref_logits_NV = None if reference is None else _logits(reference, batch)
+            return ops.score_tokens(logits_NV, batch.action_ids_N, ref_logits=ref_logits_NV, temperature=temperature)
+        hidden_NH = _hidden_states(model, batch) if hidden_NH is None else hidden_NH
         with torch.no_grad():
-            ref_hidden_BTH = None if reference is None else _hidden_states(reference, *inputs)
+            ref_hidden_NH = None if reference is None else _hidden_states(reference, batch)
         head = model.get_output_embeddings()
         ref_head = None if reference is None else reference.get_output_embeddings()
         if self._chunk_tokens is None:
             # The head in the model's dtype: in bfloat16 it takes a fraction of the time of score_hidden in float32.
             with torch.no_grad():
-                ref_logits_BTV = None if ref_head is None else ref_head(ref_hidden_BTH)
-            return ops.score_tokens(head(hidden_BTH), action_ids_BT, ref_logits=ref_logits_BTV, temperature=temperature)
+                ref_logits_NV = None if ref_head is None else ref_head(ref_hidden_NH)
+            return ops.score_tokens(
+                head(hidden_NH), batch.action_ids_N, ref_logits=ref_logits_NV, temperature=temperature
+            )
         return ops.score_hidden(
-            hidden_BTH,
+            hidden_NH,
             head.weight,
-            action_ids_BT,
+            batch.action_ids_N,
             bias=head.bias,
-            ref_hidden=ref_hidden_BTH,
+            ref_hidden=ref_hidden_NH,
             ref_weight=None if ref_head is None else ref_head.weight,
             ref_bias=None if ref_head is None else ref_head.bias,
             temperature=temperature,
             chunk_tokens=self._chunk_tokens,
         )
 
-    def _values(
-        self, ids_BL: Tensor, attention_mask_BL: Tensor, response_length: int, hidden_BTH: Tensor | None
-    ) -> Tensor:
+    def _values(self, batch: _Batch, hidden_NH: Tensor | None) -> Tensor:
         if self.value_model is None:
-            assert self.value_head is not None and hidden_BTH is not None
-            return self.value_head(hidden_BTH).squeeze(-1)
-        output = self.value_model(**_inputs(self.value_model, ids_BL, attention_mask_BL))
-        values_BT = output.logits[:, -response_length:].squeeze(-1)
-        return values_BT if values_BT.dtype == torch.float64 else values_BT.float()
+            assert self.value_head is not None and hidden_NH is not None
+            return self.value_head(hidden_NH).squeeze(-1)
+        values_N = batch.at_states(self.value_model(**_inputs(self.value_model, batch)).logits).squeeze(-1)
+        return values_N if values_N.dtype == torch.float64 else values_N.float()
 
     @classmethod
     def load(cls, policy: ModelConfig, value_folder: Path, *, chunk_tokens: int | None = None) -> ActorCritic:
@@ -331,26 +322,53 @@ def _new_value_head(policy: PreTrainedModel) -> Head:
     return head
 
 
-def _inputs(model: nn.Module, ids_BL: Tensor, attention_mask_BL: Tensor) -> dict[str, Tensor | bool]:
-    """The first L - 1 columns as a model's inputs. Positions count real tokens only: padding would shift them."""
-    mask_BK = attention_mask_BL[:, :-1].long()
+class _Batch(NamedTuple):
+    """What the models read: all columns but the last; and where, in their rows laid end to end, each action's state is."""
+
+    ids_BK: Tensor
+    mask_BK: Tensor
+    action_ids_N: Tensor
+    states_N: Tensor
+
+    @classmethod
+    def of(cls, ids_BL: Tensor, attention_mask_BL: Tensor, actions_N: Tensor) -> _Batch:
+        # One column to the left, in rows that are one shorter.
+        states_N = actions_N - actions_N // ids_BL.shape[1] - 1
+        return cls(ids_BL[:, :-1], attention_mask_BL[:, :-1].long(), ids_BL.flatten()[actions_N], states_N)
+
+    def at_states(self, x_BKX: Tensor) -> Tensor:
+        """(N, X): what a model says in the states in which the actions were chosen."""
+        return x_BKX.flatten(0, 1).index_select(0, self.states_N)
+
+
+def _inputs(model: PreTrainedModel, batch: _Batch) -> dict[str, Tensor | bool]:
+    """A model's inputs. Positions count real tokens only: padding would shift them."""
     inputs: dict[str, Tensor | bool] = {
-        "input_ids": ids_BL[:, :-1],
-        "attention_mask": mask_BK,
+        "input_ids": batch.ids_BK,
+        "attention_mask": batch.mask_BK,
         "use_cache": False,
     }
     if "position_ids" in inspect.signature(model.forward).parameters:
-        inputs["position_ids"] = (mask_BK.cumsum(dim=1) - 1).clamp(min=0)
+        inputs["position_ids"] = (batch.mask_BK.cumsum(dim=1) - 1).clamp(min=0)
     return inputs
 
 
-def _logits(model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor, response_length: int) -> Tensor:
-    return last_logits(model, _inputs(model, ids_BL, attention_mask_BL), response_length)
+def _logits(model: PreTrainedModel, batch: _Batch) -> Tensor:
+    """(N, V): the model's own logits, whatever it does to them after its head, which sees the actions' states only."""
+
+    def keep_states(head: nn.Module, hidden: tuple[Tensor]) -> Tensor:
+        return batch.at_states(hidden[0]).unsqueeze(0)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep_states)
+    try:
+        return model(**_inputs(model, batch)).logits.squeeze(0)
+    finally:
+        hook.remove()
 
 
-def _hidden_states(model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor, response_length: int) -> Tensor:
+def _hidden_states(model: PreTrainedModel, batch: _Batch) -> Tensor:
     body = backbone(model)
-    return body(**_inputs(body, ids_BL, attention_mask_BL)).last_hidden_state[:, -response_length:].contiguous()
+    return batch.at_states(body(**_inputs(body, batch)).last_hidden_state)
 
 
 @torch.no_grad()

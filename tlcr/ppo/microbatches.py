@@ -1,51 +1,80 @@
-"""Rows of a rollout, sorted by length and cut to the longest of each micro-batch, so that there is little padding."""
+"""Rows of a rollout cut into forward passes, with little padding, and as many of them on every process.
+
+A rollout holds two rectangles: prompts padded on the left, answers padded on the right. A micro-batch holds one, whose
+rows are prompt, answer, and padding at the end. It is full where the rows' whole lengths are alike:
+
+    rollout    p p p p p a a a . .         micro-batch    p p p p p a a a
+               . . . p p a a a a a                        p p a a a a a .
+               . . p p p a a . . .                        p p p a a . . .
+
+Models speak of the actions alone, laid end to end (axis N). `spread` and `put` give these their rows and columns again.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tlcr.training.distributed import largest_of_processes
 from tlcr.types import Rollout
 
 CPU_TOKENS = 1024
 """Tokens of a micro-batch on a CPU. They are enough to keep its cores busy; a forward pass of more only keeps more
-activations (ours; docs/ppo_step.md has the figures). On a GPU only the user's limit applies."""
+activations (ours; docs/ppo_step.md has the figures). On a GPU only the user's limits apply."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some rows of a rollout, for one forward pass, without the columns that are padding in all of them."""
+    """Some rows of a rollout for one forward pass: (B, L) tokens, N actions, and which of them count, (B, T).
+
+    An action that does not count lies before one that does, in the same answer.
+    """
 
     rows_B: Tensor
     ids_BL: Tensor
     attention_mask_BL: Tensor
+    actions_N: Tensor
+    """The place ``row * L + column`` of each action."""
     mask_BT: Tensor
+    _places_N: Tensor
+    """Where each action stands in (B, T), laid end to end."""
 
     @property
     def response_length(self) -> int:
         return self.mask_BT.shape[1]
 
     def take(self, x_BT: Tensor) -> Tensor:
-        """This micro-batch's part of a value of the whole rollout."""
+        """This micro-batch's part of a value of the whole rollout, (B, T)."""
         return x_BT[self.rows_B, : self.response_length]
 
-    def put(self, x_BT: Tensor, into_BT: Tensor) -> None:
-        """Writes this micro-batch's values to their places in a value of the whole rollout."""
-        into_BT[self.rows_B, : self.response_length] = torch.where(self.mask_BT, x_BT, 0.0)
+    def spread(self, x_N: Tensor) -> Tensor:
+        """(B, T): what a model says of each action, 0 where there is none. Gradients flow."""
+        return x_N.new_zeros(self.mask_BT.numel()).index_copy(0, self._places_N, x_N).view(self.mask_BT.shape)
+
+    def put(self, x_N: Tensor, into_BT: Tensor) -> None:
+        """Writes what a model says of each action to its place in a value of the whole rollout; 0 where none counts."""
+        into_BT[self.rows_B, : self.response_length] = torch.where(self.mask_BT, self.spread(x_N), 0).to(into_BT.dtype)
 
 
 class MicroBatches:
-    """Cuts a rollout into micro-batches. The lengths are read from the device once, here."""
+    """Cuts a rollout into micro-batches. The lengths are read from the device once, here.
 
-    def __init__(self, rollout: Rollout) -> None:
+    Args:
+        rollout: the answers of this process.
+        rows: rows of a micro-batch at most; None: no limit.
+        tokens: tokens of a micro-batch at most, padding among them; a longer row is a micro-batch of its own. None:
+            ``CPU_TOKENS`` on a CPU, elsewhere no limit.
+    """
+
+    def __init__(self, rollout: Rollout, *, rows: int | None, tokens: int | None) -> None:
         self._rollout = rollout
-        prompt_columns_P = torch.arange(rollout.prompt_mask_BP.shape[1], 0, -1, device=rollout.mask_BT.device)
-        answer_columns_T = torch.arange(1, rollout.mask_BT.shape[1] + 1, device=rollout.mask_BT.device)
+        device = rollout.mask_BT.device
+        prompt_columns_P = torch.arange(rollout.prompt_mask_BP.shape[1], 0, -1, device=device)
+        answer_columns_T = torch.arange(1, rollout.mask_BT.shape[1] + 1, device=device)
         self._lengths: list[tuple[int, int]] = [
             (prompt, answer)
             for prompt, answer in torch.stack(
@@ -56,38 +85,82 @@ class MicroBatches:
                 dim=1,
             ).tolist()
         ]
+        self._most_rows = rows
+        self._most_tokens = CPU_TOKENS if tokens is None and device.type == "cpu" else tokens
 
-    def split(self, at_most: int | None, rows: Sequence[int] | None = None) -> list[MicroBatch]:
-        """All rows, or those named, in micro-batches of nearly one size, the longest rows first.
+    def split(self, parts: Sequence[Sequence[int]] | None = None) -> list[list[MicroBatch]]:
+        """For each part of the rows its micro-batches, the longest rows first, their sizes alike.
+
+        Every process gets as many for a part, because sharded models communicate in every forward pass. A process
+        whose own rows need fewer cuts them finer, and where they do not suffice gets a micro-batch in which no action
+        counts. Every process must call it, with equally many parts.
 
         Args:
-            at_most: rows of a micro-batch; None: no limit. On a CPU a micro-batch holds at most ``CPU_TOKENS`` on
-                average, whatever the limit.
-            rows: numbers of the rows wanted; None: all.
+            parts: numbers of the rows of each part; None: one part of all rows.
 
         Returns:
-            The micro-batches.
+            The micro-batches of each part.
         """
-        rows = range(len(self._lengths)) if rows is None else rows
-        by_length = sorted(rows, key=lambda row: sum(self._lengths[row]), reverse=True)
-        number = math.ceil(len(by_length) / (at_most or len(by_length) or 1))
-        if self._rollout.mask_BT.device.type == "cpu":
-            tokens = sum(sum(self._lengths[row]) for row in by_length)
-            number = min(len(by_length), max(number, math.ceil(tokens / CPU_TOKENS)))
-        return [self._cut(list(part)) for part in np.array_split(by_length, number)] if number else []
+        parts = [range(len(self._lengths))] if parts is None else parts
+        sorted_parts = [sorted(rows, key=self._length, reverse=True) for rows in parts]
+        own_numbers = [len(self._sizes(rows, self._most_tokens)) for rows in sorted_parts]
+        numbers = largest_of_processes(torch.tensor(own_numbers)).tolist()
+        return [self._cut(rows, number) for rows, number in zip(sorted_parts, numbers, strict=True)]
 
-    def _cut(self, rows: Sequence[int]) -> MicroBatch:
-        rollout = self._rollout
-        prompt_length = max(self._lengths[row][0] for row in rows)
-        response_length = max(self._lengths[row][1] for row in rows)
-        rows_B = torch.tensor(rows, device=rollout.mask_BT.device)
-        first = rollout.prompt_ids_BP.shape[1] - prompt_length
-        mask_BT = rollout.mask_BT[rows_B, :response_length]
+    def _length(self, row: int) -> int:
+        return sum(self._lengths[row])
+
+    def _sizes(self, rows: Sequence[int], most_tokens: int | None) -> list[int]:
+        """How many of the rows, which are sorted by length, go into each micro-batch that is filled to the limits."""
+        sizes, start = [], 0
+        while start < len(rows):
+            size = len(rows) - start
+            if self._most_rows is not None:
+                size = min(size, self._most_rows)
+            if most_tokens is not None:
+                size = min(size, max(1, most_tokens // self._length(rows[start])))
+            sizes.append(size)
+            start += size
+        return sizes
+
+    def _cut(self, rows: Sequence[int], number: int) -> list[MicroBatch]:
+        """`number` micro-batches of the sorted rows, of which the largest is as small as it can be."""
+        if not rows:
+            return [self._idle() for _ in range(number)]
+        enough, too_few = self._length(rows[0]) * len(rows), 0
+        while enough - too_few > 1:
+            tokens = (enough + too_few) // 2
+            if len(self._sizes(rows, tokens)) <= number:
+                enough = tokens
+            else:
+                too_few = tokens
+        ends = np.cumsum(self._sizes(rows, enough))
+        cut = [self._join(part) for part in np.split(np.array(rows), ends[:-1])]
+        return cut + [self._idle() for _ in range(number - len(cut))]
+
+    def _join(self, rows: np.ndarray) -> MicroBatch:
+        rollout, device = self._rollout, self._rollout.mask_BT.device
+        prompts_B, answers_B = np.array([self._lengths[row] for row in rows]).T
+        B, L, T = len(rows), max(prompts_B + answers_B), max(answers_B)
+        row_N = np.repeat(np.arange(B), answers_B)
+        answer_column_N = np.arange(len(row_N)) - np.repeat(np.cumsum(answers_B) - answers_B, answers_B)
+        rows_B = torch.from_numpy(rows).to(device)
+        # Column c of a row is column P - prompt + c of the rollout; the last ones may lie beyond it.
+        width = rollout.prompt_ids_BP.shape[1] + rollout.mask_BT.shape[1]
+        column_BL = np.arange(L) + rollout.prompt_ids_BP.shape[1] - prompts_B[:, None]
+        source_BL = torch.from_numpy(np.minimum(column_BL, width - 1)).to(device)
+        inside_BL = torch.from_numpy(column_BL < width).to(device)
         return MicroBatch(
             rows_B=rows_B,
-            ids_BL=torch.cat(
-                [rollout.prompt_ids_BP[rows_B, first:], rollout.response_ids_BT[rows_B, :response_length]], dim=1
-            ),
-            attention_mask_BL=torch.cat([rollout.prompt_mask_BP[rows_B, first:], mask_BT], dim=1),
-            mask_BT=mask_BT,
+            ids_BL=rollout.ids_BL[rows_B].gather(1, source_BL),
+            attention_mask_BL=rollout.attention_mask_BL[rows_B].gather(1, source_BL) & inside_BL,
+            actions_N=torch.from_numpy(row_N * L + prompts_B[row_N] + answer_column_N).to(device),
+            mask_BT=rollout.mask_BT[rows_B, :T],
+            _places_N=torch.from_numpy(row_N * T + answer_column_N).to(device),
         )
+
+    def _idle(self) -> MicroBatch:
+        """The shortest row, none of whose actions counts: it takes part in communication and adds nothing."""
+        shortest = min(range(len(self._lengths)), key=self._length)
+        row = self._join(np.array([shortest]))
+        return replace(row, mask_BT=torch.zeros_like(row.mask_BT))

@@ -36,7 +36,15 @@ Evaluate = Callable[[ActorCritic, int], Mapping[str, float]]
 """(policy and value model, updates done) to figures by name."""
 
 # A resumed run may change these: they do not affect the results of a round.
-FREE_TO_CHANGE = ("updates", "save_every", "keep_checkpoints", "evaluate_every", "micro_batch_size", "chunk_tokens")
+FREE_TO_CHANGE = (
+    "updates",
+    "save_every",
+    "keep_checkpoints",
+    "evaluate_every",
+    "micro_batch_size",
+    "micro_batch_tokens",
+    "chunk_tokens",
+)
 SHOWN = ("reward/mean_score", "kl/per_token", "policy/entropy", "length/mean")
 
 

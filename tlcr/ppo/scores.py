@@ -18,6 +18,7 @@ def score_rollout(
     *,
     temperature: float,
     micro_batch_size: int | None,
+    micro_batch_tokens: int | None = None,
     exact_kl: bool,
 ) -> PolicyScores:
     """Log-probabilities of every action under policy and reference at the sampling temperature, values and entropies.
@@ -31,6 +32,7 @@ def score_rollout(
         rollout: the answers.
         temperature: the sampling temperature of the answers.
         micro_batch_size: rows of one forward pass at most; None: no limit.
+        micro_batch_tokens: tokens of one forward pass at most; None: ``CPU_TOKENS`` on a CPU, elsewhere no limit.
         exact_kl: also compute KL(policy || reference) over the vocabulary.
 
     Returns:
@@ -42,23 +44,17 @@ def score_rollout(
     logprobs_BT, ref_logprobs_BT, values_BT, entropy_BT, kl_BT = (
         torch.zeros(shape, dtype=dtype, device=device) for _ in range(5)
     )
-    for batch in MicroBatches(rollout).split(micro_batch_size):
-        output = actor_critic(
-            batch.ids_BL,
-            batch.attention_mask_BL,
-            batch.response_length,
-            temperature=temperature,
-            reference=reference if exact_kl else None,
-        )
-        ref_scored_BT = output.ref_logprobs_BT
-        if ref_scored_BT is None:
-            ref_scored_BT = actor_critic.reference_logprobs(
-                reference, batch.ids_BL, batch.attention_mask_BL, batch.response_length, temperature=temperature
-            )
-        batch.put(output.logprobs_BT, logprobs_BT)
-        batch.put(ref_scored_BT, ref_logprobs_BT)
-        batch.put(output.values_BT, values_BT)
-        batch.put(output.entropy_BT, entropy_BT)
+    (batches,) = MicroBatches(rollout, rows=micro_batch_size, tokens=micro_batch_tokens).split()
+    for batch in batches:
+        tokens = (batch.ids_BL, batch.attention_mask_BL, batch.actions_N)
+        output = actor_critic(*tokens, temperature=temperature, reference=reference if exact_kl else None)
+        ref_logprobs_N = output.ref_logprobs_N
+        if ref_logprobs_N is None:
+            ref_logprobs_N = actor_critic.reference_logprobs(reference, *tokens, temperature=temperature)
+        batch.put(output.logprobs_N, logprobs_BT)
+        batch.put(ref_logprobs_N, ref_logprobs_BT)
+        batch.put(output.values_N, values_BT)
+        batch.put(output.entropy_N, entropy_BT)
         if exact_kl:
-            batch.put(output.kl_BT, kl_BT)
+            batch.put(output.kl_N, kl_BT)
     return PolicyScores(logprobs_BT, ref_logprobs_BT, values_BT, entropy_BT, kl_BT if exact_kl else None)

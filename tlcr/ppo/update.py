@@ -99,7 +99,7 @@ def ppo_update(
             raised before the step.
     """
     model: ActorCritic = accelerator.unwrap_model(actor_critic)
-    batches = MicroBatches(rollout)
+    batches = MicroBatches(rollout, rows=cfg.micro_batch_size, tokens=cfg.micro_batch_tokens)
     counts_B = _weights(rollout.mask_BT, cfg)
     explained_variance = _explained_variance(scores.values_BT, advantages.returns_BT, rollout.mask_BT, accelerator)
     steps: list[_Step] = []
@@ -107,9 +107,8 @@ def ppo_update(
     actor_critic.train()
     for minibatches in _passes(len(rollout.mask_BT), cfg, accelerator.num_processes, generator):
         denominators_M = accelerator.reduce(torch.stack([counts_B[rows].sum() for rows in minibatches]), "sum")
-        for rows, denominator in zip(minibatches, denominators_M.unbind(), strict=True):
+        for micro_batches, denominator in zip(batches.split(minibatches), denominators_M.unbind(), strict=True):
             optimizer.zero_grad(set_to_none=True)
-            micro_batches = batches.split(cfg.micro_batch_size, rows)
             statistics = [
                 _backward(
                     actor_critic,
@@ -182,32 +181,38 @@ def _backward(
     old_logprobs_BT = batch.take(scores.logprobs_BT)
     # Gradients are reduced once per minibatch: DDP waits for the other processes in the last micro-batch only.
     with nullcontext() if last else accelerator.no_sync(actor_critic):
-        output: PolicyOutput = actor_critic(
+        output_N: PolicyOutput = actor_critic(
             batch.ids_BL,
             batch.attention_mask_BL,
-            batch.response_length,
+            batch.actions_N,
             temperature=temperature,
             reference=reference if in_loss and kl.estimator == "full" else None,
             terms=terms,
         )
-        has_values = output.values_BT is not None
+        logprobs_BT, entropy_BT, kl_BT, values_BT, _ = (None if x_N is None else batch.spread(x_N) for x_N in output_N)
+        has_values = values_BT is not None
+        in_loss_BT = None
+        if in_loss:
+            in_loss_BT = _kl_in_loss(kl, kl_BT, logprobs_BT, batch.take(scores.ref_logprobs_BT), batch.mask_BT)
         loss = ops.ppo_loss(
             # During the value warm-up the policy does not change, so its log-probabilities are the old ones.
-            old_logprobs_BT if output.logprobs_BT is None else output.logprobs_BT,
+            old_logprobs_BT if logprobs_BT is None else logprobs_BT,
             old_logprobs_BT,
             batch.take(advantages.advantages_BT),
             batch.mask_BT,
             clip=cfg.clip,
             clip_high=cfg.clip_high,
             dual_clip=cfg.dual_clip,
-            values=output.values_BT,
+            values=values_BT,
             old_values=batch.take(scores.values_BT) if has_values else None,
             returns=batch.take(advantages.returns_BT) if has_values else None,
             value_clip=cfg.value_clip,
             value_coef=cfg.value_coef,
-            entropy=batch.take(scores.entropy_BT) if output.entropy_BT is None else output.entropy_BT,
+            entropy=batch.take(scores.entropy_BT) if entropy_BT is None else entropy_BT,
             entropy_coef=0.0 if value_only else cfg.entropy_coef,
-            kl=_kl_in_loss(output, batch.take(scores.ref_logprobs_BT), batch.mask_BT, kl) if in_loss else None,
+            kl=_kl_in_loss(kl, kl_BT, logprobs_BT, batch.take(scores.ref_logprobs_BT), batch.mask_BT)
+            if in_loss
+            else None,
             kl_coef=kl_coef if in_loss else 0.0,
             aggregate=cfg.aggregate,
             denominator=denominator,
@@ -217,14 +222,16 @@ def _backward(
     return loss
 
 
-def _kl_in_loss(output: PolicyOutput, ref_logprobs_BT: Tensor, mask_BT: Tensor, kl: KLConfig) -> Tensor:
+def _kl_in_loss(
+    kl: KLConfig, exact_BT: Tensor | None, logprobs_BT: Tensor | None, ref_logprobs_BT: Tensor, mask_BT: Tensor
+) -> Tensor:
     if kl.estimator == "full":
-        assert output.kl_BT is not None
-        return output.kl_BT
-    assert output.logprobs_BT is not None
+        assert exact_BT is not None
+        return exact_BT
+    assert logprobs_BT is not None
     # Padding gets a ratio of 1: its exponential could overflow, and 0 times infinity would reach the gradient.
-    ref_logprobs_BT = torch.where(mask_BT, ref_logprobs_BT, output.logprobs_BT.detach())
-    return estimate_kl(output.logprobs_BT, ref_logprobs_BT, kl.estimator)
+    ref_logprobs_BT = torch.where(mask_BT, ref_logprobs_BT, logprobs_BT.detach())
+    return estimate_kl(logprobs_BT, ref_logprobs_BT, kl.estimator)
 
 
 @dataclass(frozen=True)

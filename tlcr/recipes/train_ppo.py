@@ -126,6 +126,7 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
             rollout,
             temperature=temperature,
             micro_batch_size=cfg.rollout.batch_size,
+            micro_batch_tokens=cfg.ppo.micro_batch_tokens,
             exact_kl=cfg.kl_estimator == "full",
         )
 

@@ -97,6 +97,16 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return total
 
 
+def largest_of_processes(values: Tensor) -> Tensor:
+    """The largest of each of ``values`` over all processes, the same tensor on each; a new tensor, without gradient."""
+    largest = values.detach().clone()
+    if process_count() > 1:
+        on_device = largest.to(_device())
+        dist.all_reduce(on_device, op=dist.ReduceOp.MAX)
+        largest = on_device.to(values.device)
+    return largest
+
+
 def any_process(flag: bool) -> bool:
     """True on every process if ``flag`` is True on one. Every process must call it."""
     return flag if process_count() == 1 else bool(sum_over_processes(torch.tensor(int(flag))))
