@@ -72,6 +72,7 @@ class MicroBatches:
 
     def __init__(self, rollout: Rollout, *, rows: int | None, tokens: int | None) -> None:
         self._rollout = rollout
+        self._ids_BL, self._attention_mask_BL = rollout.ids_BL, rollout.attention_mask_BL
         device = rollout.mask_BT.device
         prompt_columns_P = torch.arange(rollout.prompt_mask_BP.shape[1], 0, -1, device=device)
         answer_columns_T = torch.arange(1, rollout.mask_BT.shape[1] + 1, device=device)
@@ -146,14 +147,14 @@ class MicroBatches:
         answer_column_N = np.arange(len(row_N)) - np.repeat(np.cumsum(answers_B) - answers_B, answers_B)
         rows_B = torch.from_numpy(rows).to(device)
         # Column c of a row is column P - prompt + c of the rollout; the last ones may lie beyond it.
-        width = rollout.prompt_ids_BP.shape[1] + rollout.mask_BT.shape[1]
-        column_BL = np.arange(L) + rollout.prompt_ids_BP.shape[1] - prompts_B[:, None]
+        width, P = self._ids_BL.shape[1], rollout.prompt_ids_BP.shape[1]
+        column_BL = np.arange(L) + P - prompts_B[:, None]
         source_BL = torch.from_numpy(np.minimum(column_BL, width - 1)).to(device)
         inside_BL = torch.from_numpy(column_BL < width).to(device)
         return MicroBatch(
             rows_B=rows_B,
-            ids_BL=rollout.ids_BL[rows_B].gather(1, source_BL),
-            attention_mask_BL=rollout.attention_mask_BL[rows_B].gather(1, source_BL) & inside_BL,
+            ids_BL=self._ids_BL[rows_B].gather(1, source_BL),
+            attention_mask_BL=self._attention_mask_BL[rows_B].gather(1, source_BL) & inside_BL,
             actions_N=torch.from_numpy(row_N * L + prompts_B[row_N] + answer_column_N).to(device),
             mask_BT=rollout.mask_BT[rows_B, :T],
             _places_N=torch.from_numpy(row_N * T + answer_column_N).to(device),
