@@ -323,7 +323,7 @@ def _new_value_head(policy: PreTrainedModel) -> Head:
 
 
 class _Batch(NamedTuple):
-    """What the models read: all columns but the last; and where, in their rows laid end to end, each action's state is."""
+    """What models read, all columns but the last; and where in it, rows laid end to end, the actions' states are."""
 
     ids_BK: Tensor
     mask_BK: Tensor

@@ -210,9 +210,7 @@ def _backward(
             value_coef=cfg.value_coef,
             entropy=batch.take(scores.entropy_BT) if entropy_BT is None else entropy_BT,
             entropy_coef=0.0 if value_only else cfg.entropy_coef,
-            kl=_kl_in_loss(kl, kl_BT, logprobs_BT, batch.take(scores.ref_logprobs_BT), batch.mask_BT)
-            if in_loss
-            else None,
+            kl=in_loss_BT,
             kl_coef=kl_coef if in_loss else 0.0,
             aggregate=cfg.aggregate,
             denominator=denominator,
