@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 
 #include "run.h"
@@ -183,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor& logprobs, const Tensor
   const at::TensorOptions result = logprobs.options().dtype(real);
   const Tensor row_sums = at::empty({mask.size(0), kPPOStats + 1}, result);
   const Tensor row_weights = at::empty({mask.size(0)}, result);
-  const Tensor stats = at::empty({kPPOStats}, result);
+  const Tensor stats = at::empty({kPPOStats}, result), loss = at::empty({}, result);
   PPOArguments arguments{};
   inputs.fill(arguments);
   arguments.entropy = pointer(entropy_BT);
@@ -194,7 +195,8 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor& logprobs, const Tensor
   arguments.stats = pointer(stats);
   on_threads(cpu_kernels().ppo, arguments, arguments.batch, arguments.length);
   cpu_kernels().ppo_finish(arguments);
-  return {stats.select(0, kLoss).clone(), stats, row_weights};
+  std::memcpy(pointer(loss), advanced(pointer(stats), kLoss, real), loss.nbytes());
+  return {loss, stats, row_weights};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss_backward(
@@ -229,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss_backward(
   arguments.g_kl = pointer(g_kl);
   on_threads(cpu_kernels().ppo_backward, arguments, arguments.batch, arguments.length);
   const auto as = [](const Tensor& gradient, const MaybeTensor& input) {
-    return input.has_value() ? gradient.to(input->scalar_type()) : gradient;
+    return input.has_value() ? dense(gradient, input->scalar_type()) : gradient;
   };
   return {as(g_logprobs, logprobs), as(g_values, values), as(g_entropy, entropy), as(g_kl, kl)};
 }

@@ -38,7 +38,10 @@ inline Tensor readable(const Tensor& tensor) {
   return known ? tensor : tensor.to(at::kFloat);
 }
 
-inline Tensor dense(const Tensor& tensor, at::ScalarType dtype) { return tensor.to(dtype).contiguous(); }
+// Most tensors are that already, and torch's own functions take longer to see it.
+inline Tensor dense(const Tensor& tensor, at::ScalarType dtype) {
+  return tensor.scalar_type() == dtype && tensor.is_contiguous() ? tensor : tensor.to(dtype).contiguous();
+}
 
 inline MaybeTensor dense(const MaybeTensor& tensor, at::ScalarType dtype) {
   return tensor.has_value() ? MaybeTensor(dense(*tensor, dtype)) : MaybeTensor();

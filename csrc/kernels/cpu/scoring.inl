@@ -42,12 +42,13 @@ TLCR_INLINE double widen(Half x) {
   return load(lanes)[0];
 }
 
-// `count` elements as Real. The last step is filled up with -inf, which adds nothing to any sum.
+// `count` elements as Real, where they are if nothing is to be done. The last step is filled up with -inf, which adds
+// nothing to any sum.
 template <class Element>
 TLCR_INLINE const Arithmetic<Element>* widen_tile(const Element* from, int64_t count, Arithmetic<Element>* buffer) {
   using Real = Arithmetic<Element>;
   constexpr bool kAsItIs = sizeof(Element) == sizeof(Real);
-  if (kAsItIs && count == kTile<Real>) return reinterpret_cast<const Real*>(from);
+  if (kAsItIs && count % kStep<Real> == 0) return reinterpret_cast<const Real*>(from);
   int64_t i = 0;
   for (; i + kLanes<Real> <= count; i += kLanes<Real>) store(buffer + i, load(from + i));
   for (; i < count; ++i) buffer[i] = Real(widen(from[i]));
@@ -159,7 +160,8 @@ TLCR_INLINE void score_row(const ScoreArguments& args, int64_t row) {
     const Real* const tile = widen_tile(logits + begin, count, buffer);
     const Real* const ref_tile = kReference ? widen_tile(ref_logits + begin, count, ref_buffer) : nullptr;
     const double moved = policy.raise(tile, count), ref_moved = kReference ? reference.raise(ref_tile, count) : 0;
-    if (moved != 0 || ref_moved != 0) {
+    // The first tile moves no sums: there are none yet.
+    if (begin != 0 && (moved != 0 || ref_moved != 0)) {
       const double factor = __builtin_exp(moved);
       add_multiple(weighted, policy.total, moved);
       multiply(weighted, factor);
