@@ -12,6 +12,7 @@ __all__ = [
     "DataError",
     "EndpointError",
     "ExtensionWarning",
+    "NoDerivative",
     "ShapeError",
     "TlcrError",
     "TrainingDiverged",
@@ -36,6 +37,10 @@ class DataError(TlcrError, ValueError):
 
 class BackendUnavailable(TlcrError, RuntimeError):
     """An implementation was asked for by name and cannot run here."""
+
+
+class NoDerivative(TlcrError, NotImplementedError):
+    """A derivative was asked for that an op does not have."""
 
 
 class EndpointError(TlcrError, ConnectionError):

@@ -158,6 +158,8 @@ def test_the_first_step_by_hand() -> None:
         ({"remainder": torch.zeros(4, dtype=torch.int16)}, ShapeError, r"remainder has shape \(4,\), wanted \(3,\)"),
         ({"grad": None}, ShapeError, "grad is a NoneType, wanted a torch.Tensor"),
         ({"step": 0}, ConfigError, "step is 0, wanted the number of this step, an int from 1"),
+        ({"betas": (0.9, 0.95, 0.99)}, ConfigError, r"betas is \(0.9, 0.95, 0.99\), wanted two Python numbers"),
+        ({"betas": 0.9}, ConfigError, r"betas is 0.9, wanted two Python numbers"),
         ({"betas": (0.9, 1.0)}, ConfigError, r"betas\[1\] is 1, wanted a number >= 0 and < 1"),
         ({"learning_rate": -1.0}, ConfigError, "learning_rate is -1, wanted a number >= 0"),
         ({"eps": NAN}, ConfigError, "eps is nan"),

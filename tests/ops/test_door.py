@@ -4,13 +4,18 @@ import inspect
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.ops.examples import SIGNATURES, calls
 from tlcr import errors, ops
-from tlcr.errors import BackendUnavailable, ConfigError, TlcrError
+from tlcr.errors import BackendUnavailable, ConfigError, ShapeError, TlcrError
+from tlcr.ops import _checks
 
 
 @pytest.mark.parametrize("op", SIGNATURES)
@@ -36,6 +41,109 @@ def test_no_wait_for_the_device(op: str) -> None:
     calls("meta")[op](impl="reference")
     with pytest.raises(RuntimeError):
         torch.zeros((), device="meta").item()
+
+
+def small_calls() -> dict[str, Any]:
+    """Calls as a training loop makes them, by the module that checks their arguments."""
+    pair = torch.rand(2, 3)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    ids, logits = torch.zeros(2, 3, dtype=torch.long), torch.rand(2, 3, 5)
+    value = {"values": pair, "old_values": pair, "returns": pair, "entropy": pair, "entropy_coef": 0.01}
+    return {
+        "reward": lambda: ops.fused_reward(logits[..., :2], mask, kl=pair, kl_coef=0.1, terminal=pair[:, 0], clip=5.0),
+        "gae": lambda: ops.fused_gae(pair, pair, mask, gamma=1.0, lam=0.95, whiten=True),
+        "ppo": lambda: ops.ppo_loss(pair, pair, pair, mask, **value),
+        "scoring": lambda: ops.score_tokens(logits, ids, ref_logits=logits, temperature=0.7),
+        "layers": lambda: (ops.rms_norm(pair, pair[0], eps=1e-6), ops.gated_silu(pair, pair)),
+    }
+
+
+@pytest.mark.parametrize("module", small_calls())
+def test_arguments_in_order_cost_one_glance(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of the checks runs that make a message."""
+    for name in ("floating", "dense", "same_shape", "same_device", "number", "bool_mask"):
+        monkeypatch.setattr(_checks, name, lambda *args, **options: pytest.fail("a check that makes a message"))
+    small_calls()[module]()
+
+
+def numbers_of(kind: Callable[[float], Any]) -> dict[str, Any]:
+    """The same calls with numbers of another kind, integers as a mask and a denominator with an axis."""
+    torch.manual_seed(0)
+    pair, mask = torch.rand(2, 4), torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0]], dtype=torch.int32)
+    ids, logits = torch.zeros(2, 4, dtype=torch.int16), torch.rand(2, 4, 5)
+    value = {"values": pair, "old_values": 2 * pair, "returns": pair + 1, "entropy": pair, "entropy_coef": kind(1)}
+    options = {"clip": kind(1), "clip_high": kind(2), "dual_clip": kind(3), "value_clip": kind(1), "kl": pair}
+    reward = {"kl": pair, "kl_coef": kind(1), "temperature": kind(2), "scale": kind(3), "clip": kind(2)}
+    return {
+        "fused_reward": lambda **impl: ops.fused_reward(logits[..., :3], mask, **reward, **impl),
+        "fused_gae": lambda **impl: ops.fused_gae(pair, pair, mask, gamma=kind(1), lam=kind(0), whiten=True, **impl),
+        "ppo_loss": lambda **impl: ops.ppo_loss(
+            pair + 0.5, pair, pair, mask, **value, **options, denominator=torch.tensor([3.0]), **impl
+        ),
+        "score_tokens": lambda **impl: ops.score_tokens(logits, ids, temperature=kind(2), **impl),
+        "rms_norm": lambda **impl: ops.rms_norm(pair, pair[0], eps=kind(1), **impl),
+    }
+
+
+@pytest.mark.parametrize("kind", [int, np.float64, Fraction])
+@pytest.mark.parametrize("op", numbers_of(float))
+def test_unusual_arguments_mean_the_same(op: str, kind: Callable[[float], Any]) -> None:
+    """What the glance does not know is looked at closely, and brought into form."""
+    for impl in ("auto", "reference"):
+        got, want = numbers_of(kind)[op](impl=impl), numbers_of(float)[op](impl=impl)
+        for x, y in zip(*(z if isinstance(z, tuple) else (z,) for z in (got, want)), strict=True):
+            assert x is y is None or torch.equal(x, y)
+
+
+FLOAT_ARGUMENTS = {
+    "fused_reward": ("logits", "kl", "terminal"),
+    "fused_gae": ("rewards", "values"),
+    "ppo_loss": ("logprobs", "old_logprobs", "advantages", "values", "old_values", "returns", "entropy", "kl"),
+    "score_tokens": ("logits", "ref_logits"),
+    "rms_norm": ("x", "weight"),
+    "gated_silu": ("gate", "up"),
+}
+
+
+def named(op: str) -> dict[str, Any]:
+    pair, mask = torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    inputs: dict[str, Any] = dict.fromkeys(FLOAT_ARGUMENTS[op], pair)
+    extra: dict[str, dict[str, Any]] = {
+        "fused_reward": {"logits": torch.rand(2, 3, 2), "terminal": pair[:, 0], "mask": mask},
+        "fused_gae": {"mask": mask},
+        "ppo_loss": {"mask": mask},
+        "score_tokens": {"logits": torch.rand(2, 3, 5), "ref_logits": torch.rand(2, 3, 5), "token_ids": mask.long()},
+        "rms_norm": {"weight": pair[0], "eps": 1e-6},
+    }
+    return inputs | extra.get(op, {})
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in FLOAT_ARGUMENTS.items() for name in names])
+def test_a_tensor_of_another_kind_is_refused_by_name(op: str, name: str, impl: str) -> None:
+    inputs = named(op)
+    getattr(ops, op)(**inputs, impl=impl)
+    for wrong, problem in (
+        (inputs[name].to_sparse(), rf"{name} has layout torch.sparse_coo, wanted a dense tensor; pass {name}.to_dense"),
+        (
+            inputs[name].to(torch.float8_e4m3fn),
+            rf"{name} has dtype torch.float8_e4m3fn, wanted a float dtype \(float32",
+        ),
+        (inputs[name].long(), rf"{name} has dtype torch.int64, wanted a float dtype"),
+        ([1.0], rf"{name} is a list, wanted a torch.Tensor"),
+        (inputs[name][..., :1], "shape"),
+    ):
+        with pytest.raises(ShapeError, match=f"^{op}: .*{problem}"):
+            getattr(ops, op)(**inputs | {name: wrong}, impl=impl)
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [("fused_gae", "values"), ("ppo_loss", "old_logprobs"), ("rms_norm", "weight"), ("gated_silu", "up")],
+)
+def test_a_tensor_that_is_missing_is_named(op: str, name: str) -> None:
+    with pytest.raises(ShapeError, match=f"^{op}: {name} is a NoneType, wanted a torch.Tensor"):
+        getattr(ops, op)(**named(op) | {name: None})
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -289,6 +289,19 @@ def test_whitening_does_not_depend_on_the_reward_scale(backend: Backend) -> None
 
 
 @backends("fused_gae")
+@pytest.mark.parametrize("broken", [NAN, INF])
+def test_a_broken_token_breaks_only_tokens_that_count(backend: Backend, broken: float) -> None:
+    """Its row and, whitened, the mean of all; what does not count stays 0 in both results."""
+    rewards = torch.tensor([[0.1, broken, 0.2, 0.3], [0.5, 0.6, 0.7, 0.8]])
+    mask = torch.tensor([[True, True, False, True], [False, True, False, False]])
+    inputs = to_device({"rewards": rewards, "values": torch.zeros_like(rewards), "mask": mask}, backend.device)
+    advantages, returns = ops.fused_gae(**inputs, whiten=True, impl=backend.impl)
+    assert torch.equal(advantages.isnan().cpu(), mask)
+    for result in (advantages, returns):
+        assert (result[~inputs["mask"]] == 0).all()
+
+
+@backends("fused_gae")
 def test_whitening_without_spread_gives_zero(backend: Backend) -> None:
     equal = torch.full((3, 1), 0.1, device=backend.device)
     advantages, returns = ops.fused_gae(equal, torch.zeros_like(equal), whiten=True, impl=backend.impl)
@@ -378,15 +391,20 @@ def test_the_remedy_for_lengths_works() -> None:
     assert advantages[[0, 63, 64, 123, 124]].tolist() == [64, 1, 60, 1, 0]
 
 
+def takes_one_by_one(arguments: GAEArguments) -> Any:
+    return torch.ops.tlcr.fused_gae(*arguments)
+
+
 @backends("fused_gae")
 def test_offsets_that_the_python_check_does_not_see_fail_in_the_operator(backend: Backend) -> None:
     if interpreted(backend):
         pytest.skip("Triton's interpreter drops assertions; tests/ops/test_triton_compiled.py looks for them")
+    run = FUSED_GAE.reference if backend.impl == "reference" else takes_one_by_one
     tokens = torch.zeros(8, device=backend.device)
     for offsets in ([8, 8], [0, 9], [0, 5, 3], [-1, 8]):
         cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=backend.device)
         with pytest.raises(Exception, match="cu_seqlens"):
-            FUSED_GAE(backend.impl, tokens.device, GAEArguments(tokens, tokens, None, 1.0, 0.95, False, cu_seqlens))
+            run(GAEArguments(tokens, tokens, None, 1.0, 0.95, False, cu_seqlens))
 
 
 @backends("fused_gae")

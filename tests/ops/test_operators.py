@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ops.examples import CALLS, V, call_inputs, samples
 from tests.ops.helpers import Backend, assert_close
 from tlcr import ops
-from tlcr.errors import DataError
+from tlcr.errors import DataError, NoDerivative
 from tlcr.ops import _extension, _library
 from tlcr.ops._spec import Op
 
@@ -116,25 +117,108 @@ def test_what_has_no_gradient_asks_for_none(op: str, backend: Backend) -> None:
     assert not any(result.requires_grad for result in (results if isinstance(results, tuple) else [results]))
 
 
-@pytest.mark.parametrize(("op", "backend"), fast_backends(differentiable=True))
-def test_second_derivatives_are_refused(op: str, backend: Backend) -> None:
-    """Not given as zero: a silent 0 would be a wrong answer."""
-    call, (name, *_) = CALLS[op]
+def first_derivatives_only() -> list[Any]:
+    """Every op with every implementation that has no other derivatives: for scoring, the specification too."""
+    return fast_backends(differentiable=True) + [
+        pytest.param(status.op, Backend(status.device, "reference"), id=f"{status.op}-{status.device}-reference")
+        for status in ops.available()
+        if status.op.startswith("score_")
+    ]
+
+
+def remedy(op: str) -> str:
+    return "no implementation of it has them" if op.startswith("score_") else "pass impl='reference'"
+
+
+@pytest.mark.parametrize("incoming", ["constant", "differentiable"])
+@pytest.mark.parametrize(("op", "backend"), first_derivatives_only())
+def test_second_derivatives_are_refused(op: str, backend: Backend, incoming: str) -> None:
+    """Not given as zero: a silent 0 would be a wrong answer. The gradient itself is right, and can be used."""
+    call, names = CALLS[op]
     inputs = call_inputs(4, backend.device)
-    inputs[name].requires_grad_()
-    (gradient,) = torch.autograd.grad(call(inputs, backend.impl).square(), inputs[name], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    trained = [inputs[name].requires_grad_() for name in names]
+    result = call(inputs, backend.impl)
+    result = result.square() if incoming == "differentiable" else result
+    wanted = torch.autograd.grad(result, trained, retain_graph=True)
+    gradients = torch.autograd.grad(result, trained, create_graph=True)
+    for gradient, want in zip(gradients, wanted, strict=True):
+        assert torch.equal(gradient.detach(), want)
+        with pytest.raises(NoDerivative, match=rf"^{op} has no second derivatives .*; {remedy(op)}"):
+            gradient.sum().backward(retain_graph=True)
+
+
+@pytest.mark.parametrize(("namespace", "device"), namespaces())
+def test_second_derivatives_of_a_registered_gradient_are_refused(namespace: str, device: str) -> None:
+    """Where torch runs the gradient that is registered with it, as it does for who calls the operator."""
+    arguments = samples("ppo_loss", device, lambda name, arguments: None)[0]
+    loss, _, _ = getattr(torch.ops, namespace).ppo_loss(*arguments)
+    (gradient,) = torch.autograd.grad(loss, arguments[0], create_graph=True)
+    with pytest.raises(NoDerivative, match="ppo_loss has no second derivatives"):
         gradient.sum().backward()
 
 
+def test_the_specification_of_a_loss_has_second_derivatives() -> None:
+    inputs = call_inputs(4, "cpu")
+    logprobs = inputs["logprobs"].requires_grad_()
+    (gradient,) = torch.autograd.grad(CALLS["ppo_loss"][0](inputs, "reference"), logprobs, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), logprobs)
+    assert second.any()
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own, as forward mode starts
-@pytest.mark.parametrize(("op", "backend"), fast_backends(differentiable=True))
-def test_derivatives_in_forward_mode_are_refused(op: str, backend: Backend) -> None:
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(("op", "backend"), first_derivatives_only())
+def test_derivatives_in_forward_mode_are_refused(op: str, backend: Backend, grad: bool) -> None:
     """Not dropped: a result without a tangent would say that nothing depends on the input."""
     call, (name, *_) = CALLS[op]
     inputs = call_inputs(4, backend.device)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        call(inputs | {name: forward_ad.make_dual(inputs[name], torch.ones_like(inputs[name]))}, backend.impl)
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad):
+        call(inputs, backend.impl)  # tensors without a tangent are welcome
+        with pytest.raises(NoDerivative, match=rf"^{op} has no derivatives in forward mode; {remedy(op)}"):
+            call(inputs | {name: forward_ad.make_dual(inputs[name], torch.ones_like(inputs[name]))}, backend.impl)
+
+
+@pytest.mark.parametrize(("op", "backend"), first_derivatives_only())
+def test_derivatives_by_transforms_are_refused(op: str, backend: Backend) -> None:
+    call, (name, *_) = CALLS[op]
+    inputs = call_inputs(4, backend.device)
+    with pytest.raises(NoDerivative, match=rf"^{op} has no derivatives by torch.func, .*; {remedy(op)}"):
+        torch.func.grad(lambda x: call(inputs | {name: x}, backend.impl))(inputs[name])
+
+
+class Recorder(TorchDispatchMode):
+    """Remembers the operators of ours that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace.startswith("tlcr"):
+            self.seen.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("op", "backend"), fast_backends())
+def test_a_mode_sees_the_operators(op: str, backend: Backend) -> None:
+    """Triton's kernels are called without their operator where nobody looks, and must not be where someone does."""
+    call, trained = CALLS[op]
+    inputs = call_inputs(4, backend.device)
+    plain = results_and_gradients(lambda inputs: call(inputs, backend.impl), inputs, trained)
+    with Recorder() as recorder:
+        seen = results_and_gradients(lambda inputs: call(inputs, backend.impl), inputs, trained)
+    assert recorder.seen == ([op, f"{op}_backward"] if trained else [op])
+    for got, want in zip(seen, plain, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_class_of_tensor_goes_through_the_operator() -> None:
+    class Other(Tensor): ...
+
+    call = _library._unless_watched(lambda *values: "operator", lambda *values: "kernel")
+    x = torch.zeros(2)
+    assert call(x, torch.nn.Parameter(x), None, 1.0, 2, True) == "kernel"
+    assert call(x.as_subclass(Other), 1.0) == "operator"
 
 
 @pytest.mark.parametrize(("op", "backend"), fast_backends(differentiable=True))

@@ -559,6 +559,11 @@ def test_hidden_nothing_to_score(backend: Backend, shape: tuple[int, ...]) -> No
         ({"ref_hidden": torch.zeros(3, 4, 4)}, ShapeError, r"do not match hidden"),
         ({"token_ids": torch.zeros(3).long()}, ShapeError, r"token_ids has shape \(3,\), wanted \(3, 5\)"),
         ({"token_ids": torch.full((3, 5), 99)}, DataError, r"token_ids holds 99"),
+        (
+            {"hidden": torch.zeros(3, 5, 0), "weight": torch.zeros(23, 0)},
+            ShapeError,
+            r"weight has shape \(23, 0\), wanted \(V, H\) with V >= 1 and H >= 1",
+        ),
         ({"chunk_tokens": 0}, ConfigError, r"chunk_tokens is 0, wanted an int >= 1 or None"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tlcr import ops
-from tlcr.ops._spec import Gradient, Op, fields, flat, grouped, names, takes
+from tlcr.ops._spec import Gradient, Op, fields, flattening, grouping, names, takes
 
 
 class Options(NamedTuple):
@@ -70,9 +70,12 @@ def test_a_schema_says_which_arguments_are_changed() -> None:
 
 def test_arguments_go_through_torch_one_by_one_and_come_back_as_they_were() -> None:
     arguments = Arguments(torch.zeros(2), Options(0.5, None, 3), True)
-    values = flat(arguments)
+    values = flattening(Arguments)(arguments)
     assert values[1:] == [0.5, None, 3, True] and values[0] is arguments.x
-    assert grouped(Arguments, iter(values)) == arguments
+    assert grouping(Arguments)(values) == arguments
+    nested = ["g_y", None, *values, "z", True, False]
+    assert grouping(Backward)(nested) == ("g_y", None, arguments, "z", True, False)
+    assert flattening(Backward)(grouping(Backward)(nested)) == nested
     assert takes(Arguments)(lambda given: given)(*values) == arguments
     assert names(Backward) == ("g_y", "g_z", *names(Arguments), "z", "wants_x", "wants_offset")
 

@@ -10,7 +10,8 @@ float32; gradients come back in the dtype of their input. The ops do not wait fo
 implementation: "auto" takes the best one that can run, "reference" is the specification in plain torch, and
 `available()` lists the rest. Every op raises, beside what its own docstring says, `ShapeError` for a tensor of the
 wrong shape, dtype or device, `ConfigError` for an option out of bounds or one that does not apply, and
-`BackendUnavailable` for a named implementation that cannot run.
+`BackendUnavailable` for a named implementation that cannot run. Kernels have first derivatives of torch.autograd only,
+and raise `NoDerivative` where another is asked for.
 """
 
 from tlcr.ops._extension import build_info

@@ -1,135 +1,218 @@
 """Builds the autograd functions of an operator from the names in its op's `Gradient`.
 
-A result without an incoming gradient passes None to the kernel, which then leaves out its term. torch refuses second
-derivatives, as it does for the reference.
+A result without an incoming gradient passes None to the kernel, which then leaves out its term. The kernels have no
+second derivatives, no derivatives in forward mode and no rules for torch.func; whoever asks for one is told so.
 """
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
+from tlcr.errors import NoDerivative
 from tlcr.ops._spec import Gradient, Op, fields, names
 
 SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
 Backward = Callable[..., tuple[Tensor | None, ...]]
-
-# The source of an argument of the backward operator.
-_INCOMING, _KEPT, _OPTION, _WANTED = range(4)
+Pick = Callable[[Sequence[Any]], tuple[Any, ...]]
 
 
-class _Passes(NamedTuple):
-    """The two halves of an operator's gradient, whoever drives them."""
+class _Layout(NamedTuple):
+    """Where the arguments of the backward operator come from."""
 
-    keep: SetupContext
-    """(ctx, the operator's values, its output): remembers what the backward pass needs."""
-    gradients: Callable[[Any, Sequence[bool], tuple[Tensor | None, ...]], list[Tensor | None]]
-    """(ctx, which values need a gradient, incoming gradients) to the gradients of `Gradient.of`, in its order."""
+    places: tuple[int, ...]
+    """Of the arguments that have a gradient, among the operator's."""
+    incoming: tuple[int, ...]
+    """Of the results that have a gradient, among the operator's; one that need not exist is the last."""
+    conditional: int | None
+    """Where the argument stands without which the last of them does not exist."""
+    required: tuple[int, ...]
+    """The incoming gradients, in the order above, without which there are no gradients at all."""
+    kept: Pick
+    """The tensors that the backward pass needs, from the operator's values and results."""
+    options: Pick
+    """The numbers that it needs, from the operator's values."""
+    order: Pick
+    """Its arguments, from incoming gradients, kept tensors, options, and which of `places` want a gradient."""
+
+
+def _layout(op: Op[Any, Any], gradient: Gradient) -> _Layout:
+    arguments = names(op.arguments)
+    known = (*arguments, *op.results)
+    places = tuple(arguments.index(name) for name in gradient.of)
+    wanted = fields(gradient.arguments)
+    # Results that need not exist come last: where they do not, torch passes fewer gradients.
+    results = [field.name.removeprefix("g_") for field in wanted if field.name.startswith("g_")]
+    results.sort(key=gradient.only_with.__contains__)
+    kept = [field.name for field in wanted if field.kind is Tensor and not field.name.startswith("g_")]
+    options = [field.name for field in wanted if field.kind is not Tensor and not field.name.startswith("wants_")]
+    sources = [*(f"g_{name}" for name in results), *kept, *options, *(f"wants_{name}" for name in gradient.of)]
+    conditions = [arguments.index(name) for name in gradient.only_with.values()]
+    return _Layout(
+        places=places,
+        incoming=tuple(op.results.index(name) for name in results),
+        conditional=conditions[0] if conditions else None,
+        required=tuple(sources.index(f.name) for f in wanted if f.name.startswith("g_") and not f.optional),
+        kept=_pick([known.index(name) for name in kept]),
+        options=_pick([arguments.index(name) for name in options]),
+        order=_pick([sources.index(field.name) for field in wanted]),
+    )
+
+
+def _pick(indices: Sequence[int]) -> Pick:
+    """The function that takes these elements, in this order."""
+    if len(indices) > 1:
+        return itemgetter(*indices)
+    return lambda values: tuple(values[at] for at in indices)
 
 
 def autograd(op: Op[Any, Any], gradient: Gradient, operators: Any) -> tuple[SetupContext, Backward]:
     """The two functions that torch.library requires; the backward operator is one of `operators`."""
-    passes, places = _passes(op, gradient, operators), _places(op, gradient)
+    layout, operator = _layout(op, gradient), getattr(operators, f"{op.name}_backward").default
+    constants = [at for at in range(len(op.results)) if at not in layout.incoming]
 
-    @once_differentiable
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        results = _tuple(output)
+        ctx.save_for_backward(*layout.kept((*inputs, *results)))
+        ctx.options = layout.options(inputs)
+        missing = layout.conditional is not None and inputs[layout.conditional] is None
+        without = [*constants, layout.incoming[-1]] if missing else constants
+        ctx.mark_non_differentiable(*[results[at] for at in without])
+        ctx.set_materialize_grads(False)
+
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        for place, result in zip(places, passes.gradients(ctx, ctx.needs_input_grad, grads), strict=True):
-            found[place] = result
+        incoming = [grads[at] for at in layout.incoming]
+        if all(incoming[at] is not None for at in layout.required):
+            needed = [ctx.needs_input_grad[place] for place in layout.places]
+            got = operator(*layout.order((*incoming, *ctx.saved_tensors, *ctx.options, *needed)))
+            gradients = [x if wanted else None for x, wanted in zip(_tuple(got), needed, strict=True)]
+            for place, x in zip(layout.places, differentiable_once(op.name, gradient.plain, gradients), strict=True):
+                found[place] = x
         return tuple(found)
 
-    return passes.keep, backward
+    return keep, backward
 
 
-def eager_function(op: Op[Any, Any], gradient: Gradient, operators: Any) -> Callable[[list[Any]], Any]:
+def eager_function(
+    op: Op[Any, Any], gradient: Gradient, operator: Callable[..., Any], backward_operator: Callable[..., Any]
+) -> Callable[[list[Any]], Any]:
     """The operator with the same gradient, as a function of its values: where nothing traces it, that costs the host
     far less than the gradient that is registered with torch.library."""
-    passes, places = _passes(op, gradient, operators), _places(op, gradient)
-    operator = getattr(operators, op.name).default
-    count = len(names(op.arguments))
+    name, plain = op.name, gradient.plain
+    places, incoming, conditional, required, kept, options, order = _layout(op, gradient)
+    arguments: type[tuple[Any, ...]] = op.arguments
+    constants = [at for at, field in enumerate(fields(arguments)) if field.kind is Tensor and at not in places]
+    single = len(op.results) == 1
 
     class EagerFunction(torch.autograd.Function):
-        # Without torch's own setup_context, before which it inspects the signature of forward on every call. Only what
-        # is trained is an argument of its own, because torch looks at each argument several times.
+        # What torch does with each argument and each result of such a function takes longer than what we do. So only
+        # what is trained is an argument of its own, and only what has a gradient is returned; `found` gets all results.
         @staticmethod
-        def forward(ctx: Any, values: list[Any], *trained: Tensor | None) -> Any:
+        def forward(ctx: Any, values: list[Any], found: list[Tensor], *trained: Tensor | None) -> Any:
             with below_autograd():
-                output = operator(*values)
-            passes.keep(ctx, tuple(values), output)
-            return output
+                results = (operator(*values),) if single else operator(*values)
+            ctx.save_for_backward(*kept((*values, *results)))
+            ctx.options = options(values)
+            ctx.set_materialize_grads(False)
+            found += results
+            exist = incoming[:-1] if conditional is not None and values[conditional] is None else incoming
+            return tuple([results[at] for at in exist])
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            needed = [False] * count
-            for place, wanted in zip(places, ctx.needs_input_grad[1:], strict=True):
-                needed[place] = wanted
-            return None, *passes.gradients(ctx, needed, grads)
+            needed = ctx.needs_input_grad[2:]
+            for at in required:
+                if grads[at] is None:
+                    return (None, None, *[None] * len(needed))
+            if len(grads) < len(incoming):
+                grads = (*grads, None)
+            with below_autograd():
+                got = backward_operator(*order((*grads, *ctx.saved_tensors, *ctx.options, *needed)))
+            gradients = [x if wanted else None for x, wanted in zip(_tuple(got), needed, strict=True)]
+            return None, None, *differentiable_once(name, plain, gradients)
+
+    # The `apply` that torch wraps around this one serves torch.func and defaults of arguments, which we have not.
+    apply = super(torch.autograd.Function, EagerFunction).apply
 
     def call(values: list[Any]) -> Any:
-        trained = [values[place] for place in places]
-        # In forward mode torch's function says that there is no such gradient; the kernel would drop it.
-        if forward_ad._current_level >= 0 or any(tensor is not None and tensor.requires_grad for tensor in trained):
-            return EagerFunction.apply(values, *trained)
-        with below_autograd():
-            return operator(*values)
+        trained = [values[at] for at in places]
+        if forward_ad._current_level >= 0:
+            refuse_forward_mode(name, plain, trained)
+        for tensor in trained if torch.is_grad_enabled() else ():
+            if tensor is not None and tensor.requires_grad:
+                break
+        else:
+            with below_autograd():
+                return operator(*values)
+        refuse_transforms(name, plain)
+        for at in constants:
+            tensor = values[at]
+            if tensor is not None and tensor.requires_grad:
+                values[at] = tensor.detach()  # which does not keep the graph behind it alive
+        results: list[Tensor] = []
+        apply(values, results, *trained)  # makes the results' graph: they are the same objects as what it returns
+        return results[0] if single else results
 
     return call
 
 
-def _places(op: Op[Any, Any], gradient: Gradient) -> list[int]:
-    """Where the arguments that have a gradient stand among the operator's."""
-    arguments = names(op.arguments)
-    return [arguments.index(name) for name in gradient.of]
+def _tuple(results: Any) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
 
 
-def _passes(op: Op[Any, Any], gradient: Gradient, operators: Any) -> _Passes:
-    operator = getattr(operators, f"{op.name}_backward").default
-    arguments = names(op.arguments)
-    known = (*arguments, *op.results)
-    sources: list[tuple[int, int]] = []
-    required: list[int] = []
-    kept: list[int] = []
-    options: list[int] = []
-    for name, kind, optional in fields(gradient.arguments):
-        if name.startswith("g_"):
-            at = op.results.index(name.removeprefix("g_"))
-            sources.append((_INCOMING, at))
-            required += [] if optional else [at]
-        elif name.startswith("wants_"):
-            sources.append((_WANTED, arguments.index(name.removeprefix("wants_"))))
-        elif kind is Tensor:
-            sources.append((_KEPT, len(kept)))
-            kept.append(known.index(name))
-        else:
-            sources.append((_OPTION, len(options)))
-            options.append(arguments.index(name))
-    incoming = {at for source, at in sources if source == _INCOMING}
-    constants = [at for at in range(len(op.results)) if at not in incoming]
-    only_with = [(op.results.index(result), arguments.index(name)) for result, name in gradient.only_with.items()]
-    places = _places(op, gradient)
+def differentiable_once(op: str, plain: bool, found: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The gradients, as functions of which none has a derivative where the backward pass is itself recorded.
 
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        results = output if isinstance(output, tuple) else (output,)
-        values = (*inputs, *results)
-        ctx.save_for_backward(*[values[at] for at in kept])
-        ctx.options = [values[at] for at in options]
-        missing = [at for at, argument in only_with if inputs[argument] is None]
-        ctx.mark_non_differentiable(*[results[at] for at in (*constants, *missing)])
-        ctx.set_materialize_grads(False)
+    Without this they would be constants there, and a second derivative would lack their part without a word. torch's
+    `once_differentiable` overlooks a gradient that came as a constant, and costs time in every backward pass.
 
-    def gradients(ctx: Any, needed: Sequence[bool], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-        if any(grads[at] is None for at in required):
-            return [None] * len(places)
-        found = grads, ctx.saved_tensors, ctx.options, needed
-        got = operator(*[found[source][at] for source, at in sources])
-        results = got if isinstance(got, tuple) else (got,)
-        return [result if needed[place] else None for place, result in zip(places, results, strict=True)]
+    Args:
+        op: the op's name.
+        plain: `Gradient.plain` of the op.
+        found: its gradients.
 
-    return _Passes(keep, gradients)
+    Returns:
+        the same gradients.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return found
+    leaves = [None if result is None else result.detach().requires_grad_() for result in found]
+    once: tuple[Tensor | None, ...] = _DifferentiableOnce.apply(op, plain, *leaves)
+    return once
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: str, plain: bool, *found: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.error = _no_derivative(op, plain, "no second derivatives (create_graph=True)")
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise ctx.error
+
+
+def refuse_transforms(op: str, plain: bool) -> None:
+    """Raises inside torch.func.grad, vmap and the like."""
+    if torch._C._are_functorch_transforms_active():
+        raise _no_derivative(op, plain, "no derivatives by torch.func, only by torch.autograd")
+
+
+def refuse_forward_mode(op: str, plain: bool, trained: Sequence[Tensor | None]) -> None:
+    """Raises where a tensor has a tangent: a result without one would say that nothing depends on the tensor."""
+    if forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in trained):
+        raise _no_derivative(op, plain, "no derivatives in forward mode")
+
+
+def _no_derivative(op: str, plain: bool, what: str) -> NoDerivative:
+    remedy = "pass impl='reference', which is plain torch" if plain else "no implementation of it has them"
+    return NoDerivative(f"{op} has {what}; {remedy}")
 
 
 # Calls the kernel directly and not the registered gradient, as torch.library itself does in its autograd function.

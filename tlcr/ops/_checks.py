@@ -1,20 +1,47 @@
 """Argument checks shared by every implementation of an op.
 
-They look at shapes, dtypes, devices and Python numbers only. Tensor values are never read on an accelerator: that would
-make the host wait for the device.
+They look at shapes, dtypes, layouts, devices and Python numbers only. Tensor values are never read on an accelerator:
+that would make the host wait for the device.
+
+`alike` and `is_mask` are all that a call costs whose arguments are in order. Where one says no, the other functions say
+what is wrong, or bring into form what is merely unusual.
 """
 
 import math
 import numbers
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tlcr.errors import ConfigError, DataError, ShapeError
 
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def alike(shape: torch.Size, device: torch.device, *tensors: Tensor | None) -> bool:
+    """Whether each of them, if it is given at all, is a float tensor of that shape on that device."""
+    for tensor in tensors:
+        if tensor is not None and (
+            not isinstance(tensor, Tensor)
+            or tensor.dtype not in FLOATS
+            or tensor.shape != shape
+            or tensor.device != device
+            or tensor.layout is not torch.strided
+        ):
+            return False
+    return True
+
+
+def is_mask(shape: torch.Size, device: torch.device, mask: Tensor) -> bool:
+    """Whether it is a bool tensor of that shape on that device."""
+    return (
+        isinstance(mask, Tensor)
+        and mask.dtype is torch.bool
+        and mask.shape == shape
+        and mask.device == device
+        and mask.layout is torch.strided
+    )
 
 
 def floating(op: str, **tensors: Tensor | None) -> None:
@@ -22,10 +49,12 @@ def floating(op: str, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise ShapeError(f"{op}: {name} is a {type(tensor).__name__}, wanted a torch.Tensor")
-        if not tensor.is_floating_point():
-            raise ShapeError(f"{op}: {name} has dtype {tensor.dtype}, wanted a float dtype; pass {name}.float()")
+        dense(op, name, tensor)
+        if tensor.dtype not in FLOATS:
+            raise ShapeError(
+                f"{op}: {name} has dtype {tensor.dtype}, wanted a float dtype ({', '.join(str(x)[6:] for x in FLOATS)})"
+                f"; pass {name}.float()"
+            )
 
 
 def integers(op: str, **tensors: Tensor | None) -> None:
@@ -33,16 +62,22 @@ def integers(op: str, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise ShapeError(f"{op}: {name} is a {type(tensor).__name__}, wanted a torch.Tensor")
-        if tensor.dtype not in _INTEGERS:
+        dense(op, name, tensor)
+        if tensor.dtype not in INTEGERS:
             raise ShapeError(f"{op}: {name} has dtype {tensor.dtype}, wanted integers; pass {name}.long()")
+
+
+def dense(op: str, name: str, tensor: Tensor) -> None:
+    """`tensor` must be a tensor of plain memory, with whatever strides."""
+    if not isinstance(tensor, Tensor):
+        raise ShapeError(f"{op}: {name} is a {type(tensor).__name__}, wanted a torch.Tensor")
+    if tensor.layout is not torch.strided:
+        raise ShapeError(f"{op}: {name} has layout {tensor.layout}, wanted a dense tensor; pass {name}.to_dense()")
 
 
 def dtype(op: str, name: str, tensor: Tensor, wanted: torch.dtype) -> None:
     """`tensor` must have that dtype and no other."""
-    if not isinstance(tensor, Tensor):
-        raise ShapeError(f"{op}: {name} is a {type(tensor).__name__}, wanted a torch.Tensor")
+    dense(op, name, tensor)
     if tensor.dtype != wanted:
         raise ShapeError(f"{op}: {name} has dtype {tensor.dtype}, wanted {wanted}")
 
@@ -85,9 +120,8 @@ def same_device(op: str, **tensors: Tensor | None) -> torch.device:
 
 def bool_mask(op: str, mask: Tensor, shape: torch.Size, like: str) -> Tensor:
     """`mask` as bool: True, or any integer but 0, counts."""
-    if not isinstance(mask, Tensor):
-        raise ShapeError(f"{op}: mask is a {type(mask).__name__}, wanted a bool torch.Tensor")
-    if mask.dtype != torch.bool and mask.dtype not in _INTEGERS:
+    dense(op, "mask", mask)
+    if mask.dtype != torch.bool and mask.dtype not in INTEGERS:
         raise ShapeError(f"{op}: mask has dtype {mask.dtype}, wanted bool (True counts); pass mask.bool()")
     same_shape(op, shape, like, mask=mask)
     return mask.bool()
@@ -106,7 +140,7 @@ def number(
 ) -> float:
     """`value` as a float, checked against `least <= value <= most` and `above < value < below`."""
     # Most are floats, and isinstance(value, Real) is slow.
-    if not isinstance(value, float) and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise ConfigError(f"{op}: {name} is a {type(value).__name__}, wanted a Python number")
     result = float(value)
     # Only comparisons: torch.compile can trace them, and they are false for a NaN.
@@ -120,6 +154,14 @@ def number(
     return result
 
 
+def pair(op: str, name: str, values: tuple[float, float], **bounds: float) -> tuple[float, float]:
+    """`values` as two floats within bounds, as of `number`."""
+    if not isinstance(values, tuple | list) or len(values) != 2:
+        raise ConfigError(f"{op}: {name} is {values!r}, wanted two Python numbers")
+    first, second = (number(op, f"{name}[{i}]", value, **bounds) for i, value in enumerate(values))  # type: ignore[arg-type]
+    return first, second
+
+
 def choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
     """`value` must be one of `choices`."""
     if value not in choices:
@@ -127,7 +169,7 @@ def choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def vocabulary_ids(op: str, token_ids: Tensor, vocabulary: int) -> None:
-    """Ids must lie in [0, V). Checked here on the CPU only; elsewhere, and when compiled, by the kernel."""
+    """Ids must lie in [0, V). On the CPU only; elsewhere, and when compiled, the kernel looks."""
     if token_ids.device.type != "cpu" or torch.compiler.is_compiling() or token_ids.numel() == 0:
         return
     low, high = (int(bound) for bound in torch.aminmax(token_ids))
@@ -139,27 +181,30 @@ def vocabulary_ids(op: str, token_ids: Tensor, vocabulary: int) -> None:
         )
 
 
-def cumulative_lengths(op: str, cu_seqlens: Tensor, tokens: int) -> None:
-    """Offsets of packed sequences: int32 (B + 1,), from 0, never descending, to `tokens` at most.
-
-    Their values are checked here on the CPU only; elsewhere, and when compiled, by the kernel.
-    """
+def cumulative_lengths(op: str, cu_seqlens: Tensor) -> None:
+    """Offsets of packed sequences must be int32 (B + 1,). Their values are another matter."""
     if not isinstance(cu_seqlens, Tensor):
         raise ShapeError(
             f"{op}: cu_seqlens is a {type(cu_seqlens).__name__}, wanted a torch.Tensor of int32 (B + 1,); pass "
             "torch.tensor(cu_seqlens, dtype=torch.int32)"
         )
+    dense(op, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
         raise ShapeError(
             f"{op}: cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, wanted int32 (B + 1,), "
             "the cumulative lengths with a leading 0"
         )
+
+
+def offsets_within(op: str, cu_seqlens: Tensor, tokens: int) -> None:
+    """Offsets must begin with 0, never descend, and end at `tokens` or before. On the CPU only; elsewhere, and when
+    compiled, the kernel looks."""
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
     offsets = cu_seqlens.numpy()
     if offsets[0] != 0:
         problem = f"begins with {offsets[0]}"
-    elif not _ascends(offsets):
+    elif not (offsets[1:] >= offsets[:-1]).all():
         descent = int((offsets[1:] < offsets[:-1]).argmax())
         problem = f"goes from {offsets[descent]} down to {offsets[descent + 1]}"
     elif offsets[-1] > tokens:
@@ -170,10 +215,3 @@ def cumulative_lengths(op: str, cu_seqlens: Tensor, tokens: int) -> None:
         f"{op}: cu_seqlens {problem}, wanted offsets that begin with 0, never descend and end at {tokens} (N) or "
         "before; from lengths: torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()"
     )
-
-
-def _ascends(offsets: NDArray[np.int32]) -> bool:
-    if len(offsets) > 256:
-        return bool((offsets[1:] >= offsets[:-1]).all())
-    numbers = offsets.tolist()  # for a few numbers, calls of numpy cost more than the comparisons
-    return numbers == sorted(numbers)

@@ -10,6 +10,7 @@ kernels on the CPU, which only its interpreter can run, live in ``tlcr_interpret
 device.
 """
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tlcr.ops._autograd import autograd, below_autograd, eager_function
-from tlcr.ops._spec import ArgumentsT, Op, ResultT, fields, flat, takes
+from tlcr.ops._spec import ArgumentsT, Op, ResultT, fields, flattening, takes
 
 NAMESPACE, INTERPRETED = "tlcr", "tlcr_interpreted"
 
@@ -72,35 +73,72 @@ def _register_triton(library: torch.library.Library, op: Op[Any, Any], module: s
 def _imported_when_called(module: str, function: str) -> Callable[..., Any]:
     """Importing Triton is slow, so it is imported when the first of its kernels runs."""
 
-    def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), function)(*args)
+    @functools.cache
+    def imported() -> Any:
+        return getattr(importlib.import_module(module), function)
+
+    return lambda *values: imported()(*values)
+
+
+# The values that a Triton kernel can be called with. Tensors of another class are for torch to unwrap.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, float, int, bool, type(None)))
+
+
+def _unless_watched(operator: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls a kernel that is a Python function without its operator, which would take as long as all else that the
+    host does, unless there is someone who wants to see the operator: a mode, a transform or a class of tensor."""
+
+    def call(*values: Any) -> Any:
+        watched = torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+        return operator(*values) if watched or not _PLAIN.issuperset(map(type, values)) else kernel(*values)
 
     return call
 
 
-def implementation(op: Op[ArgumentsT, ResultT], namespace: str) -> Callable[[ArgumentsT], ResultT]:
-    """The op by its operator. torch takes the kernel of the tensors' device."""
-    operators = getattr(torch.ops, namespace)
-    operator = getattr(operators, op.name).default
-    function = None if op.gradient is None else eager_function(op, op.gradient, operators)
+def implementation(op: Op[ArgumentsT, ResultT], namespace: str, impl: str) -> Callable[[ArgumentsT], ResultT]:
+    """The op by its operator. torch takes the kernel of the tensors' device.
+
+    Args:
+        op: the op.
+        namespace: that of the operator.
+        impl: "triton" if the kernel is a function in Python.
+
+    Returns:
+        a function of checked arguments.
+    """
+    operator, *backward = [getattr(getattr(torch.ops, namespace), operator.name).default for operator in op.operators]
+    # What the overload's own call passes on to. On this way are no keyword arguments, which it takes apart.
+    forward, *backward = [overload._op for overload in (operator, *backward)]
+    if impl == "triton" and op.triton is not None:
+        kernels = [_imported_when_called(op.triton, operator.name) for operator in op.operators]
+        forward, *backward = map(_unless_watched, (forward, *backward), kernels)
+    function = None if op.gradient is None else eager_function(op, op.gradient, forward, *backward)
     trained = () if op.gradient is None else op.gradient.of
     tensors = [(at, name) for at, (name, kind, _) in enumerate(fields(op.arguments)) if kind is Tensor]
     constants = [at for at, name in tensors if name not in trained]
+    flat = flattening(op.arguments)
 
-    def run(arguments: ArgumentsT) -> ResultT:
-        values = flat(arguments)
+    def traced(values: list[Any]) -> Any:
         # Results without a gradient are marked as constants: torch would otherwise expect gradients that do not exist.
         for at in constants:
-            tensor = values[at]
-            if tensor is not None and tensor.requires_grad:
-                values[at] = tensor.detach()
-        if function is None or torch.compiler.is_compiling():
-            results = operator(*values)
-        elif torch.is_grad_enabled():
-            results = function(values)
-        else:
-            with below_autograd():
-                results = operator(*values)
-        return op.result(arguments, results)
+            if values[at] is not None and values[at].requires_grad:
+                values[at] = values[at].detach()
+        return operator(*values)
+
+    def run(given: ArgumentsT) -> ResultT:
+        values = flat(given)
+        if torch.compiler.is_compiling():
+            return op.result(given, traced(values))
+        try:
+            if function is not None:
+                results = function(values)
+            else:
+                with below_autograd():
+                    results = forward(*values)
+        except Exception:
+            if op.read is not None:
+                op.read(given)  # says it better
+            raise
+        return op.result(given, results)
 
     return run

@@ -76,12 +76,23 @@ def _wrong_device(wanted: str, device_type: str) -> str | None:
 
 
 def _find(op: Op[ArgumentsT, ResultT], impl: str, device_type: str) -> Callable[[ArgumentsT], ResultT]:
-    if impl == "reference":
-        return op.reference
     interpreted = impl == "triton" and device_type == "cpu"
-    return _library.implementation(op, _library.INTERPRETED if interpreted else _library.NAMESPACE)
+    if impl == "reference":
+        run = op.reference
+    else:
+        run = _library.implementation(op, _library.INTERPRETED if interpreted else _library.NAMESPACE, impl)
+    looks_itself = impl == "cpp" or device_type == "cuda"
+    return run if op.read is None or looks_itself else _after(op.read, run)
 
 
 def devices() -> tuple[str, ...]:
     """The kinds of device that torch sees here."""
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def _after(read: Callable[[ArgumentsT], None], run: Callable[[ArgumentsT], ResultT]) -> Callable[[ArgumentsT], ResultT]:
+    def read_and_run(arguments: ArgumentsT) -> ResultT:
+        read(arguments)
+        return run(arguments)
+
+    return read_and_run

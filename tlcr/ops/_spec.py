@@ -10,7 +10,7 @@ Derived from an `Op`: the torch operators with their schemas, fakes and Triton k
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
@@ -44,11 +44,13 @@ class Gradient:
     absent: str | None = None
     """The gradient of an argument that was not given has no elements, and the dtype of this argument."""
     only_with: Mapping[str, str] = field(default_factory=dict)
-    """Results that exist, and so have a gradient, only where an optional argument is given."""
+    """A result that exists, and so has a gradient, only where an optional argument is given: at most one."""
+    plain: bool = True
+    """Whether the reference is plain torch, which has all other derivatives too."""
 
     def fake(self, arguments: tuple[Any, ...]) -> Any:
         """What the operator returns, in shapes and dtypes."""
-        values = dict(zip(names(self.arguments), flat(arguments), strict=True))
+        values = dict(zip(names(self.arguments), flattening(self.arguments)(arguments), strict=True))
         gradients = []
         for name in self.of:
             like = values[name] if values[name] is not None else values[self.absent or name]
@@ -72,7 +74,7 @@ class Op(Generic[ArgumentsT, ResultT]):
     door: Callable[..., ResultT]
     """The function that users call. It checks what it is given and then calls this object."""
     arguments: type[ArgumentsT]
-    """What every implementation takes: checked, masks as bool."""
+    """What every implementation takes: checked, masks as bool, numbers as float."""
     results: tuple[str, ...]
     """The tensors that the torch operator returns. One that does not exist in a call has no elements."""
     reference: Callable[[ArgumentsT], ResultT]
@@ -91,6 +93,9 @@ class Op(Generic[ArgumentsT, ResultT]):
     """The module of the Triton kernels, one function per operator. An op has these for GPUs or `cuda`, not both."""
     cuda: bool = False
     """Whether the extension has kernels for GPUs. Without either, the op runs there as its specification."""
+    read: Callable[[ArgumentsT], None] | None = None
+    """Raises `DataError` for a value of a tensor that is out of range, on the CPU only. C++ kernels look themselves,
+    and this says what they found; other implementations run after it."""
     implementations: dict[tuple[str, str], Callable[[ArgumentsT], ResultT]] = field(default_factory=dict, init=False)
     """What can run here, by its name ("auto" is one) and the kind of device. `_registry` fills it."""
     reasons: dict[tuple[str, str], str] = field(default_factory=dict, init=False)
@@ -129,9 +134,11 @@ class Op(Generic[ArgumentsT, ResultT]):
             ConfigError: no implementation has this name.
             BackendUnavailable: it has one that cannot run here.
         """
-        kind = device.type
         # A call only looks this up, because torch.compile traces this function.
-        key = impl, kind if kind in DEVICES else OTHER_DEVICE
+        implementation = self.implementations.get((impl, device.type))
+        if implementation is not None:
+            return implementation(arguments)
+        key = impl, device.type if device.type in DEVICES else OTHER_DEVICE
         if key in self.implementations:
             return self.implementations[key](arguments)
         if impl not in IMPLS:
@@ -169,35 +176,70 @@ def names(arguments: type[tuple[Any, ...]]) -> tuple[str, ...]:
     return tuple(argument.name for argument in fields(arguments))
 
 
-def flat(arguments: tuple[Any, ...]) -> list[Any]:
-    """The values one by one, as torch operators take them."""
-    values: list[Any] = []
-    for value in arguments:
-        if isinstance(value, tuple):
-            values += flat(value)
-        else:
-            values.append(value)
-    return values
+class _Run(NamedTuple):
+    """Values in a row that are single arguments, or all those of one group."""
 
-
-def grouped(arguments: type[ArgumentsT], values: Iterator[Any]) -> ArgumentsT:
-    """The NamedTuple from its values one by one."""
-    return arguments(*(next(values) if group is None else grouped(group, values) for group in _groups(arguments)))
+    at: int
+    """The first one's place in the NamedTuple, and ..."""
+    begin: int
+    """... among the values one by one."""
+    length: int
+    group: type[tuple[Any, ...]] | None
 
 
 @functools.cache
-def _groups(arguments: type[tuple[Any, ...]]) -> tuple[type[tuple[Any, ...]] | None, ...]:
-    """By field of a NamedTuple, the NamedTuple of a group, and None of a single argument."""
-    return tuple(hint if _is_group(hint) else None for hint in get_type_hints(arguments).values())
+def _runs(arguments: type[tuple[Any, ...]]) -> tuple[_Run, ...]:
+    runs: list[_Run] = []
+    begin = 0
+    for at, hint in enumerate(get_type_hints(arguments).values()):
+        group = hint if _is_group(hint) else None
+        count = len(fields(group)) if group else 1
+        if group is None and runs and runs[-1].group is None:
+            runs[-1] = runs[-1]._replace(length=runs[-1].length + 1)
+        else:
+            runs.append(_Run(at, begin, count, group))
+        begin += count
+    return tuple(runs)
+
+
+def flattening(arguments: type[tuple[Any, ...]]) -> Callable[[tuple[Any, ...]], list[Any]]:
+    """The function that lists the values of such arguments one by one, as torch operators take them."""
+    runs = [(run.at, run.at + run.length, flattening(run.group) if run.group else None) for run in _runs(arguments)]
+
+    def flat(values: tuple[Any, ...]) -> list[Any]:
+        found: list[Any] = []
+        for at, end, members in runs:
+            found += values[at:end] if members is None else members(values[at])
+        return found
+
+    return flat
+
+
+def grouping(arguments: type[ArgumentsT]) -> Callable[[Sequence[Any]], ArgumentsT]:
+    """The function that makes such arguments from their values one by one."""
+    runs = [(run.begin, run.begin + run.length, grouping(run.group) if run.group else None) for run in _runs(arguments)]
+
+    def grouped(values: Sequence[Any]) -> ArgumentsT:
+        found: list[Any] = []
+        for begin, end, group in runs:
+            if group is None:
+                found += values[begin:end]
+            else:
+                found.append(group(values[begin:end]))
+        return arguments(*found)
+
+    return grouped
 
 
 def takes(arguments: type[ArgumentsT]) -> Callable[[Callable[[ArgumentsT], ResultT]], Callable[..., ResultT]]:
     """Turn a function of a NamedTuple into one of single values, which torch passes to the kernel of an operator."""
 
     def decorate(function: Callable[[ArgumentsT], ResultT]) -> Callable[..., ResultT]:
+        grouped = grouping(arguments)
+
         @functools.wraps(function)
         def call(*values: Any) -> ResultT:
-            return function(grouped(arguments, iter(values)))
+            return function(grouped(values))
 
         return call
 

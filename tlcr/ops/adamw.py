@@ -73,7 +73,7 @@ def adamw_step(
     device = _checks.same_device(op, **given)
     if isinstance(step, bool) or not isinstance(step, int) or step < 1:
         raise ConfigError(f"{op}: step is {step!r}, wanted the number of this step, an int from 1")
-    beta1, beta2 = (_checks.number(op, f"betas[{i}]", beta, least=0, below=1) for i, beta in enumerate(betas))
+    beta1, beta2 = _checks.pair(op, "betas", betas, least=0, below=1)
     learning_rate = _checks.number(op, "learning_rate", learning_rate, least=0)
     eps = _checks.number(op, "eps", eps, least=0)
     weight_decay = _checks.number(op, "weight_decay", weight_decay, least=0)

@@ -66,23 +66,57 @@ def fused_gae(
         DataError: cu_seqlens are not cumulative lengths within N.
         ConfigError: gamma or lam lies outside [0, 1].
     """
+    arguments = GAEArguments(rewards, values, mask, gamma, lam, bool(whiten), cu_seqlens)
+    device = _device_if_ready(arguments)
+    if device is None:
+        device, arguments = _checked(arguments)
+    return FUSED_GAE(impl, device, arguments)
+
+
+def _device_if_ready(a: GAEArguments) -> torch.device | None:
+    """The device of the tensors if everything is as implementations take it. All that most calls pay for checks."""
+    rewards, values, mask, gamma, lam, _, cu_seqlens = a
+    if cu_seqlens is not None or not isinstance(rewards, Tensor) or type(gamma) is not float or type(lam) is not float:
+        return None
+    shape, device = rewards.shape, rewards.device
+    ready = (
+        len(shape) == 2
+        and values is not None
+        and _checks.alike(shape, device, rewards, values)
+        and (mask is None or _checks.is_mask(shape, device, mask))
+        and 0.0 <= gamma <= 1.0
+        and 0.0 <= lam <= 1.0
+    )
+    return device if ready else None
+
+
+def _checked(a: GAEArguments) -> tuple[torch.device, GAEArguments]:
+    """Raises what is wrong, or brings the arguments into the form that implementations take."""
     op = "fused_gae"
-    _checks.floating(op, rewards=rewards, values=values)
-    if cu_seqlens is None:
+    rewards, mask = a.rewards, a.mask
+    for name, required in (("rewards", rewards), ("values", a.values)):
+        _checks.dense(op, name, required)
+    _checks.floating(op, rewards=rewards, values=a.values)
+    if a.cu_seqlens is None:
         if rewards.ndim != 2:
             raise ShapeError(
                 f"{op}: rewards has shape {tuple(rewards.shape)}, wanted (B, T), or packed (N,) with cu_seqlens"
             )
     else:
         _checks.axes(op, "rewards (with cu_seqlens)", rewards, "N")
-        _checks.cumulative_lengths(op, cu_seqlens, rewards.shape[0])
-    _checks.same_shape(op, rewards.shape, "rewards", values=values)
+        _checks.cumulative_lengths(op, a.cu_seqlens)
+    _checks.same_shape(op, rewards.shape, "rewards", values=a.values)
     if mask is not None:
         mask = _checks.bool_mask(op, mask, rewards.shape, "rewards")
-    device = _checks.same_device(op, rewards=rewards, values=values, mask=mask, cu_seqlens=cu_seqlens)
-    gamma = _checks.number(op, "gamma", gamma, least=0, most=1)
-    lam = _checks.number(op, "lam", lam, least=0, most=1)
-    return FUSED_GAE(impl, device, GAEArguments(rewards, values, mask, gamma, lam, bool(whiten), cu_seqlens))
+    device = _checks.same_device(op, rewards=rewards, values=a.values, mask=mask, cu_seqlens=a.cu_seqlens)
+    gamma = _checks.number(op, "gamma", a.gamma, least=0, most=1)
+    lam = _checks.number(op, "lam", a.lam, least=0, most=1)
+    return device, a._replace(mask=mask, gamma=gamma, lam=lam)
+
+
+def _read(a: GAEArguments) -> None:
+    if a.cu_seqlens is not None:
+        _checks.offsets_within("fused_gae", a.cu_seqlens, a.rewards.shape[0])
 
 
 @torch.no_grad()
@@ -171,7 +205,9 @@ def _whiten(advantages: Tensor, mask: Tensor) -> Tensor:
     centred = torch.where(mask, centred - centred.sum() / count, 0.0)
     deviation = (centred.square().sum() / count).sqrt()
     floor = WHITEN_FLOOR * torch.finfo(advantages.dtype).eps * mean.abs()
-    return torch.where(deviation <= floor, torch.zeros_like(centred), centred / deviation)
+    whitened = torch.where(deviation <= floor, torch.zeros_like(centred), centred / deviation)
+    # A deviation that is NaN or infinite is that of the counted advantages, and stays with them.
+    return torch.where(mask, whitened, 0.0)
 
 
 def _fake(arguments: GAEArguments) -> tuple[Tensor, Tensor]:
@@ -186,6 +222,7 @@ FUSED_GAE = Op(
     results=("advantages", "returns"),
     reference=_reference,
     fake=_fake,
+    read=_read,
     cpp=True,
     triton="tlcr.kernels.gae",
 )

@@ -1,5 +1,6 @@
 """Layers of a transformer that torch has no single operation for: `rms_norm` and `gated_silu`."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -42,16 +43,37 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, impl: Impl = "auto") -> T
     Returns:
         (..., H) in x's dtype.
     """
+    if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or not _norm_is_ready(x, weight, eps):
+        eps = _checked_norm(x, weight, eps)
+    return RMS_NORM(impl, x.device, RMSNormArguments(x, weight, eps))
+
+
+def _norm_is_ready(x: Tensor, weight: Tensor, eps: float) -> bool:
+    """Whether everything is as implementations take it. All that most calls pay for checks."""
+    shape, device = x.shape, x.device
+    return (
+        len(shape) > 0
+        and x.dtype is weight.dtype
+        and _checks.alike(shape, device, x)
+        and _checks.alike(shape[-1:], device, weight)
+        and type(eps) is float
+        and 0.0 <= eps < math.inf
+    )
+
+
+def _checked_norm(x: Tensor, weight: Tensor, eps: float) -> float:
+    """Raises what is wrong, or returns eps as a float."""
     op = "rms_norm"
+    _checks.dense(op, "x", x)
+    _checks.dense(op, "weight", weight)
     _checks.floating(op, x=x, weight=weight)
     if x.ndim == 0 or weight.shape != x.shape[-1:]:
         raise ShapeError(
             f"{op}: weight has shape {tuple(weight.shape)} and x {tuple(x.shape)}, wanted (H,) and (..., H)"
         )
     _checks.dtype(op, "weight", weight, x.dtype)
-    device = _checks.same_device(op, x=x, weight=weight)
-    eps = _checks.number(op, "eps", eps, least=0)
-    return RMS_NORM(impl, device, RMSNormArguments(x, weight, eps))
+    _checks.same_device(op, x=x, weight=weight)
+    return _checks.number(op, "eps", eps, least=0)
 
 
 def _reference_norm(arguments: RMSNormArguments) -> Tensor:
@@ -104,12 +126,25 @@ def gated_silu(gate: Tensor, up: Tensor, *, impl: Impl = "auto") -> Tensor:
     Returns:
         the same shape and dtype.
     """
+    ready = (
+        isinstance(gate, Tensor)
+        and up is not None
+        and _checks.alike(gate.shape, gate.device, gate, up)
+        and gate.dtype is up.dtype
+    )
+    if not ready:
+        _check_gate(gate, up)
+    return GATED_SILU(impl, gate.device, GatedSiLUArguments(gate, up))
+
+
+def _check_gate(gate: Tensor, up: Tensor) -> None:
     op = "gated_silu"
+    _checks.dense(op, "gate", gate)
+    _checks.dense(op, "up", up)
     _checks.floating(op, gate=gate, up=up)
     _checks.same_shape(op, gate.shape, "gate", "pass two projections of the same hidden states", up=up)
     _checks.dtype(op, "up", up, gate.dtype)
-    device = _checks.same_device(op, gate=gate, up=up)
-    return GATED_SILU(impl, device, GatedSiLUArguments(gate, up))
+    _checks.same_device(op, gate=gate, up=up)
 
 
 GATED_SILU = Op(

@@ -1,5 +1,6 @@
 """`ppo_loss`: the losses of PPO with a reward for every token."""
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -119,52 +120,130 @@ def ppo_loss(
     Returns:
         `PPOLoss`: scalars on the device; only `loss` carries a gradient.
     """
+    _checks.choice("ppo_loss", "aggregate", aggregate, ("token", "sequence"))
+    inputs = PPOInputs(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        clip,
+        clip if clip_high is None else clip_high,
+        dual_clip,
+        values,
+        old_values,
+        returns,
+        value_clip,
+        value_coef,
+        entropy,
+        entropy_coef,
+        kl,
+        kl_coef,
+    )
+    number, tensor = (None, denominator) if isinstance(denominator, Tensor) else (denominator, None)
+    arguments = PPOArguments(inputs, aggregate == "sequence", number, tensor)
+    device = _device_if_ready(arguments)
+    if device is None:
+        device, arguments = _checked(arguments)
+    return PPO_LOSS(impl, device, arguments)
+
+
+def _device_if_ready(arguments: PPOArguments) -> torch.device | None:
+    """The device of the tensors if everything is as implementations take it. All that most calls pay for checks."""
+    inputs, _, denominator, denominator_tensor = arguments
+    (
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        clip,
+        clip_high,
+        dual_clip,
+        values,
+        old_values,
+        returns,
+        value_clip,
+        value_coef,
+        entropy,
+        entropy_coef,
+        kl,
+        kl_coef,
+    ) = inputs
+    if not isinstance(logprobs, Tensor) or old_logprobs is None or advantages is None:
+        return None
+    shape, device = logprobs.shape, logprobs.device
+    ready = (
+        len(shape) == 2
+        and _checks.alike(shape, device, logprobs, old_logprobs, advantages, values, old_values, returns, entropy, kl)
+        and _checks.is_mask(shape, device, mask)
+        and type(clip) is type(clip_high) is type(value_coef) is type(entropy_coef) is type(kl_coef) is float
+        and 0.0 <= clip < math.inf
+        and 0.0 <= clip_high < math.inf
+        and -math.inf < value_coef < math.inf
+        and -math.inf < entropy_coef < math.inf
+        and -math.inf < kl_coef < math.inf
+        and (dual_clip is None or (type(dual_clip) is float and 1.0 < dual_clip < math.inf))
+        and (value_clip is None or (type(value_clip) is float and value_clip > 0.0))
+        and (
+            (old_values is None and returns is None)
+            if values is None
+            else (returns is not None and (value_clip is None or old_values is not None))
+        )
+        and (entropy is not None or entropy_coef == 0.0)
+        and (kl is not None or kl_coef == 0.0)
+        and (denominator is None or (type(denominator) is float and 0.0 < denominator < math.inf))
+        and denominator_tensor is None
+    )
+    return device if ready else None
+
+
+def _checked(arguments: PPOArguments) -> tuple[torch.device, PPOArguments]:
+    """Raises what is wrong, or brings the arguments into the form that implementations take."""
     op = "ppo_loss"
+    a, per_sequence, denominator, denominator_tensor = arguments
+    for name, required in (("logprobs", a.logprobs), ("old_logprobs", a.old_logprobs), ("advantages", a.advantages)):
+        _checks.dense(op, name, required)
     per_token = {
-        "old_logprobs": old_logprobs,
-        "advantages": advantages,
-        "values": values,
-        "old_values": old_values,
-        "returns": returns,
-        "entropy": entropy,
-        "kl": kl,
+        "old_logprobs": a.old_logprobs,
+        "advantages": a.advantages,
+        "values": a.values,
+        "old_values": a.old_values,
+        "returns": a.returns,
+        "entropy": a.entropy,
+        "kl": a.kl,
     }
-    _checks.floating(op, logprobs=logprobs, **per_token)
-    _checks.axes(op, "logprobs", logprobs, "B, T")
-    _checks.same_shape(op, logprobs.shape, "logprobs", **per_token)
-    mask = _checks.bool_mask(op, mask, logprobs.shape, "logprobs")
-    _checks.choice(op, "aggregate", aggregate, ("token", "sequence"))
-    clip = _checks.number(op, "clip", clip, least=0)
-    clip_high = clip if clip_high is None else _checks.number(op, "clip_high", clip_high, least=0)
-    if dual_clip is not None:
-        dual_clip = _checks.number(op, "dual_clip", dual_clip, above=1)
-    if value_clip is not None:
-        value_clip = _checks.number(op, "value_clip", value_clip, above=0, finite=False)
-    value_coef = _checks.number(op, "value_coef", value_coef)
-    entropy_coef = _checks.number(op, "entropy_coef", entropy_coef)
-    kl_coef = _checks.number(op, "kl_coef", kl_coef)
-    if values is None and (old_values is not None or returns is not None):
+    _checks.floating(op, logprobs=a.logprobs, **per_token)
+    _checks.axes(op, "logprobs", a.logprobs, "B, T")
+    _checks.same_shape(op, a.logprobs.shape, "logprobs", **per_token)
+    a = a._replace(
+        mask=_checks.bool_mask(op, a.mask, a.logprobs.shape, "logprobs"),
+        clip=_checks.number(op, "clip", a.clip, least=0),
+        clip_high=_checks.number(op, "clip_high", a.clip_high, least=0),
+        dual_clip=None if a.dual_clip is None else _checks.number(op, "dual_clip", a.dual_clip, above=1),
+        value_clip=(
+            None if a.value_clip is None else _checks.number(op, "value_clip", a.value_clip, above=0, finite=False)
+        ),
+        value_coef=_checks.number(op, "value_coef", a.value_coef),
+        entropy_coef=_checks.number(op, "entropy_coef", a.entropy_coef),
+        kl_coef=_checks.number(op, "kl_coef", a.kl_coef),
+    )
+    if a.values is None and (a.old_values is not None or a.returns is not None):
         raise ConfigError(f"{op}: old_values or returns is given but values is missing; pass values or neither")
-    if values is not None and returns is None:
+    if a.values is not None and a.returns is None:
         raise ConfigError(f"{op}: values is given but returns is missing; pass the returns that fused_gae gives")
-    if values is not None and value_clip is not None and old_values is None:
-        raise ConfigError(f"{op}: value_clip is {value_clip:g} but old_values is missing; pass it or value_clip=None")
-    for name, coefficient, tensor in (("entropy", entropy_coef, entropy), ("kl", kl_coef, kl)):
+    if a.values is not None and a.value_clip is not None and a.old_values is None:
+        raise ConfigError(f"{op}: value_clip is {a.value_clip:g} but old_values is missing; pass it or value_clip=None")
+    for name, coefficient, tensor in (("entropy", a.entropy_coef, a.entropy), ("kl", a.kl_coef, a.kl)):
         if coefficient != 0 and tensor is None:
             raise ConfigError(f"{op}: {name}_coef is {coefficient:g} but {name} is missing; pass it or {name}_coef=0")
-    if isinstance(denominator, Tensor):
-        if denominator.numel() != 1:
-            raise ShapeError(f"{op}: denominator has shape {tuple(denominator.shape)}, wanted one element")
-        denominator = denominator.reshape(())
+    if denominator_tensor is not None:
+        _checks.dense(op, "denominator", denominator_tensor)
+        if denominator_tensor.numel() != 1:
+            raise ShapeError(f"{op}: denominator has shape {tuple(denominator_tensor.shape)}, wanted one element")
+        denominator_tensor = denominator_tensor.reshape(())
     elif denominator is not None:
         denominator = _checks.number(op, "denominator", denominator, above=0)
-    count = denominator if isinstance(denominator, Tensor) else None
-    device = _checks.same_device(op, logprobs=logprobs, mask=mask, denominator=count, **per_token)
-    policy = logprobs, old_logprobs, advantages, mask, clip, clip_high, dual_clip
-    value = values, old_values, returns, value_clip, value_coef
-    inputs = PPOInputs(*policy, *value, entropy, entropy_coef, kl, kl_coef)
-    number = None if isinstance(denominator, Tensor) else denominator
-    return PPO_LOSS(impl, device, PPOArguments(inputs, aggregate == "sequence", number, count))
+    device = _checks.same_device(op, logprobs=a.logprobs, mask=a.mask, denominator=denominator_tensor, **per_token)
+    return device, PPOArguments(a, per_sequence, denominator, denominator_tensor)
 
 
 def _reference(arguments: PPOArguments) -> PPOLoss:

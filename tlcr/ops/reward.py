@@ -1,6 +1,7 @@
 """The dense reward of every token: `fused_reward` from a discriminator's logits, `reward_from_hidden` from its hidden
 states, in one step."""
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -82,6 +83,34 @@ def fused_reward(
     Returns:
         rewards (B, T), without a gradient.
     """
+    _checks.choice("fused_reward", "kind", kind, ("continuous", "discrete"))
+    options = RewardOptions(kl, kl_coef, terminal, temperature, scale, clip, kind == "discrete", band)
+    device = _device_if_ready(logits, mask, options)
+    if device is None:
+        device, logits, mask, options = _checked(logits, mask, options)
+    return FUSED_REWARD(impl, device, RewardArguments(logits, mask, options))
+
+
+def _device_if_ready(logits: Tensor, mask: Tensor, options: RewardOptions) -> torch.device | None:
+    """The device of the tensors if everything is as implementations take it. All that most calls pay for checks."""
+    if not isinstance(logits, Tensor) or not isinstance(mask, Tensor):
+        return None
+    shape, shape_BT, device = logits.shape, mask.shape, logits.device
+    ready = (
+        logits.ndim == 3
+        and shape[:-1] == shape_BT
+        and 2 <= shape[-1] <= 3
+        and _checks.alike(shape, device, logits)
+        and _checks.is_mask(shape_BT, device, mask)
+        and _options_are_ready(options, shape_BT, device)
+    )
+    return device if ready else None
+
+
+def _checked(
+    logits: Tensor, mask: Tensor, options: RewardOptions
+) -> tuple[torch.device, Tensor, Tensor, RewardOptions]:
+    """Raises what is wrong, or brings the arguments into the form that implementations take."""
     op = "fused_reward"
     _checks.floating(op, logits=logits)
     _checks.axes(op, "logits", logits, "B, T, C")
@@ -92,9 +121,9 @@ def fused_reward(
         )
     shape_BT = logits.shape[:-1]
     mask = _checks.bool_mask(op, mask, shape_BT, "logits' first two axes")
-    options = _options(op, shape_BT, kl, kl_coef, terminal, temperature, scale, clip, kind, band)
-    device = _checks.same_device(op, logits=logits, mask=mask, kl=kl, terminal=terminal)
-    return FUSED_REWARD(impl, device, RewardArguments(logits, mask, options))
+    options = _checked_options(op, options, shape_BT)
+    device = _checks.same_device(op, logits=logits, mask=mask, kl=options.kl, terminal=options.terminal)
+    return device, logits, mask, options
 
 
 @torch.no_grad()
@@ -171,6 +200,7 @@ def reward_from_hidden(
         rewards (B, T), without a gradient.
     """
     op = "reward_from_hidden"
+    _checks.choice(op, "kind", kind, ("continuous", "discrete"))
     _checks.floating(op, hidden=hidden, weight=weight, bias=bias)
     _checks.axes(op, "hidden", hidden, "B, T, H")
     if weight.ndim != 2 or weight.shape[0] not in (2, 3) or weight.shape[1] != hidden.shape[-1]:
@@ -180,8 +210,9 @@ def reward_from_hidden(
         )
     _checks.same_shape(op, weight.shape[:1], "weight's classes", "pass the bias of that head", bias=bias)
     shape_BT = hidden.shape[:-1]
-    mask = _checks.bool_mask(op, mask, shape_BT, "hidden' first two axes")
-    options = _options(op, shape_BT, kl, kl_coef, terminal, temperature, scale, clip, kind, band)
+    mask = _checks.bool_mask(op, mask, shape_BT, "hidden's first two axes")
+    options = RewardOptions(kl, kl_coef, terminal, temperature, scale, clip, kind == "discrete", band)
+    options = _checked_options(op, options, shape_BT)
     device = _checks.same_device(op, hidden=hidden, weight=weight, bias=bias, mask=mask, kl=kl, terminal=terminal)
     return REWARD_FROM_HIDDEN(impl, device, HiddenRewardArguments(hidden, weight, mask, bias, options))
 
@@ -215,35 +246,37 @@ REWARD_FROM_HIDDEN = Op(
 )
 
 
-def _options(
-    op: str,
-    shape_BT: torch.Size,
-    kl: Tensor | None,
-    kl_coef: float,
-    terminal: Tensor | None,
-    temperature: float,
-    scale: float,
-    clip: float | None,
-    kind: str,
-    band: float,
-) -> RewardOptions:
-    """The options of both ops, checked."""
-    _checks.floating(op, kl=kl, terminal=terminal)
-    _checks.same_shape(op, shape_BT, "mask", kl=kl)
-    _checks.same_shape(op, shape_BT[:1], "the batch axis", "pass one value for each answer", terminal=terminal)
-    _checks.choice(op, "kind", kind, ("continuous", "discrete"))
-    options = RewardOptions(
-        kl,
-        _checks.number(op, "kl_coef", kl_coef),
-        terminal,
-        _checks.number(op, "temperature", temperature, above=0),
-        _checks.number(op, "scale", scale),
-        None if clip is None else _checks.number(op, "clip", clip, above=0, finite=False),
-        kind == "discrete",
-        _checks.number(op, "band", band, least=0, most=1),
+def _options_are_ready(a: RewardOptions, shape_BT: torch.Size, device: torch.device) -> bool:
+    kl, kl_coef, terminal, temperature, scale, clip, discrete, band = a
+    return (
+        type(kl_coef) is type(temperature) is type(scale) is type(band) is float
+        and -math.inf < kl_coef < math.inf
+        and 0.0 < temperature < math.inf
+        and -math.inf < scale < math.inf
+        and (band == 0.0 or (discrete and 0.0 < band <= 1.0))
+        and (clip is None or (type(clip) is float and clip > 0.0))
+        and (_checks.alike(shape_BT, device, kl) if kl is not None else kl_coef == 0.0)
+        and (terminal is None or _checks.alike(shape_BT[:1], device, terminal))
     )
-    if kl is None and kl_coef != 0:
-        raise ConfigError(f"{op}: kl_coef is {kl_coef:g} but kl is missing; pass kl (B, T) or kl_coef=0")
-    if band != 0 and kind != "discrete":
-        raise ConfigError(f"{op}: band is {band:g} but kind is {kind!r}; pass kind='discrete' or band=0")
+
+
+def _checked_options(op: str, a: RewardOptions, shape_BT: torch.Size) -> RewardOptions:
+    """The options of both ops, checked, with numbers as float."""
+    _checks.floating(op, kl=a.kl, terminal=a.terminal)
+    _checks.same_shape(op, shape_BT, "mask", kl=a.kl)
+    _checks.same_shape(op, shape_BT[:1], "the batch axis", "pass one value for each answer", terminal=a.terminal)
+    options = RewardOptions(
+        a.kl,
+        _checks.number(op, "kl_coef", a.kl_coef),
+        a.terminal,
+        _checks.number(op, "temperature", a.temperature, above=0),
+        _checks.number(op, "scale", a.scale),
+        None if a.clip is None else _checks.number(op, "clip", a.clip, above=0, finite=False),
+        a.discrete,
+        _checks.number(op, "band", a.band, least=0, most=1),
+    )
+    if options.kl is None and options.kl_coef != 0:
+        raise ConfigError(f"{op}: kl_coef is {options.kl_coef:g} but kl is missing; pass kl (B, T) or kl_coef=0")
+    if options.band != 0 and not options.discrete:
+        raise ConfigError(f"{op}: band is {options.band:g} but kind is 'continuous'; pass kind='discrete' or band=0")
     return options

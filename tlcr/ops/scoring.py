@@ -11,16 +11,17 @@ vocabulary is taken over log-probabilities, never over raw logits: those share a
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tlcr.errors import ConfigError, ShapeError
 from tlcr.ops import _checks
 from tlcr.ops._arithmetic import arithmetic_dtype, no_autocast
+from tlcr.ops._autograd import differentiable_once, refuse_forward_mode, refuse_transforms
 from tlcr.ops._spec import Gradient, Impl, Op
 from tlcr.ops.types import TokenScores
 
@@ -111,7 +112,40 @@ def score_tokens(
     Returns:
         `TokenScores`, each field (...).
     """
+    number, tensor = (1.0, temperature) if isinstance(temperature, Tensor) else (temperature, None)
+    arguments = ScoreTokensArguments(logits, token_ids, ref_logits, number, tensor)
+    device = _device_if_ready(arguments)
+    if device is None:
+        device, arguments = _checked(arguments)
+    return SCORE_TOKENS(impl, device, arguments)
+
+
+def _device_if_ready(a: ScoreTokensArguments) -> torch.device | None:
+    """The device of the tensors if everything is as implementations take it. All that most calls pay for checks."""
+    logits, token_ids, ref_logits, temperature, temperatures = a
+    if not isinstance(logits, Tensor) or not isinstance(token_ids, Tensor) or type(temperature) is not float:
+        return None
+    shape, device = logits.shape, logits.device
+    ready = (
+        len(shape) > 0
+        and shape[-1] > 0
+        and shape[:-1] == token_ids.shape
+        and _checks.alike(shape, device, logits, ref_logits)
+        and token_ids.dtype in _checks.INTEGERS
+        and token_ids.device == device
+        and token_ids.layout is torch.strided
+        and 0.0 < temperature < math.inf
+        and temperatures is None
+    )
+    return device if ready else None
+
+
+def _checked(a: ScoreTokensArguments) -> tuple[torch.device, ScoreTokensArguments]:
+    """Raises what is wrong, or brings the arguments into the form that implementations take."""
     op = "score_tokens"
+    logits, token_ids, ref_logits, temperature, temperatures = a
+    _checks.dense(op, "logits", logits)
+    _checks.dense(op, "token_ids", token_ids)
     _checks.floating(op, logits=logits, ref_logits=ref_logits)
     _checks.integers(op, token_ids=token_ids)
     if logits.ndim == 0 or logits.shape[-1] == 0:
@@ -121,10 +155,13 @@ def score_tokens(
         of_same_tokens = ref_logits.shape[:-1] == logits.shape[:-1]
         remedy = "use a reference with the policy's vocabulary" if of_same_tokens else _checks.PER_TOKEN
         _checks.same_shape(op, logits.shape, "logits", remedy, ref_logits=ref_logits)
-    number, tensor = _temperature(op, temperature, token_ids)
+    number, tensor = _temperature(op, temperature if temperatures is None else temperatures, token_ids)
     device = _checks.same_device(op, logits=logits, token_ids=token_ids, ref_logits=ref_logits, temperature=tensor)
-    _checks.vocabulary_ids(op, token_ids, logits.shape[-1])
-    return SCORE_TOKENS(impl, device, ScoreTokensArguments(logits, token_ids, ref_logits, number, tensor))
+    return device, ScoreTokensArguments(logits, token_ids, ref_logits, number, tensor)
+
+
+def _read_tokens(a: ScoreTokensArguments) -> None:
+    _checks.vocabulary_ids("score_tokens", a.token_ids, a.logits.shape[-1])
 
 
 def score_hidden(
@@ -174,10 +211,10 @@ def score_hidden(
     for name, states, head in (("weight", hidden, weight), ("ref_weight", ref_hidden, ref_weight)):
         if states is None or head is None:
             continue
-        if states.ndim == 0 or head.ndim != 2 or head.shape[0] == 0 or head.shape[1] != states.shape[-1]:
+        if states.ndim == 0 or head.ndim != 2 or 0 in head.shape or head.shape[1] != states.shape[-1]:
             raise ShapeError(
-                f"{op}: {name} has shape {tuple(head.shape)}, wanted (V, H) with V >= 1 for hidden states of shape "
-                f"{tuple(states.shape)}"
+                f"{op}: {name} has shape {tuple(head.shape)}, wanted (V, H) with V >= 1 and H >= 1 for hidden states "
+                f"of shape {tuple(states.shape)}"
             )
         if head.shape[0] != weight.shape[0] or states.shape[:-1] != hidden.shape[:-1]:
             raise ShapeError(
@@ -202,9 +239,12 @@ def score_hidden(
         ref_bias=ref_bias,
         temperature=tensor,
     )
-    _checks.vocabulary_ids(op, token_ids, weight.shape[0])
     heads = hidden, weight, token_ids, bias, ref_hidden, ref_weight, ref_bias
     return SCORE_HIDDEN(impl, device, ScoreHiddenArguments(*heads, number, tensor, chunk_tokens))
+
+
+def _read_hidden(a: ScoreHiddenArguments) -> None:
+    _checks.vocabulary_ids("score_hidden", a.token_ids, a.weight.shape[0])
 
 
 def _temperature(op: str, temperature: float | Tensor, token_ids: Tensor) -> tuple[float, Tensor | None]:
@@ -222,6 +262,7 @@ def _temperature(op: str, temperature: float | Tensor, token_ids: Tensor) -> tup
 
 def _reference_tokens(arguments: ScoreTokensArguments) -> TokenScores:
     logits, token_ids, ref_logits, temperature, temperatures = arguments
+    _refuse_other_derivatives("score_tokens", logits)
     dtype = arithmetic_dtype(logits, ref_logits)
     ref_logits = None if ref_logits is None else ref_logits.detach()
     ids_N1, temperature_N1 = _per_token(token_ids, temperature, temperatures, dtype)
@@ -230,6 +271,7 @@ def _reference_tokens(arguments: ScoreTokensArguments) -> TokenScores:
 
 
 def _reference_hidden(a: ScoreHiddenArguments) -> TokenScores:
+    _refuse_other_derivatives("score_hidden", a.hidden, a.weight, a.bias)
     dtype = _dtype_of(a)
     reference = tuple(None if x is None else x.detach() for x in (a.ref_hidden, a.ref_weight, a.ref_bias))
     ids_N1, temperature_N1 = _per_token(a.token_ids, a.temperature, a.temperatures, dtype)
@@ -241,6 +283,12 @@ def _reference_hidden(a: ScoreHiddenArguments) -> TokenScores:
         a.hidden, a.weight, a.bias, ids_N1, *reference, temperature_N1, rows, dtype
     )
     return _token_scores(scores, a.token_ids.shape)
+
+
+def _refuse_other_derivatives(op: str, *trained: Tensor | None) -> None:
+    if not torch.compiler.is_compiling():
+        refuse_forward_mode(op, False, trained)
+        refuse_transforms(op, False)
 
 
 def _dtype_of(a: ScoreHiddenArguments) -> torch.dtype:
@@ -266,7 +314,6 @@ class _ScoreTokens(torch.autograd.Function):
         return tuple(scores)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, ids_N1, ref_logits, temperature_N1, entropy_N, kl_N = ctx.saved_tensors
         grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -280,7 +327,8 @@ class _ScoreTokens(torch.autograd.Function):
             log_q_RV = None if ref_RV is None else _log_softmax(ref_RV, temperature_N1[at], dtype)
             grad_x_RV = _grad_logits(log_p_RV, log_q_RV, ids_N1, entropy_N, kl_N, grads, at)
             grad_RV.copy_(grad_x_RV / temperature_N1[at])
-        return grad_logits, None, None, None, None
+        (found,) = differentiable_once("score_tokens", False, (grad_logits,))
+        return found, None, None, None, None
 
 
 class _ScoreHidden(torch.autograd.Function):
@@ -311,7 +359,6 @@ class _ScoreHidden(torch.autograd.Function):
         return tuple(scores)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ids_N1, temperature_N1, entropy_N, kl_N = saved
@@ -343,7 +390,8 @@ class _ScoreHidden(torch.autograd.Function):
                     grad_bias_V += grad_RV.sum(dim=0)
         grad_weight = None if grad_weight_VH is None else grad_weight_VH.to(weight.dtype)
         grad_bias = None if grad_bias_V is None else grad_bias_V.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None, None
+        found = differentiable_once("score_hidden", False, (grad_hidden, grad_weight, grad_bias))
+        return *found, None, None, None, None, None, None, None
 
 
 class _Head:
@@ -504,8 +552,9 @@ SCORE_TOKENS = Op(
     results=_RESULTS,
     reference=_reference_tokens,
     fake=_fake_tokens,
+    read=_read_tokens,
     result=lambda arguments, results: _result(results, with_reference=arguments.ref_logits is not None),
-    gradient=Gradient(of=("logits",), arguments=ScoreTokensBackward, only_with={"kl": "ref_logits"}),
+    gradient=Gradient(of=("logits",), arguments=ScoreTokensBackward, only_with={"kl": "ref_logits"}, plain=False),
     cpp=True,
     cuda=True,
 )
@@ -516,12 +565,14 @@ SCORE_HIDDEN = Op(
     results=_RESULTS,
     reference=_reference_hidden,
     fake=_fake_hidden,
+    read=_read_hidden,
     result=lambda arguments, results: _result(results, with_reference=arguments.ref_hidden is not None),
     gradient=Gradient(
         of=("hidden", "weight", "bias"),
         arguments=ScoreHiddenBackward,
         absent="weight",
         only_with={"kl": "ref_hidden"},
+        plain=False,
     ),
     cpp=True,
     cuda=True,
