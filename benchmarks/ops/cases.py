@@ -404,9 +404,9 @@ def cpu_cases() -> Iterator[Case]:
     yield Case("fused_reward", "", (16_384, 4096), passes=FORWARD)
     yield Case("ppo_loss", "", (8192, 2048), passes=("forward", "both"))
     # Sizes at which the call costs more than the work.
-    yield Case("score_tokens", "", (4, 32_000))
+    yield from (Case("score_tokens", "", size) for size in ((4, 32_000), (128, 64)))
     yield from (Case(op, "", (4, 64), passes=FORWARD) for op in ("fused_gae", "fused_reward"))
-    yield Case("ppo_loss", "", (4, 64))
+    yield from (Case(op, "", (4, 64)) for op in ("ppo_loss", "rms_norm", "gated_silu"))
     yield Case("score_tokens", WITH_REFERENCE, (128, 128_256), bf16)
     yield Case("fused_gae", PADDED, (512, 2048), passes=FORWARD)
     yield Case("ppo_loss", "", (512, 2048))

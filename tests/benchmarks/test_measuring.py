@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -490,3 +491,17 @@ def test_a_changed_checkout_is_refused_before_anything_is_measured(bare_checkout
 
 def test_the_version_of_tlcr_is_recorded() -> None:
     assert record.versions()["tlcr"] == tlcr.__version__
+
+
+@pytest.mark.parametrize("options", [[], ["--no-launch"]])
+def test_host_time_has_a_row_for_every_call(options: list[str]) -> None:
+    if options:
+        pytest.importorskip("triton")
+    command = [sys.executable, "-m", "benchmarks.host_time", "--rounds", "3", *options]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    printed = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+    rows = dict(re.findall(r"^ (\S.*?) +[\d.]+ +([\d.]+) *$", printed, flags=re.MULTILINE))
+    assert rows["torch.add"] == "1.0"
+    wanted = {"fused_gae", "fused_reward", "ppo_loss", "ppo_loss, forward and backward"}
+    assert wanted <= set(rows) and all(float(value) > 0 for value in rows.values())
+    assert ("score_tokens" in rows) == (not options)
