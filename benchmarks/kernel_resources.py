@@ -110,7 +110,8 @@ def calls(dtype: torch.dtype, batch: int = 2, length: int = 4) -> Iterator[tuple
 
     def step() -> None:
         weights, moments = x.bfloat16(), x.float()
-        adamw.adamw_step(weights, weights, moments, moments, weights.to(torch.int16), 0.1, 0.9, 0.95, 1e-8, 0.1, 1)
+        lists = [weights], [weights], [moments], [moments], [weights.to(torch.int16)]
+        adamw.adamw_step(*lists, 0.1, 0.9, 0.95, 1e-8, 0.1, 1)
 
     yield "adamw_step", step
     yield "fused_reward, 2 classes", lambda: reward_of(2, False)

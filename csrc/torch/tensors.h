@@ -11,6 +11,7 @@
 namespace tlcr {
 
 using at::Tensor;
+using at::TensorList;
 using MaybeTensor = std::optional<Tensor>;
 
 inline Type type_of(at::ScalarType dtype) {
@@ -63,10 +64,11 @@ class InPlace {
   InPlace(const InPlace&) = delete;
   InPlace& operator=(const InPlace&) = delete;
   ~InPlace() noexcept(false) {
-    if (!dense_.is_same(tensor_)) tensor_.copy_(dense_);
+    if (copied()) tensor_.copy_(dense_);
   }
 
   void* data() const { return pointer(dense_); }
+  bool copied() const { return !dense_.is_same(tensor_); }
 
  private:
   Tensor tensor_, dense_;

@@ -8,9 +8,9 @@
 
 namespace tlcr {
 
-// Changes everything but the gradient in place.
-void adamw_step(const Tensor& parameter, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                const Tensor& remainder, double learning_rate, double beta1, double beta2, double eps,
+// Changes everything but the gradients in place. Each list has as many tensors.
+void adamw_step(TensorList parameters, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
+                TensorList remainders, double learning_rate, double beta1, double beta2, double eps,
                 double weight_decay, int64_t step);
 
 // Returns y, and 1 / sqrt(mean(x^2) + eps) of each row.

@@ -34,7 +34,7 @@ SIGNATURES = {
         "kl_coef=0.0, aggregate='token', denominator=None, impl='auto'"
     ),
     "adamw_step": (
-        "parameter, grad, exp_avg, exp_avg_sq, remainder, *, learning_rate, betas=(0.9, 0.999), eps=1e-08, "
+        "parameters, grads, exp_avgs, exp_avg_sqs, remainders, *, learning_rate, betas=(0.9, 0.999), eps=1e-08, "
         "weight_decay=0.0, step, impl='auto'"
     ),
     "rms_norm": "x, weight, *, eps, impl='auto'",
@@ -52,8 +52,10 @@ def calls(device: str) -> dict[str, Any]:
     cu_seqlens = torch.zeros(2, dtype=torch.int32, device=device)
     reward = {"kl": pair, "kl_coef": 0.1, "terminal": pair[:, 0], "kind": "discrete", "band": 0.1, "clip": 1.0}
     trained = {"values": pair, "old_values": pair, "returns": pair, "entropy": pair, "kl": pair}
-    weights = torch.zeros(2, 3, dtype=torch.bfloat16, device=device)
-    remainder = torch.zeros(2, 3, dtype=torch.int16, device=device)
+    weights = [torch.zeros(2, n, dtype=torch.bfloat16, device=device) for n in (3, 0, 5)]
+    moments = [tensor.float() for tensor in weights]
+    rest = [torch.zeros_like(tensor) for tensor in weights], moments, [tensor + 1 for tensor in moments]
+    remainders = [tensor.to(torch.int16) for tensor in weights]
     return {
         "fused_reward": lambda **impl: ops.fused_reward(logits[..., :2], mask, **reward, **impl),
         "reward_from_hidden": lambda **impl: ops.reward_from_hidden(logits, logits[0, :2], mask, **reward, **impl),
@@ -69,7 +71,7 @@ def calls(device: str) -> dict[str, Any]:
             pair, pair, pair, mask, **trained, dual_clip=2.0, kl_coef=0.1, denominator=pair[0, 0], **impl
         ),
         "adamw_step": lambda **impl: ops.adamw_step(
-            weights, weights, pair.clone(), pair.clone(), remainder, learning_rate=0.1, weight_decay=0.1, step=1, **impl
+            weights, *rest, remainders, learning_rate=0.1, weight_decay=0.1, step=1, **impl
         ),
         "rms_norm": lambda **impl: ops.rms_norm(pair, pair[0], eps=1e-6, **impl),
         "gated_silu": lambda **impl: ops.gated_silu(pair, pair, **impl),
@@ -139,8 +141,11 @@ def samples(op: str, device: str, run: Callable[..., Any]) -> list[list[Any]]:
         cases = [[*ppo_arguments(), True, None, torch.tensor(7.0)]]
         cases.append([*few, 1.0, None, 0.0, None, 0.0, False, 3.0, None])
     elif op == "adamw_step":
-        weights, moments = [torch.randn(B, T).bfloat16() for _ in range(2)], [torch.rand(B, T) for _ in range(2)]
-        cases = [[*weights, *moments, torch.zeros(B, T, dtype=torch.int16), 0.1, 0.9, 0.95, 1e-8, 0.1, 3]]
+        shapes = [(B, T), (0,), (V,)]
+        weights = [[torch.randn(shape).bfloat16() for shape in shapes] for _ in range(2)]
+        moments = [[torch.rand(shape) for shape in shapes] for _ in range(2)]
+        remainders = [torch.zeros(shape, dtype=torch.int16) for shape in shapes]
+        cases = [[*weights, *moments, remainders, 0.1, 0.9, 0.95, 1e-8, 0.1, 3]]
     elif op == "rms_norm":
         cases = [[leaf(B, T, H, dtype=dtype), leaf(H, dtype=dtype), 1e-6] for dtype in (torch.float32, torch.bfloat16)]
     elif op == "rms_norm_backward":
@@ -167,13 +172,16 @@ def samples(op: str, device: str, run: Callable[..., Any]) -> list[list[Any]]:
         cases = [[torch.tensor(1.5), row_weights, *arguments, True, True, wants, wants] for wants in (True, False)]
     else:
         raise KeyError(f"no arguments to try {op} with")
-    return [
-        [
-            value.detach().to(device).requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
-            for value in case
-        ]
-        for case in cases
-    ]
+    return [[placed(value, device) for value in case] for case in cases]
+
+
+def placed(value: Any, device: str) -> Any:
+    """A tensor, or each tensor of a list, as a leaf on the device; anything else as it is."""
+    if isinstance(value, list):
+        return [placed(one, device) for one in value]
+    if isinstance(value, Tensor):
+        return value.detach().to(device).requires_grad_(value.requires_grad)
+    return value
 
 
 def reward_call(inputs: dict[str, Any], impl: str) -> Any:
@@ -213,10 +221,12 @@ def loss_call(inputs: dict[str, Any], impl: str) -> Any:
 
 
 def adamw_call(inputs: dict[str, Any], impl: str) -> Any:
-    names = "parameter", "grad", "exp_avg", "exp_avg_sq", "remainder"
-    state = {name: inputs[name].detach().clone() for name in names}
+    names = "parameters", "grads", "exp_avgs", "exp_avg_sqs", "remainders"
+    # The second tensor of each list is a part of the first.
+    state = {name: [inputs[name].detach().clone(), inputs[name].detach()[0].clone()] for name in names}
     ops.adamw_step(**state, learning_rate=0.1, weight_decay=0.1, step=2, impl=impl)
-    return join_master(state["parameter"], state["remainder"]), state["exp_avg"], state["exp_avg_sq"]
+    masters = [join_master(*halves) for halves in zip(state["parameters"], state["remainders"], strict=True)]
+    return (*masters, *state["exp_avgs"], *state["exp_avg_sqs"])
 
 
 def norm_call(inputs: dict[str, Any], impl: str) -> Any:
@@ -255,10 +265,10 @@ def call_inputs(length: int, device: str) -> dict[str, Any]:
         "reference": torch.randn(B, length, V),
         "ids": torch.randint(V, (B, length)),
         "norm": torch.rand(H) + 0.5,
-        "parameter": torch.randn(B, length).bfloat16(),
-        "grad": torch.randn(B, length).bfloat16(),
-        "exp_avg": torch.randn(B, length),
-        "exp_avg_sq": torch.rand(B, length) + 0.1,
-        "remainder": torch.zeros(B, length, dtype=torch.int16),
+        "parameters": torch.randn(B, length).bfloat16(),
+        "grads": torch.randn(B, length).bfloat16(),
+        "exp_avgs": torch.randn(B, length),
+        "exp_avg_sqs": torch.rand(B, length) + 0.1,
+        "remainders": torch.zeros(B, length, dtype=torch.int16),
     }
     return to_device(inputs, device)

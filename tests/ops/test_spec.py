@@ -68,6 +68,20 @@ def test_a_schema_says_which_arguments_are_changed() -> None:
     assert str(torch._C.parse_schema(operator.name + operator.schema)) == operator.name + operator.schema
 
 
+def test_a_list_of_tensors_is_one_argument() -> None:
+    class Lists(NamedTuple):
+        xs: list[Tensor]
+        ys: list[Tensor]
+        flag: bool
+
+    (operator,) = an_op(arguments=Lists, results=(), changes=("ys",)).operators
+    assert operator.schema == "(Tensor[] xs, Tensor(a!)[] ys, bool flag) -> ()"
+    assert str(torch._C.parse_schema(operator.name + operator.schema)) == operator.name + operator.schema
+    arguments = Lists([torch.zeros(1)], [torch.zeros(2), torch.zeros(3)], True)
+    assert flattening(Lists)(arguments) == [*arguments]
+    assert grouping(Lists)([*arguments]) == arguments
+
+
 def test_arguments_go_through_torch_one_by_one_and_come_back_as_they_were() -> None:
     arguments = Arguments(torch.zeros(2), Options(0.5, None, 3), True)
     values = flattening(Arguments)(arguments)

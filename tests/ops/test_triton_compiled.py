@@ -110,6 +110,26 @@ for _, call in calls(torch.float64):
     assert seen >= {"kl_coef", "value_coef", "entropy_coef", "dual_clip", "value_clip"}
 
 
+@pytest.mark.parametrize("target", [80, 90, 100])
+def test_the_optimiser_moves_16_bytes_at_a_time(target: int) -> None:
+    # Per thread 8 weights: three tensors of 2 bytes are read by one access each and two of 4 bytes by two.
+    code = f"""
+answer = []
+for name, call in calls(torch.bfloat16):
+    if name == "adamw_step":
+        with compiling({target}) as compiled:
+            call()
+        (kernel,) = compiled
+        answer = [kernel.metadata.shared, kernel.asm["ptx"]]
+"""
+    shared, ptx = compiling(code)
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 7
+    assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == 6
+    assert shared == 0 and "bar.sync" not in ptx
+    # What is left are the table and the loop over what is not whole or not aligned, a weight to each thread.
+    assert len(re.findall(r"st\.global\.b", ptx)) == 4
+
+
 def test_the_listing_is_for_people() -> None:
     arguments = ["--targets", "90", "--dtypes", "float32"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -16,7 +16,9 @@ from tlcr.training.optim import (
     build_optimizer,
     build_scheduler,
     clip_gradients,
+    gradient_norm,
     parameter_groups,
+    scale_gradients,
 )
 
 
@@ -92,6 +94,32 @@ def test_tensors_are_updated_in_pieces_as_if_they_were_whole(shape, dtype):
     else:
         assert torch.equal(ours.state[low]["master"] if dtype == torch.float16 else low, full)
     assert ours.state[low]["step"] == 3
+
+
+def test_parameters_step_together_as_if_each_were_alone():
+    """Of every dtype and size, one with gaps in memory, one that has no gradient in some steps, one that moves."""
+    shapes = [(5, 7), (), (0, 3), (64,), (3, 33), (1000,)]
+    dtypes = [torch.bfloat16] * 6 + [torch.float16] * 2 + [torch.float32] * 3 + [torch.float64]
+    together = [nn.Parameter(torch.randn(shapes[i % 6]).to(dtype)) for i, dtype in enumerate(dtypes)]
+    together.append(nn.Parameter(torch.randn(6, 4).bfloat16().t()))
+    apart = [nn.Parameter(parameter.detach().clone()) for parameter in together]
+    ours = build_optimizer([group(together[0], 1e-2, 0.1) | {"params": together}])
+    theirs = [MasterWeightAdamW([group(parameter, 1e-2, 0.1)], (0.9, 0.95), 1e-8) for parameter in apart]
+    for step in range(4):
+        for i, (parameter, alone) in enumerate(zip(together, apart, strict=True)):
+            skipped = i == 3 and step in (0, 2)
+            alone.grad = None if skipped else torch.randn(parameter.shape).to(parameter.dtype)
+            parameter.grad = None if skipped else alone.grad.clone()
+        together[4].data = together[4].data.clone()
+        ours.step()
+        for optimizer in theirs:
+            optimizer.step()
+    for parameter, alone, optimizer in zip(together, apart, theirs, strict=True):
+        assert torch.equal(parameter, alone)
+        assert ours.state[parameter].keys() == optimizer.state[alone].keys()
+        for name, value in optimizer.state[alone].items():
+            assert torch.equal(ours.state[parameter][name], value)
+    assert [ours.state[together[i]]["step"].item() for i in (0, 3, 6, 8)] == [4, 2, 4, 4]
 
 
 def test_the_first_step_by_hand():
@@ -180,26 +208,65 @@ def test_schedules_by_hand(schedule, after_warmup):
     assert min(rate[0] for rate in rates) > 0  # no step is wasted
 
 
+def with_gradients(*gradients: torch.Tensor) -> list[nn.Parameter]:
+    parameters = [nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    return parameters
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_gradients_are_clipped_to_their_joint_norm(dtype):
-    parameters = [nn.Parameter(torch.zeros(2, dtype=dtype)), nn.Parameter(torch.zeros(1, dtype=dtype))]
+    parameters = with_gradients(torch.tensor([3.0, 0.0], dtype=dtype), torch.tensor([4.0], dtype=dtype))
     unused = nn.Parameter(torch.zeros(1, dtype=dtype))
-    parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0], dtype=dtype), torch.tensor([4.0], dtype=dtype)
-    norm = clip_gradients([*parameters, unused], 1.0)
+    norm = gradient_norm([*parameters, unused])
     assert norm.item() == 5.0
     assert norm.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    clip_gradients([*parameters, unused], norm.item(), 1.0)
     torch.testing.assert_close(parameters[1].grad, torch.tensor([0.8], dtype=dtype))
-    clip_gradients(parameters, 10.0)
-    torch.testing.assert_close(parameters[1].grad, torch.tensor([0.8], dtype=dtype))  # a small one is left alone
+    before, norm = parameters[1].grad.clone(), gradient_norm(parameters).item()
+    for max_norm in (norm, 10.0):  # short ones are left alone
+        clip_gradients(parameters, norm, max_norm)
+        assert torch.equal(parameters[1].grad, before)
+
+
+def test_clipping_is_that_of_torch_to_the_last_bit():
+    """torch.nn.utils.clip_grad_norm_, for dtypes whose norms it takes in float32."""
+    gradients = [torch.randn(50, 3), torch.randn(7), torch.randn(1)]
+    ours, theirs = with_gradients(*gradients), with_gradients(*gradients)
+    wanted = torch.nn.utils.clip_grad_norm_(theirs, 0.7)
+    norm = gradient_norm(ours)
+    clip_gradients(ours, norm.item(), 0.7)
+    assert torch.equal(norm, wanted)
+    for parameter, like in zip(ours, theirs, strict=True):
+        assert torch.equal(parameter.grad, like.grad)
+
+
+def test_gradients_of_several_dtypes_have_one_norm():
+    gradients = torch.tensor([3.0, 0.0]).bfloat16(), torch.tensor([4.0]), torch.tensor([12.0]).half(), torch.zeros(0)
+    parameters = with_gradients(*gradients)
+    assert gradient_norm(parameters).item() == 13.0
+    clip_gradients(parameters, 13.0, 1.3)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient * 0.1)
+    scale_gradients(parameters, 10.0)
+    assert gradient_norm(parameters).item() == pytest.approx(13.0, rel=1e-2)
+    assert gradient_norm([nn.Parameter(torch.zeros(3))]).item() == 0.0
 
 
 def test_the_norm_of_bfloat16_gradients_is_taken_in_float32():
-    parameter = nn.Parameter(torch.zeros(1001, dtype=torch.bfloat16))
-    parameter.grad = torch.ones_like(parameter)
-    assert clip_gradients([parameter], 100.0).item() == pytest.approx(math.sqrt(1001), rel=1e-6)
+    (parameter,) = with_gradients(torch.ones(1001, dtype=torch.bfloat16))
+    assert gradient_norm([parameter]).item() == pytest.approx(math.sqrt(1001), rel=1e-6)
 
 
-def test_nan_reaches_the_norm():
-    parameter = nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.tensor([1.0, float("nan")])
-    assert math.isnan(clip_gradients([parameter], 1.0).item())
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_what_is_not_finite_reaches_the_norm(wrong):
+    assert not math.isfinite(gradient_norm(with_gradients(torch.ones(3), torch.tensor([1.0, wrong]))).item())
+
+
+def test_the_norm_waits_for_no_device():
+    """Tensors on the meta device have no values: whoever reads one there fails."""
+    parameters = [nn.Parameter(torch.zeros(5, dtype=dtype, device="meta")) for dtype in (torch.bfloat16, torch.float32)]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    assert gradient_norm(parameters).is_meta

@@ -116,6 +116,7 @@ def implementation(op: Op[ArgumentsT, ResultT], namespace: str, impl: str) -> Ca
     trained = () if op.gradient is None else op.gradient.of
     tensors = [(at, name) for at, (name, kind, _) in enumerate(fields(op.arguments)) if kind is Tensor]
     constants = [at for at, name in tensors if name not in trained]
+    lists = [at for at, (_, kind, _) in enumerate(fields(op.arguments)) if kind == list[Tensor]]
     flat = flattening(op.arguments)
 
     def traced(values: list[Any]) -> Any:
@@ -123,6 +124,8 @@ def implementation(op: Op[ArgumentsT, ResultT], namespace: str, impl: str) -> Ca
         for at in constants:
             if values[at] is not None and values[at].requires_grad:
                 values[at] = values[at].detach()
+        for at in lists:
+            values[at] = [tensor.detach() if tensor.requires_grad else tensor for tensor in values[at]]
         return operator(*values)
 
     def run(given: ArgumentsT) -> ResultT:

@@ -154,8 +154,8 @@ class Field(NamedTuple):
     """One argument of an operator."""
 
     name: str
-    kind: type
-    """Tensor, float, bool or int."""
+    kind: Any
+    """Tensor, list[Tensor], float, bool or int."""
     optional: bool
 
 
@@ -167,7 +167,8 @@ def fields(arguments: type[tuple[Any, ...]]) -> tuple[Field, ...]:
         if _is_group(hint):
             found += fields(hint)
         else:
-            kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+            choices = () if hint == list[torch.Tensor] else get_args(hint)
+            kinds = [kind for kind in choices or (hint,) if kind is not type(None)]
             found.append(Field(name, kinds[0], optional=hint is not kinds[0]))
     return tuple(found)
 
@@ -255,7 +256,8 @@ def _schema(arguments: type[tuple[Any, ...]], changes: tuple[str, ...] = ()) -> 
     for name, kind, optional in fields(arguments):
         # torch requires a different letter for the memory of each argument that is changed.
         memory = f"({'abcdefgh'[changes.index(name)]}!)" if name in changes else ""
-        words.append(f"{kind.__name__}{memory}{'?' * optional} {name}")
+        kind, many = ("Tensor", "[]") if kind == list[torch.Tensor] else (kind.__name__, "")
+        words.append(f"{kind}{memory}{many}{'?' * optional} {name}")
     return f"({', '.join(words)})"
 
 

@@ -22,7 +22,7 @@ from tlcr.errors import ConfigError, TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic, PolicyOutput, Terms
 from tlcr.ppo.kl import estimate_kl
 from tlcr.ppo.microbatches import MicroBatch, MicroBatches
-from tlcr.training.optim import clip_gradients
+from tlcr.training.optim import clip_gradients, gradient_norm
 from tlcr.types import Advantages, PolicyScores, Rollout
 
 
@@ -262,23 +262,25 @@ class _Step:
 
 
 def _finish(statistics: Sequence[ops.PPOLoss], model: ActorCritic, cfg: PPOConfig, accelerator: Accelerator) -> _Step:
-    """Clips each network's gradients by their norm, and copies the minibatch's statistics to the host at once."""
-    policy_norm = clip_gradients(model.policy_parameters(), cfg.max_grad_norm)
-    value_norm = clip_gradients(model.value_parameters(), cfg.max_grad_norm)
+    """Copies the minibatch's statistics to the host, at once, and clips each network's gradients by their norm."""
+    networks = model.policy_parameters(), model.value_parameters()
+    norms = [gradient_norm(parameters) for parameters in networks]
     device = statistics[0].loss.device
     own = torch.stack(
         [
             *(torch.stack([getattr(part, name).detach() for part in statistics]).sum() for name in SUMMED),
             torch.stack([part.ratio_max for part in statistics]).max(),
-            policy_norm.to(device),
-            value_norm.to(device),
+            *(norm.to(device) for norm in norms),
         ]
     ).double()
     everyones_PS = accelerator.gather(own.unsqueeze(0))
     sums = everyones_PS[:, : len(SUMMED)].sum(dim=0)
     largest = everyones_PS[:, len(SUMMED) :].amax(dim=0)
     values = torch.cat([sums, largest]).tolist()
-    return _Step(values[: len(SUMMED)], *values[len(SUMMED) :])
+    step = _Step(values[: len(SUMMED)], *values[len(SUMMED) :])
+    for parameters, norm in zip(networks, (step.policy_grad_norm, step.value_grad_norm), strict=True):
+        clip_gradients(parameters, norm, cfg.max_grad_norm)
+    return step
 
 
 def _explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, accelerator: Accelerator) -> Tensor:

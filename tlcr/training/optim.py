@@ -94,31 +94,18 @@ class MasterWeightAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            split: _States = []
+            stored: _States = []
+            direct: _States = []
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    state = self.state[parameter] or self._begin(parameter)
+                    form = split if "remainder" in state else stored if "master" in state else direct
+                    form.append((parameter, parameter.grad, state))
+            for step, states in ((_step_split, split), (_step_stored, stored), (_step_directly, direct)):
+                if states:
+                    step(states, group)
         return loss
-
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter] or self._begin(parameter)
-        state["step"] += 1
-        assert parameter.grad is not None
-        tensors: dict[str, Tensor] = {"parameter": parameter.detach(), "grad": parameter.grad, **state}
-        step = tensors.pop("step")
-        pieces = {name: _pieces(tensor) for name, tensor in tensors.items()}
-        for values in zip(*pieces.values(), strict=True):
-            piece = dict(zip(pieces, values, strict=True))
-            if "remainder" in piece:
-                ops.adamw_step(
-                    **piece,
-                    learning_rate=group["lr"],
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    step=int(step),
-                )
-            else:
-                _step_of_torch(piece, step, group)
 
     def _begin(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
@@ -153,17 +140,68 @@ def _home(name: str, parameter: Tensor) -> torch.device:
     return torch.device("cpu") if name == "step" and parameter.dtype == torch.bfloat16 else parameter.device
 
 
-def _step_of_torch(piece: dict[str, Tensor], step: Tensor, group: dict[str, Any]) -> None:
-    """AdamW on a stored master, or on a parameter without one."""
-    master = piece.get("master", piece["parameter"])
+_States = list[tuple[nn.Parameter, Tensor, dict[str, Tensor]]]
+"""Parameters of a group, their gradients and their states."""
+
+
+def _step_split(states: _States, group: dict[str, Any]) -> None:
+    """bfloat16 parameters: those of one device together, which have all taken as many steps, but for the rare one that
+    had no gradient in some."""
+    steps = [state["step"] for *_, state in states]
+    torch._foreach_add_(steps, 1)
+    together: dict[tuple[torch.device, float], list[tuple[Tensor, ...]]] = {}
+    for (parameter, grad, state), step in zip(states, torch.stack(steps).tolist(), strict=True):
+        tensors = parameter, grad, state["exp_avg"], state["exp_avg_sq"], state["remainder"]
+        together.setdefault((parameter.device, step), []).extend(_pieces(*tensors))
+    for (_, step), rows in together.items():
+        ops.adamw_step(
+            *zip(*rows, strict=True),
+            learning_rate=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=int(step),
+        )
+
+
+def _step_stored(states: _States, group: dict[str, Any]) -> None:
+    """float16 parameters, one by one: their gradients are needed as float32, and all at once would be as much memory
+    as the masters."""
+    for parameter, grad, state in states:
+        tensors = parameter, grad, state["master"], state["exp_avg"], state["exp_avg_sq"]
+        for weights, gradient, master, mean, square in _pieces(*tensors):
+            _step_of_torch([master], [gradient.float()], [mean], [square], [state["step"].clone()], group)
+            weights.copy_(master)
+        state["step"] += 1
+
+
+def _step_directly(states: _States, group: dict[str, Any]) -> None:
+    """Parameters that need no masters, all at once."""
+    parameters: list[Tensor] = [parameter for parameter, *_ in states]
+    grads = [grad for _, grad, _ in states]
+    means, squares, steps = ([state[name] for *_, state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+    _step_of_torch(parameters, grads, means, squares, steps, group)
+
+
+def _step_of_torch(
+    parameters: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    group: dict[str, Any],
+) -> None:
+    """AdamW on parameters that are their own masters, or on masters; `steps` are increased."""
+    # On a CPU, torch's fused form takes for granted that its tensors are contiguous.
+    tensors = [*parameters, *grads, *exp_avgs, *exp_avg_sqs]
     adamw(
-        [master],
-        [piece["grad"].to(master.dtype)],
-        [piece["exp_avg"]],
-        [piece["exp_avg_sq"]],
+        parameters,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
         max_exp_avg_sqs=[],
-        state_steps=[step - 1],  # which torch increases
-        fused=_fused([master]),
+        state_steps=steps,
+        fused=_fused(parameters) and all(t.is_cuda or t.is_contiguous() for t in tensors),
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
@@ -172,49 +210,77 @@ def _step_of_torch(piece: dict[str, Tensor], step: Tensor, group: dict[str, Any]
         eps=group["eps"],
         maximize=False,
     )
-    if master is not piece["parameter"]:
-        piece["parameter"].copy_(master)
 
 
 # Elements of a piece: enough for all cores. A float32 copy of a whole embedding would be the largest tensor of all.
 PIECE = 1 << 22
 
 
-def _pieces(tensor: Tensor) -> Sequence[Tensor]:
-    """Views of parts of `tensor`; on a GPU the whole tensor, because many small kernels would be slow."""
-    tensor = torch.atleast_1d(tensor)
-    if tensor.device.type != "cpu" or tensor.numel() <= PIECE:
-        return [tensor]
-    return tensor.split(max(1, PIECE * tensor.shape[0] // tensor.numel()))
+def _pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Views of the same parts of tensors of one shape; on a GPU the whole tensors, because many small kernels would be
+    slow."""
+    first = tensors[0]
+    if first.numel() <= PIECE or first.device.type != "cpu":
+        return [tensors]
+    rows = max(1, PIECE * first.shape[0] // first.numel())
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scales all gradients so that their joint 2-norm is at most ``max_norm``.
+def _gradients(parameters: Iterable[nn.Parameter]) -> dict[torch.dtype, list[Tensor]]:
+    """All gradients by dtype: torch takes a list at once, in few launches on a GPU, where it is of one dtype."""
+    found: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            found.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    return found
 
-    The norm is taken in float32 (float64 for float64 gradients), which ``torch.nn.utils.clip_grad_norm_`` does not do
-    for bfloat16. NaN and infinity pass through to the norm: the caller decides.
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The joint 2-norm of all gradients, in float32 (float64 for float64 gradients).
+
+    ``torch.nn.utils.get_total_norm`` rounds the norm of each bfloat16 gradient to bfloat16. NaN and infinity pass
+    through to the norm: the caller decides. Nothing waits for a GPU.
 
     Args:
         parameters: whose gradients.
-        max_norm: the largest norm allowed.
 
     Returns:
-        The norm before, a scalar; 0 where there is no gradient at all.
+        The norm, a scalar; 0 where there is no gradient at all.
     """
-    with_grad = [p for p in parameters if p.grad is not None]
-    if not with_grad:
+    norms: list[Tensor] = []
+    for dtype, grads in _gradients(parameters).items():
+        pieces = [piece for grad in grads for (piece,) in _pieces(grad)]
+        norms += torch._foreach_norm(pieces, 2, torch.promote_types(dtype, torch.float32))
+    if not norms:
         return torch.zeros(())
-    pieces = [piece for p in with_grad for piece in _pieces(p.grad)]  # type: ignore[arg-type]
-    norms = [torch.linalg.vector_norm(piece, dtype=_at_least_float32(piece)) for piece in pieces]
-    norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
-    # No test whether scaling is needed: it would wait for the GPU.
-    if norm.device.type != "cpu" or not norm <= max_norm:
-        torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
-    return norm
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: float, max_norm: float) -> None:
+    """Multiplies all gradients by max_norm / (norm + 1e-6), as torch does, where their norm is above ``max_norm``.
+
+    Args:
+        parameters: whose gradients.
+        norm: their ``gradient_norm``, on the host: gradients that are short enough are not touched.
+        max_norm: the largest norm allowed.
+    """
+    if not norm > max_norm:
+        return
+    for dtype, grads in _gradients(parameters).items():
+        # A number: by a tensor on the GPU, torch would multiply bfloat16 gradients one by one.
+        known = torch.tensor(norm, dtype=torch.promote_types(dtype, torch.float32))
+        torch._foreach_mul_(grads, (max_norm / (known + 1e-6)).item())
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiplies all gradients by a number.
+
+    Args:
+        parameters: whose gradients.
+        factor: the number.
+    """
+    for grads in _gradients(parameters).values():
+        torch._foreach_mul_(grads, factor)
 
 
 def build_scheduler(

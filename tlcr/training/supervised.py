@@ -27,7 +27,14 @@ from tlcr.training.accelerator import check_parallelism
 from tlcr.training.callbacks import Callback
 from tlcr.training.distributed import process_count, process_index, sum_over_processes
 from tlcr.training.loop import TrainingLoop, settings_without
-from tlcr.training.optim import build_optimizer, build_scheduler, clip_gradients, parameter_groups
+from tlcr.training.optim import (
+    build_optimizer,
+    build_scheduler,
+    clip_gradients,
+    gradient_norm,
+    parameter_groups,
+    scale_gradients,
+)
 
 E = TypeVar("E")
 Batch = dict[str, Tensor]
@@ -267,7 +274,7 @@ class _Run:
         self.module.train()
         self.optimizer.zero_grad()
         metrics = self._accumulate_gradients()
-        norm = clip_gradients(self.model.parameters(), self.cfg.max_grad_norm).item()
+        norm = gradient_norm(self.model.parameters()).item()
         if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
             self.optimizer.zero_grad()
             saved = self.loop.save()
@@ -276,6 +283,7 @@ class _Run:
                 f"the state before it is saved in {saved}: lower learning_rate (now {self.cfg.learning_rate}), or look "
                 "at the data of that step"
             )
+        clip_gradients(self.model.parameters(), norm, self.cfg.max_grad_norm)
         rate = float(self.loop.scheduler.get_last_lr()[0])
         self.optimizer.step()
         return metrics | {"grad_norm": norm, "learning_rate": rate, "epoch": step / self.steps_per_epoch}
@@ -294,9 +302,7 @@ class _Run:
         metrics, weight = _reduce(sums)
         # data parallelism has averaged the gradients of the processes' sums
         scale = self.accelerator.num_processes / weight if weight > 0 else 0.0
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
+        scale_gradients(self.model.parameters(), scale)
         return metrics
 
     # ---- data
