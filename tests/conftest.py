@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Training runs on the CPU, whatever the machine has, unless a test takes the fixture `device`.
+os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -44,6 +47,29 @@ def seeded() -> Iterator[None]:
     np.random.seed(0)
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_of_another_test() -> Iterator[None]:
+    """What an Accelerator knows of device and processes is shared in a process; the next test's finds out anew."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The device that training runs on: the test runs once on the CPU, and once on a GPU where there is one."""
+    found = torch.device(request.param)
+    if found.type == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("torch sees no GPU")
+        monkeypatch.delenv("ACCELERATE_USE_CPU")
+        found = torch.device("cuda", torch.cuda.current_device())
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -107,6 +107,16 @@ def test_too_little_memory_blocks_and_says_what_to_set(
         assert f"{change} (then " in text
 
 
+def test_a_gpu_that_a_run_leaves_alone_is_no_memory_of_it(real_size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(doctor, "_free_memory", lambda: 8 * GIB)
+    cfg = load_config(None, {"model.path": real_size})
+    blocked, text = shown(cfg)
+    assert blocked and "this machine has 8.0 GiB free" in text
+    assert by_subject(cfg)["GPU"].fact == "left alone: ACCELERATE_USE_CPU keeps a run on the CPU"
+
+
 def test_parallel_runs_are_counted_together(cpu_only: None, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = load_config(None, {"parallel": 4, "seeds": [0, 1]})
     monkeypatch.setattr(doctor, "_free_memory", lambda: int(1.5 * GIB))

@@ -67,7 +67,10 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_json_has_the_reward_of_every_response_token(
-    discriminator: Path, tiny_tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+    discriminator: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    capsys: pytest.CaptureFixture[str],
+    device: torch.device,
 ) -> None:
     out = run(["--discriminator", str(discriminator), "--prompt", PROMPT, "--response", RESPONSE, "--json"], capsys)
     record = json.loads(out)

@@ -338,7 +338,7 @@ def test_an_update_is_that_of_the_stage(round_: Round) -> None:
         kl_coef=ppo_loop.KL_COEF,
         temperature=1.0,
         reference=round_.reference,
-        accelerator=Accelerator(cpu=True),
+        accelerator=Accelerator(),
         generator=torch.Generator().manual_seed(11),
     )
     for own, theirs in ((round_.policy, actor_critic.policy), (round_.value_model, actor_critic.value_model)):

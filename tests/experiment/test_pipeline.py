@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, get_args, get_type_hints
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.experiment.helpers import small_config, write_pairs
 from tlcr.config.dropped import dropped_knobs
 from tlcr.config.loading import dump_config, load_config
-from tlcr.config.schema import Arm, RewardConfig, RunConfig
+from tlcr.config.schema import Arm, RewardConfig, RewardKind, RunConfig
 from tlcr.config.trials import Trial
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.evaluation.evaluate import PolicyEvaluation, evaluate_policy
@@ -54,6 +54,19 @@ def test_a_run_leaves_models_that_load_anywhere_and_a_report(finished: RunConfig
     assert (folder / "report.html").stat().st_size > 10_000
     results = json.loads((folder / "results.json").read_text())
     assert "continuous" in json.dumps(results) and "sequence" in json.dumps(results)
+
+
+@pytest.mark.slow
+def test_every_reward_trains_on_the_device_of_the_run(tmp_path: Path, device: torch.device) -> None:
+    alike = ("discrete", "sign", "positive_only", "negative_only")  # other functions of the logits of "continuous"
+    kinds = [kind for kind in get_args(RewardKind) if kind not in alike]
+    named = {"callable": {"callable": "tests.ppo.helpers:reward_low_ids"}}
+    rewards = {kind: RewardConfig(kind=kind, **named.get(kind, {})) for kind in kinds}
+    cfg = small_config(tmp_path / "run", **{"ppo.updates": 1, "evaluation.prompts": 4})
+    run(replace(cfg, arms=tuple(Arm(name.replace("_", "-"), reward=reward) for name, reward in rewards.items())))
+    done = sorted(path.parent.parent.name for path in tmp_path.glob("run/ppo/*/seed-0/done.json"))
+    assert done == sorted(name.replace("_", "-") for name in kinds)
+    assert reopen_run(tmp_path / "run").device.type == device.type
 
 
 def test_the_discriminator_is_analysed_on_what_it_has_not_seen(finished: RunConfig, tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def test_repeats_bitwise_and_a_row_does_not_depend_on_the_others(backend: Backen
     if interpreted(backend) and length > 64:
         pytest.skip("tests/ops/test_triton.py has long rows")
     inputs = to_device(example(7, length), backend.device)
-    packed = pack(inputs, [length] * 7)
+    packed = to_device(pack(inputs, [length] * 7), backend.device)
     together = ops.fused_gae(**inputs, impl=backend.impl)
     end_to_end = ops.fused_gae(**packed, impl=backend.impl)
     for again in (together, ops.fused_gae(**inputs, impl=backend.impl)):

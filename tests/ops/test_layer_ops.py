@@ -91,15 +91,13 @@ def test_the_gate_rounds_where_transformers_does(backend: Backend, dtype: torch.
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gates_wide_open_and_shut(backend: Backend, dtype: torch.dtype) -> None:
     """silu(z) goes to z and to 0, its slope to 1 and to 0, without an overflow on the way."""
-    gate = torch.tensor([-6e4, -1e3, -100.0, 0.0, 100.0, 1e3, 6e4]).to(dtype)
+    gate = torch.tensor([-6e4, -1e3, -100.0, 0.0, 100.0, 1e3, 6e4], device=backend.device).to(dtype)
     up = torch.ones_like(gate)
-    got, g_gate, g_up = with_gradients(
-        lambda *x: ops.gated_silu(*x, impl=backend.impl), (gate.to(backend.device), up.to(backend.device)), up
-    )
+    got, g_gate, g_up = with_gradients(lambda *x: ops.gated_silu(*x, impl=backend.impl), (gate, up), up)
     for result, wanted in (
         (got, gate.clamp(min=0)),
         (g_up, gate.clamp(min=0)),
-        (g_gate, torch.tensor([0, 0, 0, 0.5, 1, 1, 1]).to(dtype)),
+        (g_gate, torch.tensor([0, 0, 0, 0.5, 1, 1, 1], device=backend.device).to(dtype)),
     ):
         torch.testing.assert_close(result, wanted, rtol=0, atol=1e-40)
 

@@ -57,7 +57,7 @@ def update(
         kl_coef=0.3,
         temperature=0.7,
         reference=actor_critic.policy,
-        accelerator=Accelerator(cpu=True),
+        accelerator=Accelerator(),
         generator=seeded_generator("test", 0),
     )
     (gradients,) = recorder.steps

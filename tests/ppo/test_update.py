@@ -58,7 +58,7 @@ def update(
         kl_coef=0.3,
         temperature=TEMPERATURE,
         reference=actor_critic.policy if reference is None else reference,
-        accelerator=Accelerator(cpu=True),
+        accelerator=Accelerator(),
         generator=seeded_generator("test", 0),
         value_only=value_only,
     )

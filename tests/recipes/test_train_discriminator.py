@@ -222,7 +222,7 @@ def test_a_stopped_training_resumes_to_the_same_model(
 
 
 def test_without_held_out_pairs_it_trains_when_calibration_is_off(
-    tmp_path: Path, tiny_causal_lm: Make, tiny_tokenizer: PreTrainedTokenizerFast
+    tmp_path: Path, tiny_causal_lm: Make, tiny_tokenizer: PreTrainedTokenizerFast, device: torch.device
 ) -> None:
     def run(cfg: RunConfig) -> TrainedDiscriminator:
         return train_discriminator(
@@ -237,7 +237,7 @@ def test_without_held_out_pairs_it_trains_when_calibration_is_off(
     with pytest.raises(DataError, match=r"data\.held_out.*discriminator\.calibrate"):
         run(config())
     result = run(config(calibrate=False, epochs=1))
-    assert result.evaluation is None and result.metrics == {"temperature": 1.0}
+    assert result.evaluation is None and result.metrics == {"temperature": 1.0} and result.model.device == device
     assert not (tmp_path / "d" / "calibration.json").exists()
 
 

@@ -92,19 +92,24 @@ def test_gradients_raise_the_chosen_answer(tiny_causal_lm: Callable[..., PreTrai
 
 
 def test_training_learns_the_preferences_and_the_folder_loads_anywhere(
-    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, tiny_causal_lm: Callable[..., PreTrainedModel]
+    tmp_path: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tiny_causal_lm: Callable[..., PreTrainedModel],
+    device: torch.device,
 ) -> None:
     cfg = replace(
         RunConfig(), dpo=DPOConfig(epochs=15, batch_size=3, learning_rate=3e-3, weight_decay=0.0, save_every=0)
     )
+    model = tiny_causal_lm()
     result = train_dpo(
         cfg,
-        model=tiny_causal_lm(),
+        model=model,
         tokenizer=tiny_tokenizer,
         train=PAIRS[:5],
         held_out=PAIRS[5:],
         folder=tmp_path / "dpo",
     )
+    assert model.device == device
     rows = read_metrics(tmp_path / "dpo" / "metrics.jsonl")
     assert rows[0]["loss"] == pytest.approx(math.log(2), rel=1e-3)  # it starts at its own reference
     assert result.evaluation["accuracy"] == 1 and result.evaluation["margin"] > 1

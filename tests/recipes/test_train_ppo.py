@@ -67,7 +67,7 @@ class Source:
 
 
 def test_a_small_policy_learns_to_write_the_rewarded_token(
-    tiny_causal_lm: LM, tiny_tokenizer: Tokenizer, tmp_path: Path
+    tiny_causal_lm: LM, tiny_tokenizer: Tokenizer, tmp_path: Path, device: torch.device
 ) -> None:
     cfg = small_config(
         updates=16,
@@ -241,13 +241,14 @@ def test_the_keys_logged_are_the_keys_documented(tiny_causal_lm: LM, tiny_tokeni
 
 
 def test_a_run_leaves_models_that_load_anywhere_and_a_note_that_it_is_done(
-    tiny_causal_lm: LM, tiny_tokenizer: Tokenizer, tmp_path: Path
+    tiny_causal_lm: LM, tiny_tokenizer: Tokenizer, tmp_path: Path, device: torch.device
 ) -> None:
     actor_critic, result = run_ppo(small_config(updates=1), tiny_causal_lm, tiny_tokenizer, tmp_path)
-    ids = torch.tensor([[5, 6, 7]])
-    policy = AutoModelForCausalLM.from_pretrained(result.policy_folder)
+    assert actor_critic.policy.device == device
+    ids = torch.tensor([[5, 6, 7]], device=device)
+    policy = AutoModelForCausalLM.from_pretrained(result.policy_folder).to(device)
     torch.testing.assert_close(policy(ids).logits, actor_critic.policy(ids).logits)
-    critic = AutoModelForTokenClassification.from_pretrained(result.value_folder)
+    critic = AutoModelForTokenClassification.from_pretrained(result.value_folder).to(device)
     assert actor_critic.value_model is not None
     torch.testing.assert_close(critic(ids).logits, actor_critic.value_model(ids).logits)
     done = json.loads((tmp_path / "done.json").read_text())
@@ -255,7 +256,7 @@ def test_a_run_leaves_models_that_load_anywhere_and_a_note_that_it_is_done(
 
 
 def test_evaluation_comes_first_last_and_in_between(
-    tiny_causal_lm: LM, tiny_tokenizer: Tokenizer, tmp_path: Path
+    tiny_causal_lm: LM, tiny_tokenizer: Tokenizer, tmp_path: Path, device: torch.device
 ) -> None:
     heard: list[int] = []
 
@@ -323,12 +324,12 @@ def test_the_price_of_a_nat_follows_the_measured_kl_and_not_the_estimate_that_is
     ids=["shared", "chunked", "warm-up", "others"],
 )
 def test_other_settings_train(
-    changes: dict[str, Any], tiny_causal_lm: LM, tiny_tokenizer: Tokenizer, tmp_path: Path
+    changes: dict[str, Any], tiny_causal_lm: LM, tiny_tokenizer: Tokenizer, tmp_path: Path, device: torch.device
 ) -> None:
     cfg = small_config(updates=2, **changes)
     actor_critic, result = run_ppo(cfg, tiny_causal_lm, tiny_tokenizer, tmp_path)
     moved = [
-        not torch.equal(p, q)
+        not torch.equal(p.cpu(), q)
         for p, q in zip(actor_critic.policy.parameters(), tiny_causal_lm(seed=1).parameters(), strict=True)
     ]
     assert any(moved)
@@ -337,11 +338,11 @@ def test_other_settings_train(
     assert (second["kl/loss"] > 0) == (cfg.kl.placement == "loss")
     if cfg.ppo.value_model == "shared":
         assert actor_critic.value_head is not None
-        assert torch.equal(load_value_head(result.value_folder).weight, actor_critic.value_head.weight)
+        assert torch.equal(load_value_head(result.value_folder).weight, actor_critic.value_head.weight.cpu())
 
 
 def test_gradient_checkpointing_trains_the_same_policy(
-    tiny_causal_lm: LM, tiny_tokenizer: Tokenizer, tmp_path: Path
+    tiny_causal_lm: LM, tiny_tokenizer: Tokenizer, tmp_path: Path, device: torch.device
 ) -> None:
     def checkpointed(**options: Any) -> PreTrainedModel:
         model = tiny_causal_lm(**options)
@@ -355,7 +356,7 @@ def test_gradient_checkpointing_trains_the_same_policy(
         torch.testing.assert_close(q, p)
 
 
-def test_bfloat16_trains(tiny_causal_lm: LM, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_bfloat16_trains(tiny_causal_lm: LM, tiny_tokenizer: Tokenizer, tmp_path: Path, device: torch.device) -> None:
     cfg = small_config(updates=2)
     cfg = replace(cfg, model=replace(cfg.model, dtype="bfloat16"))
     actor_critic, _ = run_ppo(cfg, lambda **o: tiny_causal_lm(**o).bfloat16(), tiny_tokenizer, tmp_path)

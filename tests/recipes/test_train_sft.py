@@ -70,18 +70,20 @@ def test_the_end_of_sequence_is_learned_as_an_answer_token(tiny_tokenizer):
     assert tiny_tokenizer.decode(counted) == " Good!<eos>"
 
 
-def test_training_learns_the_answers_and_the_folder_loads_anywhere(tmp_path, tiny_tokenizer, tiny_causal_lm):
+def test_training_learns_the_answers_and_the_folder_loads_anywhere(tmp_path, tiny_tokenizer, tiny_causal_lm, device):
     cfg = replace(
         RunConfig(), sft=SFTConfig(epochs=20, batch_size=3, learning_rate=2e-2, weight_decay=0.0, save_every=0)
     )
+    policy = tiny_causal_lm()
     result = train_sft(
         cfg,
-        model=tiny_causal_lm(),
+        model=policy,
         tokenizer=tiny_tokenizer,
         train=PAIRS[:5],
         held_out=PAIRS[5:],
         folder=tmp_path / "sft",
     )
+    assert policy.device == device
     rows = read_metrics(tmp_path / "sft" / "metrics.jsonl")
     assert result.steps == len(rows) == 40
     assert rows[0]["loss"] > 5  # about log(vocabulary)

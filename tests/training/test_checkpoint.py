@@ -118,6 +118,23 @@ def test_state_tensors_and_config_come_back_exactly(tmp_path):
     assert loaded.config["kl"]["coef"] == 0.1
 
 
+def test_the_random_state_of_the_device_comes_back(tmp_path: Path, device: torch.device) -> None:
+    training = Training(seed=1)
+    saved = training.save(tmp_path, 1)
+    drawn = torch.rand(5, device=device)
+    assert not torch.equal(torch.rand(5, device=device), drawn)
+    load_checkpoint(saved, **training.parts)
+    assert torch.equal(torch.rand(5, device=device), drawn)
+
+
+def test_a_run_on_the_cpu_leaves_a_gpu_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_rng_state", lambda: pytest.fail("a GPU was asked"))
+    monkeypatch.setattr("torch.cuda.set_rng_state", lambda state: pytest.fail("a GPU was asked"))
+    training = Training(seed=1)
+    load_checkpoint(training.save(tmp_path, 1), **training.parts)
+
+
 def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path):
     training = Training(seed=1)
     training.steps(1)

@@ -32,6 +32,7 @@ from tlcr.experiment.memory import (
     measure_model,
 )
 from tlcr.experiment.preflight import Finding, Level, existing, preflight, settings
+from tlcr.training.distributed import process_device
 
 __all__ = ["examine", "machine"]
 
@@ -127,7 +128,7 @@ def _processor(cfg: RunConfig) -> Iterator[Finding]:
     native = {"avx512_bf16", "amx_bf16"} & {name for name, there in torch.cpu.get_capabilities().items() if there}
     if native or platform.machine() != "x86_64":
         yield Finding("ok", "bfloat16", f"on the CPU: {', '.join(sorted(native)) or 'not known for this processor'}")
-    elif cfg.model.dtype == "bfloat16" and not torch.cuda.is_available():
+    elif cfg.model.dtype == "bfloat16" and process_device().type != "cuda":
         fact = "this CPU has no bfloat16 instructions: it will be slow"
         yield Finding("warning", "bfloat16", fact, "model.dtype: float32, or a machine with AVX-512 BF16, AMX or a GPU")
     else:
@@ -138,6 +139,9 @@ def _accelerators(cfg: RunConfig) -> Iterator[Finding]:
     if not torch.cuda.is_available():
         built = f"torch {torch.__version__} is a {'CUDA' if torch.version.cuda else 'CPU'} build"
         yield Finding("note", "GPU", f"none that torch can use; {built}")
+        return
+    if process_device().type != "cuda":
+        yield Finding("note", "GPU", "left alone: ACCELERATE_USE_CPU keeps a run on the CPU")
         return
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
@@ -194,7 +198,7 @@ def _free_memory() -> int:
 
 
 def _fits(cfg: RunConfig, size: ModelSize, estimates: list[Estimate]) -> Iterator[Finding]:
-    on_gpu = torch.cuda.is_available()
+    on_gpu = process_device().type == "cuda"
     free = torch.cuda.mem_get_info(0)[0] if on_gpu else _free_memory()
     where = "GPU 0" if on_gpu else "this machine"
     limit = int(free * USABLE_SHARE)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +28,7 @@ from tlcr.text.files import STANDARD_INPUT, open_text, unicode_problem
 from tlcr.text.padding import pad_right
 from tlcr.text.tokenization import encode_answers
 from tlcr.text.truncation import CutTexts
+from tlcr.training.distributed import process_device
 from tlcr.types import EncodedAnswer, MarkedAnswer
 
 __all__ = ["Answer", "Limits", "ScoredAnswer", "read_answers", "score_command"]
@@ -175,7 +175,7 @@ def _batches(
 
 def _by_discriminator(folder: str, answers: Iterable[Answer], limits: Limits) -> Iterator[ScoredAnswer]:
     model, tokenizer = load_discriminator(folder, ModelConfig(path=folder))
-    model.to(_device())  # type: ignore[arg-type]
+    model.to(process_device())  # type: ignore[arg-type]
     cuts = CutTexts(limits, names=LIMITS)
     for batch, rendered in _batches(answers, limits.batch_size, tokenizer):
         encoded = _encode(model, tokenizer, rendered, limits)
@@ -189,7 +189,7 @@ def _by_discriminator(folder: str, answers: Iterable[Answer], limits: Limits) ->
 def _by_reward_model(folder: str, answers: Iterable[Answer], limits: Limits) -> Iterator[ScoredAnswer]:
     cfg = ModelConfig(path=folder)
     model, tokenizer = load_sequence_classifier(folder, cfg), load_tokenizer(cfg)
-    model.eval().to(_device())
+    model.eval().to(process_device())
     cuts = CutTexts(limits, names=LIMITS)
     for batch, rendered in _batches(answers, limits.batch_size, tokenizer):
         encoded = _encode(model, tokenizer, rendered, limits)
@@ -214,10 +214,6 @@ def _encode(
     )
     check_fits(model, max(len(row.ids) for row in encoded), "an answer with its prompt", LIMITS)
     return encoded
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _shown_prompt(answer: Answer) -> str:

@@ -40,7 +40,14 @@ from tlcr.config.dropped import without_dropped
 from tlcr.config.stages import DONE
 from tlcr.distribution import installed_version
 from tlcr.errors import CheckpointError
-from tlcr.training.distributed import is_main_process, on_all_processes, on_main_process, process_count, process_index
+from tlcr.training.distributed import (
+    is_main_process,
+    on_all_processes,
+    on_main_process,
+    process_count,
+    process_device,
+    process_index,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -603,7 +610,7 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def _random_state() -> dict[str, Any]:
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if process_device().type == "cuda":  # a run on the CPU leaves a GPU alone, which others may need
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -612,5 +619,5 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and process_device().type == "cuda":
         torch.cuda.set_rng_state(state["cuda"])
