@@ -3,6 +3,7 @@
     python -m benchmarks.ops                                            one thread of the CPU
     python -m benchmarks.ops --device cuda --json benchmarks/results/ops_h100.json
     python -m benchmarks.ops --only fused_gae --minutes 2               some ops
+    python -m benchmarks.ops --short                                    each op at one size, beside plain torch
     python -m benchmarks.ops --interpret                                a GPU run's path at tiny sizes, without a GPU
 
 Run from the root of a checkout, whose tlcr is the one that is measured. Needs an installed torch, for GPUs also triton,
@@ -42,7 +43,7 @@ def measure(options: argparse.Namespace) -> None:
 
     from benchmarks import record
     from benchmarks.clocks import Clocks, CPUClocks, GPUClocks, InterpretedClocks
-    from benchmarks.ops.cases import cpu_cases, gpu_cases, interpreted_cases, once
+    from benchmarks.ops.cases import cpu_cases, gpu_cases, interpreted_cases, once, short_cases
     from benchmarks.ops.rivals import PACKAGES
     from benchmarks.ops.runs import Run, table
 
@@ -57,6 +58,8 @@ def measure(options: argparse.Namespace) -> None:
         clocks, cases = GPUClocks(), gpu_cases()
     else:
         clocks, cases = CPUClocks(), cpu_cases()
+    if options.short:
+        cases = short_cases(options.device)
     for facts in (record.machine(options.device), record.versions(PACKAGES), record.build(), clocks.descriptions):
         say(f"{facts}\n")
     begin = time.monotonic()
@@ -64,7 +67,11 @@ def measure(options: argparse.Namespace) -> None:
     for case in once(cases):
         if case.op.startswith(options.only):
             say(table(run.measure(case), clocks.main))
-    say(f"\n{(time.monotonic() - begin) / 60:.1f} minutes\n")
+    measured = sum(row["status"] == "measured" for row in run.rows)
+    minutes = (time.monotonic() - begin) / 60
+    say(f"\n{measured} measured, {len(run.rows) - measured} not run; {minutes:.1f} minutes\n")
+    if not measured:
+        raise SystemExit("nothing was measured; the rows say why")
     if commit is not None:
         content = record.record(
             "ops",
@@ -91,10 +98,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--interpret", action="store_true", help="Triton's interpreter, tiny sizes; says nothing of speed"
     )
+    parser.add_argument("--short", action="store_true", help="each op at one size, beside plain torch alone")
     parser.add_argument("--json", type=Path, help="a file for the results; wants a clean checkout at a commit")
     options = parser.parse_args(argv)
     if options.interpret and options.device == "cuda":
         parser.error("--interpret runs on the CPU; leave out --device cuda")
+    if options.interpret and options.short:
+        parser.error("--interpret has sizes of its own; leave out --short")
     return options
 
 

@@ -445,6 +445,22 @@ def gpu_cases() -> Iterator[Case]:
     yield Case("ppo_loss", "", (8192, 4096))
 
 
+def short_cases(device: str) -> Iterator[Case]:
+    """Each op at a size that fills the device, and where it has one, a call that costs more than its work."""
+    large = device == "cuda"
+    B, T, N = (8192, 4096, 8192) if large else (64, 1024, 32)
+    yield Case("score_tokens", WITH_REFERENCE, (N, 128_256), torch.bfloat16, rivals=False)
+    yield Case("fused_gae", PADDED, (B, T), passes=FORWARD, rivals=False)
+    yield Case("fused_gae", WHITENED, (B, T), passes=FORWARD)  # which plain torch does not do
+    yield Case("ppo_loss", "", (B, T), rivals=False)
+    yield Case("fused_reward", "", (B, T), passes=FORWARD, rivals=False)
+    yield from (Case(op, "", (4, 64), passes=FORWARD, rivals=False) for op in ("fused_gae", "fused_reward"))
+    yield Case("ppo_loss", "", (4, 64), rivals=False)
+    yield Case("score_tokens", "", (4, 32_000), torch.bfloat16, rivals=False)
+    yield Case("score_hidden", "", (N, 4096, 128_256) if large else (N, 256, 32_000), torch.bfloat16, rivals=False)
+    yield from (Case(op, "", (1024, 576), rivals=False) for op in ("rms_norm", "gated_silu"))
+
+
 def interpreted_cases() -> Iterator[Case]:
     """Every op and pass, of a size for an interpreter."""
     yield from (Case("fused_gae", name, (2, 6), passes=FORWARD) for name in (PADDED, PACKED))

@@ -147,6 +147,8 @@ def test_every_case_has_its_bytes_and_its_rivals() -> None:
         (cases.cpu_cases, "cpu"),
         (cases.gpu_cases, "cuda"),
         (cases.interpreted_cases, "cpu"),
+        (lambda: cases.short_cases("cpu"), "cpu"),
+        (lambda: cases.short_cases("cuda"), "cuda"),
     ):
         for case in listed():
             for which in case.passes:
@@ -156,7 +158,8 @@ def test_every_case_has_its_bytes_and_its_rivals() -> None:
 
 
 def test_no_two_rows_say_the_same() -> None:
-    for listed in (cases.cpu_cases(), cases.gpu_cases(), cases.interpreted_cases()):
+    short = (cases.short_cases(device) for device in ("cpu", "cuda"))
+    for listed in (cases.cpu_cases(), cases.gpu_cases(), cases.interpreted_cases(), *short):
         rows = [(case.op, case.name, case.shape, case.dtype) for case in cases.once(listed)]
         assert len(set(rows)) == len(rows)
 
