@@ -9,7 +9,7 @@ RIVALS := $(VENV)/.rivals
 DOCS := $(VENV)/.docs
 CPP := $(shell find csrc tests/cuda/emulator .ci -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: quickstart test lint format docs bench bench-report bench-compare wheels
+.PHONY: quickstart test lint format docs bench bench-report bench-compare wheels gpu gpu-in-small
 
 quickstart: $(INSTALLED)
 	$(BIN)/tlcr run examples/quickstart.yaml --resume
@@ -47,6 +47,15 @@ bench: $(RIVALS)
 # docs/benchmarks.md and its plots, from benchmarks/results
 bench-report: $(INSTALLED)
 	$(BIN)/python -m benchmarks.report
+
+# On a machine with a GPU: tests, compute-sanitizer, timings and a PPO round in 10 minutes, results in build/gpu. Without
+# a network, with what is installed in an environment of your own: python -m benchmarks.gpu
+gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu
+
+# The path of every step of it at tiny sizes, on any machine.
+gpu-in-small: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu --device cpu --minutes 4
 
 # Two commits in alternation: make bench-compare BASE=HEAD~1, or BASE=... HEAD=...; both are built in a folder of their own.
 bench-compare: $(INSTALLED)

@@ -1,0 +1,1 @@
+"""What a machine with a GPU is asked first: is everything right there, and how fast is it?"""
