@@ -193,6 +193,9 @@ def test_the_disk_needs_room_for_the_checkpoints_of_the_runs_at_a_time(
     )  # 3 checkpoints, each of weights and two moments; the models that remain are one tenth
     assert many == pytest.approx(checkpoints_of_one + 100 * one / 10, rel=0.1), "finished runs keep no checkpoints"
     assert needed(seeds=list(range(100)), parallel=2) == pytest.approx(many + checkpoints_of_one, rel=0.1)
+    stopped = {"ppo.save_every": 0}  # one checkpoint, should the run be stopped
+    assert needed(**stopped) == pytest.approx(checkpoints_of_one / 3 + one / 10, rel=0.1)
+    assert needed(**{"ppo.save_every": 201}) == needed(**stopped)
 
 
 def test_the_defaults_run(tmp_path: Path) -> None:

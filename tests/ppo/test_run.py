@@ -115,13 +115,15 @@ def assert_same_weights(one: ActorCritic, other: ActorCritic) -> None:
 # ---- saving and resuming
 
 
-def test_a_checkpoint_is_written_once_a_round_that_is_due_and_at_the_end(make: Make, tmp_path: Path) -> None:
+def test_a_checkpoint_is_written_after_each_round_that_is_due_and_none_for_the_end(make: Make, tmp_path: Path) -> None:
     saves = Saves()
     run = make(small_config(updates=5, save_every=2, keep_checkpoints=2), callbacks=[saves])
     assert run.begin(resume=False)
     assert train(run) is False
-    assert saves.heard == [(2, "checkpoints"), (4, "checkpoints"), (5, "checkpoints")]
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
+    assert saves.heard == [(2, "checkpoints"), (4, "checkpoints")]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    assert run.end(stopped=False).updates == 5  # the models; no optimiser state is left, or was written for this
+    assert not (tmp_path / "checkpoints").exists() and not list(tmp_path.rglob("*optimizer*"))
 
 
 def test_a_run_resumes_with_all_that_a_round_changed(make: Make, tmp_path: Path) -> None:

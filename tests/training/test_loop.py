@@ -108,7 +108,7 @@ def test_steps_are_counted_logged_evaluated_and_saved_in_their_order(tmp_path: P
     adder.loop.end()
     assert listener.heard == [
         *[("step", 1), ("evaluate", 2), ("step", 2), ("save", 2), ("step", 3)],
-        *[("evaluate", 4), ("step", 4), ("save", 4), ("evaluate", 5), ("step", 5), ("save", 5), ("end", 5)],
+        *[("evaluate", 4), ("step", 4), ("save", 4), ("evaluate", 5), ("step", 5), ("end", 5)],
     ]
     assert rows(tmp_path) == [
         {"step": 1, "sum": 1.0},
@@ -119,10 +119,10 @@ def test_steps_are_counted_logged_evaluated_and_saved_in_their_order(tmp_path: P
     ]
     assert adder.loop.metrics == {"sum": 5.0, "eval/weight": 5.0} and adder.loop.evaluation == {"weight": 5.0}
     assert adder.scheduler.get_last_lr() == [0.0]  # once after each step
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
 
 
-def test_without_an_evaluation_nothing_is_evaluated_and_every_zero_means_at_the_end(tmp_path: Path) -> None:
+def test_without_an_evaluation_nothing_is_evaluated_and_zero_means_at_the_end_alone_and_no_checkpoint(tmp_path: Path) -> None:
     silent = Adder(tmp_path / "silent", evaluate=False)
     silent.loop.start(resume=False)
     silent.run()
@@ -131,16 +131,17 @@ def test_without_an_evaluation_nothing_is_evaluated_and_every_zero_means_at_the_
     last = Adder(tmp_path / "last", callbacks=(listener,), evaluate_every=0, save_every=0)
     last.loop.start(resume=False)
     last.run()
-    assert [event for event in listener.heard if event[0] != "step"] == [("evaluate", 4), ("save", 4)]
+    assert [event for event in listener.heard if event[0] != "step"] == [("evaluate", 4)]
+    assert not (tmp_path / "last" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(("answer", "at"), [({"on_step": 3}, 3), ({"on_evaluate": 2}, 2)])
-def test_a_callback_ends_the_training_with_its_state_saved(tmp_path: Path, answer: dict[str, int], at: int) -> None:
+def test_a_callback_ends_the_training_after_its_step(tmp_path: Path, answer: dict[str, int], at: int) -> None:
     adder = Adder(tmp_path, callbacks=(Listener(**answer),))
     adder.loop.start(resume=False)
     assert adder.run() is True
     saved = latest_checkpoint(tmp_path / "checkpoints")
-    assert adder.loop.step == at and saved is not None and saved.name == f"step-00000{at}"
+    assert adder.loop.step == at and saved is not None and saved.name == "step-000002"  # where save_every asks for it
 
 
 def test_a_step_is_saved_once_however_often_that_is_asked(tmp_path: Path) -> None:
@@ -243,20 +244,19 @@ def test_a_setting_that_did_not_exist_then_and_is_none_now_is_no_difference(tmp_
     Adder(tmp_path, identity={"settings": {**IDENTITY["settings"], "new": None}, "seed": 5}).loop.start(resume=True)  # type: ignore[dict-item]
 
 
-@pytest.mark.parametrize("when", ["step", "last save"])
-def test_ctrl_c_ends_the_training_after_the_step_or_the_save_that_it_met(tmp_path: Path, when: str) -> None:
+@pytest.mark.parametrize(("when", "step"), [("step", 1), ("step", 4), ("save", 4)])
+def test_ctrl_c_ends_the_training_after_the_step_or_the_save_that_it_met(tmp_path: Path, when: str, step: int) -> None:
     class Press(Callback):
-        def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
-            if when == "step" and step == 1:
+        def on_step(self, at: int, metrics: Mapping[str, float]) -> None:
+            if when == "step" and at == step:
                 os.kill(os.getpid(), signal.SIGINT)
 
-        def on_save(self, step: int, path: Path) -> None:
-            if when == "last save" and step == 4:
+        def on_save(self, at: int, path: Path) -> None:
+            if when == "save" and at == step:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    adder = Adder(tmp_path, callbacks=(Press(),), save_every=0)
+    adder = Adder(tmp_path, callbacks=(Press(),), save_every=4 if when == "save" else 0)
     adder.loop.start(resume=False)
-    step = 1 if when == "step" else 4
     with pytest.raises(KeyboardInterrupt, match=f"stopped after step {step}; .*step-00000{step}: .*--resume"):
         adder.run()
 

@@ -151,7 +151,7 @@ import torch
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
-cfg = config(micro_batch_size=1, epochs=2, warmup_share=0.0)
+cfg = config(micro_batch_size=1, epochs=2, warmup_share=0.0, save_every=1)
 
 def model():
     return LlamaForCausalLM.from_pretrained(folder / "start", dtype="float64").eval()
@@ -323,18 +323,18 @@ def test_ctrl_c_says_where_the_state_is_and_how_to_go_on(tmp_path, tiny_causal_l
         train(tiny_causal_lm(), tmp_path, config(batch_size=2), callbacks=[PressCtrlC(5)], resume=True)
 
 
-def test_resuming_a_finished_run_does_nothing_more(tmp_path, tiny_causal_lm):
+def test_resuming_from_a_checkpoint_of_the_last_step_does_nothing_more(tmp_path, tiny_causal_lm):
     model = tiny_causal_lm()
-    first = train(model, tmp_path, config())
+    first = train(model, tmp_path, config(save_every=2))
     again = tiny_causal_lm(seed=9)
-    second = train(again, tmp_path, config(), resume=True)
+    second = train(again, tmp_path, config(save_every=2), resume=True)
     assert (second.steps, second.metrics) == (first.steps, first.metrics)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, tiny_causal_lm):
-    train(tiny_causal_lm(), tmp_path, config())
+    train(tiny_causal_lm(), tmp_path, config(save_every=1))
     with pytest.raises(CheckpointError, match="pass --resume"):
         train(tiny_causal_lm(), tmp_path, config())
     with pytest.raises(CheckpointError, match=r"learning_rate was 0.001 and is 0.5; seed was 3 and is 4\)"):

@@ -343,7 +343,7 @@ class TrainingConfig(Checked):
     evaluate_every: int = knob(
         0, "optimiser steps between evaluations; 0: at the end of each epoch", ge=0, advanced=True
     )
-    save_every: int = knob(100, "optimiser steps between checkpoints; 0: at the end only", ge=0)
+    save_every: int = knob(100, "optimiser steps between checkpoints; 0: none, but when a run is stopped", ge=0)
 
 
 @dataclass(frozen=True)
@@ -550,7 +550,7 @@ class PPOConfig(Checked):
     chunk_tokens: int | None = knob(
         None, "compute logits for this many tokens at a time: less memory, more time", ge=1, advanced=True
     )
-    save_every: int = knob(50, "updates between checkpoints; 0: at the end only", ge=0)
+    save_every: int = knob(50, "updates between checkpoints; 0: none, but when a run is stopped", ge=0)
     keep_checkpoints: int = knob(2, "older checkpoints are deleted", ge=1, advanced=True)
     evaluate_every: int = knob(0, "updates between evaluations; 0: at the start and end only", ge=0)
 

@@ -281,19 +281,22 @@ def _positions_of_others(
 
 
 def _disk(cfg: RunConfig, stages: Collection[str], model: PreTrainedModel) -> Iterator[Finding]:
-    """A PPO run has keep_checkpoints + 1 checkpoints, weights and optimiser states, while one is saved. When it ends it
-    deletes them and leaves its models."""
+    """A PPO run has up to keep_checkpoints + 1 checkpoints, weights and optimiser states, while one is saved; with
+    save_every 0 the only one is that of a run that is stopped. When it ends it deletes them and leaves its models."""
     if "ppo" not in stages:
         return
     trained = [role for role in estimate_run(cfg, measure_model(model))[-1].roles if role.optimizer]
     models, states = sum(role.weights for role in trained), sum(role.optimizer for role in trained)
     runs = sum(not path.exists() for path in records(cfg, "ppo"))
     at_a_time = min(cfg.parallel, runs)
-    need = at_a_time * (cfg.ppo.keep_checkpoints + 1) * (models + states) + runs * models
+    regular = cfg.ppo.updates // cfg.ppo.save_every if cfg.ppo.save_every else 0
+    checkpoints = min(regular, cfg.ppo.keep_checkpoints) + 1
+    need = at_a_time * checkpoints * (models + states) + runs * models
     free = shutil.disk_usage(existing(Path(cfg.output_dir))).free
     if need > free:
         fact = (
             f"PPO may take {in_words(need)} (checkpoints of {at_a_time} runs at a time, models of {runs}), and "
             f"{in_words(free)} are free"
         )
-        yield Finding("blocked", "disk", fact, "lower ppo.keep_checkpoints, or name an output_dir on a larger disk")
+        fewer = "lower ppo.keep_checkpoints, or " if checkpoints > 1 else ""
+        yield Finding("blocked", "disk", fact, f"{fewer}name an output_dir on a larger disk")

@@ -10,8 +10,8 @@ from typing import Protocol
 class Callback(Protocol):
     """A base class: override the methods that you need. Every process calls its callbacks at the same points.
 
-    If ``on_step`` or ``on_evaluate`` returns True on any process, training ends after this step: state and model are
-    saved, as at the regular end. ``step`` counts the optimiser steps (PPO: the updates) done.
+    If ``on_step`` or ``on_evaluate`` returns True on any process, training ends after this step: the model is saved, as
+    at the regular end. ``step`` counts the optimiser steps (PPO: the updates) done.
     """
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> bool | None:

@@ -68,7 +68,7 @@ class TrainingLoop:
             total_steps: steps of the whole training, those of earlier sittings included.
             evaluate_every: steps from one evaluation to the next; 0: after the last step only, where there is always
                 one.
-            save_every: steps from one checkpoint to the next; 0: at the end only.
+            save_every: steps from one checkpoint to the next; 0: none, unless the training is stopped in between.
             keep_checkpoints: how many of the newest checkpoints to keep.
             accelerator: the processes that share the training.
             models: unwrapped modules by the names that their files have in a checkpoint.
@@ -132,7 +132,8 @@ class TrainingLoop:
         self.step, self.metrics, self.evaluation, self._seconds_before = step, metrics, evaluation, seconds
 
     def run(self, take_step: Callable[[], dict[str, float]], *, label: str, shown: tuple[str, ...] = ()) -> bool:
-        """Takes the steps that are left, and saves the state at the end.
+        """Takes the steps that are left. What the training leaves behind is its caller's to write: no checkpoint is
+        made for the end, where nothing would resume from it.
 
         Args:
             take_step: changes the models once and returns the metrics of that step.
@@ -156,9 +157,8 @@ class TrainingLoop:
                     raise signals.stopped(self.step, self.save())
                 if self._save_every and self.step % self._save_every == 0:
                     self.save()
-            path = self.save()
             if signals.received():
-                raise signals.stopped(self.step, path)
+                raise signals.stopped(self.step, self.save())
         return stopped
 
     def _finish_step(self, metrics: dict[str, float], progress: Progress) -> Answers:
