@@ -124,7 +124,7 @@ def test_what_was_answered_is_not_generated_again(folder: Path, monkeypatch) -> 
     first = answers_of(folder, questions()[:2])
     loaded: list[ModelConfig] = []
     load = local_module.load_causal_lm
-    monkeypatch.setattr(local_module, "load_causal_lm", lambda cfg: loaded.append(cfg) or load(cfg))
+    monkeypatch.setattr(local_module, "load_causal_lm", lambda cfg, **on: loaded.append(cfg) or load(cfg, **on))
     assert answers_of(folder, questions()[:2]) == first
     assert loaded == []
     assert answers_of(folder, questions())[:2] == first

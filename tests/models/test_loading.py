@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 from tests.text.test_tokenization import byte_level
@@ -72,6 +76,70 @@ def test_the_dtype_is_the_configs(tmp_path, tiny_tokenizer, make):
     classifier = load_token_classifier(model, config(tmp_path, dtype="bfloat16"), id2label=TWO_CLASSES)
     assert {p.dtype for p in backbone(classifier).parameters()} == {torch.bfloat16} == {classifier.dtype}
     assert {p.dtype for p in classification_head(classifier).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("auto", "load"),
+    [
+        (AutoModelForCausalLM, load_causal_lm),
+        (AutoModelForTokenClassification, load_token_classifier),
+        (AutoModelForSequenceClassification, load_sequence_classifier),
+    ],
+    ids=["policy", "discriminator", "reward model"],
+)
+def test_each_weight_goes_straight_to_the_device(tmp_path, tiny_tokenizer, tiny_causal_lm, monkeypatch, auto, load):
+    """transformers makes no copy on the host where it is told the device; here it is told, and the CPU stands in."""
+    model = tiny_causal_lm()
+    if load is load_token_classifier:
+        model = load_token_classifier(model, ModelConfig(), id2label=TWO_CLASSES)
+    elif load is load_sequence_classifier:
+        model = load_sequence_classifier(model, ModelConfig())
+    save_model(model, tiny_tokenizer, tmp_path)
+    told = []
+
+    def from_pretrained(*args, device_map=None, **options):
+        told.append(device_map)
+        return kept(*args, **options)
+
+    kept = auto.from_pretrained
+    monkeypatch.setattr(auto, "from_pretrained", from_pretrained)
+    gpu = torch.device("cuda", 0)
+    source = str(tmp_path) if load is not load_causal_lm else config(tmp_path)
+    arguments = (source,) if load is load_causal_lm else (source, ModelConfig())
+    load(*arguments, device=gpu)
+    load(*arguments, device=torch.device("cpu"))
+    load(*arguments)
+    assert told == [{"": gpu}, None, None]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_loading_onto_a_gpu_takes_no_host_memory_for_the_weights(tmp_path, tiny_tokenizer):
+    wide = LlamaConfig(vocab_size=400, hidden_size=1024, intermediate_size=4096, num_hidden_layers=16, pad_token_id=0)
+    with torch.device("cuda"):
+        save_model(LlamaForCausalLM(wide), tiny_tokenizer, tmp_path)
+    held = re.compile(r"RssAnon:\s+(\d+) kB")
+    status = Path("/proc/self/status")
+    before = int(held.search(status.read_text())[1])
+    model = load_causal_lm(config(tmp_path), device=torch.device("cuda"))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1024
+    assert all(p.is_cuda for p in model.parameters())
+    assert int(held.search(status.read_text())[1]) - before < 0.5 * weights
+
+
+def test_a_new_classifier_is_made_where_the_causal_lm_is(tiny_causal_lm, monkeypatch):
+    """On the device of its source from the start: made on the host and moved, it would take as much there."""
+    made = []
+    kept = torch.nn.Linear.__init__
+
+    def linear(self, *args, **options):
+        kept(self, *args, **options)
+        made.append(self.weight.device.type)
+
+    monkeypatch.setattr(torch.nn.Linear, "__init__", linear)
+    source = tiny_causal_lm().to("meta")
+    made.clear()
+    assert load_token_classifier(source, ModelConfig(), id2label=TWO_CLASSES).device.type == "meta"
+    assert len(made) > 10 and set(made) == {"meta"}
 
 
 def test_saving_over_a_model_replaces_all_of_it_and_keeps_what_else_is_there(tmp_path, tiny_tokenizer, make):

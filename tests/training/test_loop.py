@@ -122,7 +122,9 @@ def test_steps_are_counted_logged_evaluated_and_saved_in_their_order(tmp_path: P
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
 
 
-def test_without_an_evaluation_nothing_is_evaluated_and_zero_means_at_the_end_alone_and_no_checkpoint(tmp_path: Path) -> None:
+def test_without_an_evaluation_nothing_is_evaluated_and_zero_means_at_the_end_alone_and_no_checkpoint(
+    tmp_path: Path,
+) -> None:
     silent = Adder(tmp_path / "silent", evaluate=False)
     silent.loop.start(resume=False)
     silent.run()

@@ -71,7 +71,7 @@ class LocalModel:
         if self._loaded:
             return
         self._tokenizer = load_tokenizer(self._cfg)
-        self._model = load_causal_lm(self._cfg).eval().to(process_device())
+        self._model = load_causal_lm(self._cfg, device=process_device())
         self._ends = stop_ids(self._model, self._tokenizer)
         self._loaded = True
 
@@ -104,7 +104,7 @@ class LocalModel:
             # The seed depends on the first question: a resumed run has other batches, but equal batches get equal
             # answers.
             torch.manual_seed(int(question.key(self.identity)[:15], 16))
-            sampled_BL: torch.Tensor = self._model.generate(
+            sampled_BL: torch.Tensor = self._model.generate(  # type: ignore[operator]
                 input_ids=ids_BP.to(device),
                 attention_mask=mask_BP.long().to(device),
                 prefix_allowed_tokens_fn=self._holding_to(question.choices, ids_BP.shape[1]),

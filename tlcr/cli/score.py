@@ -174,8 +174,7 @@ def _batches(
 
 
 def _by_discriminator(folder: str, answers: Iterable[Answer], limits: Limits) -> Iterator[ScoredAnswer]:
-    model, tokenizer = load_discriminator(folder, ModelConfig(path=folder))
-    model.to(process_device())  # type: ignore[arg-type]
+    model, tokenizer = load_discriminator(folder, ModelConfig(path=folder), device=process_device())
     cuts = CutTexts(limits, names=LIMITS)
     for batch, rendered in _batches(answers, limits.batch_size, tokenizer):
         encoded = _encode(model, tokenizer, rendered, limits)
@@ -188,8 +187,7 @@ def _by_discriminator(folder: str, answers: Iterable[Answer], limits: Limits) ->
 
 def _by_reward_model(folder: str, answers: Iterable[Answer], limits: Limits) -> Iterator[ScoredAnswer]:
     cfg = ModelConfig(path=folder)
-    model, tokenizer = load_sequence_classifier(folder, cfg), load_tokenizer(cfg)
-    model.eval().to(process_device())
+    model, tokenizer = load_sequence_classifier(folder, cfg, device=process_device()), load_tokenizer(cfg)
     cuts = CutTexts(limits, names=LIMITS)
     for batch, rendered in _batches(answers, limits.batch_size, tokenizer):
         encoded = _encode(model, tokenizer, rendered, limits)

@@ -90,7 +90,7 @@ def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
 
 def _start(run: RunFolder, cfg: RunConfig, frozen: FrozenModels) -> ActorCritic:
     """Policy and value model at the start of training."""
-    policy = load_causal_lm(run.policy_source)
+    policy = load_causal_lm(run.policy_source, device=run.device)
     value_model = build_value_model(
         cfg.ppo,
         cfg.model,
@@ -98,13 +98,13 @@ def _start(run: RunFolder, cfg: RunConfig, frozen: FrozenModels) -> ActorCritic:
         reward_model=frozen.reward_model.model if frozen.reward_model else None,
         discriminator=frozen.discriminator.model if frozen.discriminator else None,
     )
-    return ActorCritic(policy, value_model, chunk_tokens=cfg.ppo.chunk_tokens).to(run.device)
+    return ActorCritic(policy, value_model, chunk_tokens=cfg.ppo.chunk_tokens)
 
 
 def _trained(run: RunFolder, cfg: RunConfig, folder: Path) -> ActorCritic:
     """Policy and value model after training."""
     own = cfg.model.saved_in(folder / "policy")
-    return ActorCritic.load(own, folder / "value", chunk_tokens=cfg.ppo.chunk_tokens).to(run.device)
+    return ActorCritic.load(own, folder / "value", chunk_tokens=cfg.ppo.chunk_tokens, device=run.device)
 
 
 class _Evaluation:

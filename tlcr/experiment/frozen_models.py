@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from tlcr.config.schema import RunConfig
@@ -48,23 +47,18 @@ def load_frozen_models(run: RunFolder, cfg: RunConfig) -> FrozenModels:
     """The models that `cfg.reward` needs, trained by the run or named in the config; ConfigError if one is missing."""
     frozen = FrozenModels()
     if cfg.uses_discriminator(cfg.reward):
-        model, tokenizer = load_discriminator(run.discriminator_folder, cfg.model)
-        frozen = replace(frozen, discriminator=LoadedModel(_on(run, model), tokenizer))
+        model, tokenizer = load_discriminator(run.discriminator_folder, cfg.model, device=run.device)
+        frozen = replace(frozen, discriminator=LoadedModel(model, tokenizer))
     if cfg.uses_reward_model(cfg.reward):
         own = cfg.model.saved_in(run.reward_model_folder)
-        model = _on(run, load_sequence_classifier(run.reward_model_folder, own))
+        model = load_sequence_classifier(run.reward_model_folder, own, device=run.device)
         frozen = replace(frozen, reward_model=LoadedModel(model, load_tokenizer(own)))
     if cfg.uses_dpo(cfg.reward):
         own = cfg.model.saved_in(run.dpo_folder)
-        frozen = replace(frozen, dpo=LoadedModel(_on(run, load_causal_lm(own)), load_tokenizer(own)))
+        frozen = replace(frozen, dpo=LoadedModel(load_causal_lm(own, device=run.device), load_tokenizer(own)))
     return frozen
 
 
 def load_reference(run: RunFolder) -> PreTrainedModel:
     """The initial policy of PPO, on the run's device."""
-    return _on(run, load_causal_lm(run.policy_source))
-
-
-def _on(run: RunFolder, model: PreTrainedModel) -> PreTrainedModel:
-    nn.Module.to(model, run.device)  # the wrapper of PreTrainedModel.to loses its type
-    return model
+    return load_causal_lm(run.policy_source, device=run.device)

@@ -13,7 +13,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from tlcr.config.loading import load_config
@@ -216,7 +215,7 @@ def _dpo(run: RunFolder) -> None:
     """4. A baseline reward: a policy trained by DPO on the same preferences."""
 
     def train(**given: Any) -> FitResult:
-        return train_dpo(run.cfg, model=load_causal_lm(run.policy_source), **given)
+        return train_dpo(run.cfg, model=load_causal_lm(run.policy_source, device=run.device), **given)
 
     _from_preferences(run, "dpo", train, share="reward", sections=("model", "data", "sft", "dpo"))
 
@@ -299,8 +298,7 @@ def _analysis(run: RunFolder) -> None:
 def _analyse(
     run: RunFolder, edits: Sequence[EditPair], preferences: Sequence[PreferencePair], *, calibrated_on_them: bool
 ) -> DiscriminatorAnalysis:
-    model, tokenizer = load_discriminator(run.discriminator_folder, run.cfg.model)
-    nn.Module.to(model, run.device)
+    model, tokenizer = load_discriminator(run.discriminator_folder, run.cfg.model, device=run.device)
     return analyse_discriminator(
         run.cfg,
         model=model,
@@ -359,7 +357,9 @@ def _ppo(run: RunFolder) -> None:
 
 
 def _base_model(run: RunFolder) -> PreTrainedModel:
-    return embedded.build_model(run.tokenizer, run.cfg.seed) if run.embedded else load_causal_lm(run.cfg.model)
+    if run.embedded:
+        return embedded.build_model(run.tokenizer, run.cfg.seed)
+    return load_causal_lm(run.cfg.model, device=run.device)
 
 
 # ---- in separate processes

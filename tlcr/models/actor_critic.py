@@ -203,14 +203,21 @@ class ActorCritic(nn.Module):
         return values_N if values_N.dtype == torch.float64 else values_N.float()
 
     @classmethod
-    def load(cls, policy: ModelConfig, value_folder: Path, *, chunk_tokens: int | None = None) -> ActorCritic:
-        """The models that `save` wrote: `policy.path` is the policy's folder."""
-        model = load_causal_lm(policy)
+    def load(
+        cls,
+        policy: ModelConfig,
+        value_folder: Path,
+        *,
+        chunk_tokens: int | None = None,
+        device: torch.device | None = None,
+    ) -> ActorCritic:
+        """The models that `save` wrote, on `device` (None: the CPU); `policy.path` is the policy's folder."""
+        model = load_causal_lm(policy, device=device)
         if (value_folder / "value_head.json").is_file():
             actor_critic = cls(model, None, chunk_tokens=chunk_tokens)
-            actor_critic.value_head = load_value_head(value_folder)
+            actor_critic.value_head = load_value_head(value_folder).to(model.device)
             return actor_critic
-        value_model = load_token_classifier(value_folder, policy, id2label={0: "value"})
+        value_model = load_token_classifier(value_folder, policy, id2label={0: "value"}, device=device)
         return cls(model, value_model, chunk_tokens=chunk_tokens)
 
     def save(self, tokenizer: PreTrainedTokenizerBase, policy_folder: Path, value_folder: Path) -> None:

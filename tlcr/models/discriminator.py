@@ -330,7 +330,9 @@ def score_encoded(
 # ---- loading
 
 
-def load_discriminator(folder: str | Path, cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_discriminator(
+    folder: str | Path, cfg: ModelConfig, *, device: torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A trained discriminator and the tokenizer saved with it, ready to score.
 
     The model is in evaluation mode, and its top layers are bidirectional if they were in training. Its temperature is
@@ -339,6 +341,7 @@ def load_discriminator(folder: str | Path, cfg: ModelConfig) -> tuple[PreTrained
     Args:
         folder: where the discriminator was saved.
         cfg: dtype and settings of loading.
+        device: where its weights go; None: the CPU.
 
     Returns:
         Model and tokenizer.
@@ -346,6 +349,6 @@ def load_discriminator(folder: str | Path, cfg: ModelConfig) -> tuple[PreTrained
     Raises:
         ConfigError: the model's labels are not those of a discriminator, in their order.
     """
-    model = load_token_classifier(folder, cfg)
+    model = load_token_classifier(folder, cfg, device=device)
     make_top_layers_bidirectional(model, getattr(model.config, "tlcr_bidirectional_layers", 0))
     return model.eval(), load_tokenizer(cfg.saved_in(folder))

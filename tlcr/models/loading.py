@@ -86,11 +86,12 @@ def load_tokenizer(cfg: GeneratorConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_causal_lm(cfg: GeneratorConfig) -> PreTrainedModel:
+def load_causal_lm(cfg: GeneratorConfig, *, device: torch.device | None = None) -> PreTrainedModel:
     """The causal language model of ``cfg``, in its dtype, with no dropout. Safetensors only, or the GGUF file named.
 
     Args:
         cfg: the model's folder or hub name, and settings of loading.
+        device: where the weights go, each straight from its file; None: the CPU.
 
     Returns:
         The model, every weight of which was in the file.
@@ -105,9 +106,10 @@ def load_causal_lm(cfg: GeneratorConfig) -> PreTrainedModel:
             # Packed GGUF blocks can be neither trained nor saved.
             options: dict[str, Any] = {"gguf_file": cfg.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
         else:
-            options = {"use_safetensors": True}
+            options = {"use_safetensors": True, **_onto(device)}
         model, report = AUTO["policy"].from_pretrained(source, **options, **_common(cfg, found))
     if cfg.gguf_file:
+        _move(model, device)
         model.config.quantization_config = None
         model.hf_quantizer = None
     _check_report(report, model, cfg, "policy", found)
@@ -116,7 +118,11 @@ def load_causal_lm(cfg: GeneratorConfig) -> PreTrainedModel:
 
 
 def load_token_classifier(
-    source: str | Path | PreTrainedModel, cfg: ModelConfig, *, id2label: Mapping[int, str] | None = None
+    source: str | Path | PreTrainedModel,
+    cfg: ModelConfig,
+    *,
+    id2label: Mapping[int, str] | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """A standard ``AutoModelForTokenClassification`` whose labels are negative/positive or negative/neutral/positive.
 
@@ -125,6 +131,7 @@ def load_token_classifier(
             head (see ``_with_new_head``) and which stays as it is.
         cfg: dtype and settings of loading.
         id2label: the labels wanted. None accepts either set, and is allowed for a folder only.
+        device: where the weights of a folder go; None: the CPU. A copy of a causal LM is made where that is.
 
     Returns:
         The classifier.
@@ -138,18 +145,21 @@ def load_token_classifier(
                 "a new token classifier needs id2label: TWO_CLASSES or THREE_CLASSES of tlcr.models.inspection"
             )
         return _with_new_head(AutoModelForTokenClassification, source, cfg, dict(id2label))
-    model = _load_classifier("discriminator", source, cfg)
+    model = _load_classifier("discriminator", source, cfg, device)
     accepted = [TWO_CLASSES, THREE_CLASSES] if id2label is None else [dict(id2label)]
     raise_first(inspection.label_faults(model.config, str(source), accepted))
     return model
 
 
-def load_sequence_classifier(source: str | Path | PreTrainedModel, cfg: ModelConfig) -> PreTrainedModel:
+def load_sequence_classifier(
+    source: str | Path | PreTrainedModel, cfg: ModelConfig, *, device: torch.device | None = None
+) -> PreTrainedModel:
     """A standard ``AutoModelForSequenceClassification`` with one output, the score of an answer.
 
     Args:
         source: as for ``load_token_classifier``.
         cfg: dtype and settings of loading.
+        device: as for ``load_token_classifier``.
 
     Returns:
         The classifier.
@@ -160,7 +170,7 @@ def load_sequence_classifier(source: str | Path | PreTrainedModel, cfg: ModelCon
     """
     if isinstance(source, PreTrainedModel):
         return _with_new_head(AutoModelForSequenceClassification, source, cfg, {0: "score"})
-    model = _load_classifier("reward_model", source, cfg)
+    model = _load_classifier("reward_model", source, cfg, device)
     outputs = model.config.num_labels or 0
     if outputs != 1:
         raise_first([inspection.several_outputs(str(source), outputs)])
@@ -482,6 +492,15 @@ def _common(cfg: GeneratorConfig, found: Inspection) -> dict[str, Any]:
     }
 
 
+def _onto(device: torch.device | None) -> dict[str, Any]:
+    """Lets ``from_pretrained`` put each weight on the device as it reads it: the model is never whole on the host."""
+    return {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
+
+
+def _move(model: PreTrainedModel, device: torch.device | None) -> None:
+    nn.Module.to(model, device)  # the wrapper of PreTrainedModel.to loses its type
+
+
 def _check_report(
     report: Mapping[str, Any],
     model: PreTrainedModel,
@@ -534,14 +553,14 @@ def _prepared(model: PreTrainedModel, cfg: GeneratorConfig) -> PreTrainedModel:
     return model.eval()
 
 
-def _load_classifier(role: Role, source: str | Path, cfg: ModelConfig) -> PreTrainedModel:
+def _load_classifier(role: Role, source: str | Path, cfg: ModelConfig, device: torch.device | None) -> PreTrainedModel:
     cfg = replace(cfg, path=str(source), gguf_file=None)
     found = _inspected(cfg, role)
     with _loading("classifier", cfg.path), inspection.quiet():
         assert found.config is not None  # _inspected has raised
         kind = classifiers.saved_class(AUTO[role], found.config) or AUTO[role]
         model, report = kind.from_pretrained(  # type: ignore[misc]
-            cfg.path, use_safetensors=True, **_common(cfg, found)
+            cfg.path, use_safetensors=True, **_onto(device), **_common(cfg, found)
         )
     _check_report(report, model, cfg, role, found)
     use_float32_head(model, _stored_head(model, cfg, role, found))
@@ -582,11 +601,9 @@ def _with_new_head(
     config.label2id = {label: index for index, label in id2label.items()}
     config.classifier_dropout = 0.0
     kind = classifiers.new_class(auto, causal_lm, config)
-    with no_init_weights():
-        model = kind._from_config(
-            config, dtype=causal_lm.dtype, attn_implementation=inspection.attention_for(cfg, kind, config)
-        )
-    model.to(causal_lm.device)
+    attention = inspection.attention_for(cfg, kind, config)
+    with no_init_weights(), causal_lm.device:  # made where it stays: a copy on the host would be as large as the model
+        model = kind._from_config(config, dtype=causal_lm.dtype, attn_implementation=attention)
     use_float32_head(model)
     backbone(model).load_state_dict(backbone(causal_lm).state_dict(), strict=True)
     for parameter in classification_head(model).parameters():

@@ -236,7 +236,8 @@ class PPORun:
                 f"{self.folder} holds a finished run{found} to load what it trained, name another output_dir, or "
                 "delete that folder to train again"
             )
-        trained = ActorCritic.load(self.cfg.model.saved_in(self.folder / "policy"), self.folder / "value")
+        own = self.cfg.model.saved_in(self.folder / "policy")
+        trained = ActorCritic.load(own, self.folder / "value", device=self.accelerator.device)
         self.actor_critic.load_state_dict(trained.state_dict())
         done = json.loads((self.folder / DONE).read_text(encoding="utf-8"))
         last = read_metrics(self.loop.log.path)[-1]
