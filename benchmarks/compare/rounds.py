@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.compare.ratios import LEAST_ROUNDS
+from benchmarks.ppo_step import journal
 from benchmarks.ppo_step.task import PHASES, Task
 from benchmarks.record import ROOT
 from benchmarks.report.tables import duration
@@ -101,11 +102,12 @@ def start(module: str, *arguments: object, installed: Path, threads: int) -> sub
 
 def ppo_round(result: Path, threads: int, installed: Path) -> dict[str, dict[str, Any]]:
     """The seconds of a median PPO round of a small model, and of its phases."""
+    result = result.with_name("journal.jsonl")
     task = Task(batch=16, prompt_tokens=8, response_tokens=16, epochs=2, minibatch=16, micro_batch=16, threads=threads)
     done = start("benchmarks.ppo_step.with_tlcr", task.to_json(), result, installed=installed, threads=threads)
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         return {PPO: {"reason": said[-1]}}
-    rounds = json.loads(result.read_text(encoding="utf-8"))["rounds"]
+    rounds = journal.counted_rounds(journal.read(result))
     names = {"total": PPO} | {phase: f"{PPO}, {phase}" for phase in PHASES}
     return {name: {"seconds": statistics.median(one[phase] for one in rounds)} for phase, name in names.items()}

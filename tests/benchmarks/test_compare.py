@@ -96,7 +96,8 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (package / "ppo_step" / "with_tlcr.py").write_text(
         "import json, sys, tlcr\n"
         "times = dict.fromkeys(('rollout', 'score', 'reward', 'update', 'total'), tlcr.PPO)\n"
-        "json.dump({'rounds': [times]}, open(sys.argv[2], 'w'))\n"
+        "rounds = [{'event': 'round', 'round': number, 'seconds': times} for number in (0, 1)]\n"
+        "open(sys.argv[2], 'w').write(''.join(json.dumps(one) + '\\n' for one in rounds))\n"
     )
     monkeypatch.setattr(commits, "ROOT", root)
     shutil.copy(process.__file__, package / "compare")

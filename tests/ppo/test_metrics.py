@@ -101,12 +101,16 @@ def test_every_statistic_of_the_update_is_logged_under_its_own_name() -> None:
     assert update_metrics(statistics) == {key: float(names.index(name)) for key, name in logged.items()}
 
 
-def test_seconds_are_those_of_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seconds_are_those_of_each_phase_and_are_told_as_it_ends(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", logger=metrics.__name__)
     clock = iter([10.0, 11.0, 14.0, 14.5, 16.0, 20.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
     watch = Stopwatch(torch.device("cpu"))
     with watch.phase("rollout"):
         pass
+    assert [record.getMessage() for record in caplog.records] == ["rollout took 3.000 s"]
     with watch.phase("update"):
         pass
     wanted = {"time/rollout_s": 3.0, "time/update_s": 1.5, "time/total_s": 10.0, "time/tokens_per_s": 5.0}

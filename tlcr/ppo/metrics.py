@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,10 @@ from tlcr.ppo.kl import kl_of
 from tlcr.ppo.update import UpdateStatistics
 from tlcr.rewards.composition import reward_accounting
 from tlcr.training.distributed import sum_over_processes
+from tlcr.training.profiling import part
 from tlcr.types import Advantages, PolicyScores, Rewards, Rollout
+
+logger = logging.getLogger(__name__)
 
 
 def rollout_metrics(
@@ -90,7 +94,7 @@ def update_metrics(statistics: UpdateStatistics) -> dict[str, float]:
 
 
 class Stopwatch:
-    """Seconds spent in each phase of a round."""
+    """Seconds spent in each phase of a round; each is logged, at level DEBUG, when it ends."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -100,11 +104,13 @@ class Stopwatch:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
-        yield
-        if self._device.type == "cuda":
-            # Kernels run asynchronously: without this their time would count in the next phase.
-            torch.cuda.synchronize(self._device)
+        with part(name):
+            yield
+            if self._device.type == "cuda":
+                # Kernels run asynchronously: without this their time would count in the next phase.
+                torch.cuda.synchronize(self._device)
         self._seconds[name] = time.perf_counter() - began
+        logger.debug("%s took %.3f s", name, self._seconds[name])
 
     def metrics(self, tokens: float) -> dict[str, float]:
         """time/<phase>_s, their total, and response tokens of all processes per second of it."""

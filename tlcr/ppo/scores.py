@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from tlcr.models.actor_critic import ActorCritic
 from tlcr.ppo.microbatches import MicroBatches
+from tlcr.training.profiling import part
 from tlcr.types import PolicyScores, Rollout
 
 
@@ -47,10 +48,12 @@ def score_rollout(
     (batches,) = MicroBatches(rollout, rows=micro_batch_size, tokens=micro_batch_tokens).split()
     for batch in batches:
         tokens = (batch.ids_BL, batch.attention_mask_BL, batch.actions_N)
-        output = actor_critic(*tokens, temperature=temperature, reference=reference if exact_kl else None)
+        with part("score: policy and values"):
+            output = actor_critic(*tokens, temperature=temperature, reference=reference if exact_kl else None)
         ref_logprobs_N = output.ref_logprobs_N
         if ref_logprobs_N is None:
-            ref_logprobs_N = actor_critic.reference_logprobs(reference, *tokens, temperature=temperature)
+            with part("score: reference"):
+                ref_logprobs_N = actor_critic.reference_logprobs(reference, *tokens, temperature=temperature)
         batch.put(output.logprobs_N, logprobs_BT)
         batch.put(ref_logprobs_N, ref_logprobs_BT)
         batch.put(output.values_N, values_BT)

@@ -23,6 +23,7 @@ from tlcr.models.actor_critic import ActorCritic, PolicyOutput, Terms
 from tlcr.ppo.kl import estimate_kl
 from tlcr.ppo.microbatches import MicroBatch, MicroBatches
 from tlcr.training.optim import clip_gradients, gradient_norm
+from tlcr.training.profiling import part
 from tlcr.types import Advantages, PolicyScores, Rollout
 
 
@@ -127,13 +128,15 @@ def ppo_update(
                 )
                 for batch in micro_batches
             ]
-            step = _finish(statistics, model, cfg, accelerator)
+            with part("update: gradient norms"):
+                step = _finish(statistics, model, cfg, accelerator)
             step.check(cfg.max_ratio)
             steps.append(step)
             stopped_early = cfg.target_kl is not None and step.approx_kl > cfg.target_kl
             if stopped_early:
                 break
-            optimizer.step()
+            with part("update: optimiser"):
+                optimizer.step()
         if stopped_early:
             break
     optimizer.zero_grad(set_to_none=True)
@@ -181,42 +184,46 @@ def _backward(
     old_logprobs_BT = batch.take(scores.logprobs_BT)
     # Gradients are reduced once per minibatch: DDP waits for the other processes in the last micro-batch only.
     with nullcontext() if last else accelerator.no_sync(actor_critic):
-        output_N: PolicyOutput = actor_critic(
-            batch.ids_BL,
-            batch.attention_mask_BL,
-            batch.actions_N,
-            temperature=temperature,
-            reference=reference if in_loss and kl.estimator == "full" else None,
-            terms=terms,
-        )
-        logprobs_BT, entropy_BT, kl_BT, values_BT, _ = (None if x_N is None else batch.spread(x_N) for x_N in output_N)
-        has_values = values_BT is not None
-        in_loss_BT = None
-        if in_loss:
-            in_loss_BT = _kl_in_loss(kl, kl_BT, logprobs_BT, batch.take(scores.ref_logprobs_BT), batch.mask_BT)
-        loss = ops.ppo_loss(
-            # During the value warm-up the policy does not change, so its log-probabilities are the old ones.
-            old_logprobs_BT if logprobs_BT is None else logprobs_BT,
-            old_logprobs_BT,
-            batch.take(advantages.advantages_BT),
-            batch.mask_BT,
-            clip=cfg.clip,
-            clip_high=cfg.clip_high,
-            dual_clip=cfg.dual_clip,
-            values=values_BT,
-            old_values=batch.take(scores.values_BT) if has_values else None,
-            returns=batch.take(advantages.returns_BT) if has_values else None,
-            value_clip=cfg.value_clip,
-            value_coef=cfg.value_coef,
-            entropy=batch.take(scores.entropy_BT) if entropy_BT is None else entropy_BT,
-            entropy_coef=0.0 if value_only else cfg.entropy_coef,
-            kl=in_loss_BT,
-            kl_coef=kl_coef if in_loss else 0.0,
-            aggregate=cfg.aggregate,
-            denominator=denominator,
-        )
+        with part("update: forward"):
+            output_N: PolicyOutput = actor_critic(
+                batch.ids_BL,
+                batch.attention_mask_BL,
+                batch.actions_N,
+                temperature=temperature,
+                reference=reference if in_loss and kl.estimator == "full" else None,
+                terms=terms,
+            )
+            logprobs_BT, entropy_BT, kl_BT, values_BT, _ = (
+                None if x_N is None else batch.spread(x_N) for x_N in output_N
+            )
+            has_values = values_BT is not None
+            in_loss_BT = None
+            if in_loss:
+                in_loss_BT = _kl_in_loss(kl, kl_BT, logprobs_BT, batch.take(scores.ref_logprobs_BT), batch.mask_BT)
+            loss = ops.ppo_loss(
+                # During the value warm-up the policy does not change, so its log-probabilities are the old ones.
+                old_logprobs_BT if logprobs_BT is None else logprobs_BT,
+                old_logprobs_BT,
+                batch.take(advantages.advantages_BT),
+                batch.mask_BT,
+                clip=cfg.clip,
+                clip_high=cfg.clip_high,
+                dual_clip=cfg.dual_clip,
+                values=values_BT,
+                old_values=batch.take(scores.values_BT) if has_values else None,
+                returns=batch.take(advantages.returns_BT) if has_values else None,
+                value_clip=cfg.value_clip,
+                value_coef=cfg.value_coef,
+                entropy=batch.take(scores.entropy_BT) if entropy_BT is None else entropy_BT,
+                entropy_coef=0.0 if value_only else cfg.entropy_coef,
+                kl=in_loss_BT,
+                kl_coef=kl_coef if in_loss else 0.0,
+                aggregate=cfg.aggregate,
+                denominator=denominator,
+            )
         # DDP averages over processes, but the denominator is already global.
-        accelerator.backward(loss.loss * accelerator.num_processes)
+        with part("update: backward"):
+            accelerator.backward(loss.loss * accelerator.num_processes)
     return loss
 
 

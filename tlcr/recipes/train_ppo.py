@@ -146,15 +146,16 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
         )
 
     # 5. Advantages of each action over V, by generalised advantage estimation.
-    advantages = compute_advantages(
-        rewards,
-        scores,
-        rollout.mask_BT,
-        gamma=cfg.ppo.gamma,
-        lam=cfg.ppo.lam,
-        whiten=cfg.ppo.whiten,
-        accelerator=accelerator,
-    )
+    with watch.phase("advantages"):
+        advantages = compute_advantages(
+            rewards,
+            scores,
+            rollout.mask_BT,
+            gamma=cfg.ppo.gamma,
+            lam=cfg.ppo.lam,
+            whiten=cfg.ppo.whiten,
+            accelerator=accelerator,
+        )
 
     # 6. The clipped updates of policy and value model.
     with watch.phase("update"):
