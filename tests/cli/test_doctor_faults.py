@@ -16,6 +16,8 @@ import pytest
 import yaml
 from transformers import (
     ByT5Tokenizer,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
     PreTrainedModel,
@@ -147,6 +149,15 @@ def plant_end_beyond_the_embeddings(desk: Desk) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(desk.model)
     tokenizer.add_special_tokens({"eos_token": "<|end|>"})
     tokenizer.save_pretrained(desk.model)
+
+
+def plant_engine(desk: Desk) -> None:
+    """A model whose attention knows no pages, with the tokenizer that is there."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    GPTNeoXForCausalLM(
+        GPTNeoXConfig(vocab_size=400, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, **sizes)
+    ).save_pretrained(desk.model)
+    desk.set("rollout.engine", "paged")
 
 
 def run_the_python_of(desk: Desk, remedy: str) -> None:
@@ -459,6 +470,13 @@ FAULTS: dict[str, Fault] = {
         "cannot be written to",
         "name another output_dir",
         lambda desk, _: desk.set("output_dir", str(desk.folder / "another")),
+    ),
+    "an engine that cannot run the model": Fault(
+        plant_engine,
+        "rollout.engine",
+        "transformers' continuous batching cannot run GPTNeoXForCausalLM (",
+        "set rollout.engine: generate",
+        lambda desk, _: desk.set("rollout.engine", "generate"),
     ),
     "a disk that is too small": Fault(
         plant_small_disk,

@@ -76,14 +76,15 @@ def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if not key.startswith("time")}
 
 
-def bigram_lm(logits_VV: Tensor) -> PreTrainedModel:
-    """A policy of no layers whose next-token logits are exactly row `logits_VV[last token]`, and can be trained."""
+def bigram_lm(logits_VV: Tensor, layers: int = 0) -> PreTrainedModel:
+    """A policy whose next-token logits are exactly row `logits_VV[last token]`, and can be trained. Its layers, which
+    caches of fixed size need, add nothing."""
     V = len(logits_VV)
     config = LlamaConfig(
         vocab_size=V,
         hidden_size=V,
         intermediate_size=1,
-        num_hidden_layers=0,
+        num_hidden_layers=layers,
         num_attention_heads=1,
         num_key_value_heads=1,
         rms_norm_eps=0.0,
@@ -93,6 +94,9 @@ def bigram_lm(logits_VV: Tensor) -> PreTrainedModel:
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(torch.eye(V))
         model.lm_head.weight.copy_(logits_VV.t() / V**0.5)  # the norm scales a one-hot vector by sqrt(V)
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
     return model.eval()
 
 

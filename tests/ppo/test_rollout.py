@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.ppo.helpers import ANSWER_IDS, PROMPT_IDS, PROMPTS, bigram_lm, double_actor_critic, known_rollout
-from tlcr.config.schema import RolloutConfig
+from tlcr.config.schema import EngineName, RolloutConfig
 from tlcr.errors import DataError
 from tlcr.models import loading
 from tlcr.ppo.rollout import PromptStream, generate, seeded_generator
@@ -32,7 +32,12 @@ def chain(tokenizer: Tokenizer, *links: tuple[int, int]) -> PreTrainedModel:
     for before, after in links:
         logits_VV[before] = 0.0
         logits_VV[before, after] = 100.0
-    return bigram_lm(logits_VV)
+    return bigram_lm(logits_VV, layers=1)
+
+
+@pytest.fixture(params=get_args(EngineName))
+def engine(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -48,13 +53,13 @@ def rollout_of(policy: PreTrainedModel, tokenizer: Tokenizer, prompts: list[str]
 
 
 def test_answers_start_in_one_column_end_at_their_end_of_sequence_and_come_back_in_order(
-    tiny_tokenizer: Tokenizer,
+    tiny_tokenizer: Tokenizer, engine: str
 ) -> None:
     eos, pad = tiny_tokenizer.eos_token_id, tiny_tokenizer.pad_token_id
     a, b, c = (ids_of(tiny_tokenizer, letter)[0] for letter in "abc")
     policy = chain(tiny_tokenizer, (a, b), (b, eos))
     prompts = ["QQQQa", "b", "Qc", "a"]
-    rollout = rollout_of(policy, tiny_tokenizer, prompts)
+    rollout = rollout_of(policy, tiny_tokenizer, prompts, engine=engine)
     assert rollout.prompts == tuple(prompts)
     assert rollout.response_ids_BT.tolist() == [
         [b, eos, pad, pad, pad],
@@ -77,11 +82,13 @@ def test_columns_that_no_answer_needs_are_not_kept(tiny_tokenizer: Tokenizer) ->
     assert rollout.response_ids_BT.tolist() == [[eos]] * 3 and rollout.mask_BT.tolist() == [[True]] * 3
 
 
-def test_masks_come_from_lengths_where_padding_and_end_of_sequence_share_an_id(tiny_tokenizer: Tokenizer) -> None:
+def test_masks_come_from_lengths_where_padding_and_end_of_sequence_share_an_id(
+    tiny_tokenizer: Tokenizer, engine: str
+) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
     a, b, eos = ids_of(tokenizer, "a")[0], ids_of(tokenizer, "b")[0], tokenizer.eos_token_id
-    rollout = rollout_of(chain(tokenizer, (a, eos)), tokenizer, ["Qa", "b"])
+    rollout = rollout_of(chain(tokenizer, (a, eos)), tokenizer, ["Qa", "b"], engine=engine)
     assert rollout.response_ids_BT.tolist() == [[eos] * 5, [b] * 5]
     assert rollout.mask_BT.tolist() == [[True] + [False] * 4, [True] * 5]
     assert rollout.ended_B.tolist() == [True, False]
@@ -101,11 +108,11 @@ def test_answers_end_with_the_tokenizers_end_alone_and_the_models_other_ends_are
     assert len(said) == 1 and "also ends answers with 'b'; rollouts end with '<eos>' alone" in said[0]
 
 
-def test_the_last_token_within_the_limit_may_be_the_end(tiny_tokenizer: Tokenizer) -> None:
+def test_the_last_token_within_the_limit_may_be_the_end(tiny_tokenizer: Tokenizer, engine: str) -> None:
     a, b, eos = ids_of(tiny_tokenizer, "a")[0], ids_of(tiny_tokenizer, "b")[0], tiny_tokenizer.eos_token_id
     policy = chain(tiny_tokenizer, (a, b), (b, eos))
-    assert rollout_of(policy, tiny_tokenizer, ["a"], max_new_tokens=2).ended_B.tolist() == [True]
-    assert rollout_of(policy, tiny_tokenizer, ["a"], max_new_tokens=1).ended_B.tolist() == [False]
+    assert rollout_of(policy, tiny_tokenizer, ["a"], max_new_tokens=2, engine=engine).ended_B.tolist() == [True]
+    assert rollout_of(policy, tiny_tokenizer, ["a"], max_new_tokens=1, engine=engine).ended_B.tolist() == [False]
 
 
 # ---- prompts
@@ -178,38 +185,39 @@ def test_the_stream_takes_every_prompt_once_a_pass_and_goes_on_from_its_cursor()
 # ---- sampling
 
 
-def test_tokens_are_drawn_from_the_policy_at_the_temperature(tiny_tokenizer: Tokenizer) -> None:
+def test_tokens_are_drawn_from_the_policy_at_the_temperature(tiny_tokenizer: Tokenizer, engine: str) -> None:
     V, n, temperature = len(tiny_tokenizer), 3000, 0.5
     a = ids_of(tiny_tokenizer, "a")[0]
     logits_VV = torch.full((V, V), -50.0)
     logits_VV[a, 10:14] = torch.tensor([0.0, 0.5, 1.0, -0.5])
     rollout = rollout_of(
-        bigram_lm(logits_VV),
+        bigram_lm(logits_VV, layers=1),
         tiny_tokenizer,
         ["a"] * n,
         max_new_tokens=1,
         temperature=temperature,
-        batch_size=n,
+        batch_size=500,
+        engine=engine,
     )
     shares = torch.bincount(rollout.response_ids_BT[:, 0], minlength=V)[10:14] / n
     expected = (logits_VV[a, 10:14] / temperature).softmax(-1)
     assert (shares - expected).abs().max() < 4 * (0.25 / n) ** 0.5  # four standard errors at most
 
 
-def test_sampling_defaults_that_came_with_the_model_do_not_apply(tiny_tokenizer: Tokenizer) -> None:
-    policy = bigram_lm(torch.zeros(len(tiny_tokenizer), len(tiny_tokenizer)))
+def test_sampling_defaults_that_came_with_the_model_do_not_apply(tiny_tokenizer: Tokenizer, engine: str) -> None:
+    policy = bigram_lm(torch.zeros(len(tiny_tokenizer), len(tiny_tokenizer)), layers=1)
     own = GenerationConfig(top_k=1, repetition_penalty=9.0, min_new_tokens=5, do_sample=True)
     policy.generation_config = own
-    rollout = rollout_of(policy, tiny_tokenizer, ["a"] * 60, batch_size=60)
+    rollout = rollout_of(policy, tiny_tokenizer, ["a"] * 60, batch_size=60, engine=engine)
     assert rollout.response_ids_BT.unique().numel() > 50
     assert policy.generation_config is own
 
 
 def test_a_generator_decides_the_answers_and_leaves_the_global_state_alone(
-    tiny_tokenizer: Tokenizer, tiny_causal_lm: LM
+    tiny_tokenizer: Tokenizer, tiny_causal_lm: LM, engine: str
 ) -> None:
     def sample(seed: int) -> Tensor:
-        cfg = RolloutConfig(max_new_tokens=5, batch_size=2)
+        cfg = RolloutConfig(max_new_tokens=5, batch_size=2, engine=engine)
         return generate(
             tiny_causal_lm(),
             tiny_tokenizer,

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from tlcr.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16"]
+EngineName = Literal["generate", "static", "paged"]
 RewardKind = Literal[
     "continuous",
     "discrete",
@@ -492,6 +493,11 @@ class RolloutConfig(Checked):
     top_p: float = knob(1.0, "nucleus sampling; below 1 the ratios are biased", gt=0, le=1)
     top_k: int = knob(0, "sample among this many tokens; 0: all; above 0 the ratios are biased", ge=0)
     batch_size: int = knob(64, "answers generated and scored at a time on a process", ge=1)
+    engine: EngineName = knob(
+        "generate",
+        "what samples: transformers' generate; the same with a static cache and CUDA graphs, for a GPU; or its "
+        "continuous batching, in which the next prompt takes the place of an answer that ended",
+    )
 
 
 @dataclass(frozen=True)

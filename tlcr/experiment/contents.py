@@ -9,6 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,10 @@ from tlcr.experiment.preflight import Finding, existing, makes_prompts, models_u
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.classifiers import new_class
 from tlcr.models.faults import AUTO, Role
-from tlcr.models.inspection import model_faults, read_config
+from tlcr.models.inspection import attention_for, model_faults, read_config
 from tlcr.models.loading import answer_notes, check_fits, check_positions, load_tokenizer, other_ends
+from tlcr.ppo.engines.paged import REMEDY as ENGINE_REMEDY
+from tlcr.ppo.engines.paged import fault_of
 from tlcr.rewards.sources.frozen_model import ROLLOUT_LIMITS, same_tokenizer
 from tlcr.rewards.sources.log_ratio import check_same_tokenizer
 from tlcr.text.tokenization import encode_answers
@@ -93,6 +96,7 @@ def _contents(cfg: RunConfig, stages: Collection[str], absent: Collection[str]) 
             examples.append(read)
     yield from _scorer(cfg, stages, examples)
     yield from _positions(cfg, stages, examples, tokenizer, model, faulty)
+    yield from _engine(cfg, stages, model)
     yield from _disk(cfg, stages, model)
 
 
@@ -278,6 +282,16 @@ def _positions_of_others(
             check_positions(positions, longest, what, reader=repr(named.path), limits=ROLLOUT_LIMITS)
         except TlcrError as error:
             yield Finding.of(knob, error)
+
+
+def _engine(cfg: RunConfig, stages: Collection[str], model: PreTrainedModel) -> Iterator[Finding]:
+    """Continuous batching does not run every architecture: a small model of the policy's tries it."""
+    if not {"ppo", "evaluate"} & set(stages) or cfg.rollout.engine != "paged":
+        return
+    config = deepcopy(model.config)
+    config._attn_implementation = attention_for(cfg.model, type(model), config)
+    if (fault := fault_of(config, type(model))) is not None:
+        yield Finding("blocked", "rollout.engine", f"rollout.engine is 'paged', and {fault}", ENGINE_REMEDY)
 
 
 def _disk(cfg: RunConfig, stages: Collection[str], model: PreTrainedModel) -> Iterator[Finding]:

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import RolloutConfig
 from tlcr.errors import DataError
-from tlcr.models.loading import check_fits, end_of_sequence_ids, generating_with
+from tlcr.models.loading import check_fits, end_of_sequence_ids
+from tlcr.ppo.engines import Sampling, build_engine
 from tlcr.text.padding import pad_left
 from tlcr.text.tokenization import decode_text, start_of_text
 from tlcr.types import Rollout
@@ -58,9 +59,9 @@ def generate(
 ) -> Rollout:
     """Sample one answer for each prompt, at ``cfg.temperature``, until the end of sequence or ``cfg.max_new_tokens``.
 
-    Only the settings of ``cfg`` shape the distribution: sampling defaults that came with the model (top-p, penalties)
-    do not apply. The end of sequence is the tokenizer's, or any that the model's generation config names; it is the
-    last counted action of an answer that ended.
+    ``cfg.engine`` samples. Only the settings of ``cfg`` shape the distribution: sampling defaults that came with the
+    model (top-p, penalties) do not apply. The end of sequence is the tokenizer's, or any that the model's generation
+    config names; it is the last counted action of an answer that ended.
 
     Args:
         policy: the model itself, not a data-parallel wrapper.
@@ -75,35 +76,28 @@ def generate(
 
     Raises:
         DataError: there are no prompts, or one has no token that is not padding.
+        ConfigError: ``cfg.engine`` cannot run this policy.
+        BackendUnavailable: the engine gave no answer to some prompts.
     """
     if not prompts:
         raise DataError("there are no prompts to answer; check data.prompts, data.held_out and evaluation.prompts")
     _warn_of_truncated_sampling(cfg)
     end_ids = end_of_sequence_ids(policy, tokenizer)
     prompt_ids = _encode_prompts(tokenizer, prompts, max_prompt_tokens)
-    sampling = GenerationConfig(
-        do_sample=True,
+    longest = max((len(ids) for ids in prompt_ids), default=0) + cfg.max_new_tokens
+    check_fits(policy, longest, "a prompt with an answer of full length")
+    sampling = Sampling(
+        max_new_tokens=cfg.max_new_tokens,
         temperature=cfg.temperature,
         top_p=cfg.top_p,
         top_k=cfg.top_k,
-        max_new_tokens=cfg.max_new_tokens,
-        eos_token_id=end_ids,
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
+        end_ids=tuple(end_ids),
+        pad_id=tokenizer.pad_token_id,
+        batch_size=cfg.batch_size,
     )
-    longest = max((len(ids) for ids in prompt_ids), default=0) + cfg.max_new_tokens
-    check_fits(policy, longest, "a prompt with an answer of full length")
-    answers: list[Tensor] = [torch.empty(0)] * len(prompts)
-    by_length = sorted(range(len(prompts)), key=lambda row: len(prompt_ids[row]))
-    with generating_with(policy, sampling), _seeded_by(generator, policy.device):
-        for start in range(0, len(prompts), cfg.batch_size):
-            rows = by_length[start : start + cfg.batch_size]
-            ids_BP, mask_BP = pad_left([prompt_ids[row] for row in rows], tokenizer.pad_token_id)
-            sampled_BL: Tensor = policy.generate(  # type: ignore[operator]
-                input_ids=ids_BP.to(policy.device), attention_mask=mask_BP.long().to(policy.device)
-            )
-            for row, answer_T in zip(rows, sampled_BL[:, ids_BP.shape[1] :], strict=True):
-                answers[row] = answer_T
+    engine = build_engine(cfg.engine, policy)
+    with _seeded_by(generator, policy.device):
+        answers = [answer.ids_T for answer in engine.sample(prompt_ids, sampling)]
     response_ids_BT, mask_BT, ended_B = _cut_at_end(answers, end_ids, tokenizer.pad_token_id)
     prompt_ids_BP, prompt_mask_BP = pad_left(prompt_ids, tokenizer.pad_token_id)
     return Rollout(

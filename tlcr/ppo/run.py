@@ -274,8 +274,10 @@ def _parameter_groups(actor_critic: ActorCritic, cfg: RunConfig) -> list[dict[st
 def _identity(cfg: RunConfig, prompts: Sequence[str], seed: int, num_processes: int) -> dict[str, Any]:
     """What must be equal in a checkpoint and in this run to resume."""
     ppo = settings_without(cfg.ppo, FREE_TO_CHANGE)
+    # Checkpoints of earlier versions name no engine: they sampled by generate.
+    rollout = settings_without(cfg.rollout, ("engine",) if cfg.rollout.engine == "generate" else ())
     return {
-        "settings": {"ppo": ppo, **{name: as_plain(getattr(cfg, name)) for name in ("reward", "kl", "rollout")}},
+        "settings": {"ppo": ppo, "reward": as_plain(cfg.reward), "kl": as_plain(cfg.kl), "rollout": rollout},
         "prompts": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
         "seed": seed,
         "processes": num_processes,

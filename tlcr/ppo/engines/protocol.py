@@ -1,0 +1,56 @@
+"""The protocol of engines: token ids of prompts to token ids of answers, with their log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled.
+
+    temperature: 0 takes the most probable token. top_p, top_k: truncation of the distribution; 1 and 0 are none.
+    end_ids: each ends an answer, as its last token. batch_size: answers under way at a time. logprobs: whether
+    log-probabilities are wanted; they cost a pass over the logits of every token.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    end_ids: tuple[int, ...]
+    pad_id: int
+    batch_size: int
+    logprobs: bool = False
+
+
+class Answer(NamedTuple):
+    """An answer as an engine gives it. What follows its first end of sequence, if anything, does not belong to it."""
+
+    ids_T: Tensor
+    """Integers (T,), on the policy's device."""
+    logprobs_T: Tensor | None
+    """Of each token in the distribution that it was drawn from (T,), nats, float32; None where not asked for."""
+
+
+class Engine(Protocol):
+    """Samples answers from a policy."""
+
+    def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
+        """One answer for each prompt, in their order. Randomness comes from torch's global state on the device.
+
+        Args:
+            prompts: token ids, at least one for each prompt.
+            sampling: how to sample.
+
+        Returns:
+            The answers.
+
+        Raises:
+            BackendUnavailable: some prompts got no answer.
+        """
+        ...
