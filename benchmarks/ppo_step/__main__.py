@@ -17,6 +17,7 @@ its time went, and its whole rounds count. `--profile FOLDER` profiles one more 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import statistics
@@ -42,6 +43,7 @@ WIDTH = 110  # of the table where the output is no terminal
 TIMED = (*PHASES, "total")
 TLCR = {"separate": "tlcr", "shared": "tlcr, shared value head"}
 """The name of tlcr's side for each value model."""
+ENGINES = ("generate", "static", "paged")
 POLL = 0.2
 """Seconds between looks at a journal."""
 
@@ -59,6 +61,9 @@ class Side:
 
 def main() -> None:
     options = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and the trainer's process ends too
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # whoever cuts this off has read what was printed
     task = Task(
         model=options.model,
         shape=options.shape,
@@ -69,12 +74,14 @@ def main() -> None:
         epochs=options.epochs,
         minibatch=options.minibatch or options.batch,
         micro_batch=options.micro_batch or options.minibatch or options.batch,
+        engine=options.engine,
         threads=options.threads,
         rounds=options.rounds + 1,
     )
     commit = record.clean_commit() if options.json else None
+    by_engine = "" if options.engine == "generate" else f", {options.engine}"
     sides = {
-        TLCR[value_model]: Side(sys.executable, "with_tlcr", replace(task, value_model=value_model))
+        TLCR[value_model] + by_engine: Side(sys.executable, "with_tlcr", replace(task, value_model=value_model))
         for value_model in (TLCR if options.value_model == "both" else [options.value_model])
     }
     if not options.no_trl:
@@ -125,6 +132,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--value-model", default="both", choices=("both", *TLCR), help="tlcr's; TRL's is always a separate one"
     )
+    parser.add_argument("--engine", default="generate", choices=ENGINES, help="what samples, of tlcr")
     parser.add_argument("--no-trl", action="store_true", help="leave TRL out")
     parser.add_argument("--trl-python", default=sys.executable, help="interpreter that has trl==1.11.0")
     parser.add_argument("--limit", type=float, help="seconds after which a process is cut off; default: never")
@@ -163,9 +171,8 @@ def run(side: Side, limit: float | None, console: Console) -> Events:
         command = [side.python, "-m", f"benchmarks.ppo_step.{side.module}", side.task.to_json(), str(written)]
         shown, began = 0, time.time()
         with errors.open("w", encoding="utf-8") as stderr:
-            process = subprocess.Popen(
-                command, env=environment, stdout=stderr, stderr=stderr, start_new_session=True, text=True
-            )
+            # In the group of this process: whoever kills that reaches the trainer too.
+            process = subprocess.Popen(command, env=environment, stdout=stderr, stderr=stderr, text=True)
             try:
                 while process.poll() is None and (limit is None or time.time() - began < limit):
                     shown = show(journal.read(written), shown, began, console)
@@ -173,7 +180,7 @@ def run(side: Side, limit: float | None, console: Console) -> Events:
             finally:
                 cut_off = process.poll() is None
                 if cut_off:
-                    os.killpg(process.pid, signal.SIGKILL)
+                    process.kill()
                     process.wait()
         events = journal.read(written)
         show(events, shown, began, console)

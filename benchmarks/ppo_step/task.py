@@ -90,6 +90,8 @@ class Task:
     minibatch: int = 64
     micro_batch: int = 64
     value_model: str = "separate"
+    engine: str = "generate"
+    """What samples, of tlcr; TRL has no choice."""
     threads: int = 1
     rounds: int = 6
     """The first of them warms up and is not counted."""

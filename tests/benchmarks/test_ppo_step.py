@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from benchmarks import rollout
 from benchmarks.ppo_step import __main__ as command
-from benchmarks.ppo_step import journal
+from benchmarks.ppo_step import cases, journal
 from benchmarks.ppo_step.journal import Journal
 from benchmarks.ppo_step.profiling import OUTSIDE, parts_of, table
 from benchmarks.ppo_step.task import PHASES, SHAPES, TRL, TRL_VERSION, Task, causal_lm, config_of, scorer, tokenizer_of
@@ -137,21 +137,12 @@ def trainer(folder: Path, then: str) -> str:
     return str(script)
 
 
-def ended(pid: int) -> bool:
-    """Whether a process is gone, or is only waited for by whoever adopted it."""
-    stat = Path(f"/proc/{pid}/stat")
-    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
-
-
 def test_a_process_that_is_cut_off_has_told_where_its_time_went(tmp_path: Path) -> None:
-    side = command.Side(trainer(tmp_path, "sleep 600 & echo $! > " + str(tmp_path / "child") + "; wait"), "x", Task())
+    side = command.Side(trainer(tmp_path, "exec sleep 600"), "with_tlcr", Task())
     shown = io.StringIO()
     events = command.run(side, 2.0, Console(file=shown, width=100))
     assert "models: 2 s" in shown.getvalue() and "round 2, rollout: 7.25 s" in shown.getvalue()
     assert "round 1: 1.5 s, peak 1.00 GiB" in shown.getvalue() and "cut off after 2 s" in shown.getvalue()
-    child = int((tmp_path / "child").read_text())
-    while not ended(child):  # what it started was killed with it
-        time.sleep(0.01)
     row = command.row("tlcr", Task(), [events])
     assert (row["rounds"], row["seconds"]["total"], row["peak_bytes"], row["versions"]) == (1, 1.5, 2**30, {})
     assert "speed" in str(command.table([row]).columns[-2].header)
@@ -240,3 +231,35 @@ def test_time_on_a_cpu_is_that_of_an_operation_without_those_it_calls() -> None:
     wanted = {"aten::matmul": 5e-6, "aten::mm": 25e-6, "aten::add": 3e-6}
     assert dict(score.operations) == {name: pytest.approx(seconds) for name, seconds in wanted.items()}
     assert dict(outside.operations) == {"aten::add": pytest.approx(4e-6)}
+
+
+# ---- the cases for a GPU
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("trl", [None, "python-with-trl"])
+def test_the_cases_are_commands_that_are_understood(small: bool, trl: str | None, monkeypatch: Any) -> None:
+    found = list(cases.cases(small=small, trl=trl))
+    assert [case.name for case in found[:2]] == ["1b_separate", "1b_shared"]  # the most important first
+    for case in found:
+        module, *options = case.command
+        monkeypatch.setattr(sys, "argv", [module, *options])
+        parsed = command.arguments() if module == "benchmarks.ppo_step" else rollout.arguments()
+        assert parsed.shape == ("embedded" if small else "135m" if case.name == "135m" else "1b")
+        if module == "benchmarks.ppo_step":
+            sides = (2 if parsed.value_model == "both" else 1) + (not parsed.no_trl)
+            assert sides * parsed.limit < case.limit
+    measured = [case for case in found if trl is not None and f"{trl}" in case.command]
+    assert [case.name for case in measured] == ([] if trl is None else ["1b_separate", "135m"])
+
+
+def test_a_case_that_is_cut_off_has_been_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "slow.py").write_text("import time\nprint('round 0', flush=True)\ntime.sleep(600)\n")
+    (tmp_path / "broken.py").write_text("raise SystemExit('no GPU')\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        assert cases.run("slow", ["slow"], 3.0, tmp_path / "slow.txt") == "cut off"
+        assert cases.run("broken", ["broken"], 60.0, tmp_path / "broken.txt") == "failed with code 1"
+    assert (tmp_path / "slow.txt").read_text() == "round 0\n" and "round 0" in capsys.readouterr().out
+    assert (tmp_path / "broken.txt").read_text() == "no GPU\n"

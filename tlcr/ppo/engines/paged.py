@@ -141,7 +141,12 @@ def _small(config: PreTrainedConfig) -> PreTrainedConfig:
     layers = list(dict.fromkeys(vars(small).get("layer_types") or ["all alike"]))
     if vars(small).get("layer_types"):
         small.layer_types = layers
-    changes: dict[str, float] = {"num_hidden_layers": len(layers), "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1}
+    changes: dict[str, float] = {
+        "num_hidden_layers": len(layers),
+        "vocab_size": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+    }
     changes |= {"eos_token_id": 2, "intermediate_size": 64, "moe_intermediate_size": 32}
     changes |= {"initializer_range": 0.3}  # with the usual 0.02 an error of positions would be lost in the rounding
     for field, value in changes.items():
