@@ -40,9 +40,12 @@ struct ScoreArguments {
 // dx = p * (-g_logprob - g_entropy * (log p + H) + g_kl * (log p - log q - KL)) + g_logprob at the token;
 // grad_logits = dx / temperature. A row whose three gradients are 0 (or absent) is written as 0 and not read. An entry
 // with p == 0 adds no entropy or KL term, and a result whose own gradient is 0 adds exactly 0.
+//
+// The columns may be a part of the vocabulary: a column's gradient needs no other column.
 struct ScoreBackwardArguments {
-  Type type;
-  int64_t rows, vocabulary;
+  Type type, grad_type;        // grad_type is `type`, or half precision where `type` is kFloat
+  int64_t rows, vocabulary;    // as many columns as there are
+  int64_t first_entry;         // of the vocabulary: the one in column 0
   Rows logits, ref_logits;  // in; ref_logits.data is null where g_kl is
   const int64_t* token_ids;
   double temperature;
@@ -50,8 +53,8 @@ struct ScoreBackwardArguments {
   const void *g_logprobs, *g_entropy, *g_kl;  // in, real [rows], each may be null
   const void *entropy, *kl;                   // in, real [rows], results of the forward pass; kl null where g_kl is
   const void *stats, *ref_stats;              // in, real [rows][2]; ref_stats null where g_kl is
-  Rows grad_logits;  // out, `type`; may be the storage of logits itself (same strides): each element is read
-                     // before it is written, by the same thread
+  Rows grad_logits;  // out, `grad_type`; if that is `type` it may be the storage of logits itself (same strides): each
+                     // element is read before it is written, by the same thread
 };
 
 struct RewardOptions {

@@ -23,13 +23,13 @@ Tensor score_tokens_backward(const MaybeTensor& g_logprobs, const MaybeTensor& g
 
 Scores score_hidden(const Tensor& hidden, const Tensor& weight, const Tensor& token_ids, const MaybeTensor& bias,
                     const MaybeTensor& ref_hidden, const MaybeTensor& ref_weight, const MaybeTensor& ref_bias,
-                    double temperature, const MaybeTensor& temperatures, std::optional<int64_t> chunk_tokens);
+                    double temperature, const MaybeTensor& temperatures, int64_t chunk_tokens);
 
 HiddenGradients score_hidden_backward(const MaybeTensor& g_logprobs, const MaybeTensor& g_entropy,
                                       const MaybeTensor& g_kl, const Tensor& hidden, const Tensor& weight,
                                       const Tensor& token_ids, const MaybeTensor& bias, const MaybeTensor& ref_hidden,
                                       const MaybeTensor& ref_weight, const MaybeTensor& ref_bias, double temperature,
-                                      const MaybeTensor& temperatures, std::optional<int64_t> chunk_tokens,
+                                      const MaybeTensor& temperatures, int64_t chunk_tokens,
                                       const Tensor& entropy, const Tensor& kl, const Tensor& stats,
                                       const Tensor& ref_stats, bool wants_hidden, bool wants_weight, bool wants_bias);
 

@@ -134,7 +134,7 @@ def samples(op: str, device: str, run: Callable[..., Any]) -> list[list[Any]]:
         cases = [score_arguments(half=False), score_arguments(half=True), policy_only]
     elif op == "score_hidden":
         hidden = hidden_arguments()
-        policy_only = [hidden[0], hidden[1], hidden[2], *[None] * 4, 0.7, None, None]
+        policy_only = [hidden[0], hidden[1], hidden[2], *[None] * 4, 0.7, None, 256]
         cases = [hidden, policy_only]
     elif op == "ppo_loss":
         few = [leaf(B, T), *torch.randn(2, B, T).unbind(), mask_BT(), 0.2, 0.2, None, *[None] * 4]

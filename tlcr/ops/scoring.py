@@ -29,7 +29,15 @@ from tlcr.ops.types import TokenScores
 # the last-level cache; on an accelerator they take longer than the launches of a dozen kernels.
 CHUNK_LOGITS = {"cpu": 1 << 20}
 CHUNK_LOGITS_ACCELERATOR = 1 << 26
-HIDDEN_ROWS_LEAST = 128
+# Bytes of the logits that `score_hidden` holds at a time where it is not told how many tokens: the last-level cache of a
+# CPU, and on an accelerator so many that arithmetic limits the products, and not the reading of the head for each chunk.
+# The products of an accelerator are made of tiles of 128 rows. A chunk that is no multiple of them wastes a part of
+# each last one; 512 MiB in float32 are some 4000 tiles, so that at most a thirtieth of the processors is idle at the end
+# of a product whatever their number.
+CHUNK_BYTES = {"cpu": 1 << 22}
+CHUNK_BYTES_ACCELERATOR = 1 << 29
+CHUNK_TILE = 128
+CHUNK_TOKENS_LEAST = 256
 
 
 class ScoreTokensArguments(NamedTuple):
@@ -61,7 +69,7 @@ class ScoreHiddenArguments(NamedTuple):
     ref_bias: Tensor | None
     temperature: float
     temperatures: Tensor | None
-    chunk_tokens: int | None
+    chunk_tokens: int
 
 
 class ScoreHiddenBackward(NamedTuple):
@@ -192,7 +200,8 @@ def score_hidden(
         ref_weight: (V, H'); pass `weight` again if the two share their head.
         ref_bias: (V,).
         temperature: a number > 0, or a (...) tensor of such, which is not checked; divides both logits.
-        chunk_tokens: tokens whose logits exist at once, >= 1; None: as many as fit a fixed budget, and 128 at least.
+        chunk_tokens: tokens whose logits exist at once, >= 1. The backward pass works in the memory that these logits
+            take. None: 512 MiB of logits on an accelerator, 4 MiB on a CPU, and 256 tokens at least.
         impl: which implementation runs.
 
     Returns:
@@ -239,12 +248,23 @@ def score_hidden(
         ref_bias=ref_bias,
         temperature=tensor,
     )
+    if chunk_tokens is None:
+        dtype = arithmetic_dtype(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+        chunk_tokens = _chunk_tokens(weight.shape[0], dtype, device, with_reference=ref_hidden is not None)
     heads = hidden, weight, token_ids, bias, ref_hidden, ref_weight, ref_bias
     return SCORE_HIDDEN(impl, device, ScoreHiddenArguments(*heads, number, tensor, chunk_tokens))
 
 
 def _read_hidden(a: ScoreHiddenArguments) -> None:
     _checks.vocabulary_ids("score_hidden", a.token_ids, a.weight.shape[0])
+
+
+def _chunk_tokens(vocabulary: int, dtype: torch.dtype, device: torch.device, *, with_reference: bool) -> int:
+    """How many tokens' logits exist at once in `score_hidden` where the caller does not say."""
+    per_token = vocabulary * dtype.itemsize * (2 if with_reference else 1)
+    tokens = CHUNK_BYTES.get(device.type, CHUNK_BYTES_ACCELERATOR) // per_token
+    # Every chunk reads the whole head. Small chunks would do little else.
+    return max(CHUNK_TOKENS_LEAST, tokens // CHUNK_TILE * CHUNK_TILE)
 
 
 def _temperature(op: str, temperature: float | Tensor, token_ids: Tensor) -> tuple[float, Tensor | None]:
@@ -275,12 +295,8 @@ def _reference_hidden(a: ScoreHiddenArguments) -> TokenScores:
     dtype = _dtype_of(a)
     reference = tuple(None if x is None else x.detach() for x in (a.ref_hidden, a.ref_weight, a.ref_bias))
     ids_N1, temperature_N1 = _per_token(a.token_ids, a.temperature, a.temperatures, dtype)
-    rows = a.chunk_tokens
-    if rows is None:
-        # Every chunk reads the weight and adds to its gradient, (V, H) both. Small chunks would do little else.
-        rows = max(HIDDEN_ROWS_LEAST, _chunk_rows(a.weight.shape[0], a.weight.device))
     scores: tuple[Tensor | None, ...] = _ScoreHidden.apply(
-        a.hidden, a.weight, a.bias, ids_N1, *reference, temperature_N1, rows, dtype
+        a.hidden, a.weight, a.bias, ids_N1, *reference, temperature_N1, a.chunk_tokens, dtype
     )
     return _token_scores(scores, a.token_ids.shape)
 

@@ -246,14 +246,14 @@ TLCR_INLINE void narrow_tile(const Arithmetic<Element>* tile, int64_t count, Ele
   for (int lane = 0; i + lane < count; ++lane) to[i + lane] = last[lane];
 }
 
-template <class Element, bool kReference>
+template <class Element, class Gradient, bool kReference>
 TLCR_INLINE void grad_row(const ScoreBackwardArguments& args, int64_t row, double g_logprob, double g_entropy,
                           double g_kl) {
   using Real = Arithmetic<Element>;
   alignas(64) Real buffer[kTile<Real>], ref_buffer[kReference ? kTile<Real> : 1];
   const Element* const logits = row_of<Element>(args.logits, row);
   const Element* const ref_logits = kReference ? row_of<Element>(args.ref_logits, row) : nullptr;
-  Element* const grad = row_of<Element>(args.grad_logits, row);
+  Gradient* const grad = row_of<Gradient>(args.grad_logits, row);
   const Real scale = inverse_temperature<Real>(args, row);
   const Stats<Real> stats = Stats<Real>::of(args.stats, row);
   const Stats<Real> ref_stats = kReference ? Stats<Real>::of(args.ref_stats, row) : Stats<Real>{};
@@ -267,13 +267,13 @@ TLCR_INLINE void grad_row(const ScoreBackwardArguments& args, int64_t row, doubl
     constant -= g_entropy * (double(value_at<Real>(args.entropy, row, 0)) + __builtin_log(stats.value));
   const Real of_one = Real(constant * scale), of_z = Real(-g_entropy * scale), of_difference = Real(g_kl * scale);
   const Real inverse_sum = stats.value, mean = ref_stats.value;
-  const int64_t token = args.token_ids[row];
+  const int64_t token = args.token_ids[row] - args.first_entry;
 
   for (int64_t begin = 0; begin < args.vocabulary; begin += kTile<Real>) {
     const int64_t left = args.vocabulary - begin, count = left < kTile<Real> ? left : kTile<Real>;
     const Real* const tile = widen_tile(logits + begin, count, buffer);
     const Real* const ref_tile = kReference ? widen_tile(ref_logits + begin, count, ref_buffer) : nullptr;
-    const bool in_place = sizeof(Element) == sizeof(Real) && count == kTile<Real>;
+    const bool in_place = sizeof(Gradient) == sizeof(Real) && count == kTile<Real>;
     Real* const result = in_place ? reinterpret_cast<Real*>(grad + begin) : buffer;
 
     const auto floor = splat(Limits<Real>::exp_is_zero);
@@ -298,24 +298,28 @@ TLCR_INLINE void grad_row(const ScoreBackwardArguments& args, int64_t row, doubl
   }
 }
 
-template <class Element>
+template <class Element, class Gradient>
 void score_backward_rows(const ScoreBackwardArguments& args, int64_t begin, int64_t end) {
   using Real = Arithmetic<Element>;
   for (int64_t row = begin; row < end; ++row) {
     const Real g_logprob = value_at<Real>(args.g_logprobs, row, 0), g_entropy = value_at<Real>(args.g_entropy, row, 0);
     const Real g_kl = value_at<Real>(args.g_kl, row, 0);
     if (g_kl != 0) {
-      grad_row<Element, true>(args, row, g_logprob, g_entropy, g_kl);
+      grad_row<Element, Gradient, true>(args, row, g_logprob, g_entropy, g_kl);
     } else if (g_logprob != 0 || g_entropy != 0) {
-      grad_row<Element, false>(args, row, g_logprob, g_entropy, 0);
+      grad_row<Element, Gradient, false>(args, row, g_logprob, g_entropy, 0);
     } else {
-      __builtin_memset(row_of<Element>(args.grad_logits, row), 0, sizeof(Element) * args.vocabulary);
+      __builtin_memset(row_of<Gradient>(args.grad_logits, row), 0, sizeof(Gradient) * args.vocabulary);
     }
   }
 }
 
 void score_backward(const ScoreBackwardArguments& args, int64_t begin, int64_t end) {
-  with_type(args.type, [&](auto element) { score_backward_rows<decltype(element)>(args, begin, end); });
+  with_type(args.grad_type, [&](auto gradient) {
+    using Gradient = decltype(gradient);
+    args.type == args.grad_type ? score_backward_rows<Gradient, Gradient>(args, begin, end)
+                                : score_backward_rows<Arithmetic<Gradient>, Gradient>(args, begin, end);
+  });
 }
 
 }  // namespace
