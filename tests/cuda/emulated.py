@@ -64,8 +64,10 @@ class ScoreArguments(ctypes.Structure):
 class ScoreBackwardArguments(ctypes.Structure):
     _fields_ = (
         ("type", ctypes.c_int),
+        ("grad_type", ctypes.c_int),
         ("rows", ctypes.c_int64),
         ("vocabulary", ctypes.c_int64),
+        ("first_entry", ctypes.c_int64),
         ("logits", Rows),
         ("ref_logits", Rows),
         ("token_ids", ctypes.c_void_p),
@@ -209,6 +211,7 @@ class EmulatedKernels:
         g_entropy: Tensor | None = None,
         g_kl: Tensor | None = None,
         out: Tensor | None = None,
+        first_entry: int = 0,
     ) -> Tensor:
         """The gradient of the logits, in `out` where that is given; it may be `logits`."""
         dtype = real(logits.dtype)
@@ -216,8 +219,10 @@ class EmulatedKernels:
         with_kl = g_kl is not None
         arguments = ScoreBackwardArguments(
             TYPES[logits.dtype],
+            TYPES[grad_logits.dtype],
             token_ids.numel(),
             logits.shape[-1],
+            first_entry,
             rows_of(logits),
             rows_of(ref_logits if with_kl else None),
             grad_logits=rows_of(grad_logits),

@@ -135,6 +135,19 @@ def test_any_strides(
     assert_close(kernels.hidden_reward(placed, weight, mask, **options), truth(hidden, weight, mask, **options))
 
 
+@pytest.mark.parametrize("width", [1, 48, 265])
+def test_no_bit_depends_on_where_a_row_begins(kernels: EmulatedKernels, dtype: torch.dtype, width: int) -> None:
+    hidden, weight, mask, options = example(4, 6, width, dtype)
+    wanted = kernels.hidden_reward(hidden, weight, mask, **options)
+    phases = 16 // dtype.itemsize
+    aligned = width + -width % phases
+    for start in range(phases):
+        for stride in (aligned, aligned + 1):
+            room = torch.full((start + 24 * stride,), NAN, dtype=dtype)
+            placed = room.as_strided(hidden.shape, (6 * stride, stride, 1), start).copy_(hidden)
+            assert torch.equal(kernels.hidden_reward(placed, weight, mask, **options), wanted)
+
+
 @pytest.mark.parametrize("width", [40, 41])
 def test_no_bit_depends_on_the_order_of_threads_or_on_other_tokens(
     kernels: EmulatedKernels, dtype: torch.dtype, width: int

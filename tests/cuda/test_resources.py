@@ -16,8 +16,9 @@ from tests.cuda.emulated import CSRC, KERNELS
 TARGETS = ("80", "90", "100")
 # A kernel's name within its mangled one, and the first letters of its template arguments.
 NAME = re.compile(r"(score_backward_kernel|score_kernel|hidden_reward_kernel)I(f|d|6__half|13__nv_bfloat16)(\w*?)EEv")
-# Every combination of type, threads per row (or access width) and number of tensors (or classes).
-COUNT = {"score_kernel": 16, "score_backward_kernel": 16, "hidden_reward_kernel": 16}
+# Every combination of type (backward also half precision from float), threads per row (or alignment) and number of
+# tensors (or classes).
+COUNT = {"score_kernel": 16, "score_backward_kernel": 24, "hidden_reward_kernel": 16}
 
 
 class Resources(NamedTuple):
@@ -67,7 +68,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Resources],
     resources, binaries = [], []
     for name in KERNELS:
         binary = tmp_path_factory.getbasetemp() / f"{name}.fatbin"
-        command = [nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", *targets, "-fatbin", "-o", str(binary)]
+        command = [nvcc, "-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", *targets, "-fatbin", "-o", str(binary)]
         done = subprocess.run([*command, str(CSRC / "kernels" / "cuda" / name)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "warning" not in done.stderr.lower(), done.stderr
@@ -111,10 +112,12 @@ def test_the_instructions_are_those_that_were_meant(compiled: tuple[list[Resourc
             kernel, element, arguments = name.groups()
             seen += 1
             assert not re.search(r"\b(LDL|STL)\b", function), f"{name[0]} uses local memory"
-            by_packs = kernel != "hidden_reward_kernel" or not arguments.endswith("Li1E")
+            by_packs = kernel != "hidden_reward_kernel" or arguments.endswith("Lb1E")
             assert bool(re.search(r"\bLDG\.E[.\w]*\.128\b", function)) == by_packs, f"{name[0]}: 16-byte loads"
             if kernel == "score_backward_kernel":
-                assert re.search(r"\bSTG\.E[.\w]*\.128\b", function), f"{name[0]}: 16-byte stores"
+                narrows = element == "f" and not arguments.startswith("f")  # four results of 2 bytes
+                width = 64 if narrows else 128
+                assert re.search(rf"\bSTG\.E[.\w]*\.{width}\b", function), f"{name[0]}: {width}-bit stores"
             if kernel != "hidden_reward_kernel" and element != "d":
                 assert "MUFU.EX2" in function, name[0]
     assert seen == len(TARGETS) * sum(COUNT.values())

@@ -124,6 +124,65 @@ def test_rows_that_begin_anywhere(
         assert int(storage.isnan().sum()) == storage.numel() - out.numel()
 
 
+@pytest.mark.parametrize("vocabulary", [3, 37, 264, 2053, 16_391])
+def test_no_bit_depends_on_where_a_row_begins(kernels: EmulatedKernels, dtype: torch.dtype, vocabulary: int) -> None:
+    """Every address that a row may have modulo 16 bytes, which is what one access moves, and every other's beside it."""
+    logits, ids, ref_logits = example((3,), vocabulary, dtype)
+    weights = {name: torch.randn(3, dtype=real(dtype)) for name in DIFFERENTIABLE}
+    phases = 16 // dtype.itemsize
+    gap = -vocabulary % phases + phases  # rows of a batch then begin alike
+
+    def of(offset: int, ref_offset: int) -> tuple[Scores, Scores, Tensor]:
+        placed = surrounded(logits, gap=gap, offset=offset)
+        ref_placed = surrounded(ref_logits, gap=gap, offset=ref_offset)
+        scores = kernels.score(placed, ids, ref_placed)
+        grads = kernels.score_backward(scores, placed, ids, ref_placed, **named(weights))
+        return kernels.score(placed, ids), scores, grads
+
+    alone, wanted, grads = of(0, 0)
+    for offset in range(phases):
+        moved_alone, moved, moved_grads = of(offset, (3 * offset + 1) % phases)
+        assert_same_bits(moved_alone, alone)
+        assert_same_bits(moved, wanted)
+        assert torch.equal(moved_grads, grads)
+
+
+@pytest.mark.parametrize("vocabulary", [300, 2100])
+@pytest.mark.parametrize("columns", [1, 64, 77])
+def test_backward_of_a_part_of_the_vocabulary(
+    kernels: EmulatedKernels, dtype: torch.dtype, vocabulary: int, columns: int
+) -> None:
+    """From the logits of these columns alone, and the statistics of the whole rows."""
+    logits, ids, ref_logits = example((5,), vocabulary, dtype)
+    scores = kernels.score(logits, ids, ref_logits)
+    weights = {name: torch.randn(5, dtype=real(dtype)) for name in DIFFERENTIABLE}
+    wanted = kernels.score_backward(scores, logits, ids, ref_logits, **named(weights))
+    for first in {0, int(ids[0]), vocabulary - columns} - set(range(vocabulary - columns + 1, vocabulary)):
+        part, ref_part = (x[:, first : first + columns].contiguous() for x in (logits, ref_logits))
+        got = kernels.score_backward(scores, part, ids, ref_part, **named(weights), first_entry=first)
+        assert torch.equal(got, wanted[:, first : first + columns])
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [5, 264, 2053])
+@pytest.mark.parametrize("offset", [0, 1, 4])
+def test_a_gradient_in_half_precision_is_the_one_in_float_rounded(
+    kernels: EmulatedKernels, narrow: torch.dtype, vocabulary: int, offset: int
+) -> None:
+    logits, ids, ref_logits = example((4,), vocabulary, torch.float32)
+    scores = kernels.score(logits, ids, ref_logits)
+    weights = {name: torch.randn(4) for name in DIFFERENTIABLE}
+    for weight in weights.values():
+        weight[1] = 0  # a row of zeros
+    weights["kl"][2] = 0  # a row that reads no reference
+    wide = kernels.score_backward(scores, logits, ids, ref_logits, **named(weights))
+    out = surrounded(torch.full(logits.shape, 2.0, dtype=narrow), gap=3, offset=offset)
+    got = kernels.score_backward(scores, logits, ids, ref_logits, **named(weights), out=out)
+    assert torch.equal(got, wide.to(narrow))
+    storage = torch.empty(0, dtype=narrow).set_(out.untyped_storage())
+    assert int(storage.isnan().sum()) == storage.numel() - out.numel()
+
+
 def test_a_slice_of_positions_is_read_in_place(kernels: EmulatedKernels, dtype: torch.dtype) -> None:
     logits, ids, ref_logits = example((3, 5), 65, dtype)
     scores = kernels.score(logits[:, :-1], ids[:, :-1].contiguous(), ref_logits[:, 1:])
@@ -297,7 +356,7 @@ def test_temperature_per_row(kernels: EmulatedKernels, dtype: torch.dtype) -> No
     assert_close(got, true, magnitude=3.0)
 
 
-@pytest.mark.parametrize("vocabulary", [40, 2500])
+@pytest.mark.parametrize("vocabulary", [37, 40, 2500])
 def test_no_bit_depends_on_the_order_of_threads_or_on_other_rows(
     kernels: EmulatedKernels, dtype: torch.dtype, vocabulary: int
 ) -> None:
@@ -309,7 +368,6 @@ def test_no_bit_depends_on_the_order_of_threads_or_on_other_rows(
         kernels.set_order(order)
         assert_same_bits(kernels.score(logits, ids, ref_logits), scores)
         assert torch.equal(kernels.score_backward(scores, logits, ids, ref_logits, **named(weights)), grads)
-    # These rows are multiples of 16 bytes, so that each is aligned alike wherever it stands.
     for rows in (slice(2, 3), slice(4, 7)):
         alone = kernels.score(logits[rows], ids[rows], ref_logits[rows])
         assert_same_bits(alone, scores, at=rows)

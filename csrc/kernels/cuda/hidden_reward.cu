@@ -20,22 +20,21 @@ constexpr int kTokensPerBlock = kWarps * kTokens;
 template <typename T>
 constexpr int kBlocks = sizeof(T) == sizeof(double) ? 1 : 6;
 
-// `count` neighbouring elements, by one access where they make up 16 bytes.
-template <typename T, int kCount, typename real>
-__device__ __forceinline__ void load_hidden(const T* from, real (&to)[kCount]) {
-  if constexpr (kCount == kPack<T>) {
+// A pack of hidden states, or its first `count` elements with zeros behind them. kAligned: to 16 bytes, and whole.
+template <bool kAligned, typename T, typename real>
+__device__ __forceinline__ void load_hidden(const T* from, int count, real (&to)[kPack<T>]) {
+  if constexpr (kAligned) {
     unpack(load_pack(from, true), to);
   } else {
-    static_assert(kCount == 1, "a whole pack or one element");
-    to[0] = to_real(*from);
+#pragma unroll
+    for (int i = 0; i < kPack<T>; ++i) to[i] = i < count ? to_real(from[i]) : 0;
   }
 }
 
-template <int kCount, typename real>
-__device__ __forceinline__ void load_weight(const real* from, real (&to)[kCount]) {
-  if constexpr (kCount == 1) {
-    to[0] = __ldg(from);
-  } else {
+// As many elements of the weight.
+template <bool kAligned, int kCount, typename real>
+__device__ __forceinline__ void load_weight(const real* from, int count, real (&to)[kCount]) {
+  if constexpr (kAligned) {
     static_assert(kCount % kPack<real> == 0, "whole packs");
 #pragma unroll
     for (int k = 0; k < kCount; k += kPack<real>) {
@@ -43,6 +42,9 @@ __device__ __forceinline__ void load_weight(const real* from, real (&to)[kCount]
 #pragma unroll
       for (int i = 0; i < kPack<real>; ++i) to[k + i] = pack.element[i];
     }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) to[i] = i < count ? __ldg(from + i) : 0;
   }
 }
 
@@ -86,8 +88,9 @@ __device__ __forceinline__ real reward_of(const real (&logits)[kClasses], const 
   return reward > clip ? clip : reward < -clip ? -clip : reward;
 }
 
-// kCount elements are read at once: a pack, or 1 where rows or weight are not aligned to packs.
-template <typename T, int kClasses, int kCount>
+// A lane takes every 32nd pack, wherever a row begins, so that the order of a sum depends on the width alone. kAligned:
+// all packs of rows and weight are aligned and whole, and each is read at once.
+template <typename T, int kClasses, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) hidden_reward_kernel(const HiddenRewardArguments a) {
   using real = Real<T>;
   const int lane = static_cast<int>(threadIdx.x % kWarp);
@@ -108,21 +111,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) hidden_reward_kernel(con
   const real* weight = static_cast<const real*>(a.weight);
   const int width = static_cast<int>(a.width);
 #pragma unroll 2
-  for (int column = lane * kCount; column < width; column += kWarp * kCount) {
-    real h[kTokens][kCount];
+  for (int column = lane * kPack<T>; column < width; column += kWarp * kPack<T>) {
+    real h[kTokens][kPack<T>];
 #pragma unroll
     for (int k = 0; k < kTokens; ++k) {
-      if (counts[k]) load_hidden(hidden[k] + column, h[k]);
+      if (counts[k]) load_hidden<kAligned>(hidden[k] + column, width - column, h[k]);
     }
 #pragma unroll
     for (int c = 0; c < kClasses; ++c) {
-      real w[kCount];
-      load_weight(weight + static_cast<int64_t>(c) * width + column, w);
+      real w[kPack<T>];
+      load_weight<kAligned>(weight + static_cast<int64_t>(c) * width + column, width - column, w);
 #pragma unroll
       for (int k = 0; k < kTokens; ++k) {
         if (!counts[k]) continue;
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) sums[k][c] = fma(h[k][i], w[i], sums[k][c]);
+        for (int i = 0; i < kPack<T>; ++i) sums[k][c] = fma(h[k][i], w[i], sums[k][c]);
       }
     }
   }
@@ -167,7 +170,7 @@ template <typename T, int kClasses>
 cudaError_t launch_hidden_reward(const HiddenRewardArguments& a, cudaStream_t stream) {
   const int64_t blocks = (a.batch * a.length + kTokensPerBlock - 1) / kTokensPerBlock;
   const auto kernel =
-      packs_are_aligned<T>(a) ? hidden_reward_kernel<T, kClasses, kPack<T>> : hidden_reward_kernel<T, kClasses, 1>;
+      packs_are_aligned<T>(a) ? hidden_reward_kernel<T, kClasses, true> : hidden_reward_kernel<T, kClasses, false>;
   return launch(kernel, blocks, kThreads, stream, a);
 }
 

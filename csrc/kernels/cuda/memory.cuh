@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "../arguments.h"
 #include "platform.cuh"
@@ -80,9 +81,9 @@ __device__ __forceinline__ T element_or(const void* data, int64_t index, T other
 template <typename T>
 constexpr int kPack = sizeof(uint4) / sizeof(T);
 
-template <typename T>
-struct alignas(16) Pack {
-  T element[kPack<T>];
+template <typename T, int kCount = kPack<T>>
+struct alignas(kCount * sizeof(T)) Pack {
+  T element[kCount];
 };
 
 template <typename To, typename From>
@@ -103,14 +104,51 @@ __device__ __forceinline__ Pack<T> load_pack(const T* from, bool aligned) {
   return pack;
 }
 
+// Whether a pack of kCount elements there may be accessed at once.
+template <int kCount, typename T>
+__device__ __forceinline__ bool is_aligned(const T* pack) {
+  return reinterpret_cast<uintptr_t>(pack) % (kCount * sizeof(T)) == 0;
+}
+
+// The 16 bytes that begin `past` bytes after the first of 32.
 template <typename T>
-__device__ __forceinline__ void store_pack(T* to, const Pack<T>& pack, bool aligned) {
+__device__ __forceinline__ Pack<T> bytes_between(const uint4& first, const uint4& second, unsigned past) {
+  unsigned words[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+#pragma unroll
+  for (int i = 0; i < 6; ++i) words[i] = past & 8 ? words[i + 2] : words[i];
+  if constexpr (sizeof(T) <= 4) {
+#pragma unroll
+    for (int i = 0; i < 5; ++i) words[i] = past & 4 ? words[i + 1] : words[i];
+  }
+  if constexpr (sizeof(T) <= 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = __funnelshift_r(words[i], words[i + 1], past % 4 * 8);
+  }
+  const unsigned chosen[4] = {words[0], words[1], words[2], words[3]};
+  return bits_as<Pack<T>>(chosen);
+}
+
+// The pack with elements [pack * kPack, (pack + 1) * kPack) of a row that has `packs` whole ones. Which elements make a
+// pack does not depend on the row's address, and so no sum does: where packs are not aligned, each is cut out of the 32
+// aligned bytes around it. Those of the first and the last pack may belong to other rows.
+template <typename T, bool kAligned>
+__device__ __forceinline__ Pack<T> load_pack_of(const T* row, int pack, int packs) {
+  const T* from = row + pack * kPack<T>;
+  if (kAligned || pack == 0 || pack + 1 == packs) return load_pack(from, kAligned);
+  const unsigned past = static_cast<unsigned>(reinterpret_cast<uintptr_t>(from) % sizeof(uint4));
+  const auto* around = reinterpret_cast<const uint4*>(reinterpret_cast<uintptr_t>(from) - past);
+  return bytes_between<T>(__ldcs(around), __ldcs(around + 1), past);
+}
+
+template <typename T, int kCount>
+__device__ __forceinline__ void store_pack(T* to, const Pack<T, kCount>& pack, bool aligned) {
   if (aligned) {
-    *reinterpret_cast<uint4*>(to) = bits_as<uint4>(pack);
+    using Word = std::conditional_t<sizeof(pack) == sizeof(uint4), uint4, uint2>;
+    *reinterpret_cast<Word*>(to) = bits_as<Word>(pack);
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kPack<T>; ++i) to[i] = pack.element[i];
+  for (int i = 0; i < kCount; ++i) to[i] = pack.element[i];
 }
 
 template <typename T>
@@ -131,30 +169,27 @@ __device__ __forceinline__ void unpack(const Pack<__nv_bfloat16>& pack, float (&
   }
 }
 
-template <typename T>
-__device__ __forceinline__ Pack<T> pack_of(const Real<T> (&x)[kPack<T>]) {
-  Pack<T> pack;
+template <typename T, int kCount>
+__device__ __forceinline__ Pack<T, kCount> pack_of(const Real<T> (&x)[kCount]) {
+  // Two numbers are rounded by one instruction.
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    __nv_bfloat162 pairs[kCount / 2];
 #pragma unroll
-  for (int i = 0; i < kPack<T>; ++i) pack.element[i] = from_real<T>(x[i]);
-  return pack;
-}
-
-// Two numbers are rounded by one instruction.
-template <>
-__device__ __forceinline__ Pack<__nv_bfloat16> pack_of<__nv_bfloat16>(const float (&x)[8]) {
-  const __nv_bfloat162 pairs[4] = {__floats2bfloat162_rn(x[0], x[1]), __floats2bfloat162_rn(x[2], x[3]),
-                                   __floats2bfloat162_rn(x[4], x[5]), __floats2bfloat162_rn(x[6], x[7])};
-  return bits_as<Pack<__nv_bfloat16>>(pairs);
-}
-template <>
-__device__ __forceinline__ Pack<__half> pack_of<__half>(const float (&x)[8]) {
-  const __half2 pairs[4] = {__floats2half2_rn(x[0], x[1]), __floats2half2_rn(x[2], x[3]), __floats2half2_rn(x[4], x[5]),
-                            __floats2half2_rn(x[6], x[7])};
-  return bits_as<Pack<__half>>(pairs);
+    for (int i = 0; i < kCount / 2; ++i) pairs[i] = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+    return bits_as<Pack<T, kCount>>(pairs);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    __half2 pairs[kCount / 2];
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) pairs[i] = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
+    return bits_as<Pack<T, kCount>>(pairs);
+  } else {
+    return bits_as<Pack<T, kCount>>(x);
+  }
 }
 
 // A row divided into whole packs, which begin at multiples of 16 bytes, and its edges, which are the fewer than 2 kPack
-// elements before and after the packs. Rows differ in this if their length is no multiple of kPack.
+// elements before and after the packs. Rows differ in this if their length is no multiple of kPack: it is for what each
+// element needs no other one for.
 template <typename T>
 struct Cut {
   int head, packs, edges;
@@ -169,10 +204,5 @@ struct Cut {
   // The column of the i-th edge element.
   __device__ __forceinline__ int edge(int i) const { return i < head ? i : i + packs * kPack<T>; }
 };
-
-// Whether packs that are aligned in one row are aligned in the other.
-__device__ __forceinline__ bool same_phase(const void* a, const void* b) {
-  return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % sizeof(uint4) == 0;
-}
 
 }  // namespace tlcr::cuda

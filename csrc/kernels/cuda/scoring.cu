@@ -36,8 +36,8 @@ struct Temperature {
         scale(static_cast<real>(kLog2E) * inverse) {}
 };
 
-// The sums over the part of a row that this thread, `rank` of kThreads, reads. y is read in packs only if it is aligned
-// as x is.
+// The sums over the part of a row that this thread, `rank` of kThreads, reads. The part depends on the row's length only.
+// kAligned: packs counted from the begin of x, and of y, are aligned.
 template <typename T, int kThreads, bool kReference, bool kAligned>
 __device__ __forceinline__ RowSums<Real<T>, kReference> sum_row(const T* x, const T* y, int vocabulary, int rank,
                                                                 Real<T> scale) {
@@ -45,11 +45,10 @@ __device__ __forceinline__ RowSums<Real<T>, kReference> sum_row(const T* x, cons
   using Sums = RowSums<real, kReference>;
   constexpr int kPacks = kReference ? kLoads / 2 : kLoads;
   constexpr int kStep = kPacks * kThreads;
-  const Cut<T> cut(x, vocabulary);
+  const int packs = vocabulary / kPack<T>;
   Sums sums = Sums::empty();
 
-  if (rank < cut.edges) {
-    const int column = cut.edge(rank);
+  if (const int column = packs * kPack<T> + rank; column < vocabulary) {
     const real x_edge[1] = {to_real(x[column])};
     const real y_edge[1] = {kReference ? to_real(y[column]) : 0};
     sums.add(x_edge, y_edge, scale);
@@ -62,9 +61,8 @@ __device__ __forceinline__ RowSums<Real<T>, kReference> sum_row(const T* x, cons
     for (int k = 0; k < kPacks; ++k) {
       const int pack = first + k * kThreads;
       if (!is_there(pack)) continue;
-      const int column = cut.head + pack * kPack<T>;
-      x_packs[k] = load_pack(x + column, true);
-      if constexpr (kReference) y_packs[k] = load_pack(y + column, kAligned);
+      x_packs[k] = load_pack_of<T, kAligned>(x, pack, packs);
+      if constexpr (kReference) y_packs[k] = load_pack_of<T, kAligned>(y, pack, packs);
     }
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
@@ -77,8 +75,8 @@ __device__ __forceinline__ RowSums<Real<T>, kReference> sum_row(const T* x, cons
   };
 
   int pack = rank;
-  for (; pack + kStep - kThreads < cut.packs; pack += kStep) add_tile(pack, [](int) { return true; });
-  if (pack < cut.packs) add_tile(pack, [&](int k) { return k < cut.packs; });
+  for (; pack + kStep - kThreads < packs; pack += kStep) add_tile(pack, [](int) { return true; });
+  if (pack < packs) add_tile(pack, [&](int k) { return k < packs; });
   return sums;
 }
 
@@ -95,7 +93,7 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kShortRowsPerBlock
   const T* y = kReference ? row_begin<const T>(a.ref_logits, row) : nullptr;
   const Temperature<real> temperature(a.temperatures, a.temperature, row);
   RowSums<real, kReference> sums;
-  if (!kReference || same_phase(x, y)) {
+  if (is_aligned<kPack<T>>(x) && (!kReference || is_aligned<kPack<T>>(y))) {
     sums = sum_row<T, kThreads, kReference, true>(x, y, vocabulary, rank, temperature.scale);
   } else {
     sums = sum_row<T, kThreads, kReference, false>(x, y, vocabulary, rank, temperature.scale);
@@ -158,22 +156,22 @@ struct RowGradient {
   __device__ __forceinline__ real at(real x, real y, bool is_token) const {
     const real log_p = fma(x - max, inverse_temperature, -log_sum);
     const real p = exp2_of(log_p * static_cast<real>(kLog2E));
-    real factor = -g_logprob - g_entropy * (log_p + entropy);
+    real factor = fma(-g_entropy, log_p + entropy, -g_logprob);
     if constexpr (kKL) {
       // kKL is true only where g_kl is not 0, and then the constructor has read both.
       // NOLINTNEXTLINE(clang-analyzer-core.UndefinedBinaryOperatorResult)
       const real difference = (x - max) - (y - ref_at_max);
       factor = fma(g_kl * inverse_temperature, difference - mean_difference, factor);
     }
-    const real gradient = (p == 0 ? 0 : p * factor) + (is_token ? g_logprob : 0);
-    return gradient * inverse_temperature;
+    const real own = is_token ? g_logprob : 0;
+    return (p == 0 ? own : fma(p, factor, own)) * inverse_temperature;
   }
 };
 
 // Writes the gradient of the packs [first, last) of a row, and of its edges if `with_edges`. y and the result are
-// accessed in packs only if they are aligned as x is.
-template <typename T, int kThreads, bool kKL, bool kAligned>
-__device__ __forceinline__ void write_gradient(const RowGradient<Real<T>>& gradient, const T* x, const T* y, T* out,
+// accessed in packs only if those of x are packs of them too.
+template <typename T, typename G, int kThreads, bool kKL, bool kAligned>
+__device__ __forceinline__ void write_gradient(const RowGradient<Real<T>>& gradient, const T* x, const T* y, G* out,
                                                const Cut<T>& cut, int token, int first, int last, bool with_edges,
                                                int rank) {
   using real = Real<T>;
@@ -182,7 +180,7 @@ __device__ __forceinline__ void write_gradient(const RowGradient<Real<T>>& gradi
   if (with_edges && rank < cut.edges) {
     const int column = cut.edge(rank);
     const real y_edge = kKL ? to_real(y[column]) : 0;
-    out[column] = from_real<T>(gradient.template at<kKL>(to_real(x[column]), y_edge, column == token));
+    out[column] = from_real<G>(gradient.template at<kKL>(to_real(x[column]), y_edge, column == token));
   }
 
   for (int tile = first + rank; tile < last; tile += kPacks * kThreads) {
@@ -208,7 +206,7 @@ __device__ __forceinline__ void write_gradient(const RowGradient<Real<T>>& gradi
       for (int i = 0; i < kPack<T>; ++i) {
         x_k[i] = gradient.template at<kKL>(x_k[i], kKL ? y_k[i] : 0, column + i == token);
       }
-      store_pack(out + column, pack_of<T>(x_k), kAligned);
+      store_pack(out + column, pack_of<G>(x_k), kAligned);
     }
   }
 }
@@ -229,7 +227,8 @@ constexpr __host__ __device__ int segments_of(int64_t vocabulary) {
   return static_cast<int>((vocabulary / kPack<T> + kSegmentPacks) / kSegmentPacks);
 }
 
-template <typename T, int kThreads, bool kReference>
+// T is the type of the logits and G of their gradient.
+template <typename T, typename G, int kThreads, bool kReference>
 __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kShortRowsPerBlock : kThreads, kBlocks<T>)
     score_backward_kernel(const ScoreBackwardArguments a) {
   using real = Real<T>;
@@ -241,30 +240,31 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kShortRowsPerBlock
   if (row >= a.rows) return;
 
   const int vocabulary = static_cast<int>(a.vocabulary);
-  T* out = row_begin<T>(a.grad_logits, row);
+  G* out = row_begin<G>(a.grad_logits, row);
   const RowGradient<real> gradient(a, row);
   if (gradient.is_zero()) {
-    write_zeros<T, kThreads>(out, vocabulary, segment, segments, rank);
+    write_zeros<G, kThreads>(out, vocabulary, segment, segments, rank);
     return;
   }
 
   const T* x = row_begin<const T>(a.logits, row);
-  const int token = static_cast<int>(a.token_ids[row]);
+  const int64_t token_column = a.token_ids[row] - a.first_entry;
+  const int token = token_column >= 0 && token_column < vocabulary ? static_cast<int>(token_column) : -1;
   const Cut<T> cut(x, vocabulary);
   const int first = segments == 1 ? 0 : segment * kSegmentPacks;
   const int last = segments == 1 || cut.packs - first < kSegmentPacks ? cut.packs : first + kSegmentPacks;
-  const bool with_edges = segment == 0;
+  const bool with_edges = segment == 0, out_is_aligned = is_aligned<kPack<T>>(out + cut.head);
   if (kReference && gradient.g_kl != 0) {
     const T* y = row_begin<const T>(a.ref_logits, row);
-    if (same_phase(x, y) && same_phase(x, out)) {
-      write_gradient<T, kThreads, true, true>(gradient, x, y, out, cut, token, first, last, with_edges, rank);
+    if (out_is_aligned && is_aligned<kPack<T>>(y + cut.head)) {
+      write_gradient<T, G, kThreads, true, true>(gradient, x, y, out, cut, token, first, last, with_edges, rank);
     } else {
-      write_gradient<T, kThreads, true, false>(gradient, x, y, out, cut, token, first, last, with_edges, rank);
+      write_gradient<T, G, kThreads, true, false>(gradient, x, y, out, cut, token, first, last, with_edges, rank);
     }
-  } else if (same_phase(x, out)) {
-    write_gradient<T, kThreads, false, true>(gradient, x, nullptr, out, cut, token, first, last, with_edges, rank);
+  } else if (out_is_aligned) {
+    write_gradient<T, G, kThreads, false, true>(gradient, x, nullptr, out, cut, token, first, last, with_edges, rank);
   } else {
-    write_gradient<T, kThreads, false, false>(gradient, x, nullptr, out, cut, token, first, last, with_edges, rank);
+    write_gradient<T, G, kThreads, false, false>(gradient, x, nullptr, out, cut, token, first, last, with_edges, rank);
   }
 }
 
@@ -277,13 +277,13 @@ cudaError_t launch_score(const ScoreArguments& a, cudaStream_t stream) {
   return launch(score_kernel<T, kRowThreads, kReference>, a.rows, kRowThreads, stream, a);
 }
 
-template <typename T, bool kReference>
+template <typename T, typename G, bool kReference>
 cudaError_t launch_score_backward(const ScoreBackwardArguments& a, cudaStream_t stream) {
   if (a.vocabulary <= kShortRow) {
-    return launch(score_backward_kernel<T, kWarp, kReference>, blocks_for(a.rows, kShortRowsPerBlock),
+    return launch(score_backward_kernel<T, G, kWarp, kReference>, blocks_for(a.rows, kShortRowsPerBlock),
                   kShortRowsPerBlock * kWarp, stream, a);
   }
-  return launch(score_backward_kernel<T, kSegmentThreads, kReference>, a.rows * segments_of<T>(a.vocabulary),
+  return launch(score_backward_kernel<T, G, kSegmentThreads, kReference>, a.rows * segments_of<T>(a.vocabulary),
                 kSegmentThreads, stream, a);
 }
 
@@ -299,9 +299,15 @@ cudaError_t score(const ScoreArguments& a, cudaStream_t stream) {
 
 cudaError_t score_backward(const ScoreBackwardArguments& a, cudaStream_t stream) {
   if (a.vocabulary < 1 || a.vocabulary > INT32_MAX) return cudaErrorInvalidValue;
-  return with_type(a.type, [&](auto zero) {
-    using T = decltype(zero);
-    return a.g_kl == nullptr ? launch_score_backward<T, false>(a, stream) : launch_score_backward<T, true>(a, stream);
+  const auto launch_with = [&](auto logit, auto gradient) {
+    using T = decltype(logit);
+    using G = decltype(gradient);
+    return a.g_kl == nullptr ? launch_score_backward<T, G, false>(a, stream)
+                             : launch_score_backward<T, G, true>(a, stream);
+  };
+  return with_type(a.grad_type, [&](auto gradient) {
+    using G = decltype(gradient);
+    return a.type == a.grad_type ? launch_with(gradient, gradient) : launch_with(Real<G>{}, gradient);
   });
 }
 

@@ -133,8 +133,7 @@ struct RowSums {
 };
 
 // Merges the sums of the kThreads threads that share a row (whole warps) in a fixed order; the first thread has the
-// result. What a thread sums is fixed too: it depends on the row's length and on where the row begins modulo 16 bytes,
-// and on no other row.
+// result. What a thread sums is fixed too: it depends on the row's length alone.
 template <int kThreads, typename Sums, typename real>
 __device__ __forceinline__ Sums merge_threads(Sums sums, real scale) {
   sums.template merge_lanes<kWarp>(scale);

@@ -34,17 +34,21 @@ namespace emulator {
 [[noreturn]] void fail(const char* what);
 }
 
-// A store must be aligned as on the device; the type itself is not, so that g++ takes nothing for granted.
-struct uint4 {
-  uint32_t x, y, z, w;
-
-  uint4() = default;
-  uint4(const uint4&) = default;
-  uint4& operator=(const uint4& other) {
-    if (reinterpret_cast<uintptr_t>(this) % sizeof(uint4) != 0) emulator::fail("a store is not aligned");
-    memcpy(static_cast<void*>(this), &other, sizeof(other));
+// A store must be aligned as on the device; the types themselves are not, so that g++ takes nothing for granted.
+template <typename Vector>
+struct AlignedStore {
+  AlignedStore() = default;
+  AlignedStore(const AlignedStore&) = default;
+  AlignedStore& operator=(const AlignedStore&) {
+    if (reinterpret_cast<uintptr_t>(this) % sizeof(Vector) != 0) emulator::fail("a store is not aligned");
     return *this;
   }
+};
+struct uint2 : AlignedStore<uint2> {
+  uint32_t x, y;
+};
+struct uint4 : AlignedStore<uint4> {
+  uint32_t x, y, z, w;
 };
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -96,6 +100,11 @@ T __ldcs(const T* from) {
 template <typename T>
 T __ldg(const T* from) {
   return emulator::aligned_load(from);
+}
+
+// The lower half of `high` and `low`, side by side, shifted right.
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t bits) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (bits & 31));
 }
 
 inline float __uint_as_float(uint32_t bits) {
