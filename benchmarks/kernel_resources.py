@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from tlcr.kernels import adamw, gae, ppo_loss, reward
+from tlcr.kernels import adamw, gae, layers, ppo_loss, reward
 
 TARGETS = (80, 90, 100)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -113,7 +113,16 @@ def calls(dtype: torch.dtype, batch: int = 2, length: int = 4) -> Iterator[tuple
         lists = [weights], [weights], [moments], [moments], [weights.to(torch.int16)]
         adamw.adamw_step(*lists, 0.1, 0.9, 0.95, 1e-8, 0.1, 1)
 
+    def norm() -> None:
+        y, scales = layers.rms_norm(x, x[0], 1e-5)
+        layers.rms_norm_backward(y, x, x[0], scales)
+
+    def gate() -> None:
+        layers.gated_silu_backward(layers.gated_silu(x, x), x, x)
+
     yield "adamw_step", step
+    yield "rms_norm", norm
+    yield "gated_silu", gate
     yield "fused_reward, 2 classes", lambda: reward_of(2, False)
     yield "fused_reward, 3 classes, discrete", lambda: reward_of(3, True)
     yield "fused_gae, padded", lambda: gae_of(False)

@@ -9,10 +9,10 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from rich.console import Console
 
 from benchmarks.record import ROOT
@@ -61,7 +61,7 @@ def revisions(base: str, head: str, *, dirty: bool = False) -> tuple[Revision, R
 def installed(revision: Revision, kept: Path, console: Console) -> Iterator[Path]:
     """A folder with this revision's tlcr installed; that of a commit is kept, one for each build environment."""
     built_as = os.environ.get("TLCR_BUILD", "auto")
-    folder = kept / f"{revision.commit[:12]}-{sys.implementation.cache_tag}-torch{version('torch')}-{built_as}"
+    folder = kept / f"{revision.commit[:12]}-{sys.implementation.cache_tag}-torch{torch.__version__}-{built_as}"
     if folder.is_dir() and not revision.dirty:
         yield folder
         return

@@ -186,7 +186,7 @@ def tlcr_implementations(op: str, device: str, *, interpreted: bool = False) -> 
         interpreted: those for GPUs, on the CPU.
     """
     status = next(status for status in ops.available() if (status.op, status.device) == (op, device))
-    on_gpu = {"score_tokens": "cuda", "score_hidden": "cuda", "rms_norm": "reference", "gated_silu": "reference"}
+    on_gpu = {"score_tokens": "cuda", "score_hidden": "cuda"}
     fast = "cpp" if device == "cpu" and not interpreted else on_gpu.get(op, "triton")
     reason = status.reasons.get(fast)
     return [(fast, reason)] if reason is None else [(fast, reason), ("reference", None)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from tests.ops.helpers import Backend, assert_close, assert_no_worse_than_reference, backends, strided
+from tests.ops.helpers import Backend, assert_close, assert_no_worse_than_reference, backends, interpreted, strided
 from tlcr import ops
 from tlcr.errors import ConfigError, ShapeError
 
@@ -30,6 +30,11 @@ def norm_truth(x: Tensor, weight: Tensor) -> Tensor:
 
 def gate_truth(gate: Tensor, up: Tensor) -> Tensor:
     return gate / (1 + torch.exp(-gate)) * up
+
+
+def skip_where_nothing_is_rounded(backend: Backend, dtype: torch.dtype) -> None:
+    if interpreted(backend) and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter cuts a bfloat16 off where compiled code rounds")
 
 
 def with_gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], direction: Tensor) -> list[Tensor]:
@@ -69,6 +74,7 @@ def test_the_gate(backend: Backend, shape: tuple[int, ...], dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_norm_rounds_where_transformers_does(backend: Backend, dtype: torch.dtype) -> None:
     """Before the weight, and after it. Another order of summation may move the last bit of a sum and of few results."""
+    skip_where_nothing_is_rounded(backend, dtype)
     x, weight = (tensor.to(backend.device) for tensor in norm_inputs(500, 48, dtype=dtype))
     normed = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)).to(dtype)
     different = ops.rms_norm(x, weight, eps=EPS, impl=backend.impl) != weight * normed
@@ -80,6 +86,7 @@ def test_the_norm_rounds_where_transformers_does(backend: Backend, dtype: torch.
 @backends("gated_silu")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_gate_rounds_where_transformers_does(backend: Backend, dtype: torch.dtype) -> None:
+    skip_where_nothing_is_rounded(backend, dtype)
     gate, up = (tensor.to(backend.device) for tensor in gate_inputs(500, 48, dtype=dtype))
     different = ops.gated_silu(gate, up, impl=backend.impl) != silu(gate) * up
     assert different.float().mean() < 0.01
@@ -99,12 +106,14 @@ def test_gates_wide_open_and_shut(backend: Backend, dtype: torch.dtype) -> None:
         (g_up, gate.clamp(min=0)),
         (g_gate, torch.tensor([0, 0, 0, 0.5, 1, 1, 1], device=backend.device).to(dtype)),
     ):
-        torch.testing.assert_close(result, wanted, rtol=0, atol=1e-40)
+        # What is below the least normal number may be 0.
+        torch.testing.assert_close(result, wanted, rtol=0, atol=torch.finfo(torch.float32).tiny)
 
 
 @backends("rms_norm")
-def test_rows_know_nothing_of_each_other(backend: Backend) -> None:
-    x, weight = (tensor.to(backend.device) for tensor in norm_inputs(70, 33))
+@pytest.mark.parametrize("width", [33, 2100])
+def test_rows_know_nothing_of_each_other(backend: Backend, width: int) -> None:
+    x, weight = (tensor.to(backend.device) for tensor in norm_inputs(70, width))
     alone = torch.cat([ops.rms_norm(row[None], weight, eps=EPS, impl=backend.impl) for row in x])
     assert torch.equal(ops.rms_norm(x, weight, eps=EPS, impl=backend.impl), alone)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
 import json
@@ -32,6 +33,7 @@ from tlcr.training.checkpoint import (
     mark_done,
     save_checkpoint,
     start_or_resume,
+    versions,
     write_json,
 )
 from tlcr.training.optim import build_optimizer, build_scheduler
@@ -240,6 +242,12 @@ def test_a_checkpoint_without_the_identity_asked_for_is_refused(tmp_path):
         load_checkpoint(foreign, **NOTHING, identity={"settings": {"a": 1}, "seed": 2})
 
 
+def test_builds_of_one_version_are_told_apart(monkeypatch):
+    """The local label, cpu or cu130, which the metadata of an installed torch may lack."""
+    monkeypatch.setattr("torch.__version__", "2.13.0+cu130")
+    assert versions()["torch"] == "2.13.0+cu130"
+
+
 def test_other_versions_are_reported(tmp_path, caplog):
     path = Training(seed=1).save(tmp_path, 1)
     load_checkpoint(path, **NOTHING)
@@ -315,52 +323,75 @@ def test_a_full_disk_found_at_the_sync_is_the_same_error(tmp_path, monkeypatch):
 # ---- killed while saving
 
 KILLED = """
-import os, random, signal, sys, time
+import itertools, os, resource, signal, sys
 import torch
 from pathlib import Path
 from torch import nn
 from tlcr.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 
 torch.set_num_threads(1)
-folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
-rng = random.Random(0)
+folder = Path(sys.argv[1])
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
-def run(first):
+def save(step):
     model = nn.Linear(300, 300)
-    for step in range(first, first + 1000):
-        nn.init.constant_(model.weight, step)
-        save_checkpoint(folder, step, models={"model": model}, optimizers={}, schedulers={}, state={"step": step},
-                        tensors={"copy": torch.full((50_000,), float(step))}, config={}, keep=1)
+    nn.init.constant_(model.weight, step)
+    save_checkpoint(folder, step, models={"model": model}, optimizers={}, schedulers={}, state={"step": step},
+                    tensors={"copy": torch.full((50_000,), float(step))}, config={}, keep=1)
 
-step = interrupted = 0
-for _ in range(rounds):
+def die_before_change(number):
+    changes = itertools.count()
+    def hook(event, arguments):
+        opens = event == "open" and str(arguments[0]).startswith(str(folder))
+        if (opens or event in CHANGES) and next(changes) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+
+def die_within_a_file(size):
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+def is_saved(before):
+    # In a process that may be killed, by a signal; in any case there is a checkpoint afterwards, and it is whole.
+    step = load() + 1
     child = os.fork()
     if child == 0:
-        run(step + 1)
-    time.sleep(rng.uniform(0.05, 0.25))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    interrupted += any(path.name.startswith(".") for path in folder.iterdir())
+        before()
+        save(step)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or status == 0, status
+    after = load()
+    assert after in (step - 1, step) and (after == step or os.WIFSIGNALED(status)), (after, step, status)
+    return after == step, os.WIFSIGNALED(status)
+
+def load():
     latest = latest_checkpoint(folder)
-    assert latest is not None or step == 0, "the previous checkpoint is gone"
-    if latest is not None:
-        model = nn.Linear(300, 300)
-        loaded = load_checkpoint(latest, models={"model": model}, optimizers={}, schedulers={})
-        assert loaded.step == loaded.state["step"] >= step
-        assert (model.weight == loaded.step).all() and (loaded.tensors["copy"] == loaded.step).all()
-        step = loaded.step
-print(interrupted, step)
+    assert latest is not None, "the previous checkpoint is gone"
+    model = nn.Linear(300, 300)
+    loaded = load_checkpoint(latest, models={"model": model}, optimizers={}, schedulers={})
+    assert loaded.step == loaded.state["step"]
+    assert (model.weight == loaded.step).all() and (loaded.tensors["copy"] == loaded.step).all()
+    return loaded.step
+
+save(1)
+before_changes = []
+while not before_changes or before_changes[-1][1]:
+    number = len(before_changes)
+    before_changes.append(is_saved(lambda: die_before_change(number)))
+within_files = [is_saved(lambda: die_within_a_file(size)) for size in (1, 500, 100_000, 300_000)]
+print([saved for saved, killed in before_changes if killed], within_files)
 """
 
 
-def test_killed_at_any_moment_the_previous_checkpoint_still_loads(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), "15"], capture_output=True, text=True, timeout=120, check=False
-    )
+def test_killed_at_any_point_of_a_save_the_previous_checkpoint_still_loads(tmp_path):
+    """Before each change of the disk, one after the other, and amid the writing of a file, small or large."""
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    interrupted, step = map(int, done.stdout.split())
-    assert interrupted >= 3  # kills did fall into the middle of saves
-    assert step >= 5
+    saved, within_files = ast.literal_eval(f"[{done.stdout.replace('] [', '], [')}]")
+    # A save is complete at one of its changes, and stays so: what comes behind deletes the older checkpoint.
+    assert saved == sorted(saved) and 15 < saved.count(False) and 3 < saved.count(True)
+    assert within_files == [(False, True)] * 4
 
 
 # ---- single files and folders

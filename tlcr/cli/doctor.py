@@ -94,7 +94,9 @@ def _packages() -> Iterator[Finding]:
     for requirement in requirements():
         problem = _package_problem(requirement)
         if problem is None:
-            good.append(f"{requirement.name} {version(requirement.name)}")
+            # The metadata of torch may lack the label of its build, cpu or cu130.
+            found = torch.__version__ if requirement.name == "torch" else version(requirement.name)
+            good.append(f"{requirement.name} {found}")
         else:
             yield Finding(
                 "blocked", requirement.name, problem, f"pip install '{requirement.name}{requirement.specifier}'"

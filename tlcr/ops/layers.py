@@ -98,6 +98,7 @@ RMS_NORM = Op(
     result=lambda arguments, results: results[0],
     gradient=Gradient(of=("x", "weight"), arguments=RMSNormBackward),
     cpp=True,
+    triton="tlcr.kernels.layers",
 )
 
 
@@ -155,4 +156,5 @@ GATED_SILU = Op(
     fake=lambda arguments: arguments.gate.new_empty(arguments.gate.shape),
     gradient=Gradient(of=("gate", "up"), arguments=GatedSiLUBackward),
     cpp=True,
+    triton="tlcr.kernels.layers",
 )

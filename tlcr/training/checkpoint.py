@@ -483,9 +483,9 @@ def as_plain(config: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the software that a result depends on."""
-    packages = {name: version(name) for name in ("torch", "transformers", "accelerate")}
-    return {"tlcr": installed_version(), **packages, "python": platform.python_version()}
+    """Versions of the software that a result depends on; that of torch says for which device it was built."""
+    packages = {name: version(name) for name in ("transformers", "accelerate")}
+    return {"tlcr": installed_version(), "torch": torch.__version__, **packages, "python": platform.python_version()}
 
 
 def machine() -> dict[str, str | int | None]:
