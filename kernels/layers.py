@@ -7,6 +7,8 @@ Bytes moved, with s bytes for each of the N H elements: `rms_norm` reads a row t
 backward 5 s.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,7 @@ from tlcr.ops._arithmetic import arithmetic_dtype
 from tlcr.ops._spec import takes
 from tlcr.ops.layers import GatedSiLUArguments, GatedSiLUBackward, RMSNormArguments, RMSNormBackward
 
-# Elements per program, or of a row at a time: 8 to each thread, in loads of 16 bytes and more.
+# Elements per program, or of a row at a time: 8 to each thread.
 TILE = 1024
 # Rows whose part of the weight's gradient one program sums, and columns that it sums it for.
 WEIGHT_ROWS = 32
@@ -194,8 +196,11 @@ def _gated_silu_backward_kernel(
     tl.store(g_up + begin + lane, (g * silu).to(element), mask=exists)
 
 
-def _real(tensor: Tensor) -> tl.dtype:
-    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
+def _options(tensor: Tensor) -> dict[str, Any]:
+    """With 8 numbers of float64 to a thread a division would spill registers."""
+    if tensor.dtype == torch.float64:
+        return {"REAL": tl.float64, "TILE": TILE // 2, **OPTIONS}
+    return {"REAL": tl.float32, "TILE": TILE, **OPTIONS}
 
 
 @takes(GatedSiLUArguments)
@@ -204,10 +209,9 @@ def gated_silu(a: GatedSiLUArguments) -> Tensor:
     gate, up = a.gate.contiguous(), a.up.contiguous()
     y = torch.empty_like(gate)
     if gate.numel() > 0:
+        options = _options(gate)
         with device_of(gate):
-            _gated_silu_kernel[(triton.cdiv(gate.numel(), TILE),)](
-                gate, up, y, gate.numel(), REAL=_real(gate), TILE=TILE, **OPTIONS
-            )
+            _gated_silu_kernel[(triton.cdiv(gate.numel(), options["TILE"]),)](gate, up, y, gate.numel(), **options)
     return y
 
 
@@ -217,8 +221,9 @@ def gated_silu_backward(a: GatedSiLUBackward) -> tuple[Tensor, Tensor]:
     g_y, gate, up = (tensor.contiguous() for tensor in a)
     g_gate, g_up = torch.empty_like(gate), torch.empty_like(up)
     if gate.numel() > 0:
+        options = _options(gate)
         with device_of(gate):
-            _gated_silu_backward_kernel[(triton.cdiv(gate.numel(), TILE),)](
-                g_y, gate, up, g_gate, g_up, gate.numel(), REAL=_real(gate), TILE=TILE, **OPTIONS
+            _gated_silu_backward_kernel[(triton.cdiv(gate.numel(), options["TILE"]),)](
+                g_y, gate, up, g_gate, g_up, gate.numel(), **options
             )
     return g_gate, g_up
