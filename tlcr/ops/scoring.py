@@ -250,7 +250,7 @@ def score_hidden(
     )
     if chunk_tokens is None:
         dtype = arithmetic_dtype(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-        chunk_tokens = _chunk_tokens(weight.shape[0], dtype, device, with_reference=ref_hidden is not None)
+        chunk_tokens = default_chunk(weight.shape[0], dtype, device, with_reference=ref_hidden is not None)
     heads = hidden, weight, token_ids, bias, ref_hidden, ref_weight, ref_bias
     return SCORE_HIDDEN(impl, device, ScoreHiddenArguments(*heads, number, tensor, chunk_tokens))
 
@@ -259,7 +259,7 @@ def _read_hidden(a: ScoreHiddenArguments) -> None:
     _checks.vocabulary_ids("score_hidden", a.token_ids, a.weight.shape[0])
 
 
-def _chunk_tokens(vocabulary: int, dtype: torch.dtype, device: torch.device, *, with_reference: bool) -> int:
+def default_chunk(vocabulary: int, dtype: torch.dtype, device: torch.device, *, with_reference: bool) -> int:
     """How many tokens' logits exist at once in `score_hidden` where the caller does not say."""
     per_token = vocabulary * dtype.itemsize * (2 if with_reference else 1)
     tokens = CHUNK_BYTES.get(device.type, CHUNK_BYTES_ACCELERATOR) // per_token
