@@ -1,6 +1,7 @@
 """What memory score_hidden takes beside its inputs and results: measured on the CPU, and by the same formula on a GPU."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,6 +76,12 @@ def test_less_than_a_gibibyte_where_the_project_wants_it(reference: bool) -> Non
     assert taken.forward() <= GIB / 2
     for hidden, weight in ((True, False), (True, True), (False, True)):
         assert taken.backward(hidden=hidden, weight=weight) < GIB
+    passes = [taken.forward()]
+    passes += [taken.backward(hidden=hidden, weight=weight) for hidden, weight in ((True, False), (True, True))]
+    passes.append(taken.backward(hidden=False, weight=True))
+    listed = "policy and reference, with KL" if reference else "policy"
+    row = " | ".join([f"| {listed}", *(f"{bytes_ / 2**20:.0f} MiB" for bytes_ in passes)])
+    assert f"\n{row} |\n" in (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
     # The float32 sum of the head alone is more.
     assert 4 * TARGET[1] * TARGET[2] > GIB
     assert dataclasses.replace(taken, chunk_tokens=16 * chunk).backward(hidden=True, weight=True) > GIB
