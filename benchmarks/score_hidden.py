@@ -109,8 +109,15 @@ def main() -> None:
     rows = [measured(clocks, tuple(options.shape), dtype, options.device, chunk, options.seconds) for chunk in chunks]
     Console().print(table(rows))
     if options.json:
-        of = dict(clocks=clocks.descriptions, device=options.device, peak=clocks.peak_description)
-        options.json.write_text(json.dumps(record("score_hidden", rows, commit=commit, **of), indent=1) + "\n")
+        made_of = record(
+            "score_hidden",
+            rows,
+            commit=commit,
+            clocks=clocks.descriptions,
+            device=options.device,
+            peak=clocks.peak_description,
+        )
+        options.json.write_text(json.dumps(made_of, indent=1) + "\n", encoding="utf-8")
 
 
 def measured(

@@ -43,10 +43,10 @@ struct ScoreArguments {
 //
 // The columns may be a part of the vocabulary: a column's gradient needs no other column.
 struct ScoreBackwardArguments {
-  Type type, grad_type;        // grad_type is `type`, or half precision where `type` is kFloat
-  int64_t rows, vocabulary;    // as many columns as there are
-  int64_t first_entry;         // of the vocabulary: the one in column 0
-  Rows logits, ref_logits;  // in; ref_logits.data is null where g_kl is
+  Type type, grad_type;      // grad_type is `type`, or half precision where `type` is kFloat
+  int64_t rows, vocabulary;  // as many columns as there are
+  int64_t first_entry;       // of the vocabulary: the one in column 0
+  Rows logits, ref_logits;   // in; ref_logits.data is null where g_kl is
   const int64_t* token_ids;
   double temperature;
   const void* temperatures;

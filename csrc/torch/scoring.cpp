@@ -15,7 +15,8 @@ namespace tlcr {
 
 namespace {
 
-// Products of matrices are made of square tiles. A part of a matrix that is no multiple of a tile wastes the rest of one.
+// Products of matrices are made of square tiles. A part of a matrix that is no multiple of a tile wastes the rest of
+// one.
 constexpr int64_t kProductTile = 128;
 
 struct Results {
@@ -102,8 +103,8 @@ struct Incoming {
         ref_stats(ref_stats.contiguous()) {}
 };
 
-// Writes the gradient into `grad`, which may be `logits` itself. The reference is used only if the KL is. The logits are
-// those of the tokens from `begin` and of the vocabulary's entries from `first_entry`.
+// Writes the gradient into `grad`, which may be `logits` itself. The reference is used only if the KL is. The logits
+// are those of the tokens from `begin` and of the vocabulary's entries from `first_entry`.
 void score_rows_backward(const Tensor& logits, const MaybeTensor& ref_logits, const Tokens& tokens, const Incoming& in,
                          const Tensor& grad, int64_t begin, int64_t rows, int64_t first_entry = 0) {
   if (rows == 0) return;

@@ -126,7 +126,7 @@ def test_rows_that_begin_anywhere(
 
 @pytest.mark.parametrize("vocabulary", [3, 37, 264, 2053, 16_391])
 def test_no_bit_depends_on_where_a_row_begins(kernels: EmulatedKernels, dtype: torch.dtype, vocabulary: int) -> None:
-    """Every address that a row may have modulo 16 bytes, which is what one access moves, and every other's beside it."""
+    """Every address that a row may have modulo 16 bytes, which is what one access moves."""
     logits, ids, ref_logits = example((3,), vocabulary, dtype)
     weights = {name: torch.randn(3, dtype=real(dtype)) for name in DIFFERENTIABLE}
     phases = 16 // dtype.itemsize

@@ -1,4 +1,4 @@
-"""What memory score_hidden takes beside its inputs and results: measured on the CPU, and by the same formula on a GPU."""
+"""What score_hidden takes beside its inputs and results: measured on the CPU, and by the same formula for a GPU."""
 
 import dataclasses
 from pathlib import Path
@@ -20,7 +20,7 @@ GIB = 2**30
 def scratch(
     shape: tuple[int, int, int, int], dtype: torch.dtype, reference: bool, wants: tuple[bool, bool] | None
 ) -> int:
-    """Measured, as the most that was allocated at once less the results; `wants` names the gradients, None a forward."""
+    """The most that was allocated at once, less the results; `wants` are the two gradients, None a forward pass."""
     tokens, width, vocabulary, chunk = shape
     hidden, ref_hidden = torch.randn(2, tokens, width).to(dtype)
     weight, ref_weight = torch.randn(2, vocabulary, width).to(dtype)

@@ -29,11 +29,11 @@ from tlcr.ops.types import TokenScores
 # the last-level cache; on an accelerator they take longer than the launches of a dozen kernels.
 CHUNK_LOGITS = {"cpu": 1 << 20}
 CHUNK_LOGITS_ACCELERATOR = 1 << 26
-# Bytes of the logits that `score_hidden` holds at a time where it is not told how many tokens: the last-level cache of a
-# CPU, and on an accelerator so many that arithmetic limits the products, and not the reading of the head for each chunk.
-# The products of an accelerator are made of tiles of 128 rows. A chunk that is no multiple of them wastes a part of
-# each last one; 512 MiB in float32 are some 4000 tiles, so that at most a thirtieth of the processors is idle at the end
-# of a product whatever their number.
+# Bytes of the logits that `score_hidden` holds at a time where it is not told how many tokens: the last-level cache of
+# a CPU, and on an accelerator so many that arithmetic limits the products, not the reading of the head for each chunk.
+# An accelerator makes a product of tiles with 128 rows: of a chunk that is no multiple of them a part of the last tiles
+# is wasted. 512 MiB of float32 are some 4000 tiles of 128 x 256, 31 for each of 132 processors: whatever is left over
+# for the last round, at most a thirtieth of the device's time is lost to it.
 CHUNK_BYTES = {"cpu": 1 << 22}
 CHUNK_BYTES_ACCELERATOR = 1 << 29
 CHUNK_TILE = 128

@@ -36,8 +36,8 @@ struct Temperature {
         scale(static_cast<real>(kLog2E) * inverse) {}
 };
 
-// The sums over the part of a row that this thread, `rank` of kThreads, reads. The part depends on the row's length only.
-// kAligned: packs counted from the begin of x, and of y, are aligned.
+// The sums over the part of a row that this thread, `rank` of kThreads, reads. The part depends on the row's length
+// only. kAligned: packs counted from the begin of x, and of y, are aligned.
 template <typename T, int kThreads, bool kReference, bool kAligned>
 __device__ __forceinline__ RowSums<Real<T>, kReference> sum_row(const T* x, const T* y, int vocabulary, int rank,
                                                                 Real<T> scale) {
