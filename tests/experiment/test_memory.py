@@ -15,6 +15,7 @@ from tlcr.config.schema import Arm, ModelConfig, PPOConfig, RewardConfig, Rollou
 from tlcr.data import embedded
 from tlcr.errors import ConfigError
 from tlcr.experiment.memory import Estimate, ModelSize, advice, build_on_meta, estimate_run, measure_model
+from tlcr.models.loading import enable_gradient_checkpointing
 from tlcr.training.optim import build_optimizer
 
 SIZE = ModelSize(parameters=1000, backbone=900, vocabulary=50, hidden=10, layers=2, intermediate=20, key_value=10)
@@ -124,9 +125,7 @@ def test_activations_are_of_the_size_that_autograd_keeps(checkpointing: bool) ->
     )
     model = LlamaForCausalLM(config).train()
     if checkpointing:
-        # transformers 5.23 renamed it; before, only the old name exists
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        enable_gradient_checkpointing(model)
     rows, columns = 4, 96
     kept = kept_by_autograd(model, torch.zeros(rows, columns, dtype=torch.long))
     size = ModelSize(parameters=0, backbone=0, vocabulary=0, hidden=64, layers=6, intermediate=160, key_value=64)

@@ -21,7 +21,7 @@ from tlcr.config.schema import ModelConfig, PPOConfig
 from tlcr.errors import CheckpointError, ConfigError
 from tlcr.models.actor_critic import ActorCritic, build_value_model, load_value_head
 from tlcr.models.heads import classification_head
-from tlcr.models.loading import load_sequence_classifier, load_token_classifier
+from tlcr.models.loading import enable_gradient_checkpointing, load_sequence_classifier, load_token_classifier
 
 PROMPTS = [[5, 9, 30], [7, 44, 12, 90, 33], [8]]
 ANSWERS = [[41, 17, 60, 2], [23], [99, 3, 14]]
@@ -208,7 +208,7 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(
         torch.manual_seed(0)
         critic = with_random_head(build_value_model(PPOConfig(), ModelConfig(), policy=policy))
         for model in (policy, critic) if checkpointing else ():
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            enable_gradient_checkpointing(model)
         actor_critic = ActorCritic(policy, critic).train()
         assert policy.model.layers[0].gradient_checkpointing == checkpointing
         output = actor_critic(*batch(), temperature=1.0)

@@ -14,7 +14,7 @@ from tlcr.errors import ConfigError
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.discriminator import classify, labels_of
 from tlcr.models.heads import classification_head
-from tlcr.models.loading import load_token_classifier
+from tlcr.models.loading import enable_gradient_checkpointing, load_token_classifier
 
 Make = Callable[..., PreTrainedModel]
 
@@ -91,7 +91,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_causal_lm: Make) -
         model = classifier(lm, 1)
         model.train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            enable_gradient_checkpointing(model)
         logits(model, [[7, 8, 9, 10], [20, 21, 22, 23, 24, 25]])[0, :4].square().sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)

@@ -24,6 +24,7 @@ from tlcr.config.schema import DataConfig, KLConfig, PPOConfig, RewardConfig, Ro
 from tlcr.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic, load_value_head
 from tlcr.models.heads import classification_head
+from tlcr.models.loading import enable_gradient_checkpointing
 from tlcr.ppo.kl import estimate_kl, kl_of
 from tlcr.ppo.rollout import seeded_generator
 from tlcr.recipes import train_ppo as recipe
@@ -346,7 +347,7 @@ def test_gradient_checkpointing_trains_the_same_policy(
 ) -> None:
     def checkpointed(**options: Any) -> PreTrainedModel:
         model = tiny_causal_lm(**options)
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        enable_gradient_checkpointing(model)
         return model
 
     cfg = small_config(updates=2)

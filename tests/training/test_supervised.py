@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from tlcr.config.schema import TrainingConfig
 from tlcr.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
+from tlcr.models.loading import enable_gradient_checkpointing
 from tlcr.models.sft import completion_loss
 from tlcr.text.padding import collate_completions
 from tlcr.training.callbacks import Callback
@@ -104,7 +105,7 @@ def test_however_the_batch_is_cut_loss_and_gradients_are_the_same(tmp_path, tiny
     if cut.get("padded"):
         changes["collate"] = padded_wider(partial(collate_completions, pad_token_id=0), cut["padded"])
     if cut.get("gradient_checkpointing"):
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        enable_gradient_checkpointing(model)
     found = losses_and_gradients(
         model, tmp_path / "cut", config(micro_batch_size=cut.get("micro_batch_size")), **changes
     )

@@ -64,8 +64,7 @@ def attention(
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for products of bfloat16. Without them two products are slower than torch's
     kernel, which works in float32 (by the same benchmark, with ONEDNN_MAX_CPU_ISA=AVX2 before it)."""
-    say = getattr(torch.cpu, "get_capabilities", None)  # torch 2.9 does not have it
-    return say is not None and bool(say().get("avx512_bf16"))
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def _two_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

@@ -547,10 +547,15 @@ def _prepared(model: PreTrainedModel, cfg: GeneratorConfig) -> PreTrainedModel:
     disable_dropout(model)
     fuse_layers(model)
     if isinstance(cfg, ModelConfig) and cfg.gradient_checkpointing:
-        # transformers 5.23 renamed it and warns of the old name; 5.20, the last for python 3.10, has only the old one
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        enable_gradient_checkpointing(model)
     return model.eval()
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Keep no activations within the blocks for the backward pass, which computes them again."""
+    # transformers 5.23 renamed it and warns of the old name; 5.20, the last for python 3.10, has only the old one
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def _load_classifier(role: Role, source: str | Path, cfg: ModelConfig, device: torch.device | None) -> PreTrainedModel:
