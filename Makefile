@@ -9,7 +9,7 @@ RIVALS := $(VENV)/.rivals
 DOCS := $(VENV)/.docs
 CPP := $(shell find csrc tests/cuda/emulator .ci -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: quickstart test lint format docs bench bench-report bench-compare wheels gpu gpu-in-small
+.PHONY: quickstart test lint format docs bench bench-report bench-compare wheels lowest newest lock gpu gpu-in-small
 
 quickstart: $(INSTALLED)
 	$(BIN)/tlcr run examples/quickstart.yaml --resume
@@ -65,12 +65,23 @@ bench-compare: $(INSTALLED)
 wheels: $(INSTALLED) $(CUDA_VENV)/.environment
 	$(BIN)/python .ci/wheels.py $(CURDIR)/$(BIN)/python $(abspath $(CUDA_VENV))/bin/python
 
+# All tests with the lowest and with the newest versions that pyproject.toml allows: those of .ci/versions, each in an
+# environment and a copy of the sources of its own. 8 GB where the package index has CUDA builds of torch.
+lowest newest: $(INSTALLED)
+	$(BIN)/python .ci/versions.py $@
+
+# Looks up anew which versions these are.
+lock: $(INSTALLED)
+	$(BIN)/python .ci/versions.py lock
+
 $(ENVIRONMENT): Makefile
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("tlcr needs python >= 3.10 and this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade 'setuptools>=77' wheel ninja
 # torch first and alone: under this pin it is the build that the machine's package index is set up for, CPU or CUDA.
 	$(BIN)/python -m pip install 'torch==2.13.0'
+# The triton of this torch, which its CUDA builds name and its CPU builds do not.
+	$(BIN)/python -m pip install 'triton==3.7.1'
 	@touch $@
 
 # Compiles csrc into .venv, what changed only; without a C++ compiler the installation is a pure one, and says so.

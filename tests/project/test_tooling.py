@@ -118,11 +118,23 @@ def test_the_workflow_runs_what_a_developer_runs() -> None:
     (job,) = workflow["jobs"].values()
     steps = job["steps"]
     assert [step["run"] for step in steps if step.get("run", "").startswith(".ci/")] == [".ci/run"]
-    for line in (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8").splitlines():
+    run = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert re.findall(r"^make ([\w-]+)$", run, re.MULTILINE) == ["test", "lint", "gpu-in-small", "wheels", "lowest"]
+
+
+def test_the_weekly_workflow_runs_both_ends_of_the_versions() -> None:
+    workflow = load_yaml(".github/workflows/versions.yml")
+    assert set(workflow[True]) == {"schedule", "workflow_dispatch"}
+    (job,) = workflow["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["make lock", "make ${{ matrix.end }}"]
+    assert {entry["end"] for entry in job["strategy"]["matrix"]["include"]} == {"lowest", "newest"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github/workflows").iterdir()), ids=lambda path: path.name)
+def test_an_action_is_named_by_its_commit(path: Path) -> None:
+    for line in path.read_text(encoding="utf-8").splitlines():
         if "uses:" in line:
             assert re.search(r"uses: [\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line), line
-    run = (ROOT / ".ci/run").read_text(encoding="utf-8")
-    assert re.findall(r"^make ([\w-]+)$", run, re.MULTILINE) == ["test", "lint", "gpu-in-small", "wheels"]
 
 
 @pytest.mark.parametrize("name", ["bug", "feature"])
