@@ -341,7 +341,8 @@ class _Table(NamedTuple):
     notes: tuple[str, ...]
 
 
-class _Used(NamedTuple, Generic[RawT]):
+@dataclass(frozen=True)  # a NamedTuple cannot be generic before Python 3.11
+class _Used(Generic[RawT]):
     """The rows and the raw records that were used."""
 
     rows: list[Row]
