@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from copy import deepcopy
 from pathlib import Path
 
@@ -34,8 +36,8 @@ SIZES = {
 }
 
 
-def llama(dtype: torch.dtype = torch.bfloat16, **knobs: object) -> PreTrainedModel:
-    torch.manual_seed(0)
+def llama(dtype: torch.dtype = torch.bfloat16, *, seed: int = 0, **knobs: object) -> PreTrainedModel:
+    torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, **knobs)).to(dtype)
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -72,18 +74,21 @@ def test_a_model_says_what_it_said(dtype: torch.dtype) -> None:
 
 
 def test_gradients_are_no_further_from_float64_than_torchs() -> None:
-    model = llama()
-    truth = gradients(deepcopy(model).double(), IDS_BL)
-    torchs = gradients(model, IDS_BL)
-    fuse_layers(model)
-    ours = gradients(model, IDS_BL)
-    assert ours.keys() == truth.keys()
-    error = {
-        whose: {name: float((grad[name].double() - truth[name]).norm() / truth[name].norm()) for name in truth}
-        for whose, grad in (("torch", torchs), ("ours", ours))
-    }
-    for name, of_torch in error["torch"].items():
-        assert error["ours"][name] < max(1.1 * of_torch, 2**-7), name
+    """On average over layers and models: which of two roundings of one gradient is the better one is chance."""
+    error: dict[tuple[str, str], float] = defaultdict(float)
+    for seed in range(4):
+        model = llama(seed=seed)
+        truth = gradients(deepcopy(model).double(), IDS_BL)
+        torchs = gradients(model, IDS_BL)
+        fuse_layers(model)
+        ours = gradients(model, IDS_BL)
+        assert ours.keys() == torchs.keys() == truth.keys()
+        for whose, found in (("torch", torchs), ("ours", ours)):
+            for name, gradient in found.items():
+                kind = re.sub(r"\.\d+\.", ".", name)
+                error[whose, kind] += float((gradient.double() - truth[name]).norm() / truth[name].norm())
+    for kind in {kind for _, kind in error}:
+        assert error["ours", kind] < 1.05 * error["torch", kind], kind
 
 
 def kept_bytes(module: nn.Module, x: Tensor) -> int:
