@@ -44,6 +44,7 @@ def has_kernels(op: Op[Any, Any], namespace: str, device: str) -> bool:
     return op.cpp if device == "cpu" else op.on_gpu != "reference"
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, of 2.15
 @pytest.mark.parametrize(("namespace", "device", "op"), operators())
 def test_opcheck(namespace: str, device: str, op: str) -> None:
     """torch's own tests: the schema is honoured, the fake agrees with the kernel, gradients are registered rightly."""
@@ -166,6 +167,7 @@ def test_the_specification_of_a_loss_has_second_derivatives() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own, as forward mode starts
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")  # the same of torch 2.15
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize(("op", "backend"), first_derivatives_only())
 def test_derivatives_in_forward_mode_are_refused(op: str, backend: Backend, grad: bool) -> None:

@@ -5,7 +5,7 @@ few tokens cross many borders.
 """
 
 import importlib.util
-from decimal import Decimal, localcontext
+from decimal import Context, Decimal, localcontext
 from typing import Any
 
 import pytest
@@ -163,7 +163,7 @@ def test_the_power_series_meets_the_difference(device: str) -> None:
         for value in log_ratio.to(dtype):
             one = value.reshape(1, 1).to(device)
             got = ops.ppo_loss(one, 0 * one, 0 * one, one == one, impl="triton").approx_kl
-            with localcontext(prec=50):
+            with localcontext(Context(prec=50)):
                 exact = Decimal(float(value))
                 wanted = float(exact.exp() - 1 - exact)
             assert_close(got, wanted)

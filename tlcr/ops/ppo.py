@@ -267,7 +267,9 @@ def _reference(arguments: PPOArguments) -> PPOLoss:
             return total / torch.where(denominator_tensor == 0, 1.0, denominator_tensor.detach().to(dtype))
         return total / count.clamp(min=1)
 
-    log_ratio_BT = (counted(a.logprobs) - counted(a.old_logprobs.detach())).clamp(max=LOG_RATIO_MAX)
+    log_ratio_BT = counted(a.logprobs) - counted(a.old_logprobs.detach())
+    # At the bound itself the gradient passes: clamp's passes there in torch 2.13 and no longer in 2.15.
+    log_ratio_BT = torch.where(log_ratio_BT == LOG_RATIO_MAX, log_ratio_BT, log_ratio_BT.clamp(max=LOG_RATIO_MAX))
     ratio_BT = log_ratio_BT.exp()
     advantages_BT = counted(a.advantages.detach())
     unclipped_BT = -advantages_BT * ratio_BT
