@@ -104,7 +104,12 @@ def _require_arguments(
     except (TypeError, ValueError):
         return  # a few functions written in C tell nothing; the call will
     try:
-        signature.bind(*positional, **dict.fromkeys(keywords))
+        bound = signature.bind(*positional, **dict.fromkeys(keywords))
+        # Python 3.13.0 binds a keyword of the name of a positional-only parameter to **kwargs, and misses no argument.
+        for name, parameter in signature.parameters.items():
+            needed = parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty
+            if needed and name not in bound.arguments:
+                raise TypeError(f"missing a required argument: {name!r}")
     except TypeError as error:
         wanted = f"the keywords {', '.join(keywords)}" if keywords else f"({', '.join(positional)})"
         rest = ", or **unused for those that it ignores" if keywords else ", in this order"
