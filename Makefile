@@ -67,8 +67,11 @@ wheels: $(INSTALLED) $(CUDA_VENV)/.environment
 
 # All tests with the lowest and with the newest versions that pyproject.toml allows: those of .ci/versions, each in an
 # environment and a copy of the sources of its own. 8 GB where the package index has CUDA builds of torch.
-lowest newest: $(INSTALLED)
-	$(BIN)/python .ci/versions.py $@
+lowest: $(INSTALLED)
+	$(BIN)/python .ci/versions.py lowest
+
+newest: $(INSTALLED)
+	$(BIN)/python .ci/versions.py newest
 
 # Looks up anew which versions these are.
 lock: $(INSTALLED)
