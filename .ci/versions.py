@@ -3,13 +3,14 @@
 Usage: python .ci/versions.py lock
        python .ci/versions.py lowest|newest [argument of pytest ...]
 
-lock looks up the versions of both ends anew and writes them to .ci/versions/. lowest and newest take those that stand
-there: they make an environment (.venv-lowest, .venv-newest), compile tlcr in a copy of the sources (build/lowest,
-build/newest), and run the tests of that copy. uv resolves and installs. It takes a Python of this machine, or fetches
-one where there is none.
+lock looks up the versions of both ends anew, and writes them to .ci/versions/ and into the table of
+docs/installation.md. lowest and newest take those that stand there: they make an environment (.venv-lowest,
+.venv-newest), compile tlcr in a copy of the sources (build/lowest, build/newest), and run the tests of that copy.
+uv resolves and installs. It takes a Python of this machine, or fetches one where there is none.
 """
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -42,6 +43,24 @@ def lock() -> None:
         written = ["--quiet", "--no-annotate", f"--output-file={versions(name)}"]
         written += ["--custom-compile-command=make lock"]
         run([*UV, "pip", "compile", *options, *extras, *written, "pyproject.toml"], cwd=ROOT)
+    page = ROOT / "docs" / "installation.md"
+    page.write_text(table_of_today(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def table_of_today(page: str) -> str:
+    """The page, with the versions of both ends in each row that has two."""
+    lowest, newest = pinned("lowest"), pinned("newest")
+
+    def row(found: re.Match[str]) -> str:
+        name = found[1].lower()
+        return f"| {found[1]} | {lowest[name]} | {newest[name]} |" if name in lowest else found[0]
+
+    return re.sub(r"^\| ([\w-]+) \| [\d.]+ \| [\d.]+ \|$", row, page, flags=re.MULTILINE)
+
+
+def pinned(name: str) -> dict[str, str]:
+    """The version of each package of an end, without the label of a build, as in 2.15.0+cpu."""
+    return dict(re.findall(r"^([\w.-]+)==([^\s;+]+)", versions(name).read_text(encoding="utf-8"), re.MULTILINE))
 
 
 def test(name: str, arguments: list[str]) -> None:

@@ -43,23 +43,18 @@ def declared(script: ModuleType) -> list[Requirement]:
     return [Requirement(text) for held in arrays for text in re.findall(r'"([^"]+)"', held)]
 
 
-def pinned(script: ModuleType, name: str) -> dict[str, Version]:
-    lines = script.versions(name).read_text(encoding="utf-8").splitlines()
-    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    return {canonicalize_name(pin.name): Version(str(pin.specifier).removeprefix("==")) for pin in pins}
-
-
 def test_the_lowest_versions_that_are_run_are_the_lower_bounds(script: ModuleType) -> None:
-    pins = pinned(script, "lowest")
+    pins = script.pinned("lowest")
     for requirement in declared(script):
         (bound,) = (Version(part.version) for part in requirement.specifier if part.operator in (">=", "=="))
-        assert pins[canonicalize_name(requirement.name)] == bound, f"{requirement}: after a change of bounds: make lock"
+        found = Version(pins[canonicalize_name(requirement.name)])
+        assert found == bound, f"{requirement}: after a change of bounds: make lock"
     (python,) = re.findall(r'^requires-python = ">=([\d.]+)"$', PYPROJECT, re.MULTILINE)
     assert script.ENDS["lowest"].python == python
 
 
 def test_the_newest_versions_that_are_run_are_allowed(script: ModuleType) -> None:
-    pins = pinned(script, "newest")
+    pins = script.pinned("newest")
     for requirement in declared(script):
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
 
@@ -75,6 +70,13 @@ def test_the_documents_name_the_versions_that_are_run(script: ModuleType) -> Non
     rows = re.findall(r"^\| ([\w-]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
     named = {canonicalize_name(name): (low, new) for name, low, new in rows}
     assert named.pop("python") == (script.ENDS["lowest"].python, script.ENDS["newest"].python)
-    lowest, newest = pinned(script, "lowest"), pinned(script, "newest")
+    lowest, newest = script.pinned("lowest"), script.pinned("newest")
     names = {canonicalize_name(requirement.name) for requirement in declared(script)}
-    assert named == {name: (str(lowest[name]), str(newest[name])) for name in names}
+    assert named == {name: (lowest[name], newest[name]) for name in names}, "make lock fills in the rows that are there"
+
+
+def test_the_table_gets_the_versions_of_the_day(script: ModuleType) -> None:
+    pins = script.pinned("lowest"), script.pinned("newest")
+    old = "| a | b |\n| Python | 3.10 | 3.13 |\n| PyYAML | 1.0 | 2 |\n| torch 2.11 | why |\n"
+    wanted = old.replace("| 1.0 | 2 |", f"| {pins[0]['pyyaml']} | {pins[1]['pyyaml']} |")
+    assert script.table_of_today(old) == wanted
