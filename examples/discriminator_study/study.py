@@ -342,7 +342,7 @@ def plot(rows: Sequence[Mapping[str, Any]], measure_name: str) -> str:
         ticks = sorted({x for points in lines.values() for x, _, _ in points})
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
-        axes.legend(fontsize=9)
+        axes.legend(loc="best", fontsize=9)
         return figures.svg_file(figure, f"{TITLES[measure_name]} against the number of training pairs")
 
 

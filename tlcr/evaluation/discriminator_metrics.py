@@ -184,7 +184,7 @@ def plot_reliability(curves: Mapping[str, Sequence[ReliabilityBin]], path: Path)
         width = (bins[0].upper - bins[0].lower) / len(curves)
         below.bar([b.lower + i * width for b in bins], [b.tokens for b in bins], width, align="edge", label=name)
     above.set(ylabel="mean target (positive 1, neutral 0.5, negative 0)", ylim=(0, 1))
-    above.legend()
+    above.legend(loc="best")  # of the default, the same, matplotlib warns on a slow machine
     below.set(xlabel="confidence, (reward + 1) / 2", ylabel="tokens", xlim=(0, 1), yscale="symlog")
     figure.savefig(path, format="png", dpi=120)
 

@@ -244,7 +244,7 @@ def reliability_plot(reliability: Mapping[str, Sequence[Mapping[str, Any]]], lab
             starts = [b["lower"] + index * width for b in bins]
             below.bar(starts, [b["tokens"] for b in bins], width, align="edge", color=colour)
         above.set(xlim=(0, 1), ylim=(0, 1), ylabel="mean target")
-        above.legend()
+        above.legend(loc="best")  # of the default, the same, matplotlib warns on a slow machine
         below.set(xlabel="confidence, (reward + 1) / 2", ylabel="tokens", yscale="symlog")
         return svg_text(figure, label)
 
@@ -319,7 +319,7 @@ def spill_plot(
             axes.tick_params(axis="x", rotation=60)
         axes.set_xlabel("kept tokens from the edit")
         axes.set_ylabel("mean reward")
-        axes.legend(fontsize=10)
+        axes.legend(loc="best", fontsize=10)
         return svg_text(figure, label)
 
 
@@ -337,6 +337,6 @@ def comparison_panels(
                 axes.stairs(counts, edges, fill=True, color=colour, alpha=0.35)
                 axes.stairs(counts, edges, color=colour, label=name, linewidth=1.4)
             axes.set(xlabel="mean reward of an answer's tokens", ylabel="answers")
-            axes.legend(fontsize=10)
+            axes.legend(loc="best", fontsize=10)
             drawn.append(svg_text(figure, f"{label}: {better}, {worse}"))
     return drawn
