@@ -68,7 +68,7 @@ def test(name: str, arguments: list[str]) -> None:
     python = str(environment / "bin" / "python")
     sources = copy_of_sources(name)
     wanted = os.environ.get("UV_PYTHON", ENDS[name].python)
-    run([*UV, "venv", "--clear", f"--python={wanted}", str(environment)], cwd=ROOT)
+    run([*UV, "venv", "--clear", "--seed", f"--python={wanted}", str(environment)], cwd=ROOT)
     install = ["-m", "uv", "pip", "install", f"--python={python}", f"--constraints={versions(name)}"]
     run([sys.executable, *install, "torch", "setuptools", "wheel", "ninja", "uv"], cwd=sources)
     extras = ",".join(("dev", *EXTRAS))

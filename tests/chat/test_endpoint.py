@@ -450,9 +450,13 @@ def test_a_file_that_is_no_store_is_refused_and_left_alone(tmp_path: Path) -> No
     path = tmp_path / "notes.txt"
     path.write_text("my notes, which are long enough to be taken for something else than an empty file\n" * 20)
     before = path.read_bytes()
-    with pytest.raises(DataError, match="not a store of answers"), AnswerStore(path):
+    store = AnswerStore(path)
+    with pytest.raises(DataError, match="not a store of answers"), store:
         pass
     assert path.read_bytes() == before
+    path.unlink()
+    with AnswerStore(path):  # neither the file nor its lock is held by the one that failed
+        pass
 
 
 def test_without_a_key_or_a_server_of_ones_own_the_message_says_what_to_do(store, monkeypatch) -> None:

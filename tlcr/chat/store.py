@@ -59,11 +59,18 @@ class AnswerStore:
                 "it, or name another cache"
             ) from error
         self._database = sqlite3.connect(self.path, check_same_thread=False)
-        with self._translated():
-            self._database.executescript(TABLES)
+        try:
+            with self._translated():
+                self._database.executescript(TABLES)
+        except BaseException:
+            self._close()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._close()
+
+    def _close(self) -> None:
         self._database.close()
         self._lock.release()
 
