@@ -68,7 +68,7 @@ def steps(device: str, results: Path | None) -> tuple[Step, ...]:
         ppo += ("--epochs", "2", "--minibatch", "32", "--micro-batch", "16", "--rounds", "2")
     if small or not importlib.util.find_spec("trl"):
         ppo += ("--no-trl",)
-    ppo += ("--repeats", "1", "--limit", str(45 * patience), *keep("ppo_step"))
+    ppo += ("--repeats", "1", "--limit", str(70 * patience), *keep("ppo_step"))
     ops_tests = ("tests/ops/test_door.py",) if small else ("tests/ops",)
     trainer_tests = ("-k", "[cpu]", "tests/recipes/test_train_sft.py") if small else ("-m", "gpu", *TRAINER)
     return (
