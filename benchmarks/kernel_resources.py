@@ -1,4 +1,5 @@
-"""What the Triton kernels take of a GPU: registers, spills and shared memory, read from the binaries. Needs no GPU.
+"""What the Triton kernels take of a GPU, read from PTX and binaries: registers, spills, shared memory and how many
+programs a multiprocessor holds; and how many accesses of a thread to global memory move 16 bytes. Needs no GPU.
 
     python -m benchmarks.kernel_resources                    # every kernel and dtype for the targets that are tested
     python -m benchmarks.kernel_resources --targets 90 --dtypes float32
@@ -9,6 +10,7 @@ status 1 if a kernel spills registers to memory.
 """
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -29,6 +31,13 @@ from tlcr.kernels import adamw, gae, layers, ppo_loss, reward
 
 TARGETS = (80, 90, 100)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+# Short rows, of which a program takes several; long ones; a few very long ones; and rows that begin anywhere.
+SHAPES = ((1024, 128), (1024, 4096), (8, 131072), (1024, 4095))
+# Of an H100; the kernels ask whether there are fewer rows.
+MULTIPROCESSORS = 132
+# What the programs on a multiprocessor share: bytes of shared memory by target, and the same on all of them.
+SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+REGISTERS, WARPS, PROGRAMS = 64 * 1024, 64, 32
 
 
 class Resources(NamedTuple):
@@ -45,6 +54,12 @@ class Resources(NamedTuple):
     """Bytes of stack and local memory per thread."""
     shared: int
     """Bytes of shared memory."""
+    programs: int
+    """That a multiprocessor holds at once."""
+    wide: int
+    """Loads and stores in the program that move 16 bytes of global memory a thread."""
+    narrow: int
+    """Those that move less."""
 
 
 class _Target:
@@ -70,7 +85,7 @@ def compiling(capability: int, **launch_options: Any) -> Iterator[list[Any]]:
 
     Options of Triton's launch, such as `maxnreg`, can be added or replaced.
     """
-    if not isinstance(gae._gae_kernel, JITFunction):
+    if not isinstance(gae._gae_kernel.aligned, JITFunction):
         raise SystemExit("the kernels are interpreted; unset TRITON_INTERPRET to compile them")
     compiled: list[Any] = []
     launch = JITFunction.run
@@ -80,13 +95,14 @@ def compiling(capability: int, **launch_options: Any) -> Iterator[list[Any]]:
 
     driver.set_active(_Target(capability))
     JITFunction.run = compile_only
+    asked, gae.multiprocessors = gae.multiprocessors, lambda device: MULTIPROCESSORS
     try:
         yield compiled
     finally:
-        JITFunction.run = launch
+        JITFunction.run, gae.multiprocessors = launch, asked
 
 
-def calls(dtype: torch.dtype, batch: int = 2, length: int = 4) -> Iterator[tuple[str, Callable[[], object]]]:
+def calls(dtype: torch.dtype, batch: int = 1024, length: int = 4096) -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls that between them launch every kernel, with all its parts; what can be left out only makes it smaller."""
     mask = torch.empty(batch, length, dtype=torch.bool, device="meta")
     x = torch.empty(batch, length, dtype=dtype, device="meta")
@@ -134,13 +150,14 @@ def calls(dtype: torch.dtype, batch: int = 2, length: int = 4) -> Iterator[tuple
 def resources(targets: tuple[int, ...] = TARGETS, dtypes: tuple[torch.dtype, ...] = DTYPES) -> list[Resources]:
     """What every kernel takes on every target: each variant once, however many calls launch it."""
     found: dict[tuple[str, int], Resources] = {}
-    for target in targets:
-        for dtype in dtypes:
-            for variant, call in calls(dtype):
-                with compiling(target) as compiled:
-                    call()
-                for kernel in compiled:
-                    found.setdefault((kernel.hash, target), read(kernel, f"{variant}, {str(dtype)[6:]}", target))
+    for target, dtype, shape in itertools.product(targets, dtypes, SHAPES):
+        for variant, call in calls(dtype, *shape):
+            with compiling(target) as compiled:
+                call()
+            for kernel in compiled:
+                if (kernel.hash, target) not in found:
+                    name = f"{variant}, {shape[0]} x {shape[1]}, {str(dtype)[6:]}"
+                    found[kernel.hash, target] = read(kernel, name, target)
     return list(found.values())
 
 
@@ -152,15 +169,34 @@ def read(kernel: Any, variant: str, target: int) -> Resources:
         file.flush()
         listing = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
     usage = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
+    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    moved = accesses(kernel.asm["ptx"])
     return Resources(
         kernel.name.strip("_"),
         variant,
         target,
-        kernel.metadata.num_warps,
+        warps,
         usage["REG"],
         usage["STACK"] + usage["LOCAL"],
-        kernel.metadata.shared,
+        shared,
+        resident(target, warps, usage["REG"], shared),
+        sum(size == 16 for size in moved),
+        sum(size != 16 for size in moved),
     )
+
+
+def accesses(ptx: str) -> list[int]:
+    """The bytes that each load and store of global memory in a program moves for a thread."""
+    found = re.findall(r"\b(?:ld|st)\.global(?:\.[a-zA-Z_:0-9]+?)*?(?:\.v([248]))?\.[bfsu](\d+)\b", ptx)
+    return [int(vector or 1) * int(bits) // 8 for vector, bits in found]
+
+
+def resident(target: int, warps: int, registers: int, shared: int) -> int:
+    """How many programs a multiprocessor holds at once."""
+    # Registers come by 256 to a warp, from the quarter that runs it; every program has another KiB of shared memory.
+    of_warp = (registers * 32 + 255) // 256 * 256
+    by_registers = 4 * (REGISTERS // 4 // of_warp) // warps
+    return min(PROGRAMS, WARPS // warps, by_registers, SHARED_BYTES[target] // (shared + 1024))
 
 
 def main() -> int:
@@ -169,12 +205,10 @@ def main() -> int:
     parser.add_argument("--dtypes", nargs="+", default=[str(dtype)[6:] for dtype in DTYPES])
     options = parser.parse_args()
     found = resources(tuple(options.targets), tuple(getattr(torch, name) for name in options.dtypes))
-    row = "{:<18} {:<44} {:>6} {:>6} {:>10} {:>8} {:>7}\n"
-    lines = [row.format("kernel", "first launched by", "target", "warps", "registers", "spilled", "shared")]
-    lines += [
-        row.format(one.kernel, one.variant, f"sm_{one.target}", one.warps, one.registers, one.spilled, one.shared)
-        for one in found
-    ]
+    row = "{:<18} {:<58} {:>6} {:>6} {:>10} {:>8} {:>7} {:>9} {:>5} {:>7}\n"
+    heading = ("kernel", "first launched by", *Resources._fields[2:])
+    lines = [row.format(*heading)]
+    lines += [row.format(one.kernel, one.variant, f"sm_{one.target}", *one[3:]) for one in found]
     sys.stdout.write(f"triton {triton.__version__}\n" + "".join(lines))
     return 1 if any(one.spilled for one in found) else 0
 

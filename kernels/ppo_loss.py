@@ -1,28 +1,52 @@
 """`ppo_loss` and its backward pass.
 
-Forward, two launches: every tile of a row leaves its sums, then one program adds them up in a fixed order. Backward,
-one launch: elementwise, with the weight of a row's tokens in the mean from the forward pass.
+Forward, two launches: up to 1024 programs share out the tokens and leave their sums, then one launch adds these up in a
+fixed order, every program of it for the rows whose weights it writes. The mean of a row's mean needs the row's count
+first, which is one launch more. Backward, one launch: elementwise, with the weight of a row's tokens in the mean from
+the forward pass.
+
+A mean over all tokens knows of no rows: forward, all tokens are one row.
 
 Bytes moved per counted token, with `real` the type of every input: forward 3 sizeof(real) + 1 for the mask, 3 more with
 a clipped value loss, 1 more each with entropy and kl; backward the same without entropy and kl, and one written for
-every gradient. In float32 with everything: 33 and 41. Masked tokens cost 1 byte forward, and their zeros backward.
+every gradient. In float32 with everything: 33 and 41. Tokens of which no neighbour counts cost 1 byte forward, and
+their zeros backward.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tlcr.kernels.launch import contiguous, device_of, jit, launch_options
+from tlcr.kernels.launch import (
+    any_of_group,
+    are_aligned,
+    below,
+    contiguous,
+    device_of,
+    jit,
+    jit_aligned,
+    launch_options,
+    read,
+    tiles_of,
+)
 from tlcr.ops._arithmetic import arithmetic_dtype
 from tlcr.ops._spec import takes
 from tlcr.ops.ppo import LOG_RATIO_MAX, PPOArguments, PPOBackward, PPOInputs
 from tlcr.ops.types import PPOLoss
 
-# Tokens per program, 8 to each thread: up to 8 inputs are loaded for each, which is plenty in flight.
-TILE = 1024
+# Neighbouring tokens of a thread: up to 8 inputs are loaded for each, which is plenty in flight.
+GROUP = 8
+# Tokens that a program takes at once, of one row or of several short ones.
+TOKENS = 1024
+# The shortest tile. A shorter row leaves threads idle, but moves no byte more, and costs no compilation of its own.
+SHORTEST = 128
 OPTIONS = launch_options(warps=4)
-# Rows that the one finishing program adds at once, all their sums side by side.
-FINISH_ROWS = 512
+# The most programs that leave sums, whatever the device, so that no sum depends on it: nearly 8 for each multiprocessor
+# of an H100, and one tile for those that add them up.
+PROGRAMS = 1024
+# Rows of which a program of the last launch writes the weights.
+FINISH_ROWS = 1024
 FINISH_OPTIONS = launch_options(warps=8)
 
 # The index of each sum and each result: the order of PPOLoss, but the sums hold the count in place of the loss.
@@ -85,7 +109,45 @@ def _ratio_less_log(log_ratio, ratio):  # type: ignore[no-untyped-def]
     return tl.where(tl.abs(log_ratio) < 0.5, 0.5 * log_ratio * log_ratio * series, ratio - 1.0 - log_ratio)
 
 
-@jit
+@triton.jit
+def _added(total, terms, row_count, GROUP: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Adds the terms of a tile to one sum for each thread; of each row the mean, where rows have a count."""
+    of_thread = tl.sum(_by_thread(terms, GROUP, WIDE), axis=2)
+    if row_count is not None:
+        of_thread = of_thread / tl.maximum(row_count, 1).to(of_thread.dtype)
+    return total + of_thread
+
+
+@triton.jit
+def _by_thread(x, GROUP: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The elements of a tile by the thread that holds them: neighbours where accesses are wide, else every so many."""
+    if WIDE == 1:
+        return tl.trans(tl.reshape(x, (x.shape[0], GROUP, x.shape[1] // GROUP)), 0, 2, 1)
+    else:
+        return tl.reshape(x, (x.shape[0], x.shape[1] // GROUP, GROUP))
+
+
+@jit_aligned("length")
+def _counts_kernel(
+    mask_BT: tl.tensor,
+    counts_B: tl.tensor,
+    batch: tl.int64,
+    length: tl.int64,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """How many tokens count in each of `ROWS` rows per program."""
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    size = tl.where(row < batch, length, 0)
+    count = tl.zeros((ROWS, 1), tl.int32)
+    for first in range(0, length, TILE):
+        at = row * length + first + tl.arange(0, TILE)[None, :]
+        counts = tl.load(mask_BT + at, mask=below(size - first, TILE), other=0) != 0
+        count += tl.sum(counts.to(tl.int32), axis=1, keep_dims=True)
+    tl.store(counts_B + row, count, mask=row < batch)
+
+
+@jit_aligned("length")
 def _sums_kernel(
     logprobs_BT: tl.tensor,
     old_logprobs_BT: tl.tensor,
@@ -96,139 +158,143 @@ def _sums_kernel(
     returns_BT: tl.tensor,
     entropy_BT: tl.tensor,
     kl_BT: tl.tensor,
+    counts_B: tl.tensor,
     sums: tl.tensor,
     batch: tl.int64,
     length: tl.int64,
-    tiles: tl.int64,
     low: tl.float64,
     high: tl.float64,
     dual_clip: tl.float64,
     value_clip: tl.float64,
+    ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDE: tl.constexpr,
 ) -> None:
-    """One tile of one row per program: its sums to `sums[statistic][tile][row]`."""
+    """Every so many tiles of `ROWS` rows per program: their sums to `sums[statistic][program]`."""
     real: tl.constexpr = sums.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64) // tiles
-    tile = tl.program_id(0).to(tl.int64) % tiles
-    begin = row * length + tile * TILE
-    lane = tl.arange(0, TILE)
-    exists = lane < tl.minimum(length - tile * TILE, TILE).to(tl.int32)
-    counts = tl.load(mask_BT + begin + lane, mask=exists, other=0) != 0
-    statistic_stride = tiles * batch
-    sums += tile * batch + row
-
-    tl.store(sums + _COUNT * statistic_stride, tl.sum(counts.to(real), axis=0))
-    logprobs = tl.load(logprobs_BT + begin + lane, mask=counts, other=0).to(real)
-    old_logprobs = tl.load(old_logprobs_BT + begin + lane, mask=counts, other=0).to(real)
-    advantages = tl.load(advantages_BT + begin + lane, mask=counts, other=0).to(real)
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
     low, high = tl.full((), low, real), tl.full((), high, real)
-    log_ratio, ratio, loss, is_clipped, _ = _policy_terms(
-        logprobs, old_logprobs, advantages, low, high, tl.full((), dual_clip, real)
-    )
-    # Tokens that do not count are read as r = 1 with A = 0, which adds 0 to every sum; a maximum must exclude them.
-    tl.store(sums + _POLICY * statistic_stride, tl.sum(loss, axis=0))
-    tl.store(sums + _CLIP_FRACTION * statistic_stride, tl.sum(is_clipped.to(real), axis=0))
-    tl.store(sums + _APPROX_KL * statistic_stride, tl.sum(_ratio_less_log(log_ratio, ratio), axis=0))
-    largest = tl.max(tl.where(counts, ratio, 0.0), axis=0)
-    any_nan = tl.max((ratio != ratio).to(tl.int32), axis=0) > 0
-    tl.store(sums + _RATIO_MAX * statistic_stride, tl.where(any_nan, float("nan"), largest))
+    dual_clip, value_clip = tl.full((), dual_clip, real), tl.full((), value_clip, real)
+    none = tl.zeros((ROWS, TILE // GROUP), real)
+    count, policy, value, entropy, kl = none, none, none, none, none
+    clip_fraction, value_clip_fraction, approx_kl, ratio_max = none, none, none, none
+    nans = tl.zeros((ROWS, TILE // GROUP), tl.int32)
 
-    value_loss = tl.zeros_like(loss)
-    is_near = counts & (counts == 0)
-    if values_BT is not None:
-        values = tl.load(values_BT + begin + lane, mask=counts, other=0).to(real)
-        returns = tl.load(returns_BT + begin + lane, mask=counts, other=0).to(real)
-        old_values = values
-        if old_values_BT is not None:
-            old_values = tl.load(old_values_BT + begin + lane, mask=counts, other=0).to(real)
-        value_loss, is_near, _ = _value_terms(
-            values, old_values, returns, tl.full((), value_clip, real), old_values_BT is not None
-        )
-    tl.store(sums + _VALUE * statistic_stride, tl.sum(value_loss, axis=0))
-    tl.store(sums + _VALUE_CLIP_FRACTION * statistic_stride, tl.sum(is_near.to(real), axis=0))
+    tiles = tl.cdiv(length, TILE).to(tl.int32)
+    for block in range(program, tl.cdiv(batch, ROWS).to(tl.int32) * tiles, programs):
+        row = ((block // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+        first = (block % tiles).to(tl.int64) * TILE
+        at = row * length + first + tl.arange(0, TILE)[None, :]
+        exists = below(tl.where(row < batch, length, 0) - first, TILE)
+        counts = tl.load(mask_BT + at, mask=exists, other=0) != 0
+        reads = any_of_group(counts, WIDE)
+        row_count = None
+        if counts_B is None:
+            count = _added(count, counts.to(real), None, GROUP, WIDE)
+        else:
+            # The count is that of the rows that take part: each adds 1 once.
+            row_count = tl.load(counts_B + row, mask=row < batch, other=0)
+            begins = (first == 0) & (tl.arange(0, TILE // GROUP)[None, :] == 0)
+            count += (begins & (row_count > 0)).to(real)
 
-    entropy = tl.zeros_like(loss)
-    if entropy_BT is not None:
-        entropy = tl.load(entropy_BT + begin + lane, mask=counts, other=0).to(real)
-    tl.store(sums + _ENTROPY * statistic_stride, tl.sum(entropy, axis=0))
-    kl = tl.zeros_like(loss)
-    if kl_BT is not None:
-        kl = tl.load(kl_BT + begin + lane, mask=counts, other=0).to(real)
-    tl.store(sums + _KL * statistic_stride, tl.sum(kl, axis=0))
+        logprobs = read(logprobs_BT, at, counts, reads, real)
+        old_logprobs = read(old_logprobs_BT, at, counts, reads, real)
+        advantages = read(advantages_BT, at, counts, reads, real)
+        log_ratio, ratio, loss, is_clipped, _ = _policy_terms(logprobs, old_logprobs, advantages, low, high, dual_clip)
+        # Tokens that do not count are r = 1 with A = 0, which adds 0 to every sum; a maximum must exclude them.
+        policy = _added(policy, loss, row_count, GROUP, WIDE)
+        clip_fraction = _added(clip_fraction, is_clipped.to(real), row_count, GROUP, WIDE)
+        approx_kl = _added(approx_kl, _ratio_less_log(log_ratio, ratio), row_count, GROUP, WIDE)
+        ratios = _by_thread(tl.where(counts, ratio, 0.0), GROUP, WIDE)
+        ratio_max = tl.maximum(ratio_max, tl.max(ratios, axis=2))
+        nans += tl.sum((ratios != ratios).to(tl.int32), axis=2)
+
+        if values_BT is not None:
+            values = read(values_BT, at, counts, reads, real)
+            returns = read(returns_BT, at, counts, reads, real)
+            old_values = values
+            if old_values_BT is not None:
+                old_values = read(old_values_BT, at, counts, reads, real)
+            loss, is_near, _ = _value_terms(values, old_values, returns, value_clip, old_values_BT is not None)
+            value = _added(value, loss, row_count, GROUP, WIDE)
+            value_clip_fraction = _added(value_clip_fraction, is_near.to(real), row_count, GROUP, WIDE)
+        if entropy_BT is not None:
+            entropy = _added(entropy, read(entropy_BT, at, counts, reads, real), row_count, GROUP, WIDE)
+        if kl_BT is not None:
+            kl = _added(kl, read(kl_BT, at, counts, reads, real), row_count, GROUP, WIDE)
+
+    sums += program
+    tl.store(sums + _COUNT * programs, tl.sum(count))
+    tl.store(sums + _POLICY * programs, tl.sum(policy))
+    tl.store(sums + _VALUE * programs, tl.sum(value))
+    tl.store(sums + _ENTROPY * programs, tl.sum(entropy))
+    tl.store(sums + _KL * programs, tl.sum(kl))
+    tl.store(sums + _CLIP_FRACTION * programs, tl.sum(clip_fraction))
+    tl.store(sums + _VALUE_CLIP_FRACTION * programs, tl.sum(value_clip_fraction))
+    tl.store(sums + _APPROX_KL * programs, tl.sum(approx_kl))
+    tl.store(sums + _RATIO_MAX * programs, tl.where(tl.sum(nans) > 0, float("nan"), tl.max(ratio_max)))
 
 
 @jit
 def _finish_kernel(
     sums: tl.tensor,
+    counts_B: tl.tensor,
     given_denominator: tl.tensor,
     loss: tl.tensor,
     statistics: tl.tensor,
     row_weights_B: tl.tensor,
     batch: tl.int64,
-    tiles: tl.int64,
+    programs: tl.int64,
     denominator: tl.float64,
     value_coef: tl.float64,
     entropy_coef: tl.float64,
     kl_coef: tl.float64,
-    PER_SEQUENCE: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> None:
-    """One program: the sums of all tiles to the means, the loss, and the weight of each row's tokens in a mean."""
-    statistic = tl.arange(0, _RATIO_MAX)
-    lane = tl.arange(0, ROWS)
-    totals = tl.zeros((_RATIO_MAX,), tl.float64)
-    ratio_max = tl.full((), 0, tl.float64)
-    nans = 0
-    for first in range(0, batch, ROWS):
-        exists = lane < tl.minimum(batch - first, ROWS).to(tl.int32)
-        of_rows = tl.zeros((_RATIO_MAX, ROWS), tl.float64)
-        for tile in range(0, tiles):
-            at = (statistic[:, None].to(tl.int64) * tiles + tile) * batch + first + lane[None, :]
-            of_rows += tl.load(sums + at, mask=exists[None, :], other=0).to(tl.float64)
-            ratio = tl.load(sums + (_RATIO_MAX * tiles + tile) * batch + first + lane, mask=exists, other=0)
-            ratio_max = tl.maximum(ratio_max, tl.max(ratio, axis=0).to(tl.float64))
-            nans += tl.sum((ratio != ratio).to(tl.int32), axis=0)
-        if PER_SEQUENCE:
-            # The count itself becomes 1 where anything counts: in sum, the number of rows that take part.
-            count = tl.sum(tl.where(statistic[:, None] == _COUNT, of_rows, 0.0), axis=0)
-            of_rows = of_rows / tl.maximum(count, 1.0)[None, :]
-        totals += tl.sum(of_rows, axis=1)
-
+    """The weight of the tokens of `ROWS` rows in a mean; the first program also writes the means and the loss."""
+    lane = tl.arange(0, PROGRAMS)
+    exists = lane < programs
     if given_denominator is not None:
         denominator = tl.load(given_denominator).to(tl.float64)
         denominator = tl.where(denominator == 0, 1.0, denominator)
     else:
-        total = tl.sum(tl.where(statistic == _COUNT, totals, 0.0), axis=0)
+        total = tl.sum(tl.load(sums + _COUNT * programs + lane, mask=exists, other=0).to(tl.float64), axis=0)
         denominator = tl.full((), denominator, tl.float64)
         denominator = tl.where(denominator == 0, tl.maximum(total, 1.0), denominator)
 
-    means = totals / denominator
-    result = tl.sum(tl.where(statistic == _POLICY, means, 0.0), axis=0)
-    value_coef = tl.full((), value_coef, tl.float64)
-    entropy_coef = tl.full((), entropy_coef, tl.float64)
-    kl_coef = tl.full((), kl_coef, tl.float64)
-    # A term with coefficient 0 is left out: 0 times an infinite term would be NaN.
-    value = tl.sum(tl.where(statistic == _VALUE, means, 0.0), axis=0)
-    result += tl.where(value_coef == 0, 0.0, value_coef * value)
-    entropy = tl.sum(tl.where(statistic == _ENTROPY, means, 0.0), axis=0)
-    result -= tl.where(entropy_coef == 0, 0.0, entropy_coef * entropy)
-    kl = tl.sum(tl.where(statistic == _KL, means, 0.0), axis=0)
-    result += tl.where(kl_coef == 0, 0.0, kl_coef * kl)
-    tl.store(loss, result)
-    tl.store(statistics + statistic, tl.where(statistic == _LOSS, result, means))
-    tl.store(statistics + _RATIO_MAX, tl.where(nans > 0, float("nan"), ratio_max))
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_count = tl.full((ROWS,), 1, tl.float64)
+    if counts_B is not None:
+        row_count = tl.maximum(tl.load(counts_B + row, mask=row < batch, other=0), 1).to(tl.float64)
+    tl.store(row_weights_B + row, 1.0 / (row_count * denominator), mask=row < batch)
 
-    for first in range(0, batch, ROWS):
-        exists = lane < tl.minimum(batch - first, ROWS).to(tl.int32)
-        row_count = tl.zeros((ROWS,), tl.float64)
-        if PER_SEQUENCE:
-            for tile in range(0, tiles):
-                at = (_COUNT * tiles + tile) * batch + first + lane
-                row_count += tl.load(sums + at, mask=exists, other=0).to(tl.float64)
-        tl.store(row_weights_B + first + lane, 1.0 / (tl.maximum(row_count, 1.0) * denominator), mask=exists)
+    if tl.program_id(0) == 0:
+        statistic = tl.arange(0, _RATIO_MAX)
+        of_programs = sums + statistic[:, None] * programs + lane[None, :]
+        totals = tl.sum(tl.load(of_programs, mask=exists[None, :], other=0).to(tl.float64), axis=1)
+        means = totals / denominator
+        result = tl.sum(tl.where(statistic == _POLICY, means, 0.0), axis=0)
+        value_coef = tl.full((), value_coef, tl.float64)
+        entropy_coef = tl.full((), entropy_coef, tl.float64)
+        kl_coef = tl.full((), kl_coef, tl.float64)
+        # A term with coefficient 0 is left out: 0 times an infinite term would be NaN.
+        value = tl.sum(tl.where(statistic == _VALUE, means, 0.0), axis=0)
+        result += tl.where(value_coef == 0, 0.0, value_coef * value)
+        entropy = tl.sum(tl.where(statistic == _ENTROPY, means, 0.0), axis=0)
+        result -= tl.where(entropy_coef == 0, 0.0, entropy_coef * entropy)
+        kl = tl.sum(tl.where(statistic == _KL, means, 0.0), axis=0)
+        result += tl.where(kl_coef == 0, 0.0, kl_coef * kl)
+        tl.store(loss, result)
+        tl.store(statistics + statistic, tl.where(statistic == _LOSS, result, means))
+        ratios = tl.load(sums + _RATIO_MAX * programs + lane, mask=exists, other=0).to(tl.float64)
+        nans = tl.sum((ratios != ratios).to(tl.int32), axis=0)
+        tl.store(statistics + _RATIO_MAX, tl.where(nans > 0, float("nan"), tl.max(ratios, axis=0)))
 
 
-@jit
+@jit_aligned("length")
 def _gradients_kernel(
     g_loss: tl.tensor,
     row_weights_B: tl.tensor,
@@ -243,8 +309,8 @@ def _gradients_kernel(
     g_values_BT: tl.tensor,
     g_entropy_BT: tl.tensor,
     g_kl_BT: tl.tensor,
+    batch: tl.int64,
     length: tl.int64,
-    tiles: tl.int64,
     low: tl.float64,
     high: tl.float64,
     dual_clip: tl.float64,
@@ -252,45 +318,50 @@ def _gradients_kernel(
     value_coef: tl.float64,
     entropy_coef: tl.float64,
     kl_coef: tl.float64,
+    ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    WIDE: tl.constexpr,
 ) -> None:
-    """One tile of one row per program: the gradients that are wanted, 0 where a token does not count."""
+    """One tile of `ROWS` rows per program: the gradients that are wanted, 0 where a token does not count."""
     real: tl.constexpr = row_weights_B.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64) // tiles
-    tile = tl.program_id(0).to(tl.int64) % tiles
-    begin = row * length + tile * TILE
-    lane = tl.arange(0, TILE)
-    exists = lane < tl.minimum(length - tile * TILE, TILE).to(tl.int32)
-    counts = tl.load(mask_BT + begin + lane, mask=exists, other=0) != 0
-    weight = tl.load(g_loss).to(real) * tl.load(row_weights_B + row)
+    program = tl.program_id(0)
+    tiles = tl.cdiv(length, TILE).to(tl.int32)
+    rows = (program // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = rows[:, None]
+    first = (program % tiles).to(tl.int64) * TILE
+    at = row * length + first + tl.arange(0, TILE)[None, :]
+    exists = below(tl.where(row < batch, length, 0) - first, TILE)
+    counts = tl.load(mask_BT + at, mask=exists, other=0) != 0
+    reads = any_of_group(counts, WIDE)
+    weight = tl.load(g_loss).to(real) * tl.load(row_weights_B + rows, mask=rows < batch, other=0)[:, None]
 
     if g_logprobs_BT is not None:
-        logprobs = tl.load(logprobs_BT + begin + lane, mask=counts, other=0).to(real)
-        old_logprobs = tl.load(old_logprobs_BT + begin + lane, mask=counts, other=0).to(real)
-        advantages = tl.load(advantages_BT + begin + lane, mask=counts, other=0).to(real)
+        logprobs = read(logprobs_BT, at, counts, reads, real)
+        old_logprobs = read(old_logprobs_BT, at, counts, reads, real)
+        advantages = read(advantages_BT, at, counts, reads, real)
         low, high = tl.full((), low, real), tl.full((), high, real)
         _, _, _, _, derivative = _policy_terms(
             logprobs, old_logprobs, advantages, low, high, tl.full((), dual_clip, real)
         )
-        tl.store(g_logprobs_BT + begin + lane, tl.where(counts, weight * derivative, 0.0), mask=exists)
+        tl.store(g_logprobs_BT + at, tl.where(counts, weight * derivative, 0.0), mask=exists)
     if g_values_BT is not None:
-        values = tl.load(values_BT + begin + lane, mask=counts, other=0).to(real)
-        returns = tl.load(returns_BT + begin + lane, mask=counts, other=0).to(real)
+        values = read(values_BT, at, counts, reads, real)
+        returns = read(returns_BT, at, counts, reads, real)
         old_values = values
         if old_values_BT is not None:
-            old_values = tl.load(old_values_BT + begin + lane, mask=counts, other=0).to(real)
+            old_values = read(old_values_BT, at, counts, reads, real)
         _, _, derivative = _value_terms(
             values, old_values, returns, tl.full((), value_clip, real), old_values_BT is not None
         )
         value_coef = tl.full((), value_coef, real)
         gradient = tl.where(value_coef == 0, 0.0, weight * value_coef * derivative)
-        tl.store(g_values_BT + begin + lane, tl.where(counts, gradient, 0.0), mask=exists)
+        tl.store(g_values_BT + at, tl.where(counts, gradient, 0.0), mask=exists)
     if g_entropy_BT is not None:
         gradient = -weight * tl.full((), entropy_coef, real)
-        tl.store(g_entropy_BT + begin + lane, tl.where(counts, gradient, 0.0), mask=exists)
+        tl.store(g_entropy_BT + at, tl.where(counts, gradient, 0.0), mask=exists)
     if g_kl_BT is not None:
         gradient = weight * tl.full((), kl_coef, real)
-        tl.store(g_kl_BT + begin + lane, tl.where(counts, gradient, 0.0), mask=exists)
+        tl.store(g_kl_BT + at, tl.where(counts, gradient, 0.0), mask=exists)
 
 
 @takes(PPOArguments)
@@ -302,38 +373,41 @@ def ppo_loss(arguments: PPOArguments) -> tuple[Tensor, Tensor, Tensor]:
     a, per_sequence, denominator, denominator_tensor = arguments
     dtype = arithmetic_dtype(*(value for value in a if isinstance(value, Tensor)))
     batch, length = a.mask.shape
-    tiles = triton.cdiv(length, TILE)
     loss = a.mask.new_empty((), dtype=dtype)
     statistics = a.mask.new_empty(len(PPOLoss._fields), dtype=dtype)
     row_weights_B = a.mask.new_empty(batch, dtype=dtype)
-    sums = a.mask.new_empty((len(PPOLoss._fields), tiles, batch), dtype=dtype)
+    counts_B = a.mask.new_empty(batch, dtype=torch.int32) if per_sequence else None
+    given = *_tensors(a), contiguous(a.entropy), contiguous(a.kl)
+
+    rows, row_length = (batch, length) if per_sequence else (1, batch * length)
+    aligned = are_aligned(row_length, *given)
+    tiles = tiles_of(row_length, TOKENS, shortest=SHORTEST if per_sequence else TOKENS)
+    programs = min(tiles.programs(rows, row_length), PROGRAMS)
+    sums = a.mask.new_empty((len(PPOLoss._fields), programs), dtype=dtype)
+    shape = {"ROWS": tiles.rows, "TILE": tiles.tile, **OPTIONS}
     with device_of(a.mask):
-        if a.mask.numel() > 0:
-            _sums_kernel[(batch * tiles,)](
-                *_tensors(a),
-                contiguous(a.entropy),
-                contiguous(a.kl),
-                sums,
-                batch,
-                length,
-                tiles,
-                *_bounds(a),
-                TILE=TILE,
-                **OPTIONS,
-            )
-        _finish_kernel[(1,)](
+        if counts_B is not None and batch > 0:
+            mask_BT = given[PPOInputs._fields.index("mask")]
+            count = _counts_kernel.of(aligned)[(triton.cdiv(batch, tiles.rows),)]
+            count(mask_BT, counts_B, batch, length, **shape)
+        if programs > 0:
+            add = _sums_kernel.of(aligned)[(programs,)]
+            wide = GROUP if aligned else 1
+            add(*given, counts_B, sums, rows, row_length, *_bounds(a), GROUP=GROUP, WIDE=wide, **shape)
+        _finish_kernel[(max(1, triton.cdiv(batch, FINISH_ROWS)),)](
             sums,
+            counts_B,
             denominator_tensor,
             loss,
             statistics,
             row_weights_B,
             batch,
-            tiles,
+            programs,
             0.0 if denominator is None else denominator,
             a.value_coef,
             a.entropy_coef,
             a.kl_coef,
-            PER_SEQUENCE=per_sequence,
+            PROGRAMS=PROGRAMS,
             ROWS=FINISH_ROWS,
             **FINISH_OPTIONS,
         )
@@ -350,20 +424,24 @@ def ppo_loss_backward(arguments: PPOBackward) -> tuple[Tensor, ...]:
     ]
     batch, length = a.mask.shape
     if a.mask.numel() > 0 and any(wanted):
-        tiles = triton.cdiv(length, TILE)
+        given = _tensors(a)
+        aligned = are_aligned(length, *given)
+        tiles = tiles_of(length, TOKENS, shortest=SHORTEST)
         with device_of(a.mask):
-            _gradients_kernel[(batch * tiles,)](
+            _gradients_kernel.of(aligned)[(tiles.programs(batch, length),)](
                 g_loss,
                 row_weights,
-                *_tensors(a),
+                *given,
                 *(gradient if wants else None for gradient, wants in zip(gradients, wanted, strict=True)),
+                batch,
                 length,
-                tiles,
                 *_bounds(a),
                 a.value_coef,
                 a.entropy_coef,
                 a.kl_coef,
-                TILE=TILE,
+                ROWS=tiles.rows,
+                TILE=tiles.tile,
+                WIDE=GROUP if aligned else 1,
                 **OPTIONS,
             )
     return tuple(gradients)

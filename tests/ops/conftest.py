@@ -27,4 +27,5 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     if _library.has_triton() and _library.interpreting():
         from tlcr.kernels import gae
 
-        monkeypatch.setattr(gae, "TILE", 8)
+        for name, size in (("TILE", 16), ("SHORTEST", 8), ("PACKED_TILE", 8), ("GROUP", 4)):
+            monkeypatch.setattr(gae, name, size)
