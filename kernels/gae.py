@@ -56,7 +56,7 @@ TILE = 1024
 OPTIONS = launch_options(warps=4)
 # The shortest tile. A shorter row leaves threads idle, but moves no byte more, and costs no compilation of its own.
 SHORTEST = 128
-# Packed sequences have many lengths. One that is longer than most should not be walked in the small steps of the others.
+# Packed sequences have many lengths. A long one among short ones should not be walked in their small steps.
 PACKED_TILE = 512
 # From so many tiles on the rows are shared out where they are few: a second launch and reading twice cost less than
 # that many steps of one program.
@@ -67,8 +67,8 @@ AHEAD = 16
 CHECKED = OPTIONS | {"debug": True, "sanitize_overflow": False}
 # Moments that a program merges at once.
 MOMENTS_TILE = 1024
-# Tokens that a program whitens at once, 16 to each thread, and the programs for each multiprocessor. Each of them merges
-# the last moments for itself, which a launch less repays while they are few.
+# Tokens that a program whitens at once, 16 to each thread, and the programs for each multiprocessor. Each of them
+# merges the last moments for itself, which a launch less repays while they are few.
 WHITEN_TILE = 2048
 WHITEN_PROGRAMS = 8
 

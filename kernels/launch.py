@@ -28,7 +28,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
 # What an access moves at once, in bytes, and so what addresses must be multiples of.
 ALIGNMENT = 16
 

@@ -42,6 +42,8 @@ TOKENS = 1024
 # The shortest tile. A shorter row leaves threads idle, but moves no byte more, and costs no compilation of its own.
 SHORTEST = 128
 OPTIONS = launch_options(warps=4)
+# In float64 the assembler would else rather spill one number than hold one program less.
+GRADIENTS_OPTIONS = OPTIONS | {"maxnreg": 112}
 # The most programs that leave sums, whatever the device, so that no sum depends on it: nearly 8 for each multiprocessor
 # of an H100, and one tile for those that add them up.
 PROGRAMS = 1024
@@ -180,7 +182,6 @@ def _sums_kernel(
     none = tl.zeros((ROWS, TILE // GROUP), real)
     count, policy, value, entropy, kl = none, none, none, none, none
     clip_fraction, value_clip_fraction, approx_kl, ratio_max = none, none, none, none
-    nans = tl.zeros((ROWS, TILE // GROUP), tl.int32)
 
     tiles = tl.cdiv(length, TILE).to(tl.int32)
     for block in range(program, tl.cdiv(batch, ROWS).to(tl.int32) * tiles, programs):
@@ -208,8 +209,9 @@ def _sums_kernel(
         clip_fraction = _added(clip_fraction, is_clipped.to(real), row_count, GROUP, WIDE)
         approx_kl = _added(approx_kl, _ratio_less_log(log_ratio, ratio), row_count, GROUP, WIDE)
         ratios = _by_thread(tl.where(counts, ratio, 0.0), GROUP, WIDE)
-        ratio_max = tl.maximum(ratio_max, tl.max(ratios, axis=2))
-        nans += tl.sum((ratios != ratios).to(tl.int32), axis=2)
+        largest = tl.max(ratios, axis=2)
+        largest = tl.where(tl.sum((ratios != ratios).to(tl.int32), axis=2) > 0, float("nan"), largest)
+        ratio_max = tl.where(largest <= ratio_max, ratio_max, tl.where(ratio_max != ratio_max, ratio_max, largest))
 
         if values_BT is not None:
             values = read(values_BT, at, counts, reads, real)
@@ -234,7 +236,8 @@ def _sums_kernel(
     tl.store(sums + _CLIP_FRACTION * programs, tl.sum(clip_fraction))
     tl.store(sums + _VALUE_CLIP_FRACTION * programs, tl.sum(value_clip_fraction))
     tl.store(sums + _APPROX_KL * programs, tl.sum(approx_kl))
-    tl.store(sums + _RATIO_MAX * programs, tl.where(tl.sum(nans) > 0, float("nan"), tl.max(ratio_max)))
+    nans = tl.sum((ratio_max != ratio_max).to(tl.int32))
+    tl.store(sums + _RATIO_MAX * programs, tl.where(nans > 0, float("nan"), tl.max(ratio_max)))
 
 
 @jit
@@ -442,7 +445,7 @@ def ppo_loss_backward(arguments: PPOBackward) -> tuple[Tensor, ...]:
                 ROWS=tiles.rows,
                 TILE=tiles.tile,
                 WIDE=GROUP if aligned else 1,
-                **OPTIONS,
+                **GRADIENTS_OPTIONS,
             )
     return tuple(gradients)
 

@@ -5,7 +5,6 @@ written; 1 + sizeof(real) per masked token of which no neighbour counts. Two cla
 `terminal` adds one more byte of mask per token, read from the cache.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 

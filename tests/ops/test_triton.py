@@ -155,7 +155,7 @@ def test_how_rows_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert plan(sequences, length, 132) == wanted, (sequences, length)
     assert plan(64, 100, 132, packed=True) == Plan(rows=2, tile=512, shared=False)
-    # Each tile is a compilation; and but for what is shared out, the number of rows and of multiprocessors is no matter.
+    # Each tile is a compilation. But for what is shared out, the numbers of rows and multiprocessors are no matter.
     assert {plan(2**20, length, 132).tile for length in range(1, 5000)} == {128, 256, 512, 1024}
     assert {plan(rows, 300, processors)[:2] for rows in (1, 7, 2**20) for processors in (1, 132)} == {(2, 512)}
 

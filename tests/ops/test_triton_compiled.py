@@ -34,20 +34,21 @@ def compiling(code: str) -> Any:
     return json.loads(done.stdout)
 
 
-# Loads and stores of 16 bytes, and others, in the program of a thread: what moves 8 neighbouring tokens of each tensor
-# (of rewards 4 in float32, whose masks are 4 bytes), and beside it numbers of a row, a tile or a program.
+# Loads and stores of 16 bytes, and all others, in the program of a thread. The others are its masks where these are
+# fewer than 16, and numbers of a row, a tile or a program.
+LONG, FEW = "1024 x 4096", "8 x 131072"
 MOVED = {
-    ("float32", "fused_reward, 2 classes", "reward_kernel"): (4, 3),
-    ("bfloat16", "fused_reward, 2 classes", "reward_kernel"): (13, 1),
-    ("float32", "fused_gae, padded", "gae_kernel"): (8, 4),
-    ("bfloat16", "fused_gae, padded", "gae_kernel"): (6, 4),
-    ("float32", "fused_gae, padded", "whiten_kernel"): (9, 48),
-    ("float32", "fused_gae, shared out", "maps_kernel"): (4, 3),
-    ("float32", "fused_gae, shared out", "shared_kernel"): (8, 36),
-    ("float32", "ppo_loss, token", "sums_kernel"): (16, 10),
-    ("bfloat16", "ppo_loss, token", "sums_kernel"): (8, 10),
-    ("float32", "ppo_loss, token", "gradients_kernel"): (20, 3),
-    ("bfloat16", "ppo_loss, token", "gradients_kernel"): (10, 3),
+    ("reward_kernel", "fused_reward, 2 classes", LONG, "float32"): (4, 3),
+    ("reward_kernel", "fused_reward, 2 classes", LONG, "bfloat16"): (10, 1),
+    ("gae_kernel", "fused_gae, padded", LONG, "float32"): (8, 4),
+    ("gae_kernel", "fused_gae, padded", LONG, "bfloat16"): (6, 4),
+    ("whiten_kernel", "fused_gae, padded", LONG, "float32"): (9, 48),
+    ("maps_kernel", "fused_gae, padded", FEW, "float32"): (4, 3),
+    ("shared_kernel", "fused_gae, padded", FEW, "float32"): (8, 36),
+    ("sums_kernel", "ppo_loss, token", LONG, "float32"): (16, 10),
+    ("sums_kernel", "ppo_loss, token", LONG, "bfloat16"): (8, 10),
+    ("gradients_kernel", "ppo_loss, token", LONG, "float32"): (20, 3),
+    ("gradients_kernel", "ppo_loss, token", LONG, "bfloat16"): (10, 3),
 }
 
 
@@ -62,8 +63,8 @@ def test_no_kernel_spills_and_rows_are_moved_by_16_bytes(target: int) -> None:
     assert [row for row in rows if row["spilled"] != 0] == []
     assert all(16 <= row["registers"] < 255 for row in rows)
     assert all(row["programs"] * row["warps"] >= 8 for row in rows)
-    found = {(row["dtype"], row["call"], row["kernel"]): (row["wide"], row["narrow"]) for row in rows if row["aligned"]}
-    assert {key: found.get(key) for key in MOVED} == MOVED
+    found = {tuple(row[key] for key in ("kernel", "call", "shape", "dtype")): row for row in rows}
+    assert {key: (found[key]["wide"], found[key]["narrow"]) for key in MOVED} == MOVED
 
 
 def test_a_spill_would_be_seen() -> None:
@@ -72,7 +73,7 @@ answer = []
 for _, call in calls(torch.float32):
     with compiling(90, maxnreg=24) as compiled:
         call()
-    answer += [read(kernel, "", 90).spilled for kernel in compiled if kernel.name == "_gae_kernel"]
+    answer += [read(kernel, ("", "", ""), 90).spilled for kernel in compiled if kernel.name == "_gae_kernel"]
 """
     assert all(spilled > 0 for spilled in compiling(code))
 
@@ -90,24 +91,22 @@ for name, call in calls(torch.float32):
     assert compiling(code) == {"fused_gae, padded": False, "fused_gae, packed": True}
 
 
-def test_a_new_size_compiles_nothing() -> None:
+def test_a_new_size_of_the_same_tile_compiles_at_most_twice() -> None:
     # All that Triton specialises on: 1, multiples of 16, and what takes more than 32 bits.
     code = """
 answer = {}
-for batch, length in ((2, 5), (1, 1), (2, 16), (16, 1), (7, 1000), (3, 4096), (2, 2**31), (2**31, 2), (1, 2**33)):
-    hashes = set()
+for batch, length in ((2, 1001), (1, 999), (16, 1000), (2, 1008), (7, 1024), (2**22, 1000)):
     for _, call in calls(torch.bfloat16, batch, length):
         with compiling(90) as compiled:
             call()
-        hashes.update(kernel.hash for kernel in compiled)
-    answer[f"{batch} x {length}"] = sorted(hashes)
+        for kernel in compiled:
+            answer.setdefault(kernel.name, set()).add(kernel.hash)
+answer = {name: len(hashes) for name, hashes in answer.items()}
 """
-    compiled = compiling(code)
-    assert len(compiled) == 9
-    first = compiled["2 x 5"]
-    assert len(first) >= 9
-    for shape, hashes in compiled.items():
-        assert hashes == first, shape
+    # Padded and packed; 2 and 3 classes; all tokens in one row and each row by itself.
+    once = {"_adamw_kernel": 1, "_merge_kernel": 1, "_finish_kernel": 2}
+    twice = {"_reward_kernel": 4, "_gae_kernel": 3, "_whiten_kernel": 4, "_counts_kernel": 2, "_sums_kernel": 4}
+    assert compiling(code) == once | twice | {"_gradients_kernel": 2}
 
 
 def test_numbers_reach_a_kernel_in_full_precision() -> None:
@@ -165,6 +164,6 @@ def test_the_listing_is_for_people() -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert re.fullmatch(r"triton \d+\.\d+\.\d+", lines[0])
-    assert lines[1].split()[-5:] == ["target", "warps", "registers", "spilled", "shared"]
-    assert [line.split()[-5] for line in lines[2:]] == ["sm_90"] * (len(lines) - 2)
+    assert lines[1].split()[-8:-3] == ["target", "warps", "registers", "spilled", "shared"]
+    assert [line.split()[-8] for line in lines[2:]] == ["sm_90"] * (len(lines) - 2)
     assert any(line.startswith("gae_kernel") for line in lines)
