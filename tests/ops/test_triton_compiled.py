@@ -39,7 +39,7 @@ def compiling(code: str) -> Any:
 LONG, FEW = "1024 x 4096", "8 x 131072"
 MOVED = {
     ("reward_kernel", "fused_reward, 2 classes", LONG, "float32"): (4, 3),
-    ("reward_kernel", "fused_reward, 2 classes", LONG, "bfloat16"): (10, 1),
+    ("reward_kernel", "fused_reward, 2 classes", LONG, "bfloat16"): (12, 1),
     ("gae_kernel", "fused_gae, padded", LONG, "float32"): (8, 4),
     ("gae_kernel", "fused_gae, padded", LONG, "bfloat16"): (6, 4),
     ("whiten_kernel", "fused_gae, padded", LONG, "float32"): (9, 48),
@@ -103,9 +103,9 @@ for batch, length in ((2, 1001), (1, 999), (16, 1000), (2, 1008), (7, 1024), (2*
             answer.setdefault(kernel.name, set()).add(kernel.hash)
 answer = {name: len(hashes) for name, hashes in answer.items()}
 """
-    # Padded and packed; 2 and 3 classes; all tokens in one row and each row by itself.
+    # Padded, and packed in tiles of two lengths; 2 and 3 classes; all tokens in one row and each row by itself.
     once = {"_adamw_kernel": 1, "_merge_kernel": 1, "_finish_kernel": 2}
-    twice = {"_reward_kernel": 4, "_gae_kernel": 3, "_whiten_kernel": 4, "_counts_kernel": 2, "_sums_kernel": 4}
+    twice = {"_reward_kernel": 4, "_gae_kernel": 4, "_whiten_kernel": 4, "_counts_kernel": 2, "_sums_kernel": 4}
     assert compiling(code) == once | twice | {"_gradients_kernel": 2}
 
 
@@ -126,7 +126,7 @@ for _, call in calls(torch.float64):
         assert "fp32" not in numbers.values(), kernel
         if kernel != "_adamw_kernel":  # whose state is float32
             assert re.findall(r"cvt\S*\.f32\.f64|cvt\S*\.f64\.f32", ptx) == [], kernel
-        assert ".f64" in ptx
+            assert ".f64" in ptx or kernel == "_counts_kernel", kernel  # which has no numbers but integers
     assert seen >= {"gamma", "lam", "temperature", "scale", "clip", "band", "low", "high", "denominator", "floor"}
     assert seen >= {"kl_coef", "value_coef", "entropy_coef", "dual_clip", "value_clip"}
 
