@@ -449,17 +449,16 @@ def fused_gae(arguments: GAEArguments) -> tuple[Tensor, Tensor]:
     aligned = cu_seqlens is None and are_aligned(length, *given)
     of_all = {"TILE": divided.tile, "GROUP": GROUP, "WIDE": GROUP if aligned else 1}
     of_all |= OPTIONS if cu_seqlens is None else CHECKED
+    written = advantages, returns, moments_P3
     with device_of(rewards):
         if divided.shared:
             maps = advantages.new_empty((2, programs))
             sizes = sequences, length, tiles, gamma, lam
             _maps_kernel.of(aligned)[(programs,)](*given, cu_seqlens, maps, *sizes, **of_all)
-            written = advantages, returns, moments_P3
             _shared_kernel.of(aligned)[(programs,)](*given, cu_seqlens, maps, *written, *sizes, AHEAD=AHEAD, **of_all)
         else:
-            written = advantages, returns, moments_P3
-            sizes = sequences, length, gamma, lam
-            _gae_kernel.of(aligned)[(programs,)](*given, cu_seqlens, *written, *sizes, ROWS=divided.rows, **of_all)
+            scan = _gae_kernel.of(aligned)[(programs,)]
+            scan(*given, cu_seqlens, *written, sequences, length, gamma, lam, ROWS=divided.rows, **of_all)
         if moments_P3 is not None:
             _whiten(advantages, given[2], cu_seqlens, moments_P3)
     return advantages, returns
