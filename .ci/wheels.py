@@ -19,7 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCH_LIST = "8.0;9.0;10.0"  # fewer than a release has, because compiling takes most of the time
-TESTS_OF_SOURCES = ("test_instruction_sets.py", "test_triton_compiled.py")  # they compile, which make test has shown
+# They compile, or measure with what is in benchmarks/; make test has run them.
+TESTS_OF_SOURCES = ("test_instruction_sets.py", "test_triton_compiled.py", "test_score_hidden_memory.py")
 
 
 def main(python: str, cuda_python: str) -> None:
