@@ -299,7 +299,7 @@ Scores score_hidden(const Tensor& hidden, const Tensor& weight, const Tensor& to
   const std::optional<Head> reference = reference_of(ref_hidden, ref_weight, ref_bias, real);
   const int64_t chunk = std::min(chunk_tokens, std::max<int64_t>(1, count));
   const Tensor weight_VH = head.weight(0, vocabulary), memory = fresh({chunk * vocabulary}, out.logprobs.options());
-  MaybeTensor ref_weight_VH, ref_memory;
+  Tensor ref_weight_VH, ref_memory;
   if (reference.has_value()) {
     ref_weight_VH = reference->weight(0, vocabulary);
     ref_memory = fresh({chunk * vocabulary}, out.logprobs.options());
@@ -309,7 +309,7 @@ Scores score_hidden(const Tensor& hidden, const Tensor& weight, const Tensor& to
     const Tensor logits_RV = head.logits(head.hidden(begin, rows), weight_VH, 0, memory);
     MaybeTensor ref_logits_RV;
     if (reference.has_value()) {
-      ref_logits_RV = reference->logits(reference->hidden(begin, rows), *ref_weight_VH, 0, *ref_memory);
+      ref_logits_RV = reference->logits(reference->hidden(begin, rows), ref_weight_VH, 0, ref_memory);
     }
     score_rows(logits_RV, ref_logits_RV, tokens, out, begin, rows);
   }
@@ -366,7 +366,7 @@ HiddenGradients score_hidden_backward(const MaybeTensor& g_logprobs, const Maybe
   for (int64_t first = 0; first < vocabulary; first += part.columns) {
     const int64_t columns = std::min(part.columns, vocabulary - first);
     const Tensor weight_CH = head.weight(first, columns);
-    MaybeTensor ref_weight_CH;
+    Tensor ref_weight_CH;
     if (reference.has_value()) ref_weight_CH = reference->weight(first, columns);
     for (int64_t begin = 0; begin < count; begin += part.rows) {
       const int64_t rows = std::min(part.rows, count - begin);
@@ -379,7 +379,7 @@ HiddenGradients score_hidden_backward(const MaybeTensor& g_logprobs, const Maybe
       const Tensor logits_RC = head.logits(hidden_RH, weight_CH, first, memory);
       MaybeTensor ref_logits_RC;
       if (reference.has_value()) {
-        ref_logits_RC = reference->logits(ref_hidden_RH, *ref_weight_CH, first, ref_memory);
+        ref_logits_RC = reference->logits(ref_hidden_RH, ref_weight_CH, first, ref_memory);
       }
       const Tensor grad_RC = narrows ? matrix(narrow_memory, rows, columns) : logits_RC;
       score_rows_backward(logits_RC, ref_logits_RC, tokens, in, grad_RC, begin, rows, first);

@@ -136,7 +136,7 @@ __device__ __forceinline__ Pack<T> load_pack_of(const T* row, int pack, int pack
   const T* from = row + pack * kPack<T>;
   if (kAligned || pack == 0 || pack + 1 == packs) return load_pack(from, kAligned);
   const unsigned past = static_cast<unsigned>(reinterpret_cast<uintptr_t>(from) % sizeof(uint4));
-  const auto* around = reinterpret_cast<const uint4*>(reinterpret_cast<uintptr_t>(from) - past);
+  const auto* around = reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(from) - past);
   return bytes_between<T>(__ldcs(around), __ldcs(around + 1), past);
 }
 

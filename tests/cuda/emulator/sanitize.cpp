@@ -57,6 +57,7 @@ void score(Type type, int64_t vocabulary, int64_t offset, int64_t ref_offset, in
   constexpr int64_t kRows = 3;
   Matrix<T> logits(kRows, vocabulary, offset, 1), ref_logits(kRows, vocabulary, ref_offset, 2);
   Matrix<T> grad(kRows, vocabulary, offset, 5);
+  Matrix<__half> narrow_grad(kRows, vocabulary, offset, 5);  // or of the other type of 2 bytes
   std::vector<int64_t> ids = {0, vocabulary - 1, vocabulary / 2};
   Memory<real> logprobs(kRows), entropy(kRows), ref_logprobs(kRows), kl(kRows), temperatures(kRows);
   Memory<real> stats(2 * kRows), ref_stats(2 * kRows), g(kRows);
@@ -80,25 +81,33 @@ void score(Type type, int64_t vocabulary, int64_t offset, int64_t ref_offset, in
                                        stats.data,
                                        ref_stats.data};
     check(tlcr::cuda::score(forward, nullptr));
-    for (const Rows& out : {grad.rows, logits.rows}) {
-      const tlcr::ScoreBackwardArguments backward{type,
-                                                  kRows,
-                                                  told,
-                                                  logits.rows,
-                                                  ref_rows,
-                                                  ids.data(),
-                                                  1,
-                                                  temperatures.data,
-                                                  g.data,
-                                                  g.data,
-                                                  reference ? g.data : nullptr,
-                                                  entropy.data,
-                                                  kl.data,
-                                                  stats.data,
-                                                  ref_stats.data,
-                                                  out};
-      check(tlcr::cuda::score_backward(backward, nullptr));
+    const auto backward = [&](Type grad_type, const Rows& out) {
+      const tlcr::ScoreBackwardArguments arguments{type,
+                                                   grad_type,
+                                                   kRows,
+                                                   told,
+                                                   0,
+                                                   logits.rows,
+                                                   ref_rows,
+                                                   ids.data(),
+                                                   1,
+                                                   temperatures.data,
+                                                   g.data,
+                                                   g.data,
+                                                   reference ? g.data : nullptr,
+                                                   entropy.data,
+                                                   kl.data,
+                                                   stats.data,
+                                                   ref_stats.data,
+                                                   out};
+      check(tlcr::cuda::score_backward(arguments, nullptr));
+    };
+    backward(type, grad.rows);
+    if (type == Type::kFloat) {
+      backward(Type::kBFloat16, narrow_grad.rows);
+      backward(Type::kHalf, narrow_grad.rows);
     }
+    backward(type, logits.rows);
   }
 }
 
