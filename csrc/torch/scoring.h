@@ -29,8 +29,8 @@ HiddenGradients score_hidden_backward(const MaybeTensor& g_logprobs, const Maybe
                                       const MaybeTensor& g_kl, const Tensor& hidden, const Tensor& weight,
                                       const Tensor& token_ids, const MaybeTensor& bias, const MaybeTensor& ref_hidden,
                                       const MaybeTensor& ref_weight, const MaybeTensor& ref_bias, double temperature,
-                                      const MaybeTensor& temperatures, int64_t chunk_tokens,
-                                      const Tensor& entropy, const Tensor& kl, const Tensor& stats,
-                                      const Tensor& ref_stats, bool wants_hidden, bool wants_weight, bool wants_bias);
+                                      const MaybeTensor& temperatures, int64_t chunk_tokens, const Tensor& entropy,
+                                      const Tensor& kl, const Tensor& stats, const Tensor& ref_stats, bool wants_hidden,
+                                      bool wants_weight, bool wants_bias);
 
 }  // namespace tlcr

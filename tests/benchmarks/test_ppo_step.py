@@ -171,7 +171,8 @@ def test_a_round_is_measured_and_profiled_and_nothing_else_is_written(
     folder = tmp_path / "profile" / "tlcr-shared-value-head"
     parts = {part["name"]: part for part in json.loads((folder / "parts.json").read_text())}
     steps = ["update: forward", "update: backward", "update: gradient norms", "update: optimiser"]
-    names = ["rollout", "score", "score: policy and values", "score: reference", "reward", "advantages", "update"]
+    names = ["rollout", "rollout: generate", "score", "score: policy and values", "score: reference"]
+    names += ["reward", "advantages", "update"]
     assert [name for name in parts if name != OUTSIDE] == names + steps
     assert all(parts[name]["calls"] == 2 for name in steps)  # a step for each pass over the answers
     assert sum(parts[name]["host"] for name in steps) < parts["update"]["host"]

@@ -257,7 +257,7 @@ def test_every_recipe_gets_its_own_share(
         return train
 
     monkeypatch.setattr("tlcr.experiment.run_folder.load_tokenizer", lambda cfg: tiny_tokenizer)
-    monkeypatch.setattr("tlcr.experiment.pipeline.load_causal_lm", lambda cfg: None)
+    monkeypatch.setattr("tlcr.experiment.pipeline.load_causal_lm", lambda cfg, **_: None)
     monkeypatch.setattr("tlcr.experiment.pipeline.require", lambda *_, **__: None)  # the model is never asked for
     for name in ("sft", "reward_model", "dpo"):
         monkeypatch.setattr(f"tlcr.experiment.pipeline.train_{name}", recipe(name))
