@@ -136,7 +136,7 @@ def test_the_loss_of_a_kill_is_a_batch(folder: Path, monkeypatch) -> None:
 def test_a_model_is_loaded_once_for_all_turns_and_not_for_what_is_known(folder: Path, monkeypatch) -> None:
     loaded: list[Any] = []
     load = local_module.load_causal_lm
-    monkeypatch.setattr(local_module, "load_causal_lm", lambda cfg: loaded.append(cfg) or load(cfg))
+    monkeypatch.setattr(local_module, "load_causal_lm", lambda cfg, **to: loaded.append(cfg) or load(cfg, **to))
     for _ in range(2):
         assert answer(folder, prompts(folder.parent, 2)) == 0
     assert len(loaded) == 1
