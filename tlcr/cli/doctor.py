@@ -32,7 +32,6 @@ from tlcr.experiment.memory import (
     measure_model,
 )
 from tlcr.experiment.preflight import Finding, Level, existing, preflight, settings
-from tlcr.training.distributed import process_device
 
 __all__ = ["examine", "machine"]
 
@@ -130,7 +129,7 @@ def _processor(cfg: RunConfig) -> Iterator[Finding]:
     native = {"avx512_bf16", "amx_bf16"} & {name for name, there in torch.cpu.get_capabilities().items() if there}
     if native or platform.machine() != "x86_64":
         yield Finding("ok", "bfloat16", f"on the CPU: {', '.join(sorted(native)) or 'not known for this processor'}")
-    elif cfg.model.dtype == "bfloat16" and process_device().type != "cuda":
+    elif cfg.model.dtype == "bfloat16" and not _runs_on_gpu():
         fact = "this CPU has no bfloat16 instructions: it will be slow"
         yield Finding("warning", "bfloat16", fact, "model.dtype: float32, or a machine with AVX-512 BF16, AMX or a GPU")
     else:
@@ -142,7 +141,7 @@ def _accelerators(cfg: RunConfig) -> Iterator[Finding]:
         built = f"torch {torch.__version__} is a {'CUDA' if torch.version.cuda else 'CPU'} build"
         yield Finding("note", "GPU", f"none that torch can use; {built}")
         return
-    if process_device().type != "cuda":
+    if not _runs_on_gpu():
         yield Finding("note", "GPU", "left alone: ACCELERATE_USE_CPU keeps a run on the CPU")
         return
     for index in range(torch.cuda.device_count()):
@@ -186,6 +185,15 @@ def _disk(cfg: RunConfig) -> Iterator[Finding]:
     yield Finding("ok", "disk", f"{in_words(shutil.disk_usage(there).free)} free for {cfg.output_dir}")
 
 
+def _runs_on_gpu() -> bool:
+    """Whether a run would take a GPU: there is one, and ACCELERATE_USE_CPU does not keep it on the CPU."""
+    if not torch.cuda.is_available():
+        return False
+    from tlcr.training.distributed import process_device  # takes accelerate, and seconds
+
+    return process_device().type == "cuda"
+
+
 def _free_memory() -> int:
     """Memory that this process may still use: free memory, limited by its control group."""
     free = psutil.virtual_memory().available
@@ -200,7 +208,7 @@ def _free_memory() -> int:
 
 
 def _fits(cfg: RunConfig, size: ModelSize, estimates: list[Estimate]) -> Iterator[Finding]:
-    on_gpu = process_device().type == "cuda"
+    on_gpu = _runs_on_gpu()
     free = torch.cuda.mem_get_info(0)[0] if on_gpu else _free_memory()
     where = "GPU 0" if on_gpu else "this machine"
     limit = int(free * USABLE_SHARE)
