@@ -105,6 +105,8 @@ answer = {name: len(hashes) for name, hashes in answer.items()}
 """
     # Padded, and packed in tiles of two lengths; 2 and 3 classes; all tokens in one row and each row by itself.
     once = {"_adamw_kernel": 1, "_merge_kernel": 1, "_finish_kernel": 2}
+    once |= {"_rms_norm_kernel": 1, "_rms_norm_x_kernel": 1, "_rms_norm_weight_kernel": 1}
+    once |= {"_gated_silu_kernel": 1, "_gated_silu_backward_kernel": 1}
     twice = {"_reward_kernel": 4, "_gae_kernel": 4, "_whiten_kernel": 4, "_counts_kernel": 2, "_sums_kernel": 4}
     assert compiling(code) == once | twice | {"_gradients_kernel": 2}
 
