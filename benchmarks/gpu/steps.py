@@ -22,7 +22,10 @@ LAST_LINE = r"^\s*(\S.*?)\s*$"
 PYTEST = r"^(?:=+ )?((?:\d+ \w+(?:, )?)+ in [\d.]+s.*?)(?: =+)?$"
 SANITIZER = r"^=+ (ERROR SUMMARY: .*|RACECHECK SUMMARY: .*)$"
 OPS = r"^(\d+ measured.*)$"
+HOST = r"^\s*(ppo_loss, forward and backward .*?)\s*$"
 PPO = r"^\s*(tlcr\b.*?)\s*$"
+MEASURED = "60e69f4"
+"""The commit that docs/kernels.md has figures of: its kernels are measured in turns with those of today."""
 TRAINER = ("tests/training", "tests/recipes", "tests/experiment", "tests/cli/test_score.py")
 
 
@@ -69,6 +72,11 @@ def steps(device: str, results: Path | None) -> tuple[Step, ...]:
     if small or not importlib.util.find_spec("trl"):
         ppo += ("--no-trl",)
     ppo += ("--repeats", "1", "--limit", str(70 * patience), *keep("ppo_step"))
+    kernels = ("--interpret",) if small else ("--base", MEASURED)
+    host = ("--device", device, "--rounds", "3" if small else "101")
+    hidden = ("--device", device)
+    if small:
+        hidden += ("--shape", "256", "32", "512", "--chunks", "64", "--seconds", "0.1")
     ops_tests = ("tests/ops/test_door.py",) if small else ("tests/ops",)
     trainer_tests = ("-k", "[cpu]", "tests/recipes/test_train_sft.py") if small else ("-m", "gpu", *TRAINER)
     return (
@@ -78,6 +86,9 @@ def steps(device: str, results: Path | None) -> tuple[Step, ...]:
         Step("ops, timed", _module("benchmarks.ops", *ops), limit=100 * patience, says=OPS, shown=True),
         Step("PPO round", _module("benchmarks.ppo_step", *ppo), limit=150 * patience, says=PPO, shown=True),
         Step("tests of the trainer", _pytest(*trainer_tests), limit=90 * patience, says=PYTEST),
+        Step("kernels alone", _module("benchmarks.kernels", *kernels), limit=90 * patience, shown=True),
+        Step("host time", _module("benchmarks.host_time", *host), limit=30 * patience, says=HOST, shown=True),
+        Step("score_hidden", _module("benchmarks.score_hidden", *hidden), limit=60 * patience, shown=True),
         *other_tools,
     )
 
