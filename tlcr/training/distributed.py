@@ -89,22 +89,21 @@ def barrier() -> None:
 
 def sum_over_processes(values: Tensor) -> Tensor:
     """The sum of ``values`` over all processes, the same tensor on each; a new tensor, without gradient."""
-    total = values.detach().clone()
-    if process_count() > 1:
-        on_device = total.to(_device())
-        dist.all_reduce(on_device)
-        total = on_device.to(values.device)
-    return total
+    return _reduced(values, dist.ReduceOp.SUM)
 
 
 def largest_of_processes(values: Tensor) -> Tensor:
     """The largest of each of ``values`` over all processes, the same tensor on each; a new tensor, without gradient."""
-    largest = values.detach().clone()
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+def _reduced(values: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
+    reduced = values.detach().clone()
     if process_count() > 1:
-        on_device = largest.to(_device())
-        dist.all_reduce(on_device, op=dist.ReduceOp.MAX)
-        largest = on_device.to(values.device)
-    return largest
+        on_device = reduced.to(_device())
+        dist.all_reduce(on_device, op=how)
+        reduced = on_device.to(values.device)
+    return reduced
 
 
 def any_process(flag: bool) -> bool:
