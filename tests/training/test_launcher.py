@@ -6,12 +6,21 @@ import os
 
 import pytest
 
-from tlcr.training.launcher import OTHERS, RANKS, SIZES, launched_processes, launched_rank, without_launcher
+from tlcr.training.launcher import (
+    RANKS,
+    RANKS_ON_A_NODE,
+    SIZES,
+    SIZES_OF_A_NODE,
+    launched_processes,
+    launched_rank,
+    processes_of_a_node,
+    without_launcher,
+)
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*SIZES, *RANKS, *OTHERS):
+    for name in (*SIZES, *RANKS, *SIZES_OF_A_NODE, *RANKS_ON_A_NODE):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -44,3 +53,12 @@ def test_a_process_that_is_to_work_alone_gets_none_of_them(monkeypatch: pytest.M
     left = without_launcher()
     assert left["KEPT"] == "as it was" and not {"WORLD_SIZE", "RANK", "LOCAL_RANK"} & left.keys()
     assert left == {name: value for name, value in os.environ.items() if name in left}
+
+
+def test_how_many_processes_share_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert processes_of_a_node() == 1
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "5")
+    assert processes_of_a_node() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert processes_of_a_node() == 4

@@ -598,6 +598,22 @@ def _check_kl_coefs(coefs: tuple[float, ...], owner: str) -> None:
 
 
 @dataclass(frozen=True)
+class ShardingConfig(Checked):
+    """How the weights, gradients and optimiser states of all models are shared out among processes."""
+
+    kind: Literal["none", "full", "hybrid"] = knob(
+        "none",
+        "none: every process holds whole models; full: one shard for each process; hybrid: shards within a group of "
+        "processes, which is repeated",
+    )
+    replicas: int | None = knob(
+        None, "groups of processes that hold a whole model each, for hybrid; default: the number of nodes", ge=2
+    )
+    reduce_dtype: Dtype = knob("float32", "dtype in which the gradients of the processes are summed", advanced=True)
+    offload: bool = knob(False, "keep shards and optimiser states in host memory: slower, for GPUs that are too small")
+
+
+@dataclass(frozen=True)
 class Arm(Checked):
     """One policy of a comparison: a name, and the settings that differ from those of the run."""
 
@@ -639,6 +655,7 @@ class RunConfig(Checked):
     kl: KLConfig = field(default_factory=KLConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     arms: tuple[Arm, ...] = knob((), "policies to train and compare; none: one policy, trained on 'reward'")
 

@@ -9,16 +9,13 @@ import os
 
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-OTHERS = (
-    "LOCAL_RANK",
+SIZES_OF_A_NODE = (
     "LOCAL_WORLD_SIZE",
-    "MPI_LOCALRANKID",
     "MPI_LOCALNRANKS",
-    "OMPI_COMM_WORLD_LOCAL_RANK",
     "OMPI_COMM_WORLD_LOCAL_SIZE",
-    "MV2_COMM_WORLD_LOCAL_RANK",
     "MV2_COMM_WORLD_LOCAL_SIZE",
 )
+RANKS_ON_A_NODE = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 
 
 def launched_processes() -> int:
@@ -33,9 +30,15 @@ def launched_rank() -> int:
     return _number(RANKS) or 0 if launched_processes() > 1 else 0
 
 
+def processes_of_a_node() -> int:
+    """How many of those processes run on this machine; all of them where the launcher does not say."""
+    return min(_number(SIZES_OF_A_NODE) or launched_processes(), launched_processes())
+
+
 def without_launcher() -> dict[str, str]:
     """This environment without a launcher's variables, for a process that is to work alone."""
-    return {name: value for name, value in os.environ.items() if name not in (*SIZES, *RANKS, *OTHERS)}
+    ours = (*SIZES, *RANKS, *SIZES_OF_A_NODE, *RANKS_ON_A_NODE)
+    return {name: value for name, value in os.environ.items() if name not in ours}
 
 
 def _number(names: tuple[str, ...]) -> int | None:

@@ -1,0 +1,223 @@
+"""Parameters cut into shards, one for each process, by torch's ``fully_shard`` (FSDP2).
+
+Each decoder layer is a unit: its parameters are gathered before its forward pass and freed after it, and its gradients
+are summed into shards in the backward pass. Everything else (embeddings, norms, heads) belongs to the root, the module
+that is called. One rule holds for all code that meets a sharded module: a parameter is read inside a forward pass of
+its root, equally often on every process, or inside ``gathered``.
+
+Every function here takes a module that is not sharded too, and then does nothing.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from tlcr.config.schema import ShardingConfig
+from tlcr.errors import ConfigError
+from tlcr.training.distributed import process_count, process_device
+from tlcr.training.launcher import processes_of_a_node
+
+SHARD, REPLICATE = "shard", "replicate"
+"""Names of the mesh's dimensions: over the first a model is cut, over the second it is repeated."""
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How models are cut: the processes that share one, the dtype in which their gradients meet, and where shards lie.
+
+    mesh: (processes,) of one dimension "shard"; for ``hybrid`` (replicas, processes of a replica).
+    """
+
+    mesh: DeviceMesh
+    reduce_dtype: torch.dtype
+    offload: bool
+
+    @property
+    def parts(self) -> int:
+        """Processes among which one model is cut."""
+        return self.mesh[SHARD].size()
+
+
+def plan(cfg: ShardingConfig) -> Sharding | None:
+    """The sharding that ``cfg`` asks for, over all processes; None for ``kind: none``.
+
+    Args:
+        cfg: the run's ``sharding``.
+
+    Returns:
+        The plan, the same on every process; None where models stay whole.
+
+    Raises:
+        ConfigError: there is one process only, or the processes do not fall into ``sharding.replicas`` equal groups.
+    """
+    if cfg.kind == "none":
+        return None
+    processes = process_count()
+    if processes == 1:
+        raise ConfigError(
+            f"sharding.kind is {cfg.kind!r}, which cuts models into one shard for each process, and there is one "
+            "process: start several ('torchrun --nproc_per_node N -m tlcr ...'), or set sharding.kind: none"
+        )
+    shape: tuple[int, ...] = (processes,)
+    if cfg.kind == "hybrid":
+        replicas = cfg.replicas or processes // processes_of_a_node()
+        if replicas < 2 or processes % replicas or processes == replicas:
+            raise ConfigError(
+                f"sharding.kind: hybrid wants {processes} processes in equal groups of two or more, and "
+                f"sharding.replicas is {cfg.replicas or f'the number of nodes, {replicas}'}: set sharding.replicas to "
+                "the number of groups, or sharding.kind: full"
+            )
+        shape = (replicas, processes // replicas)
+    names = (REPLICATE, SHARD)[-len(shape) :]
+    mesh = init_device_mesh(process_device().type, shape, mesh_dim_names=names)
+    return Sharding(mesh, getattr(torch, cfg.reduce_dtype), cfg.offload)
+
+
+def shard(root: nn.Module, sharding: Sharding | None) -> None:
+    """Cuts the parameters of ``root`` in place; each becomes a ``DTensor`` of which a process holds its part.
+
+    Units are the layers that transformers would not split over devices (``_no_split_modules``), layers whose dtype is
+    another than that of the rest (gradients of one unit are summed in one dtype), and the root. Call it before the
+    optimiser is made, and before any forward pass.
+
+    Args:
+        root: the module whose forward pass will be called; parameters may be on the meta device.
+        sharding: the plan; None leaves the module as it is.
+    """
+    if sharding is None:
+        return
+    for unit in (*_units(root), root):
+        fully_shard(unit, **_options(unit, sharding))
+    # A module that is first called through a part of it would take the part for the root. A method that counts as a
+    # forward pass, and does nothing, settles which is the root, whoever is called next.
+    begin = cast(Any, root)
+    begin.begin_as_root = types.MethodType(lambda _root: None, root)
+    register_fsdp_forward_method(root, "begin_as_root")
+    begin.begin_as_root()
+    reshard(root)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ``shard`` has cut ``module``."""
+    return isinstance(module, FSDPModule)
+
+
+def reshard(*roots: nn.Module) -> None:
+    """Frees what is gathered. Roots keep their own parameters gathered after a forward pass without a backward pass:
+    they take memory, and a step on the shards does not reach them.
+
+    Args:
+        roots: modules that were given to ``shard``.
+    """
+    for root in roots:
+        for unit in _sharded_units(root):
+            unit.reshard()
+
+
+@contextmanager
+def gathered(*roots: nn.Module) -> Iterator[None]:
+    """Every parameter whole on every process inside: any part may be called, any number of times, and nothing
+    communicates. Every process enters and leaves it. Blocks may be nested.
+
+    Args:
+        roots: modules that were given to ``shard``.
+
+    Yields:
+        Nothing.
+    """
+    with ExitStack() as stack:
+        for root in roots:
+            stack.enter_context(_gathered(root))
+        yield
+
+
+@contextmanager
+def _gathered(root: nn.Module) -> Iterator[None]:
+    units = _sharded_units(root)
+    if not units or _is_whole(root):
+        yield
+        return
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(unit is not root, recurse=False)
+
+
+def _is_whole(root: nn.Module) -> bool:
+    return not any(isinstance(parameter, DTensor) for parameter in root.parameters())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, which shares its memory; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(root: nn.Module) -> dict[str, Tensor]:
+    """The weights of ``root`` by name, whole, in host memory: on the main process; an empty mapping on the others.
+
+    Every process calls it.
+
+    Args:
+        root: a sharded module, or part of one.
+
+    Returns:
+        The state dictionary that the module would have without sharding.
+    """
+    return cast(
+        dict[str, Tensor],
+        get_model_state_dict(root, options=StateDictOptions(full_state_dict=True, cpu_offload=True)),
+    )
+
+
+def _sharded_units(root: nn.Module) -> list[FSDPModule]:
+    return [module for module in root.modules() if isinstance(module, FSDPModule)]
+
+
+def _units(root: nn.Module) -> list[nn.Module]:
+    """The units below the root, inner ones first."""
+    names = {name for module in root.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    blocks = [module for module in root.modules() if type(module).__name__ in names and module is not root]
+    inside = {child for block in blocks for child in block.modules()}
+    units: list[nn.Module] = []
+    for block in (*blocks, root):
+        own = [m for m in block.modules() if block is not root or m not in inside]
+        parameters = [p for module in own for p in module.parameters(recurse=False)]
+        common = max({p.dtype for p in parameters}, key=lambda d: sum(p.numel() for p in parameters if p.dtype == d))
+        units += [m for m in own if m is not block and any(p.dtype != common for p in m.parameters(recurse=False))]
+        units += [] if block is root else [block]
+    return units
+
+
+def _options(unit: nn.Module, sharding: Sharding) -> dict[str, Any]:
+    wide = any(parameter.dtype == torch.float64 for parameter in unit.parameters())
+    offload: OffloadPolicy = OffloadPolicy()
+    if sharding.offload:
+        offload = CPUOffloadPolicy(pin_memory=sharding.mesh.device_type != "cpu")
+    return {
+        "mesh": sharding.mesh,
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=None if wide else sharding.reduce_dtype),
+        "offload_policy": offload,
+    }
