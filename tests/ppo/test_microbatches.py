@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from tests.ppo.helpers import ANSWER_IDS, PROMPT_IDS, known_rollout
 from tests.ppo.test_invariance import assert_same, update
+from tlcr.errors import DataError
 from tlcr.ppo import microbatches
-from tlcr.ppo.microbatches import CPU_TOKENS, MicroBatch, MicroBatches
+from tlcr.ppo.microbatches import CPU_TOKENS, MicroBatch, MicroBatches, PackedMicroBatch, PaddedMicroBatch
 from tlcr.types import Rollout
 
 
@@ -36,13 +37,19 @@ def rollout(prompts: list[int], answers: list[int]) -> Rollout:
     )
 
 
-def split(of: Rollout, rows: int | None = None, tokens: int | None = None) -> list[MicroBatch]:
+def split(of: Rollout, rows: int | None = None, tokens: int | None = None) -> list[PaddedMicroBatch]:
     (parts,) = MicroBatches(of, rows=rows, tokens=tokens).split()
     assert sorted(row for part in parts for row in part.rows_B.tolist()) == list(range(len(of.mask_BT)))
-    return parts
+    return [part for part in parts if isinstance(part, PaddedMicroBatch)]
 
 
-def sizes(parts: list[MicroBatch]) -> list[int]:
+def split_packed(of: Rollout, rows: int | None = None, tokens: int | None = None) -> list[PackedMicroBatch]:
+    (parts,) = MicroBatches(of, rows=rows, tokens=tokens, packed=True).split()
+    assert sorted(row for part in parts for row in part.rows_B.tolist()) == list(range(len(of.mask_BT)))
+    return [part for part in parts if isinstance(part, PackedMicroBatch)]
+
+
+def sizes(parts: Sequence[MicroBatch]) -> list[int]:
     return [len(part.rows_B) for part in parts]
 
 
@@ -143,6 +150,80 @@ def test_rows_of_unlike_parts_and_like_lengths_waste_nothing() -> None:
     """Two rectangles would hold 9 + 9 columns a row, of which the rows fill 10."""
     (part,) = split(rollout([1, 3, 5, 7, 9], [9, 7, 5, 3, 1]))
     assert part.ids_BL.shape == (5, 10) and part.attention_mask_BL.all()
+
+
+# ---- packed
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+def test_packed_rows_stand_end_to_end_without_padding(rows: int | None) -> None:
+    prompts, answers = [1, 2, 9, 3, 2, 1, 8, 2, 1, 1], [5, 1, 20, 0, 1, 1, 30, 2, 1, 1]
+    for part in split_packed(rollout(prompts, answers), rows):
+        numbers = part.rows_B.tolist()
+        lengths = [prompts[row] + answers[row] for row in numbers]
+        assert part.ids_BL[0].tolist() == [
+            1000 * (row + 1) + at for row in numbers for at in range(prompts[row] + answers[row])
+        ]
+        assert part.packing.positions_1L[0].tolist() == [at for length in lengths for at in range(length)]
+        assert part.packing.starts_S.tolist() == [sum(lengths[:at]) for at in range(len(lengths) + 1)]
+        assert part.packing.longest == max(lengths)
+        actions = part.ids_BL[0, part.actions_N].tolist()
+        assert actions == [1000 * (row + 1) + prompts[row] + t for row in numbers for t in range(answers[row])]
+
+
+def test_what_is_said_of_packed_actions_goes_to_row_and_column() -> None:
+    of = known_rollout(extra_left=2, extra_right=3)
+    written_BT = torch.full(of.mask_BT.shape, -1.0)
+    for part in split_packed(of, 3):
+        part.put(part.ids_BL.flatten()[part.actions_N].double(), written_BT)
+    for row, answer in enumerate(ANSWER_IDS):
+        assert written_BT[row, : len(answer)].tolist() == answer
+    assert (written_BT[~of.mask_BT] <= 0).all()
+
+
+def test_packed_rows_are_cut_by_the_tokens_that_they_have() -> None:
+    of = rollout([2] * 5, [18, 3, 2, 1, 1])
+    assert sizes(split_packed(of, tokens=35)) == sizes(split_packed(of)) == [5]
+    assert sizes(split_packed(of, tokens=34)) == [1, 4]
+    assert sizes(split(of, tokens=35)) == [1, 4]
+    assert sizes(split_packed(of, rows=2)) == [1, 2, 2]
+    assert sizes(split_packed(of, tokens=9)) == [1, 2, 2]
+    assert sizes(split_packed(of, tokens=1)) == [1] * 5
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 40)), min_size=1, max_size=24).filter(
+        lambda rows: any(answer for _, answer in rows)
+    ),
+    rows=st.none() | st.integers(1, 9),
+    tokens=st.none() | st.integers(1, 400),
+)
+def test_packed_micro_batches_pass_no_limit_and_are_no_more_than_padded_ones(
+    lengths: list[tuple[int, int]], rows: int | None, tokens: int | None
+) -> None:
+    of = rollout(*map(list, zip(*lengths, strict=True)))
+    parts = split_packed(of, rows, tokens)
+    assert sum(part.ids_BL.numel() for part in parts) == sum(map(sum, lengths))
+    assert len(parts) <= len(split(of, rows, tokens))
+    for part in parts:
+        assert rows is None or len(part.rows_B) <= rows
+        assert part.ids_BL.numel() <= (tokens or CPU_TOKENS) or len(part.rows_B) == 1
+
+
+def test_a_token_inside_a_row_that_does_not_count_cannot_be_packed() -> None:
+    of = known_rollout()
+    of.mask_BT[6, 3] = False
+    with pytest.raises(DataError, match=r"answer 6 of the rollout has 1 token\(s\) .* set ppo.packing to never"):
+        MicroBatches(of, rows=None, tokens=None, packed=True)
+
+
+def test_packed_idle_micro_batches_change_no_gradient(
+    another_process: Callable[[list[int]], None], tiny_gpt2: Callable[..., PreTrainedModel]
+) -> None:
+    alone = update(tiny_gpt2, packed=True)
+    another_process([11])
+    assert_same(alone, update(tiny_gpt2, packed=True))
 
 
 # ---- as many on every process

@@ -514,8 +514,14 @@ class PPOConfig(Checked):
     )
     micro_batch_tokens: int | None = knob(
         None,
-        "tokens per forward pass of a process, at most, padding among them; default: on a CPU 1024, else no limit",
+        "tokens per forward pass of a process, at most, its padding among them; default: on a CPU 1024, else no limit",
         ge=1,
+    )
+    packing: Literal["auto", "always", "never"] = knob(
+        "auto",
+        "prompts and answers end to end in one row, without padding; auto: with flash attention on a GPU alone, since "
+        "other attention takes time and memory by the square of all tokens",
+        advanced=True,
     )
     epochs: int = knob(1, "passes over each round's answers", source="released code", ge=1)
     learning_rate: float = knob(1e-6, "policy learning rate", source="released code", gt=0)

@@ -7,10 +7,9 @@ logits exist for the N actions only, which are counted over all rows (axis N): p
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,6 +26,7 @@ from tlcr.models.loading import (
     load_token_classifier,
     save_model,
 )
+from tlcr.models.packing import Packing, packed_inputs, takes_positions
 from tlcr.models.probes import is_causal
 from tlcr.ops.types import TokenScores
 from tlcr.training.checkpoint import atomic_write, write_json
@@ -98,7 +98,7 @@ class ActorCritic(nn.Module):
     def forward(
         self,
         ids_BL: Tensor,
-        attention_mask_BL: Tensor,
+        layout: Tensor | Packing,
         actions_N: Tensor,
         *,
         temperature: float,
@@ -108,8 +108,10 @@ class ActorCritic(nn.Module):
         """Log-probabilities, entropies and values of the actions.
 
         Args:
-            ids_BL: integers (B, L), a prompt and its answer in each row, with padding at either end.
-            attention_mask_BL: bool (B, L), True where a token counts.
+            ids_BL: integers (B, L), a prompt and its answer in each row, with padding at either end; or (1, L), packed
+                rows, without padding.
+            layout: the attention mask of padded rows, bool (B, L), True where a token counts; or where packed rows
+                stand.
             actions_N: integers (N,), the place ``row * L + column`` of each action; no action stands in column 0.
             temperature: what the answers were sampled at.
             reference: also compute the exact KL to this model, and its log-probabilities, without gradient to it.
@@ -118,7 +120,7 @@ class ActorCritic(nn.Module):
         Returns:
             The terms that were asked for, each (N,), in nats where they are log-probabilities, entropy or KL.
         """
-        batch = _Batch.of(ids_BL, attention_mask_BL, actions_N)
+        batch = _Batch.of(ids_BL, layout, actions_N)
         scores, values_N, hidden_NH = None, None, None
         if self._from_hidden:
             with torch.set_grad_enabled(torch.is_grad_enabled() and terms != "value"):
@@ -136,7 +138,7 @@ class ActorCritic(nn.Module):
         self,
         reference: PreTrainedModel,
         ids_BL: Tensor,
-        attention_mask_BL: Tensor,
+        layout: Tensor | Packing,
         actions_N: Tensor,
         *,
         temperature: float,
@@ -147,15 +149,17 @@ class ActorCritic(nn.Module):
 
         Args:
             reference: the reference model.
-            ids_BL: integers (B, L), a prompt and its answer in each row, with padding at either end.
-            attention_mask_BL: bool (B, L), True where a token counts.
+            ids_BL: integers (B, L), a prompt and its answer in each row, with padding at either end; or (1, L), packed
+                rows, without padding.
+            layout: the attention mask of padded rows, bool (B, L), True where a token counts; or where packed rows
+                stand.
             actions_N: integers (N,), the place ``row * L + column`` of each action.
             temperature: what the answers were sampled at.
 
         Returns:
             (N,), in nats.
         """
-        batch = _Batch.of(ids_BL, attention_mask_BL, actions_N)
+        batch = _Batch.of(ids_BL, layout, actions_N)
         return self._scores(reference, batch, temperature, None, None).logprobs
 
     def _scores(
@@ -330,33 +334,35 @@ def _new_value_head(policy: PreTrainedModel) -> Head:
 
 
 class _Batch(NamedTuple):
-    """What models read, all columns but the last; and where in it, rows laid end to end, the actions' states are."""
+    """What models read, all columns but the last of padded rows; and where in it, rows laid end to end, the actions'
+    states are."""
 
     ids_BK: Tensor
-    mask_BK: Tensor
+    layout: Tensor | Packing
     action_ids_N: Tensor
     states_N: Tensor
 
     @classmethod
-    def of(cls, ids_BL: Tensor, attention_mask_BL: Tensor, actions_N: Tensor) -> _Batch:
+    def of(cls, ids_BL: Tensor, layout: Tensor | Packing, actions_N: Tensor) -> _Batch:
+        action_ids_N = ids_BL.flatten()[actions_N]
+        if isinstance(layout, Packing):
+            return cls(ids_BL, layout, action_ids_N, actions_N - 1)
         # One column to the left, in rows that are one shorter.
         states_N = actions_N - actions_N // ids_BL.shape[1] - 1
-        return cls(ids_BL[:, :-1], attention_mask_BL[:, :-1].long(), ids_BL.flatten()[actions_N], states_N)
+        return cls(ids_BL[:, :-1], layout[:, :-1].long(), action_ids_N, states_N)
 
     def at_states(self, x_BKX: Tensor) -> Tensor:
         """(N, X): what a model says in the states in which the actions were chosen."""
         return x_BKX.flatten(0, 1).index_select(0, self.states_N)
 
 
-def _inputs(model: PreTrainedModel, batch: _Batch) -> dict[str, Tensor | bool]:
+def _inputs(model: PreTrainedModel, batch: _Batch) -> dict[str, Any]:
     """A model's inputs. Positions count real tokens only: padding would shift them."""
-    inputs: dict[str, Tensor | bool] = {
-        "input_ids": batch.ids_BK,
-        "attention_mask": batch.mask_BK,
-        "use_cache": False,
-    }
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        inputs["position_ids"] = (batch.mask_BK.cumsum(dim=1) - 1).clamp(min=0)
+    if isinstance(batch.layout, Packing):
+        return packed_inputs(model, batch.ids_BK, batch.layout)
+    inputs = {"input_ids": batch.ids_BK, "attention_mask": batch.layout, "use_cache": False}
+    if takes_positions(model):
+        inputs["position_ids"] = (batch.layout.cumsum(dim=1) - 1).clamp(min=0)
     return inputs
 
 

@@ -9,7 +9,8 @@ Axes: B rows, L columns, H hidden units.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,14 @@ from transformers import PreTrainedModel
 from tlcr.errors import ConfigError
 from tlcr.models.faults import one_line
 from tlcr.models.heads import backbone, classification_head, evaluating, has_linear_head
+from tlcr.models.packing import Packing, packed_inputs, takes_positions
 
 LENGTHS = (7, 4)
 """Tokens of the two rows of a probe."""
+
+FLOAT32_ROUNDING = 2e-6
+"""Relative: several times what mixtures of experts differ by, and a hundredth of what rows that are mixed do (ours,
+with random models of each architecture of transformers)."""
 
 _remembered: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, bool]] = weakref.WeakKeyDictionary()
 
@@ -98,6 +104,44 @@ def check_reward_model(model: PreTrainedModel) -> None:
         )
 
 
+def packing_fault(model: PreTrainedModel) -> str | None:
+    """Why a model, with its attention implementation, cannot read packed rows; None where it can.
+
+    Two rows are packed, and the tokens of either are changed. What the model says of the second row must not depend on
+    the first, and must be what it says of that row alone. A recurrent layer fails, and an attention that reads no
+    positions; so do architectures that take positions and still make a mask of ones (OPT, BioGPT).
+
+    Args:
+        model: a causal model with a head.
+
+    Returns:
+        What was found, to be put after the model's name.
+    """
+    if not (takes_positions(model) and takes_positions(backbone(model))):
+        return "takes no positions, which keep packed rows apart"
+    if "chunked_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
+        # Versions of transformers count its chunks from the first packed row on; two short rows do not show it.
+        return "attends within chunks, which do not begin with a packed row"
+    first, second = _rows(model)
+    cut = first.shape[1]
+    try:
+        with evaluating(model):
+            for read in (_before_head, _after_backbone):
+                own = read(model, (first, second))
+                before_changed = read(model, (first.flip(1), second))
+                after_changed = read(model, (first, second.flip(1)))
+                # The experts of a mixture get other numbers of tokens and round otherwise, in the first row too, which
+                # a causal model reads before the change. Elsewhere not a bit may differ, in bfloat16 either.
+                rounding = max(8 * _apart(own[:, :cut], after_changed[:, :cut]), FLOAT32_ROUNDING)
+                if _apart(own[:, cut:], before_changed[:, cut:]) > rounding:
+                    return "mixes packed rows: what it says of a token depends on the rows before"
+                if _apart(own[:, cut:], read(model, (second,))) > torch.finfo(own.dtype).eps ** 0.5:
+                    return "reads a packed row otherwise than the same row alone"
+    except Exception as error:  # noqa: BLE001
+        return f"fails on packed rows ({type(error).__name__}: {one_line(error)[:200]})"
+    return None
+
+
 def require_causal(model: PreTrainedModel) -> None:
     """Raises ConfigError where a language model fails on plain text, or sees later tokens."""
     name = type(model).__name__
@@ -147,6 +191,38 @@ def _hidden(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:
         input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL), use_cache=False
     ).last_hidden_state
     return states
+
+
+def _before_head(model: PreTrainedModel, rows: Sequence[Tensor]) -> Tensor:
+    """What the head of a model reads, (1, L, H), of packed rows; of one row, what it reads of that row as usual."""
+    head = model.get_output_embeddings() or classification_head(model)
+    read: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    try:
+        model(**_as_packed(model, rows))
+    finally:
+        hook.remove()
+    (states,) = read
+    return states
+
+
+def _after_backbone(model: PreTrainedModel, rows: Sequence[Tensor]) -> Tensor:
+    """The hidden states (1, L, H) of packed rows; of one row, those of that row as usual."""
+    body = backbone(model)
+    states: Tensor = body(**_as_packed(body, rows)).last_hidden_state
+    return states
+
+
+def _as_packed(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Any]:
+    ids_1L = torch.cat(list(rows), dim=1)
+    if len(rows) == 1:
+        return {"input_ids": ids_1L, "attention_mask": torch.ones_like(ids_1L), "use_cache": False}
+    return packed_inputs(model, ids_1L, Packing.of([row.shape[1] for row in rows], ids_1L.device))
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    """The root mean square of a - b, relative to that of a."""
+    return float(torch.linalg.vector_norm(a.double() - b.double()) / torch.linalg.vector_norm(a.double()))
 
 
 def _is_causal(model: PreTrainedModel) -> bool:

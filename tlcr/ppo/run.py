@@ -20,6 +20,7 @@ from tlcr.config.stages import DONE
 from tlcr.errors import CheckpointError, ConfigError, TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic
 from tlcr.ppo.kl import build_kl_controller
+from tlcr.ppo.packing import packs_rows
 from tlcr.ppo.rollout import PromptStream
 from tlcr.rewards.composition import RunningMean, check_kl
 from tlcr.rewards.sources import RewardSource
@@ -43,6 +44,7 @@ FREE_TO_CHANGE = (
     "evaluate_every",
     "micro_batch_size",
     "micro_batch_tokens",
+    "packing",
     "chunk_tokens",
 )
 SHOWN = ("reward/mean_score", "kl/per_token", "policy/entropy", "length/mean")
@@ -91,6 +93,7 @@ class PPORun:
         device = accelerator.device
         self.reference = reference.requires_grad_(False).eval().to(device)
         self.actor_critic = actor_critic.eval().to(device)
+        self.packed = packs_rows(cfg.ppo.packing, self.actor_critic, self.reference)
         self.optimizer = build_optimizer(_parameter_groups(self.actor_critic, cfg))
         with warnings.catch_warnings():
             # accelerate has no field for the name that newer versions of torch give to this option

@@ -20,6 +20,7 @@ def score_rollout(
     temperature: float,
     micro_batch_size: int | None,
     micro_batch_tokens: int | None = None,
+    packed: bool = False,
     exact_kl: bool,
 ) -> PolicyScores:
     """Log-probabilities of every action under policy and reference at the sampling temperature, values and entropies.
@@ -34,6 +35,7 @@ def score_rollout(
         temperature: the sampling temperature of the answers.
         micro_batch_size: rows of one forward pass at most; None: no limit.
         micro_batch_tokens: tokens of one forward pass at most; None: ``CPU_TOKENS`` on a CPU, elsewhere no limit.
+        packed: the models read rows end to end, without padding (``tlcr.ppo.packing``).
         exact_kl: also compute KL(policy || reference) over the vocabulary.
 
     Returns:
@@ -45,15 +47,14 @@ def score_rollout(
     logprobs_BT, ref_logprobs_BT, values_BT, entropy_BT, kl_BT = (
         torch.zeros(shape, dtype=dtype, device=device) for _ in range(5)
     )
-    (batches,) = MicroBatches(rollout, rows=micro_batch_size, tokens=micro_batch_tokens).split()
+    (batches,) = MicroBatches(rollout, rows=micro_batch_size, tokens=micro_batch_tokens, packed=packed).split()
     for batch in batches:
-        tokens = (batch.ids_BL, batch.attention_mask_BL, batch.actions_N)
         with part("score: policy and values"):
-            output = actor_critic(*tokens, temperature=temperature, reference=reference if exact_kl else None)
+            output = actor_critic(*batch.tokens, temperature=temperature, reference=reference if exact_kl else None)
         ref_logprobs_N = output.ref_logprobs_N
         if ref_logprobs_N is None:
             with part("score: reference"):
-                ref_logprobs_N = actor_critic.reference_logprobs(reference, *tokens, temperature=temperature)
+                ref_logprobs_N = actor_critic.reference_logprobs(reference, *batch.tokens, temperature=temperature)
         batch.put(output.logprobs_N, logprobs_BT)
         batch.put(ref_logprobs_N, ref_logprobs_BT)
         batch.put(output.values_N, values_BT)

@@ -70,6 +70,7 @@ def ppo_update(
     accelerator: Accelerator,
     generator: torch.Generator,
     value_only: bool = False,
+    packed: bool = False,
 ) -> UpdateStatistics:
     """``cfg.epochs`` passes over this process's share of a rollout; one optimiser step for each minibatch.
 
@@ -91,6 +92,7 @@ def ppo_update(
         accelerator: the processes that share the update.
         generator: decides the order of the rows.
         value_only: leave the policy as it is (value warm-up).
+        packed: the models read rows end to end, without padding (``tlcr.ppo.packing``); ``cfg.packing`` is not read.
 
     Returns:
         Means over the optimiser steps and all processes.
@@ -100,7 +102,7 @@ def ppo_update(
             raised before the step.
     """
     model: ActorCritic = accelerator.unwrap_model(actor_critic)
-    batches = MicroBatches(rollout, rows=cfg.micro_batch_size, tokens=cfg.micro_batch_tokens)
+    batches = MicroBatches(rollout, rows=cfg.micro_batch_size, tokens=cfg.micro_batch_tokens, packed=packed)
     counts_B = _weights(rollout.mask_BT, cfg)
     explained_variance = _explained_variance(scores.values_BT, advantages.returns_BT, rollout.mask_BT, accelerator)
     steps: list[_Step] = []
@@ -186,9 +188,7 @@ def _backward(
     with nullcontext() if last else accelerator.no_sync(actor_critic):
         with part("update: forward"):
             output_N: PolicyOutput = actor_critic(
-                batch.ids_BL,
-                batch.attention_mask_BL,
-                batch.actions_N,
+                *batch.tokens,
                 temperature=temperature,
                 reference=reference if in_loss and kl.estimator == "full" else None,
                 terms=terms,

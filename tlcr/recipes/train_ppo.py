@@ -127,6 +127,7 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
             temperature=temperature,
             micro_batch_size=cfg.rollout.batch_size,
             micro_batch_tokens=cfg.ppo.micro_batch_tokens,
+            packed=run.packed,
             exact_kl=cfg.kl_estimator == "full",
         )
 
@@ -173,6 +174,7 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
             accelerator=accelerator,
             generator=seeded_generator("minibatches", run.seed, run.update, accelerator.process_index),
             value_only=run.warms_up_values,
+            packed=run.packed,
         )
 
     # 7. Metrics; the KL coefficient adapts to the measured KL.
