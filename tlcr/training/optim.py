@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from tlcr import ops
 from tlcr.errors import CheckpointError
+from tlcr.training.sharding import local, norm_over_shards
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -82,6 +83,8 @@ class MasterWeightAdamW(torch.optim.Optimizer):
     The master of a bfloat16 parameter is not stored a second time: bfloat16 is the upper half of a float32, so the
     lower half (``state[p]["remainder"]``, int16) restores it bit for bit, in 2 bytes instead of 4. float16 has another
     exponent range, so a float32 is stored (``state[p]["master"]``).
+
+    A sharded parameter's states are sharded as it is. Each process updates its own part: nothing is communicated.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], betas: tuple[float, float], eps: float) -> None:
@@ -101,7 +104,8 @@ class MasterWeightAdamW(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     state = self.state[parameter] or self._begin(parameter)
                     form = split if "remainder" in state else stored if "master" in state else direct
-                    form.append((parameter, parameter.grad, state))
+                    own = {name: local(value) for name, value in state.items()}
+                    form.append((local(parameter), local(parameter.grad), own))
             for step, states in ((_step_split, split), (_step_stored, stored), (_step_directly, direct)):
                 if states:
                     step(states, group)
@@ -140,8 +144,8 @@ def _home(name: str, parameter: Tensor) -> torch.device:
     return torch.device("cpu") if name == "step" and parameter.dtype == torch.bfloat16 else parameter.device
 
 
-_States = list[tuple[nn.Parameter, Tensor, dict[str, Tensor]]]
-"""Parameters of a group, their gradients and their states."""
+_States = list[tuple[Tensor, Tensor, dict[str, Tensor]]]
+"""This process's parts of a group's parameters, of their gradients and of their states."""
 
 
 def _step_split(states: _States, group: dict[str, Any]) -> None:
@@ -227,11 +231,12 @@ def _pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> dict[torch.dtype, list[Tensor]]:
-    """All gradients by dtype: torch takes a list at once, in few launches on a GPU, where it is of one dtype."""
+    """This process's parts of all gradients by dtype: torch takes a list at once, in few launches on a GPU, where it
+    is of one dtype."""
     found: dict[torch.dtype, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            found.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+            found.setdefault(parameter.grad.dtype, []).append(local(parameter.grad))
     return found
 
 
@@ -241,19 +246,23 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     ``torch.nn.utils.get_total_norm`` rounds the norm of each bfloat16 gradient to bfloat16. NaN and infinity pass
     through to the norm: the caller decides. Nothing waits for a GPU.
 
+    Where the parameters are sharded, all of them are, and every process calls it: the parts' square sums are added.
+
     Args:
         parameters: whose gradients.
 
     Returns:
         The norm, a scalar; 0 where there is no gradient at all.
     """
+    parameters = list(parameters)
     norms: list[Tensor] = []
     for dtype, grads in _gradients(parameters).items():
         pieces = [piece for grad in grads for (piece,) in _pieces(grad)]
         norms += torch._foreach_norm(pieces, 2, torch.promote_types(dtype, torch.float32))
     if not norms:
         return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    norm = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return norm_over_shards(norm, parameters[0])
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: float, max_norm: float) -> None:

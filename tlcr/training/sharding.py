@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -173,6 +174,26 @@ def _is_whole(root: nn.Module) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, which shares its memory; any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def norm_over_shards(norm: Tensor, sharded: Tensor) -> Tensor:
+    """The 2-norm of a whole from the norms of its parts: the root of the sum of their squares.
+
+    Processes that hold the same part, in other replicas, are not summed. Every process calls it.
+
+    Args:
+        norm: that of this process's part, a scalar.
+        sharded: a tensor that is cut as the whole is; of any other, ``norm`` is the norm of the whole.
+
+    Returns:
+        The norm of the whole, in the dtype and on the device of ``norm``.
+    """
+    if not isinstance(sharded, DTensor):
+        return norm
+    # In float64 the squares of float32 are exact.
+    square = norm.to(process_device(), torch.float64).square()
+    dist.all_reduce(square, group=sharded.device_mesh.get_group(SHARD))
+    return square.sqrt().to(norm)
 
 
 def whole_state(root: nn.Module) -> dict[str, Tensor]:
