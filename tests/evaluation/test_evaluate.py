@@ -180,27 +180,36 @@ def test_only_so_many_samples_are_kept(tiny_tokenizer: PreTrainedTokenizerFast) 
 
 
 def test_shares_of_several_processes_are_one_evaluation(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    sampler = Sampler(tiny_tokenizer)
-    whole: list[EvaluatedAnswer] = []
+    """Of three prompts in batches of one, the second process has one, and asks as often as the first."""
+    prompts = [*PROMPTS, PROMPTS[0]]
+    others: list[EvaluatedAnswer] = []
 
-    def evaluate(prompts: Sequence[str], others: list[EvaluatedAnswer]) -> object:
+    def evaluate(share: tuple[int, int], expected: list[tuple[str, ...]]) -> object:
+        sampler = Sampler(tiny_tokenizer)
+
         def gather(mine: list[EvaluatedAnswer]) -> list[EvaluatedAnswer]:
-            whole[:] = others + mine
-            return list(whole)
+            others.extend(mine)
+            return sorted(others, key=lambda answer: answer.prompt)
 
-        return evaluate_policy(
+        found = evaluate_policy(
             prompts,
             tokenizer=tiny_tokenizer,
             generate=sampler.generate,
             score=sampler.score,
             scorer=_gold,
+            batch_size=1,
             samples=1,
+            share=share,
             gather=gather,
         )
+        assert sampler.asked == expected
+        return found
 
-    alone = evaluate(PROMPTS, [])
-    evaluate(PROMPTS[:1], [])
-    assert evaluate(PROMPTS[1:], list(whole)) == alone
+    alone = evaluate((0, 1), [(prompt,) for prompt in prompts])
+    others.clear()
+    evaluate((0, 2), [(PROMPTS[0],), (PROMPTS[0],)])
+    assert evaluate((1, 2), [(PROMPTS[1],), (PROMPTS[0],)]) == alone
+    assert alone.answers == 3
 
 
 def test_a_bad_scorer_is_named(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

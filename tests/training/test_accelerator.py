@@ -15,14 +15,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.ppo.helpers import run_ppo, small_config
 from tests.recipes.test_train_sft import PAIRS
-from tlcr.config.schema import RunConfig, TrainingConfig
+from tlcr.config.schema import RunConfig, ShardingConfig, TrainingConfig
 from tlcr.errors import ConfigError
 from tlcr.ppo.run import ddp_options
 from tlcr.recipes.train_sft import train_sft
 from tlcr.training import accelerator as builder
 from tlcr.training.accelerator import open_accelerator
 from tlcr.training.callbacks import Callback
+from tlcr.training.launcher import LaunchedSharding, launched_sharding
 from tlcr.training.metrics import read_metrics
+from tlcr.training.sharding import plan
 
 LM = Callable[..., PreTrainedModel]
 Tokenizer = PreTrainedTokenizerFast
@@ -160,16 +162,55 @@ def test_without_a_tracker_nothing_is_tracked(installed: Installed, tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
-def test_other_kinds_of_parallelism_are_refused_before_a_tracker_starts(
+def test_an_accelerator_for_another_kind_of_parallelism_is_refused_before_a_tracker_starts(
     installed: Installed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: DistributedType
 ) -> None:
     monkeypatch.setattr(Accelerator, "distributed_type", kind)
     with (
-        pytest.raises(ConfigError, match=f"the launcher asks for {kind.value}; run 'accelerate launch' without DeepSp"),
+        pytest.raises(ConfigError, match=f"the accelerator is for {kind.value}, and tlcr cuts .* set sharding.kind: f"),
         open_accelerator(RunConfig(tracker="tensorboard"), tmp_path),
     ):
         pass
     assert installed.recorder.started == 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true"},
+            "the launcher asks for DeepSpeed, and tlcr cuts .* set sharding.kind: fu",
+        ),
+        (
+            {"ACCELERATE_USE_MEGATRON_LM": "true"},
+            "the launcher asks for Megatron-LM, and tlcr .* set sharding.kind: ful",
+        ),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP version 1; add --fsdp_version 2, or run .* set sharding.kind: full"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP version 1; add --fsdp_version 2, or run"),
+    ],
+)
+def test_what_a_launcher_asks_for_is_refused_where_tlcr_does_not_do_it(
+    installed: Installed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    """On CPUs accelerate would take no notice."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message), open_accelerator(RunConfig(), tmp_path):
+        pass
+    assert installed.options == []
+    with pytest.raises(ConfigError, match=message):
+        plan(ShardingConfig())
+
+
+def test_version_2_of_a_launchers_fsdp_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launched_sharding() is None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert launched_sharding() == LaunchedSharding(offload=False)
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    assert launched_sharding() == LaunchedSharding(offload=True)
+    with pytest.raises(ConfigError, match=r"sharding.kind is 'full', .* and there is one process"):
+        plan(ShardingConfig())
 
 
 @pytest.mark.parametrize(

@@ -519,5 +519,5 @@ def test_no_examples_and_other_kinds_of_parallelism_are_refused(tmp_path, tiny_c
     with pytest.raises(DataError, match="there are no examples to train on"):
         train(tiny_causal_lm(), tmp_path, config(), examples=[])
     sharded: Any = SimpleNamespace(distributed_type=DistributedType.FSDP)
-    with pytest.raises(ConfigError, match="the launcher asks for FSDP"):
+    with pytest.raises(ConfigError, match="the accelerator is for FSDP"):
         train(tiny_causal_lm(), tmp_path, config(), accelerator=sharded)

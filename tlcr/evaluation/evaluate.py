@@ -149,6 +149,7 @@ def evaluate_policy(
     batch_size: int = 64,
     samples: int = 0,
     detail: Detailer | None = None,
+    share: tuple[int, int] = (0, 1),
     gather: Callable[[list[EvaluatedAnswer]], list[EvaluatedAnswer]] | None = None,
 ) -> PolicyEvaluation:
     """Answer every prompt once and measure the answers.
@@ -164,8 +165,10 @@ def evaluate_policy(
         batch_size: prompts given to ``generate`` at a time.
         samples: answers kept with per-token detail, the first ones.
         detail: the arm's reward and advantages. Without it those of the samples are empty, and there is no proxy.
-        gather: collects the answers of all processes, each of which evaluated its own share of the prompts
-            (``accelerate.utils.gather_object``).
+        share: the number of this process, and of processes that share the prompts. Each answers every such-and-such
+            prompt, and calls ``generate``, ``score`` and ``detail`` as often as the others, because sharded models
+            communicate there; where its share is used up, it answers the first prompt, and the answer does not count.
+        gather: collects the answers of all processes (``accelerate.utils.gather_object``).
 
     Returns:
         Figures over all answers, and the samples.
@@ -175,12 +178,16 @@ def evaluate_policy(
         ShapeError: ``detail`` returns another shape than the rollout's.
     """
     answers: list[EvaluatedAnswer] = []
-    for start in range(0, len(prompts), batch_size):
-        rollout = generate(prompts[start : start + batch_size])
+    process, processes = share
+    own = prompts[process::processes]
+    for start in range(0, len(prompts[::processes]), batch_size):
+        batch = own[start : start + batch_size]
+        rollout = generate(batch or prompts[:1])
         scores = score(rollout)
-        kept = min(max(samples - start, 0), len(rollout.prompts))
         details = detail(rollout, scores) if detail is not None else None
-        answers.extend(_answers(rollout, scores, _gold(scorer, rollout), tokenizer, kept, details))
+        if batch:
+            kept = min(max(samples - start, 0), len(batch))
+            answers.extend(_answers(rollout, scores, _gold(scorer, rollout), tokenizer, kept, details))
     return summarise(gather(answers) if gather is not None else answers, samples=samples)
 
 

@@ -29,8 +29,10 @@ from tlcr.ppo.rollout import generate, seeded_generator
 from tlcr.ppo.scores import score_rollout
 from tlcr.recipes.train_ppo import train_ppo
 from tlcr.rewards.composition import RunningMean, compose_rewards
+from tlcr.rewards.sources import models_of
 from tlcr.text.truncation import note_cut_prompts
 from tlcr.training.distributed import on_main_process, process_count, process_index
+from tlcr.training.sharding import gathered, plan, reshard, shard
 from tlcr.types import PolicyScores, Rewards, Rollout
 
 
@@ -56,8 +58,10 @@ def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
     frozen, reference = load_frozen_models(run, cfg), load_reference(run)
     evaluation = _Evaluation(run, cfg, frozen, reference, seed)
 
-    # 2. the initial policy, and its evaluation
+    # 2. the initial policy, its value model (which may be a copy of a frozen model), and its evaluation
     actor_critic = _start(run, cfg, frozen)
+    for root in (actor_critic, reference, *frozen.models):
+        shard(root, plan(cfg.sharding))
     before = evaluation(actor_critic)
     latest = {0: before}
 
@@ -127,17 +131,18 @@ class _Evaluation:
         generator = seeded_generator("evaluation", run.cfg.seed, process_index())
 
         def sample(prompts: Sequence[str]) -> Rollout:
-            return generate(
-                actor_critic.policy,
-                run.tokenizer,
-                prompts,
-                cfg.rollout,
-                max_prompt_tokens=cfg.data.max_prompt_tokens,
-                generator=generator,
-            )
+            with gathered(actor_critic, only=actor_critic.policy):
+                return generate(
+                    actor_critic.policy,
+                    run.tokenizer,
+                    prompts,
+                    cfg.rollout,
+                    max_prompt_tokens=cfg.data.max_prompt_tokens,
+                    generator=generator,
+                )
 
         def score(rollout: Rollout) -> PolicyScores:
-            return score_rollout(
+            scores = score_rollout(
                 actor_critic,
                 self._reference,
                 rollout,
@@ -145,12 +150,14 @@ class _Evaluation:
                 micro_batch_size=cfg.rollout.batch_size,
                 exact_kl=True,
             )
+            reshard(actor_critic, self._reference)
+            return scores
 
         def gather(answers: list[EvaluatedAnswer]) -> list[EvaluatedAnswer]:
             return list(gather_object(answers)) if process_count() > 1 else answers
 
         return evaluate_policy(
-            run.prompts.held_out[process_index() :: process_count()],
+            run.prompts.held_out,
             tokenizer=run.tokenizer,
             generate=sample,
             score=score,
@@ -158,12 +165,14 @@ class _Evaluation:
             batch_size=cfg.rollout.batch_size,
             samples=cfg.evaluation.samples,
             detail=self._detail,
+            share=(process_index(), process_count()),
             gather=gather,
         )
 
     def _detail(self, rollout: Rollout, scores: PolicyScores) -> TokenDetail:
         """The arm's reward, once without KL and centring and once as PPO gets it, and the advantages."""
-        signal = self._source(rollout)
+        with gathered(*models_of(self._source)):
+            signal = self._source(rollout)
 
         def composed(reward: RewardConfig) -> Rewards:
             return compose_rewards(

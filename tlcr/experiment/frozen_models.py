@@ -24,6 +24,10 @@ class FrozenModels:
     dpo: LoadedModel | None = None
 
     @property
+    def models(self) -> list[PreTrainedModel]:
+        return [loaded.model for loaded in (self.discriminator, self.reward_model, self.dpo) if loaded is not None]
+
+    @property
     def temperature(self) -> float:
         return temperature_of(self.discriminator.model) if self.discriminator is not None else 1.0
 

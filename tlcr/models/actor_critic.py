@@ -31,6 +31,7 @@ from tlcr.models.probes import is_causal
 from tlcr.ops.types import TokenScores
 from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.training.distributed import on_main_process
+from tlcr.training.sharding import as_forward, has_shards, whole_state
 
 Terms = Literal["both", "policy", "value"]
 
@@ -202,8 +203,9 @@ class ActorCritic(nn.Module):
     def _values(self, batch: _Batch, hidden_NH: Tensor | None) -> Tensor:
         if self.value_model is None:
             assert self.value_head is not None and hidden_NH is not None
-            return self.value_head(hidden_NH).squeeze(-1)
-        values_N = batch.at_states(self.value_model(**_inputs(self.value_model, batch)).logits).squeeze(-1)
+            # A copy: fully_shard wants no view of what it returns, whose gradient it waits for.
+            return self.value_head(hidden_NH).squeeze(-1).clone()
+        values_N = batch.at_states(self.value_model(**_inputs(self.value_model, batch)).logits.squeeze(-1))
         return values_N if values_N.dtype == torch.float64 else values_N.float()
 
     @classmethod
@@ -293,7 +295,8 @@ def build_value_model(
 
 
 def save_value_head(head: Head, folder: Path) -> None:
-    """Write the head of a shared value model: safetensors, and a JSON that says what it reads."""
+    """Write the head of a shared value model: safetensors, and a JSON that says what it reads. Every process calls."""
+    state = whole_state(head) if has_shards(head) else head.state_dict()
     about = {
         "hidden_size": head.in_features,
         "dtype": str(head.weight.dtype).removeprefix("torch."),
@@ -303,7 +306,7 @@ def save_value_head(head: Head, folder: Path) -> None:
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / "value_head.safetensors") as aside:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}, aside)
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, aside)
         write_json(folder / "value_head.json", about)
 
     on_main_process(write)
@@ -352,7 +355,7 @@ class _Batch(NamedTuple):
         return cls(ids_BL[:, :-1], layout[:, :-1].long(), action_ids_N, states_N)
 
     def at_states(self, x_BKX: Tensor) -> Tensor:
-        """(N, X): what a model says in the states in which the actions were chosen."""
+        """(N, ...): what a model says in the states in which the actions were chosen."""
         return x_BKX.flatten(0, 1).index_select(0, self.states_N)
 
 
@@ -380,8 +383,10 @@ def _logits(model: PreTrainedModel, batch: _Batch) -> Tensor:
 
 
 def _hidden_states(model: PreTrainedModel, batch: _Batch) -> Tensor:
+    """(N, H). Where the model is sharded by itself, its head stays gathered until the backward pass or ``reshard``."""
     body = backbone(model)
-    return batch.at_states(body(**_inputs(body, batch)).last_hidden_state)
+    hidden_BKH = as_forward(model, lambda: body(**_inputs(body, batch)).last_hidden_state)
+    return batch.at_states(hidden_BKH)
 
 
 @torch.no_grad()

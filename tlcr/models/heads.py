@@ -28,7 +28,8 @@ class Head(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
+        # A copy: among layers of another dtype it is sharded by itself, and fully_shard wants no view of its output.
+        return super().forward(x.to(self.weight.dtype)).clone()
 
 
 def backbone(model: PreTrainedModel) -> PreTrainedModel:

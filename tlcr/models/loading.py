@@ -40,6 +40,7 @@ from tlcr.text.files import read_text
 from tlcr.text.turns import turn_end, turn_notes
 from tlcr.training.checkpoint import atomic_write, sync_folder
 from tlcr.training.distributed import on_main_process
+from tlcr.training.sharding import has_shards, whole_state
 
 logger = logging.getLogger("tlcr")
 
@@ -375,6 +376,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         folder: where to write.
     """
     folder = Path(folder)
+    state = whole_state(model) if has_shards(model) else None
 
     def write() -> None:
         for config in filter(None, (model.config, getattr(model, "generation_config", None))):
@@ -382,7 +384,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         parts = folder / ".model"
         classifiers.name_source(model)
         with atomic_write(parts) as aside:
-            model.save_pretrained(aside)
+            model.save_pretrained(aside, state_dict=state)
             classifiers.write_source(model, aside)
             tokenizer.save_pretrained(aside)
         names = {part.name for part in parts.iterdir()}

@@ -11,6 +11,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from tlcr.errors import ConfigError
 from tlcr.models.actor_critic import ActorCritic
 from tlcr.models.probes import packing_fault
+from tlcr.training.sharding import gathered
 
 __all__ = ["packs_rows"]
 
@@ -40,7 +41,8 @@ def packs_rows(
     if setting == "never" or (setting == "auto" and not all(map(_runs_flash, models.values()))):
         return False
     for role, model in models.items():
-        fault = packing_fault(model)
+        with gathered(actor_critic, reference, only=model):
+            fault = packing_fault(model)
         if fault is None:
             continue
         found = f"the {role}, a {type(model).__name__} with attention {model.config._attn_implementation}, {fault}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import PPOConfig, RunConfig
@@ -23,7 +25,7 @@ from tlcr.ppo.kl import build_kl_controller
 from tlcr.ppo.packing import packs_rows
 from tlcr.ppo.rollout import PromptStream
 from tlcr.rewards.composition import RunningMean, check_kl
-from tlcr.rewards.sources import RewardSource
+from tlcr.rewards.sources import RewardSource, models_of
 from tlcr.text.truncation import note_cut_prompts
 from tlcr.training.callbacks import Callback
 from tlcr.training.checkpoint import as_plain, is_done, mark_done
@@ -31,7 +33,10 @@ from tlcr.training.distributed import on_all_processes, sum_over_processes
 from tlcr.training.loop import TrainingLoop, settings_without
 from tlcr.training.metrics import read_metrics
 from tlcr.training.optim import build_optimizer, build_scheduler, parameter_groups
+from tlcr.training.sharding import gathered, is_sharded, load_whole_state, plan, shard
 from tlcr.types import RewardSignal, Rollout
+
+logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[ActorCritic, int], Mapping[str, float]]
 """(policy and value model, updates done) to figures by name."""
@@ -90,19 +95,19 @@ class PPORun:
         check_sizes(cfg.ppo, accelerator.num_processes)
         self.cfg, self.tokenizer, self.reward_source = cfg, tokenizer, reward_source
         self.folder, self.seed, self.accelerator = Path(folder), seed, accelerator
-        device = accelerator.device
-        self.reference = reference.requires_grad_(False).eval().to(device)
-        self.actor_critic = actor_critic.eval().to(device)
+        self.reference = reference.requires_grad_(False).eval()
+        self.actor_critic = actor_critic.eval()
+        self.sharding = plan(cfg.sharding)
+        for root in (self.reference, self.actor_critic):
+            if not is_sharded(root):
+                shard(root.to(accelerator.device), self.sharding)
         self.packed = packs_rows(cfg.ppo.packing, self.actor_critic, self.reference)
         self.optimizer = build_optimizer(_parameter_groups(self.actor_critic, cfg))
-        with warnings.catch_warnings():
-            # accelerate has no field for the name that newer versions of torch give to this option
-            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-            self.parallel = accelerator.prepare_model(self.actor_critic)
+        self.parallel = self.actor_critic if self.sharding else _data_parallel(self.actor_critic, accelerator)
         self.kl_controller = build_kl_controller(cfg.kl)
         self.centre = RunningMean(reduce=sum_over_processes) if cfg.reward.centre else None
         self.prompts = PromptStream(prompts, seed)
-        self._identity = _identity(cfg, prompts, seed, accelerator.num_processes)
+        self._identity = _identity(cfg, prompts, seed, None if self.sharding else accelerator.num_processes)
         self.loop = TrainingLoop(
             self.folder,
             total_steps=cfg.ppo.updates,
@@ -148,7 +153,8 @@ class PPORun:
                 check_kl(kl_BT, rollout.mask_BT)
             return self.reward_source(rollout)
 
-        return on_all_processes(ask)
+        with gathered(*models_of(self.reward_source)):
+            return on_all_processes(ask)
 
     @property
     def warms_up_values(self) -> bool:
@@ -223,6 +229,7 @@ class PPORun:
             "kl_controller": self.kl_controller.state_dict(),
             "centre": None if self.centre is None else self.centre.state_dict(),
             "reward_source": self.reward_source.state_dict(),
+            **({"processes": self.accelerator.num_processes} if self.sharding else {}),
         }
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
@@ -231,6 +238,14 @@ class PPORun:
         if self.centre is not None:
             self.centre.load_state_dict(state["centre"])
         self.reward_source.load_state_dict(state["reward_source"])
+        now = self.accelerator.num_processes
+        if (before := state.get("processes", now)) != now:
+            logger.warning(
+                "PPO goes on with %d processes and was saved by %s: each draws random numbers of its own, so the run "
+                "continues but is no longer bit for bit the one that was begun",
+                now,
+                before,
+            )
 
     def _load_finished(self, resume: bool) -> None:
         if not resume or not is_done(self.folder, self._done_config):
@@ -241,7 +256,7 @@ class PPORun:
             )
         own = self.cfg.model.saved_in(self.folder / "policy")
         trained = ActorCritic.load(own, self.folder / "value", device=self.accelerator.device)
-        self.actor_critic.load_state_dict(trained.state_dict())
+        load_whole_state(self.actor_critic, trained.state_dict())
         done = json.loads((self.folder / DONE).read_text(encoding="utf-8"))
         last = read_metrics(self.loop.log.path)[-1]
         evaluation = {key.removeprefix("eval/"): figure for key, figure in last.items() if key.startswith("eval/")}
@@ -250,6 +265,14 @@ class PPORun:
     @property
     def _done_config(self) -> dict[str, Any]:
         return {**self._identity, "updates": self.cfg.ppo.updates}
+
+
+def _data_parallel(actor_critic: ActorCritic, accelerator: Accelerator) -> ActorCritic | DistributedDataParallel:
+    with warnings.catch_warnings():
+        # accelerate has no field for the name that newer versions of torch give to this option
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        parallel: ActorCritic | DistributedDataParallel = accelerator.prepare_model(actor_critic)
+    return parallel
 
 
 def ddp_options(ppo: PPOConfig) -> DistributedDataParallelKwargs:
@@ -274,8 +297,11 @@ def _parameter_groups(actor_critic: ActorCritic, cfg: RunConfig) -> list[dict[st
     ]
 
 
-def _identity(cfg: RunConfig, prompts: Sequence[str], seed: int, num_processes: int) -> dict[str, Any]:
-    """What must be equal in a checkpoint and in this run to resume."""
+def _identity(cfg: RunConfig, prompts: Sequence[str], seed: int, num_processes: int | None) -> dict[str, Any]:
+    """What must be equal in a checkpoint and in this run to resume.
+
+    num_processes: None where models are sharded, whose checkpoints any number of processes reads.
+    """
     ppo = settings_without(cfg.ppo, FREE_TO_CHANGE)
     # Checkpoints of earlier versions name no engine: they sampled by generate.
     rollout = settings_without(cfg.rollout, ("engine",) if cfg.rollout.engine == "generate" else ())
@@ -283,5 +309,5 @@ def _identity(cfg: RunConfig, prompts: Sequence[str], seed: int, num_processes: 
         "settings": {"ppo": ppo, "reward": as_plain(cfg.reward), "kl": as_plain(cfg.kl), "rollout": rollout},
         "prompts": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
         "seed": seed,
-        "processes": num_processes,
+        **({} if num_processes is None else {"processes": num_processes}),
     }

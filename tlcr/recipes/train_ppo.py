@@ -23,6 +23,7 @@ from tlcr.rewards.composition import compose_rewards
 from tlcr.rewards.sources import RewardSource
 from tlcr.training.accelerator import open_accelerator
 from tlcr.training.callbacks import Callback
+from tlcr.training.sharding import gathered, reshard
 
 __all__ = ["PPOResult", "train_ppo"]
 
@@ -49,9 +50,10 @@ def train_ppo(
     in the docstrings of ``tlcr.fused_reward``, ``tlcr.fused_gae`` and ``tlcr.ppo_loss``.
 
     Args:
-        cfg: its sections ``ppo``, ``rollout``, ``reward`` and ``kl`` say how; ``data`` how prompts are cut.
-        actor_critic: policy and value model, trained in place.
-        reference: a frozen copy of the initial policy; KL is measured against it.
+        cfg: its sections ``ppo``, ``rollout``, ``reward`` and ``kl`` say how; ``data`` how prompts are cut;
+            ``sharding`` whether each process holds whole models or a part of them.
+        actor_critic: policy and value model, trained in place (and sharded in place).
+        reference: a frozen copy of the initial policy; KL is measured against it. It is sharded too.
         tokenizer: the policy's.
         reward_source: gives the rewards of a rollout.
         reward_temperature: the calibrated temperature, which divides the source's logits.
@@ -108,7 +110,7 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
     prompts = run.take_prompts()
 
     # 2. Answers a_1 .. a_T from the policy; the end of sequence is an action too.
-    with watch.phase("rollout"):
+    with watch.phase("rollout"), gathered(run.actor_critic, only=run.actor_critic.policy):
         rollout = generate(
             run.actor_critic.policy,
             tokenizer=run.tokenizer,
@@ -130,6 +132,7 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
             packed=run.packed,
             exact_kl=cfg.kl_estimator == "full",
         )
+        reshard(run.actor_critic, run.reference)
 
     # 4. A reward for every token, r_t = 2 D(a_t | x, a_<t) - 1, minus the KL penalty.
     with watch.phase("reward"):
@@ -176,6 +179,7 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
             value_only=run.warms_up_values,
             packed=run.packed,
         )
+        reshard(run.reference)
 
     # 7. Metrics; the KL coefficient adapts to the measured KL.
     metrics = rollout_metrics(rollout, scores, rewards, advantages, cfg.kl_estimator)

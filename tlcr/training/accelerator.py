@@ -14,6 +14,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from tlcr.config.schema import RunConfig
 from tlcr.errors import ConfigError
 from tlcr.training.checkpoint import as_plain
+from tlcr.training.launcher import launched_sharding
 
 PROJECT = "tlcr"
 """The project name that trackers get."""
@@ -43,6 +44,7 @@ def open_accelerator(
     tracked = cfg.tracker != "none"
     if tracked and find_spec(cfg.tracker) is None:
         raise ConfigError(f"tracker: {cfg.tracker} is not installed: 'pip install {cfg.tracker}', or set tracker: none")
+    launched_sharding()  # refuses what tlcr does not do before accelerate tries to do it
     accelerator = Accelerator(
         mixed_precision="no",
         log_with=cfg.tracker if tracked else None,
@@ -60,12 +62,14 @@ def open_accelerator(
 
 
 def check_parallelism(accelerator: Accelerator) -> None:
-    """Raises ConfigError where the launcher asked for DeepSpeed, FSDP or Megatron, which tlcr does not train with."""
-    if accelerator.distributed_type not in SUPPORTED:
-        raise ConfigError(
-            f"tlcr trains with plain data parallelism, and the launcher asks for {accelerator.distributed_type.value}; "
-            "run 'accelerate launch' without DeepSpeed, FSDP or Megatron"
-        )
+    """Raises ConfigError where an accelerator is for DeepSpeed, Megatron or FSDP, unless a launcher asks for FSDP 2."""
+    kind = accelerator.distributed_type
+    if kind in SUPPORTED or (kind == DistributedType.FSDP and launched_sharding() is not None):
+        return
+    raise ConfigError(
+        f"the accelerator is for {kind.value}, and tlcr cuts models by torch's fully_shard; make it without, and set "
+        "sharding.kind: full where models are to be cut"
+    )
 
 
 def _hyperparameters(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,9 @@ Launchers are ``accelerate launch``, ``torchrun`` (``python -m torch.distributed
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
+
+from tlcr.errors import ConfigError
 
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -39,6 +42,35 @@ def without_launcher() -> dict[str, str]:
     """This environment without a launcher's variables, for a process that is to work alone."""
     ours = (*SIZES, *RANKS, *SIZES_OF_A_NODE, *RANKS_ON_A_NODE)
     return {name: value for name, value in os.environ.items() if name not in ours}
+
+
+class LaunchedSharding(NamedTuple):
+    """What ``accelerate launch --use_fsdp`` asks for."""
+
+    offload: bool
+
+
+def launched_sharding() -> LaunchedSharding | None:
+    """The sharding that the launcher asks for; None where it asks for none.
+
+    accelerate itself takes no notice of this on CPUs, and wraps models in ``DistributedDataParallel``.
+
+    Raises:
+        ConfigError: it asks for DeepSpeed, Megatron or FSDP version 1.
+    """
+    instead = "run 'accelerate launch' without it, and set sharding.kind: full where models are to be cut"
+    for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
+        if _flag(variable):
+            raise ConfigError(f"the launcher asks for {name}, and tlcr cuts models by torch's fully_shard; {instead}")
+    if not _flag("ACCELERATE_USE_FSDP"):
+        return None
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise ConfigError(f"the launcher asks for FSDP version {version}; add --fsdp_version 2, or {instead}")
+    return LaunchedSharding(offload=_flag("FSDP_OFFLOAD_PARAMS"))
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "y", "yes", "t", "true", "on")
 
 
 def _number(names: tuple[str, ...]) -> int | None:

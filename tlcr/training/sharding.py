@@ -11,15 +11,17 @@ Every function here takes a module that is not sharded too, and then does nothin
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, TypeVar, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -34,8 +36,9 @@ from torch.distributed.tensor import DTensor
 from tlcr.config.schema import ShardingConfig
 from tlcr.errors import ConfigError
 from tlcr.training.distributed import process_count, process_device
-from tlcr.training.launcher import processes_of_a_node
+from tlcr.training.launcher import launched_sharding, processes_of_a_node
 
+T = TypeVar("T")
 SHARD, REPLICATE = "shard", "replicate"
 """Names of the mesh's dimensions: over the first a model is cut, over the second it is repeated."""
 
@@ -60,6 +63,8 @@ class Sharding:
 def plan(cfg: ShardingConfig) -> Sharding | None:
     """The sharding that ``cfg`` asks for, over all processes; None for ``kind: none``.
 
+    FSDP version 2 of ``accelerate launch`` counts as ``kind: full`` where ``cfg`` asks for none.
+
     Args:
         cfg: the run's ``sharding``.
 
@@ -67,10 +72,14 @@ def plan(cfg: ShardingConfig) -> Sharding | None:
         The plan, the same on every process; None where models stay whole.
 
     Raises:
-        ConfigError: there is one process only, or the processes do not fall into ``sharding.replicas`` equal groups.
+        ConfigError: there is one process only, the processes do not fall into ``sharding.replicas`` equal groups, or
+            the launcher asks for another kind of sharding.
     """
+    launched = launched_sharding()
     if cfg.kind == "none":
-        return None
+        if launched is None:
+            return None
+        cfg = replace(cfg, kind="full", offload=launched.offload)
     processes = process_count()
     if processes == 1:
         raise ConfigError(
@@ -88,8 +97,13 @@ def plan(cfg: ShardingConfig) -> Sharding | None:
             )
         shape = (replicas, processes // replicas)
     names = (REPLICATE, SHARD)[-len(shape) :]
-    mesh = init_device_mesh(process_device().type, shape, mesh_dim_names=names)
-    return Sharding(mesh, getattr(torch, cfg.reduce_dtype), cfg.offload)
+    return Sharding(_mesh(shape, names), getattr(torch, cfg.reduce_dtype), cfg.offload)
+
+
+@cache
+def _mesh(shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    """One mesh for all models of a run: each has groups of processes of its own, with memory and connections."""
+    return init_device_mesh(process_device().type, shape, mesh_dim_names=names)
 
 
 def shard(root: nn.Module, sharding: Sharding | None) -> None:
@@ -97,78 +111,98 @@ def shard(root: nn.Module, sharding: Sharding | None) -> None:
 
     Units are the layers that transformers would not split over devices (``_no_split_modules``), layers whose dtype is
     another than that of the rest (gradients of one unit are summed in one dtype), and the root. Call it before the
-    optimiser is made, and before any forward pass.
+    optimiser is made, and before any copy of the module is needed. A module that is sharded already stays as it is.
 
     Args:
         root: the module whose forward pass will be called; parameters may be on the meta device.
         sharding: the plan; None leaves the module as it is.
     """
-    if sharding is None:
+    if sharding is None or is_sharded(root):
         return
     for unit in (*_units(root), root):
         fully_shard(unit, **_options(unit, sharding))
-    # A module that is first called through a part of it would take the part for the root. A method that counts as a
-    # forward pass, and does nothing, settles which is the root, whoever is called next.
-    begin = cast(Any, root)
-    begin.begin_as_root = types.MethodType(lambda _root: None, root)
-    register_fsdp_forward_method(root, "begin_as_root")
-    begin.begin_as_root()
+    cast(Any, root).run_as_forward = types.MethodType(lambda _root, action: action(), root)
+    register_fsdp_forward_method(root, "run_as_forward")
+    # A module that is first called through a part of it would take the part for the root.
+    as_forward(root, lambda: None)
     reshard(root)
 
 
+def as_forward(root: nn.Module, action: Callable[[], T]) -> T:
+    """Runs ``action``, which calls parts of ``root``, as a forward pass of ``root``.
+
+    What belongs to the root itself stays gathered after it, until a backward pass or ``reshard``.
+
+    Args:
+        root: a module that was given to ``shard``.
+        action: called without arguments.
+
+    Returns:
+        What ``action`` returned.
+    """
+    return cast(T, cast(Any, root).run_as_forward(action)) if is_sharded(root) else action()
+
+
 def is_sharded(module: nn.Module) -> bool:
-    """Whether ``shard`` has cut ``module``."""
+    """Whether ``module`` was given to ``shard``."""
     return isinstance(module, FSDPModule)
+
+
+def has_shards(module: nn.Module) -> bool:
+    """Whether parameters of ``module``, a sharded one or a part of one, are shards at this moment."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def reshard(*roots: nn.Module) -> None:
     """Frees what is gathered. Roots keep their own parameters gathered after a forward pass without a backward pass:
-    they take memory, and a step on the shards does not reach them.
+    they take memory, and a step on the shards does not reach them. What a ``gathered`` block holds stays.
 
     Args:
         roots: modules that were given to ``shard``.
     """
     for root in roots:
         for unit in _sharded_units(root):
-            unit.reshard()
+            if unit not in _gathered_now:
+                unit.reshard()
 
 
 @contextmanager
-def gathered(*roots: nn.Module) -> Iterator[None]:
+def gathered(*roots: nn.Module, only: nn.Module | None = None) -> Iterator[None]:
     """Every parameter whole on every process inside: any part may be called, any number of times, and nothing
-    communicates. Every process enters and leaves it. Blocks may be nested.
+    communicates. Every process enters it. Blocks may be nested.
 
     Args:
-        roots: modules that were given to ``shard``.
+        roots: modules that were given to ``shard``; others are left as they are.
+        only: a part of the roots. Units outside it stay sharded, which saves their memory.
 
     Yields:
         Nothing.
     """
     with ExitStack() as stack:
         for root in roots:
-            stack.enter_context(_gathered(root))
+            stack.enter_context(_gathered(root, set(root.modules() if only is None else only.modules())))
         yield
+
+
+_gathered_now: WeakSet[FSDPModule] = WeakSet()
+"""The units that a ``gathered`` block holds whole."""
 
 
 @contextmanager
-def _gathered(root: nn.Module) -> Iterator[None]:
-    units = _sharded_units(root)
-    if not units or _is_whole(root):
-        yield
-        return
+def _gathered(root: nn.Module, wanted: Collection[nn.Module]) -> Iterator[None]:
+    units = [u for u in _sharded_units(root) if (u is root or u in wanted) and u not in _gathered_now]
     for unit in units:
+        unit.reshard()  # what a forward pass left gathered may be older than the shards
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
+    _gathered_now.update(units)
     try:
         yield
     finally:
         for unit in units:
+            _gathered_now.discard(unit)
             unit.reshard()
             unit.set_reshard_after_forward(unit is not root, recurse=False)
-
-
-def _is_whole(root: nn.Module) -> bool:
-    return not any(isinstance(parameter, DTensor) for parameter in root.parameters())
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -211,6 +245,19 @@ def whole_state(root: nn.Module) -> dict[str, Tensor]:
         dict[str, Tensor],
         get_model_state_dict(root, options=StateDictOptions(full_state_dict=True, cpu_offload=True)),
     )
+
+
+def load_whole_state(root: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Gives ``root`` the weights of a state dictionary that every process has whole.
+
+    Args:
+        root: a sharded module, or any other.
+        state: as ``whole_state`` gives it; tied weights may be there once.
+    """
+    if is_sharded(root):
+        set_model_state_dict(root, dict(state), options=StateDictOptions(full_state_dict=True))
+    else:
+        root.load_state_dict(state)
 
 
 def _sharded_units(root: nn.Module) -> list[FSDPModule]:

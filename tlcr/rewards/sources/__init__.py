@@ -10,7 +10,7 @@ from tlcr.rewards.sources.callable import CallableSource
 from tlcr.rewards.sources.discriminator import DiscriminatorSource
 from tlcr.rewards.sources.frozen_model import FrozenModel, same_tokenizer
 from tlcr.rewards.sources.log_ratio import LogRatioSource
-from tlcr.rewards.sources.protocol import RewardSource
+from tlcr.rewards.sources.protocol import RewardSource, models_of
 from tlcr.rewards.sources.random import RandomSource
 from tlcr.rewards.sources.sequence import (
     AttentionSource,
@@ -36,5 +36,6 @@ __all__ = [
     "UniformSource",
     "build_reward_source",
     "import_function",
+    "models_of",
     "same_tokenizer",
 ]

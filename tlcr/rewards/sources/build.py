@@ -14,7 +14,7 @@ from tlcr.rewards.sources.callable import CallableSource
 from tlcr.rewards.sources.discriminator import DiscriminatorSource
 from tlcr.rewards.sources.frozen_model import FrozenModel
 from tlcr.rewards.sources.log_ratio import LogRatioSource
-from tlcr.rewards.sources.protocol import RewardSource
+from tlcr.rewards.sources.protocol import RewardSource, models_of
 from tlcr.rewards.sources.random import RandomSource
 from tlcr.rewards.sources.sequence import (
     AttentionSource,
@@ -39,6 +39,7 @@ class CombinedSource:
     def __init__(self, source: RewardSource, sequence: SequenceRewardSource) -> None:
         self.source = source
         self.sequence = sequence
+        self.models = models_of(source) + sequence.models
 
     def __call__(self, rollout: Rollout) -> RewardSignal:
         return replace(self.source(rollout), sequence_B=self.sequence(rollout).terminal_B)

@@ -29,7 +29,7 @@ class DiscriminatorSource(Stateless):
     """
 
     def __init__(self, frozen: FrozenModel) -> None:
-        self.frozen = frozen
+        self.frozen, self.models = frozen, (frozen.model,)
 
     def __call__(self, rollout: Rollout) -> RewardSignal:
         frozen, mask_BT = self.frozen, rollout.mask_BT

@@ -25,6 +25,7 @@ class LogRatioSource(Stateless):
     def __init__(self, frozen: FrozenModel, reference: PreTrainedModel, beta: float) -> None:
         check_same_tokenizer(frozen.policy_tokenizer, frozen.tokenizer)
         self.frozen, self.reference, self.beta = frozen, reference, beta
+        self.models = frozen.model, reference
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> RewardSignal:

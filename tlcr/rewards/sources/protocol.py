@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from torch import nn
+
 from tlcr.errors import CheckpointError
 from tlcr.types import RewardSignal, Rollout
 
@@ -23,6 +25,21 @@ class RewardSource(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` gave."""
         ...
+
+
+def models_of(source: RewardSource) -> tuple[nn.Module, ...]:
+    """The models that a source asks: its attribute ``models``, where it has one.
+
+    Whoever asks a source holds sharded models of it ``gathered`` meanwhile. A source may then call any part of them, as
+    often as its own answers need.
+
+    Args:
+        source: any source.
+
+    Returns:
+        The models; none where the source says nothing of them.
+    """
+    return tuple(getattr(source, "models", ()))
 
 
 class Stateless:

@@ -27,7 +27,7 @@ class SequenceRewardSource(Stateless):
     """
 
     def __init__(self, frozen: FrozenModel) -> None:
-        self.frozen = frozen
+        self.frozen, self.models = frozen, (frozen.model,)
 
     def __call__(self, rollout: Rollout) -> RewardSignal:
         return RewardSignal(terminal_B=_scores(self.frozen, read(self.frozen, rollout)).to(rollout.mask_BT.device))
@@ -37,7 +37,7 @@ class UniformSource(Stateless):
     """The score in equal parts: r_t = R / n for each of the n counted tokens of an answer (ABC's baseline)."""
 
     def __init__(self, frozen: FrozenModel) -> None:
-        self.frozen = frozen
+        self.frozen, self.models = frozen, (frozen.model,)
 
     def __call__(self, rollout: Rollout) -> RewardSignal:
         mask_BT = rollout.mask_BT
@@ -57,7 +57,7 @@ class AttentionSource(Stateless):
 
     def __init__(self, frozen: FrozenModel) -> None:
         require_decoder(frozen.model, "reward.kind 'attention'")
-        self.frozen = frozen
+        self.frozen, self.models = frozen, (frozen.model,)
 
     def __call__(self, rollout: Rollout) -> RewardSignal:
         frozen, reading = self.frozen, read(self.frozen, rollout)
@@ -81,7 +81,7 @@ class PrefixDifferenceSource(Stateless):
 
     def __init__(self, frozen: FrozenModel) -> None:
         require_decoder(frozen.model, "reward.kind 'prefix_difference'")
-        self.frozen = frozen
+        self.frozen, self.models = frozen, (frozen.model,)
 
     def __call__(self, rollout: Rollout) -> RewardSignal:
         frozen, reading = self.frozen, read(self.frozen, rollout)

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tlcr.rewards.sources.frozen_model import counted
-from tlcr.rewards.sources.protocol import RewardSource
+from tlcr.rewards.sources.protocol import RewardSource, models_of
 from tlcr.text.tokenization import character_spans, decode_text
 from tlcr.types import RewardSignal, Rollout
 
@@ -27,6 +27,7 @@ class SpanSource:
 
     def __init__(self, source: RewardSource, tokenizer: PreTrainedTokenizerBase, span_end: str) -> None:
         self.source, self.tokenizer, self.span_end = source, tokenizer, re.compile(span_end)
+        self.models = models_of(source)
 
     def __call__(self, rollout: Rollout) -> RewardSignal:
         mask_BT = rollout.mask_BT.cpu()

@@ -1,0 +1,386 @@
+"""What several processes check of PPO with sharded models, together. Started by tests/ppo/test_sharding.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForTokenClassification,
+    PreTrainedTokenizerFast,
+)
+
+from tests.launched import Checks
+from tests.ppo.helpers import PROMPTS, known_rollout, known_update
+from tlcr.config.schema import KLConfig, PPOConfig, RolloutConfig, ShardingConfig
+from tlcr.errors import TrainingDiverged
+from tlcr.models.actor_critic import ActorCritic, load_value_head
+from tlcr.models.heads import classification_head
+from tlcr.models.layers import fuse_layers
+from tlcr.models.loading import enable_gradient_checkpointing
+from tlcr.ppo.rollout import generate, seeded_generator
+from tlcr.ppo.scores import score_rollout
+from tlcr.ppo.update import UpdateStatistics, ppo_update
+from tlcr.training.distributed import barrier, process_count, process_index
+from tlcr.training.sharding import gathered, has_shards, load_whole_state, local, plan, reshard, shard
+from tlcr.types import PolicyScores
+
+checks = Checks()
+RTOL = 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One way to compute the same update."""
+
+    values: str = "separate"
+    tied: bool = False
+    chunk: int | None = None
+    exact_kl: bool = False
+    fused: bool = False
+    checkpointing: bool = False
+
+    def __str__(self) -> str:
+        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in dataclasses.fields(self))
+
+
+def all_cases() -> Iterator[Case]:
+    for values in ("separate", "shared"):
+        for tied in (False, True):
+            for chunk in (None, 3):
+                for exact_kl in (False, True):
+                    for special in ({}, {"fused": True}, {"checkpointing": True}):
+                        yield Case(values, tied, chunk, exact_kl, **special)
+
+
+def lm_config(**changes: Any) -> LlamaConfig:
+    sizes = {"hidden_size": 32, "intermediate_size": 63, "num_attention_heads": 4, "num_key_value_heads": 2}
+    values = {"vocab_size": 400, "num_hidden_layers": 2, "max_position_embeddings": 64, "pad_token_id": 0, **sizes}
+    return LlamaConfig(**(values | changes))
+
+
+def lm(seed: int, case: Case, dtype: torch.dtype) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(lm_config(tie_word_embeddings=case.tied)).to(dtype).eval()
+
+
+def models(case: Case, dtype: torch.dtype = torch.float64) -> tuple[ActorCritic, LlamaForCausalLM]:
+    """Policy with values, and a reference with other weights."""
+    policy, value_model = lm(1, case, dtype), None
+    if case.values == "separate":
+        torch.manual_seed(2)
+        value_model = LlamaForTokenClassification(lm_config(num_labels=1)).to(dtype)
+    actor_critic = ActorCritic(policy, value_model, chunk_tokens=case.chunk)
+    head = actor_critic.value_head if value_model is None else classification_head(actor_critic.value_model)
+    with torch.no_grad():
+        head.weight.copy_(torch.sin(torch.arange(head.weight.numel())).reshape(head.weight.shape))
+    reference = lm(9, case, dtype).requires_grad_(False)
+    if case.fused:
+        for model in (policy, value_model, reference):
+            if model is not None:
+                fuse_layers(model)
+    if case.checkpointing:
+        for model in (policy, value_model):
+            if model is not None:
+                enable_gradient_checkpointing(model)
+    return actor_critic, reference
+
+
+def sharded(case: Case, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[ActorCritic, LlamaForCausalLM]:
+    actor_critic, reference = models(case, dtype)
+    sharding = plan(ShardingConfig(**({"kind": "full"} | options)))
+    for root in (actor_critic, reference):
+        shard(root, sharding)
+    return actor_critic, reference
+
+
+class Recorder(torch.optim.SGD):
+    """An optimiser that moves nothing and keeps the gradients of every step, whole."""
+
+    def __init__(self, actor_critic: ActorCritic) -> None:
+        super().__init__(actor_critic.parameters(), lr=0.0)
+        self.steps: list[dict[str, Tensor]] = []
+        self._named = list(actor_critic.named_parameters())
+
+    def step(self, closure: Any = None) -> None:
+        self.steps.append({name: whole(p.grad).clone() for name, p in self._named if p.grad is not None})
+
+
+class Alone:
+    """The accelerator of a process that shares with none: what the update of one process is given."""
+
+    num_processes, process_index, device = 1, 0, torch.device("cpu")
+
+    def reduce(self, values: Tensor, how: str) -> Tensor:
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        return values
+
+    def unwrap_model(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def no_sync(self, model: nn.Module) -> Any:
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+
+def a_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(folder / "tokenizer")
+
+
+def score_all(actor_critic: ActorCritic, reference: nn.Module, case: Case, *, alone: bool) -> PolicyScores:
+    rows = list(range(8)) if alone else list(range(8))[process_index() :: process_count()]
+    return score_rollout(
+        actor_critic,
+        reference,
+        known_rollout(rows),
+        temperature=0.7,
+        micro_batch_size=3,
+        micro_batch_tokens=12,
+        exact_kl=case.exact_kl,
+    )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def update(
+    actor_critic: ActorCritic,
+    reference: nn.Module,
+    case: Case,
+    *,
+    alone: bool,
+    value_only: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
+    advantages: Tensor | None = None,
+    **ppo: Any,
+) -> tuple[UpdateStatistics, list[dict[str, Tensor]]]:
+    """A known update, of this process's share of the rows or of all; its statistics, and the gradients of its steps."""
+    rows = list(range(8)) if alone else list(range(8))[process_index() :: process_count()]
+    rollout = known_rollout(rows)
+    scores, known = known_update(rollout, rows)
+    if advantages is not None:
+        known = dataclasses.replace(known, advantages_BT=advantages[: len(rows), : rollout.mask_BT.shape[1]])
+    recorder = Recorder(actor_critic)
+    kl = KLConfig(placement="loss", estimator="full" if case.exact_kl else "k3")
+    given: dict[str, Any] = {"minibatch_size": 8, "micro_batch_tokens": 12, "entropy_coef": 0.1, "max_grad_norm": 0.5}
+    statistics = ppo_update(
+        actor_critic,
+        optimizer or recorder,
+        rollout,
+        scores,
+        known,
+        PPOConfig(**(given | ppo)),
+        kl,
+        kl_coef=0.3,
+        temperature=0.7,
+        reference=reference,
+        accelerator=Alone() if alone else Accelerator(cpu=True),
+        generator=seeded_generator("test", 0),
+        value_only=value_only,
+    )
+    return statistics, recorder.steps
+
+
+def assert_same(
+    ours: tuple[UpdateStatistics, list[dict[str, Tensor]]],
+    theirs: tuple[UpdateStatistics, list[dict[str, Tensor]]],
+    what: object,
+    rtol: float = RTOL,
+) -> None:
+    figures = [torch.tensor(list(vars(found[0]).values()), dtype=torch.float64) for found in (ours, theirs)]
+    torch.testing.assert_close(*figures, rtol=rtol, atol=1e-12, msg=lambda text: f"{what}: {text}")
+    assert len(ours[1]) == len(theirs[1])
+    for mine, wanted in zip(ours[1], theirs[1], strict=True):
+        assert mine.keys() == wanted.keys(), (what, mine.keys() ^ wanted.keys())
+        for name, gradient in mine.items():
+            norm = wanted[name].norm()
+            assert (gradient - wanted[name]).norm() <= rtol * norm, (what, name, gradient.norm(), norm)
+
+
+@checks
+def an_update_is_that_of_one_process(_: Path) -> None:
+    """Losses, norms and every gradient, with uneven micro-batches, in every way to compute them."""
+    for case in all_cases():
+        ours = update(*sharded(case), case, alone=False)
+        assert_same(ours, update(*models(case), case, alone=True), case)
+
+
+@checks
+def each_process_holds_its_half(_: Path) -> None:
+    for options in ({}, {"offload": True}):
+        for root, other in zip(sharded(Case(), **options), models(Case()), strict=True):
+            assert all(isinstance(parameter, DTensor) for parameter in root.parameters())
+            mine = sum(local(p).numel() for p in root.parameters())
+            assert 0.4 < mine / sum(p.numel() for p in other.parameters()) < 0.6
+
+
+@checks
+def a_bfloat16_policy_keeps_its_float32_head(_: Path) -> None:
+    """Gradients of a unit are summed in one dtype, so the head is a unit of its own."""
+    for values in ("separate", "shared"):
+        case = Case(values)
+        ours, theirs = sharded(case, torch.bfloat16), models(case, torch.bfloat16)
+        found = [update(*ours, case, alone=False), update(*theirs, case, alone=True)]
+        assert {p.dtype for p in ours[0].parameters()} == {torch.bfloat16, torch.float32}
+        assert_same(*found, case, rtol=0.05)
+        for name, gradient in found[0][1][0].items():
+            assert gradient.dtype == found[1][1][0][name].dtype
+
+
+@checks
+def networks_take_turns_and_scores_are_fresh(_: Path) -> None:
+    """Value warm-up, both, the policy alone, both: with steps between, and scores before each, as PPO takes them."""
+    for case in (Case(), Case("shared", chunk=3, exact_kl=True)):
+        found = []
+        for alone in (False, True):
+            actor_critic, reference = models(case) if alone else sharded(case)
+            optimizer = torch.optim.AdamW(actor_critic.parameters(), lr=1e-3)
+            scores: list[PolicyScores] = []
+            for turn in ({"value_only": True}, {}, {"value_coef": 0.0}, {"epochs": 2}):
+                scores.append(score_all(actor_critic, reference, case, alone=alone))
+                update(actor_critic, reference, case, alone=alone, optimizer=optimizer, **turn)
+            found.append((scores, {name: whole(p.detach()) for name, p in actor_critic.named_parameters()}))
+        (ours, weights), (theirs, wanted) = found
+        rows = slice(process_index(), None, process_count())
+        for mine, everyones in zip(ours, theirs, strict=True):
+            for field in dataclasses.fields(PolicyScores):
+                x_BT, y_BT = getattr(mine, field.name), getattr(everyones, field.name)
+                if x_BT is None:
+                    continue
+                torch.testing.assert_close(x_BT, y_BT[rows, : x_BT.shape[1]], rtol=1e-8, atol=1e-10)
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, wanted[name], rtol=1e-8, atol=1e-10)
+        assert not torch.equal(ours[0].logprobs_BT, ours[-1].logprobs_BT)
+
+
+@checks
+def a_step_after_a_forward_pass_reaches_the_next_one(_: Path) -> None:
+    """A root stays gathered after a forward pass without a backward pass: it would be read again as it was."""
+    actor_critic, reference = sharded(Case())
+    before = score_all(actor_critic, reference, Case(), alone=False)
+    reshard(actor_critic)
+    with torch.no_grad():
+        for parameter in actor_critic.parameters():
+            local(parameter).mul_(1.1)
+    after = score_all(actor_critic, reference, Case(), alone=False)
+    plain, _reference = models(Case())
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(1.1)
+    wanted = score_all(plain, reference, Case(), alone=False)
+    torch.testing.assert_close(after.logprobs_BT, wanted.logprobs_BT, rtol=RTOL, atol=1e-12)
+    assert not torch.allclose(after.logprobs_BT, before.logprobs_BT)
+
+
+@checks
+def an_update_ends_early_on_both(_: Path) -> None:
+    case, pair = Case(), sharded(Case())
+    statistics, steps = update(*pair, case, alone=False, target_kl=1e-6, epochs=3)
+    assert statistics.stopped_early and not steps
+    assert_same(update(*pair, case, alone=False), update(*models(case), case, alone=True), "after it")
+
+
+@checks
+def a_divergence_of_one_process_ends_both(_: Path) -> None:
+    case, pair = Case(), sharded(Case())
+    with torch.no_grad():
+        before = [local(parameter).clone() for parameter in pair[0].parameters()]
+    broken = known_update(known_rollout())[1].advantages_BT.clone()
+    if process_index() == 1:
+        broken[0, 0] = torch.nan
+    with pytest.raises(TrainingDiverged, match="the loss is nan"):
+        update(*pair, case, alone=False, advantages=broken)
+    assert all(torch.equal(local(p), old) for p, old in zip(pair[0].parameters(), before, strict=True))
+
+
+@checks
+def sampling_is_that_of_a_whole_model(folder: Path) -> None:
+    """Before any forward pass and after one, answers of other lengths on each process, from both engines."""
+    tokenizer = a_tokenizer(folder)
+    own = 4 + 3 * process_index()
+    for dtype, names in ((torch.float32, ("generate", "paged")), (torch.bfloat16, ("generate",))):
+        pair, (plain, _) = sharded(Case(), dtype), models(Case(), dtype)
+        for name in names:
+            for _time in range(2):
+                cfg = RolloutConfig(max_new_tokens=own, engine=name)
+                answers = []
+                for root in (pair[0], plain):
+                    with gathered(root, only=root.policy):
+                        answers.append(
+                            generate(
+                                root.policy,
+                                tokenizer,
+                                PROMPTS[:own],
+                                cfg,
+                                max_prompt_tokens=8,
+                                generator=seeded_generator("x", process_index()),
+                            )
+                        )
+                assert torch.equal(answers[0].response_ids_BT, answers[1].response_ids_BT), (dtype, name)
+                assert has_shards(pair[0].policy) and has_shards(pair[0].value_model)
+                score_all(*pair, Case(), alone=False)
+
+
+@checks
+def gathered_blocks_hold_what_they_name(_: Path) -> None:
+    actor_critic, _reference = sharded(Case())
+    with gathered(actor_critic, only=actor_critic.policy):
+        assert not has_shards(actor_critic.policy) and has_shards(actor_critic.value_model)
+        with gathered(actor_critic):
+            assert not has_shards(actor_critic)
+            reshard(actor_critic)
+            assert not has_shards(actor_critic)
+        assert not has_shards(actor_critic.policy) and has_shards(actor_critic.value_model)
+    assert all(isinstance(parameter, DTensor) for parameter in actor_critic.parameters())
+    plain, _ = models(Case())
+    with gathered(plain):
+        pass
+
+
+@checks
+def saved_models_are_ordinary_folders(folder: Path) -> None:
+    tokenizer = a_tokenizer(folder)
+    for number, case in enumerate((Case(), Case("shared"), Case(tied=True))):
+        (ours, _), (plain, _) = sharded(case, torch.float32), models(case, torch.float32)
+        policy_folder, value_folder = folder / f"policy-{number}", folder / f"value-{number}"
+        ours.save(tokenizer, policy_folder, value_folder)
+        barrier()
+        wanted = plain.policy.state_dict()
+        loaded = AutoModelForCausalLM.from_pretrained(policy_folder)
+        assert type(loaded) is LlamaForCausalLM and loaded.config.tie_word_embeddings == case.tied
+        assert all(torch.equal(weight, wanted[name]) for name, weight in loaded.state_dict().items())
+        if case.values == "separate":
+            values = AutoModelForTokenClassification.from_pretrained(value_folder)
+            assert all(torch.equal(w, plain.value_model.state_dict()[n]) for n, w in values.state_dict().items())
+        else:
+            assert torch.equal(load_value_head(value_folder).weight, plain.value_head.weight)
+        # and what a finished run loads
+        with torch.no_grad():
+            for parameter in ours.parameters():
+                local(parameter).zero_()
+        load_whole_state(ours, plain.state_dict())
+        for (name, parameter), weight in zip(ours.named_parameters(), plain.parameters(), strict=True):
+            assert torch.equal(whole(parameter.detach()), weight.detach()), name
+
+
+if __name__ == "__main__":
+    checks.run(Path(sys.argv[1]))
