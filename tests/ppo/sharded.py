@@ -20,24 +20,27 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     LlamaForTokenClassification,
     PreTrainedTokenizerFast,
 )
 
 from tests.launched import Checks
-from tests.ppo.helpers import PROMPTS, known_rollout, known_update
-from tlcr.config.schema import KLConfig, PPOConfig, RolloutConfig, ShardingConfig
+from tests.ppo.helpers import PROMPTS, known_rollout, known_update, run_ppo, small_config, without_times
+from tlcr.config.schema import DataConfig, KLConfig, PPOConfig, RewardConfig, RolloutConfig, ShardingConfig
 from tlcr.errors import TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic, load_value_head
-from tlcr.models.heads import classification_head
+from tlcr.models.heads import classification_head, use_float32_head
 from tlcr.models.layers import fuse_layers
 from tlcr.models.loading import enable_gradient_checkpointing
 from tlcr.ppo.rollout import generate, seeded_generator
 from tlcr.ppo.scores import score_rollout
 from tlcr.ppo.update import UpdateStatistics, ppo_update
+from tlcr.rewards.sources import LoadedModel, build_reward_source, models_of
 from tlcr.training.distributed import barrier, process_count, process_index
-from tlcr.training.sharding import gathered, has_shards, load_whole_state, local, plan, reshard, shard
-from tlcr.types import PolicyScores
+from tlcr.training.metrics import read_metrics
+from tlcr.training.sharding import Sharding, gathered, has_shards, load_whole_state, local, plan, reshard, shard
+from tlcr.types import PolicyScores, RewardSignal
 
 checks = Checks()
 RTOL = 1e-9
@@ -380,6 +383,88 @@ def saved_models_are_ordinary_folders(folder: Path) -> None:
         load_whole_state(ours, plain.state_dict())
         for (name, parameter), weight in zip(ours.named_parameters(), plain.parameters(), strict=True):
             assert torch.equal(whole(parameter.detach()), weight.detach()), name
+
+
+@checks
+def reward_sources_judge_as_whole_models_do(folder: Path) -> None:
+    """Three answers on one process and five on the other, two at a time: no forward pass communicates."""
+    tokenizer = a_tokenizer(folder)
+    rollout = known_rollout([0, 1, 2] if process_index() == 0 else [3, 4, 5, 6, 7])
+
+    def signals(sharding: Sharding | None) -> dict[str, RewardSignal]:
+        torch.manual_seed(4)
+        judges = [
+            LlamaForTokenClassification(lm_config(num_labels=3)),
+            LlamaForSequenceClassification(lm_config(num_labels=1)),
+            LlamaForCausalLM(lm_config()),
+            LlamaForCausalLM(lm_config()),
+        ]
+        for judge in judges:
+            use_float32_head(judge)
+            shard(judge.eval(), sharding)
+        discriminator, reward_model, dpo = (LoadedModel(judge, tokenizer) for judge in judges[:3])
+        found = {}
+        for kind in ("continuous", "spans", "sequence", "uniform", "attention", "prefix_difference", "dpo"):
+            for coef in (0.0,) if kind == "sequence" else (0.0, 0.5):
+                source = build_reward_source(
+                    RewardConfig(kind=kind, sequence_coef=coef),
+                    policy_tokenizer=tokenizer,
+                    discriminator=discriminator,
+                    reward_model=reward_model,
+                    dpo=dpo,
+                    reference=judges[3],
+                    data=DataConfig(),
+                    seed=0,
+                    micro_batch_size=2,
+                )
+                assert models_of(source)
+                with gathered(*models_of(source)):
+                    found[f"{kind} {coef}"] = source(rollout)
+                assert sharding is None or all(map(has_shards, judges))
+        return found
+
+    ours, theirs = signals(plan(ShardingConfig(kind="full"))), signals(None)
+    for name, signal in ours.items():
+        for field in dataclasses.fields(signal):
+            x, y = getattr(signal, field.name), getattr(theirs[name], field.name)
+            assert (x is None) == (y is None) and (x is None or torch.equal(x, y)), (name, field.name)
+
+
+@checks
+def a_whole_run_ends_as_one_of_whole_models(folder: Path) -> None:
+    """A policy that sits out, an evaluation, early stopping, KL in the reward; then its finished folder is loaded."""
+    tokenizer = a_tokenizer(folder)
+    changes = {"value_warmup_updates": 1, "save_every": 0, "evaluate_every": 2, "target_kl": 0.5}
+    plain = small_config(**changes)
+
+    def make_lm(seed: int) -> LlamaForCausalLM:
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(lm_config(bos_token_id=1, eos_token_id=2)).eval()
+
+    def evaluate(actor_critic: ActorCritic, update: int) -> dict[str, float]:
+        with gathered(actor_critic):
+            return {"weights": sum(p.double().square().sum().item() for p in actor_critic.parameters())}
+
+    ended = {}
+    for values in ("separate", "shared"):
+        for name, sharding in (("whole", ShardingConfig()), ("sharded", ShardingConfig(kind="full"))):
+            cfg = dataclasses.replace(
+                plain, sharding=sharding, ppo=dataclasses.replace(plain.ppo, value_model=values, chunk_tokens=5)
+            )
+            out = folder / f"run-{values}-{name}"
+            actor_critic, result = run_ppo(cfg, make_lm, tokenizer, out, evaluate=evaluate)
+            assert result.updates == 4 and has_shards(actor_critic) == (name == "sharded")
+            barrier()
+            ended[name] = (
+                {n: whole(p.detach()) for n, p in actor_critic.named_parameters()},
+                read_metrics(out / "metrics.jsonl"),
+            )
+        for name, weight in ended["whole"][0].items():
+            torch.testing.assert_close(ended["sharded"][0][name], weight, rtol=1e-4, atol=1e-6, msg=f"{values} {name}")
+        for ours, theirs in zip(ended["sharded"][1], ended["whole"][1], strict=True):
+            assert without_times(ours) == pytest.approx(without_times(theirs), rel=1e-3, abs=1e-5)
+        again, result = run_ppo(cfg, make_lm, tokenizer, out, evaluate=evaluate, resume=True)
+        assert all(torch.equal(whole(p.detach()), ended["sharded"][0][n]) for n, p in again.named_parameters())
 
 
 if __name__ == "__main__":
