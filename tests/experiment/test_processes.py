@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.experiment.helpers import arm_config
 from tests.experiment.watched import FOLDER
@@ -93,6 +94,43 @@ def test_two_processes_share_a_run_fail_as_one_and_resume(
     assert done["machine"]["processes"] == PROCESSES
 
 
+@pytest.mark.slow
+def test_two_processes_share_the_models_of_a_run_too(
+    tmp_path: Path, tiny_causal_lm: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Prompts of the evaluation in batches of two: the processes have three and two of them."""
+    save_model(tiny_causal_lm(seed=1), tiny_tokenizer, tmp_path / "model")
+    changes = {
+        "reward.callable": "tests.experiment.watched:reward",
+        "sharding.kind": "full",
+        "ppo.updates": 2,
+        "ppo.save_every": 0,
+        "ppo.evaluate_every": 1,
+        "evaluation.prompts": 5,
+        "rollout.batch_size": 2,
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_config(arm_config(tmp_path, tmp_path / "model", **changes)), encoding="utf-8")
+    folder = tmp_path / "run" / "ppo" / "callable" / "seed-0"
+
+    # 1. one process is killed while the other waits in a collective: in the first round, after the evaluation
+    (tmp_path / "fail-1").write_text(json.dumps({"rank": 1, "calls": 3, "how": "kill"}))
+    first = Launched(tmp_path, config, 1)
+    assert first.code != 0
+    assert len(first.errors) == 1 and "ended without a word" in first.errors[0], first.text
+
+    # 2. started again, it ends: the process with fewer prompts asked as often, and what it asked beyond does not count
+    second = Launched(tmp_path, config, 2, "--resume")
+    assert (second.code, second.errors) == (0, []), second.text
+    asked = [[len(prompts) for prompts in calls] for calls in second.asked]
+    assert asked == [[2, 1, ROUND, 2, 1, ROUND, 2, 1], [2, 1, ROUND, 2, 1, ROUND, 2, 1]]
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert evaluation["before"]["answers"] == evaluation["after"]["answers"] == 5
+    trained, start = (AutoModelForCausalLM.from_pretrained(path) for path in (folder / "policy", tmp_path / "model"))
+    changed = [not torch.equal(*pair) for pair in zip(trained.parameters(), start.parameters(), strict=True)]
+    assert type(trained) is type(start) and all(changed)
+
+
 # ---- what several processes cannot share
 
 
@@ -112,6 +150,7 @@ def test_two_processes_share_a_run_fail_as_one_and_resume(
             "parallel is 2 under a launcher of 3 processes, and a run takes one or the other",
         ),
         ({"reviser.backend": "local", "reviser.model.path": "x"}, None, "run 'tlcr revise' with this config first"),
+        ({"sharding.kind": "hybrid", "sharding.replicas": 2}, None, "hybrid wants 3 processes in equal groups of two"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_before_anything_is_written(
@@ -122,6 +161,31 @@ def test_what_cannot_be_shared_is_refused_before_anything_is_written(
     cfg = load_config(None, values)
     with pytest.raises(ConfigError, match=message):
         pipeline.run(cfg) if stage is None else pipeline.stage(cfg, stage)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "changes", "message"),
+    [
+        ({}, {"sharding.kind": "full"}, "and there is one process; start several"),
+        ({}, {"sharding.kind": "full", "parallel": 2, "seeds": [0, 1]}, "and there is one process; start several"),
+        ({"ACCELERATE_USE_FSDP": "true"}, {}, "the launcher asks for FSDP version 1; add --fsdp_version 2, or run"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "the launcher asks for DeepSpeed, and tlcr cuts models by torch's"),
+    ],
+)
+def test_sharding_that_cannot_be_is_refused_before_anything_is_written(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    changes: dict[str, object],
+    message: str,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    cfg = load_config(None, {"output_dir": str(tmp_path / "run"), **changes})
+    for stage in (None, "ppo", "sft"):
+        with pytest.raises(ConfigError, match=message):
+            pipeline.run(cfg) if stage is None else pipeline.stage(cfg, stage)
     assert not (tmp_path / "run").exists()
 
 

@@ -45,9 +45,9 @@ def each_process_holds_its_half(_: Path) -> None:
 @checks
 def groups_are_equal_and_of_two_at_least(_: Path) -> None:
     for replicas in (3, 4):
-        with pytest.raises(ConfigError, match=f"in equal groups .* sharding.replicas is {replicas}: set"):
+        with pytest.raises(ConfigError, match=f"in equal groups .* sharding.replicas is {replicas}; set"):
             plan(ShardingConfig(kind="hybrid", replicas=replicas))
-    with pytest.raises(ConfigError, match=r"sharding.replicas is the number of nodes, 1: set"):
+    with pytest.raises(ConfigError, match=r"sharding.replicas is the number of nodes, 1; set"):
         plan(ShardingConfig(kind="hybrid"))
 
 

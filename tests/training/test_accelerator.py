@@ -22,7 +22,7 @@ from tlcr.recipes.train_sft import train_sft
 from tlcr.training import accelerator as builder
 from tlcr.training.accelerator import open_accelerator
 from tlcr.training.callbacks import Callback
-from tlcr.training.launcher import LaunchedSharding, launched_sharding
+from tlcr.training.launcher import requested_sharding
 from tlcr.training.metrics import read_metrics
 from tlcr.training.sharding import plan
 
@@ -203,14 +203,16 @@ def test_what_a_launcher_asks_for_is_refused_where_tlcr_does_not_do_it(
 
 
 def test_version_2_of_a_launchers_fsdp_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launched_sharding() is None
+    none, hybrid = ShardingConfig(), ShardingConfig(kind="hybrid", replicas=2)
+    assert requested_sharding(none) == none
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    assert launched_sharding() == LaunchedSharding(offload=False)
+    assert requested_sharding(none) == ShardingConfig(kind="full")
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
-    assert launched_sharding() == LaunchedSharding(offload=True)
+    assert requested_sharding(none) == ShardingConfig(kind="full", offload=True)
+    assert requested_sharding(hybrid) == hybrid
     with pytest.raises(ConfigError, match=r"sharding.kind is 'full', .* and there is one process"):
-        plan(ShardingConfig())
+        plan(none)
 
 
 @pytest.mark.parametrize(

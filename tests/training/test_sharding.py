@@ -24,5 +24,5 @@ def test_two_processes(two_processes: Outcomes, name: str) -> None:
 
 def test_one_process_has_nothing_to_share() -> None:
     assert plan(ShardingConfig()) is None
-    with pytest.raises(ConfigError, match="there is one process: start several"):
+    with pytest.raises(ConfigError, match="there is one process; start several"):
         plan(ShardingConfig(kind="full"))

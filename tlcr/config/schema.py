@@ -618,6 +618,25 @@ class ShardingConfig(Checked):
     reduce_dtype: Dtype = knob("float32", "dtype in which the gradients of the processes are summed", advanced=True)
     offload: bool = knob(False, "keep shards and optimiser states in host memory: slower, for GPUs that are too small")
 
+    def problem(self, processes: int, of_a_node: int) -> str | None:
+        """Why so many processes, of which so many run on one machine, cannot share models so; None where they can."""
+        if self.kind == "none":
+            return None
+        if processes == 1:
+            return (
+                f"sharding.kind is {self.kind!r}, which cuts models into one shard for each process, and there is one "
+                "process; start several ('torchrun --nproc_per_node N -m tlcr ...'), or set sharding.kind: none"
+            )
+        if self.kind == "hybrid":
+            replicas = self.replicas or processes // of_a_node
+            if replicas < 2 or processes % replicas or processes == replicas:
+                return (
+                    f"sharding.kind: hybrid wants {processes} processes in equal groups of two or more, and "
+                    f"sharding.replicas is {self.replicas or f'the number of nodes, {replicas}'}; set "
+                    "sharding.replicas to the number of groups, or sharding.kind: full"
+                )
+        return None
+
 
 @dataclass(frozen=True)
 class Arm(Checked):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
+from torch import nn
 from transformers import PreTrainedModel
 
 from tlcr.config.functions import import_scorer
@@ -47,7 +48,12 @@ def evaluate_arm(run: RunFolder, trial: Trial) -> None:
     cfg, folder = trial.config(run.cfg), run.trial_folder(trial)
     frozen, reference = load_frozen_models(run, cfg), load_reference(run)
     evaluation = _Evaluation(run, cfg, frozen, reference, trial.seed)
-    before, after = evaluation(_start(run, cfg, frozen)), evaluation(_trained(run, cfg, folder))
+    actor_critic = _start(run, cfg, frozen)
+    _shard(cfg, actor_critic, reference, *frozen.models)
+    before = evaluation(actor_critic)
+    actor_critic = _trained(run, cfg, folder)
+    _shard(cfg, actor_critic)
+    after = evaluation(actor_critic)
     on_main_process(lambda: write_evaluation(folder, before, after))
 
 
@@ -60,8 +66,7 @@ def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
 
     # 2. the initial policy, its value model (which may be a copy of a frozen model), and its evaluation
     actor_critic = _start(run, cfg, frozen)
-    for root in (actor_critic, reference, *frozen.models):
-        shard(root, plan(cfg.sharding))
+    _shard(cfg, actor_critic, reference, *frozen.models)
     before = evaluation(actor_critic)
     latest = {0: before}
 
@@ -90,6 +95,13 @@ def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
     after = latest.get(result.updates) or evaluation(actor_critic)
     on_main_process(lambda: write_evaluation(folder, before, after))
     return {"before": before.to_json(), "after": after.to_json()}
+
+
+def _shard(cfg: RunConfig, *roots: nn.Module) -> None:
+    """Shards models where the run asks for it. None of them is copied afterwards: shards cannot be."""
+    sharding = plan(cfg.sharding)
+    for root in roots:
+        shard(root, sharding)
 
 
 def _start(run: RunFolder, cfg: RunConfig, frozen: FrozenModels) -> ActorCritic:

@@ -20,7 +20,7 @@ from tlcr.config.stages import CONFIG, DONE, LOCK, STARTED, TRAINED, stages_of
 from tlcr.config.trials import arms_of, trials_of
 from tlcr.data.places import find_source, looks_like_a_path, nearest_name
 from tlcr.errors import ConfigError, TlcrError
-from tlcr.training.launcher import launched_processes
+from tlcr.training.launcher import launched_processes, processes_of_a_node, requested_sharding
 
 __all__ = [
     "Finding",
@@ -45,6 +45,8 @@ logger = logging.getLogger("tlcr")
 
 Level = Literal["ok", "note", "warning", "blocked"]
 
+SHARED = {"sft", "reward_model", "dpo", "discriminator", "ppo", "evaluate"}
+"""Stages whose models several processes may share out among themselves."""
 FROM_POLICY = {"reward_model", "dpo", "discriminator", "ppo", "evaluate"}
 """Stages that start from the policy: the result of SFT, or ``model`` where SFT is off."""
 
@@ -263,6 +265,7 @@ def _processes(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
     processes = launched_processes()
     if "ppo" in stages and (problem := cfg.ppo.size_problem(processes)):
         yield Finding.of("ppo.batch_size", ConfigError(problem))
+    yield from _sharding(cfg, stages, processes)
     if processes == 1:
         return
     if "ppo" in stages and cfg.parallel > 1 and len(trials_of(cfg)) > 1:
@@ -274,6 +277,22 @@ def _processes(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
         )
     if "revisions" in stages and not (Path(cfg.output_dir) / "revisions" / DONE).is_file():
         yield Finding.of("reviser", for_one_process(processes))
+
+
+def _sharding(cfg: RunConfig, stages: Collection[str], processes: int) -> Iterator[Finding]:
+    if not SHARED & set(stages):
+        return
+    try:
+        requested = requested_sharding(cfg.sharding)
+    except ConfigError as error:
+        yield Finding.of("sharding.kind", error)
+        return
+    if (problem := requested.problem(processes, processes_of_a_node())) is not None:
+        yield Finding.of("sharding.kind", ConfigError(problem))
+    elif requested != cfg.sharding:
+        yield Finding(
+            "note", "sharding.kind", f"FSDP version 2 of the launcher is taken as sharding.kind: {requested.kind}"
+        )
 
 
 def _functions(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:

@@ -11,10 +11,10 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
-from tlcr.config.schema import RunConfig
+from tlcr.config.schema import RunConfig, ShardingConfig
 from tlcr.errors import ConfigError
 from tlcr.training.checkpoint import as_plain
-from tlcr.training.launcher import launched_sharding
+from tlcr.training.launcher import requested_sharding
 
 PROJECT = "tlcr"
 """The project name that trackers get."""
@@ -44,7 +44,7 @@ def open_accelerator(
     tracked = cfg.tracker != "none"
     if tracked and find_spec(cfg.tracker) is None:
         raise ConfigError(f"tracker: {cfg.tracker} is not installed: 'pip install {cfg.tracker}', or set tracker: none")
-    launched_sharding()  # refuses what tlcr does not do before accelerate tries to do it
+    requested_sharding(cfg.sharding)  # refuses what tlcr does not do before accelerate tries to do it
     accelerator = Accelerator(
         mixed_precision="no",
         log_with=cfg.tracker if tracked else None,
@@ -64,7 +64,7 @@ def open_accelerator(
 def check_parallelism(accelerator: Accelerator) -> None:
     """Raises ConfigError where an accelerator is for DeepSpeed, Megatron or FSDP, unless a launcher asks for FSDP 2."""
     kind = accelerator.distributed_type
-    if kind in SUPPORTED or (kind == DistributedType.FSDP and launched_sharding() is not None):
+    if kind in SUPPORTED or (kind == DistributedType.FSDP and requested_sharding(ShardingConfig()).kind == "full"):
         return
     raise ConfigError(
         f"the accelerator is for {kind.value}, and tlcr cuts models by torch's fully_shard; make it without, and set "

@@ -6,8 +6,9 @@ Launchers are ``accelerate launch``, ``torchrun`` (``python -m torch.distributed
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from dataclasses import replace
 
+from tlcr.config.schema import ShardingConfig
 from tlcr.errors import ConfigError
 
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -44,29 +45,29 @@ def without_launcher() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ours}
 
 
-class LaunchedSharding(NamedTuple):
-    """What ``accelerate launch --use_fsdp`` asks for."""
+def requested_sharding(cfg: ShardingConfig) -> ShardingConfig:
+    """``cfg``; where it asks for none and ``accelerate launch`` asks for FSDP version 2, that, as ``kind: full``.
 
-    offload: bool
+    accelerate itself takes no notice of FSDP on CPUs, and wraps models in ``DistributedDataParallel``.
 
+    Args:
+        cfg: the run's ``sharding``.
 
-def launched_sharding() -> LaunchedSharding | None:
-    """The sharding that the launcher asks for; None where it asks for none.
-
-    accelerate itself takes no notice of this on CPUs, and wraps models in ``DistributedDataParallel``.
+    Returns:
+        How models are cut.
 
     Raises:
-        ConfigError: it asks for DeepSpeed, Megatron or FSDP version 1.
+        ConfigError: the launcher asks for DeepSpeed, Megatron or FSDP version 1.
     """
     instead = "run 'accelerate launch' without it, and set sharding.kind: full where models are to be cut"
     for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
         if _flag(variable):
             raise ConfigError(f"the launcher asks for {name}, and tlcr cuts models by torch's fully_shard; {instead}")
     if not _flag("ACCELERATE_USE_FSDP"):
-        return None
+        return cfg
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         raise ConfigError(f"the launcher asks for FSDP version {version}; add --fsdp_version 2, or {instead}")
-    return LaunchedSharding(offload=_flag("FSDP_OFFLOAD_PARAMS"))
+    return cfg if cfg.kind != "none" else replace(cfg, kind="full", offload=_flag("FSDP_OFFLOAD_PARAMS"))
 
 
 def _flag(name: str) -> bool:

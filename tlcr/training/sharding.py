@@ -13,7 +13,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar, cast
 from weakref import WeakSet
@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from tlcr.config.schema import ShardingConfig
 from tlcr.errors import ConfigError
 from tlcr.training.distributed import process_count, process_device
-from tlcr.training.launcher import launched_sharding, processes_of_a_node
+from tlcr.training.launcher import processes_of_a_node, requested_sharding
 
 T = TypeVar("T")
 SHARD, REPLICATE = "shard", "replicate"
@@ -75,27 +75,14 @@ def plan(cfg: ShardingConfig) -> Sharding | None:
         ConfigError: there is one process only, the processes do not fall into ``sharding.replicas`` equal groups, or
             the launcher asks for another kind of sharding.
     """
-    launched = launched_sharding()
+    cfg = requested_sharding(cfg)
     if cfg.kind == "none":
-        if launched is None:
-            return None
-        cfg = replace(cfg, kind="full", offload=launched.offload)
+        return None
     processes = process_count()
-    if processes == 1:
-        raise ConfigError(
-            f"sharding.kind is {cfg.kind!r}, which cuts models into one shard for each process, and there is one "
-            "process: start several ('torchrun --nproc_per_node N -m tlcr ...'), or set sharding.kind: none"
-        )
-    shape: tuple[int, ...] = (processes,)
-    if cfg.kind == "hybrid":
-        replicas = cfg.replicas or processes // processes_of_a_node()
-        if replicas < 2 or processes % replicas or processes == replicas:
-            raise ConfigError(
-                f"sharding.kind: hybrid wants {processes} processes in equal groups of two or more, and "
-                f"sharding.replicas is {cfg.replicas or f'the number of nodes, {replicas}'}: set sharding.replicas to "
-                "the number of groups, or sharding.kind: full"
-            )
-        shape = (replicas, processes // replicas)
+    if (problem := cfg.problem(processes, processes_of_a_node())) is not None:
+        raise ConfigError(problem)
+    replicas = (cfg.replicas or processes // processes_of_a_node()) if cfg.kind == "hybrid" else 1
+    shape = (replicas, processes // replicas)[replicas == 1 :]
     names = (REPLICATE, SHARD)[-len(shape) :]
     return Sharding(_mesh(shape, names), getattr(torch, cfg.reduce_dtype), cfg.offload)
 
