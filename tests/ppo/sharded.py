@@ -237,6 +237,13 @@ def each_process_holds_its_half(_: Path) -> None:
 
 
 @checks
+def an_update_of_offloaded_shards_is_the_same(_: Path) -> None:
+    case = Case("shared", chunk=3, exact_kl=True)
+    ours = update(*sharded(case, offload=True), case, alone=False)
+    assert_same(ours, update(*models(case), case, alone=True), case)
+
+
+@checks
 def a_bfloat16_policy_keeps_its_float32_head(_: Path) -> None:
     """Gradients of a unit are summed in one dtype, so the head is a unit of its own."""
     for values in ("separate", "shared"):

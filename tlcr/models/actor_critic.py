@@ -383,9 +383,9 @@ def _logits(model: PreTrainedModel, batch: _Batch) -> Tensor:
 
 
 def _hidden_states(model: PreTrainedModel, batch: _Batch) -> Tensor:
-    """(N, H). Where the model is sharded by itself, its head stays gathered until the backward pass or ``reshard``."""
     body = backbone(model)
-    hidden_BKH = as_forward(model, lambda: body(**_inputs(body, batch)).last_hidden_state)
+    # The head, which is read next, stays gathered where the model is a sharded root, as the reference is.
+    hidden_BKH = as_forward(model, lambda: body(**_inputs(body, batch)).last_hidden_state, keep=True)
     return batch.at_states(hidden_BKH)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,8 +34,6 @@ from tlcr.training.metrics import read_metrics
 from tlcr.training.optim import build_optimizer, build_scheduler, parameter_groups
 from tlcr.training.sharding import gathered, is_sharded, load_whole_state, plan, shard
 from tlcr.types import RewardSignal, Rollout
-
-logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[ActorCritic, int], Mapping[str, float]]
 """(policy and value model, updates done) to figures by name."""
@@ -229,7 +226,6 @@ class PPORun:
             "kl_controller": self.kl_controller.state_dict(),
             "centre": None if self.centre is None else self.centre.state_dict(),
             "reward_source": self.reward_source.state_dict(),
-            **({"processes": self.accelerator.num_processes} if self.sharding else {}),
         }
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
@@ -238,14 +234,6 @@ class PPORun:
         if self.centre is not None:
             self.centre.load_state_dict(state["centre"])
         self.reward_source.load_state_dict(state["reward_source"])
-        now = self.accelerator.num_processes
-        if (before := state.get("processes", now)) != now:
-            logger.warning(
-                "PPO goes on with %d processes and was saved by %s: each draws random numbers of its own, so the run "
-                "continues but is no longer bit for bit the one that was begun",
-                now,
-                before,
-            )
 
     def _load_finished(self, resume: bool) -> None:
         if not resume or not is_done(self.folder, self._done_config):

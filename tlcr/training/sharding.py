@@ -115,19 +115,24 @@ def shard(root: nn.Module, sharding: Sharding | None) -> None:
     reshard(root)
 
 
-def as_forward(root: nn.Module, action: Callable[[], T]) -> T:
+def as_forward(root: nn.Module, action: Callable[[], T], *, keep: bool = False) -> T:
     """Runs ``action``, which calls parts of ``root``, as a forward pass of ``root``.
 
-    What belongs to the root itself stays gathered after it, until a backward pass or ``reshard``.
-
     Args:
-        root: a module that was given to ``shard``.
-        action: called without arguments.
+        root: a module that was given to ``shard``; of another one ``action`` is called and nothing else happens.
+        action: called without arguments. What has gradients in its result is a tensor, or in a tuple or dict.
+        keep: without gradients, keep what belongs to the root itself gathered until ``reshard``, because its head is
+            read after the pass. With gradients it is kept in any case, until the backward pass.
 
     Returns:
         What ``action`` returned.
     """
-    return cast(T, cast(Any, root).run_as_forward(action)) if is_sharded(root) else action()
+    if not is_sharded(root):
+        return action()
+    result: T = cast(Any, root).run_as_forward(action)
+    if not keep and not torch.is_grad_enabled():
+        reshard(root)
+    return result
 
 
 def is_sharded(module: nn.Module) -> bool:
