@@ -33,6 +33,7 @@ from tlcr.models.actor_critic import ActorCritic, load_value_head
 from tlcr.models.heads import classification_head, use_float32_head
 from tlcr.models.layers import fuse_layers
 from tlcr.models.loading import enable_gradient_checkpointing
+from tlcr.ppo.packing import packs_rows
 from tlcr.ppo.rollout import generate, seeded_generator
 from tlcr.ppo.scores import score_rollout
 from tlcr.ppo.update import UpdateStatistics, ppo_update
@@ -174,6 +175,7 @@ def update(
     value_only: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
     advantages: Tensor | None = None,
+    packed: bool = False,
     **ppo: Any,
 ) -> tuple[UpdateStatistics, list[dict[str, Tensor]]]:
     """A known update, of this process's share of the rows or of all; its statistics, and the gradients of its steps."""
@@ -199,6 +201,7 @@ def update(
         accelerator=Alone() if alone else Accelerator(cpu=True),
         generator=seeded_generator("test", 0),
         value_only=value_only,
+        packed=packed,
     )
     return statistics, recorder.steps
 
@@ -234,6 +237,16 @@ def each_process_holds_its_half(_: Path) -> None:
             assert all(isinstance(parameter, DTensor) for parameter in root.parameters())
             mine = sum(local(p).numel() for p in root.parameters())
             assert 0.4 < mine / sum(p.numel() for p in other.parameters()) < 0.6
+
+
+@checks
+def packed_rows_are_read_by_shards_too(_: Path) -> None:
+    for case in (Case(), Case("shared", chunk=3, exact_kl=True)):
+        pair = sharded(case)
+        assert packs_rows("always", *pair)
+        assert all(isinstance(parameter, DTensor) for root in pair for parameter in root.parameters())
+        ours = update(*pair, case, alone=False, packed=True)
+        assert_same(ours, update(*models(case), case, alone=True, packed=True), case)
 
 
 @checks
