@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -12,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.launched import Checks
 from tlcr.config.schema import ShardingConfig
+from tlcr.errors import ConfigError
 from tlcr.training import optim
 from tlcr.training.distributed import process_count, process_index
 from tlcr.training.optim import build_optimizer, clip_gradients, gradient_norm, parameter_groups, scale_gradients
@@ -75,6 +78,39 @@ def each_process_holds_its_half(_: Path) -> None:
     assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
     share = sum(local(p).numel() for p in sharded.parameters()) / sum(p.numel() for p in alone.parameters())
     assert 0.4 < share < 0.6
+
+
+@checks
+def a_layer_within_a_layer_is_a_unit_of_its_own(_: Path) -> None:
+    model = lm()
+    model._no_split_modules = ["LlamaMLP", "LlamaDecoderLayer"]
+    shard(model, full())
+    units = [name for name, module in model.named_modules() if is_sharded(module)]
+    assert units == ["", *(f"model.layers.{i}{part}" for i in (0, 1) for part in ("", ".mlp"))]
+    torch.testing.assert_close(model(IDS_BL).logits, lm()(IDS_BL).logits, rtol=1e-12, atol=1e-12)
+
+
+@checks
+def layers_that_share_a_parameter_are_refused(_: Path) -> None:
+    model = lm()
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.up_proj.weight = first.up_proj.weight
+    with pytest.raises(ConfigError, match=r"layers.1.mlp.up_proj and model.layers.0.mlp.up_proj share a param"):
+        shard(model, full())
+    assert not any(map(is_sharded, model.modules()))
+
+
+@checks
+def a_model_that_names_no_layers_is_noted(_: Path) -> None:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("tlcr").addHandler(handler)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    shard(model, full())
+    logging.getLogger("tlcr").removeHandler(handler)
+    assert len(said) == 1 and said[0].startswith("Sequential names no layers")
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 @checks

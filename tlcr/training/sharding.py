@@ -10,8 +10,10 @@ Every function here takes a module that is not sharded too, and then does nothin
 
 from __future__ import annotations
 
+import logging
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -37,6 +39,8 @@ from tlcr.config.schema import ShardingConfig
 from tlcr.errors import ConfigError
 from tlcr.training.distributed import process_count, process_device
 from tlcr.training.launcher import processes_of_a_node, requested_sharding
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 SHARD, REPLICATE = "shard", "replicate"
@@ -98,15 +102,21 @@ def shard(root: nn.Module, sharding: Sharding | None) -> None:
 
     Units are the layers that transformers would not split over devices (``_no_split_modules``), layers whose dtype is
     another than that of the rest (gradients of one unit are summed in one dtype), and the root. Call it before the
-    optimiser is made, and before any copy of the module is needed. A module that is sharded already stays as it is.
+    optimiser is made, and after copies of the module are made: shards cannot be copied. A module that is sharded
+    already stays as it is.
 
     Args:
         root: the module whose forward pass will be called; parameters may be on the meta device.
         sharding: the plan; None leaves the module as it is.
+
+    Raises:
+        ConfigError: two layers share a parameter.
     """
     if sharding is None or is_sharded(root):
         return
-    for unit in (*_units(root), root):
+    units = [*_units(root), root]
+    _refuse_shared(units)
+    for unit in units:
         fully_shard(unit, **_options(unit, sharding))
     cast(Any, root).run_as_forward = types.MethodType(lambda _root, action: action(), root)
     register_fsdp_forward_method(root, "run_as_forward")
@@ -259,16 +269,43 @@ def _sharded_units(root: nn.Module) -> list[FSDPModule]:
 def _units(root: nn.Module) -> list[nn.Module]:
     """The units below the root, inner ones first."""
     names = {name for module in root.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    blocks = [module for module in root.modules() if type(module).__name__ in names and module is not root]
-    inside = {child for block in blocks for child in block.modules()}
+    # A module stands before what is inside it; the other way round here.
+    blocks = [m for m in root.modules() if type(m).__name__ in names and m is not root][::-1]
+    if not blocks:
+        logger.warning(
+            "%s names no layers (_no_split_modules) that could be gathered one at a time: a forward pass gathers all "
+            "of it",
+            type(root).__name__,
+        )
     units: list[nn.Module] = []
+    taken: set[nn.Module] = set()
     for block in (*blocks, root):
-        own = [m for m in block.modules() if block is not root or m not in inside]
-        parameters = [p for module in own for p in module.parameters(recurse=False)]
-        common = max({p.dtype for p in parameters}, key=lambda d: sum(p.numel() for p in parameters if p.dtype == d))
+        own = [module for module in block.modules() if module not in taken]
+        taken.update(own)
+        sizes: Counter[torch.dtype] = Counter()
+        for parameter in (p for module in own for p in module.parameters(recurse=False)):
+            sizes[parameter.dtype] += parameter.numel()
+        common = max(sizes, key=lambda dtype: sizes[dtype], default=None)
         units += [m for m in own if m is not block and any(p.dtype != common for p in m.parameters(recurse=False))]
         units += [] if block is root else [block]
     return units
+
+
+def _refuse_shared(units: Sequence[nn.Module]) -> None:
+    """Raises ConfigError where two units have a parameter in common: each would gather and free it."""
+    owners: dict[nn.Parameter, str] = {}
+    taken: set[nn.Module] = set()
+    names = {module: name for name, module in units[-1].named_modules()}
+    for unit in units:
+        own = {p: names[m] for m in unit.modules() if m not in taken for p in m.parameters(recurse=False)}
+        taken.update(unit.modules())
+        for parameter, name in own.items():
+            if parameter in owners:
+                raise ConfigError(
+                    f"{type(units[-1]).__name__} cannot be cut into shards: {owners[parameter]} and {name} share a "
+                    "parameter, and their layers are gathered one at a time; set sharding.kind: none"
+                )
+        owners |= own
 
 
 def _options(unit: nn.Module, sharding: Sharding) -> dict[str, Any]:
