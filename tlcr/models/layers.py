@@ -28,7 +28,7 @@ Forward = Callable[[Any, Tensor], Tensor]
 ROUNDED_OTHERWISE = 0.02
 
 
-def fuse_layers(model: PreTrainedModel) -> None:
+def fuse_layers(model: PreTrainedModel, *, device: torch.device | None = None) -> None:
     """Replaces the forward pass of the layers of ``model`` that this module knows, in place.
 
     A layer is known if it computes the same: each class is tested with random weights on random input before its layers
@@ -36,18 +36,19 @@ def fuse_layers(model: PreTrainedModel) -> None:
 
     Args:
         model: the model to change.
+        device: where a model on the meta device will have its weights; None: the weights are there.
     """
     forwards: dict[type[nn.Module], Forward | None] = {}
     for module in model.modules():
         kind = type(module)
         if kind not in forwards:
-            forwards[kind] = _forward_for(module)
+            forwards[kind] = _forward_for(module, device)
         forward = forwards[kind]
         if forward is not None:
             module.forward = MethodType(forward, module)
 
 
-def _forward_for(module: nn.Module) -> Forward | None:
+def _forward_for(module: nn.Module, device: torch.device | None) -> Forward | None:
     if set(dict(module.named_parameters())) == {"weight"} and hasattr(module, "variance_epsilon"):
         forward, width = _norm, module.get_parameter("weight").numel()
     elif {name for name, _ in module.named_children()} == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
@@ -56,6 +57,9 @@ def _forward_for(module: nn.Module) -> Forward | None:
         return None
     if len(signature(type(module).forward).parameters) != 2:  # self and x
         return None
+    parameters = list(module.parameters())
+    if not parameters or not all(_is_for_us(parameter, device) for parameter in parameters):
+        return None
     return forward if _computes(module, forward, width) else None
 
 
@@ -63,11 +67,13 @@ def _forward_for(module: nn.Module) -> Forward | None:
 def _computes(module: nn.Module, forward: Forward, width: int) -> bool:
     """Whether ``forward`` computes what ``module`` does, tested on a bfloat16 copy, which shows where it rounds, with
     weights that all differ."""
-    parameters = list(module.parameters())
-    if not parameters or not all(_is_for_us(parameter) for parameter in parameters):
-        return False
     generator = torch.Generator().manual_seed(0)
-    random = deepcopy(module).bfloat16()
+    # the parameters may have no content yet
+    copies: dict[int, Any] = {
+        id(parameter): nn.Parameter(torch.empty(parameter.shape, dtype=torch.bfloat16))
+        for parameter in module.parameters()
+    }
+    random = deepcopy(module, copies).bfloat16()
     for parameter in random.parameters():
         nn.init.normal_(parameter, mean=1.0, generator=generator)
     x_NH = torch.randn(64, width, generator=generator).bfloat16()
@@ -77,8 +83,8 @@ def _computes(module: nn.Module, forward: Forward, width: int) -> bool:
     return bool((ours_NH != theirs_NH).float().mean() <= ROUNDED_OTHERWISE)
 
 
-def _is_for_us(x: Tensor) -> bool:
-    return x.dtype in LOW_PRECISION and x.device.type == "cpu"
+def _is_for_us(x: Tensor, device: torch.device | None = None) -> bool:
+    return x.dtype in LOW_PRECISION and (device or x.device).type == "cpu"
 
 
 def _norm(self: Any, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,26 @@ from tlcr import ops
 from tlcr.config.schema import GeneratorConfig, ModelConfig
 from tlcr.errors import ConfigError, DataError
 from tlcr.models import classifiers, inspection, probes
-from tlcr.models.faults import AUTO, LOADABLE, Role, one_line, raise_first, some
+from tlcr.models.faults import AUTO, LOADABLE, WHAT, Role, one_line, raise_first, some
 from tlcr.models.heads import backbone, classification_head, name_of_head, name_of_last_layer, use_float32_head
 from tlcr.models.inspection import THREE_CLASSES, TWO_CLASSES, Inspection
 from tlcr.models.layers import fuse_layers
+from tlcr.models.stored import (
+    Stored,
+    find_stored,
+    is_unread,
+    leave_unread,
+    make_buffers,
+    stored_for_copy,
+    without_weights,
+)
 from tlcr.models.weight_files import read_weights, weight_files
 from tlcr.models.weight_names import report_faults, unused
 from tlcr.text.files import read_text
 from tlcr.text.turns import turn_end, turn_notes
 from tlcr.training.checkpoint import atomic_write, sync_folder
-from tlcr.training.distributed import on_main_process
-from tlcr.training.sharding import has_shards, whole_state
+from tlcr.training.distributed import on_main_process, process_device
+from tlcr.training.sharding import Sharding, has_shards, whole_state
 
 logger = logging.getLogger("tlcr")
 
@@ -87,12 +97,17 @@ def load_tokenizer(cfg: GeneratorConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_causal_lm(cfg: GeneratorConfig, *, device: torch.device | None = None) -> PreTrainedModel:
+def load_causal_lm(
+    cfg: GeneratorConfig, *, device: torch.device | None = None, sharding: Sharding | None = None
+) -> PreTrainedModel:
     """The causal language model of ``cfg``, in its dtype, with no dropout. Safetensors only, or the GGUF file named.
 
     Args:
         cfg: the model's folder or hub name, and settings of loading.
         device: where the weights go, each straight from its file; None: the CPU.
+        sharding: how the caller will cut the model (``tlcr.training.sharding.shard``), alone or as a part of another
+            module. The model is then on the meta device, and its weights are read when it is cut. Where that cannot be
+            (a GGUF file, weights that transformers converts), every process reads them whole, and a note says so.
 
     Returns:
         The model, every weight of which was in the file.
@@ -100,20 +115,16 @@ def load_causal_lm(cfg: GeneratorConfig, *, device: torch.device | None = None) 
     Raises:
         ConfigError: the folder has a fault (``tlcr.models.inspection``), or it is not one that transformers can load.
     """
-    source = _named(cfg.path)
+    _named(cfg.path)
     found = _inspected(cfg, "policy")
-    with _loading("language model", source), inspection.quiet():
-        if cfg.gguf_file:
-            # Packed GGUF blocks can be neither trained nor saved.
-            options: dict[str, Any] = {"gguf_file": cfg.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-        else:
-            options = {"use_safetensors": True, **_onto(device)}
-        model, report = AUTO["policy"].from_pretrained(source, **options, **_common(cfg, found))
-    if cfg.gguf_file:
-        _move(model, device)
-        model.config.quantization_config = None
-        model.hf_quantizer = None
-    _check_report(report, model, cfg, "policy", found)
+    if sharding is not None:
+        unread = _without_weights("policy", AUTO["policy"], cfg, found)
+        if unread is not None:
+            model, stored = unread
+            leave_unread(model, stored, partial(probes.require_causal, model))
+            return _prepared(model, cfg)
+        device = None
+    model = _read("policy", AUTO["policy"], cfg, found, device)
     probes.require_causal(model)
     return _prepared(model, cfg)
 
@@ -124,6 +135,7 @@ def load_token_classifier(
     *,
     id2label: Mapping[int, str] | None = None,
     device: torch.device | None = None,
+    sharding: Sharding | None = None,
 ) -> PreTrainedModel:
     """A standard ``AutoModelForTokenClassification`` whose labels are negative/positive or negative/neutral/positive.
 
@@ -133,6 +145,8 @@ def load_token_classifier(
         cfg: dtype and settings of loading.
         id2label: the labels wanted. None accepts either set, and is allowed for a folder only.
         device: where the weights of a folder go; None: the CPU. A copy of a causal LM is made where that is.
+        sharding: as for ``load_causal_lm``, for a folder. A copy of a causal LM that was loaded so has no weights
+            either before it is cut.
 
     Returns:
         The classifier.
@@ -146,14 +160,18 @@ def load_token_classifier(
                 "a new token classifier needs id2label: TWO_CLASSES or THREE_CLASSES of tlcr.models.inspection"
             )
         return _with_new_head(AutoModelForTokenClassification, source, cfg, dict(id2label))
-    model = _load_classifier("discriminator", source, cfg, device)
+    model = _load_classifier("discriminator", source, cfg, device, sharding)
     accepted = [TWO_CLASSES, THREE_CLASSES] if id2label is None else [dict(id2label)]
     raise_first(inspection.label_faults(model.config, str(source), accepted))
     return model
 
 
 def load_sequence_classifier(
-    source: str | Path | PreTrainedModel, cfg: ModelConfig, *, device: torch.device | None = None
+    source: str | Path | PreTrainedModel,
+    cfg: ModelConfig,
+    *,
+    device: torch.device | None = None,
+    sharding: Sharding | None = None,
 ) -> PreTrainedModel:
     """A standard ``AutoModelForSequenceClassification`` with one output, the score of an answer.
 
@@ -161,6 +179,7 @@ def load_sequence_classifier(
         source: as for ``load_token_classifier``.
         cfg: dtype and settings of loading.
         device: as for ``load_token_classifier``.
+        sharding: as for ``load_token_classifier``.
 
     Returns:
         The classifier.
@@ -171,7 +190,7 @@ def load_sequence_classifier(
     """
     if isinstance(source, PreTrainedModel):
         return _with_new_head(AutoModelForSequenceClassification, source, cfg, {0: "score"})
-    model = _load_classifier("reward_model", source, cfg, device)
+    model = _load_classifier("reward_model", source, cfg, device, sharding)
     outputs = model.config.num_labels or 0
     if outputs != 1:
         raise_first([inspection.several_outputs(str(source), outputs)])
@@ -179,7 +198,8 @@ def load_sequence_classifier(
     if own:
         said = " and ".join(f"{name} {value}" for name, value in own.items())
         _note(f"the reward model {str(source)!r} has {said} in its config.json: not applied, scores are the head's own")
-    probes.check_reward_model(model)
+    if not is_unread(model):
+        probes.check_reward_model(model)
     return model
 
 
@@ -369,6 +389,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     Everything is written to a temporary folder and then renamed into place, config.json last: a folder with a
     config.json is complete. Other files of the folder stay. The configs record the ids of padding and of the end of
     sequence for other programs that load the model: they stop where the policy's answers ended in training.
+    Every process calls it: the weights of a sharded model are gathered in the main process's memory.
 
     Args:
         model: the model to save.
@@ -547,7 +568,7 @@ def _loading(what: str, source: str) -> Iterator[None]:
 
 def _prepared(model: PreTrainedModel, cfg: GeneratorConfig) -> PreTrainedModel:
     disable_dropout(model)
-    fuse_layers(model)
+    fuse_layers(model, device=process_device() if is_unread(model) else None)
     if isinstance(cfg, ModelConfig) and cfg.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model.eval()
@@ -560,18 +581,66 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def _load_classifier(role: Role, source: str | Path, cfg: ModelConfig, device: torch.device | None) -> PreTrainedModel:
+def _load_classifier(
+    role: Role, source: str | Path, cfg: ModelConfig, device: torch.device | None, sharding: Sharding | None
+) -> PreTrainedModel:
     cfg = replace(cfg, path=str(source), gguf_file=None)
     found = _inspected(cfg, role)
-    with _loading("classifier", cfg.path), inspection.quiet():
-        assert found.config is not None  # _inspected has raised
-        kind = classifiers.saved_class(AUTO[role], found.config) or AUTO[role]
-        model, report = kind.from_pretrained(  # type: ignore[misc]
-            cfg.path, use_safetensors=True, **_onto(device), **_common(cfg, found)
-        )
-    _check_report(report, model, cfg, role, found)
+    assert found.config is not None  # _inspected has raised
+    kind = classifiers.saved_class(AUTO[role], found.config) or AUTO[role]
+    if sharding is not None:
+        unread = _without_weights(role, kind, cfg, found)
+        if unread is not None:
+            model, stored = unread
+            check = partial(probes.check_reward_model, model) if role == "reward_model" else lambda: None
+            leave_unread(model, stored, check)
+            return _prepared(model, cfg)
+        device = None
+    model = _read(role, kind, cfg, found, device)
     use_float32_head(model, _stored_head(model, cfg, role, found))
     return _prepared(model, cfg)
+
+
+def _read(role: Role, kind: Any, cfg: GeneratorConfig, found: Inspection, device: torch.device | None) -> Any:
+    """The model with its weights, as transformers loads it."""
+    with _loading(WHAT[role], cfg.path), inspection.quiet():
+        if cfg.gguf_file:
+            # Packed GGUF blocks can be neither trained nor saved.
+            options: dict[str, Any] = {"gguf_file": cfg.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+        else:
+            options = {"use_safetensors": True, **_onto(device)}
+        model, report = kind.from_pretrained(cfg.path, **options, **_common(cfg, found))
+    if cfg.gguf_file:
+        _move(model, device)
+        model.config.quantization_config = None
+        model.hf_quantizer = None
+    _check_report(report, model, cfg, role, found)
+    return model
+
+
+def _without_weights(
+    role: Role, kind: Any, cfg: GeneratorConfig, found: Inspection
+) -> tuple[PreTrainedModel, Stored] | None:
+    """The model on the meta device, and where its weights are; None, and a note, where they cannot be read in parts."""
+    weights = None if cfg.gguf_file else found.weights or weight_files(cfg, role)[0]
+    whole = cfg.gguf_file is not None or cfg.trust_remote_code or weights is None
+    if not whole and getattr(found.config, "quantization_config", None) is None:
+        assert weights is not None
+        model = _read(role, kind, cfg, found, torch.device("meta"))
+        renamed: dict[str, str] = {}
+        if role != "policy":
+            use_float32_head(model, _stored_head(model, cfg, role, found))
+            own = name_of_head(model)
+            if role == "reward_model" and own is not None and found.head is not None:
+                renamed = {f"{own}.{part}": f"{found.head.name}.{part}" for part in ("weight", "bias")}
+        stored = find_stored(model, weights, renamed)
+        if stored is not None and make_buffers(model, getattr(torch, cfg.dtype)):
+            return model, stored
+    _note(
+        f"{cfg.path!r} is read whole by every process, and cut into shards after that: transformers converts its "
+        "weights while it loads them, so no process can read its part alone"
+    )
+    return None
 
 
 def _stored_head(
@@ -603,15 +672,25 @@ def _with_new_head(
     of the hidden states and any seed. The head's gradient is not zero there, so it moves at the
     first step and the backbone from the second on.
     """
+    if has_shards(causal_lm):
+        raise ConfigError(
+            f"no classifier can be made of a {type(causal_lm).__name__} that is cut into shards (sharding.kind): make "
+            "it before the model is cut, or from a model that load_causal_lm gives with the same sharding"
+        )
     config = deepcopy(causal_lm.config)
     config.id2label = id2label
     config.label2id = {label: index for index, label in id2label.items()}
     config.classifier_dropout = 0.0
     kind = classifiers.new_class(auto, causal_lm, config)
     attention = inspection.attention_for(cfg, kind, config)
-    with no_init_weights(), causal_lm.device:  # made where it stays: a copy on the host would be as large as the model
+    unread = is_unread(causal_lm)
+    # made where it stays: a copy on the host would be as large as the model
+    with no_init_weights(), without_weights() if unread else causal_lm.device:
         model = kind._from_config(config, dtype=causal_lm.dtype, attn_implementation=attention)
     use_float32_head(model)
+    if unread:
+        leave_unread(model, stored_for_copy(model, causal_lm), lambda: None)
+        return _prepared(model, cfg)
     backbone(model).load_state_dict(backbone(causal_lm).state_dict(), strict=True)
     for parameter in classification_head(model).parameters():
         nn.init.zeros_(parameter)

@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 
 from tlcr.config.schema import ShardingConfig
 from tlcr.errors import ConfigError
-from tlcr.training.distributed import process_count, process_device
+from tlcr.training.distributed import on_all_processes, process_count, process_device
 from tlcr.training.launcher import processes_of_a_node, requested_sharding
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 SHARD, REPLICATE = "shard", "replicate"
 """Names of the mesh's dimensions: over the first a model is cut, over the second it is repeated."""
+ROOT, INSIDE, WEIGHTS = "_tlcr_root", "_tlcr_inside", "_tlcr_weights"
+"""What a module remembers: the root around it, whether that is in ``as_forward``, and what ``fill_when_cut`` said."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def shard(root: nn.Module, sharding: Sharding | None) -> None:
     Units are the layers that transformers would not split over devices (``_no_split_modules``), layers whose dtype is
     another than that of the rest (gradients of one unit are summed in one dtype), and the root. Call it before the
     optimiser is made, and after copies of the module are made: shards cannot be copied. A module that is sharded
-    already stays as it is.
+    already stays as it is. Weights of which ``fill_when_cut`` speaks are read now, each process its own.
 
     Args:
         root: the module whose forward pass will be called; parameters may be on the meta device.
@@ -118,18 +120,87 @@ def shard(root: nn.Module, sharding: Sharding | None) -> None:
     _refuse_shared(units)
     for unit in units:
         fully_shard(unit, **_options(unit, sharding))
+    read = _read_weights(root, torch.device("cpu") if sharding.offload else process_device())
     cast(Any, root).run_as_forward = types.MethodType(lambda _root, action: action(), root)
     register_fsdp_forward_method(root, "run_as_forward")
     # A module that is first called through a part of it would take the part for the root.
     as_forward(root, lambda: None)
     reshard(root)
+    for weights in read:
+        with torch.no_grad():
+            as_forward(root, weights.check)
+
+
+def shard_model(model: nn.Module, sharding: Sharding | None) -> None:
+    """``shard`` for a model of which a loss calls any part: its root is a module around it, entered by ``as_forward``.
+
+    Args:
+        model: the model, which is from now on called inside ``as_forward`` or ``gathered`` only.
+        sharding: the plan; None leaves the model as it is.
+    """
+    if sharding is None or is_sharded(model):
+        return
+    around = _Around(model)
+    shard(around, sharding)
+    vars(model)[ROOT] = around  # not as an attribute: the root would become a part of its part
+
+
+class _Around(nn.Module):
+    """A root whose only forward pass is that of ``as_forward``. A model that was its own root would take each call of
+    it for a pass of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+def _root_of(module: nn.Module) -> nn.Module:
+    root: nn.Module = vars(module).get(ROOT, module)
+    return root
+
+
+def fill_when_cut(model: nn.Module, *, fill: Callable[[], None], check: Callable[[], None]) -> None:
+    """Says how a model on the meta device gets its weights: ``shard`` calls both, so that no process holds it whole.
+
+    Args:
+        model: the model, which ``shard`` will get, alone or as a part of a root.
+        fill: called once the parameters are shards, with memory and without content, to read each process's own. It
+            must not communicate.
+        check: called after it, as a forward pass, to refuse a model that does not do what it should.
+    """
+    vars(model)[WEIGHTS] = _Weights(fill, check)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    fill: Callable[[], None]
+    check: Callable[[], None]
+
+
+@torch.no_grad()
+def _read_weights(root: nn.Module, device: torch.device) -> list[_Weights]:
+    """Gives memory to what is on the meta device, and fills it; returns what was filled."""
+
+    def with_memory(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
+
+    def fill() -> None:
+        for weights in unread:
+            weights.fill()
+
+    unread: list[_Weights] = [vars(module).pop(WEIGHTS) for module in root.modules() if WEIGHTS in vars(module)]
+    if unread:
+        root._apply(with_memory)
+        on_all_processes(fill)
+    return unread
 
 
 def as_forward(root: nn.Module, action: Callable[[], T], *, keep: bool = False) -> T:
-    """Runs ``action``, which calls parts of ``root``, as a forward pass of ``root``.
+    """Runs ``action``, which calls parts of ``root``, as a forward pass of ``root``. Inside another pass of it, and for
+    a module that is no root, ``action`` is called and nothing else happens.
 
     Args:
-        root: a module that was given to ``shard``; of another one ``action`` is called and nothing else happens.
+        root: a module that was given to ``shard`` or ``shard_model``.
         action: called without arguments. What has gradients in its result is a tensor, or in a tuple or dict.
         keep: without gradients, keep what belongs to the root itself gathered until ``reshard``, because its head is
             read after the pass. With gradients it is kept in any case, until the backward pass.
@@ -137,17 +208,22 @@ def as_forward(root: nn.Module, action: Callable[[], T], *, keep: bool = False) 
     Returns:
         What ``action`` returned.
     """
-    if not is_sharded(root):
+    root = _root_of(root)
+    if not is_sharded(root) or vars(root).get(INSIDE):
         return action()
-    result: T = cast(Any, root).run_as_forward(action)
+    vars(root)[INSIDE] = True
+    try:
+        result: T = cast(Any, root).run_as_forward(action)
+    finally:
+        vars(root)[INSIDE] = False
     if not keep and not torch.is_grad_enabled():
         reshard(root)
     return result
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether ``module`` was given to ``shard``."""
-    return isinstance(module, FSDPModule)
+    """Whether ``module`` was given to ``shard`` or ``shard_model``."""
+    return isinstance(_root_of(module), FSDPModule)
 
 
 def has_shards(module: nn.Module) -> bool:
@@ -160,9 +236,9 @@ def reshard(*roots: nn.Module) -> None:
     they take memory, and a step on the shards does not reach them. What a ``gathered`` block holds stays.
 
     Args:
-        roots: modules that were given to ``shard``.
+        roots: modules that were given to ``shard`` or ``shard_model``.
     """
-    for root in roots:
+    for root in map(_root_of, roots):
         for unit in _sharded_units(root):
             if unit not in _gathered_now:
                 unit.reshard()
@@ -174,14 +250,14 @@ def gathered(*roots: nn.Module, only: nn.Module | None = None) -> Iterator[None]
     communicates. Every process enters it. Blocks may be nested.
 
     Args:
-        roots: modules that were given to ``shard``; others are left as they are.
+        roots: modules that were given to ``shard`` or ``shard_model``; others are left as they are.
         only: a part of the roots. Units outside it stay sharded, which saves their memory.
 
     Yields:
         Nothing.
     """
     with ExitStack() as stack:
-        for root in roots:
+        for root in map(_root_of, roots):
             stack.enter_context(_gathered(root, set(root.modules() if only is None else only.modules())))
         yield
 
@@ -232,6 +308,24 @@ def norm_over_shards(norm: Tensor, sharded: Tensor) -> Tensor:
     return square.sqrt().to(norm)
 
 
+def part_of(tensor: Tensor) -> slice:
+    """The rows of the whole that are this process's: ``fully_shard`` cuts the first dimension as ``torch.chunk`` does.
+
+    Args:
+        tensor: a sharded parameter; of any other tensor it is all rows.
+
+    Returns:
+        A slice, empty where there are fewer rows than processes.
+    """
+    rows = tensor.shape[0] if tensor.ndim else 1
+    if not isinstance(tensor, DTensor):
+        return slice(0, rows)
+    mesh = tensor.device_mesh[SHARD]
+    each = -(-rows // mesh.size())
+    first = min(each * mesh.get_local_rank(), rows)
+    return slice(first, min(first + each, rows))
+
+
 def whole_state(root: nn.Module) -> dict[str, Tensor]:
     """The weights of ``root`` by name, whole, in host memory: on the main process; an empty mapping on the others.
 
@@ -241,12 +335,15 @@ def whole_state(root: nn.Module) -> dict[str, Tensor]:
         root: a sharded module, or part of one.
 
     Returns:
-        The state dictionary that the module would have without sharding.
+        The state dictionary that the module would have without sharding: tied weights are one tensor.
     """
-    return cast(
-        dict[str, Tensor],
-        get_model_state_dict(root, options=StateDictOptions(full_state_dict=True, cpu_offload=True)),
-    )
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = cast(dict[str, Tensor], get_model_state_dict(root, options=options))
+    first: dict[int, str] = {}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        if name in state:
+            state[name] = state[first.setdefault(id(parameter), name)]
+    return state
 
 
 def load_whole_state(root: nn.Module, state: Mapping[str, Tensor]) -> None:
