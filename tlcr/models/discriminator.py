@@ -27,6 +27,7 @@ from tlcr.models.inspection import THREE_CLASSES, TWO_CLASSES
 from tlcr.models.loading import load_token_classifier, load_tokenizer
 from tlcr.text.padding import pad_right
 from tlcr.text.tokenization import encode_answers, token_pieces
+from tlcr.training.sharding import Sharding, as_forward
 from tlcr.types import EncodedAnswer, LabelledAnswer, LabelledPair
 
 __all__ = [
@@ -143,7 +144,8 @@ def discriminator_loss(logits_BLC: Tensor, labels_BL: Tensor, weights_BL: Tensor
 
 def classify(model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
     """The logits (B, L, C), float32 or float64, of rows that are padded on the right."""
-    return model(input_ids=ids_BL, attention_mask=attention_mask_BL.long(), use_cache=False).logits
+    inputs = {"input_ids": ids_BL, "attention_mask": attention_mask_BL.long(), "use_cache": False}
+    return as_forward(model, lambda: model(**inputs).logits)
 
 
 def token_logits(
@@ -331,7 +333,7 @@ def score_encoded(
 
 
 def load_discriminator(
-    folder: str | Path, cfg: ModelConfig, *, device: torch.device | None = None
+    folder: str | Path, cfg: ModelConfig, *, device: torch.device | None = None, sharding: Sharding | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A trained discriminator and the tokenizer saved with it, ready to score.
 
@@ -342,6 +344,7 @@ def load_discriminator(
         folder: where the discriminator was saved.
         cfg: dtype and settings of loading.
         device: where its weights go; None: the CPU.
+        sharding: as for ``load_causal_lm``.
 
     Returns:
         Model and tokenizer.
@@ -349,6 +352,6 @@ def load_discriminator(
     Raises:
         ConfigError: the model's labels are not those of a discriminator, in their order.
     """
-    model = load_token_classifier(folder, cfg, device=device)
+    model = load_token_classifier(folder, cfg, device=device, sharding=sharding)
     make_top_layers_bidirectional(model, getattr(model.config, "tlcr_bidirectional_layers", 0))
     return model.eval(), load_tokenizer(cfg.saved_in(folder))

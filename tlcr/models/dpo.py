@@ -7,8 +7,10 @@ action, which PPO can use (RTO, Zhong et al. 2024, arXiv 2404.18922).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from transformers import PreTrainedModel
 from tlcr.models.loading import answer_logprobs
 from tlcr.text.padding import collate_completions
 from tlcr.training.distributed import process_count, process_index, sum_over_processes
+from tlcr.training.sharding import as_forward, is_sharded
 from tlcr.training.supervised import LossParts, ranking_loss
 from tlcr.types import EncodedComparison
 
@@ -93,14 +96,18 @@ def with_reference(
     totals_N2 = torch.zeros(len(comparisons), 2, dtype=torch.float64)
     mine = range(process_index(), len(comparisons), process_count())
     by_length = sorted(mine, key=lambda i: -comparisons[i].length)
-    for start in range(0, len(by_length), batch_size):
+    device = next(model.parameters()).device
+    # Each forward pass of a sharded model is one of all processes: one that has fewer rows repeats the first.
+    own = math.ceil(len(comparisons) / process_count()) if is_sharded(model) else len(by_length)
+    for start in range(0, own, batch_size):
         rows = by_length[start : start + batch_size]
-        answers = [comparisons[i].chosen for i in rows] + [comparisons[i].rejected for i in rows]
+        answers = [comparisons[i].chosen for i in rows or [0]] + [comparisons[i].rejected for i in rows or [0]]
         batch = {
-            name: tensor.to(model.device)
-            for name, tensor in collate_completions(answers, pad_token_id=pad_token_id).items()
+            name: tensor.to(device) for name, tensor in collate_completions(answers, pad_token_id=pad_token_id).items()
         }
-        totals_N2[rows] = torch.stack(_answer_totals(model, batch).double().cpu().chunk(2), dim=1)
+        totals_B = as_forward(model, partial(_answer_totals, model, batch)).double().cpu()
+        if rows:
+            totals_N2[rows] = torch.stack(totals_B.chunk(2), dim=1)
     return [
         ReferencedComparison(comparison, *totals)
         for comparison, totals in zip(comparisons, sum_over_processes(totals_N2).tolist(), strict=True)

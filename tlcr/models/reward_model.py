@@ -58,7 +58,8 @@ def sequence_scores(
         (B,) float32 without gradient. A row with nothing counted scores 0.
     """
     with evaluating(model):
-        return torch.cat([_scores(model, *part) for part in _parts(ids_BL, attention_mask_BL, micro_batch_size)])
+        scores = [_scores(model, *part) for part in _parts(ids_BL, attention_mask_BL, micro_batch_size)]
+        return torch.cat(scores).float()
 
 
 @torch.no_grad()
@@ -118,7 +119,7 @@ def scores_and_attention(
             attention_bKL = weights.pop().float().mean(dim=1)
             parts.append((scores_b, row.back(row.at_last(attention_bKL))))
     scores, attention = zip(*parts, strict=True)
-    return torch.cat(scores), torch.cat(attention)
+    return torch.cat(scores).float(), torch.cat(attention)
 
 
 @contextmanager
@@ -180,16 +181,21 @@ def _moved_left(ids_BL: Tensor, attention_mask_BL: Tensor) -> _Rows:
 
 
 def _scores(model: PreTrainedModel, ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
+    """(B,) float32, or float64 where the model's scores are: the loss keeps their digits."""
     rows = _moved_left(ids_BL, attention_mask_BL)
     if reads_last_token(model):
         return _decoder_scores(model, rows)
-    scores_B = model(input_ids=rows.ids_BL, attention_mask=rows.counted_BL.long()).logits.squeeze(-1).float()
-    return torch.where(rows.counted_BL.any(dim=1), scores_B, 0.0)
+    scores_B = model(input_ids=rows.ids_BL, attention_mask=rows.counted_BL.long()).logits.squeeze(-1)
+    return torch.where(rows.counted_BL.any(dim=1), _at_least_float32(scores_B), 0.0)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _decoder_scores(model: PreTrainedModel, rows: _Rows) -> Tensor:
-    scores_B: Tensor = classification_head(model)(rows.at_last(_hidden_states(model, rows))).squeeze(-1).float()
-    return torch.where(rows.counted_BL.any(dim=1), scores_B, 0.0)
+    scores_B = classification_head(model)(rows.at_last(_hidden_states(model, rows))).squeeze(-1)
+    return torch.where(rows.counted_BL.any(dim=1), _at_least_float32(scores_B), 0.0)
 
 
 def _hidden_states(model: PreTrainedModel, rows: _Rows) -> Tensor:

@@ -38,6 +38,7 @@ from tlcr.text.truncation import note_cuts
 from tlcr.training.callbacks import Callback
 from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.training.distributed import on_main_process
+from tlcr.training.sharding import plan, shard_model
 from tlcr.training.supervised import FitResult, LossParts
 from tlcr.types import LabelledPair, PreferencePair
 
@@ -85,7 +86,8 @@ def train_discriminator(
 
     Args:
         cfg: its ``discriminator`` section says what the targets are, how long and how fast; ``data`` how texts are cut;
-            ``model`` how the classifier is loaded; ``seed`` orders the pairs.
+            ``model`` how the classifier is loaded; ``seed`` orders the pairs; ``sharding`` whether it is cut into
+            shards.
         backbone: a causal LM, the SFT model's in the paper, whose layers are copied; it stays as it is.
         tokenizer: the backbone's.
         train: rejected answers and their revisions, with a label for each token.
@@ -113,9 +115,10 @@ def train_discriminator(
     _check(settings, train, held_out)
     check_lengths(backbone, [_length(pair) for pair in (*train, *held_out)])
 
-    # 1. the classifier: the backbone of the SFT model under a new head
+    # 1. the classifier: the backbone of the SFT model under a new head; in shards where the config asks for them
     model = load_token_classifier(backbone, cfg.model, id2label=labels_of(settings.targets))
     make_top_layers_bidirectional(model, settings.bidirectional_layers)
+    shard_model(model, plan(cfg.sharding))
 
     # 2. minimise the cross entropy with the labels' targets, both sides of an edit with equal weight
     batch_size = 2 * micro_batch_size(settings)

@@ -13,6 +13,7 @@ from tlcr.models.dpo import ReferencedComparison, collate_referenced, dpo_loss, 
 from tlcr.recipes.fitting import encode_splits, fit_and_save, micro_batch_size
 from tlcr.text.tokenization import encode_comparisons
 from tlcr.training.callbacks import Callback
+from tlcr.training.sharding import plan, shard_model
 from tlcr.training.supervised import FitResult
 from tlcr.types import EncodedComparison, PreferencePair
 
@@ -37,8 +38,9 @@ def train_dpo(
     Source: Rafailov et al. 2023, eq. 7; as a reward for each token: Zhong et al. 2024 (RTO, arXiv 2404.18922).
 
     Args:
-        cfg: its ``dpo`` section says how long and how fast; ``data`` how texts are cut; ``seed`` orders the pairs.
-        model: a causal LM, trained in place.
+        cfg: its ``dpo`` section says how long and how fast; ``data`` how texts are cut; ``seed`` orders the pairs;
+            ``sharding`` whether the model is cut into shards.
+        model: a causal LM, trained in place; in shards afterwards where it is cut.
         tokenizer: the model's.
         train: pairs of a chosen and a rejected answer to a prompt.
         held_out: pairs to evaluate on: loss, accuracy, margin and both rewards. May be empty.
@@ -60,7 +62,9 @@ def train_dpo(
     encode = partial(encode_comparisons, tokenizer, data=cfg.data)
     splits = encode_splits(encode, train, held_out, model=model, length=_length, limits=cfg.data, stage="DPO")
 
-    # 2. their log-probabilities under the reference, before the first step (a resumed run loads its weights later)
+    # 2. in shards where the config asks for them, and both answers' log-probabilities under the reference, before the
+    # first step (a resumed run loads its weights later)
+    shard_model(model, plan(cfg.sharding))
     train_pairs, held_out_pairs = (
         with_reference(model, pairs, pad_token_id=tokenizer.pad_token_id, batch_size=micro_batch_size(cfg.dpo))
         for pairs in splits

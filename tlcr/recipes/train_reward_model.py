@@ -14,6 +14,7 @@ from tlcr.models.reward_model import bradley_terry_loss, collate_comparisons
 from tlcr.recipes.fitting import encode_splits, fit_and_save
 from tlcr.text.tokenization import encode_comparisons
 from tlcr.training.callbacks import Callback
+from tlcr.training.sharding import plan, shard_model
 from tlcr.training.supervised import FitResult
 from tlcr.types import EncodedComparison, PreferencePair
 
@@ -39,7 +40,7 @@ def train_reward_model(
 
     Args:
         cfg: its ``reward_model`` section says how long and how fast; ``data`` how texts are cut; ``model`` how the
-            classifier is loaded; ``seed`` orders the pairs.
+            classifier is loaded; ``seed`` orders the pairs; ``sharding`` whether it is cut into shards.
         backbone: a causal LM, the SFT model's in the paper, whose layers are copied; it stays as it is.
         tokenizer: the backbone's.
         train: pairs of a chosen and a rejected answer to a prompt.
@@ -64,9 +65,10 @@ def train_reward_model(
         encode, train, held_out, model=backbone, length=_length, limits=cfg.data, stage="reward model"
     )
 
-    # 2. the classifier: the causal LM's backbone under one output
+    # 2. the classifier: the causal LM's backbone under one output; in shards where the config asks for them
     model = load_sequence_classifier(backbone, cfg.model)
     model.config.pad_token_id = tokenizer.pad_token_id
+    shard_model(model, plan(cfg.sharding))
 
     # 3. maximise the likelihood of the preferences (Bradley-Terry), evaluate on the held-out pairs, and 4. write a
     # standard model folder

@@ -15,6 +15,7 @@ from tlcr.recipes.fitting import encode_splits, fit_and_save
 from tlcr.text.padding import collate_completions
 from tlcr.text.tokenization import encode_answers
 from tlcr.training.callbacks import Callback
+from tlcr.training.sharding import plan, shard_model
 from tlcr.training.supervised import FitResult
 from tlcr.types import EncodedAnswer, PreferencePair
 
@@ -38,8 +39,9 @@ def train_sft(
     Source: supervised fine-tuning as in Ouyang et al. 2022 (InstructGPT), 3.5; the mean over tokens is ours.
 
     Args:
-        cfg: its ``sft`` section says how long and how fast; ``data`` how texts are cut; ``seed`` orders the examples.
-        model: a causal LM, trained in place.
+        cfg: its ``sft`` section says how long and how fast; ``data`` how texts are cut; ``seed`` orders the examples;
+            ``sharding`` whether the model is cut into shards.
+        model: a causal LM, trained in place; in shards afterwards where it is cut.
         tokenizer: the model's.
         train: pairs; only the prompt and the chosen answer are used.
         held_out: pairs to evaluate on: loss, and perplexity = exp(loss). May be empty.
@@ -63,7 +65,10 @@ def train_sft(
         encode, train, held_out, model=model, length=length, limits=cfg.data, stage="SFT"
     )
 
-    # 2. maximise the likelihood of the answers, evaluate on the held-out pairs, and 3. write a standard model folder
+    # 2. one shard for each process, where the config asks for it
+    shard_model(model, plan(cfg.sharding))
+
+    # 3. maximise the likelihood of the answers, evaluate on the held-out pairs, and 4. write a standard model folder
     return fit_and_save(
         cfg,
         cfg.sft,

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +35,7 @@ from tlcr.training.optim import (
     parameter_groups,
     scale_gradients,
 )
+from tlcr.training.sharding import as_forward, is_sharded
 
 E = TypeVar("E")
 Batch = dict[str, Tensor]
@@ -107,7 +108,7 @@ def fit(
     """Trains ``model`` in place for ``cfg.epochs`` passes over ``examples``.
 
     Args:
-        model: what is trained.
+        model: what is trained; whole, or cut by ``tlcr.training.sharding.shard``.
         examples: what it is trained on.
         collate: examples to a batch.
         loss: called as ``loss(model, collate(micro_batch))``; see ``LossParts``. It may call any part of the model.
@@ -116,7 +117,7 @@ def fit(
         seed: with the number of the epoch it fixes the order of the examples.
         resume: continue from the newest checkpoint, bit for bit on one process on the CPU; without one, start.
         evaluate: called without gradients and in evaluation mode, on every process; its figures are logged as
-            eval/<name>.
+            eval/<name>. It runs a sharded model equally often on every process (``mean_loss`` does).
         callbacks: told of every step, evaluation and checkpoint.
         accelerator: the processes that share the training; None: one without autocast.
         length: sorts a process's share of each batch, so that the examples of a micro-batch need little padding.
@@ -179,14 +180,25 @@ def mean_loss(
     training = model.training
     model.eval()
     sums: dict[str, Tensor] = {}
-    # Every process needs the names of the statistics, so all compute the first batch and one process counts it.
-    for i in sorted({0, *range(process_index(), math.ceil(len(examples) / batch_size), process_count())}):
+    for i, counts in _shared_out(math.ceil(len(examples) / batch_size), equally=is_sharded(model)):
         batch = collate(examples[i * batch_size : (i + 1) * batch_size])
         with torch.no_grad():
-            parts = _flat(loss(model, {name: value.to(device) for name, value in batch.items()}))
-        _add(sums, parts, counts=i % process_count() == process_index())
+            parts = as_forward(model, partial(loss, model, {name: x.to(device) for name, x in batch.items()}))
+        _add(sums, _flat(parts), counts=counts)
     model.train(training)
     return _reduce(sums)[0]
+
+
+def _shared_out(batches: int, *, equally: bool) -> list[tuple[int, bool]]:
+    """The batches that this process computes, and which of them it counts.
+
+    equally: as many on every process, because each forward pass of a sharded model is one of all processes.
+    """
+    # Every process needs the names of the statistics, so all compute the first batch and one process counts it.
+    own = [(i, True) for i in range(process_index(), batches, process_count())]
+    if process_index() > 0 and not equally:
+        return [(0, False), *own]
+    return [(0, False)] * (math.ceil(batches / process_count()) - len(own)) + own if equally else own
 
 
 class _LossModule(nn.Module):
@@ -199,6 +211,15 @@ class _LossModule(nn.Module):
 
     def forward(self, batch: Batch) -> LossParts:
         return self._loss(self.model, batch)
+
+
+class _ShardedLoss(_LossModule):
+    """The loss as a forward pass of a sharded model."""
+
+    def forward(self, batch: Batch) -> LossParts:
+        # what is a tensor in the result tells when the backward pass begins
+        total, parts = as_forward(self.model, lambda: ((found := self._loss(self.model, batch)).total, found))
+        return replace(parts, total=total)
 
 
 class _Run:
@@ -226,7 +247,12 @@ class _Run:
         optimizer = build_optimizer(
             parameter_groups(model, learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay)
         )
-        self.module, self.optimizer = accelerator.prepare(_LossModule(model, loss), optimizer)
+        self.module: nn.Module
+        self.optimizer: torch.optim.Optimizer
+        if is_sharded(model):
+            self.module, self.optimizer = _ShardedLoss(model, loss), optimizer
+        else:
+            self.module, self.optimizer = accelerator.prepare(_LossModule(model, loss), optimizer)
         self.loop = TrainingLoop(
             folder,
             total_steps=total_steps,
@@ -290,9 +316,9 @@ class _Run:
 
     def _accumulate_gradients(self) -> dict[str, float]:
         """Leaves the gradient of the whole batch's loss in the parameters; returns the loss and the statistics."""
-        micro_batches, counts = self._micro_batches(self._batch())
+        micro_batches = self._micro_batches(self._batch())
         sums: dict[str, Tensor] = {}
-        for i, micro_batch in enumerate(micro_batches):
+        for i, (micro_batch, counts) in enumerate(micro_batches):
             batch = {name: value.to(self.accelerator.device) for name, value in self.collate(micro_batch).items()}
             last = i == len(micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.module):
@@ -316,26 +342,29 @@ class _Run:
         first = index * self.cfg.batch_size
         return [self.examples[i] for i in self._order[1][first : first + self.cfg.batch_size]]
 
-    def _micro_batches(self, batch: list[Any]) -> tuple[list[list[Any]], bool]:
-        """This process's share of a batch, cut for its forward passes; False where the share is empty.
+    def _micro_batches(self, batch: list[Any]) -> list[tuple[list[Any], bool]]:
+        """This process's share of a batch, cut for its forward passes, and which of them count.
 
         Every process must take part in the exchange of gradients, so an empty share becomes one example that does not
-        count.
+        count. Every process takes part in each forward pass of a sharded model, so there all cut as many.
         """
-        share = batch[self.accelerator.process_index :: self.accelerator.num_processes]
-        counts = bool(share)
-        share = share or batch[:1]
+        processes = self.accelerator.num_processes
+        share = batch[self.accelerator.process_index :: processes]
         if self.length is not None:
             share = sorted(share, key=self.length, reverse=True)
-        size = self.cfg.micro_batch_size or len(share)
-        return [share[i : i + size] for i in range(0, len(share), size)], counts
+        largest_share = math.ceil(len(batch) / processes)
+        size = self.cfg.micro_batch_size or largest_share
+        cut = [(share[i : i + size], True) for i in range(0, len(share), size)]
+        wanted = math.ceil(largest_share / size) if is_sharded(self.model) else 1
+        return [(batch[:1], False)] * (wanted - len(cut)) + cut
 
     # ---- evaluation
 
     def _evaluate(self, evaluate: Callable[[PreTrainedModel], Mapping[str, float]]) -> dict[str, float]:
         self.model.eval()
         with torch.no_grad():
-            return {name: float(value) for name, value in evaluate(self.model).items()}
+            figures = as_forward(self.model, partial(evaluate, self.model))
+            return {name: float(value) for name, value in figures.items()}
 
 
 def _flat(parts: LossParts) -> dict[str, Tensor]:
