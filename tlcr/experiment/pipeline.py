@@ -43,6 +43,7 @@ from tlcr.reviser.revise import revise, write_revisions
 from tlcr.training.checkpoint import write_json
 from tlcr.training.distributed import on_main_process, process_count
 from tlcr.training.metrics import read_metrics
+from tlcr.training.sharding import shard_model
 from tlcr.training.supervised import FitResult
 from tlcr.types import EditPair, PreferencePair
 
@@ -206,7 +207,7 @@ def _reward_model(run: RunFolder) -> None:
     """3. The baseline: one score for a whole answer."""
 
     def train(**given: Any) -> FitResult:
-        return train_reward_model(run.cfg, backbone=load_causal_lm(run.policy_source), **given)
+        return train_reward_model(run.cfg, backbone=load_causal_lm(run.policy_source, sharding=run.sharding), **given)
 
     _from_preferences(run, "reward_model", train, share="reward", sections=("model", "data", "sft", "reward_model"))
 
@@ -215,7 +216,8 @@ def _dpo(run: RunFolder) -> None:
     """4. A baseline reward: a policy trained by DPO on the same preferences."""
 
     def train(**given: Any) -> FitResult:
-        return train_dpo(run.cfg, model=load_causal_lm(run.policy_source, device=run.device), **given)
+        model = load_causal_lm(run.policy_source, device=run.device, sharding=run.sharding)
+        return train_dpo(run.cfg, model=model, **given)
 
     _from_preferences(run, "dpo", train, share="reward", sections=("model", "data", "sft", "dpo"))
 
@@ -263,7 +265,7 @@ def _discriminator(run: RunFolder) -> None:
         (labelled, _), count = run.labelled, len(run.edits.train)
         trained = train_discriminator(
             run.cfg,
-            backbone=load_causal_lm(run.policy_source),
+            backbone=load_causal_lm(run.policy_source, sharding=run.sharding),
             tokenizer=run.tokenizer,
             train=labelled[:count],
             held_out=labelled[count:],
@@ -298,7 +300,10 @@ def _analysis(run: RunFolder) -> None:
 def _analyse(
     run: RunFolder, edits: Sequence[EditPair], preferences: Sequence[PreferencePair], *, calibrated_on_them: bool
 ) -> DiscriminatorAnalysis:
-    model, tokenizer = load_discriminator(run.discriminator_folder, run.cfg.model, device=run.device)
+    model, tokenizer = load_discriminator(
+        run.discriminator_folder, run.cfg.model, device=run.device, sharding=run.sharding
+    )
+    shard_model(model, run.sharding)
     return analyse_discriminator(
         run.cfg,
         model=model,
@@ -359,7 +364,7 @@ def _ppo(run: RunFolder) -> None:
 def _base_model(run: RunFolder) -> PreTrainedModel:
     if run.embedded:
         return embedded.build_model(run.tokenizer, run.cfg.seed)
-    return load_causal_lm(run.cfg.model, device=run.device)
+    return load_causal_lm(run.cfg.model, device=run.device, sharding=run.sharding)
 
 
 # ---- in separate processes

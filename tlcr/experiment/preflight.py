@@ -45,7 +45,7 @@ logger = logging.getLogger("tlcr")
 
 Level = Literal["ok", "note", "warning", "blocked"]
 
-SHARED = {"sft", "reward_model", "dpo", "discriminator", "ppo", "evaluate"}
+SHARED = {"sft", "reward_model", "dpo", "discriminator", "analysis", "ppo", "evaluate"}
 """Stages whose models several processes may share out among themselves."""
 FROM_POLICY = {"reward_model", "dpo", "discriminator", "ppo", "evaluate"}
 """Stages that start from the policy: the result of SFT, or ``model`` where SFT is off."""

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from tlcr.config.loading import dump_config, load_config
-from tlcr.config.schema import ModelConfig, RunConfig
+from tlcr.config.schema import ModelConfig, RunConfig, ShardingConfig
 from tlcr.config.stages import CONFIG, DONE, LOCK, STARTED, TRAINED, wants
 from tlcr.config.trials import Trial, trials_of
 from tlcr.data import embedded
@@ -44,6 +44,7 @@ from tlcr.experiment.preflight import holds_a_run, taken, unfinished, unnamed
 from tlcr.models.loading import load_tokenizer
 from tlcr.training.checkpoint import as_plain, atomic_write, done_config, is_done, mark_done, write_json
 from tlcr.training.distributed import barrier, on_main_process, process_device
+from tlcr.training.sharding import Sharding, plan
 from tlcr.types import EditPair, LabelledPair, PreferencePair
 
 logger = logging.getLogger(__name__)
@@ -93,10 +94,10 @@ def sole_run(folder: Path) -> Iterator[None]:
 
 
 def reopen_run(folder: Path) -> RunFolder:
-    """The run in a folder, to read its results. Raises ConfigError where there is none."""
+    """The run in a folder, to read its results, for which no model is cut. Raises ConfigError where there is none."""
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{str(folder)!r} holds no run (no config.yaml); name the output_dir of a run")
-    cfg = replace(load_config(folder / CONFIG), output_dir=str(folder))
+    cfg = replace(load_config(folder / CONFIG), output_dir=str(folder), sharding=ShardingConfig())
     return RunFolder(cfg, resume=True, path=folder, models=folder)
 
 
@@ -162,6 +163,11 @@ class RunFolder:
     @cached_property
     def device(self) -> torch.device:
         return process_device()
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """How its models are cut into shards; None where they stay whole."""
+        return plan(self.cfg.sharding)
 
     def settings(self, *sections: str) -> dict[str, Any]:
         """What the result of a stage depends on: these sections of the config, the seed, and the revisions where the
