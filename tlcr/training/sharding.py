@@ -196,8 +196,8 @@ def _read_weights(root: nn.Module, device: torch.device) -> list[_Weights]:
 
 
 def as_forward(root: nn.Module, action: Callable[[], T], *, keep: bool = False) -> T:
-    """Runs ``action``, which calls parts of ``root``, as a forward pass of ``root``. Inside another pass of it, and for
-    a module that is no root, ``action`` is called and nothing else happens.
+    """Runs ``action``, which calls parts of ``root``, as a forward pass of ``root``. Inside another pass of it or a
+    ``gathered`` block, and for a module that is no root, ``action`` is called and nothing else happens.
 
     Args:
         root: a module that was given to ``shard`` or ``shard_model``.
@@ -209,7 +209,7 @@ def as_forward(root: nn.Module, action: Callable[[], T], *, keep: bool = False) 
         What ``action`` returned.
     """
     root = _root_of(root)
-    if not is_sharded(root) or vars(root).get(INSIDE):
+    if not is_sharded(root) or vars(root).get(INSIDE) or root in _gathered_now:
         return action()
     vars(root)[INSIDE] = True
     try:
