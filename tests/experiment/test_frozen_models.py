@@ -19,7 +19,7 @@ from tlcr.rewards.sources.discriminator import DiscriminatorSource
 from tlcr.rewards.sources.log_ratio import LogRatioSource
 from tlcr.rewards.sources.random import RandomSource
 from tlcr.rewards.sources.sequence import SequenceRewardSource
-from tlcr.training.checkpoint import mark_done
+from tlcr.training.done import mark_done
 
 LM = Callable[..., PreTrainedModel]
 

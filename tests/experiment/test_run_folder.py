@@ -28,7 +28,8 @@ from tlcr.experiment.run_folder import (
     revision_cache,
     sole_run,
 )
-from tlcr.training.checkpoint import mark_done, write_json
+from tlcr.training.checkpoint import write_json
+from tlcr.training.done import mark_done
 
 STAGES = ("revisions", "sft", "reward_model", "dpo", "labels", "discriminator", "analysis")
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import nn
 
 from tlcr.errors import CheckpointError
+from tlcr.training import background
 from tlcr.training.callbacks import Callback
 from tlcr.training.checkpoint import latest_checkpoint
 from tlcr.training.loop import TrainingLoop, settings_without
@@ -38,6 +44,7 @@ class Adder:
         save_every: int = 2,
         keep_checkpoints: int = 2,
         evaluate: bool = True,
+        save_in_background: bool = False,
     ) -> None:
         self.model = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(self.model.weight)
@@ -58,6 +65,7 @@ class Adder:
             evaluate=(lambda: {"weight": self.weight}) if evaluate else None,
             callbacks=callbacks,
             own_state=lambda: {"tripled": 3 * self.weight},
+            save_in_background=save_in_background,
         )
 
     @property
@@ -261,6 +269,133 @@ def test_ctrl_c_ends_the_training_after_the_step_or_the_save_that_it_met(tmp_pat
     adder.loop.start(resume=False)
     with pytest.raises(KeyboardInterrupt, match=f"stopped after step {step}; .*step-00000{step}: .*--resume"):
         adder.run()
+
+
+# ---- in the background
+
+
+class Gate:
+    """Lets writing begin when it is opened; a disk that is slow, or that is full, as a test needs it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: OSError | None = None) -> None:
+        self.opened, self.writers = threading.Event(), 0
+        write = background.write_checkpoint
+
+        def gated(*args: Any, **options: Any) -> Path:
+            self.writers += 1
+            assert self.writers == 1 and self.opened.wait(60)
+            try:
+                if error is not None:
+                    with pytest.MonkeyPatch.context() as patch:
+                        patch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(error))
+                        return write(*args, **options)
+                return write(*args, **options)
+            finally:
+                self.writers -= 1
+
+        monkeypatch.setattr(background, "write_checkpoint", gated)
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_which_counts_once_it_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, listener = Gate(monkeypatch), Listener()
+    adder = Adder(tmp_path, callbacks=(listener,), total_steps=5, save_every=2, evaluate=False, save_in_background=True)
+    adder.loop.start(resume=False)
+
+    def take_step() -> dict[str, float]:
+        figures = adder.step()
+        if adder.loop.step == 3:  # amid the fourth step, which changes the weight before the second is on disk
+            assert latest_checkpoint(tmp_path / "checkpoints") is None and ("save", 2) not in listener.heard
+            gate.opened.set()
+        return figures
+
+    adder.run(take_step)
+    assert [event for event in listener.heard if event[0] == "save"] == [("save", 2), ("save", 4)]
+    latest = latest_checkpoint(tmp_path / "checkpoints")
+    assert latest is not None and latest.name == "step-000004"
+    for step in (2, 4):
+        weights = load_file(tmp_path / "checkpoints" / f"step-00000{step}" / "model-adder.safetensors")
+        assert weights["weight"].item() == step
+        state = json.loads((tmp_path / "checkpoints" / f"step-00000{step}" / "checkpoint.json").read_text())["state"]
+        assert state["tripled"] == 3 * step
+
+
+@pytest.mark.parametrize("ending", ["the last step", "Ctrl-C", "an error", "a save apart"])
+def test_whatever_ends_the_training_waits_for_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    gate = Gate(monkeypatch)
+    adder = Adder(tmp_path, total_steps=3, save_every=2, evaluate=False, save_in_background=True)
+    adder.loop.start(resume=False)
+
+    def take_step() -> dict[str, float]:
+        if adder.loop.step == 2:
+            threading.Timer(0.2, gate.opened.set).start()
+            if ending == "Ctrl-C":
+                os.kill(os.getpid(), signal.SIGINT)
+            if ending == "an error":
+                raise ZeroDivisionError
+            if ending == "a save apart":
+                adder.loop.save_to(tmp_path / "apart", keep=1)
+                assert (tmp_path / "checkpoints" / "step-000002").is_dir()
+        return adder.step()
+
+    expected = {"Ctrl-C": KeyboardInterrupt, "an error": ZeroDivisionError}.get(ending)
+    with pytest.raises(expected) if expected else nullcontext():
+        adder.run(take_step)
+    assert (tmp_path / "checkpoints" / "step-000002").is_dir()
+    latest = latest_checkpoint(tmp_path / "checkpoints")
+    assert latest is not None and latest.name == ("step-000003" if ending == "Ctrl-C" else "step-000002")
+
+
+def test_a_checkpoint_that_could_not_be_written_ends_the_training_at_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch, FULL)
+    gate.opened.set()
+    adder = Adder(tmp_path, total_steps=9, save_every=2, evaluate=False, save_in_background=True)
+    adder.loop.start(resume=False)
+    with pytest.raises(CheckpointError, match=r"cannot write .*step-000002: No space left on .*free some space"):
+        adder.run()
+    assert adder.loop.step in (3, 4) and list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_an_error_of_the_training_is_the_one_that_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = Gate(monkeypatch, FULL)
+    adder = Adder(tmp_path, total_steps=9, save_every=2, evaluate=False, save_in_background=True)
+    adder.loop.start(resume=False)
+
+    def take_step() -> dict[str, float]:
+        if adder.loop.step == 2:
+            gate.opened.set()
+            raise ZeroDivisionError
+        return adder.step()
+
+    with pytest.raises(ZeroDivisionError):
+        adder.run(take_step)
+    assert "step-000002: No space left on device" in caplog.text
+    assert "the training had ended by itself (ZeroDivisionError)" in caplog.text
+
+
+# ---- room on the disk
+
+
+def test_checkpoints_that_cannot_fit_are_refused_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="tlcr.training.loop")
+    Adder(tmp_path / "fits").loop.start(resume=False)
+    assert "fits: a checkpoint takes 0 MiB, and up to 3 at a time 0 MiB, of " in caplog.text
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=3 * 12 - 1))
+    with pytest.raises(CheckpointError, match="that are free for them: keep fewer checkpoints, free some space, or"):
+        Adder(tmp_path / "full").loop.start(resume=False)
+    Adder(tmp_path / "full", keep_checkpoints=1).loop.start(resume=False)
 
 
 def test_settings_without_what_may_change() -> None:

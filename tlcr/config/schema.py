@@ -345,6 +345,9 @@ class TrainingConfig(Checked):
         0, "optimiser steps between evaluations; 0: at the end of each epoch", ge=0, advanced=True
     )
     save_every: int = knob(100, "optimiser steps between checkpoints; 0: none, but when a run is stopped", ge=0)
+    save_in_background: bool = knob(
+        False, "go on while a checkpoint is written, from copies in host memory", advanced=True
+    )
 
 
 @dataclass(frozen=True)
@@ -563,6 +566,9 @@ class PPOConfig(Checked):
         None, "compute logits for this many tokens at a time: less memory, more time", ge=1, advanced=True
     )
     save_every: int = knob(50, "updates between checkpoints; 0: none, but when a run is stopped", ge=0)
+    save_in_background: bool = knob(
+        False, "go on while a checkpoint is written, from copies in host memory", advanced=True
+    )
     keep_checkpoints: int = knob(2, "older checkpoints are deleted", ge=1, advanced=True)
     evaluate_every: int = knob(0, "updates between evaluations; 0: at the start and end only", ge=0)
 

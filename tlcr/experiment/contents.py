@@ -33,6 +33,7 @@ from tlcr.rewards.sources.frozen_model import ROLLOUT_LIMITS, same_tokenizer
 from tlcr.rewards.sources.log_ratio import check_same_tokenizer
 from tlcr.text.tokenization import encode_answers
 from tlcr.text.turns import end_notes
+from tlcr.training.disk import checkpoints_at_a_time
 from tlcr.types import EditPair, PreferencePair
 
 __all__ = ["FIRST_RECORDS", "contents"]
@@ -303,8 +304,9 @@ def _disk(cfg: RunConfig, stages: Collection[str], model: PreTrainedModel) -> It
     models, states = sum(role.weights for role in trained), sum(role.optimizer for role in trained)
     runs = sum(not path.exists() for path in records(cfg, "ppo"))
     at_a_time = min(cfg.parallel, runs)
-    regular = cfg.ppo.updates // cfg.ppo.save_every if cfg.ppo.save_every else 0
-    checkpoints = min(regular, cfg.ppo.keep_checkpoints) + 1
+    checkpoints = checkpoints_at_a_time(
+        total_steps=cfg.ppo.updates, save_every=cfg.ppo.save_every, keep=cfg.ppo.keep_checkpoints
+    )
     need = at_a_time * checkpoints * (models + states) + runs * models
     free = shutil.disk_usage(existing(Path(cfg.output_dir))).free
     if need > free:

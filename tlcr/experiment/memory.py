@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from tlcr.config.schema import ModelConfig, RunConfig, TrainingConfig
 from tlcr.config.trials import arms_of
 from tlcr.errors import ConfigError
+from tlcr.training.disk import in_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -229,8 +230,3 @@ def advice(cfg: RunConfig, size: ModelSize, stage: str, limit: int) -> list[tupl
 
 def _peak(cfg: RunConfig, size: ModelSize, stage: str) -> int:
     return next(estimate.total for estimate in estimate_run(cfg, size) if estimate.stage == stage)
-
-
-def in_words(count: int) -> str:
-    """Bytes in MiB or GiB."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -42,8 +42,9 @@ from tlcr.data.splits import Shares, ShareStatistics, Split, Stage, in_order_of_
 from tlcr.errors import ConfigError
 from tlcr.experiment.preflight import holds_a_run, taken, unfinished, unnamed
 from tlcr.models.loading import load_tokenizer
-from tlcr.training.checkpoint import as_plain, atomic_write, done_config, is_done, mark_done, write_json
+from tlcr.training.checkpoint import as_plain, atomic_write, write_json
 from tlcr.training.distributed import barrier, on_main_process, process_device
+from tlcr.training.done import done_config, is_done, mark_done
 from tlcr.training.sharding import Sharding, plan
 from tlcr.types import EditPair, LabelledPair, PreferencePair
 

@@ -27,8 +27,9 @@ from tlcr.rewards.composition import RunningMean, check_kl
 from tlcr.rewards.sources import RewardSource, models_of
 from tlcr.text.truncation import note_cut_prompts
 from tlcr.training.callbacks import Callback
-from tlcr.training.checkpoint import as_plain, is_done, mark_done
+from tlcr.training.checkpoint import as_plain
 from tlcr.training.distributed import on_all_processes, sum_over_processes
+from tlcr.training.done import is_done, mark_done
 from tlcr.training.loop import TrainingLoop, settings_without
 from tlcr.training.metrics import read_metrics
 from tlcr.training.optim import build_optimizer, build_scheduler, parameter_groups
@@ -42,6 +43,7 @@ Evaluate = Callable[[ActorCritic, int], Mapping[str, float]]
 FREE_TO_CHANGE = (
     "updates",
     "save_every",
+    "save_in_background",
     "keep_checkpoints",
     "evaluate_every",
     "micro_batch_size",
@@ -125,6 +127,7 @@ class PPORun:
             evaluate=None if evaluate is None else lambda: dict(evaluate(self.actor_critic, self.update)),
             callbacks=callbacks,
             own_state=self._own_state,
+            save_in_background=cfg.ppo.save_in_background,
         )
 
     # ---- rounds

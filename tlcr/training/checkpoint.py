@@ -6,6 +6,10 @@
     model-<name>.safetensors   weights; tied ones once
     optimizer-<name>.{json,safetensors}   scheduler-<name>.json   tensors.safetensors
     rng-00000.{json,safetensors}          random states of python, numpy and torch, one pair for each process
+
+Sharded models (layout "sharded") have no file of their own, and optimizer-<name> has groups and steps alone:
+
+    shards/shard-00001-model-00001-of-00001.safetensors   weights and moments of the first process, and so on
 """
 
 from __future__ import annotations
@@ -17,42 +21,40 @@ import logging
 import math
 import os
 import platform
-import random
 import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file
-from safetensors.torch import save_model as save_weights
+from safetensors.torch import load_model, save_file
 from torch import Tensor, nn
 
-from tlcr.config.dropped import without_dropped
-from tlcr.config.stages import DONE
 from tlcr.distribution import installed_version
 from tlcr.errors import CheckpointError
+from tlcr.training import shards
 from tlcr.training.distributed import (
     is_main_process,
     on_all_processes,
     on_main_process,
     process_count,
-    process_device,
     process_index,
 )
+from tlcr.training.trees import Tree, copies, random_state, read_tree, restore_random_state
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-MANIFEST = "checkpoint.json"
+FORMAT_OF = {"whole": 1, "sharded": 2}
+"""The number of a layout. Whole checkpoints keep theirs: their files did not change, and older versions read them."""
+MANIFEST, SHARDS = "checkpoint.json", "shards"
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -99,15 +101,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     aside = path.with_name(f".partial-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(aside)
+        remove(aside)
         yield aside
         sync_to_disk(aside)
         _take_place(aside, path)
     except (OSError, SafetensorError) as error:
-        _remove(aside)
+        remove(aside)
         raise unwritable(path, error) from error
     except BaseException:
-        _remove(aside)
+        remove(aside)
         raise
 
 
@@ -148,10 +150,10 @@ def sync_to_disk(path: Path) -> None:
 def _take_place(aside: Path, path: Path) -> None:
     if path.is_dir():  # a folder cannot be renamed over another
         old = path.with_name(f".old-{path.name}")
-        _remove(old)
+        remove(old)
         os.replace(path, old)
         os.replace(aside, path)
-        _remove(old)
+        remove(old)
     else:
         os.replace(aside, path)
     sync_folder(path.parent)
@@ -166,7 +168,8 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Deletes a file, or a folder with everything in it; nothing where there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -189,12 +192,66 @@ def unwritable(path: Path, error: Exception) -> CheckpointError:
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint will hold of this process, as tensors and text; ``write_checkpoint`` writes it.
+
+    weights: of whole models, by the name of their file. shards: of sharded ones and of their optimisers, or None.
+    own: trees of every process. trees: those that the main process writes.
+    """
+
+    step: int
+    state: Mapping[str, Any]
+    config: str
+    weights: Mapping[str, dict[str, Tensor]]
+    shards: Mapping[str, Tensor] | None
+    own: Mapping[str, Tree]
+    trees: Mapping[str, Tree]
+
+    def in_host_memory(self) -> Contents:
+        """Copies of all that training changes, so that it can go on while they are written."""
+        return replace(
+            self,
+            state=deepcopy(self.state),
+            weights={file: copies(tensors) for file, tensors in self.weights.items()} if is_main_process() else {},
+            shards=None if self.shards is None else copies(self.shards),
+            own={stem: tree.in_host_memory() for stem, tree in self.own.items()},
+            trees={stem: tree.in_host_memory() for stem, tree in self.trees.items()} if is_main_process() else {},
+        )
+
+
+def contents(
+    step: int,
+    *,
+    models: Mapping[str, nn.Module],
+    optimizers: Mapping[str, shards.Optimizer],
+    schedulers: Mapping[str, Stateful],
+    state: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    config: Any,
+) -> Contents:
+    """What ``save_checkpoint``, which has the same arguments, writes; nothing is copied. Every process calls it."""
+    cut = shards.are_cut(models)
+    trees = {f"scheduler-{name}": Tree.of(scheduler.state_dict()) for name, scheduler in schedulers.items()}
+    for name, optimizer in optimizers.items():
+        trees[f"optimizer-{name}"] = Tree.of(shards.tree_of(models, optimizer) if cut else optimizer.state_dict())
+    return Contents(
+        step,
+        state,
+        yaml.safe_dump(as_plain(config), sort_keys=False),
+        {} if cut else {f"model-{name}.safetensors": shards.weights_of(model) for name, model in models.items()},
+        shards.tensors_of(models, optimizers.values()) if cut else None,
+        {f"rng-{process_index():05d}": Tree.of(random_state())},
+        trees | {"tensors": Tree.of(dict(tensors))},
+    )
+
+
 def save_checkpoint(
     folder: str | Path,
     step: int,
     *,
     models: Mapping[str, nn.Module],
-    optimizers: Mapping[str, Stateful],
+    optimizers: Mapping[str, shards.Optimizer],
     schedulers: Mapping[str, Stateful],
     state: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
@@ -203,13 +260,14 @@ def save_checkpoint(
 ) -> Path:
     """Writes ``folder/step-<step>/`` and then deletes all but the newest ``keep`` checkpoints. Every process calls it.
 
-    The random states of python, numpy and torch are saved for every process; the main process writes everything else.
+    The random states of python, numpy and torch are saved for every process, and of sharded models and their
+    optimisers each process's shards; the main process writes everything else.
 
     Args:
         folder: where checkpoints are.
         step: the number of steps done.
         models: unwrapped modules by name.
-        optimizers: optimisers by name.
+        optimizers: optimisers by name; those of sharded models are torch's, or have their ``param_groups``.
         schedulers: learning-rate schedules by name.
         state: any value that JSON can hold; floats keep every bit.
         tensors: values that JSON cannot hold, such as the state of a ``torch.Generator``.
@@ -223,39 +281,67 @@ def save_checkpoint(
         CheckpointError: on every process, where the disk is full or the place cannot be written. The earlier
             checkpoints are then untouched and nothing of this one is left.
     """
+    what = on_all_processes(
+        lambda: contents(
+            step,
+            models=models,
+            optimizers=optimizers,
+            schedulers=schedulers,
+            state=state,
+            tensors=tensors,
+            config=config,
+        )
+    )
+    return write_checkpoint(folder, what, keep=keep)
+
+
+def write_checkpoint(
+    folder: str | Path, what: Contents, *, keep: int, group: torch.distributed.ProcessGroup | None = None
+) -> Path:
+    """Writes what ``contents`` returned; see ``save_checkpoint``.
+
+    Args:
+        folder: where checkpoints are.
+        what: this process's contents.
+        keep: checkpoints to keep.
+        group: the processes' group for messages; None: that of the training.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        CheckpointError: as for ``save_checkpoint``.
+    """
     folder = Path(folder)
-    path = folder / f"step-{step:06d}"
+    path = folder / f"step-{what.step:06d}"
     aside = folder / f".partial-{path.name}"
 
     def prepare() -> None:
         for leftover in (*folder.glob(".partial-step-*"), *folder.glob(".old-step-*")):
-            _remove(leftover)
+            remove(leftover)
         aside.mkdir(parents=True)
 
-    def write_shared() -> None:
-        for name, model in models.items():
-            save_weights(model, str(aside / f"model-{name}.safetensors"))
-        for name, optimizer in optimizers.items():
-            _write_tree(aside / f"optimizer-{name}", optimizer.state_dict())
-        for name, scheduler in schedulers.items():
-            _write_tree(aside / f"scheduler-{name}", scheduler.state_dict())
-        _write_tree(aside / "tensors", dict(tensors))
-        (aside / "config.yaml").write_text(yaml.safe_dump(as_plain(config), sort_keys=False), encoding="utf-8")
-
     def write_own() -> None:
-        _write_tree(aside / f"rng-{process_index():05d}", _random_state())
+        for stem, tree in what.own.items():
+            tree.write(aside / stem)
         if is_main_process():
-            write_shared()
+            for file, tensors in what.weights.items():
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(aside / file))
+            for stem, tree in what.trees.items():
+                tree.write(aside / stem)
+            (aside / "config.yaml").write_text(what.config, encoding="utf-8")
 
     def complete() -> None:
+        files = sorted(file for file in aside.rglob("*") if file.is_file())
         manifest = {
-            "format": FORMAT,
-            "step": step,
+            "format": FORMAT_OF[layout],
+            "layout": layout,
+            "step": what.step,
             "processes": process_count(),
             "saved_at": time.time(),
             "versions": versions(),
-            "files": {file.name: file.stat().st_size for file in sorted(aside.iterdir())},
-            "state": state,
+            "files": {file.relative_to(aside).as_posix(): file.stat().st_size for file in files},
+            "state": what.state,
         }
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         sync_to_disk(aside)
@@ -263,46 +349,60 @@ def save_checkpoint(
         for old in _checkpoints(folder)[:-keep]:
             doomed = folder / f".old-{old.name}"
             os.replace(old, doomed)  # one atomic step: a half-deleted checkpoint never looks complete
-            _remove(doomed)
+            remove(doomed)
 
+    layout = "whole" if what.shards is None else "sharded"
     try:
-        on_main_process(prepare)
-        on_all_processes(write_own)
-        on_main_process(complete)
-    except BaseException as error:
+        on_main_process(_writing(path)(prepare), group)
+        on_all_processes(_writing(path)(write_own), group)
+        if what.shards is not None:
+            with _writing(path):
+                shards.write(aside / SHARDS, what.shards, group)
+        on_main_process(_writing(path)(complete), group)
+    except BaseException:
         if is_main_process():
-            _remove(aside)
-        if isinstance(error, (OSError, SafetensorError)):
-            raise unwritable(path, error) from error
+            remove(aside)
         raise
     return path
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns errors of the disk into the one that every process can raise."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise unwritable(path, error) from error
 
 
 def load_checkpoint(
     path: str | Path,
     *,
     models: Mapping[str, nn.Module],
-    optimizers: Mapping[str, Stateful],
+    optimizers: Mapping[str, shards.Optimizer],
     schedulers: Mapping[str, Stateful],
     identity: Mapping[str, Any] | None = None,
 ) -> LoadedCheckpoint:
     """Fills models, optimisers and schedulers from a checkpoint and restores this process's random states.
 
-    Other versions of tlcr, torch, transformers or python are reported in the log.
+    Whole models read sharded checkpoints, and the other way round. Other versions of tlcr, torch, transformers or
+    python are reported in the log, and another number of processes, which only shards allow.
 
     Args:
         path: the folder of the checkpoint.
         models: unwrapped modules by the names they were saved under.
-        optimizers: optimisers by name.
+        optimizers: optimisers by name; see ``save_checkpoint``.
         schedulers: learning-rate schedules by name.
-        identity: what the entry "identity" of the saved state must equal; None where nothing has to.
+        identity: what the entry "identity" of the saved state must equal, but for "processes"; None where nothing has
+            to.
 
     Returns:
         Step, state, tensors and config of the checkpoint.
 
     Raises:
         CheckpointError: a file is missing or damaged, does not fit the models or optimisers, was written by another
-            number of processes, or belongs to a run of another identity. The last two are raised first.
+            number of processes where neither it nor the models are sharded, or belongs to a run of another identity.
+            The last two are raised first.
     """
     path = Path(path)
     manifest = _manifest(path)
@@ -311,38 +411,63 @@ def load_checkpoint(
         raise CheckpointError(
             f"the checkpoint {path} is incomplete: {problem}; delete it to resume from an earlier one"
         )
-    if manifest["processes"] != process_count():
+    sharded, cut = manifest.get("layout") == "sharded", shards.are_cut(models)
+    if manifest["processes"] != process_count() and not (sharded or cut):
         raise CheckpointError(
             f"the checkpoint {path} was written by {manifest['processes']} processes and is read by {process_count()}: "
             "start as many processes, so that each continues its own random state"
         )
     if identity is not None:
-        with _reading(path / MANIFEST):
+        with reading(path / MANIFEST):
             _check_identity(path, manifest["state"]["identity"], identity)
-    for name, model in models.items():
-        file = path / f"model-{name}.safetensors"
-        with _reading(file):
-            load_model(model, str(file), strict=True)
+    trees = {}
     for kind, targets in (("optimizer", optimizers), ("scheduler", schedulers)):
-        for name, target in targets.items():
-            stem = path / f"{kind}-{name}"
-            with _reading(stem):
-                target.load_state_dict(_read_tree(stem))
-    with _reading(path / "tensors"):
-        tensors = _read_tree(path / "tensors")
-    with _reading(path / "config.yaml"):
+        for name in targets:
+            with reading(path / f"{kind}-{name}"):
+                trees[kind, name] = read_tree(path / f"{kind}-{name}")
+    if sharded:
+        with reading(path / SHARDS):
+            shards.read(path / SHARDS, models, optimizers, {name: trees["optimizer", name] for name in optimizers})
+    else:
+        _read_whole(path, models, optimizers, {name: trees["optimizer", name] for name in optimizers})
+    for name, scheduler in schedulers.items():
+        with reading(path / f"scheduler-{name}"):
+            scheduler.load_state_dict(trees["scheduler", name])
+    with reading(path / "tensors"):
+        tensors = read_tree(path / "tensors")
+    with reading(path / "config.yaml"):
         config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    rng = path / f"rng-{process_index():05d}"
-    with _reading(rng):
-        _restore_random_state(_read_tree(rng))
+    if process_index() < manifest["processes"]:
+        rng = path / f"rng-{process_index():05d}"
+        with reading(rng):
+            restore_random_state(read_tree(rng))
+    _report_processes(path, manifest["processes"])
     _report_versions(path, manifest["versions"])
     return LoadedCheckpoint(manifest["step"], manifest["state"], tensors, config, manifest["versions"])
 
 
+def _read_whole(
+    path: Path, models: Mapping[str, nn.Module], optimizers: Mapping[str, shards.Optimizer], states: Mapping[str, Any]
+) -> None:
+    for name, model in models.items():
+        file = path / f"model-{name}.safetensors"
+        with reading(file):
+            if shards.are_cut({name: model}):
+                shards.read_whole_weights(model, file)
+            else:
+                load_model(model, str(file), strict=True)
+    for name, optimizer in optimizers.items():
+        with reading(path / f"optimizer-{name}"):
+            state = states[name]
+            optimizer.load_state_dict(shards.cut_states(optimizer, state) if shards.are_cut(models) else state)
+
+
 def _check_identity(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises CheckpointError, with each difference, unless both are equal. A missing name counts as None."""
+    """Raises CheckpointError, with each difference, unless both are equal. A missing name counts as None. The number
+    of processes is not compared: the manifest has it, and whether it matters depends on more."""
     before, after = _dotted(then), _dotted(now)
-    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    names = {**before, **after}.keys() - {"processes"}
+    changed = [name for name in {**before, **after} if name in names and before.get(name) != after.get(name)]
     if changed:
         parts = dict.fromkeys(name.partition(".")[0] for name in changed)
         differences = "; ".join(
@@ -404,73 +529,6 @@ def start_or_resume(folder: str | Path, *, resume: bool) -> Path | None:
     return latest
 
 
-def mark_done(
-    folder: str | Path, *, config: Any, metrics: Mapping[str, Any], seconds: float, record: str = DONE
-) -> None:
-    """Ends a stage: writes ``record`` and deletes the checkpoints, which are not needed any more.
-
-    Every process calls it, once the model is saved.
-
-    Args:
-        folder: the stage's folder.
-        config: what the result depends on; ``is_done`` compares it.
-        metrics: figures to keep.
-        seconds: time that the stage took.
-        record: name of the file.
-    """
-
-    def write() -> None:
-        ended = {
-            "config": as_plain(config),
-            "metrics": dict(metrics),
-            "seconds": seconds,
-            "versions": versions(),
-            "machine": machine(),
-        }
-        write_json(Path(folder) / record, ended)
-        _remove(Path(folder) / "checkpoints")
-
-    on_main_process(write)
-
-
-def is_done(folder: str | Path, config: Any, record: str = DONE) -> bool:
-    """Whether the stage in ``folder`` has ended with this very config, so that it need not run again."""
-    return (Path(folder) / record).is_file() and done_config(folder, config, record) == as_plain(config)
-
-
-def done_config(folder: str | Path, config: Any, record: str = DONE) -> Any:
-    """The config that the stage in ``folder`` ended with, in plain values, to compare with ``config``.
-
-    Args:
-        folder: the stage's folder.
-        config: the current config.
-        record: name of the file.
-
-    Returns:
-        The old config. Knobs that are newer than it are added with their defaults. Knobs that were removed since are
-        left out where they had their defaults. So a new version of tlcr alone does not require new training.
-    """
-    path = Path(folder) / record
-    with _reading(path):
-        return _with_the_knobs_of_today(json.loads(path.read_text(encoding="utf-8"))["config"], config)
-
-
-def _with_the_knobs_of_today(before: Any, config: Any) -> Any:
-    if not isinstance(before, dict):
-        return before
-    new, now = {}, dict(config) if isinstance(config, Mapping) else {}
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        before = without_dropped(type(config), before)
-        fields = dataclasses.fields(config)
-        new = {field.name: as_plain(_default(field)) for field in fields if field.name not in before}
-        now = {field.name: getattr(config, field.name) for field in fields}
-    return new | {name: _with_the_knobs_of_today(value, now.get(name)) for name, value in before.items()}
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
 def as_plain(config: Any) -> Any:
     """A config as YAML and JSON can hold it: dataclasses become dicts, tuples lists, paths text."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
@@ -512,10 +570,11 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    with _reading(path / MANIFEST):
+    with reading(path / MANIFEST):
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"it has the format {manifest['format']}, and this version of tlcr reads {FORMAT}")
+        if manifest["format"] not in FORMAT_OF.values():
+            known = " and ".join(str(number) for number in FORMAT_OF.values())
+            raise ValueError(f"it has the format {manifest['format']}, and this version of tlcr reads {known}")
         return manifest
 
 
@@ -527,6 +586,22 @@ def _incompleteness(path: Path, manifest: dict[str, Any]) -> str | None:
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes of {size}"
     return None
+
+
+def _report_processes(path: Path, then: int) -> None:
+    now = process_count()
+    if now == then:
+        return
+    fresh = f"; processes from {then} on begin with random states of their own" if now > then else ""
+    logger.warning(
+        "The checkpoint %s was written by %d processes and is read by %d: the run continues from the same weights and "
+        "moments, but does not repeat what %d processes would have done%s",
+        path,
+        then,
+        now,
+        then,
+        fresh,
+    )
 
 
 def _report_versions(path: Path, then: Mapping[str, str]) -> None:
@@ -541,7 +616,7 @@ def _report_versions(path: Path, then: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """Turns any error from a missing, damaged or unsuitable file into one CheckpointError that names the file."""
     try:
         yield
@@ -555,69 +630,3 @@ def _reading(path: Path) -> Iterator[None]:
             f"{path} cannot be read into this run ({type(error).__name__}: {reason}): it is damaged, or belongs to "
             "another model or config; delete its folder to resume from an earlier checkpoint"
         ) from error
-
-
-# --------------------------------------------------------------------------- nested state: JSON, with tensors aside
-
-
-def _write_tree(stem: Path, tree: Any) -> None:
-    """``stem.json`` with the nesting and every number, ``stem.safetensors`` with the tensors in it."""
-    tensors: dict[str, Tensor] = {}
-    encoded = _encode(tree, tensors)
-    stem.with_name(stem.name + ".json").write_text(json.dumps(encoded), encoding="utf-8")
-    save_file(tensors, str(stem.with_name(stem.name + ".safetensors")))
-
-
-def _read_tree(stem: Path) -> Any:
-    encoded = json.loads(stem.with_name(stem.name + ".json").read_text(encoding="utf-8"))
-    return _decode(encoded, load_file(str(stem.with_name(stem.name + ".safetensors"))))
-
-
-def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        name = str(len(tensors))
-        tensors[name] = value.detach().contiguous().clone() if value._base is not None else value.detach().contiguous()
-        return {"tensor": name}
-    if isinstance(value, np.ndarray):
-        return {"array": value.tolist(), "dtype": str(value.dtype)}
-    if isinstance(value, Mapping):
-        return {"items": [[key, _encode(item, tensors)] for key, item in value.items()]}
-    if isinstance(value, tuple):
-        return {"tuple": [_encode(item, tensors) for item in value]}
-    if isinstance(value, list):
-        return [_encode(item, tensors) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise CheckpointError(f"cannot store a {type(value).__name__} in a checkpoint; give numbers, text or tensors")
-
-
-def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_decode(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    if "array" in value:
-        return np.asarray(value["array"], dtype=value["dtype"])
-    if "tuple" in value:
-        return tuple(_decode(item, tensors) for item in value["tuple"])
-    return {key: _decode(item, tensors) for key, item in value["items"]}
-
-
-# ---------------------------------------------------------------------------------------------------- random states
-
-
-def _random_state() -> dict[str, Any]:
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if process_device().type == "cuda":  # a run on the CPU leaves a GPU alone, which others may need
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and process_device().type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"])

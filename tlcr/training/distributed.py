@@ -87,9 +87,16 @@ def barrier() -> None:
         dist.barrier()
 
 
-def sum_over_processes(values: Tensor) -> Tensor:
+@cache
+def background_group() -> dist.ProcessGroup | None:
+    """The group of all processes for a thread beside training: messages of one group do not mix with another's. None
+    for a single process. Every process calls it, outside that thread."""
+    return dist.new_group(backend="gloo") if process_count() > 1 else None
+
+
+def sum_over_processes(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """The sum of ``values`` over all processes, the same tensor on each; a new tensor, without gradient."""
-    return _reduced(values, dist.ReduceOp.SUM)
+    return _reduced(values, dist.ReduceOp.SUM, group)
 
 
 def largest_of_processes(values: Tensor) -> Tensor:
@@ -97,30 +104,31 @@ def largest_of_processes(values: Tensor) -> Tensor:
     return _reduced(values, dist.ReduceOp.MAX)
 
 
-def _reduced(values: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
+def _reduced(values: Tensor, how: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None = None) -> Tensor:
     reduced = values.detach().clone()
     if process_count() > 1:
-        on_device = reduced.to(_device())
-        dist.all_reduce(on_device, op=how)
+        on_device = reduced.to(_device(group))
+        dist.all_reduce(on_device, op=how, group=group)
         reduced = on_device.to(values.device)
     return reduced
 
 
-def any_process(flag: bool) -> bool:
+def any_process(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
     """True on every process if ``flag`` is True on one. Every process must call it."""
-    return flag if process_count() == 1 else bool(sum_over_processes(torch.tensor(int(flag))))
+    return flag if process_count() == 1 else bool(sum_over_processes(torch.tensor(int(flag)), group))
 
 
-def on_main_process(action: Callable[[], object]) -> None:
+def on_main_process(action: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
     """Runs ``action`` on the main process while the others wait. If it fails there, every process raises."""
-    on_all_processes(action if is_main_process() else lambda: None)
+    on_all_processes(action if is_main_process() else lambda: None, group)
 
 
-def on_all_processes(action: Callable[[], T]) -> T:
+def on_all_processes(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Runs ``action``, which must not communicate, on every process. If it fails on one, all raise: none waits forever.
 
     Args:
         action: called without arguments.
+        group: the processes' group for messages; None: that of the training.
 
     Returns:
         What ``action`` returned on this process.
@@ -133,26 +141,27 @@ def on_all_processes(action: Callable[[], T]) -> T:
     try:
         result = action()
     except BaseException as error:
-        _first_failure(error)
+        _first_failure(error, group)
         raise
-    failure = _first_failure(None)
+    failure = _first_failure(None, group)
     if failure is not None:
         raise failure
     return result
 
 
-def _first_failure(own: BaseException | None) -> TlcrError | None:
+def _first_failure(own: BaseException | None, group: dist.ProcessGroup | None) -> TlcrError | None:
     """What a process without a failure of its own has to raise; None where none failed. Every process must call it."""
-    if process_count() == 1 or not any_process(own is not None):
+    if process_count() == 1 or not any_process(own is not None, group):
         return None
     failures: list[TlcrError | None] = [None] * process_count()
-    dist.all_gather_object(failures, type(own)(str(own)) if isinstance(own, TlcrError) else None)
+    dist.all_gather_object(failures, type(own)(str(own)) if isinstance(own, TlcrError) else None, group=group)
     known = [failure for failure in failures if failure is not None]
     return known[0] if known else AnotherProcessFailed("another process failed; its own message says why")
 
 
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+def _device(group: dist.ProcessGroup | None) -> torch.device:
+    nccl = dist.get_backend(group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
 
 # ---- saying things once

@@ -16,9 +16,18 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from tlcr.training.background import BackgroundSave
 from tlcr.training.callbacks import Callback, asks_to_stop
-from tlcr.training.checkpoint import as_plain, load_checkpoint, save_checkpoint, start_or_resume
-from tlcr.training.distributed import any_process
+from tlcr.training.checkpoint import (
+    Contents,
+    as_plain,
+    contents,
+    load_checkpoint,
+    start_or_resume,
+    write_checkpoint,
+)
+from tlcr.training.disk import checkpoint_bytes, checkpoints_at_a_time, require_room
+from tlcr.training.distributed import any_process, on_all_processes, on_main_process
 from tlcr.training.interrupt import StopSignals
 from tlcr.training.metrics import MetricsLog
 from tlcr.training.progress import Progress
@@ -60,6 +69,7 @@ class TrainingLoop:
         evaluate: Callable[[], dict[str, float]] | None,
         callbacks: Sequence[Callback],
         own_state: Callable[[], Mapping[str, Any]] = dict,
+        save_in_background: bool = False,
     ) -> None:
         """Starts at step 0; ``start`` continues from a checkpoint.
 
@@ -71,7 +81,7 @@ class TrainingLoop:
             save_every: steps from one checkpoint to the next; 0: none, unless the training is stopped in between.
             keep_checkpoints: how many of the newest checkpoints to keep.
             accelerator: the processes that share the training.
-            models: unwrapped modules by the names that their files have in a checkpoint.
+            models: unwrapped modules, whole or sharded, by the names that they have in a checkpoint.
             optimizer: kept in the checkpoints.
             scheduler: stepped once after each step.
             identity: what must be equal in a checkpoint and in this training to resume: "settings", which may be
@@ -80,6 +90,7 @@ class TrainingLoop:
             evaluate: figures by name; called by every process.
             callbacks: told of every step, evaluation and checkpoint.
             own_state: further state for the checkpoints, which JSON can hold; ``start`` returns it.
+            save_in_background: whether to go on while a checkpoint is written, from copies in host memory.
         """
         self.folder, self.total_steps = folder, total_steps
         self.scheduler = scheduler
@@ -91,6 +102,7 @@ class TrainingLoop:
         self._models, self._optimizer, self._identity, self._config = models, optimizer, identity, config
         self._evaluate, self._callbacks, self._own_state = evaluate, callbacks, own_state
         self._saved: tuple[int, Path] | None = None
+        self._save_in_background, self._background, self._writing_step = save_in_background, BackgroundSave(), 0
         self._seconds_before, self._started = 0.0, time.monotonic()
 
     # ---- the steps
@@ -105,9 +117,11 @@ class TrainingLoop:
             The state of the checkpoint; None where there is none.
 
         Raises:
-            CheckpointError: there is a checkpoint but ``resume`` is False, or the checkpoint is of another training.
+            CheckpointError: there is a checkpoint but ``resume`` is False, or the checkpoint is of another training; or
+                checkpoints do not fit on the disk.
         """
         path = start_or_resume(self.folder / "checkpoints", resume=resume)
+        self._require_room()
         if path is None:
             self.log.rewind(-1)
             return None
@@ -145,20 +159,27 @@ class TrainingLoop:
 
         Raises:
             KeyboardInterrupt: on Ctrl-C or SIGTERM, with the state saved.
+            CheckpointError: a checkpoint could not be written; one in the background after a later step.
         """
         stopped = False
         with StopSignals() as signals, Progress(label, self.total_steps, self.step, keys=shown) as progress:
-            while self.step < self.total_steps and not stopped:
-                metrics = take_step()
-                self.scheduler.step()
-                self.step += 1
-                stopped = any_process(asks_to_stop(self._finish_step(metrics, progress)))
+            try:
+                while self.step < self.total_steps and not stopped:
+                    metrics = take_step()
+                    self.scheduler.step()
+                    self.step += 1
+                    stopped = any_process(asks_to_stop(self._finish_step(metrics, progress)))
+                    self._take_completed(self._background.completed())
+                    if signals.received():
+                        raise signals.stopped(self.step, self.save())
+                    if self._save_every and self.step % self._save_every == 0:
+                        self._save_regularly()
+                self._take_completed(self._background.wait())
                 if signals.received():
                     raise signals.stopped(self.step, self.save())
-                if self._save_every and self.step % self._save_every == 0:
-                    self.save()
-            if signals.received():
-                raise signals.stopped(self.step, self.save())
+            except BaseException as error:
+                self._background.wait_after(error)
+                raise
         return stopped
 
     def _finish_step(self, metrics: dict[str, float], progress: Progress) -> Answers:
@@ -197,30 +218,65 @@ class TrainingLoop:
     # ---- checkpoints
 
     def save(self) -> Path:
-        """Saves the state after the last step as a checkpoint; a second call for the same step writes nothing."""
+        """Saves the state after the last step as a checkpoint; a second call for the same step writes nothing. One that
+        is being written in the background is completed before."""
+        self._take_completed(self._background.wait())
         if self._saved is None or self._saved[0] != self.step:
-            path = self.save_to(self.folder / "checkpoints", keep=self._keep_checkpoints)
-            self._saved = self.step, path
-            for callback in self._callbacks:
-                callback.on_save(self.step, path)
+            self._take_saved(self.step, self.save_to(self.folder / "checkpoints", keep=self._keep_checkpoints))
+        assert self._saved is not None
         return self._saved[1]
 
     def save_to(self, folder: Path, *, keep: int) -> Path:
-        """Saves the same state in another folder, from which nothing resumes; no callback is called."""
-        return save_checkpoint(
-            folder,
-            self.step,
-            models=self._models,
-            optimizers={"optimizer": self._optimizer},
-            schedulers={"scheduler": self.scheduler},
-            state={
-                "identity": self._identity,
-                **self._own_state(),
-                "metrics": self.metrics,
-                "evaluation": self.evaluation,
-                "seconds": self.seconds,
-            },
-            tensors={},
-            config=self._config,
-            keep=keep,
+        """Saves the same state in another folder, from which nothing resumes; no callback is called for it."""
+        self._take_completed(self._background.wait())
+        return write_checkpoint(folder, self._contents(), keep=keep)
+
+    def _save_regularly(self) -> None:
+        if not self._save_in_background:
+            self.save()
+            return
+        self._take_completed(self._background.wait())
+        self._background.begin(self.folder / "checkpoints", self._contents(), keep=self._keep_checkpoints)
+        self._writing_step = self.step
+
+    def _take_completed(self, path: Path | None) -> None:
+        """Takes note of a checkpoint that was written in the background, if it is complete."""
+        if path is not None:
+            self._take_saved(self._writing_step, path)
+
+    def _take_saved(self, step: int, path: Path) -> None:
+        self._saved = step, path
+        for callback in self._callbacks:
+            callback.on_save(step, path)
+
+    def _contents(self) -> Contents:
+        return on_all_processes(
+            lambda: contents(
+                self.step,
+                models=self._models,
+                optimizers={"optimizer": self._optimizer},
+                schedulers={"scheduler": self.scheduler},
+                state={
+                    "identity": self._identity,
+                    **self._own_state(),
+                    "metrics": self.metrics,
+                    "evaluation": self.evaluation,
+                    "seconds": self.seconds,
+                },
+                tensors={},
+                config=self._config,
+            )
         )
+
+    def _require_room(self) -> None:
+        """Says what checkpoints take, before the first step: that hours of work find no room is known in time."""
+        trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        one = checkpoint_bytes(self._models, trained)
+        number = checkpoints_at_a_time(
+            total_steps=self.total_steps, save_every=self._save_every, keep=self._keep_checkpoints
+        )
+
+        def look() -> None:
+            logger.info("%s", require_room(self.folder / "checkpoints", one=one, number=number, where=self.folder.name))
+
+        on_main_process(look)

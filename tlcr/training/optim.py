@@ -139,6 +139,13 @@ class MasterWeightAdamW(torch.optim.Optimizer):
             self.state[parameter] = {name: value.to(_home(name, parameter), copy=True) for name, value in state.items()}
 
 
+def state_bytes(parameter: Tensor) -> int:
+    """The bytes that the optimiser of ``build_optimizer`` keeps for a parameter, on all processes that share it."""
+    moments = 2 * max(parameter.element_size(), 4)
+    master = {torch.bfloat16: 2, torch.float16: 4}.get(parameter.dtype, 0)
+    return parameter.numel() * (moments + master)
+
+
 def _home(name: str, parameter: Tensor) -> torch.device:
     """The device of a state. ops.adamw_step takes the step as a number; to read it from a GPU would be a wait."""
     return torch.device("cpu") if name == "step" and parameter.dtype == torch.bfloat16 else parameter.device

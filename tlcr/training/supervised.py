@@ -41,7 +41,7 @@ E = TypeVar("E")
 Batch = dict[str, Tensor]
 KEEP_CHECKPOINTS = 2
 SUM, COUNT = "sum of ", "count of "
-FREE_TO_CHANGE = ("enabled", "micro_batch_size", "evaluate_every", "save_every", "path")
+FREE_TO_CHANGE = ("enabled", "micro_batch_size", "evaluate_every", "save_every", "save_in_background", "path")
 
 
 @dataclass(frozen=True)
@@ -276,6 +276,7 @@ class _Run:
             config=config,
             evaluate=None if evaluate is None else partial(self._evaluate, evaluate),
             callbacks=callbacks,
+            save_in_background=cfg.save_in_background,
         )
         self._order: tuple[int, list[int]] = (-1, [])
 
