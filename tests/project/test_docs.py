@@ -74,8 +74,9 @@ def check_command(words: list[str]) -> None:
         check_tlcr(words[1:])
     elif words[:2] == ["accelerate", "launch"] or words[:3] == ["python", "-m", "torch.distributed.run"]:
         launched = len(words) - words[::-1].index("-m")
-        assert words[launched] == "tlcr", words
-        check_tlcr(words[launched + 1 :])
+        assert words[launched] == "tlcr" or is_module(words[launched]), words
+        if words[launched] == "tlcr":
+            check_tlcr(words[launched + 1 :])
     elif words[:3] == ["python", "-m", "pytest"]:
         for word in words[3:]:
             assert not word.startswith("tests") or (ROOT / word).exists(), words

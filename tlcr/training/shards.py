@@ -49,8 +49,14 @@ def are_cut(models: Models) -> bool:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """The weights and buffers of a model by name, as a checkpoint holds them: those that are tied once, under their
-    first name. They share the model's memory; what was gathered is in shards again."""
+    """The weights and buffers of a model by name, as a checkpoint holds them: those that are tied once.
+
+    Args:
+        model: whole or sharded; what is gathered of it goes back into shards.
+
+    Returns:
+        Tensors that share the model's memory; of tied ones the first name.
+    """
     state = model.state_dict()
     first = _first_names(model)
     return {name: tensor.detach() for name, tensor in state.items() if first.get(name, name) == name}
