@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from tlcr.config.schema import DataConfig, KLConfig, ModelConfig, PPOConfig, RewardConfig, RolloutConfig, RunConfig
+from tlcr.config.schema import (
+    DataConfig,
+    KLConfig,
+    LoRAConfig,
+    ModelConfig,
+    PPOConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+)
 from tlcr.models.actor_critic import ActorCritic, build_value_model
+from tlcr.models.adapters import Roles
 from tlcr.models.heads import classification_head
 from tlcr.ppo.run import PPOResult
 from tlcr.recipes.train_ppo import train_ppo
@@ -144,6 +154,18 @@ def double_actor_critic(make_lm: Callable[..., PreTrainedModel], **options: Any)
     with torch.no_grad():
         head.weight.copy_(torch.sin(torch.arange(head.weight.numel(), dtype=torch.float64)).reshape(head.weight.shape))
     return ActorCritic(policy, value_model, **options)
+
+
+def double_roles(make_lm: Callable[..., PreTrainedModel]) -> tuple[ActorCritic, PreTrainedModel]:
+    """float64 policy and value model as adapters on one backbone, all of which change something; and the reference."""
+    roles = Roles(make_lm(seed=1).double(), LoRAConfig(rank=3), seed=0)
+    actor_critic = ActorCritic(roles.policy, roles.classifier("value", {0: "value"}))
+    with torch.no_grad():
+        for parameter in actor_critic.parameters():
+            if parameter.requires_grad:
+                places = torch.arange(parameter.numel(), dtype=torch.float64).reshape(parameter.shape)
+                parameter.add_(0.1 * torch.sin(places))
+    return actor_critic, roles.reference
 
 
 class GradientRecorder(torch.optim.SGD):

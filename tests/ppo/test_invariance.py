@@ -17,7 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.ppo.helpers import GradientRecorder, double_actor_critic, known_rollout, known_update, small_config
+from tests.ppo.helpers import (
+    GradientRecorder,
+    double_actor_critic,
+    double_roles,
+    known_rollout,
+    known_update,
+    small_config,
+)
 from tlcr.config.schema import KLConfig, PPOConfig
 from tlcr.ppo.advantages import compute_advantages
 from tlcr.ppo.rollout import seeded_generator
@@ -174,6 +181,37 @@ def test_two_processes_take_the_step_of_one(two_processes: Path, aggregate: str)
         assert len(tensors) == len(gradients)
         for index, expected in enumerate(gradients):
             torch.testing.assert_close(tensors[str(index)], expected, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_step_of_one_with_roles(two_processes: Path) -> None:
+    actor_critic, reference = double_roles(
+        lambda seed: AutoModelForCausalLM.from_pretrained(two_processes / f"lm-{seed}")
+    )
+    rollout, recorder = known_rollout(), GradientRecorder(actor_critic)
+    scores, advantages = known_update(rollout)
+    ppo_update(
+        actor_critic,
+        recorder,
+        rollout,
+        scores,
+        advantages,
+        PPOConfig(minibatch_size=8, max_grad_norm=1e9),
+        KLConfig(placement="loss", estimator="full"),
+        kl_coef=0.3,
+        temperature=0.7,
+        reference=reference,
+        accelerator=Accelerator(),
+        generator=seeded_generator("test", 0),
+    )
+    (gradients,) = recorder.steps
+    wanted = {str(index): gradient for index, gradient in enumerate(gradients) if gradient is not None}
+    assert len(wanted) == len(actor_critic.policy_parameters()) + len(actor_critic.value_parameters())
+    for rank in (0, 1):
+        found = load_file(two_processes / f"update-roles-{rank}.safetensors")
+        assert found.keys() == wanted.keys()
+        for index, expected in wanted.items():
+            torch.testing.assert_close(found[index], expected, rtol=1e-8, atol=1e-11)
 
 
 @pytest.mark.slow

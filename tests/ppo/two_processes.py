@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from tests.ppo.helpers import (
     GradientRecorder,
     double_actor_critic,
+    double_roles,
     known_rollout,
     known_update,
     run_ppo,
@@ -79,6 +80,27 @@ def main(models: Path, out: Path) -> None:
             {**tensors, "statistics": figures, "passes": torch.tensor(passes)},
             out / f"update-{aggregate}-{rank}.safetensors",
         )
+
+    # The same update by adapters on one backbone, with the exact KL to the backbone alone.
+    actor_critic, reference = double_roles(make_lm)
+    recorder = GradientRecorder(actor_critic)
+    ppo_update(
+        accelerator.prepare_model(actor_critic),
+        recorder,
+        rollout,
+        scores,
+        advantages,
+        PPOConfig(minibatch_size=8, micro_batch_tokens=12, max_grad_norm=1e9),
+        KLConfig(placement="loss", estimator="full"),
+        kl_coef=0.3,
+        temperature=0.7,
+        reference=reference,
+        accelerator=accelerator,
+        generator=seeded_generator("test", rank),
+    )
+    (gradients,) = recorder.steps
+    tensors = {str(i): g for i, g in enumerate(gradients) if g is not None}
+    save_file(tensors, out / f"update-roles-{rank}.safetensors")
 
     # The same answers in two steps, from which nothing moves.
     actor_critic = double_actor_critic(make_lm)

@@ -220,6 +220,19 @@ def _report(arguments: Namespace) -> int:
     return 0
 
 
+def _merge(arguments: Namespace) -> int:
+    from tlcr.cli.merge import merge_command
+
+    _set_up_output()
+    merge_command(
+        adapter=Path(arguments["adapter"]),
+        output=Path(arguments["output"]),
+        base=arguments["base"],
+        trust_remote_code=arguments["trust_remote_code"],
+    )
+    return 0
+
+
 def _score(arguments: Namespace) -> int:
     for name in ("batch_size", "max_prompt_tokens", "max_answer_tokens"):
         if arguments[name] < 1:
@@ -250,6 +263,7 @@ HANDLERS: dict[str, Callable[[Namespace], int]] = {
     "answer": _with_own_config("answer", _answer),
     "judge": _with_own_config("judge", _judge),
     "analyse": _analyse,
+    "merge": _merge,
     "report": _report,
     "score": _score,
 }
@@ -314,7 +328,7 @@ def _parse(arguments: list[str]) -> Namespace:
     elif arguments and not arguments[0].startswith("-"):
         raise ConfigError(f"unknown command {arguments[0]}{nearest(arguments[0], list(commands))}")
     # The namespace must hold only the knobs that were typed: load_config supplies the rest.
-    typed_only = not arguments or arguments[0] not in ("analyse", "report", "score")
+    typed_only = not arguments or arguments[0] not in ("analyse", "merge", "report", "score")
     try:
         return parse_arguments(parser, arguments or ["--help"], defaults=not typed_only)
     except Unparsable as error:

@@ -79,6 +79,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         "answer": (_answer_parser, "answer the prompts of AlpacaEval, MT-Bench or Vicuna, for their tools to judge"),
         "judge": (_judge_parser, "have a language model compare two files of answers, or grade one"),
         "analyse": (_analyse_parser, "what a run's discriminator gets right: by kind of edit, position and length"),
+        "merge": (_merge_parser, "write an adapter and the model it was trained on as one whole model"),
         "report": (_report_parser, "write report.html of a run"),
         "doctor": (_doctor_parser, "check this machine and, with a config, estimate its memory"),
     }.items():
@@ -314,6 +315,20 @@ def _analyse_parser() -> ArgumentParser:
 def _report_parser() -> ArgumentParser:
     parser = _parser("Write report.html of a finished run.", prog="tlcr report", usage="tlcr report RUN_FOLDER")
     parser.add_argument("folder", metavar="RUN_FOLDER", help="the output_dir of a run")
+    return parser
+
+
+def _merge_parser() -> ArgumentParser:
+    parser = _parser(
+        "Write a LoRA adapter and the model that it was trained on as one whole model, which loads without peft. The "
+        "sum of the weights is formed in float32 and rounded once.",
+        prog="tlcr merge",
+        usage="tlcr merge ADAPTER OUTPUT [--base MODEL] [--trust-remote-code]",
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="a folder of peft, such as policy/adapter of a run")
+    parser.add_argument("output", metavar="OUTPUT", help="the folder to write, which holds no model yet")
+    parser.add_argument("--base", metavar="MODEL", help="the model's folder or hub name; default: what ADAPTER names")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     return parser
 
 

@@ -2,8 +2,9 @@
 
 The defaults are the vetted setting. Where each comes from is the ``source`` of its knob: "paper" is arXiv 2407.16574,
 "released code" its authors' training scripts, "PPO" Schulman et al. 2017 (arXiv 1707.06347) as practised by Stiennon
-et al. 2020, "DPO" Rafailov et al. 2023 (arXiv 2305.18290), "ours" a choice of this project. Nothing here imports torch,
-so that ``tlcr --help`` answers at once.
+et al. 2020, "DPO" Rafailov et al. 2023 (arXiv 2305.18290), "LoRA" Hu et al. 2021 (arXiv 2106.09685), "Schulman et al.
+2025" their "LoRA Without Regret", "ours" a choice of this project. Nothing here imports torch, so that ``tlcr --help``
+answers at once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from tlcr.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16"]
 EngineName = Literal["generate", "static", "paged"]
+Adapted = Literal["sft", "reward_model", "dpo", "discriminator", "policy", "value"]
+"""What can be trained by adapters: the models before PPO, and the two that PPO trains."""
 RewardKind = Literal[
     "continuous",
     "discrete",
@@ -129,6 +132,50 @@ class ModelConfig(GeneratorConfig):
         return dataclasses.replace(
             self, path=str(folder), tokenizer=None, gguf_file=None, pad_token=None, chat_template=None
         )
+
+
+@dataclass(frozen=True)
+class LoRAConfig(Checked):
+    """Low-rank adapters on frozen weights instead of training all weights; needs peft."""
+
+    rank: int | None = knob(
+        None, "rank of the adapters; default: no adapters, all weights are trained", source="LoRA", ge=1
+    )
+    alpha: float = knob(
+        32.0, "an adapter's output is scaled by alpha / rank", source="Schulman et al. 2025", gt=0, advanced=True
+    )
+    targets: tuple[str, ...] = knob(
+        ("all-linear",),
+        "names of the linear layers that get adapters, as the last part of their names has it (q_proj); all-linear: "
+        "all of the decoder's, but not the output head",
+        source="Schulman et al. 2025",
+        advanced=True,
+    )
+    roles: tuple[Adapted, ...] = knob(
+        ("policy", "value", "discriminator"),
+        "what is trained by adapters; all else is trained whole. In PPO, policy, value model and discriminator share "
+        "one copy of the frozen weights with the reference",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, given in (("targets", self.targets), ("roles", self.roles)):
+            if not given:
+                raise ConfigError(f"LoRAConfig.{name} is empty; name at least one, or set rank: null for no adapters")
+        if "all-linear" in self.targets and len(self.targets) > 1:
+            raise ConfigError(
+                f"LoRAConfig.targets is {list(self.targets)!r}: all-linear stands for every layer; name it alone, or "
+                "name layers"
+            )
+        if "value" in self.roles and "policy" not in self.roles:
+            raise ConfigError(
+                "LoRAConfig.roles has 'value' without 'policy': the value model's adapter stands on the weights that "
+                "the policy's leaves frozen; add 'policy', or drop 'value'"
+            )
+
+    def trains(self, name: Adapted) -> bool:
+        """Whether this model is trained by an adapter."""
+        return self.rank is not None and name in self.roles
 
 
 @dataclass(frozen=True)
@@ -675,6 +722,7 @@ class RunConfig(Checked):
     tracker: Literal["tensorboard", "wandb", "none"] = knob("none", "also log to this tracker, through accelerate")
     parallel: int = knob(1, "PPO runs at a time, each in its own process", ge=1)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reviser: ReviserConfig = field(default_factory=ReviserConfig)
     labels: LabelConfig = field(default_factory=LabelConfig)
@@ -705,6 +753,22 @@ class RunConfig(Checked):
             raise ConfigError(
                 f"RunConfig.data.edits is {self.data.edits!r} and reviser.backend is {self.reviser.backend!r}: edits "
                 "are read, or a reviser makes them; drop one of the two settings"
+            )
+        if self.lora.trains("sft") and self.model.path == "embedded" and self.sft.enabled:
+            raise ConfigError(
+                "RunConfig.lora.roles has 'sft', but model.path is 'embedded': SFT starts from random weights there, "
+                "which adapters cannot make a language model of; drop 'sft' from lora.roles"
+            )
+        if self.lora.rank is not None and self.sharding.kind != "none":
+            raise ConfigError(
+                f"RunConfig.sharding.kind is {self.sharding.kind!r} and lora.rank is {self.lora.rank}: adapters train "
+                "on whole frozen weights; set sharding.kind: none (each process holds them once), or lora.rank: null"
+            )
+        elsewhere = self.ppo.value_model == "separate" and self.ppo.value_init != "policy"
+        if elsewhere and self.lora.trains("value"):
+            raise ConfigError(
+                f"RunConfig.ppo.value_init is {self.ppo.value_init!r}, but lora.roles has 'value': its adapter stands "
+                "on the policy's weights; set ppo.value_init: policy, or drop 'value' from lora.roles"
             )
         _check_kl_coefs(self.kl_coefs, "RunConfig")
         several = self.kl_coefs or [coef for arm in self.arms for coef in arm.kl_coefs]

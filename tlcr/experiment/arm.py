@@ -21,9 +21,10 @@ from tlcr.config.stages import TRAINED
 from tlcr.config.trials import Trial
 from tlcr.data import embedded
 from tlcr.evaluation.evaluate import EvaluatedAnswer, PolicyEvaluation, TokenDetail, evaluate_policy, write_evaluation
-from tlcr.experiment.frozen_models import FrozenModels, load_frozen_models, load_reference
+from tlcr.experiment.frozen_models import FrozenModels, load_frozen_models, load_reference, load_roles
 from tlcr.experiment.run_folder import RunFolder
 from tlcr.models.actor_critic import ActorCritic, build_value_model
+from tlcr.models.adapters import Roles
 from tlcr.models.loading import load_causal_lm
 from tlcr.ppo.advantages import compute_advantages
 from tlcr.ppo.rollout import generate, seeded_generator
@@ -46,13 +47,16 @@ def train_arm(run: RunFolder, trial: Trial) -> None:
 def evaluate_arm(run: RunFolder, trial: Trial) -> None:
     """Evaluates a trained policy again, with the current evaluation settings."""
     cfg, folder = trial.config(run.cfg), run.trial_folder(trial)
-    frozen, reference = load_frozen_models(run, cfg), load_reference(run)
+    roles, frozen, reference = _frozen(run, cfg, trial.seed)
     evaluation = _Evaluation(run, cfg, frozen, reference, trial.seed)
-    actor_critic = _start(run, cfg, frozen)
+    actor_critic = _start(run, cfg, frozen, roles)
     _shard(cfg, actor_critic, reference, *frozen.models)
     before = evaluation(actor_critic)
-    actor_critic = _trained(run, cfg, folder)
-    _shard(cfg, actor_critic)
+    if roles is None:
+        actor_critic = _trained(run, cfg, folder)
+        _shard(cfg, actor_critic)
+    else:
+        actor_critic.restore(cfg.model.saved_in(folder / "policy"), folder / "value")
     after = evaluation(actor_critic)
     on_main_process(lambda: write_evaluation(folder, before, after))
 
@@ -61,11 +65,11 @@ def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
     cfg, seed = trial.config(run.cfg), trial.seed
 
     # 1. the frozen models that this arm's reward needs, and the reference
-    frozen, reference = load_frozen_models(run, cfg), load_reference(run)
+    roles, frozen, reference = _frozen(run, cfg, seed)
     evaluation = _Evaluation(run, cfg, frozen, reference, seed)
 
     # 2. the initial policy, its value model (which may be a copy of a frozen model), and its evaluation
-    actor_critic = _start(run, cfg, frozen)
+    actor_critic = _start(run, cfg, frozen, roles)
     _shard(cfg, actor_critic, reference, *frozen.models)
     before = evaluation(actor_critic)
     latest = {0: before}
@@ -104,16 +108,30 @@ def _shard(cfg: RunConfig, *roots: nn.Module) -> None:
         shard(root, sharding)
 
 
-def _start(run: RunFolder, cfg: RunConfig, frozen: FrozenModels) -> ActorCritic:
+def _frozen(run: RunFolder, cfg: RunConfig, seed: int) -> tuple[Roles | None, FrozenModels, PreTrainedModel]:
+    """The roles that share one copy of the weights, if any; the frozen models of the reward; and the reference."""
+    roles = load_roles(run, cfg, seed)
+    reference = load_reference(run) if roles is None else roles.reference
+    return roles, load_frozen_models(run, cfg, roles), reference
+
+
+def _start(run: RunFolder, cfg: RunConfig, frozen: FrozenModels, roles: Roles | None = None) -> ActorCritic:
     """Policy and value model at the start of training."""
-    policy = load_causal_lm(run.policy_source, device=run.device)
-    value_model = build_value_model(
-        cfg.ppo,
-        cfg.model,
-        policy=policy,
-        reward_model=frozen.reward_model.model if frozen.reward_model else None,
-        discriminator=frozen.discriminator.model if frozen.discriminator else None,
-    )
+    policy = load_causal_lm(run.policy_source, device=run.device) if roles is None else roles.policy
+    separate = cfg.ppo.value_model == "separate"
+    value_model: PreTrainedModel | None
+    if roles is not None and separate and cfg.lora.trains("value"):
+        value_model = roles.classifier("value", {0: "value"})
+    else:
+        # a value model that is trained whole is a copy of weights without adapters
+        own = separate and roles is not None
+        value_model = build_value_model(
+            cfg.ppo,
+            cfg.model,
+            policy=load_causal_lm(run.policy_source, device=run.device) if own else policy,
+            reward_model=frozen.reward_model.model if frozen.reward_model else None,
+            discriminator=frozen.discriminator.model if frozen.discriminator else None,
+        )
     return ActorCritic(policy, value_model, chunk_tokens=cfg.ppo.chunk_tokens)
 
 

@@ -1,18 +1,22 @@
-"""The frozen models that an arm's reward needs, and the reward source made from them."""
+"""The frozen models that an arm's reward needs, the reward source made from them, and the roles that share weights."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
 from tlcr.config.schema import RunConfig
 from tlcr.experiment.run_folder import RunFolder
+from tlcr.models.adapters import FOLDER, Roles, base_digest, read_base
 from tlcr.models.discriminator import load_discriminator, temperature_of
 from tlcr.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
 from tlcr.rewards.sources import LoadedModel, RewardSource, build_reward_source
 
-__all__ = ["FrozenModels", "load_frozen_models", "load_reference"]
+logger = logging.getLogger(__name__)
+
+__all__ = ["FrozenModels", "load_frozen_models", "load_reference", "load_roles"]
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,14 @@ class FrozenModels:
         )
 
 
-def load_frozen_models(run: RunFolder, cfg: RunConfig) -> FrozenModels:
-    """The models that `cfg.reward` needs, trained by the run or named in the config; ConfigError if one is missing."""
+def load_frozen_models(run: RunFolder, cfg: RunConfig, roles: Roles | None = None) -> FrozenModels:
+    """The models that `cfg.reward` needs, trained by the run or named in the config; ConfigError if one is missing.
+
+    roles: the models of PPO that share their weights, which a discriminator joins that is an adapter on them.
+    """
     frozen = FrozenModels()
     if cfg.uses_discriminator(cfg.reward):
-        model, tokenizer = load_discriminator(run.discriminator_folder, cfg.model, device=run.device)
-        frozen = replace(frozen, discriminator=LoadedModel(model, tokenizer))
+        frozen = replace(frozen, discriminator=_discriminator(run, cfg, roles))
     if cfg.uses_reward_model(cfg.reward):
         own = cfg.model.saved_in(run.reward_model_folder)
         model = load_sequence_classifier(run.reward_model_folder, own, device=run.device)
@@ -63,6 +69,31 @@ def load_frozen_models(run: RunFolder, cfg: RunConfig) -> FrozenModels:
     return frozen
 
 
+def load_roles(run: RunFolder, cfg: RunConfig, seed: int) -> Roles | None:
+    """The initial policy of PPO and its reference over one copy of the weights; None where the policy is trained whole.
+
+    seed: decides the first weights of the adapters.
+    """
+    if not cfg.lora.trains("policy"):
+        return None
+    return Roles(load_causal_lm(run.policy_source, device=run.device), cfg.lora, seed=seed)
+
+
 def load_reference(run: RunFolder) -> PreTrainedModel:
     """The initial policy of PPO, on the run's device."""
     return load_causal_lm(run.policy_source, device=run.device)
+
+
+def _discriminator(run: RunFolder, cfg: RunConfig, roles: Roles | None) -> LoadedModel:
+    """The discriminator, as a role where its adapter was trained on the same weights and changes nothing else."""
+    folder = run.discriminator_folder
+    about = read_base(folder / FOLDER)
+    # a value model that starts from the discriminator copies it whole
+    whole = cfg.ppo.value_model == "separate" and cfg.ppo.value_init == "discriminator"
+    if roles is None or not about or whole or about["config"].get("tlcr_bidirectional_layers", 0):
+        return LoadedModel(*load_discriminator(folder, cfg.model, device=run.device))
+    if about["sha256"] != base_digest(roles.policy):
+        logger.info("the adapter in %s is for other weights than the policy's, so the discriminator is loaded", folder)
+        return LoadedModel(*load_discriminator(folder, cfg.model, device=run.device))
+    model = roles.load_classifier("discriminator", folder / FOLDER)
+    return LoadedModel(model, load_tokenizer(cfg.model.saved_in(folder)))

@@ -235,6 +235,11 @@ def _packages(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
     if cfg.tracker != "none" and importlib.util.find_spec(cfg.tracker) is None:
         remedy = f"pip install {cfg.tracker}, or set tracker: none"
         yield Finding("blocked", cfg.tracker, f"tracker: {cfg.tracker} needs it, and it is not installed", remedy)
+    if cfg.lora.rank is not None and importlib.util.find_spec("peft") is None:
+        from tlcr.distribution import install_command  # it reads the metadata of packages
+
+        remedy = install_command("lora") + ", or set lora.rank: null"
+        yield Finding("blocked", "peft", "lora.rank needs the package peft, and it is not installed", remedy)
     if cfg.model.gguf_file is not None and importlib.util.find_spec("gguf") is None:
         yield Finding(
             "blocked", "gguf", "model.gguf_file needs the package gguf, and it is not installed", "pip install gguf"

@@ -174,7 +174,13 @@ class RunFolder:
         """What the result of a stage depends on: these sections of the config, the seed, and the revisions where the
         stage uses labels that come from a reviser."""
         settings = {"seed": self.cfg.seed, **{name: getattr(self.cfg, name) for name in sections}}
+        settings |= self._adapters(*sections)
         return {**settings, "revisions": self._revisions_digest} if "labels" in sections and self.revises else settings
+
+    def _adapters(self, *names: str) -> dict[str, Any]:
+        """``lora`` where some of these are trained by adapters, with them alone; else nothing."""
+        adapted = tuple(name for name in self.cfg.lora.roles if name in names and self.cfg.lora.trains(name))
+        return {"lora": {**as_plain(self.cfg.lora), "roles": adapted}} if adapted else {}
 
     # ---- trials
 
@@ -199,7 +205,8 @@ class RunFolder:
             "reward_model": cfg.uses_reward_model(cfg.reward) and cfg.reward_model,
             "dpo": cfg.uses_dpo(cfg.reward) and cfg.dpo,
         }
-        return {**before, **frozen, **own, "ppo_seed": trial.seed}
+        used = [name for name, settings in frozen.items() if settings]
+        return {**before, **frozen, **own, **self._adapters("sft", *used, "policy", "value"), "ppo_seed": trial.seed}
 
     # ---- what is trained, and in which folder
 

@@ -19,19 +19,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tlcr import ops
 from tlcr.config.schema import ModelConfig, PPOConfig
 from tlcr.errors import CheckpointError, ConfigError
+from tlcr.models.adapters import FOLDER, adapter_of, load_adapter, own_parameters, own_part, save_trained
 from tlcr.models.heads import Head, backbone, classification_head, use_float32_head
-from tlcr.models.loading import (
-    disable_dropout,
-    load_causal_lm,
-    load_token_classifier,
-    save_model,
-)
+from tlcr.models.loading import disable_dropout, load_causal_lm, load_token_classifier
 from tlcr.models.packing import Packing, packed_inputs, takes_positions
 from tlcr.models.probes import is_causal
 from tlcr.ops.types import TokenScores
 from tlcr.training.checkpoint import atomic_write, write_json
-from tlcr.training.distributed import on_main_process
-from tlcr.training.sharding import as_forward, has_shards, whole_state
+from tlcr.training.distributed import on_main_process, process_device
+from tlcr.training.sharding import as_forward, has_shards, load_whole_state, whole_state
 
 Terms = Literal["both", "policy", "value"]
 
@@ -89,12 +85,17 @@ class ActorCritic(nn.Module):
         self.eval()
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.policy.parameters() if p.requires_grad]
+        return [p for p in own_parameters(self.policy) if p.requires_grad]
 
     def value_parameters(self) -> list[nn.Parameter]:
-        critic = self.value_model if self.value_model is not None else self.value_head
+        return [p for p in self.critic.parameters() if p.requires_grad]
+
+    @property
+    def critic(self) -> nn.Module:
+        """What belongs to the value model alone."""
+        critic = self.value_head if self.value_model is None else own_part(self.value_model)
         assert critic is not None
-        return [p for p in critic.parameters() if p.requires_grad]
+        return critic
 
     def forward(
         self,
@@ -226,6 +227,27 @@ class ActorCritic(nn.Module):
         value_model = load_token_classifier(value_folder, policy, id2label={0: "value"}, device=device)
         return cls(model, value_model, chunk_tokens=chunk_tokens)
 
+    def restore(self, policy: ModelConfig, value_folder: Path) -> None:
+        """Fills both models with what ``save`` wrote of models like these; adapters as they were trained, not merged.
+
+        Args:
+            policy: settings of loading; ``policy.path`` is the policy's folder.
+            value_folder: the value model's folder.
+        """
+        if adapter_of(self.policy) is None:
+            saved = ActorCritic.load(policy, value_folder, device=process_device())
+            load_whole_state(self, saved.state_dict())
+            return
+        load_adapter(self.policy, Path(policy.path) / FOLDER)
+        if self.value_model is None:
+            assert self.value_head is not None
+            self.value_head.load_state_dict(load_value_head(value_folder).state_dict())
+        elif adapter_of(self.value_model) is not None:
+            load_adapter(self.value_model, value_folder / FOLDER)
+        else:
+            value_model = load_token_classifier(value_folder, policy, id2label={0: "value"}, device=process_device())
+            self.value_model.load_state_dict(value_model.state_dict())
+
     def save(self, tokenizer: PreTrainedTokenizerBase, policy_folder: Path, value_folder: Path) -> None:
         """Writes policy and value model for others to load. Every process calls it.
 
@@ -238,9 +260,9 @@ class ActorCritic(nn.Module):
             policy_folder: where the policy goes.
             value_folder: where the value model goes.
         """
-        save_model(self.policy, tokenizer, policy_folder)
+        save_trained(self.policy, tokenizer, policy_folder)
         if self.value_model is not None:
-            save_model(self.value_model, tokenizer, value_folder)
+            save_trained(self.value_model, tokenizer, value_folder)
         else:
             assert self.value_head is not None
             save_value_head(self.value_head, value_folder)

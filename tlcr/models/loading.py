@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -383,7 +383,13 @@ def disable_dropout(model: PreTrainedModel) -> None:
                 setattr(config, name, 0.0)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    weights: Callable[[], dict[str, Tensor]] | None = None,
+) -> None:
     """Writes model and tokenizer to ``folder`` so that ``AutoModel*.from_pretrained`` loads them from there.
 
     Everything is written to a temporary folder and then renamed into place, config.json last: a folder with a
@@ -395,6 +401,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         model: the model to save.
         tokenizer: its tokenizer.
         folder: where to write.
+        weights: what to write as the model's weights, computed on the process that writes; None: its own.
     """
     folder = Path(folder)
     state = whole_state(model) if has_shards(model) else None
@@ -405,7 +412,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         parts = folder / ".model"
         classifiers.name_source(model)
         with atomic_write(parts) as aside:
-            model.save_pretrained(aside, state_dict=state)
+            model.save_pretrained(aside, state_dict=state if weights is None else weights())
             classifiers.write_source(model, aside)
             tokenizer.save_pretrained(aside)
         names = {part.name for part in parts.iterdir()}
@@ -574,11 +581,16 @@ def _prepared(model: PreTrainedModel, cfg: GeneratorConfig) -> PreTrainedModel:
     return model.eval()
 
 
-def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
-    """Keep no activations within the blocks for the backward pass, which computes them again."""
+def enable_gradient_checkpointing(model: PreTrainedModel, contexts: Callable[[], Any] | None = None) -> None:
+    """Keep no activations within the blocks for the backward pass, which computes them again.
+
+    Args:
+        model: the model to change.
+        contexts: called in each block's forward pass, for the contexts of that pass and of its repetition.
+    """
     # transformers 5.23 renamed it and warns of the old name; 5.20, the last for python 3.10, has only the old one
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False} if contexts is None else {"use_reentrant": False, "context_fn": contexts})
 
 
 def _load_classifier(

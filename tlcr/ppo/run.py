@@ -20,6 +20,7 @@ from tlcr.config.schema import PPOConfig, RunConfig
 from tlcr.config.stages import DONE
 from tlcr.errors import CheckpointError, ConfigError, TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic
+from tlcr.models.adapters import adapter_of, base_parameters, own_parameters, own_part
 from tlcr.ppo.kl import build_kl_controller
 from tlcr.ppo.packing import packs_rows
 from tlcr.ppo.rollout import PromptStream
@@ -33,7 +34,8 @@ from tlcr.training.done import is_done, mark_done
 from tlcr.training.loop import TrainingLoop, settings_without
 from tlcr.training.metrics import read_metrics
 from tlcr.training.optim import build_optimizer, build_scheduler, parameter_groups
-from tlcr.training.sharding import gathered, is_sharded, load_whole_state, plan, shard
+from tlcr.training.sharding import gathered, is_sharded, plan, shard
+from tlcr.training.trained_part import digest, trained_part
 from tlcr.types import RewardSignal, Rollout
 
 Evaluate = Callable[[ActorCritic, int], Mapping[str, float]]
@@ -94,8 +96,9 @@ class PPORun:
         check_sizes(cfg.ppo, accelerator.num_processes)
         self.cfg, self.tokenizer, self.reward_source = cfg, tokenizer, reward_source
         self.folder, self.seed, self.accelerator = Path(folder), seed, accelerator
-        self.reference = reference.requires_grad_(False).eval()
-        self.actor_critic = actor_critic.eval()
+        for parameter in own_parameters(reference):
+            parameter.requires_grad_(False)
+        self.reference, self.actor_critic = reference.eval(), actor_critic.eval()
         self.sharding = plan(cfg.sharding)
         for root in (self.reference, self.actor_critic):
             if not is_sharded(root):
@@ -106,7 +109,10 @@ class PPORun:
         self.kl_controller = build_kl_controller(cfg.kl)
         self.centre = RunningMean(reduce=sum_over_processes) if cfg.reward.centre else None
         self.prompts = PromptStream(prompts, seed)
-        self._identity = _identity(cfg, prompts, seed, None if self.sharding else accelerator.num_processes)
+        self._identity = {
+            **_identity(cfg, prompts, seed, None if self.sharding else accelerator.num_processes),
+            **_identity_of_frozen(self.actor_critic, cfg),
+        }
         self.loop = TrainingLoop(
             self.folder,
             total_steps=cfg.ppo.updates,
@@ -114,7 +120,7 @@ class PPORun:
             save_every=cfg.ppo.save_every,
             keep_checkpoints=cfg.ppo.keep_checkpoints,
             accelerator=accelerator,
-            models={"actor_critic": self.actor_critic},
+            models={"actor_critic": trained_part(self.actor_critic)},
             optimizer=self.optimizer,
             scheduler=build_scheduler(
                 self.optimizer,
@@ -246,8 +252,7 @@ class PPORun:
                 "delete that folder to train again"
             )
         own = self.cfg.model.saved_in(self.folder / "policy")
-        trained = ActorCritic.load(own, self.folder / "value", device=self.accelerator.device)
-        load_whole_state(self.actor_critic, trained.state_dict())
+        self.actor_critic.restore(own, self.folder / "value")
         done = json.loads((self.folder / DONE).read_text(encoding="utf-8"))
         last = read_metrics(self.loop.log.path)[-1]
         evaluation = {key.removeprefix("eval/"): figure for key, figure in last.items() if key.startswith("eval/")}
@@ -279,12 +284,10 @@ def check_sizes(ppo: PPOConfig, num_processes: int) -> None:
 
 
 def _parameter_groups(actor_critic: ActorCritic, cfg: RunConfig) -> list[dict[str, Any]]:
-    critic = actor_critic.value_head if actor_critic.value_model is None else actor_critic.value_model
-    assert critic is not None
-    decay = cfg.ppo.weight_decay
+    policy, decay = own_part(actor_critic.policy), cfg.ppo.weight_decay
     return [
-        *parameter_groups(actor_critic.policy, learning_rate=cfg.ppo.learning_rate, weight_decay=decay),
-        *parameter_groups(critic, learning_rate=cfg.ppo.value_learning_rate, weight_decay=decay),
+        *parameter_groups(policy, learning_rate=cfg.ppo.learning_rate, weight_decay=decay),
+        *parameter_groups(actor_critic.critic, learning_rate=cfg.ppo.value_learning_rate, weight_decay=decay),
     ]
 
 
@@ -302,3 +305,10 @@ def _identity(cfg: RunConfig, prompts: Sequence[str], seed: int, num_processes: 
         "seed": seed,
         **({} if num_processes is None else {"processes": num_processes}),
     }
+
+
+def _identity_of_frozen(actor_critic: ActorCritic, cfg: RunConfig) -> dict[str, Any]:
+    """The weights that the checkpoints leave out, and the adapters on them; nothing where all weights are trained."""
+    frozen = list(base_parameters(actor_critic))
+    lora = {} if adapter_of(actor_critic.policy) is None else {"lora": as_plain(cfg.lora)}
+    return {"frozen": digest(frozen), **lora} if frozen else {}

@@ -8,8 +8,9 @@ from typing import TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tlcr.config.schema import RunConfig, TrainingConfig
-from tlcr.models.loading import check_fits, save_model
+from tlcr.config.schema import Adapted, RunConfig, TrainingConfig
+from tlcr.models.adapters import add_adapter, save_trained
+from tlcr.models.loading import check_fits
 from tlcr.text.truncation import Limits, note_cuts
 from tlcr.training.accelerator import open_accelerator
 from tlcr.training.callbacks import Callback
@@ -43,6 +44,12 @@ def check_lengths(model: PreTrainedModel, lengths: Sequence[int]) -> None:
     """Raises DataError where an answer with its prompt, of one of these numbers of tokens, is longer than ``model``
     can read."""
     check_fits(model, max(lengths, default=0), "an answer with its prompt")
+
+
+def adapt(cfg: RunConfig, model: PreTrainedModel, name: Adapted) -> None:
+    """Puts an adapter on the model, in place, where ``cfg.lora`` says that it is trained by one."""
+    if cfg.lora.trains(name):
+        add_adapter(model, cfg.lora, name, seed=cfg.seed)
 
 
 def micro_batch_size(settings: TrainingConfig) -> int:
@@ -101,7 +108,7 @@ def fit_and_save(
 ) -> FitResult:
     """Minimises ``loss`` over ``train``, evaluates it on ``held_out``, and writes a standard model folder.
 
-    further: computes further figures from the loss and its statistics.
+    An adapter is merged into it. further: computes further figures from the loss and its statistics.
     """
 
     def held_out_loss(model: PreTrainedModel) -> dict[str, float]:
@@ -121,5 +128,5 @@ def fit_and_save(
         resume=resume,
         callbacks=callbacks,
     )
-    save_model(model, tokenizer, folder)
+    save_trained(model, tokenizer, folder)
     return result

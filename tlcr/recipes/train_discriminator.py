@@ -22,6 +22,7 @@ from tlcr.evaluation.discriminator_metrics import (
     pairwise_accuracy,
     plot_reliability,
 )
+from tlcr.models.adapters import save_trained
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.discriminator import (
     classify,
@@ -32,8 +33,8 @@ from tlcr.models.discriminator import (
     score_answers,
     temperature_of,
 )
-from tlcr.models.loading import load_token_classifier, save_model
-from tlcr.recipes.fitting import check_lengths, fit_tracked, micro_batch_size
+from tlcr.models.loading import load_token_classifier
+from tlcr.recipes.fitting import adapt, check_lengths, fit_tracked, micro_batch_size
 from tlcr.text.truncation import note_cuts
 from tlcr.training.callbacks import Callback
 from tlcr.training.checkpoint import atomic_write, write_json
@@ -118,6 +119,7 @@ def train_discriminator(
     # 1. the classifier: the backbone of the SFT model under a new head; in shards where the config asks for them
     model = load_token_classifier(backbone, cfg.model, id2label=labels_of(settings.targets))
     make_top_layers_bidirectional(model, settings.bidirectional_layers)
+    adapt(cfg, model, "discriminator")
     shard_model(model, plan(cfg.sharding))
 
     # 2. minimise the cross entropy with the labels' targets, both sides of an edit with equal weight
@@ -165,7 +167,7 @@ def train_discriminator(
             evaluation.metrics["pairwise_accuracy_preferences"] = accuracy
 
     # 5. a model folder, with the temperature in its config
-    save_model(model, tokenizer, folder)
+    save_trained(model, tokenizer, folder)
     on_main_process(partial(_write, folder, calibration, evaluation))
     return TrainedDiscriminator(model, fitted, calibration, evaluation)
 

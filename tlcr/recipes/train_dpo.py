@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import RunConfig
 from tlcr.models.dpo import ReferencedComparison, collate_referenced, dpo_loss, with_reference
-from tlcr.recipes.fitting import encode_splits, fit_and_save, micro_batch_size
+from tlcr.recipes.fitting import adapt, encode_splits, fit_and_save, micro_batch_size
 from tlcr.text.tokenization import encode_comparisons
 from tlcr.training.callbacks import Callback
 from tlcr.training.sharding import plan, shard_model
@@ -72,6 +72,7 @@ def train_dpo(
 
     # 3. maximise the likelihood of the preferences under the log-ratio, evaluate on the held-out pairs, and 4. write a
     # standard model folder
+    adapt(cfg, model, "dpo")
     return fit_and_save(
         cfg,
         cfg.dpo,

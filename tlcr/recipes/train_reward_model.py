@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tlcr.config.schema import RunConfig
 from tlcr.models.loading import load_sequence_classifier
 from tlcr.models.reward_model import bradley_terry_loss, collate_comparisons
-from tlcr.recipes.fitting import encode_splits, fit_and_save
+from tlcr.recipes.fitting import adapt, encode_splits, fit_and_save
 from tlcr.text.tokenization import encode_comparisons
 from tlcr.training.callbacks import Callback
 from tlcr.training.sharding import plan, shard_model
@@ -68,6 +68,7 @@ def train_reward_model(
     # 2. the classifier: the causal LM's backbone under one output; in shards where the config asks for them
     model = load_sequence_classifier(backbone, cfg.model)
     model.config.pad_token_id = tokenizer.pad_token_id
+    adapt(cfg, model, "reward_model")
     shard_model(model, plan(cfg.sharding))
 
     # 3. maximise the likelihood of the preferences (Bradley-Terry), evaluate on the held-out pairs, and 4. write a

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import RunConfig
 from tlcr.models.sft import completion_loss
-from tlcr.recipes.fitting import encode_splits, fit_and_save
+from tlcr.recipes.fitting import adapt, encode_splits, fit_and_save
 from tlcr.text.padding import collate_completions
 from tlcr.text.tokenization import encode_answers
 from tlcr.training.callbacks import Callback
@@ -65,7 +65,8 @@ def train_sft(
         encode, train, held_out, model=model, length=length, limits=cfg.data, stage="SFT"
     )
 
-    # 2. one shard for each process, where the config asks for it
+    # 2. adapters instead of all weights, and one shard for each process, where the config asks for them
+    adapt(cfg, model, "sft")
     shard_model(model, plan(cfg.sharding))
 
     # 3. maximise the likelihood of the answers, evaluate on the held-out pairs, and 4. write a standard model folder

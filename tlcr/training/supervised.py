@@ -36,6 +36,7 @@ from tlcr.training.optim import (
     scale_gradients,
 )
 from tlcr.training.sharding import as_forward, is_sharded
+from tlcr.training.trained_part import frozen_digest, trained_part
 
 E = TypeVar("E")
 Batch = dict[str, Tensor]
@@ -260,7 +261,7 @@ class _Run:
             save_every=cfg.save_every,
             keep_checkpoints=KEEP_CHECKPOINTS,
             accelerator=accelerator,
-            models={"model": model},
+            models={"model": trained_part(model)},
             optimizer=self.optimizer,
             scheduler=build_scheduler(
                 self.optimizer,
@@ -272,6 +273,7 @@ class _Run:
                 "settings": settings_without(cfg, FREE_TO_CHANGE),
                 "examples": len(examples),
                 "seed": seed,
+                **({} if (frozen := frozen_digest(model)) is None else {"frozen": frozen}),
             },
             config=config,
             evaluate=None if evaluate is None else partial(self._evaluate, evaluate),
