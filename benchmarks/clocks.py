@@ -193,11 +193,11 @@ class CPUClocks(Clocks):
             run = work(1)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as called:
             run()
-        held = sum(_allocations(ready))
-        return max(held, *(held + above for above in itertools.accumulate(_allocations(called), initial=0)))
+        held = sum(allocations(ready))
+        return max(held, *(held + above for above in itertools.accumulate(allocations(called), initial=0)))
 
 
-def _allocations(recorded: profile) -> list[int]:
+def allocations(recorded: profile) -> list[int]:
     """Bytes that were allocated, or freed where negative, in their order."""
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
     found: Iterable[Any] = recorded.profiler.kineto_results.events()

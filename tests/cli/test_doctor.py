@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -22,7 +23,7 @@ from tlcr.config.schema import RunConfig
 from tlcr.experiment.memory import build_on_meta, measure_model
 from tlcr.experiment.preflight import Finding, settings
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 def shown(cfg: RunConfig, *, named: bool = True) -> tuple[bool, str]:
@@ -104,8 +105,18 @@ def test_too_little_memory_blocks_and_says_what_to_set(
     blocked, text = shown(load_config(None, {"model.path": real_size}))
     assert blocked
     assert "this machine has 8.0 GiB free" in text
+    assert "to do: a smaller model, or more memory: with " in text
     for change in ("model.dtype: bfloat16", "model.gradient_checkpointing: true", "ppo.value_model: shared"):
-        assert f"{change} (then " in text
+        assert change in text
+
+
+def test_the_smallest_change_that_fits_is_named(
+    real_size: str, cpu_only: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_free_memory", lambda: 60 * GIB)
+    _, text = shown(load_config(None, {"model.path": real_size}))
+    assert re.search(r"ppo needs about 5\d\.\d GiB; this machine has 60\.0 GiB free", text)
+    assert "to do: ppo.micro_batch_size: 1 (then " in text
 
 
 def test_a_gpu_that_a_run_leaves_alone_is_no_memory_of_it(real_size: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,13 +130,13 @@ def test_a_gpu_that_a_run_leaves_alone_is_no_memory_of_it(real_size: str, monkey
 
 
 def test_parallel_runs_are_counted_together(cpu_only: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = load_config(None, {"parallel": 4, "seeds": [0, 1]})
-    monkeypatch.setattr(doctor, "_free_memory", lambda: int(1.5 * GIB))
+    cfg = load_config(None, {"parallel": 4, "seeds": [0, 1, 2, 3]})
+    monkeypatch.setattr(doctor, "_free_memory", lambda: 620 * MIB)
     blocked, text = shown(cfg)
     assert blocked
-    assert "ppo (2 at a time) needs" in text
-    assert "to do: one or more of: parallel: 1;" in text
-    assert not shown(load_config(None, {"seeds": [0, 1]}))[0]
+    assert "ppo (4 at a time) needs" in text
+    assert "to do: parallel: 1 (then " in text
+    assert not shown(load_config(None, {"seeds": [0, 1, 2, 3]}))[0]
 
 
 def test_a_model_that_cannot_be_read_blocks(tmp_path: Path) -> None:

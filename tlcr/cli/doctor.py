@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -23,34 +24,45 @@ from tlcr.config.trials import trials_of
 from tlcr.distribution import requirements
 from tlcr.errors import ConfigError
 from tlcr.experiment.memory import (
+    Architecture,
     Estimate,
-    ModelSize,
-    advice,
+    Machine,
     build_on_meta,
     estimate_run,
-    in_words,
-    measure_model,
+    remedy,
 )
 from tlcr.experiment.preflight import Finding, Level, existing, preflight, settings
+from tlcr.training.disk import in_words
 
 __all__ = ["examine", "machine"]
 
 STYLES: dict[Level, str] = {"ok": "green", "note": "cyan", "warning": "yellow", "blocked": "bold red"}
 
+GPU_MEMORY = 80 * 10**9
+"""What a GPU has, in bytes, where ``--gpus`` names no other."""
 USABLE_SHARE = 0.9
 """Share of the free memory that an estimate may fill: allocators and other programs need the rest."""
 
 
-def examine(cfg: RunConfig, *, named: bool, console: Console | None = None) -> bool:
+def examine(
+    cfg: RunConfig,
+    *,
+    named: bool,
+    gpus: int | None = None,
+    gpu_memory: float | None = None,
+    console: Console | None = None,
+) -> bool:
     """Prints every finding; returns whether something prevents a run.
 
     named: whether the user named a config or knobs. If so, memory is estimated and models and sources are looked at.
+    gpus: estimate the memory for this many GPUs, a process on each, instead of this machine.
+    gpu_memory: of each, in GiB; None: an 80 GB GPU.
     """
     console = console or Console(highlight=False)
     found = list(machine(cfg))
     if named:
         found += preflight(cfg)
-        found += _memory(cfg, found, console)
+        found += _memory(cfg, found, _place(gpus, gpu_memory), console)
     else:
         found += settings(cfg)
     console.print(_table(found))
@@ -74,17 +86,35 @@ def machine(cfg: RunConfig) -> Iterator[Finding]:
     yield from _disk(cfg)
 
 
-def _memory(cfg: RunConfig, found: Sequence[Finding], console: Console) -> Iterator[Finding]:
+@dataclass(frozen=True)
+class _Place:
+    """Where a run is to fit: the machine that its steps are simulated for, and the memory of one of its processes."""
+
+    machine: Machine
+    name: str
+    free: int
+
+
+def _place(gpus: int | None, gpu_memory: float | None) -> _Place:
+    if gpus is not None:
+        memory = GPU_MEMORY if gpu_memory is None else int(gpu_memory * 2**30)
+        return _Place(Machine(gpu=True, processes=gpus), "one GPU" if gpus == 1 else f"each of {gpus} GPUs", memory)
+    if _runs_on_gpu():
+        return _Place(Machine(gpu=True), "GPU 0", torch.cuda.mem_get_info(0)[0])
+    return _Place(Machine(gpu=False), "this machine", _free_memory())
+
+
+def _memory(cfg: RunConfig, found: Sequence[Finding], place: _Place, console: Console) -> Iterator[Finding]:
     """Prints the estimate, and yields whether it fits; nothing where the model's config cannot be read."""
     try:
-        size = measure_model(build_on_meta(cfg.model))
+        architecture = Architecture(build_on_meta(cfg.model))
     except ConfigError as error:
         if not any(finding.level == "blocked" and finding.subject.startswith("model.") for finding in found):
             yield Finding.of("model.path", error)
         return
-    estimates = estimate_run(cfg, size)
+    estimates = estimate_run(cfg, architecture, place.machine)
     console.print(_memory_table(estimates, cfg))
-    yield from _fits(cfg, size, estimates)
+    yield from _fits(cfg, architecture, place, estimates)
 
 
 def _packages() -> Iterator[Finding]:
@@ -207,26 +237,30 @@ def _free_memory() -> int:
     return free
 
 
-def _fits(cfg: RunConfig, size: ModelSize, estimates: list[Estimate]) -> Iterator[Finding]:
-    on_gpu = _runs_on_gpu()
-    free = torch.cuda.mem_get_info(0)[0] if on_gpu else _free_memory()
-    where = "GPU 0" if on_gpu else "this machine"
-    limit = int(free * USABLE_SHARE)
+def _fits(cfg: RunConfig, architecture: Architecture, place: _Place, estimates: list[Estimate]) -> Iterator[Finding]:
+    limit = int(place.free * USABLE_SHARE)
     for estimate in estimates:
         at_a_time = min(cfg.parallel, len(trials_of(cfg))) if estimate.stage == "ppo" else 1
         need = estimate.total * at_a_time
         times = f" ({at_a_time} at a time)" if at_a_time > 1 else ""
-        fact = f"{estimate.stage}{times} needs about {in_words(need)}; {where} has {in_words(free)} free"
+        fact = f"{estimate.stage}{times} needs about {in_words(need)}; {place.name} has {in_words(place.free)} free"
         if need <= limit:
             yield Finding("ok", "fit", fact)
             continue
-        remedies = [
-            f"{change} (then {in_words(peak)})"
-            for change, peak in advice(cfg, size, estimate.stage, limit // at_a_time)
-        ]
-        if at_a_time > 1:
-            remedies.insert(0, "parallel: 1")
-        yield Finding("blocked", "fit", fact, "one or more of: " + "; ".join(remedies or ["a smaller model"]))
+        settings = ["parallel: 1"] if at_a_time > 1 else []
+        if at_a_time > 1 and estimate.total <= limit:
+            yield Finding("blocked", "fit", fact, f"{settings[0]} (then {in_words(estimate.total)})")
+            continue
+        found = remedy(cfg, architecture, place.machine, estimate.stage, limit)
+        settings += found.settings
+        yield Finding("blocked", "fit", fact, _what_to_set(settings, found.peak, fits=found.fits))
+
+
+def _what_to_set(settings: Sequence[str], peak: int, *, fits: bool) -> str:
+    if fits:
+        return f"{'; '.join(settings)} (then {in_words(peak)})"
+    most = f"with {'; '.join(settings)} it takes {in_words(peak)}" if settings else f"it takes {in_words(peak)}"
+    return f"a smaller model, or more memory: {most} at least"
 
 
 def _table(found: list[Finding]) -> Table:
@@ -243,7 +277,7 @@ def _table(found: list[Finding]) -> Table:
 
 def _memory_table(estimates: list[Estimate], cfg: RunConfig) -> Table:
     table = Table(
-        title=f"Memory of one process, {escape(cfg.model.path)} in {cfg.model.dtype}; activations are estimated",
+        title=f"Memory of one process, {escape(cfg.model.path)} in {cfg.model.dtype}",
         title_justify="left",
         box=SIMPLE,
         pad_edge=False,
@@ -258,9 +292,8 @@ def _memory_table(estimates: list[Estimate], cfg: RunConfig) -> Table:
                 in_words(part) if part else "" for part in (role.weights, role.gradients, role.optimizer, role.total)
             ]
             table.add_row(f"  {role.name}", f"{role.parameters:,}", *parts)
-        peak = max(estimate.phases.values())
-        for phase, need in estimate.phases.items():
-            aside = "" if need == peak else " [dim](not added)[/dim]"
-            table.add_row(f"  {phase}{aside}", "", "", "", "", in_words(need))
+        for phase in estimate.phases:
+            aside = "" if phase == estimate.peak else " [dim](not added)[/dim]"
+            table.add_row(f"  {phase.name}{aside}", "", "", "", "", in_words(phase.allocated))
         table.add_section()
     return table

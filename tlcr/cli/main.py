@@ -191,8 +191,13 @@ def _evaluate_tokens(cfg: RunConfig, arguments: Namespace) -> int:
 def _doctor(cfg: RunConfig, arguments: Namespace) -> int:
     from tlcr.cli.doctor import examine
 
-    named = arguments.get("config") is not None or bool(_overrides(arguments))
-    return BLOCKED if examine(cfg, named=named) else 0
+    gpus, memory = arguments.get("gpus"), arguments.get("gpu_memory")
+    if memory is not None and gpus is None:
+        raise ConfigError("--gpu_memory is the memory of each of --gpus; name their number too")
+    if gpus is not None and gpus < 1:
+        raise ConfigError(f"--gpus is {gpus}; it must be at least 1")
+    named = gpus is not None or arguments.get("config") is not None or bool(_overrides(arguments))
+    return BLOCKED if examine(cfg, named=named, gpus=gpus, gpu_memory=memory) else 0
 
 
 def _analyse(arguments: Namespace) -> int:

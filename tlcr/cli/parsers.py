@@ -291,11 +291,18 @@ def _evaluate_tokens_parser() -> ArgumentParser:
 
 
 def _doctor_parser() -> ArgumentParser:
-    return _config_parser(
+    parser = _config_parser(
         "Versions, devices, implementations and disk space; with a config or flags, also the memory that it needs. "
         "Ends with 1 where something blocks.",
         prog="tlcr doctor",
     )
+    parser.add_argument(
+        "--gpus", type=int, metavar="INT", help="estimate for this many GPUs, a process on each (default: this machine)"
+    )
+    parser.add_argument(
+        "--gpu_memory", type=float, metavar="GIB", help="with --gpus: memory of each (default 80 GB, 74.5 GiB)"
+    )
+    return parser
 
 
 def _analyse_parser() -> ArgumentParser:

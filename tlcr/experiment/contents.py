@@ -20,7 +20,7 @@ from tlcr.config.schema import DataConfig, RunConfig
 from tlcr.data import embedded
 from tlcr.data.readers import ReadResult, read_edits, read_preferences, read_prompts
 from tlcr.errors import TlcrError
-from tlcr.experiment.memory import build_on_meta, estimate_run, in_words, measure_model
+from tlcr.experiment.memory import Architecture, build_on_meta, ppo_roles
 from tlcr.experiment.preflight import Finding, existing, makes_prompts, models_used, records, sources_used
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.classifiers import new_class
@@ -33,7 +33,7 @@ from tlcr.rewards.sources.frozen_model import ROLLOUT_LIMITS, same_tokenizer
 from tlcr.rewards.sources.log_ratio import check_same_tokenizer
 from tlcr.text.tokenization import encode_answers
 from tlcr.text.turns import end_notes
-from tlcr.training.disk import checkpoints_at_a_time
+from tlcr.training.disk import checkpoints_at_a_time, in_words
 from tlcr.types import EditPair, PreferencePair
 
 __all__ = ["FIRST_RECORDS", "contents"]
@@ -300,14 +300,18 @@ def _disk(cfg: RunConfig, stages: Collection[str], model: PreTrainedModel) -> It
     save_every 0 the only one is that of a run that is stopped. When it ends it deletes them and leaves its models."""
     if "ppo" not in stages:
         return
-    trained = [role for role in estimate_run(cfg, measure_model(model))[-1].roles if role.optimizer]
-    models, states = sum(role.weights for role in trained), sum(role.optimizer for role in trained)
+    roles = {role.name: role for role in ppo_roles(cfg, Architecture(model))}
+    trained = [role for role in roles.values() if role.optimizer]
+    # An adapter is saved alone in a checkpoint, and merged into a whole model at the end.
+    checkpoint = sum(role.gradients + role.optimizer for role in trained)
+    merged = len(trained) * roles["reference"].weights if cfg.lora.trains("policy") else 0
+    models = merged + sum(role.weights for role in trained)
     runs = sum(not path.exists() for path in records(cfg, "ppo"))
     at_a_time = min(cfg.parallel, runs)
     checkpoints = checkpoints_at_a_time(
         total_steps=cfg.ppo.updates, save_every=cfg.ppo.save_every, keep=cfg.ppo.keep_checkpoints
     )
-    need = at_a_time * checkpoints * (models + states) + runs * models
+    need = at_a_time * checkpoints * checkpoint + runs * models
     free = shutil.disk_usage(existing(Path(cfg.output_dir))).free
     if need > free:
         fact = (

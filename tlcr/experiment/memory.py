@@ -1,43 +1,52 @@
 """Estimates the memory of a run from the model's config; no weights are loaded.
 
-Weights, gradients and optimiser states are counted exactly. Activations are estimated, with one block of a decoder
-keeping 8 H + 4 I values per token for the backward pass (H hidden, I intermediate size: norms, projections, attention
-output and residuals; gate, up, activation and product), or H where gradient checkpointing recomputes the rest.
-Source: ours, after Korthikanti et al. 2022 (arXiv 2205.05198), without their term for attention scores, which fused
-attention does not keep.
+Weights, gradients and optimiser states are counted exactly. What a step allocates beside them is found by taking it
+with tensors that have no memory (``tlcr/experiment/simulation.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tlcr.config.schema import ModelConfig, RunConfig, TrainingConfig
+from tlcr.config.schema import LoRAConfig, ModelConfig, RunConfig, TrainingConfig
 from tlcr.config.trials import arms_of
 from tlcr.errors import ConfigError
-from tlcr.training.disk import in_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Estimate", "ModelSize", "Role", "advice", "build_on_meta", "estimate_run", "in_words", "measure_model"]
+    from tlcr.experiment.simulation import Simulator, Step
+
+__all__ = [
+    "Architecture",
+    "Estimate",
+    "Machine",
+    "ModelSize",
+    "Phase",
+    "Remedy",
+    "Role",
+    "build_on_meta",
+    "estimate_run",
+    "measure_model",
+    "ppo_roles",
+    "remedy",
+]
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The sizes of a decoder that decide its memory; tied parameters are counted once."""
+    """The sizes of a decoder that decide its states; tied parameters are counted once."""
 
     parameters: int
     backbone: int
-    vocabulary: int
     hidden: int
-    layers: int
-    intermediate: int
-    key_value: int
-    """Values of one token's key in one layer: key-value heads times head width."""
 
     def with_head(self, outputs: int) -> int:
         """Parameters of the backbone under a linear head without bias."""
@@ -60,16 +69,111 @@ class Role:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A part of a stage: what it allocates beside the models, in bytes, and whether gradients are there meanwhile."""
+
+    name: str
+    allocated: int
+    with_gradients: bool = False
+
+
+@dataclass(frozen=True)
 class Estimate:
-    """The peak memory of a stage, in bytes: that of its models plus that of its largest phase."""
+    """The memory of a stage, in bytes: its models, and its phases, of which the largest makes the peak."""
 
     stage: str
     roles: tuple[Role, ...]
-    phases: Mapping[str, int]
+    phases: tuple[Phase, ...]
+
+    def at(self, phase: Phase) -> int:
+        """The peak of one phase: weights, optimiser states, gradients where it has them, and what it allocates."""
+        gradients = sum(role.gradients for role in self.roles) if phase.with_gradients else 0
+        return sum(role.weights + role.optimizer for role in self.roles) + gradients + phase.allocated
+
+    @property
+    def peak(self) -> Phase:
+        """The largest phase."""
+        return max(self.phases, key=self.at)
 
     @property
     def total(self) -> int:
-        return sum(role.total for role in self.roles) + max(self.phases.values())
+        return self.at(self.peak)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is estimated for.
+
+    gpu: transformers' layers and torch's attention, and no limit of tokens of ours; else the CPU's.
+    processes: that share the run, one for each GPU; in nodes of eight, where a sharding asks for nodes.
+    """
+
+    gpu: bool
+    processes: int = 1
+
+
+class Architecture:
+    """A model on the meta device: its sizes, and simulated steps of it, each taken once.
+
+    Args:
+        model: what ``build_on_meta`` made.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._simulators: dict[tuple[object, ...], Simulator] = {}
+        self._adapters: dict[LoRAConfig, int] = {}
+
+    @functools.cached_property
+    def size(self) -> ModelSize:
+        return measure_model(self.model)
+
+    def adapter(self, lora: LoRAConfig) -> int:
+        """The parameters of one adapter."""
+        if lora not in self._adapters:
+            from tlcr.models.adapters import add_adapter
+
+            model = deepcopy(self.model)
+            add_adapter(model, lora, "counted", seed=0)
+            self._adapters[lora] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return self._adapters[lora]
+
+    def peak(self, step: Step, cfg: RunConfig, machine: Machine) -> int:
+        """The bytes that ``step`` allocates at its peak, beyond weights and earlier gradients."""
+        from tlcr.experiment.simulation import Simulator
+
+        model, shards = cfg.model, shards_of(cfg, machine)
+        key = (
+            model.dtype,
+            model.gradient_checkpointing,
+            model.attn_implementation,
+            machine.gpu,
+            shards,
+            cfg.sharding,
+            cfg.lora,
+        )
+        if key not in self._simulators:
+            self._simulators[key] = Simulator(
+                self.model,
+                model,
+                for_gpu=machine.gpu,
+                shards=shards,
+                reduce_dtype=cfg.sharding.reduce_dtype,
+                lora=cfg.lora,
+            )
+        return self._simulators[key].peak(step)
+
+
+GPUS_OF_A_NODE = 8
+
+
+def shards_of(cfg: RunConfig, machine: Machine) -> tuple[int, ...] | None:
+    """How the processes of ``machine`` share models: (processes,), (groups, processes of a group), or None."""
+    kind, processes = cfg.sharding.kind, machine.processes
+    if kind == "none" or processes == 1:
+        return None
+    groups = 1 if kind == "full" else cfg.sharding.replicas or processes // GPUS_OF_A_NODE
+    return (processes,) if groups <= 1 or processes % groups else (groups, processes // groups)
 
 
 def build_on_meta(cfg: ModelConfig) -> PreTrainedModel:
@@ -98,31 +202,24 @@ def build_on_meta(cfg: ModelConfig) -> PreTrainedModel:
 
 def measure_model(model: PreTrainedModel) -> ModelSize:
     """The sizes of a causal language model; it may be on the meta device."""
-    config = model.config.get_text_config()
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelSize(
         parameters=sum(p.numel() for p in model.parameters()),
         backbone=sum(p.numel() for p in model.base_model.parameters()),
-        vocabulary=config.vocab_size,
-        hidden=config.hidden_size,
-        layers=config.num_hidden_layers,
-        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        key_value=(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_width,
+        hidden=model.config.get_text_config().hidden_size,
     )
 
 
-def estimate_run(cfg: RunConfig, size: ModelSize) -> list[Estimate]:
+def estimate_run(cfg: RunConfig, architecture: Architecture, machine: Machine) -> list[Estimate]:
     """The peak of every stage that the config switches on, on one process. Stages follow one another."""
-    estimates = []
-    if cfg.sft.enabled:
-        estimates.append(_supervised("sft", cfg, size, cfg.sft, rows=1, outputs=None))
-    if cfg.reward_model.path is None and _asked_models(cfg)["reward model"]:
-        estimates.append(_supervised("reward model", cfg, size, cfg.reward_model, rows=2, outputs=1))
-    if cfg.dpo.path is None and _asked_models(cfg)["DPO policy"]:
-        estimates.append(_supervised("dpo", cfg, size, cfg.dpo, rows=2, outputs=None))
-    if cfg.discriminator.path is None and _asked_models(cfg)["discriminator"]:
-        estimates.append(_supervised("discriminator", cfg, size, cfg.discriminator, rows=2, outputs=_classes(cfg)))
-    return [*estimates, _ppo(cfg, size)]
+    asked = _asked_models(cfg)
+    trained = {
+        "sft": cfg.sft.enabled,
+        "reward model": cfg.reward_model.path is None and asked["reward model"],
+        "dpo": cfg.dpo.path is None and asked["DPO policy"],
+        "discriminator": cfg.discriminator.path is None and asked["discriminator"],
+        "ppo": True,
+    }
+    return [_estimate(stage, cfg, architecture, machine) for stage, on in trained.items() if on]
 
 
 def _asked_models(cfg: RunConfig) -> dict[str, bool]:
@@ -139,94 +236,260 @@ def _classes(cfg: RunConfig) -> int:
     return 3 if cfg.discriminator.targets == "three_class" else 2
 
 
+def _of_a_process(role: Role, cfg: RunConfig, machine: Machine) -> Role:
+    """What of a model one process holds: a shard, or the whole."""
+    shards = shards_of(cfg, machine)
+    if shards is None:
+        # Data parallelism sums gradients in buckets, which are as large.
+        return replace(role, gradients=role.gradients * (1 if machine.processes == 1 else 2))
+    weights, gradients, optimizer = (math.ceil(n / shards[-1]) for n in (role.weights, role.gradients, role.optimizer))
+    return replace(role, weights=weights, gradients=gradients, optimizer=optimizer)
+
+
 def _trained(name: str, parameters: int, dtype: str) -> Role:
     remainder = 0 if dtype == "float32" else 2
     width = BYTES[dtype]
     return Role(name, parameters, parameters * width, parameters * width, parameters * (8 + remainder))
 
 
+def _with_adapter(name: str, frozen: int, adapter: int, dtype: str) -> Role:
+    """frozen: parameters that no other model has; adapter: those that are trained, in float32."""
+    return Role(name, frozen + adapter, frozen * BYTES[dtype] + adapter * 4, adapter * 4, adapter * 8)
+
+
 def _frozen(name: str, parameters: int, dtype: str) -> Role:
     return Role(name, parameters, parameters * BYTES[dtype])
 
 
-def _activations(size: ModelSize, tokens: int, cfg: ModelConfig) -> int:
-    block = 8 * size.hidden + 4 * size.intermediate
-    kept = size.layers * size.hidden + block if cfg.gradient_checkpointing else size.layers * block
-    return tokens * kept * BYTES[cfg.dtype]
+def _supervised(stage: str, cfg: RunConfig, architecture: Architecture, machine: Machine) -> Estimate:
+    from tlcr.experiment.simulation import Step
 
-
-def _supervised(
-    stage: str, cfg: RunConfig, size: ModelSize, training: TrainingConfig, *, rows: int, outputs: int | None
-) -> Estimate:
-    """rows: sequences of one example. outputs: of the head; None: a language model, with logits and their gradient."""
-    dtype = cfg.model.dtype
-    sequences = rows * (training.micro_batch_size or training.batch_size)
-    tokens = sequences * (cfg.data.max_prompt_tokens + cfg.data.max_answer_tokens)
-    parameters = size.parameters if outputs is None else size.with_head(outputs)
-    logits = 2 * tokens * size.vocabulary * BYTES[dtype] if outputs is None else 0
-    return Estimate(
-        stage, (_trained("model", parameters, dtype),), {"training": _activations(size, tokens, cfg.model) + logits}
+    training: TrainingConfig = getattr(cfg, _section(stage))
+    pairs = 1 if stage == "sft" else 2
+    kind = {"reward model": "sequence classifier", "discriminator": "token classifier"}.get(stage, "language model")
+    role = _of_a_process(_supervised_role(stage, cfg, architecture), cfg, machine)
+    share = math.ceil(training.batch_size / machine.processes)
+    examples = min(training.micro_batch_size or share, share)
+    step = Step(
+        kind,
+        rows=pairs * examples,
+        columns=cfg.data.max_prompt_tokens + cfg.data.max_answer_tokens,
+        answer=cfg.data.max_answer_tokens,
+        outputs=_outputs(stage, cfg) or 1,
+        stage=_section(stage),
+        again=examples < share,
     )
+    return Estimate(stage, (role,), (_training("training", step, (role,), cfg, architecture, machine),))
 
 
-def _ppo(cfg: RunConfig, size: ModelSize) -> Estimate:
-    dtype, width, ppo = cfg.model.dtype, BYTES[cfg.model.dtype], cfg.ppo
-    shared = ppo.value_model == "shared"
-    value_parameters = size.hidden + 1 if shared else size.with_head(1)
+def _supervised_role(stage: str, cfg: RunConfig, architecture: Architecture) -> Role:
+    outputs, size = _outputs(stage, cfg), architecture.size
+    parameters = size.parameters if outputs is None else size.with_head(outputs)
+    name = _section(stage)
+    if cfg.lora.trains(name):
+        head = 0 if outputs is None else outputs * size.hidden
+        return _with_adapter("model", parameters - head, architecture.adapter(cfg.lora) + head, cfg.model.dtype)
+    return _trained("model", parameters, cfg.model.dtype)
+
+
+def _section(stage: str) -> Any:
+    """The section of the config, and the role of ``lora.roles``, that a supervised stage is."""
+    return stage.replace(" ", "_")
+
+
+def _outputs(stage: str, cfg: RunConfig) -> int | None:
+    """Outputs of the head that a stage trains; None for a language model."""
+    return {"reward model": 1, "discriminator": _classes(cfg)}.get(stage)
+
+
+def _training(
+    name: str, step: Step, roles: tuple[Role, ...], cfg: RunConfig, architecture: Architecture, machine: Machine
+) -> Phase:
+    """A phase with gradients. A step that is the first since they were freed makes them itself."""
+    peak = architecture.peak(step, cfg, machine)
+    own = 0 if step.again else sum(role.gradients for role in roles)
+    return Phase(name, max(0, peak - own), with_gradients=True)
+
+
+def ppo_roles(cfg: RunConfig, architecture: Architecture) -> tuple[Role, ...]:
+    """The models of PPO: two that are trained, the reference, and those that the rewards ask.
+
+    With adapters the reference is the frozen weights that the others stand on, and what they add is theirs.
+    """
+    dtype, size = cfg.model.dtype, architecture.size
+    adapters = cfg.lora.trains("policy")
     parameters_of = {
         "discriminator": size.with_head(_classes(cfg)),
         "reward model": size.with_head(1),
         "DPO policy": size.parameters,
     }
-    roles = (
-        _trained("policy", size.parameters, dtype),
-        _trained("value head" if shared else "value model", value_parameters, dtype),
-        _frozen("reference", size.parameters, dtype),
-        *(_frozen(name, parameters_of[name], dtype) for name, needed in _asked_models(cfg).items() if needed),
+    judges = [
+        Role(name, (own := architecture.adapter(cfg.lora)), own * 4)
+        if name == "discriminator" and adapters and cfg.lora.trains("discriminator")
+        else _frozen(name, parameters_of[name], dtype)
+        for name, needed in _asked_models(cfg).items()
+        if needed
+    ]
+    policy = (
+        _with_adapter("policy", 0, architecture.adapter(cfg.lora), dtype)
+        if adapters
+        else _trained("policy", size.parameters, dtype)
     )
+    return policy, _value_role(cfg, architecture), _frozen("reference", size.parameters, dtype), *judges
 
+
+def _value_role(cfg: RunConfig, architecture: Architecture) -> Role:
+    size = architecture.size
+    if cfg.ppo.value_model == "shared":
+        return _trained("value head", size.hidden + 1, "float32")
+    if cfg.lora.trains("value"):
+        return _with_adapter("value model", 0, architecture.adapter(cfg.lora) + size.hidden, cfg.model.dtype)
+    return _trained("value model", size.with_head(1), cfg.model.dtype)
+
+
+def _ppo(cfg: RunConfig, architecture: Architecture, machine: Machine) -> Estimate:
+    from tlcr.experiment.simulation import Step
+    from tlcr.ppo.microbatches import CPU_TOKENS
+
+    ppo, processes = cfg.ppo, machine.processes
+    roles = tuple(_of_a_process(role, cfg, machine) for role in ppo_roles(cfg, architecture))
     columns = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
-    cache = 2 * size.layers * size.key_value * columns * width
-    generation = cfg.rollout.batch_size * (cache + size.vocabulary * 4)
+    tokens = ppo.micro_batch_tokens or (None if machine.gpu else CPU_TOKENS)
 
-    answers = ppo.micro_batch_size or ppo.minibatch_size
-    tokens = min(answers * columns, ppo.micro_batch_tokens or answers * columns)
-    scored = min(answers * cfg.rollout.max_new_tokens, tokens)
-    # Logits and their gradient, and the reference's logits where the exact KL is in the loss.
-    copies = 3 if cfg.kl.placement == "loss" and cfg.kl.estimator == "full" else 2
-    logits = (
-        copies * size.vocabulary * (scored * width if ppo.chunk_tokens is None else min(ppo.chunk_tokens, scored) * 4)
+    def rows(at_most: int) -> int:
+        return max(1, min(at_most, at_most if tokens is None else tokens // columns))
+
+    share = math.ceil(ppo.minibatch_size / processes)
+    answers = rows(min(ppo.micro_batch_size or share, share))
+    update = Step(
+        "policy and values",
+        rows=answers,
+        columns=columns,
+        answer=cfg.rollout.max_new_tokens,
+        again=answers < share,
+        reference=cfg.kl.placement == "loss" and cfg.kl.estimator == "full",
+        shared_values=ppo.value_model == "shared",
+        chunk_tokens=ppo.chunk_tokens,
     )
-    activations = _activations(size, tokens, cfg.model) * (1 if shared else 2)
-    return Estimate("ppo", roles, {"generation": generation, "update": activations + logits})
+    sampled = min(cfg.rollout.batch_size, math.ceil(ppo.batch_size / processes))
+    exact = cfg.kl_estimator == "full"
+    score = replace(update, rows=rows(sampled), trains=False, again=False, reference=exact)
+    prompt = Step("prompt", rows=sampled, columns=cfg.data.max_prompt_tokens, trains=False)
+    token = Step("next token", rows=sampled, columns=columns, trains=False)
+    judge = Step("token classifier", rows=sampled, columns=columns, outputs=_classes(cfg), trains=False)
+    trained = tuple(role for role in roles if role.gradients)
+    phases = [
+        Phase("generation", max(architecture.peak(step, cfg, machine) for step in (prompt, token))),
+        Phase("scoring", architecture.peak(score, cfg, machine)),
+        _training("update", update, trained, cfg, architecture, machine),
+    ]
+    if any(_asked_models(cfg).values()):
+        phases.insert(2, Phase("rewards", architecture.peak(judge, cfg, machine)))
+    return Estimate("ppo", roles, tuple(phases))
 
 
-def advice(cfg: RunConfig, size: ModelSize, stage: str, limit: int) -> list[tuple[str, int]]:
-    """Changes of the config that lower a stage's peak, as (what to set, the peak then), the lowest first."""
-    now = _peak(cfg, size, stage)
-    section = stage.replace(" ", "_")
-    settings = getattr(cfg, section)
-    changed = {
-        "model.dtype: bfloat16": replace(cfg, model=replace(cfg.model, dtype="bfloat16")),
-        "model.gradient_checkpointing: true": replace(cfg, model=replace(cfg.model, gradient_checkpointing=True)),
-    }
-    if stage == "ppo":
-        rollout = replace(cfg.rollout, batch_size=max(1, cfg.rollout.batch_size // 4))
-        changed[f"rollout.batch_size: {rollout.batch_size}"] = replace(cfg, rollout=rollout)
-        changed["ppo.value_model: shared"] = replace(cfg, ppo=replace(cfg.ppo, value_model="shared"))
-        if cfg.ppo.chunk_tokens is None:
-            changed["ppo.chunk_tokens: 1024"] = replace(cfg, ppo=replace(cfg.ppo, chunk_tokens=1024))
-    micro_batch = settings.micro_batch_size or (cfg.ppo.minibatch_size if stage == "ppo" else settings.batch_size)
-    while micro_batch > 1:
-        # The largest halving under which the stage fits; the smallest one where none does.
-        micro_batch //= 2
-        smaller = replace(cfg, **{section: replace(settings, micro_batch_size=micro_batch)})
-        if micro_batch == 1 or _peak(smaller, size, stage) <= limit:
-            changed[f"{section}.micro_batch_size: {micro_batch}"] = smaller
+@dataclass(frozen=True)
+class Remedy:
+    """Settings that lower a stage's peak, and the peak with them; ``fits`` is False where even all of them do not."""
+
+    settings: tuple[str, ...]
+    peak: int
+    fits: bool
+
+
+def remedy(cfg: RunConfig, architecture: Architecture, machine: Machine, stage: str, limit: int) -> Remedy:
+    """The smallest change of the config with which a stage fits.
+
+    A change of one setting is smaller than one of several; of two such, the one is smaller that stands earlier in
+    ``_changes``: settings that cost time alone come before those that change what is trained.
+
+    Args:
+        cfg: the run.
+        architecture: its model.
+        machine: what the run is for.
+        stage: a stage whose estimate is above ``limit``.
+        limit: bytes that the stage may take.
+
+    Returns:
+        The settings, or the most that tlcr can do where nothing fits.
+    """
+
+    def peak(changes: Sequence[_Change]) -> int:
+        changed = functools.reduce(lambda before, change: change.make(before), changes, cfg)
+        states = [_of_a_process(role, changed, machine) for role in _roles(changed, architecture, stage)]
+        # What the models take is known at once; a step has to be simulated.
+        if (least := sum(role.weights + role.optimizer for role in states)) > limit:
+            return least
+        return _estimate(stage, changed, architecture, machine).total
+
+    changes = _changes(cfg, machine, stage)
+    for change in changes:
+        if (alone := peak([change])) <= limit:
+            return Remedy((change.setting,), alone, fits=True)
+    taken: list[_Change] = []
+    for change in changes:
+        taken = [*(other for other in taken if other.knob != change.knob), change]
+        if peak(taken) <= limit:
             break
-    peaks = {name: _peak(other, size, stage) for name, other in changed.items()}
-    return sorted(((name, peak) for name, peak in peaks.items() if peak < now), key=lambda item: item[1])
+    for change in list(taken):
+        others = [other for other in taken if other is not change]
+        if peak(others) <= limit:
+            taken = others
+    reached = peak(taken)
+    return Remedy(tuple(change.setting for change in taken), reached, fits=reached <= limit)
 
 
-def _peak(cfg: RunConfig, size: ModelSize, stage: str) -> int:
-    return next(estimate.total for estimate in estimate_run(cfg, size) if estimate.stage == stage)
+@dataclass(frozen=True)
+class _Change:
+    knob: str
+    value: Any
+
+    @property
+    def setting(self) -> str:
+        return f"{self.knob}: {str(self.value).lower() if isinstance(self.value, bool) else self.value}"
+
+    def make(self, cfg: RunConfig) -> RunConfig:
+        section, name = self.knob.split(".")
+        return replace(cfg, **{section: replace(getattr(cfg, section), **{name: self.value})})
+
+
+def _changes(cfg: RunConfig, machine: Machine, stage: str) -> list[_Change]:
+    """What can be changed, first what costs least: time, then precision, then what is trained."""
+    section = _section(stage)
+    settings = getattr(cfg, section)
+    largest = settings.micro_batch_size or (cfg.ppo.minibatch_size if stage == "ppo" else settings.batch_size)
+    changes = [_Change(f"{section}.micro_batch_size", size) for size in _halves(largest)]
+    if stage == "ppo":
+        changes += [_Change("rollout.batch_size", size) for size in _halves(cfg.rollout.batch_size)]
+        if cfg.ppo.chunk_tokens is None:
+            changes.append(_Change("ppo.chunk_tokens", 1024))
+    if not cfg.model.gradient_checkpointing:
+        changes.append(_Change("model.gradient_checkpointing", True))
+    if cfg.sharding.kind == "none" and machine.processes > 1:
+        changes.append(_Change("sharding.kind", "full"))
+    if cfg.model.dtype != "bfloat16":
+        changes.append(_Change("model.dtype", "bfloat16"))
+    if cfg.lora.rank is None and cfg.sharding.kind == "none" and (stage != "sft" or cfg.model.path != "embedded"):
+        changes.append(_Change("lora.rank", LORA_RANK))
+    if stage == "ppo" and cfg.ppo.value_model != "shared":
+        changes.append(_Change("ppo.value_model", "shared"))
+    return changes
+
+
+LORA_RANK = 16
+"""The rank that is proposed (ours: what the estimates of docs/scale.md are for)."""
+
+
+def _halves(number: int) -> Iterator[int]:
+    while number > 1:
+        number //= 2
+        yield number
+
+
+def _estimate(stage: str, cfg: RunConfig, architecture: Architecture, machine: Machine) -> Estimate:
+    make = _ppo if stage == "ppo" else functools.partial(_supervised, stage)
+    return make(cfg, architecture, machine)
+
+
+def _roles(cfg: RunConfig, architecture: Architecture, stage: str) -> tuple[Role, ...]:
+    return ppo_roles(cfg, architecture) if stage == "ppo" else (_supervised_role(stage, cfg, architecture),)

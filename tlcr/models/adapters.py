@@ -473,7 +473,8 @@ def _peft_config(model: PreTrainedModel, cfg: LoRAConfig) -> Any:
     assert cfg.rank is not None
     targets: str | list[str] = "all-linear" if cfg.targets == ("all-linear",) else list(cfg.targets)
     conv = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2's weights are (in, out)
-    return LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=0.0, target_modules=targets, fan_in_fan_out=conv)
+    options: dict[str, Any] = {"lora_alpha": cfg.alpha, "lora_dropout": 0.0, "fan_in_fan_out": conv}
+    return LoraConfig(r=cfg.rank, target_modules=targets, **options)
 
 
 def _inject(body: PreTrainedModel, config: Any, name: str) -> None:

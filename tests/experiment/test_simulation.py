@@ -1,0 +1,112 @@
+"""Estimated peaks against what torch's CPU allocator gave to whole trainings of tiny models."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tests.experiment.measured import CLOSE, PPO, ROWS, answers, config, estimate, measured, peak_of_ppo
+from tests.experiment.measured_on_two import WAYS
+from tests.launched import launch
+from tlcr.config.schema import RunConfig
+from tlcr.models.discriminator import classify
+from tlcr.models.inspection import TWO_CLASSES
+from tlcr.models.loading import load_causal_lm, load_sequence_classifier, load_token_classifier
+from tlcr.models.reward_model import bradley_terry_loss, collate_comparisons
+from tlcr.models.sft import completion_loss
+from tlcr.text.padding import collate_completions
+from tlcr.training.supervised import LossParts, fit
+from tlcr.types import EncodedAnswer, EncodedComparison
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_causal_lm: Callable[..., PreTrainedModel], tiny_tokenizer: Any) -> Path:
+    path = tmp_path / "model"
+    tiny_causal_lm(hidden_size=64, intermediate_size=192, num_hidden_layers=4).save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    return path
+
+
+def sft(cfg: RunConfig) -> tuple[PreTrainedModel, dict[str, Any]]:
+    examples = {"examples": answers(2 * ROWS), "collate": partial(collate_completions, pad_token_id=0)}
+    return load_causal_lm(cfg.model), {**examples, "loss": completion_loss}
+
+
+def discriminator(cfg: RunConfig) -> tuple[PreTrainedModel, dict[str, Any]]:
+    def collate(part: Sequence[EncodedAnswer]) -> dict[str, Tensor]:
+        return collate_completions([*part, *part], pad_token_id=0)
+
+    def loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> LossParts:
+        return LossParts(classify(model, batch["ids"], batch["attention_mask"]).sum(), 1)
+
+    model = load_token_classifier(load_causal_lm(cfg.model), cfg.model, id2label=TWO_CLASSES)
+    return model, {"examples": answers(2 * ROWS), "collate": collate, "loss": loss}
+
+
+def reward_model(cfg: RunConfig) -> tuple[PreTrainedModel, dict[str, Any]]:
+    pairs = [EncodedComparison(one, other) for one, other in itertools.pairwise(answers(2 * ROWS + 1))]
+    examples = {"examples": pairs, "collate": partial(collate_comparisons, pad_token_id=0)}
+    return load_sequence_classifier(load_causal_lm(cfg.model), cfg.model), {**examples, "loss": bradley_terry_loss}
+
+
+CHECKPOINTS = {"model.dtype": "bfloat16", "model.gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize(
+    ("stage", "prepare", "changes"),
+    [
+        ("sft", sft, {}),
+        ("sft", sft, CHECKPOINTS),
+        ("sft", sft, {"model.dtype": "bfloat16", "sft.micro_batch_size": 2}),
+        ("discriminator", discriminator, {"discriminator.micro_batch_size": 2}),
+        ("discriminator", discriminator, CHECKPOINTS),
+        ("reward model", reward_model, {"model.dtype": "bfloat16"}),
+    ],
+)
+def test_a_supervised_training_takes_what_is_estimated(
+    stage: str, prepare: Callable[..., Any], changes: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    section = stage.replace(" ", "_")
+    sizes = {f"{section}.batch_size": ROWS, f"{section}.epochs": 1}
+    cfg = config(folder, {**sizes, "reward.sequence_coef": 0.1, **changes})
+    model, training = prepare(cfg)
+    found = measured(
+        lambda: fit(model=model, cfg=getattr(cfg, section), folder=tmp_path / "stage", seed=0, **training), model
+    )
+    assert found == pytest.approx(estimate(cfg, stage).total, rel=CLOSE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.dtype": "bfloat16"},
+        {"ppo.value_model": "shared"},
+        {"ppo.chunk_tokens": 64, **CHECKPOINTS},
+        {"ppo.micro_batch_size": 2, "model.dtype": "bfloat16"},
+        {"kl.placement": "loss", "kl.estimator": "full"},
+        {"ppo.micro_batch_tokens": 10**6, "rollout.batch_size": 4},
+    ],
+)
+def test_ppo_takes_what_is_estimated(
+    changes: dict[str, Any], folder: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    cfg = config(folder, {**PPO, **changes})
+    found = peak_of_ppo(cfg, tiny_tokenizer, tmp_path / "ppo")
+    assert found == pytest.approx(estimate(cfg, "ppo").total, rel=CLOSE)
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_takes_what_is_estimated(folder: Path) -> None:
+    launch("tests.experiment.measured_on_two", folder, processes=2).assert_passed("peaks")
+    for name, changes in WAYS.items():
+        expected = estimate(config(folder, {**PPO, **changes}), "ppo", processes=2).total
+        found = [json.loads((folder / f"{name}-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+        assert found == pytest.approx([expected, expected], rel=CLOSE), name
