@@ -114,7 +114,8 @@ class Rollout:
     """Sampled answers: prompts padded on the left, responses on the right, so that every response starts in column P.
 
     ``ended_B`` is True where the policy chose to stop (its last counted token is the end of sequence) and False where
-    the length limit cut it off.
+    the length limit cut it off. ``engine_logprobs_BT`` are the log-probabilities that the tokens were drawn with,
+    (B, T) float32, nats, in a distribution that is not the trainer's; None where it is.
     """
 
     prompts: tuple[str, ...]
@@ -124,6 +125,7 @@ class Rollout:
     response_ids_BT: Tensor
     mask_BT: Tensor
     ended_B: Tensor
+    engine_logprobs_BT: Tensor | None = None
 
     @property
     def ids_BL(self) -> Tensor:

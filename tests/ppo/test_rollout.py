@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, get_args
@@ -233,16 +232,6 @@ def test_a_generator_decides_the_answers_and_leaves_the_global_state_alone(
     torch.rand(7)
     assert torch.equal(sample(1), first)
     assert not torch.equal(sample(2), first)
-
-
-def test_truncated_sampling_says_that_it_biases_the_ratios(tiny_tokenizer: Tokenizer, tiny_causal_lm: LM) -> None:
-    with pytest.warns(UserWarning, match="ratios and the KL estimates are biased"):
-        rollout_of(tiny_causal_lm(), tiny_tokenizer, ["a"], top_p=0.9)
-    with pytest.warns(UserWarning, match="rollout.top_k=5"):
-        rollout_of(tiny_causal_lm(), tiny_tokenizer, ["a"], top_k=5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        rollout_of(tiny_causal_lm(), tiny_tokenizer, ["a"])
 
 
 def test_seeds_that_are_neighbours_give_unrelated_streams() -> None:

@@ -248,6 +248,16 @@ def test_no_two_plots_share_a_name(text: str) -> None:
     assert names and len(names) == len(set(names))
 
 
+def test_an_engines_mismatch_is_drawn_where_a_run_has_one(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"a": 0.3}, seeds=(0,))
+    title = "Effective sample size of the engine"
+    assert title not in write_report(folder).read_text(encoding="utf-8")
+    (log,) = folder.glob("ppo/*/*/metrics.jsonl")
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    log.write_text("".join(json.dumps(row | {"mismatch/effective_share": 0.9}) + "\n" for row in rows))
+    assert title in write_report(folder).read_text(encoding="utf-8")
+
+
 def test_updates_are_whole_numbers() -> None:
     (plot,) = curve_panels([("Gold", {"a": [[(0.0, 1.0), (1.0, 2.0), (2.0, 3.0)]]})], ["a"])
     axis = plot[plot.index('id="matplotlib.axis_1"') : plot.index('id="matplotlib.axis_2"')]

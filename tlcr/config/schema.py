@@ -540,14 +540,43 @@ class RolloutConfig(Checked):
 
     max_new_tokens: int = knob(256, "length limit of an answer", source="released code", unit="tokens", ge=1)
     temperature: float = knob(1.0, "sampling temperature; log-probabilities are taken at it too", gt=0)
-    top_p: float = knob(1.0, "nucleus sampling; below 1 the ratios are biased", gt=0, le=1)
-    top_k: int = knob(0, "sample among this many tokens; 0: all; above 0 the ratios are biased", ge=0)
+    top_p: float = knob(1.0, "nucleus sampling; below 1 the other tokens are never tried", gt=0, le=1)
+    top_k: int = knob(0, "sample among this many tokens; 0: all", ge=0)
     batch_size: int = knob(64, "answers generated and scored at a time on a process", ge=1)
     engine: EngineName = knob(
         "generate",
         "what samples: transformers' generate; the same with a static cache and CUDA graphs, for a GPU; or its "
         "continuous batching, in which the next prompt takes the place of an answer that ended",
     )
+    correction: Literal["none", "truncate", "mask"] = knob(
+        "truncate",
+        "where another implementation or a truncated distribution samples: each token's policy loss is weighted by its "
+        "probability under the policy over that of sampling, at most correction_max (truncate), or 0 outside "
+        "correction_min to correction_max (mask)",
+        source="Yao et al. 2025",
+    )
+    correction_max: float = knob(2.0, "largest weight of the correction", source="verl", ge=1, advanced=True)
+    correction_min: float = knob(
+        0.5, "smallest weight that correction: mask keeps", source="IcePop", ge=0, le=1, advanced=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.correction == "none" and self._truncates:
+            raise ConfigError(
+                f"RolloutConfig.correction is 'none' with top_p {self.top_p} and top_k {self.top_k}: answers come from "
+                "a truncated distribution, and PPO's ratios would be those of the full one; set correction: truncate, "
+                "or top_p: 1 and top_k: 0"
+            )
+
+    @property
+    def _truncates(self) -> bool:
+        return self.top_p < 1 or self.top_k > 0
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether tokens are drawn from another distribution than the one that the trainer computes."""
+        return self._truncates or self.engine not in ("generate", "static")
 
 
 @dataclass(frozen=True)

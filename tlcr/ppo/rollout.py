@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,12 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import RolloutConfig
-from tlcr.errors import DataError
+from tlcr.errors import BackendUnavailable, DataError
 from tlcr.models.loading import check_fits, end_of_sequence_ids
-from tlcr.ppo.engines import Sampling, build_engine
+from tlcr.ppo.engines import Answer, Sampling, build_engine
 from tlcr.text.padding import pad_left
 from tlcr.text.tokenization import decode_text, start_of_text
 from tlcr.types import Rollout
+
+ROUNDING = 1e-3
+"""How far above 0 rounding may put the log-probability of a certain token."""
 
 
 class PromptStream:
@@ -56,6 +58,7 @@ def generate(
     *,
     max_prompt_tokens: int,
     generator: torch.Generator | None = None,
+    logprobs: bool = False,
 ) -> Rollout:
     """Sample one answer for each prompt, at ``cfg.temperature``, until the end of sequence or ``cfg.max_new_tokens``.
 
@@ -70,6 +73,7 @@ def generate(
         cfg: temperature, truncation of the distribution and the limit of new tokens.
         max_prompt_tokens: a longer prompt keeps its end.
         generator: the source of randomness; None: torch's global state.
+        logprobs: also keep the log-probabilities that the tokens were drawn with, as the engine reports them.
 
     Returns:
         The answers; prompts are padded on the left and responses on the right.
@@ -77,11 +81,10 @@ def generate(
     Raises:
         DataError: there are no prompts, or one has no token that is not padding.
         ConfigError: ``cfg.engine`` cannot run this policy.
-        BackendUnavailable: the engine gave no answer to some prompts.
+        BackendUnavailable: the engine gave no answer to some prompts, or no usable log-probabilities.
     """
     if not prompts:
         raise DataError("there are no prompts to answer; check data.prompts, data.held_out and evaluation.prompts")
-    _warn_of_truncated_sampling(cfg)
     end_ids = end_of_sequence_ids(policy, tokenizer)
     prompt_ids = _encode_prompts(tokenizer, prompts, max_prompt_tokens)
     longest = max((len(ids) for ids in prompt_ids), default=0) + cfg.max_new_tokens
@@ -94,11 +97,14 @@ def generate(
         end_ids=tuple(end_ids),
         pad_id=tokenizer.pad_token_id,
         batch_size=cfg.batch_size,
+        logprobs=logprobs,
     )
     engine = build_engine(cfg.engine, policy)
     with _seeded_by(generator, policy.device):
-        answers = [answer.ids_T for answer in engine.sample(prompt_ids, sampling)]
-    response_ids_BT, mask_BT, ended_B = _cut_at_end(answers, end_ids, tokenizer.pad_token_id)
+        answers = engine.sample(prompt_ids, sampling)
+    response_ids_BT, mask_BT, ended_B = _cut_at_end(
+        [answer.ids_T for answer in answers], end_ids, tokenizer.pad_token_id
+    )
     prompt_ids_BP, prompt_mask_BP = pad_left(prompt_ids, tokenizer.pad_token_id)
     return Rollout(
         prompts=tuple(prompts),
@@ -113,6 +119,7 @@ def generate(
         response_ids_BT=response_ids_BT,
         mask_BT=mask_BT,
         ended_B=ended_B,
+        engine_logprobs_BT=_logprobs_of(answers, mask_BT, cfg.engine) if logprobs else None,
     )
 
 
@@ -160,6 +167,30 @@ def _cut_at_end(answers: Sequence[Tensor], end_ids: Sequence[int], pad_id: int) 
     return torch.where(mask_BT, sampled_BT[:, :longest], pad_id), mask_BT, ended_B
 
 
+def _logprobs_of(answers: Sequence[Answer], mask_BT: Tensor, engine: str) -> Tensor:
+    """The engine's log-probabilities of the counted tokens, 0 elsewhere. The one place that they are checked."""
+    logprobs_BT = torch.zeros(mask_BT.shape, dtype=torch.float32, device=mask_BT.device)
+    for row_T, answer in zip(logprobs_BT, answers, strict=True):
+        given_T = answer.logprobs_T
+        if given_T is None or given_T.shape != answer.ids_T.shape:
+            found = "no" if given_T is None else f"{len(given_T)}"
+            raise BackendUnavailable(
+                f"rollout.engine {engine!r} gave {found} log-probabilities for an answer of {len(answer.ids_T)} "
+                "tokens; set rollout.engine: generate"
+            )
+        width = min(len(given_T), len(row_T))
+        row_T[:width] = given_T[:width]
+    possible_BT = logprobs_BT.isfinite() & (logprobs_BT <= ROUNDING)
+    impossible_N = logprobs_BT[mask_BT & ~possible_BT]
+    if len(impossible_N):
+        raise BackendUnavailable(
+            f"rollout.engine {engine!r} gave log-probabilities that no drawn token can have for {len(impossible_N)} of "
+            f"{int(mask_BT.sum())} tokens, such as {float(impossible_N[0])}; set rollout.engine: generate, or see to "
+            "the engine's weights and dtype"
+        )
+    return torch.where(mask_BT, logprobs_BT, 0.0)
+
+
 @contextmanager
 def _seeded_by(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
     if generator is None:
@@ -169,13 +200,3 @@ def _seeded_by(generator: torch.Generator | None, device: torch.device) -> Itera
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def _warn_of_truncated_sampling(cfg: RolloutConfig) -> None:
-    if cfg.top_p < 1 or cfg.top_k > 0:
-        warnings.warn(
-            f"rollout.top_p={cfg.top_p} and rollout.top_k={cfg.top_k} sample from a truncated distribution, while the "
-            "log-probabilities are those of the full one: PPO's ratios and the KL estimates are biased; "
-            "top_p=1 and top_k=0 avoid it",
-            stacklevel=3,
-        )

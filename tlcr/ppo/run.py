@@ -21,6 +21,7 @@ from tlcr.config.stages import DONE
 from tlcr.errors import CheckpointError, ConfigError, TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic
 from tlcr.models.adapters import adapter_of, base_parameters, own_parameters, own_part
+from tlcr.ppo.correction import Correction
 from tlcr.ppo.kl import build_kl_controller
 from tlcr.ppo.packing import packs_rows
 from tlcr.ppo.rollout import PromptStream
@@ -108,6 +109,7 @@ class PPORun:
         self.parallel = self.actor_critic if self.sharding else _data_parallel(self.actor_critic, accelerator)
         self.kl_controller = build_kl_controller(cfg.kl)
         self.centre = RunningMean(reduce=sum_over_processes) if cfg.reward.centre else None
+        self.correction = Correction(cfg.rollout)
         self.prompts = PromptStream(prompts, seed)
         self._identity = {
             **_identity(cfg, prompts, seed, None if self.sharding else accelerator.num_processes),
@@ -297,8 +299,12 @@ def _identity(cfg: RunConfig, prompts: Sequence[str], seed: int, num_processes: 
     num_processes: None where models are sharded, whose checkpoints any number of processes reads.
     """
     ppo = settings_without(cfg.ppo, FREE_TO_CHANGE)
-    # Checkpoints of earlier versions name no engine: they sampled by generate.
-    rollout = settings_without(cfg.rollout, ("engine",) if cfg.rollout.engine == "generate" else ())
+    # Checkpoints of earlier versions name no engine: they sampled by generate. Nor do they name a correction, which
+    # changes nothing where answers are drawn from the policy itself.
+    without: tuple[str, ...] = ("engine",) if cfg.rollout.engine == "generate" else ()
+    if not cfg.rollout.off_policy:
+        without += ("correction", "correction_max", "correction_min")
+    rollout = settings_without(cfg.rollout, without)
     return {
         "settings": {"ppo": ppo, "reward": as_plain(cfg.reward), "kl": as_plain(cfg.kl), "rollout": rollout},
         "prompts": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),

@@ -118,6 +118,7 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
             cfg=cfg.rollout,
             max_prompt_tokens=cfg.data.max_prompt_tokens,
             generator=seeded_generator("answers", run.seed, run.update, accelerator.process_index),
+            logprobs=cfg.rollout.off_policy,
         )
 
     # 3. Log-probs of every action under policy and reference, and values V(s_t).
@@ -149,7 +150,8 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
             centre=run.centre,
         )
 
-    # 5. Advantages of each action over V, by generalised advantage estimation.
+    # 5. Advantages of each action over V, by generalised advantage estimation; those of answers that were drawn from
+    #    another distribution than the policy's are weighted.
     with watch.phase("advantages"):
         advantages = compute_advantages(
             rewards,
@@ -160,6 +162,7 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
             whiten=cfg.ppo.whiten,
             accelerator=accelerator,
         )
+        advantages, mismatch = run.correction(rollout, scores, advantages)
 
     # 6. The clipped updates of policy and value model.
     with watch.phase("update"):
@@ -186,6 +189,7 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
     run.kl_controller.update(metrics["kl/per_token"], cfg.ppo.batch_size)
     return {
         **metrics,
+        **mismatch,
         **update_metrics(statistics),
         **run.learning_rates(),
         "kl/coef": kl_coef,

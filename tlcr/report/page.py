@@ -35,6 +35,11 @@ CURVES = {
     "length/ended_share": "Share of answers that end by themselves",
     "value/explained_variance": "Explained variance of the value model",
     "policy/clip_fraction": "Share of tokens whose update was clipped",
+    "mismatch/effective_share": "Effective sample size of the engine's tokens, as a share of them",
+    "mismatch/kl": "KL of the engine to the policy, nats per token",
+    "mismatch/log_weight": "Mean log importance weight of the engine's tokens, nats",
+    "mismatch/weight_max": "Largest importance weight of the engine's tokens",
+    "mismatch/cut_share": "Share of tokens whose importance weight was cut",
 }
 
 DISCRIMINATOR_METRICS = {
