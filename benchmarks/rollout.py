@@ -14,12 +14,12 @@ import argparse
 import statistics
 import sys
 import time
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from benchmarks.ppo_step.task import SHAPES, Task, causal_lm, device, tokenizer_of
-from tlcr.config.schema import EngineName, ModelConfig
+from tlcr.config.schema import ModelConfig, RolloutConfig
 from tlcr.models.inspection import attention_for
 from tlcr.models.layers import fuse_layers
 from tlcr.ppo.engines import Sampling, build_engine
@@ -41,7 +41,7 @@ def main() -> None:
     settings: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "end_ids": ends, "pad_id": 0}
     how = Sampling(max_new_tokens=options.longest, batch_size=options.batch, **settings)
     short = Sampling(max_new_tokens=4, batch_size=options.batch, **settings)
-    engines = {name: build_engine(name, policy) for name in options.engines}
+    engines = {name: build_engine(RolloutConfig(engine=name), policy) for name in options.engines}
     rates: dict[str, list[float]] = {name: [] for name in engines}
     for turn in range(-1, options.turns):
         for number, (name, engine) in enumerate(engines.items()):
@@ -74,7 +74,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", default="135m", choices=tuple(SHAPES))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--attention", default="auto", help="model.attn_implementation")
-    parser.add_argument("--engines", nargs="+", default=["generate", "paged"], choices=get_args(EngineName))
+    parser.add_argument("--engines", nargs="+", default=["generate", "paged"], choices=["generate", "static", "paged"])
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8, help="answers under way at a time")
     parser.add_argument("--longest", type=int, default=256, help="tokens of an answer at most")

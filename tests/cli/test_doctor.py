@@ -193,6 +193,9 @@ def test_a_reviser_behind_an_endpoint_wants_its_packages_and_a_key(monkeypatch: 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openai" else object())
     assert facts(**priced) == [("blocked", "reviser.backend endpoint needs openai, and that is not installed")]
     assert [finding for finding in settings(RunConfig()) if finding.subject == "reviser"] == []
+    servers = load_config(None, {"rollout.engine": "server", "rollout.server": ["http://localhost:1"]})
+    (found,) = (finding for finding in settings(servers) if finding.subject == "rollout.engine")
+    assert (found.level, found.fact) == ("blocked", "rollout.engine server needs openai, and that is not installed")
 
 
 def test_a_dependency_out_of_bounds_blocks_and_names_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None:

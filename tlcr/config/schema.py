@@ -19,7 +19,7 @@ from typing import Any, Literal
 from tlcr.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16"]
-EngineName = Literal["generate", "static", "paged"]
+EngineName = Literal["generate", "static", "paged", "server"]
 Adapted = Literal["sft", "reward_model", "dpo", "discriminator", "policy", "value"]
 """What can be trained by adapters: the models before PPO, and the two that PPO trains."""
 RewardKind = Literal[
@@ -546,7 +546,11 @@ class RolloutConfig(Checked):
     engine: EngineName = knob(
         "generate",
         "what samples: transformers' generate; the same with a static cache and CUDA graphs, for a GPU; or its "
-        "continuous batching, in which the next prompt takes the place of an answer that ended",
+        "continuous batching, in which the next prompt takes the place of an answer that ended; or vLLM servers",
+    )
+    server: tuple[str, ...] = knob((), "addresses of the vLLM servers, such as [http://localhost:8000]")
+    server_timeout: float = knob(
+        600.0, "a server that takes longer for a request is left out", unit="seconds", gt=0, advanced=True
     )
     correction: Literal["none", "truncate", "mask"] = knob(
         "truncate",
@@ -562,6 +566,13 @@ class RolloutConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.engine == "server" and not self.server:
+            raise ConfigError(
+                "RolloutConfig.engine is 'server' and server names none; name addresses, such as "
+                "[http://localhost:8000]"
+            )
+        if len(set(self.server)) < len(self.server):
+            raise ConfigError(f"RolloutConfig.server is {list(self.server)}, with an address twice; name each once")
         if self.correction == "none" and self._truncates:
             raise ConfigError(
                 f"RolloutConfig.correction is 'none' with top_p {self.top_p} and top_k {self.top_k}: answers come from "
@@ -805,6 +816,16 @@ class RunConfig(Checked):
             raise ConfigError(
                 f"RunConfig.kl_coefs compares fixed coefficients, but kl.target {self.kl.target} adapts each of them "
                 "to one KL; drop one of the two"
+            )
+        if self.rollout.engine == "server" and self.sharding.kind != "none":
+            raise ConfigError(
+                f"RunConfig.rollout.engine is 'server' and sharding.kind {self.sharding.kind!r}: servers are given "
+                "whole models; set sharding.kind: none, or rollout.engine: generate"
+            )
+        if self.rollout.engine == "server" and self.parallel > 1:
+            raise ConfigError(
+                f"RunConfig.parallel is {self.parallel} and rollout.engine 'server': PPO runs at a time would give the "
+                "same servers different weights; set parallel: 1"
             )
         official = [reward for reward in (self.reward, *(arm.reward for arm in self.arms)) if reward.compat is not None]
         if official and self.kl.placement != "reward":

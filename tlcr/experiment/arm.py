@@ -7,6 +7,7 @@ the results differ only because of the reward.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.models.adapters import Roles
 from tlcr.models.loading import load_causal_lm
 from tlcr.ppo.advantages import compute_advantages
+from tlcr.ppo.engines import build_engine
 from tlcr.ppo.rollout import generate, seeded_generator
+from tlcr.ppo.run import SERVER_WEIGHTS
 from tlcr.ppo.scores import score_rollout
 from tlcr.recipes.train_ppo import train_ppo
 from tlcr.rewards.composition import RunningMean, compose_rewards
@@ -48,7 +51,7 @@ def evaluate_arm(run: RunFolder, trial: Trial) -> None:
     """Evaluates a trained policy again, with the current evaluation settings."""
     cfg, folder = trial.config(run.cfg), run.trial_folder(trial)
     roles, frozen, reference = _frozen(run, cfg, trial.seed)
-    evaluation = _Evaluation(run, cfg, frozen, reference, trial.seed)
+    evaluation = _Evaluation(run, cfg, frozen, reference, trial.seed, folder)
     actor_critic = _start(run, cfg, frozen, roles)
     _shard(cfg, actor_critic, reference, *frozen.models)
     before = evaluation(actor_critic)
@@ -66,7 +69,7 @@ def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
 
     # 1. the frozen models that this arm's reward needs, and the reference
     roles, frozen, reference = _frozen(run, cfg, seed)
-    evaluation = _Evaluation(run, cfg, frozen, reference, seed)
+    evaluation = _Evaluation(run, cfg, frozen, reference, seed, folder)
 
     # 2. the initial policy, its value model (which may be a copy of a frozen model), and its evaluation
     actor_critic = _start(run, cfg, frozen, roles)
@@ -145,9 +148,15 @@ class _Evaluation:
     """Evaluates answers to the held-out prompts against the reference, with equal random numbers for every policy."""
 
     def __init__(
-        self, run: RunFolder, cfg: RunConfig, frozen: FrozenModels, reference: PreTrainedModel, seed: int
+        self,
+        run: RunFolder,
+        cfg: RunConfig,
+        frozen: FrozenModels,
+        reference: PreTrainedModel,
+        seed: int,
+        folder: Path,
     ) -> None:
-        self._run, self._cfg, self._frozen, self._reference = run, cfg, frozen, reference
+        self._run, self._cfg, self._frozen, self._reference, self._folder = run, cfg, frozen, reference, folder
         self._source = frozen.source(run, cfg, reference, seed)
         note_cut_prompts(run.tokenizer, run.prompts.held_out, cfg.data, stage="evaluation")
         self._scorer = None
@@ -169,6 +178,7 @@ class _Evaluation:
                     cfg.rollout,
                     max_prompt_tokens=cfg.data.max_prompt_tokens,
                     generator=generator,
+                    engine=engine,
                 )
 
         def score(rollout: Rollout) -> PolicyScores:
@@ -186,18 +196,20 @@ class _Evaluation:
         def gather(answers: list[EvaluatedAnswer]) -> list[EvaluatedAnswer]:
             return list(gather_object(answers)) if process_count() > 1 else answers
 
-        return evaluate_policy(
-            run.prompts.held_out,
-            tokenizer=run.tokenizer,
-            generate=sample,
-            score=score,
-            scorer=self._scorer,
-            batch_size=cfg.rollout.batch_size,
-            samples=cfg.evaluation.samples,
-            detail=self._detail,
-            share=(process_index(), process_count()),
-            gather=gather,
-        )
+        with closing(build_engine(cfg.rollout, actor_critic.policy, self._folder / SERVER_WEIGHTS)) as engine:
+            engine.refresh()
+            return evaluate_policy(
+                run.prompts.held_out,
+                tokenizer=run.tokenizer,
+                generate=sample,
+                score=score,
+                scorer=self._scorer,
+                batch_size=cfg.rollout.batch_size,
+                samples=cfg.evaluation.samples,
+                detail=self._detail,
+                share=(process_index(), process_count()),
+                gather=gather,
+            )
 
     def _detail(self, rollout: Rollout, scores: PolicyScores) -> TokenDetail:
         """The arm's reward, once without KL and centring and once as PPO gets it, and the advantages."""

@@ -244,17 +244,23 @@ def _packages(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
         yield Finding(
             "blocked", "gguf", "model.gguf_file needs the package gguf, and it is not installed", "pip install gguf"
         )
+    if cfg.rollout.engine == "server" and {"ppo", "evaluate"} & set(stages):
+        yield from _needs_openai("rollout.engine server", "rollout.engine")
+
+
+def _needs_openai(setting: str, subject: str) -> Iterator[Finding]:
+    missing = [name for name in ("openai", "tenacity", "aiolimiter") if importlib.util.find_spec(name) is None]
+    if missing:
+        from tlcr.distribution import install_command  # it reads the metadata of packages
+
+        fact = f"{setting} needs {', '.join(missing)}, and that is not installed"
+        yield Finding("blocked", subject, fact, install_command("openai"))
 
 
 def _reviser(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
     if cfg.reviser.backend != "endpoint" or "revisions" not in stages:
         return
-    missing = [name for name in ("openai", "tenacity", "aiolimiter") if importlib.util.find_spec(name) is None]
-    if missing:
-        from tlcr.distribution import install_command  # it reads the metadata of packages
-
-        fact = f"reviser.backend endpoint needs {', '.join(missing)}, and that is not installed"
-        yield Finding("blocked", "reviser", fact, install_command("openai"))
+    yield from _needs_openai("reviser.backend endpoint", "reviser")
     endpoint = cfg.reviser.endpoint
     if endpoint.lacks_key():
         fact = f"the environment variable {endpoint.key_variable} holds no API key"

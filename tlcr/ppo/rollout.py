@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tlcr.config.schema import RolloutConfig
 from tlcr.errors import BackendUnavailable, DataError
 from tlcr.models.loading import check_fits, end_of_sequence_ids
-from tlcr.ppo.engines import Answer, Sampling, build_engine
+from tlcr.ppo.engines import Answer, Engine, Sampling, build_engine
 from tlcr.text.padding import pad_left
 from tlcr.text.tokenization import decode_text, start_of_text
 from tlcr.types import Rollout
@@ -59,6 +59,7 @@ def generate(
     max_prompt_tokens: int,
     generator: torch.Generator | None = None,
     logprobs: bool = False,
+    engine: Engine | None = None,
 ) -> Rollout:
     """Sample one answer for each prompt, at ``cfg.temperature``, until the end of sequence or ``cfg.max_new_tokens``.
 
@@ -74,6 +75,7 @@ def generate(
         max_prompt_tokens: a longer prompt keeps its end.
         generator: the source of randomness; None: torch's global state.
         logprobs: also keep the log-probabilities that the tokens were drawn with, as the engine reports them.
+        engine: samples, with the policy's weights; None: one that is made for this call by ``cfg.engine``.
 
     Returns:
         The answers; prompts are padded on the left and responses on the right.
@@ -99,7 +101,9 @@ def generate(
         batch_size=cfg.batch_size,
         logprobs=logprobs,
     )
-    engine = build_engine(cfg.engine, policy)
+    if engine is None:
+        engine = build_engine(cfg, policy)
+        engine.refresh()
     with _seeded_by(generator, policy.device):
         answers = engine.sample(prompt_ids, sampling)
     response_ids_BT, mask_BT, ended_B = _cut_at_end(

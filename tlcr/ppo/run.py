@@ -22,6 +22,7 @@ from tlcr.errors import CheckpointError, ConfigError, TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic
 from tlcr.models.adapters import adapter_of, base_parameters, own_parameters, own_part
 from tlcr.ppo.correction import Correction
+from tlcr.ppo.engines import build_engine
 from tlcr.ppo.kl import build_kl_controller
 from tlcr.ppo.packing import packs_rows
 from tlcr.ppo.rollout import PromptStream
@@ -54,6 +55,8 @@ FREE_TO_CHANGE = (
     "packing",
     "chunk_tokens",
 )
+SERVER_WEIGHTS = "server_weights"
+"""Folder of a PPO run in which servers find the policy's weights; it is there while they read them."""
 SHOWN = ("reward/mean_score", "kl/per_token", "policy/entropy", "length/mean")
 
 
@@ -109,6 +112,7 @@ class PPORun:
         self.parallel = self.actor_critic if self.sharding else _data_parallel(self.actor_critic, accelerator)
         self.kl_controller = build_kl_controller(cfg.kl)
         self.centre = RunningMean(reduce=sum_over_processes) if cfg.reward.centre else None
+        self.engine = build_engine(cfg.rollout, self.actor_critic.policy, self.folder / SERVER_WEIGHTS)
         self.correction = Correction(cfg.rollout)
         self.prompts = PromptStream(prompts, seed)
         self._identity = {
@@ -301,9 +305,11 @@ def _identity(cfg: RunConfig, prompts: Sequence[str], seed: int, num_processes: 
     ppo = settings_without(cfg.ppo, FREE_TO_CHANGE)
     # Checkpoints of earlier versions name no engine: they sampled by generate. Nor do they name a correction, which
     # changes nothing where answers are drawn from the policy itself.
-    without: tuple[str, ...] = ("engine",) if cfg.rollout.engine == "generate" else ()
+    without = ["server", "server_timeout"]  # which server answers changes nothing but the last bits
+    if cfg.rollout.engine == "generate":
+        without.append("engine")
     if not cfg.rollout.off_policy:
-        without += ("correction", "correction_max", "correction_min")
+        without += ["correction", "correction_max", "correction_min"]
     rollout = settings_without(cfg.rollout, without)
     return {
         "settings": {"ppo": ppo, "reward": as_plain(cfg.reward), "kl": as_plain(cfg.kl), "rollout": rollout},

@@ -6,6 +6,7 @@ prompts -> [ answers -> scores -> rewards -> advantages -> update ]*
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,10 +95,11 @@ def train_ppo(
             callbacks=callbacks,
             evaluate=evaluate,
         )
-        if not run.begin(resume):
-            return run.result(stopped=False)
-        stopped = run.train(lambda: _round(run, reward_temperature))
-        return run.end(stopped=stopped)
+        with closing(run.engine):
+            if not run.begin(resume):
+                return run.result(stopped=False)
+            stopped = run.train(lambda: _round(run, reward_temperature))
+            return run.end(stopped=stopped)
 
 
 def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
@@ -111,6 +113,7 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
 
     # 2. Answers a_1 .. a_T from the policy; the end of sequence is an action too.
     with watch.phase("rollout"), gathered(run.actor_critic, only=run.actor_critic.policy):
+        run.engine.refresh()
         rollout = generate(
             run.actor_critic.policy,
             tokenizer=run.tokenizer,
@@ -119,6 +122,7 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
             max_prompt_tokens=cfg.data.max_prompt_tokens,
             generator=seeded_generator("answers", run.seed, run.update, accelerator.process_index),
             logprobs=cfg.rollout.off_policy,
+            engine=run.engine,
         )
 
     # 3. Log-probs of every action under policy and reference, and values V(s_t).

@@ -1,13 +1,15 @@
 """What samples answers in a rollout: an `Engine` takes token ids and gives token ids.
 
-An engine that runs in this process reads the policy's weights in every call, so it samples from the policy as it is.
+An engine that runs in this process reads the policy's weights in every call. Another one is given them by `refresh`.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from transformers import PreTrainedModel
 
-from tlcr.config.schema import EngineName
+from tlcr.config.schema import RolloutConfig
 from tlcr.ppo.engines.generate import Generate
 from tlcr.ppo.engines.paged import Paged
 from tlcr.ppo.engines.protocol import Answer, Engine, Sampling
@@ -15,19 +17,25 @@ from tlcr.ppo.engines.protocol import Answer, Engine, Sampling
 __all__ = ["Answer", "Engine", "Sampling", "build_engine"]
 
 
-def build_engine(name: EngineName, policy: PreTrainedModel) -> Engine:
+def build_engine(cfg: RolloutConfig, policy: PreTrainedModel, folder: Path | None = None) -> Engine:
     """The engine that ``rollout.engine`` names.
 
     Args:
-        name: the engine.
+        cfg: names the engine, and where its servers are.
         policy: the model itself, not a data-parallel wrapper.
+        folder: where weights for servers are written, and everything else deleted. None: a temporary folder.
 
     Returns:
-        The engine.
+        The engine; one with servers wants ``refresh`` before it samples.
 
     Raises:
         ConfigError: it cannot run this policy.
+        BackendUnavailable: its packages are not installed.
     """
-    if name == "paged":
+    if cfg.engine == "server":
+        from tlcr.ppo.engines.server import Server  # it needs the extra openai
+
+        return Server(cfg, policy, folder)
+    if cfg.engine == "paged":
         return Paged(policy)
-    return Generate(policy, static_cache=name == "static")
+    return Generate(policy, static_cache=cfg.engine == "static")

@@ -23,12 +23,12 @@ from transformers import (
 )
 
 from tlcr.models.loading import generating_with
-from tlcr.ppo.engines.protocol import Answer, Sampling
+from tlcr.ppo.engines.protocol import Answer, InProcess, Sampling
 from tlcr.text.padding import pad_left
 from tlcr.training.profiling import part
 
 
-class Generate:
+class Generate(InProcess):
     """``generate`` of transformers. static_cache: keep keys and values in tensors of fixed size."""
 
     def __init__(self, policy: PreTrainedModel, *, static_cache: bool = False) -> None:
@@ -75,13 +75,7 @@ class _LogProbs(LogitsProcessor):
     """
 
     def __init__(self, sampling: Sampling) -> None:
-        self._warpers = LogitsProcessorList()
-        if sampling.temperature not in (0.0, 1.0):
-            self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
-        if sampling.temperature > 0 and sampling.top_k > 0:
-            self._warpers.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.temperature > 0 and sampling.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+        self._warpers = warpers(sampling)
         self._last_BV: Tensor | None = None
         self._drawn_B: list[Tensor] = []
 
@@ -96,6 +90,18 @@ class _LogProbs(LogitsProcessor):
         assert self._last_BV is not None
         last_B = self._last_BV.gather(1, answers_BT[:, -1:]).squeeze(1)
         return torch.stack([*self._drawn_B, last_B], dim=1)
+
+
+def warpers(sampling: Sampling) -> LogitsProcessorList:
+    """What makes the distribution that tokens are drawn from of logits; nothing for temperature 0 but the logits."""
+    found = LogitsProcessorList()
+    if sampling.temperature not in (0.0, 1.0):
+        found.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.temperature > 0 and sampling.top_k > 0:
+        found.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.temperature > 0 and sampling.top_p < 1:
+        found.append(TopPLogitsWarper(sampling.top_p))
+    return found
 
 
 def generation_config(sampling: Sampling) -> GenerationConfig:

@@ -22,7 +22,7 @@ from tlcr.models import attention
 from tlcr.models.faults import one_line
 from tlcr.models.loading import generating_with
 from tlcr.ppo.engines.generate import generation_config
-from tlcr.ppo.engines.protocol import Answer, Sampling
+from tlcr.ppo.engines.protocol import Answer, InProcess, Sampling
 from tlcr.training.profiling import part
 
 PAGE = 256
@@ -45,7 +45,7 @@ FIELDS = {
 REMEDY = "set rollout.engine: generate"
 
 
-class Paged:
+class Paged(InProcess):
     """``generate_batch`` of transformers. Raises ConfigError where it cannot run the policy (``fault_of``)."""
 
     def __init__(self, policy: PreTrainedModel) -> None:

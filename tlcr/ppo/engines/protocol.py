@@ -40,6 +40,18 @@ class Answer(NamedTuple):
 class Engine(Protocol):
     """Samples answers from a policy."""
 
+    def refresh(self) -> None:
+        """Takes the policy's weights of now. Every process calls it, before a rollout from a policy that changed.
+
+        Raises:
+            BackendUnavailable: the engine does not take them.
+        """
+        ...
+
+    def close(self) -> None:
+        """Lets go of what the engine holds outside of this process."""
+        ...
+
     def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
         """One answer for each prompt, in their order. Randomness comes from torch's global state on the device.
 
@@ -54,3 +66,13 @@ class Engine(Protocol):
             BackendUnavailable: some prompts got no answer.
         """
         ...
+
+
+class InProcess:
+    """An engine that reads the policy's own weights in every call, so that there is nothing to take or to let go."""
+
+    def refresh(self) -> None:
+        """See ``Engine``."""
+
+    def close(self) -> None:
+        """See ``Engine``."""

@@ -1,0 +1,190 @@
+"""A real HTTP server that speaks vLLM's routes as version 0.32 does, with a small model behind them; and its faults.
+
+The fields of requests and responses are those of `vllm serve` with VLLM_SERVER_DEV_MODE=1, and the sampling is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Reply:
+    """body: JSON, unless it is bytes. cut: bytes that are promised and not sent. hang_s: seconds before it is sent."""
+
+    body: Any = b""
+    status: int = 200
+    cut: int = 0
+    hang_s: float = 0.0
+
+
+Fault = Callable[["VLLM", str, dict[str, Any]], "Reply | None"]
+"""(server, path, request) to what it does in place of the right thing; None: the right thing."""
+
+
+class VLLM:
+    """fault: asked before each request. processed: --logprobs-mode processed_logprobs."""
+
+    def __init__(self, model: PreTrainedModel, fault: Fault | None = None, *, processed: bool = True) -> None:
+        self.model, self.fault, self.processed = model, fault, processed
+        self.version = "default"
+        self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.loaded: list[str] = []
+        self.address = ""
+        self.lock = threading.Lock()
+
+    def asked(self, path: str) -> list[dict[str, Any]]:
+        return [request for where, request in self.requests if where == path]
+
+    def handle(self, path: str, request: dict[str, Any]) -> Reply:
+        with self.lock:
+            self.requests.append((path, request))
+        if self.fault is not None and (reply := self.fault(self, path, request)) is not None:
+            return reply
+        with self.lock:
+            return self.right(path, request)
+
+    def right(self, path: str, request: dict[str, Any]) -> Reply:
+        if path == "/v1/models":
+            return Reply({"object": "list", "data": [{"id": "served", "object": "model", "max_model_len": 256}]})
+        if path == "/v1/completions":
+            return Reply(self.complete(request))
+        if path == "/collective_rpc":
+            assert request["method"] == "reload_weights" and set(request["kwargs"]) == {"weights_path"}
+            self.loaded.append(request["kwargs"]["weights_path"])
+            self.model = AutoModelForCausalLM.from_pretrained(self.loaded[-1], local_files_only=True).eval()
+            return Reply({"results": [None]})
+        if path == "/reset_prefix_cache":
+            return Reply()
+        if path == "/update_weight_version":
+            self.version = request["new_version"]
+            return Reply({"success": True, "new_version": self.version})
+        if path == "/weight_info":
+            return Reply({"weight_version": self.version})
+        return Reply({"detail": "Not Found"}, 404)
+
+    def complete(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert request["model"] == "served" and request["n"] == 1 and request["return_token_ids"]
+        generator = torch.Generator().manual_seed(request["seed"])
+        prompt, ids, logprobs, finish = request["prompt"], [], [], "length"
+        while len(ids) < request["max_tokens"]:
+            with torch.no_grad():
+                logits_V = self.model(input_ids=torch.tensor([prompt + ids]), use_cache=False).logits[0, -1].float()
+            kept_V = _shaped(logits_V, request)
+            ids.append(int(torch.multinomial(kept_V.softmax(-1), 1, generator=generator)))
+            said_V = kept_V if self.processed else logits_V
+            logprobs.append(float(said_V.log_softmax(-1)[ids[-1]]))
+            if ids[-1] in request["stop_token_ids"]:
+                finish = "stop"
+                break
+        asked = "logprobs" in request
+        choice = {
+            "index": 0,
+            "text": "",
+            "logprobs": {
+                "text_offset": [0] * len(ids),
+                "token_logprobs": logprobs,
+                "tokens": [""] * len(ids),
+                "top_logprobs": [{"": x} for x in logprobs],
+            }
+            if asked
+            else None,
+            "finish_reason": finish,
+            "stop_reason": ids[-1] if finish == "stop" else None,
+            "token_ids": ids,
+            "prompt_logprobs": None,
+            "prompt_token_ids": prompt,
+        }
+        usage = {"prompt_tokens": len(prompt), "total_tokens": len(prompt) + len(ids), "completion_tokens": len(ids)}
+        return {
+            "id": "cmpl-1",
+            "object": "text_completion",
+            "created": 0,
+            "model": "served",
+            "choices": [choice],
+            "service_tier": None,
+            "system_fingerprint": None,
+            "usage": usage,
+            "kv_transfer_params": None,
+        }
+
+
+def _shaped(logits_V: Tensor, request: dict[str, Any]) -> Tensor:
+    """Temperature, top-k, top-p, in vLLM's order."""
+    logits_V = logits_V / request["temperature"]
+    if request["top_k"] > 0:
+        logits_V = logits_V.masked_fill(logits_V < logits_V.topk(request["top_k"]).values[-1], -torch.inf)
+    if request["top_p"] < 1:
+        ascending_V, places_V = logits_V.sort()
+        below_V = ascending_V.softmax(-1).cumsum(-1) <= 1 - request["top_p"]
+        below_V[-1] = False
+        logits_V = logits_V.masked_fill(below_V.scatter(0, places_V, below_V), -torch.inf)
+    return logits_V
+
+
+@contextmanager
+def serving(*servers: VLLM) -> Iterator[list[str]]:
+    """Their addresses."""
+    listeners = [_listen(server) for server in servers]
+    try:
+        yield [server.address for server in servers]
+    finally:
+        for listener, thread in listeners:
+            listener.shutdown()
+            listener.server_close()
+            thread.join()
+
+
+def _listen(server: VLLM) -> tuple[ThreadingHTTPServer, threading.Thread]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.answer({})
+
+        def do_POST(self) -> None:
+            raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.answer(json.loads(raw) if raw else {})
+
+        def answer(self, request: dict[str, Any]) -> None:
+            reply = server.handle(self.path, request)
+            time.sleep(reply.hang_s)
+            body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
+            try:
+                self.send_response(reply.status)
+                if body:
+                    self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body[: len(body) - reply.cut])
+            except OSError:  # the client has hung up, as it should on time-outs
+                self.close_connection = True
+            if reply.cut:
+                self.close_connection = True
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Listener(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128
+
+        def handle_error(self, request: object, client_address: object) -> None:
+            pass  # a client that hung up resets its connection
+
+    listener = Listener(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    server.address = f"http://127.0.0.1:{listener.server_address[1]}"
+    return listener, thread
