@@ -47,7 +47,8 @@ def policy_folder(
 def evaluation_of(
     run: RunFolder, frozen: FrozenModels | None = None, *, seed: int = 0, reference: PreTrainedModel | None = None
 ) -> _Evaluation:
-    return _Evaluation(run, run.cfg, frozen or FrozenModels(), reference or load_reference(run), seed)
+    folder = Path(run.cfg.output_dir)
+    return _Evaluation(run, run.cfg, frozen or FrozenModels(), reference or load_reference(run), seed, folder)
 
 
 # ---- the detail of an evaluation

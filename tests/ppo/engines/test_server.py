@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from tenacity import wait_none
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.chat.chat_server import closed_port
-from tests.ppo.engines.vllm_server import VLLM, Fault, Reply, serving
+from tests.ppo.engines.vllm_server import COMPLETION, VLLM, Fault, Reply, serving
 from tests.ppo.helpers import run_ppo, small_config, without_times
 from tlcr.config.schema import RolloutConfig, RunConfig, ShardingConfig
 from tlcr.errors import BackendUnavailable, ConfigError
@@ -304,6 +305,23 @@ def test_log_probs_from_before_the_temperature_are_noticed() -> None:
         pytest.raises(BackendUnavailable, match="start it with --logprobs-mode processed_logprobs"),
     ):
         built.refresh()
+
+
+def test_what_the_old_weights_left_in_a_cache_is_not_answered_from() -> None:
+    def keeps(server: VLLM, path: str, request: dict[str, Any]) -> Reply | None:
+        return Reply({"success": False}) if path == "/reset_prefix_cache" else None
+
+    with (
+        engine(model(), VLLM(model(5), keeps)) as built,
+        pytest.raises(BackendUnavailable, match="did not drop what the old weights left"),
+    ):
+        built.refresh()
+
+
+def test_an_answer_of_vllm_itself_is_read() -> None:
+    how = sampling(max_new_tokens=3, end_ids=(2,))
+    ids, logprobs = module._read(json.loads(COMPLETION), [5, 6, 7], how, 512)
+    assert ids == [493, 490, 511] and logprobs == [-6.389947891235352, -5.876428604125977, -3.1262786388397217]
 
 
 def test_a_server_out_of_development_mode_is_named_with_the_remedy() -> None:

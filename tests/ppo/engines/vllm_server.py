@@ -1,6 +1,6 @@
 """A real HTTP server that speaks vLLM's routes as version 0.32 does, with a small model behind them; and its faults.
 
-The fields of requests and responses are those of `vllm serve` with VLLM_SERVER_DEV_MODE=1, and the sampling is its own.
+Its responses are those recorded of `vllm serve` 0.32.0 on a CPU with VLLM_SERVER_DEV_MODE=1, with other figures.
 """
 
 from __future__ import annotations
@@ -17,6 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+COMPLETION = (
+    '{"id":"cmpl-bf3db9b2765727f0","object":"text_completion","created":1795881889,"model":"served","choices":[{"index":'
+    '0,"text":" w493 w490 w511","logprobs":{"text_offset":[0,4,8],"token_logprobs":[-6.389947891235352,'
+    '-5.876428604125977,-3.1262786388397217],"tokens":["w493","w490","w511"],"top_logprobs":[{"w493":-6.389947891235352'
+    '},{"w490":-5.876428604125977},{"w511":-3.1262786388397217}]},"finish_reason":"length","stop_reason":null,'
+    '"token_ids":[493,490,511],"prompt_logprobs":null,"prompt_token_ids":[5,6,7],"routed_experts":null}],"service_tier":'
+    'null,"system_fingerprint":"vllm-0.32.0-23e362a7","usage":{"prompt_tokens":3,"total_tokens":6,"completion_tokens":3,'
+    '"prompt_tokens_details":null,"completion_tokens_details":null},"kv_transfer_params":null,"ec_transfer_params":null,'
+    '"metrics":null}'
+)
+"""What it answered to [5, 6, 7] with max_tokens 3, byte for byte but for the name of the model."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,7 @@ class VLLM:
             self.model = AutoModelForCausalLM.from_pretrained(self.loaded[-1], local_files_only=True).eval()
             return Reply({"results": [None]})
         if path == "/reset_prefix_cache":
-            return Reply()
+            return Reply({"success": True})
         if path == "/update_weight_version":
             self.version = request["new_version"]
             return Reply({"success": True, "new_version": self.version})
@@ -88,36 +100,22 @@ class VLLM:
             if ids[-1] in request["stop_token_ids"]:
                 finish = "stop"
                 break
-        asked = "logprobs" in request
-        choice = {
-            "index": 0,
-            "text": "",
-            "logprobs": {
-                "text_offset": [0] * len(ids),
-                "token_logprobs": logprobs,
-                "tokens": [""] * len(ids),
-                "top_logprobs": [{"": x} for x in logprobs],
-            }
-            if asked
-            else None,
-            "finish_reason": finish,
-            "stop_reason": ids[-1] if finish == "stop" else None,
-            "token_ids": ids,
-            "prompt_logprobs": None,
-            "prompt_token_ids": prompt,
+        found: dict[str, Any] = json.loads(COMPLETION)
+        (choice,) = found["choices"]
+        words = [f"w{token}" for token in ids]
+        choice["logprobs"] |= {
+            "text_offset": [0] * len(ids),
+            "token_logprobs": logprobs,
+            "tokens": words,
+            "top_logprobs": [{word: x} for word, x in zip(words, logprobs, strict=True)],
         }
-        usage = {"prompt_tokens": len(prompt), "total_tokens": len(prompt) + len(ids), "completion_tokens": len(ids)}
-        return {
-            "id": "cmpl-1",
-            "object": "text_completion",
-            "created": 0,
-            "model": "served",
-            "choices": [choice],
-            "service_tier": None,
-            "system_fingerprint": None,
-            "usage": usage,
-            "kv_transfer_params": None,
-        }
+        if "logprobs" not in request:
+            choice["logprobs"] = None
+        choice |= {"text": " ".join(words), "finish_reason": finish, "token_ids": ids, "prompt_token_ids": prompt}
+        choice["stop_reason"] = ids[-1] if finish == "stop" else None
+        tokens = {"prompt_tokens": len(prompt), "completion_tokens": len(ids), "total_tokens": len(prompt) + len(ids)}
+        found["usage"] |= tokens
+        return found
 
 
 def _shaped(logits_V: Tensor, request: dict[str, Any]) -> Tensor:

@@ -192,11 +192,7 @@ class Server:
     # ---- answers
 
     def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
-        """See ``Engine``. Each prompt has a seed of its own, so that it does not matter which server answers it.
-
-        Raises:
-            BackendUnavailable: no server is left.
-        """
+        """See ``Engine``. Each prompt has a seed of its own, so that it does not matter which server answers it."""
         seeds = torch.randint(2**63 - 1, (len(prompts),)).tolist()
         found: dict[int, tuple[_Client, Answer]] = {}
         with part("rollout: servers"):
@@ -301,7 +297,9 @@ class _Client:
             self.state = self.state._replace(model=self._name_of_model())
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         self._request("POST", "/collective_rpc", body)
-        self._request("POST", "/reset_prefix_cache")
+        dropped = self._request("POST", "/reset_prefix_cache")  # earlier versions answer nothing
+        if isinstance(dropped, Mapping) and dropped.get("success") is False:
+            raise _Fault("did not drop what the old weights left in its prefix cache: it has other requests under way")
         if self.state.has_versions:
             try:
                 self._request("POST", "/update_weight_version", {"new_version": version})
