@@ -41,6 +41,9 @@ class Reply:
     hang_s: float = 0.0
 
 
+LOADING = threading.Lock()
+"""transformers patches itself while it loads a model: two threads that do so at a time leave it patched."""
+
 Fault = Callable[["VLLM", str, dict[str, Any]], "Reply | None"]
 """(server, path, request) to what it does in place of the right thing; None: the right thing."""
 
@@ -75,7 +78,8 @@ class VLLM:
         if path == "/collective_rpc":
             assert request["method"] == "reload_weights" and set(request["kwargs"]) == {"weights_path"}
             self.loaded.append(request["kwargs"]["weights_path"])
-            self.model = AutoModelForCausalLM.from_pretrained(self.loaded[-1], local_files_only=True).eval()
+            with LOADING:
+                self.model = AutoModelForCausalLM.from_pretrained(self.loaded[-1], local_files_only=True).eval()
             return Reply({"results": [None]})
         if path == "/reset_prefix_cache":
             return Reply({"success": True})
