@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from setuptools import Command, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.editable_wheel import editable_wheel
 from setuptools.command.egg_info import egg_info
@@ -33,6 +34,11 @@ ARCH_LIST = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 """The GPU architectures to compile for by default; the last one's PTX runs on all later architectures."""
 
 KERNELS = Path("tlcr", "kernels")
+
+OLDEST_TORCH = (2, 10)
+"""The first torch whose stable headers have all that csrc/torch uses; a library built beside any later one serves it."""
+
+LIBRARY, MODULE = "tlcr.libtlcr", "tlcr._C"
 
 
 class Torch(NamedTuple):
@@ -81,6 +87,8 @@ def decide(wanted: str, torch: Torch | None, compiler: str | None, toolkit: Tool
             "there was no torch to compile against; pip hides it from a build unless it is installed first and "
             "--no-build-isolation is given"
         )
+    elif tuple(map(int, re.findall(r"\d+", torch.version)[:2])) < OLDEST_TORCH:
+        problem = f"torch {torch.version} lacks the headers; install torch {'.'.join(map(str, OLDEST_TORCH))} or later"
     if problem is not None:
         if wanted == "auto":
             return Decision(None, problem)
@@ -123,9 +131,6 @@ def find_compiler_problem() -> str | None:
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         return f"there was no C++ compiler {compiler!r}; install g++, or name a compiler in CXX"
-    headers = Path(sysconfig.get_path("include"))
-    if not (headers / "Python.h").exists():
-        return f"there was no Python.h in {headers}; install Python's headers (python3-dev or python3-devel)"
     return None
 
 
@@ -177,8 +182,8 @@ def local_label(environment: Mapping[str, str]) -> str:
     return label and f"+{label}"
 
 
-def cpp_extension(kind: str, torch_version: str, toolkit: Toolkit | str) -> tuple[Extension, type[Command]]:
-    """tlcr._C, and the command that compiles it."""
+def cpp_extensions(kind: str, torch_version: str, toolkit: Toolkit | str) -> tuple[list[Extension], type[Command]]:
+    """The library of the operators and tlcr._C, and the command that compiles them."""
     if isinstance(toolkit, Toolkit):  # torch reads it when it is imported here
         os.environ["CUDA_HOME"] = str(toolkit.home)
     from torch.utils import cpp_extension as torch_build
@@ -191,28 +196,46 @@ def cpp_extension(kind: str, torch_version: str, toolkit: Toolkit | str) -> tupl
             self.force = True  # without ninja, a library built for another torch would be kept as up to date
             self.build_temp = f"build/{sys.implementation.cache_tag}-torch{torch_version}-{kind}"
 
-    # No -std: torch adds the one that its headers need. at::parallel_for has threads only where OpenMP is on.
-    flags = {"cxx": ["-O3", "-fopenmp", "-fvisibility=hidden", "-g0"]}
+        def run(self) -> None:
+            in_checkout = self.inplace or self.editable_mode
+            if not (in_checkout and Path(sysconfig.get_path("include"), "Python.h").exists()):
+                # A wheel serves every Python, and the module knows one.
+                self.extensions = [extension for extension in self.extensions if extension.name != MODULE]
+            super().run()
+
+        def get_ext_filename(self, fullname: str) -> str:
+            name: str = super().get_ext_filename(fullname)
+            is_library = fullname.rpartition(".")[2] == LIBRARY.rpartition(".")[2]
+            return name.replace(sysconfig.get_config_var("EXT_SUFFIX"), ".so") if is_library else name
+
+    # No -std: torch adds the one that its headers need.
+    flags = {"cxx": ["-O3", "-fvisibility=hidden", "-g0"]}
+    target = f"{OLDEST_TORCH[0] << 56 | OLDEST_TORCH[1] << 48:#x}"
     options: dict[str, Any] = {
         "include_dirs": [str(Path("csrc").resolve())],
+        "define_macros": [("TORCH_TARGET_VERSION", target)],
         "depends": files("csrc/**/*.h", "csrc/**/*.inl", "csrc/**/*.cuh"),
         "extra_compile_args": flags,
-        "extra_link_args": ["-fopenmp"],
     }
+    module = torch_build.CppExtension(MODULE, files("csrc/python/*.cpp"), extra_compile_args=flags["cxx"])
+    module.libraries = []  # it calls nothing of torch
     cpp = files("csrc/torch/*.cpp", "csrc/kernels/cpu/*.cpp")
     if kind == "cpu":
-        return torch_build.CppExtension("tlcr._C", cpp, **options), BuildExtension
+        library = torch_build.CppExtension(LIBRARY, cpp, **options)
+        library.libraries = ["torch_cpu"]
+        return [library, module], BuildExtension
     # Rows are summed by one code where they are aligned and by another where they are not, to the same bits: so nvcc
     # makes a multiply-add of nothing but fma(), which the kernels write wherever one is worth having.
     flags["nvcc"] = ["-O3", "-fmad=false", "-Xfatbin", "-compress-all"]
     if threads := os.environ.get("NVCC_THREADS"):
         flags["nvcc"] += ["--threads", threads]
-    cuda = files("csrc/kernels/cuda/*.cu")
-    extension = torch_build.CUDAExtension("tlcr._C", cpp + cuda, define_macros=[("TLCR_CUDA", None)], **options)
+    options["define_macros"] += [("TLCR_CUDA", None), ("USE_CUDA", None)]  # the latter is read by torch's headers
+    library = torch_build.CUDAExtension(LIBRARY, cpp + files("csrc/kernels/cuda/*.cu"), **options)
+    library.libraries = ["torch_cpu", "torch_cuda", "cudart"]
     # A torch from pip comes with headers of the CUDA libraries that a small toolkit lacks.
     beside_torch = Path(torch_build.__file__).parents[2].glob("nvidia/*/include")
-    extension.include_dirs += sorted(map(str, beside_torch))
-    return extension, BuildExtension
+    library.include_dirs += sorted(map(str, beside_torch))
+    return [library, module], BuildExtension
 
 
 def files(*patterns: str) -> list[str]:
@@ -253,6 +276,14 @@ class BuildRecord(Command):
         return {}
 
 
+class Wheel(bdist_wheel):
+    """A wheel for every Python: its library is loaded by torch and knows none."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        *_, platform = super().get_tag()
+        return "py3", "none", platform
+
+
 class EggInfo(egg_info):
     """The metadata, with the label in the version; an sdist's setup.cfg would win over an option given to setup()."""
 
@@ -282,24 +313,32 @@ def main() -> None:
     wanted = os.environ.get("TLCR_BUILD") or "auto"
     kind, remark = decision = decide(wanted, torch, find_compiler_problem(), toolkit)
     commands: dict[str, type[Command]] = {
+        "bdist_wheel": Wheel,
         "build": Build,
         "build_record": BuildRecord,
         "editable_wheel": EditableInstallation,
         "egg_info": EggInfo,
         "sdist": SourceDistribution,
     }
-    facts: dict[str, str | None] = {**decision._asdict(), "torch": None, "cuda": None, "arch_list": None}
+    facts: dict[str, str | None] = {
+        **decision._asdict(),
+        "torch": None,
+        "oldest_torch": None,
+        "cuda": None,
+        "arch_list": None,
+    }
     what = "a pure package, WITHOUT compiled kernels"
-    extensions = []
+    extensions: list[Extension] = []
     if kind is not None and torch is not None:
-        facts["torch"], what = torch.version, f"a CPU extension for torch {torch.version}"
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        facts |= {"torch": torch.version, "oldest_torch": oldest}
+        what = f"a CPU extension for torch {oldest} and later, with the headers of torch {torch.version}"
         if kind == "cuda" and isinstance(toolkit, Toolkit):
             archs = arch_list(os.environ.get("TORCH_CUDA_ARCH_LIST"), toolkit.architectures)
             os.environ["TORCH_CUDA_ARCH_LIST"] = archs  # torch reads it when it compiles
             facts |= {"cuda": toolkit.version, "arch_list": archs}
-            what = f"a CUDA extension for torch {torch.version}, CUDA {toolkit.version}, {archs}"
-        extension, commands["build_ext"] = cpp_extension(kind, torch.version, toolkit)
-        extensions = [extension]
+            what = f"{what.replace('CPU', 'CUDA')}, CUDA {toolkit.version}, {archs}"
+        extensions, commands["build_ext"] = cpp_extensions(kind, torch.version, toolkit)
     BuildRecord.facts = facts
     sys.stderr.write(f"tlcr: building {what}{f', because {remark}' if remark else ''}\n")
     setup(ext_modules=extensions, cmdclass=commands)

@@ -1,12 +1,14 @@
 // Registers the kernels with torch, under the schemas that the specs in tlcr/ops/ define. This file has the ops on (B,
 // T) tensors, scoring.cpp has scoring, and training.cpp has the ops that update a model. The Python functions check the
-// arguments; torch checks these signatures against the schemas.
-#include <torch/library.h>
-
+// arguments, and tlcr/ops/_extension.py these signatures against the schemas.
+//
+// Everything goes through torch's stable ABI (docs/kernels.md, "One library"), whose functions serve every torch from
+// TORCH_TARGET_VERSION on.
 #include <algorithm>
 #include <cstring>
 #include <limits>
 
+#include "facts.h"
 #include "run.h"
 #include "scoring.h"
 #include "training.h"
@@ -23,9 +25,9 @@ struct Reward {
   RewardOptions options;
 
   Reward(const Tensor& mask, const MaybeTensor& kl, double kl_coef, const MaybeTensor& terminal, double temperature,
-         double scale, std::optional<double> clip, bool discrete, double band, at::ScalarType real)
-      : mask(mask.contiguous()),
-        rewards(at::empty(mask.sizes(), mask.options().dtype(real))),
+         double scale, std::optional<double> clip, bool discrete, double band, Dtype real)
+      : mask(dense(mask)),
+        rewards(empty(mask.sizes(), real, mask)),
         kl(kl_coef != 0 ? dense(kl, real) : MaybeTensor()),
         terminal(dense(terminal, real)),
         options{temperature, scale, clip.value_or(kInfinity), kl_coef, band, discrete} {}
@@ -45,29 +47,29 @@ struct Reward {
 Tensor fused_reward(const Tensor& logits, const Tensor& mask, const MaybeTensor& kl, double kl_coef,
                     const MaybeTensor& terminal, double temperature, double scale, std::optional<double> clip,
                     bool discrete, double band) {
-  const Reward reward(mask, kl, kl_coef, terminal, temperature, scale, clip, discrete, band, real_dtype({logits}));
-  const Tensor logits_BTC = readable(logits).contiguous();
+  const Reward reward(mask, kl, kl_coef, terminal, temperature, scale, clip, discrete, band, real_dtype(logits));
+  const Tensor logits_BTC = dense(readable(logits));
   RewardArguments arguments{};
-  arguments.type = type_of(logits_BTC.scalar_type());
+  arguments.type = type_of(logits_BTC);
   arguments.classes = logits.size(2);
   arguments.logits = pointer(logits_BTC);
   reward.fill(arguments);
-  on_threads(cpu_kernels().reward, arguments, arguments.batch, arguments.length);
+  on_threads(cpu::kernels().reward, arguments, arguments.batch, arguments.length);
   return reward.rewards;
 }
 
 Tensor reward_from_hidden(const Tensor& hidden, const Tensor& weight, const Tensor& mask, const MaybeTensor& bias,
                           const MaybeTensor& kl, double kl_coef, const MaybeTensor& terminal, double temperature,
                           double scale, std::optional<double> clip, bool discrete, double band) {
-  const at::ScalarType real = real_dtype({hidden, weight, bias});
+  const Dtype real = real_dtype(hidden, weight, bias);
   const Reward reward(mask, kl, kl_coef, terminal, temperature, scale, clip, discrete, band, real);
   // Kernels read half precision and the type of the arithmetic.
-  const Tensor hidden_BTH = real == at::kDouble ? hidden.to(real) : readable(hidden);
+  const Tensor hidden_BTH = real == kDouble ? cast(hidden, real) : readable(hidden);
   const RowsOf rows(hidden_BTH);
   const Tensor weight_CH = dense(weight, real);
   const MaybeTensor bias_C = dense(bias, real);
   HiddenRewardArguments arguments{};
-  arguments.type = type_of(hidden_BTH.scalar_type());
+  arguments.type = type_of(hidden_BTH);
   arguments.width = hidden.size(2);
   arguments.classes = weight.size(0);
   arguments.hidden = rows.rows();
@@ -80,33 +82,41 @@ Tensor reward_from_hidden(const Tensor& hidden, const Tensor& weight, const Tens
 
 // Python checks them with a message of its own; compiled code comes here without.
 void check_cumulative_lengths(const Tensor& cu_seqlens, int64_t tokens) {
-  const int32_t* offset = cu_seqlens.const_data_ptr<int32_t>();
+  const int32_t* offset = static_cast<const int32_t*>(pointer(cu_seqlens));
   const int64_t count = cu_seqlens.numel();
-  TORCH_CHECK_VALUE(offset[0] == 0 && std::is_sorted(offset, offset + count) && offset[count - 1] <= tokens,
-                    "tlcr: fused_gae needs cu_seqlens that begin with 0, never descend and end at ", tokens,
-                    " or before");
+  require(count > 0 && offset[0] == 0 && std::is_sorted(offset, offset + count) && offset[count - 1] <= tokens,
+              "tlcr: fused_gae needs cu_seqlens that begin with 0, never descend and end at the number of tokens or "
+              "before");
+}
+
+// Which of the packed positions count: those of a sequence, less what the mask leaves out.
+std::vector<uint8_t> counted(const MaybeTensor& mask, int64_t positions, int64_t end) {
+  std::vector<uint8_t> counts(static_cast<std::size_t>(positions));
+  if (mask.has_value()) {
+    std::copy_n(bytes(*mask), end, counts.begin());
+  } else {
+    std::fill_n(counts.begin(), end, uint8_t{1});
+  }
+  return counts;
 }
 
 std::tuple<Tensor, Tensor> fused_gae(const Tensor& rewards, const Tensor& values, const MaybeTensor& mask, double gamma,
                                      double lam, bool whiten, const MaybeTensor& cu_seqlens) {
-  const at::ScalarType real = real_dtype({rewards, values});
+  const Dtype real = real_dtype(rewards, values);
   const Tensor dense_rewards = dense(rewards, real), dense_values = dense(values, real);
-  const MaybeTensor dense_mask = dense(mask, at::kBool), dense_cu_seqlens = dense(cu_seqlens, at::kInt);
-  const at::TensorOptions options = rewards.options().dtype(real);
+  const MaybeTensor dense_mask = dense(mask, kBool), dense_cu_seqlens = dense(cu_seqlens, kInt);
   const bool packed = dense_cu_seqlens.has_value();
   if (packed) check_cumulative_lengths(*dense_cu_seqlens, rewards.numel());
   // The kernel also writes the positions behind the sequences, if there are any sequences.
-  const bool nothing = packed && dense_cu_seqlens->numel() == 1;
-  Tensor advantages = nothing ? at::zeros(rewards.sizes(), options) : at::empty(rewards.sizes(), options);
-  Tensor returns = nothing ? at::zeros(rewards.sizes(), options) : at::empty(rewards.sizes(), options);
-  MaybeTensor counts = dense_mask;
+  const auto result = packed && dense_cu_seqlens->numel() == 1 ? zeros : empty;
+  const Tensor advantages = result(rewards.sizes(), real, rewards), returns = result(rewards.sizes(), real, rewards);
   if (rewards.numel() == 0) return {advantages, returns};
 
   GaeArguments arguments{};
   arguments.type = type_of(real);
   arguments.sequences = packed ? dense_cu_seqlens->numel() - 1 : rewards.size(0);
   arguments.length = rewards.size(-1);
-  arguments.cu_seqlens = packed ? dense_cu_seqlens->const_data_ptr<int32_t>() : nullptr;
+  arguments.cu_seqlens = static_cast<const int32_t*>(pointer(dense_cu_seqlens));
   arguments.rewards = pointer(dense_rewards);
   arguments.values = pointer(dense_values);
   arguments.mask = dense_mask.has_value() ? bytes(*dense_mask) : nullptr;
@@ -115,36 +125,32 @@ std::tuple<Tensor, Tensor> fused_gae(const Tensor& rewards, const Tensor& values
   arguments.advantages = pointer(advantages);
   arguments.returns = pointer(returns);
   const int64_t width = packed ? arguments.length / std::max<int64_t>(1, arguments.sequences) : arguments.length;
-  on_threads(cpu_kernels().gae, arguments, arguments.sequences, width);
+  on_threads(cpu::kernels().gae, arguments, arguments.sequences, width);
   if (!whiten) return {advantages, returns};
 
-  if (packed) {
-    // Positions behind the last sequence do not count.
-    const Tensor position = at::arange(rewards.numel(), dense_cu_seqlens->options());
-    const Tensor inside = position < dense_cu_seqlens->select(0, -1);
-    counts = dense_mask.has_value() ? *dense_mask & inside : inside;
-  }
-  const WhitenArguments whitening{type_of(real), rewards.numel(), counts.has_value() ? bytes(*counts) : nullptr,
+  std::vector<uint8_t> counts;
+  if (packed) counts = counted(dense_mask, rewards.numel(), arguments.cu_seqlens[arguments.sequences]);
+  const WhitenArguments whitening{type_of(real), rewards.numel(), packed ? counts.data() : arguments.mask,
                                   pointer(advantages)};
-  cpu_kernels().whiten(whitening);
+  cpu::kernels().whiten(whitening);
   return {advantages, returns};
 }
 
 // What both passes of ppo_loss read, in the arithmetic's dtype.
 struct PPOInputs {
-  at::ScalarType real;
+  Dtype real;
   Tensor logprobs, old_logprobs, advantages, mask;
   MaybeTensor values, old_values, returns;
   PPOOptions options;
 
-  PPOInputs(at::ScalarType real, const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages,
+  PPOInputs(Dtype real, const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages,
             const Tensor& mask, const MaybeTensor& values, const MaybeTensor& old_values, const MaybeTensor& returns,
             const PPOOptions& options)
       : real(real),
         logprobs(dense(logprobs, real)),
         old_logprobs(dense(old_logprobs, real)),
         advantages(dense(advantages, real)),
-        mask(mask.contiguous()),
+        mask(dense(mask)),
         values(dense(values, real)),
         old_values(options.value_clip < kInfinity ? dense(old_values, real) : MaybeTensor()),
         returns(dense(returns, real)),
@@ -174,17 +180,16 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor& logprobs, const Tensor
                                             const MaybeTensor& entropy, double entropy_coef, const MaybeTensor& kl,
                                             double kl_coef, bool per_sequence, std::optional<double> denominator,
                                             const MaybeTensor& denominator_tensor) {
-  const at::ScalarType real =
-      real_dtype({logprobs, old_logprobs, advantages, values, old_values, returns, entropy, kl});
+  const Dtype real =
+      real_dtype(logprobs, old_logprobs, advantages, values, old_values, returns, entropy, kl);
   const PPOOptions options{
       clip,    clip_high,    dual_clip.value_or(kInfinity), value_clip.value_or(kInfinity), value_coef, entropy_coef,
       kl_coef, per_sequence, denominator.value_or(0)};
   const PPOInputs inputs(real, logprobs, old_logprobs, advantages, mask, values, old_values, returns, options);
   const MaybeTensor entropy_BT = dense(entropy, real), kl_BT = dense(kl, real), count = dense(denominator_tensor, real);
-  const at::TensorOptions result = logprobs.options().dtype(real);
-  const Tensor row_sums = at::empty({mask.size(0), kPPOStats + 1}, result);
-  const Tensor row_weights = at::empty({mask.size(0)}, result);
-  const Tensor stats = at::empty({kPPOStats}, result), loss = at::empty({}, result);
+  const Tensor row_sums = empty({mask.size(0), kPPOStats + 1}, real, logprobs);
+  const Tensor row_weights = empty({mask.size(0)}, real, logprobs);
+  const Tensor stats = empty({kPPOStats}, real, logprobs), loss = empty({}, real, logprobs);
   PPOArguments arguments{};
   inputs.fill(arguments);
   arguments.entropy = pointer(entropy_BT);
@@ -193,9 +198,9 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor& logprobs, const Tensor
   arguments.row_sums = pointer(row_sums);
   arguments.row_weights = pointer(row_weights);
   arguments.stats = pointer(stats);
-  on_threads(cpu_kernels().ppo, arguments, arguments.batch, arguments.length);
-  cpu_kernels().ppo_finish(arguments);
-  std::memcpy(pointer(loss), advanced(pointer(stats), kLoss, real), loss.nbytes());
+  on_threads(cpu::kernels().ppo, arguments, arguments.batch, arguments.length);
+  cpu::kernels().ppo_finish(arguments);
+  std::memcpy(pointer(loss), advanced(pointer(stats), kLoss, real), static_cast<std::size_t>(element_size(real)));
   return {loss, stats, row_weights};
 }
 
@@ -205,7 +210,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss_backward(
     const MaybeTensor& values, const MaybeTensor& old_values, const MaybeTensor& returns,
     std::optional<double> value_clip, double value_coef, const MaybeTensor& entropy, double entropy_coef,
     const MaybeTensor& kl, double kl_coef, bool wants_logprobs, bool wants_values, bool wants_entropy, bool wants_kl) {
-  const at::ScalarType real = row_weights.scalar_type();
+  const Dtype real = dtype_of(row_weights);
   const PPOOptions options{clip,
                            clip_high,
                            dual_clip.value_or(kInfinity),
@@ -216,8 +221,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss_backward(
                            /*per_sequence=*/false,
                            /*denominator=*/0};
   const PPOInputs inputs(real, logprobs, old_logprobs, advantages, mask, values, old_values, returns, options);
-  const at::TensorOptions result = logprobs.options().dtype(real);
-  const auto gradient = [&](bool wanted) { return wanted ? at::empty(mask.sizes(), result) : at::empty({0}, result); };
+  const auto gradient = [&](bool wanted) {
+    return wanted ? empty(mask.sizes(), real, logprobs) : empty({0}, real, logprobs);
+  };
   const Tensor g_logprobs = gradient(wants_logprobs), g_values = gradient(wants_values);
   const Tensor g_entropy = gradient(wants_entropy), g_kl = gradient(wants_kl);
   const Tensor g = dense(g_loss, real), weights = dense(row_weights, real);
@@ -229,38 +235,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss_backward(
   arguments.g_values = pointer(g_values);
   arguments.g_entropy = pointer(g_entropy);
   arguments.g_kl = pointer(g_kl);
-  on_threads(cpu_kernels().ppo_backward, arguments, arguments.batch, arguments.length);
+  on_threads(cpu::kernels().ppo_backward, arguments, arguments.batch, arguments.length);
   const auto as = [](const Tensor& gradient, const MaybeTensor& input) {
-    return input.has_value() ? dense(gradient, input->scalar_type()) : gradient;
+    return input.has_value() ? cast(gradient, dtype_of(*input)) : gradient;
   };
   return {as(g_logprobs, logprobs), as(g_values, values), as(g_entropy, entropy), as(g_kl, kl)};
 }
 
-TORCH_LIBRARY_IMPL(tlcr, CPU, m) {
-  m.impl("fused_reward", fused_reward);
-  m.impl("reward_from_hidden", reward_from_hidden);
-  m.impl("fused_gae", fused_gae);
-  m.impl("score_tokens", score_tokens);
-  m.impl("score_tokens_backward", score_tokens_backward);
-  m.impl("score_hidden", score_hidden);
-  m.impl("score_hidden_backward", score_hidden_backward);
-  m.impl("ppo_loss", ppo_loss);
-  m.impl("ppo_loss_backward", ppo_loss_backward);
-  m.impl("adamw_step", adamw_step);
-  m.impl("rms_norm", rms_norm);
-  m.impl("rms_norm_backward", rms_norm_backward);
-  m.impl("gated_silu", gated_silu);
-  m.impl("gated_silu_backward", gated_silu_backward);
+STABLE_TORCH_LIBRARY_IMPL(tlcr, CPU, m) {
+  implement<fused_reward>(m, "fused_reward");
+  implement<reward_from_hidden>(m, "reward_from_hidden");
+  implement<fused_gae>(m, "fused_gae");
+  implement<score_tokens>(m, "score_tokens");
+  implement<score_tokens_backward>(m, "score_tokens_backward");
+  implement<score_hidden>(m, "score_hidden");
+  implement<score_hidden_backward>(m, "score_hidden_backward");
+  implement<ppo_loss>(m, "ppo_loss");
+  implement<ppo_loss_backward>(m, "ppo_loss_backward");
+  implement<adamw_step>(m, "adamw_step");
+  implement<rms_norm>(m, "rms_norm");
+  implement<rms_norm_backward>(m, "rms_norm_backward");
+  implement<gated_silu>(m, "gated_silu");
+  implement<gated_silu_backward>(m, "gated_silu_backward");
 }
 
 #ifdef TLCR_CUDA
 // The CUDA kernels of the other ops are Triton kernels, which tlcr/ops/_library.py registers.
-TORCH_LIBRARY_IMPL(tlcr, CUDA, m) {
-  m.impl("reward_from_hidden", reward_from_hidden);
-  m.impl("score_tokens", score_tokens);
-  m.impl("score_tokens_backward", score_tokens_backward);
-  m.impl("score_hidden", score_hidden);
-  m.impl("score_hidden_backward", score_hidden_backward);
+STABLE_TORCH_LIBRARY_IMPL(tlcr, CUDA, m) {
+  implement<reward_from_hidden>(m, "reward_from_hidden");
+  implement<score_tokens>(m, "score_tokens");
+  implement<score_tokens_backward>(m, "score_tokens_backward");
+  implement<score_hidden>(m, "score_hidden");
+  implement<score_hidden_backward>(m, "score_hidden_backward");
 }
 #endif
 

@@ -1,18 +1,18 @@
-// Matrix products whose factors are half precision and whose sums and result are float32.
+// Matrix products whose sums and result are float32 (float64), in place.
 #pragma once
 
-#include <ATen/ATen.h>
+#include "tensors.h"
 
 namespace tlcr {
 
-// Whether `product` can multiply matrices of this dtype on this device without widening them first.
-bool multiplies_into_float(const at::Tensor& factor);
+// Whether half-precision matrices like this one can be multiplied without widening them first.
+bool multiplies_into_float(const Tensor& factor);
 
-// left (M, K) times right (K, N), both of one half-precision dtype for which multiplies_into_float, into `result` (M,
-// N), which is contiguous and float32.
-void product(at::Tensor result, const at::Tensor& left, const at::Tensor& right);
+// left (M, K) times right (K, N) into `result` (M, N), which is contiguous. The factors have its dtype, or one for which
+// multiplies_into_float.
+void product(const Tensor& result, const Tensor& left, const Tensor& right);
 
 // The same, added to what `sum` holds.
-void add_product(at::Tensor sum, const at::Tensor& left, const at::Tensor& right);
+void add_product(const Tensor& sum, const Tensor& left, const Tensor& right);
 
 }  // namespace tlcr

@@ -1,9 +1,6 @@
 // score_tokens and score_hidden, forward and backward, for every device: the same code around the device's kernel.
 #include "scoring.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-
 #include <algorithm>
 #include <limits>
 
@@ -19,22 +16,32 @@ namespace {
 // one.
 constexpr int64_t kProductTile = 128;
 
+// The shape of a tensor that does not exist in a call.
+const std::vector<int64_t> kNone{0};
+
 struct Results {
   Tensor logprobs, entropy, ref_logprobs, kl, stats, ref_stats;
 
-  Results(at::IntArrayRef shape, const at::TensorOptions& real, bool with_reference) {
-    std::vector<int64_t> pairs(shape.begin(), shape.end());
-    pairs.push_back(2);
-    const std::vector<int64_t> none{0}, none_pairs{0, 2};
-    logprobs = at::empty(shape, real);
-    entropy = at::empty(shape, real);
-    ref_logprobs = at::empty(with_reference ? shape : at::IntArrayRef(none), real);
-    kl = at::empty(with_reference ? shape : at::IntArrayRef(none), real);
-    stats = at::empty(pairs, real);
-    ref_stats = at::empty(with_reference ? pairs : none_pairs, real);
-  }
+  Results(const Tensor& token_ids, Dtype real, bool with_reference)
+      : Results(token_ids, real, token_ids.sizes().vec(), with_reference ? token_ids.sizes().vec() : kNone) {}
 
   Scores scores() const { return {logprobs, entropy, ref_logprobs, kl, stats, ref_stats}; }
+
+ private:
+  using Shape = std::vector<int64_t>;
+
+  Results(const Tensor& like, Dtype real, const Shape& shape, const Shape& ref_shape)
+      : logprobs(empty(shape, real, like)),
+        entropy(empty(shape, real, like)),
+        ref_logprobs(empty(ref_shape, real, like)),
+        kl(empty(ref_shape, real, like)),
+        stats(empty(pairs(shape), real, like)),
+        ref_stats(empty(pairs(ref_shape), real, like)) {}
+
+  static Shape pairs(Shape shape) {
+    shape.push_back(2);
+    return shape;
+  }
 };
 
 // The data of the tokens that both passes use. A slice of them starts at token `begin`.
@@ -42,26 +49,28 @@ struct Tokens {
   Tensor ids;
   double temperature;
   MaybeTensor temperatures;
-  at::ScalarType real;
+  Dtype real;
 
-  Tokens(const Tensor& token_ids, double temperature, const MaybeTensor& temperatures, at::ScalarType real,
+  Tokens(const Tensor& token_ids, double temperature, const MaybeTensor& temperatures, Dtype real,
          int64_t vocabulary)
-      : ids(token_ids.to(at::kLong).contiguous()),
+      : ids(dense(token_ids, kLong)),
         temperature(temperature),
         temperatures(dense(temperatures, real)),
         real(real) {
     // On a GPU the kernel checks the ids: the host would have to wait for them.
     if (!ids.is_cpu()) return;
-    const int64_t* id = ids.const_data_ptr<int64_t>();
-    for (int64_t n = 0; n < ids.numel(); ++n)
-      TORCH_CHECK_INDEX(id[n] >= 0 && id[n] < vocabulary, "tlcr: token_ids holds ", id[n], ", wanted ids in [0, ",
-                        vocabulary, ")");
+    const int64_t* id = static_cast<const int64_t*>(pointer(ids));
+    for (int64_t n = 0, count = ids.numel(); n < count; ++n)
+      if (id[n] < 0 || id[n] >= vocabulary)
+        // Python gets an IndexError.
+        throw std::out_of_range("tlcr: token_ids holds " + std::to_string(id[n]) + ", wanted ids in [0, " +
+                                std::to_string(vocabulary) + ")");
   }
 
   template <typename Arguments>
   void fill(Arguments& arguments, int64_t begin, int64_t rows) const {
     arguments.rows = rows;
-    arguments.token_ids = ids.const_data_ptr<int64_t>() + begin;
+    arguments.token_ids = static_cast<const int64_t*>(pointer(ids)) + begin;
     arguments.temperature = temperature;
     arguments.temperatures = advanced(pointer(temperatures), begin, real);
   }
@@ -73,7 +82,7 @@ void score_rows(const Tensor& logits, const MaybeTensor& ref_logits, const Token
   const RowsOf policy(logits);
   const RowsOf reference(ref_logits.value_or(logits));
   ScoreArguments arguments{};
-  arguments.type = type_of(logits.scalar_type());
+  arguments.type = type_of(logits);
   arguments.vocabulary = logits.size(-1);
   arguments.logits = policy.rows();
   if (ref_logits.has_value()) arguments.ref_logits = reference.rows();
@@ -94,13 +103,13 @@ struct Incoming {
 
   Incoming(const MaybeTensor& g_logprobs, const MaybeTensor& g_entropy, const MaybeTensor& g_kl, const Tensor& entropy,
            const Tensor& kl, const Tensor& stats, const Tensor& ref_stats)
-      : g_logprobs(dense(g_logprobs, entropy.scalar_type())),
-        g_entropy(dense(g_entropy, entropy.scalar_type())),
-        g_kl(dense(g_kl, entropy.scalar_type())),
-        entropy(entropy.contiguous()),
-        kl(kl.contiguous()),
-        stats(stats.contiguous()),
-        ref_stats(ref_stats.contiguous()) {}
+      : g_logprobs(dense(g_logprobs, dtype_of(entropy))),
+        g_entropy(dense(g_entropy, dtype_of(entropy))),
+        g_kl(dense(g_kl, dtype_of(entropy))),
+        entropy(dense(entropy)),
+        kl(dense(kl)),
+        stats(dense(stats)),
+        ref_stats(dense(ref_stats)) {}
 };
 
 // Writes the gradient into `grad`, which may be `logits` itself. The reference is used only if the KL is. The logits
@@ -111,8 +120,8 @@ void score_rows_backward(const Tensor& logits, const MaybeTensor& ref_logits, co
   const RowsOf policy(logits), out(grad);
   const RowsOf reference(ref_logits.value_or(logits));
   ScoreBackwardArguments arguments{};
-  arguments.type = type_of(logits.scalar_type());
-  arguments.grad_type = type_of(grad.scalar_type());
+  arguments.type = type_of(logits);
+  arguments.grad_type = type_of(grad);
   arguments.vocabulary = logits.size(-1);
   arguments.first_entry = first_entry;
   arguments.logits = policy.rows();
@@ -138,74 +147,63 @@ std::pair<Tensor, MaybeTensor> same_dtype(const Tensor& logits, const MaybeTenso
   Tensor policy = readable(logits);
   if (!ref_logits.has_value()) return {policy, MaybeTensor()};
   Tensor reference = readable(*ref_logits);
-  const at::ScalarType common = at::promote_types(policy.scalar_type(), reference.scalar_type());
-  return {policy.to(common), reference.to(common)};
+  // float32 holds both half precisions.
+  const Dtype common = dtype_of(policy) == dtype_of(reference) ? dtype_of(policy) : real_dtype(policy, reference);
+  return {cast(policy, common), cast(reference, common)};
 }
 
-// Inside an operator no gradients are recorded, and autocast must not round the products to half precision.
-struct Plainly {
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
-};
-
 // Memory that is about to be written completely.
-Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  const Tensor memory = at::empty(sizes, options);
-  if (memory.is_cpu()) prefer_huge_pages(memory.data_ptr(), static_cast<std::size_t>(memory.nbytes()));
+Tensor fresh(Sizes sizes, Dtype dtype, const Tensor& like) {
+  Tensor memory = empty(sizes, dtype, like);
+  if (memory.is_cpu())
+    prefer_huge_pages(memory.data_ptr(), static_cast<std::size_t>(memory.numel() * element_size(dtype)));
   return memory;
 }
 
-Tensor flat(const Tensor& states) { return states.reshape({-1, states.size(-1)}); }
-
 // The beginning of `memory` as a matrix.
 Tensor matrix(const Tensor& memory, int64_t rows, int64_t columns) {
-  return memory.narrow(0, 0, rows * columns).view({rows, columns});
+  return view(memory, {rows, columns}, {columns, 1});
 }
 
 // A language-model head and the hidden states that it turns into logits, which are float32 (float64) whatever the
 // dtypes of the two.
 class Head {
  public:
-  Head(const Tensor& weight, const MaybeTensor& bias, const Tensor& hidden, at::ScalarType real)
+  Head(const Tensor& weight, const MaybeTensor& bias, const Tensor& hidden, Dtype real)
       : weight_VH_(weight), hidden_NH_(flat(hidden)), bias_(dense(bias, real)) {
     // Where no half-precision product has a float32 result, the factors are widened.
-    narrow_ = real == at::kFloat && hidden.scalar_type() == weight.scalar_type() && multiplies_into_float(weight);
-    dtype_ = narrow_ ? weight.scalar_type() : real;
+    const bool narrow = real == kFloat && dtype_of(hidden) == dtype_of(weight) && multiplies_into_float(weight);
+    dtype_ = narrow ? dtype_of(weight) : real;
   }
 
   // The dtype of the factors of products.
-  at::ScalarType dtype() const { return dtype_; }
-  Tensor weight(int64_t first, int64_t columns) const { return weight_VH_.narrow(0, first, columns).to(dtype_); }
-  Tensor hidden(int64_t begin, int64_t rows) const { return hidden_NH_.narrow(0, begin, rows).to(dtype_); }
+  Dtype dtype() const { return dtype_; }
+  Tensor weight(int64_t first, int64_t columns) const { return cast(rows_of(weight_VH_, first, columns), dtype_); }
+  Tensor hidden(int64_t begin, int64_t rows) const { return cast(rows_of(hidden_NH_, begin, rows), dtype_); }
 
   // The logits of `columns` entries of the vocabulary, from `first`, in `memory`.
   Tensor logits(const Tensor& hidden_RH, const Tensor& weight_CH, int64_t first, const Tensor& memory) const {
-    const Tensor logits_RC = matrix(memory, hidden_RH.size(0), weight_CH.size(0));
-    product(logits_RC, hidden_RH, weight_CH.t());
-    if (bias_.has_value()) logits_RC.add_(bias_->narrow(0, first, weight_CH.size(0)));
+    const int64_t columns = weight_CH.size(0);
+    Tensor logits_RC = matrix(memory, hidden_RH.size(0), columns);
+    if (bias_.has_value()) {
+      copy_into(logits_RC, view(*bias_, {columns}, {1}, first));
+      add_product(logits_RC, hidden_RH, transposed(weight_CH));
+    } else {
+      product(logits_RC, hidden_RH, transposed(weight_CH));
+    }
     return logits_RC;
-  }
-
-  // In float32 (float64), like the logits.
-  void product(Tensor result, const Tensor& left, const Tensor& right) const {
-    narrow_ ? tlcr::product(result, left, right) : static_cast<void>(at::mm_out(result, left, right));
-  }
-
-  void add_product(const Tensor& sum, const Tensor& left, const Tensor& right) const {
-    narrow_ ? tlcr::add_product(sum, left, right) : static_cast<void>(sum.addmm_(left, right));
   }
 
  private:
   Tensor weight_VH_, hidden_NH_;
   MaybeTensor bias_;
-  bool narrow_ = false;
-  at::ScalarType dtype_;
+  Dtype dtype_ = 0;
 };
 
 std::optional<Head> reference_of(const MaybeTensor& hidden, const MaybeTensor& weight, const MaybeTensor& bias,
-                                 at::ScalarType real) {
+                                 Dtype real) {
   if (!hidden.has_value()) return std::nullopt;
-  TORCH_CHECK_VALUE(weight.has_value(), "tlcr: score_hidden got ref_hidden without ref_weight, wanted both or neither");
+  require(weight.has_value(), "tlcr: score_hidden got ref_hidden without ref_weight, wanted both or neither");
   return Head(*weight, bias, *hidden, real);
 }
 
@@ -239,25 +237,24 @@ struct Part {
 class GradientSum {
  public:
   // `one_product`: every row of the result is one product, of at most `rows` rows at a time.
-  GradientSum(const Head& head, const Tensor& result, int64_t rows, bool one_product, at::ScalarType real)
-      : head_(head), result_(result), one_product_(one_product) {
-    direct_ = result.scalar_type() == real;
-    if (!direct_) sum_ = fresh({one_product ? rows : result.size(0), result.size(1)}, result.options().dtype(real));
+  GradientSum(const Tensor& result, int64_t rows, bool one_product, Dtype real)
+      : result_(result), one_product_(one_product), direct_(dtype_of(result) == real) {
+    if (!direct_) sum_ = fresh({one_product ? rows : result.size(0), result.size(1)}, real, result);
   }
 
   void add(int64_t begin, int64_t rows, bool is_first, const Tensor& left, const Tensor& right) {
-    const Tensor sum = direct_ ? result_.narrow(0, begin, rows) : sum_.narrow(0, one_product_ ? 0 : begin, rows);
-    is_first ? head_.product(sum, left, right) : head_.add_product(sum, left, right);
-    if (one_product_ && !direct_) result_.narrow(0, begin, rows).copy_(sum);
+    const Tensor sum = direct_ ? rows_of(result_, begin, rows) : rows_of(*sum_, one_product_ ? 0 : begin, rows);
+    is_first ? product(sum, left, right) : add_product(sum, left, right);
+    if (one_product_ && !direct_) copy_into(rows_of(result_, begin, rows), sum);
   }
 
   void finish() {
-    if (!one_product_ && !direct_) result_.copy_(sum_);
+    if (!one_product_ && !direct_) copy_into(result_, *sum_);
   }
 
  private:
-  const Head& head_;
-  Tensor result_, sum_;
+  Tensor result_;
+  MaybeTensor sum_;
   bool one_product_, direct_;
 };
 
@@ -265,11 +262,10 @@ class GradientSum {
 
 Scores score_tokens(const Tensor& logits, const Tensor& token_ids, const MaybeTensor& ref_logits, double temperature,
                     const MaybeTensor& temperatures) {
-  const Plainly plainly;
-  const at::ScalarType real = real_dtype({logits, ref_logits});
+  const Dtype real = real_dtype(logits, ref_logits);
   const auto [policy, reference] = same_dtype(logits, ref_logits);
   const Tokens tokens(token_ids, temperature, temperatures, real, logits.size(-1));
-  const Results out(token_ids.sizes(), logits.options().dtype(real), ref_logits.has_value());
+  const Results out(token_ids, real, ref_logits.has_value());
   score_rows(policy, reference, tokens, out, 0, token_ids.numel());
   return out.scores();
 }
@@ -278,38 +274,36 @@ Tensor score_tokens_backward(const MaybeTensor& g_logprobs, const MaybeTensor& g
                              const Tensor& logits, const Tensor& token_ids, const MaybeTensor& ref_logits,
                              double temperature, const MaybeTensor& temperatures, const Tensor& entropy,
                              const Tensor& kl, const Tensor& stats, const Tensor& ref_stats) {
-  const Plainly plainly;
   const auto [policy, reference] = same_dtype(logits, g_kl.has_value() ? ref_logits : MaybeTensor());
-  const Tokens tokens(token_ids, temperature, temperatures, entropy.scalar_type(), logits.size(-1));
+  const Tokens tokens(token_ids, temperature, temperatures, dtype_of(entropy), logits.size(-1));
   const Incoming in(g_logprobs, g_entropy, g_kl, entropy, kl, stats, ref_stats);
-  const Tensor grad = fresh(logits.sizes(), policy.options());
+  const Tensor grad = fresh(logits.sizes(), dtype_of(policy), logits);
   score_rows_backward(policy, reference, tokens, in, grad, 0, token_ids.numel());
-  return grad.to(logits.scalar_type());
+  return cast(grad, dtype_of(logits));
 }
 
 Scores score_hidden(const Tensor& hidden, const Tensor& weight, const Tensor& token_ids, const MaybeTensor& bias,
                     const MaybeTensor& ref_hidden, const MaybeTensor& ref_weight, const MaybeTensor& ref_bias,
                     double temperature, const MaybeTensor& temperatures, int64_t chunk_tokens) {
-  const Plainly plainly;
-  const at::ScalarType real = real_dtype({hidden, weight, bias, ref_hidden, ref_weight, ref_bias});
+  const Dtype real = real_dtype(hidden, weight, bias, ref_hidden, ref_weight, ref_bias);
   const int64_t count = token_ids.numel(), vocabulary = weight.size(0);
   const Tokens tokens(token_ids, temperature, temperatures, real, vocabulary);
-  const Results out(token_ids.sizes(), hidden.options().dtype(real), ref_hidden.has_value());
+  const Results out(token_ids, real, ref_hidden.has_value());
   const Head head(weight, bias, hidden, real);
   const std::optional<Head> reference = reference_of(ref_hidden, ref_weight, ref_bias, real);
   const int64_t chunk = std::min(chunk_tokens, std::max<int64_t>(1, count));
-  const Tensor weight_VH = head.weight(0, vocabulary), memory = fresh({chunk * vocabulary}, out.logprobs.options());
-  Tensor ref_weight_VH, ref_memory;
+  const Tensor weight_VH = head.weight(0, vocabulary), memory = fresh({chunk * vocabulary}, real, hidden);
+  MaybeTensor ref_weight_VH, ref_memory;
   if (reference.has_value()) {
     ref_weight_VH = reference->weight(0, vocabulary);
-    ref_memory = fresh({chunk * vocabulary}, out.logprobs.options());
+    ref_memory = fresh({chunk * vocabulary}, real, hidden);
   }
   for (int64_t begin = 0; begin < count; begin += chunk) {
     const int64_t rows = std::min(chunk, count - begin);
     const Tensor logits_RV = head.logits(head.hidden(begin, rows), weight_VH, 0, memory);
     MaybeTensor ref_logits_RV;
     if (reference.has_value()) {
-      ref_logits_RV = reference->logits(reference->hidden(begin, rows), ref_weight_VH, 0, ref_memory);
+      ref_logits_RV = reference->logits(reference->hidden(begin, rows), *ref_weight_VH, 0, *ref_memory);
     }
     score_rows(logits_RV, ref_logits_RV, tokens, out, begin, rows);
   }
@@ -323,8 +317,7 @@ HiddenGradients score_hidden_backward(const MaybeTensor& g_logprobs, const Maybe
                                       const MaybeTensor& temperatures, int64_t chunk_tokens, const Tensor& entropy,
                                       const Tensor& kl, const Tensor& stats, const Tensor& ref_stats, bool wants_hidden,
                                       bool wants_weight, bool wants_bias) {
-  const Plainly plainly;
-  const at::ScalarType real = entropy.scalar_type();
+  const Dtype real = dtype_of(entropy);
   const int64_t count = token_ids.numel(), vocabulary = weight.size(0), width = weight.size(1);
   const Tokens tokens(token_ids, temperature, temperatures, real, vocabulary);
   const Incoming in(g_logprobs, g_entropy, g_kl, entropy, kl, stats, ref_stats);
@@ -332,65 +325,69 @@ HiddenGradients score_hidden_backward(const MaybeTensor& g_logprobs, const Maybe
   const std::optional<Head> reference =
       reference_of(g_kl.has_value() ? ref_hidden : MaybeTensor(), ref_weight, ref_bias, real);
 
-  const std::vector<int64_t> none{0};
   const auto gradient_of = [&](const Tensor& of, bool wanted) {
-    const Tensor gradient = fresh(wanted ? of.sizes() : at::IntArrayRef(none), of.options());
-    return count == 0 ? gradient.zero_() : gradient;
+    Tensor gradient = fresh(wanted ? of.sizes() : Sizes(kNone), dtype_of(of), of);
+    if (count == 0) check(aoti_torch_zero_(gradient.get()));
+    return gradient;
   };
   const Tensor grad_hidden = gradient_of(hidden, wants_hidden), grad_weight = gradient_of(weight, wants_weight);
-  const Tensor grad_bias = at::zeros({wants_bias ? vocabulary : 0}, weight.options().dtype(real));
 
   // As many bytes as the logits of a chunk of the forward pass.
-  const int64_t real_bytes = static_cast<int64_t>(at::elementSize(real)), models = ref_hidden.has_value() ? 2 : 1;
+  const int64_t real_bytes = element_size(real), models = ref_hidden.has_value() ? 2 : 1;
   const int64_t token_bytes = vocabulary * real_bytes * models;
   const int64_t memory_bytes = std::min(chunk_tokens, std::numeric_limits<int64_t>::max() / token_bytes) * token_bytes;
   const bool narrows = head.dtype() != real;
-  const int64_t logit_bytes = real_bytes * (reference.has_value() ? 2 : 1) + (narrows ? weight.element_size() : 0);
+  const int64_t logit_bytes = real_bytes * (reference.has_value() ? 2 : 1) + (narrows ? element_size(dtype_of(weight)) : 0);
   // Beside its logits, a column needs its part of the head, widened, and of the head's gradient, before it is rounded.
-  const int64_t wide = (weight.scalar_type() != real ? 1 : 0) + (weight.scalar_type() != head.dtype() ? 1 : 0);
+  const int64_t wide = (dtype_of(weight) != real ? 1 : 0) + (dtype_of(weight) != head.dtype() ? 1 : 0);
   const Part part(count, weight, wants_hidden, wants_weight, memory_bytes, logit_bytes, wide * width * real_bytes);
-  const at::TensorOptions options = hidden.options().dtype(real);
   const int64_t part_logits = count == 0 ? 0 : part.rows * part.columns;
-  const Tensor memory = fresh({part_logits}, options);
-  const Tensor ref_memory = fresh({reference.has_value() ? part_logits : 0}, options);
-  const Tensor narrow_memory = fresh({narrows ? part_logits : 0}, options.dtype(head.dtype()));
+  const Tensor memory = fresh({part_logits}, real, hidden);
+  const Tensor ref_memory = fresh({reference.has_value() ? part_logits : 0}, real, hidden);
+  const Tensor narrow_memory = fresh({narrows ? part_logits : 0}, head.dtype(), hidden);
   std::optional<GradientSum> sum_hidden, sum_weight;
-  if (wants_hidden) sum_hidden.emplace(head, flat(grad_hidden), part.rows, part.columns == vocabulary, real);
-  if (wants_weight) sum_weight.emplace(head, grad_weight, part.columns, part.rows == count, real);
+  if (wants_hidden) sum_hidden.emplace(flat(grad_hidden), part.rows, part.columns == vocabulary, real);
+  if (wants_weight) sum_weight.emplace(grad_weight, part.columns, part.rows == count, real);
 
-  Tensor counts_N1 = at::zeros({count, 1}, options.dtype(at::kBool));
+  // A sum for each part of the tokens, because the stable ABI has no sum that adds to what is there.
+  const int64_t token_parts = count == 0 ? 0 : (count + part.rows - 1) / part.rows;
+  const Tensor grad_bias_PV = empty({token_parts, wants_bias ? vocabulary : 0}, real, weight);
+
+  const Tensor counts_N1 = zeros({count, 1}, kBool, hidden), zero = zeros({}, head.dtype(), hidden);
   for (const MaybeTensor& g : {in.g_logprobs, in.g_entropy, in.g_kl})
-    if (g.has_value()) counts_N1.logical_or_(g->reshape({-1, 1}) != 0);
+    if (g.has_value()) call("aten::logical_or_", "", counts_N1, view(*g, {count, 1}, {1, 1}));
 
-  Tensor hidden_RH, ref_hidden_RH;
+  MaybeTensor hidden_RH, ref_hidden_RH;
   for (int64_t first = 0; first < vocabulary; first += part.columns) {
     const int64_t columns = std::min(part.columns, vocabulary - first);
     const Tensor weight_CH = head.weight(first, columns);
-    Tensor ref_weight_CH;
+    MaybeTensor ref_weight_CH;
     if (reference.has_value()) ref_weight_CH = reference->weight(first, columns);
     for (int64_t begin = 0; begin < count; begin += part.rows) {
       const int64_t rows = std::min(part.rows, count - begin);
       if (first == 0) {
         // A row that takes no gradient must not add to the weight's gradient either: 0 * NaN would be NaN.
-        const Tensor states_RH = head.hidden(begin, rows), zero = at::zeros({}, states_RH.options());
-        hidden_RH = at::where(counts_N1.narrow(0, begin, rows), states_RH, zero);
+        hidden_RH = call("aten::where", "self", rows_of(counts_N1, begin, rows), head.hidden(begin, rows), zero);
         if (reference.has_value()) ref_hidden_RH = reference->hidden(begin, rows);
       }
-      const Tensor logits_RC = head.logits(hidden_RH, weight_CH, first, memory);
+      const Tensor logits_RC = head.logits(*hidden_RH, weight_CH, first, memory);
       MaybeTensor ref_logits_RC;
       if (reference.has_value()) {
-        ref_logits_RC = reference->logits(ref_hidden_RH, ref_weight_CH, first, ref_memory);
+        ref_logits_RC = reference->logits(*ref_hidden_RH, *ref_weight_CH, first, ref_memory);
       }
       const Tensor grad_RC = narrows ? matrix(narrow_memory, rows, columns) : logits_RC;
       score_rows_backward(logits_RC, ref_logits_RC, tokens, in, grad_RC, begin, rows, first);
-      if (wants_bias) grad_bias.narrow(0, first, columns).add_(grad_RC.sum(0, false, real));
+      if (wants_bias) {
+        Tensor sum_C = view(grad_bias_PV, {columns}, {1}, begin / part.rows * vocabulary + first);
+        torch::stable::sum_out(sum_C, grad_RC, {{0}});
+      }
       if (wants_hidden) sum_hidden->add(begin, rows, first == 0, grad_RC, weight_CH);
-      if (wants_weight) sum_weight->add(first, columns, begin == 0, grad_RC.t(), hidden_RH);
+      if (wants_weight) sum_weight->add(first, columns, begin == 0, transposed(grad_RC), *hidden_RH);
     }
   }
   if (wants_hidden) sum_hidden->finish();
   if (wants_weight) sum_weight->finish();
-  return {grad_hidden, grad_weight, grad_bias.to(bias.has_value() ? bias->scalar_type() : weight.scalar_type())};
+  return {grad_hidden, grad_weight, cast(torch::stable::sum(grad_bias_PV, {{0}}), dtype_of(bias.value_or(weight)))};
 }
 
 }  // namespace tlcr

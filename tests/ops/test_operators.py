@@ -245,5 +245,5 @@ def test_every_operator_has_a_kernel_where_it_says_so() -> None:
 def test_a_reference_without_its_head_is_an_error_where_the_operator_is_called_without_the_door() -> None:
     """It used to end the process."""
     hidden, weight, token_ids = torch.randn(3, 4), torch.randn(V, 4), torch.arange(3)
-    with pytest.raises(ValueError, match="got ref_hidden without ref_weight, wanted both or neither"):
+    with pytest.raises(RuntimeError, match="got ref_hidden without ref_weight, wanted both or neither"):
         torch.ops.tlcr.score_hidden(hidden, weight, token_ids, None, hidden, None, None, 1.0, None, 256)

@@ -1,7 +1,8 @@
-"""Loads the compiled kernels ``tlcr._C`` if they fit the installed torch; else says why not and what to do.
+"""Loads the compiled kernels, ``libtlcr.so``, if they fit the installed torch; else says why not and what to do.
 
-A record of the build lies beside the extension and is read first: a library built for another torch would fail with an
-undefined symbol, or would not fail and compute wrong results.
+The library goes through torch's stable ABI and knows no Python, so one serves every Python and every torch from the
+oldest whose functions it calls. A record of the build lies beside it and is read first: beside an older torch, or one
+for another CUDA, it would fail with an undefined symbol.
 """
 
 import functools
@@ -10,7 +11,7 @@ import json
 import re
 import shlex
 import warnings
-from importlib.machinery import EXTENSION_SUFFIXES
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from tlcr.errors import ExtensionWarning
 __all__ = ["build_info", "load", "unavailable"]
 
 RECORD = Path(__file__).parent.parent / "_build.json"
+LIBRARY = RECORD.with_name("libtlcr.so")
 UNBUILT = "it runs from its sources, which were never built"
 
 
@@ -37,6 +39,8 @@ class BuildRecord(NamedTuple):
     """Why it is not a CUDA build."""
     torch: str | None = None
     """The torch that it was compiled against."""
+    oldest_torch: str | None = None
+    """The first torch that has all functions that it calls."""
     cuda: str | None = None
     """Version of the CUDA toolkit that compiled it."""
     arch_list: str | None = None
@@ -48,16 +52,36 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         The fields of the build record: `version`, `extension` ("cuda", "cpu" or None), `remark` (why it is not a CUDA
-        build), `torch`, `cuda` and `arch_list`. Then what the extension says of itself, each None where it is not
-        loaded: `compiler`, `instruction_set` (of the CPU kernels on this processor, as ATEN_CPU_CAPABILITY allows).
-        Then `problem`: why an extension that is there is not loaded, else None. And `rebuild`: the command that builds
+        build), `torch`, `oldest_torch`, `cuda` and `arch_list`. Then what the extension says of itself, each None where
+        it is not loaded: `compiler`, `instruction_set` (of the CPU kernels on this processor, as ATEN_CPU_CAPABILITY
+        allows). Then `python` and `pybind11`, of the module that a checkout has beside the library; None elsewhere,
+        because the library serves every Python. Then `problem`: why an extension that is there is not loaded, else None. And `rebuild`: the command that builds
         this installation anew, against the torch that is installed.
     """
     record, problem = read_record(), _problem()
-    facts: dict[str, Any] = {"compiler": None, "instruction_set": None}
-    if record.extension is not None and problem is None:
-        facts = importlib.import_module("tlcr._C").build_info(torch.backends.cpu.get_cpu_capability())
-    return {**record._asdict(), **facts, "torch": record.torch, "problem": problem, "rebuild": _rebuild()}
+    facts = library_facts() if record.extension is not None and problem is None else {}
+    said = {name: facts.get(name) for name in ("compiler", "instruction_set")}
+    return {**record._asdict(), **said, **_module_facts(), "problem": problem, "rebuild": _rebuild()}
+
+
+def library_facts() -> dict[str, Any]:
+    """What the loaded library says of itself.
+
+    Returns:
+        `compiler`, `torch`, `cuda`, `instruction_set`, and `operators`: the types of arguments and results by operator.
+    """
+    facts: dict[str, Any] = json.loads(torch.ops.tlcr.library_facts())
+    return facts
+
+
+def _module_facts() -> dict[str, str | None]:
+    """What ``tlcr._C`` says of itself, which only a checkout has, and only for the Python that compiled it."""
+    try:
+        module = importlib.import_module("tlcr._C")
+    except ImportError:
+        return {"python": None, "pybind11": None}
+    facts: dict[str, str | None] = module.build_info()
+    return facts
 
 
 @functools.cache
@@ -93,31 +117,47 @@ def _problem() -> str | None:
     if record.extension is None:
         return None
     problem = mismatch(record, torch.__version__, torch.version.cuda)
-    libraries = [RECORD.with_name(f"_C{suffix}") for suffix in EXTENSION_SUFFIXES]
-    library = next((path for path in libraries if path.exists()), None)
-    if problem is None and library is None:
-        problem = f"tlcr's compiled kernels cannot be loaded: {RECORD.parent} has no {libraries[0].name}"
-    if problem is None and library is not None:
-        problem = outdated(library, RECORD.parent.parent / "csrc", with_cuda=record.extension == "cuda")
+    if problem is None and not LIBRARY.exists():
+        problem = f"tlcr's compiled kernels cannot be loaded: {LIBRARY.parent} has no {LIBRARY.name}"
+    if problem is None:
+        problem = outdated(LIBRARY, RECORD.parent.parent / "csrc", with_cuda=record.extension == "cuda")
     if problem is None:
         try:
-            importlib.import_module("tlcr._C")
-        except ImportError as error:
-            problem = f"tlcr's compiled kernels cannot be loaded: {error}"
+            torch.ops.load_library(str(LIBRARY))
+        except OSError as error:
+            return f"tlcr's compiled kernels cannot be loaded: {error.__cause__ or error}"
+        problem = strange(library_facts()["operators"])
     return problem
+
+
+def strange(operators: Mapping[str, str]) -> str | None:
+    """Why the loaded operators cannot be called: one takes or returns other types than its schema says. Else None.
+
+    torch passes a stack of untyped values to them, so a call would read an integer as a pointer.
+    """
+    for name, found in operators.items():
+        schema = getattr(torch.ops.tlcr, name).default._schema
+        arguments, results = (
+            [value.type.annotation_str for value in values] for values in (schema.arguments, schema.returns)
+        )
+        wanted = [*arguments, "->", *results]
+        if found.split() != wanted:
+            return f"tlcr's compiled kernels are of another version: {name} is {found.strip()}, not {' '.join(wanted)}"
+    return None
 
 
 def mismatch(record: BuildRecord, torch_version: str, torch_cuda: str | None) -> str | None:
     """Why an extension built as `record` says cannot be loaded beside this torch; None where it can.
 
-    Torch keeps its C++ interface within a minor version, and the CUDA runtime within a major one.
+    Torch keeps its stable interface within a major version, and adds to it. The CUDA runtime keeps its own within one.
     """
-    built = f"tlcr's compiled kernels were built for torch {record.torch}"
-    if _parts(record.torch, 2) != _parts(torch_version, 2):
-        return f"{built} and meet torch {torch_version}"
+    needed = record.oldest_torch or record.torch  # builds before there was one library for every torch had no such field
+    oldest, found = (tuple(map(int, _parts(version, 2))) for version in (needed, torch_version))
+    if not oldest <= found < (oldest[0] + 1,):
+        return f"tlcr's compiled kernels need torch>={needed},<{oldest[0] + 1} and meet torch {torch_version}"
     if record.extension == "cuda" and _parts(record.cuda, 1) != _parts(torch_cuda, 1):
         met = "a CPU build" if torch_cuda is None else f"for CUDA {torch_cuda}"
-        return f"{built} and CUDA {record.cuda}, and meet torch {torch_version}, {met}"
+        return f"tlcr's compiled kernels were built with CUDA {record.cuda}, and meet torch {torch_version}, {met}"
     return None
 
 

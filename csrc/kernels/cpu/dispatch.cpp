@@ -1,6 +1,7 @@
 #include "kernels.h"
 
-#include <cstring>
+#include <cstdlib>
+#include <string_view>
 
 namespace tlcr::cpu {
 
@@ -14,20 +15,28 @@ namespace avx512 {
 extern const Kernels table;
 }
 
-const Kernels& kernels(const char* capability) {
+namespace {
+
+const Kernels& best() {
 #if defined(__x86_64__)
+  const char* named = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view limit = named == nullptr ? "" : named;
   // __builtin_cpu_supports checks the processor, and also whether the operating system saves the registers.
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool allows_avx512 = std::strcmp(capability, "AVX512") == 0;
-  if (has_avx512 && allows_avx512) return avx512::table;
-  if (has_avx2 && (allows_avx512 || std::strcmp(capability, "AVX2") == 0)) return avx2::table;
-#else
-  static_cast<void>(capability);
+  if (has_avx512 && limit != "avx2" && limit != "default") return avx512::table;
+  if (has_avx2 && limit != "default") return avx2::table;
 #endif
   return baseline::table;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& table = best();
+  return table;
 }
 
 }  // namespace tlcr::cpu

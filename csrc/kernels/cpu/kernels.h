@@ -23,9 +23,8 @@ struct Kernels {
   void (*gated_silu_backward)(const GatedSiLUBackwardArguments&, int64_t begin, int64_t end);
 };
 
-// The best table that this processor can run and that `capability` allows. `capability` is what
-// at::get_cpu_capability() returns, "AVX512", "AVX2" or "DEFAULT", so that ATEN_CPU_CAPABILITY limits these kernels as
-// it limits torch's own.
-const Kernels& kernels(const char* capability);
+// The best table that this processor can run. ATEN_CPU_CAPABILITY, which limits torch's own kernels when it is "avx2" or
+// "default", limits these too; it is read once.
+const Kernels& kernels();
 
 }  // namespace tlcr::cpu
