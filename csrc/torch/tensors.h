@@ -173,10 +173,11 @@ class InPlace {
   InPlace(const InPlace&) = delete;
   InPlace& operator=(const InPlace&) = delete;
   ~InPlace() noexcept(false) {
-    if (dense_.get() != tensor_.get()) copy_into(tensor_, dense_);
+    if (copied()) copy_into(tensor_, dense_);
   }
 
   void* data() const { return pointer(dense_); }
+  bool copied() const { return dense_.get() != tensor_.get(); }
 
  private:
   Tensor tensor_, dense_;

@@ -1,29 +1,67 @@
 #include "training.h"
 
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "run.h"
 
 namespace tlcr {
 
-void adamw_step(const Tensor& parameter, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                const Tensor& remainder, double learning_rate, double beta1, double beta2, double eps,
+namespace {
+
+// Weights of a chunk. The chunks of all tensors together are divided among the threads; no result depends on where they
+// are cut.
+constexpr int64_t kChunk = 4096;
+
+void adamw_on_threads(const std::vector<AdamWArguments>& tensors) {
+  std::vector<int64_t> first_chunks{0};  // of each tensor; the number of all chunks at the end
+  for (const AdamWArguments& tensor : tensors) {
+    first_chunks.push_back(first_chunks.back() + (tensor.count + kChunk - 1) / kChunk);
+  }
+  torch::stable::parallel_for(0, first_chunks.back(), kGrain / kChunk, [&](int64_t begin, int64_t end) {
+    size_t i = std::upper_bound(first_chunks.begin(), first_chunks.end(), begin) - first_chunks.begin() - 1;
+    for (; begin < end; begin = first_chunks[++i]) {
+      const int64_t chunks_before = first_chunks[i];
+      const int64_t last = (std::min(end, first_chunks[i + 1]) - chunks_before) * kChunk;
+      cpu::kernels().adamw(tensors[i], (begin - chunks_before) * kChunk, std::min(last, tensors[i].count));
+    }
+  });
+}
+
+}  // namespace
+
+void adamw_step(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grads,
+                const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
+                const std::vector<Tensor>& remainders, double learning_rate, double beta1, double beta2, double eps,
                 double weight_decay, int64_t step) {
-  const InPlace weights(parameter), means(exp_avg), squares(exp_avg_sq), remainders(remainder);
-  const Tensor gradients = dense(grad);
-  const AdamWArguments arguments{parameter.numel(),
-                                 static_cast<uint16_t*>(weights.data()),
-                                 static_cast<int16_t*>(remainders.data()),
-                                 static_cast<float*>(means.data()),
-                                 static_cast<float*>(squares.data()),
-                                 pointer(gradients),
-                                 1 - learning_rate * weight_decay,
-                                 beta1,
-                                 beta2,
-                                 learning_rate / (1 - std::pow(beta1, step)),
-                                 std::sqrt(1 - std::pow(beta2, step)),
-                                 eps};
-  on_threads(cpu::kernels().adamw, arguments, arguments.count, 1);
+  AdamWArguments arguments{};
+  arguments.decay = 1 - learning_rate * weight_decay;
+  arguments.beta1 = beta1;
+  arguments.beta2 = beta2;
+  arguments.step_size = learning_rate / (1 - std::pow(beta1, step));
+  arguments.correction = std::sqrt(1 - std::pow(beta2, step));
+  arguments.eps = eps;
+  std::vector<AdamWArguments> together;
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    if (parameters[i].numel() == 0) continue;
+    // Tensors with gaps in memory are copied, and their copies do not wait for those of the others.
+    const InPlace weights(parameters[i]), means(exp_avgs[i]), squares(exp_avg_sqs[i]), rests(remainders[i]);
+    const Tensor gradients = dense(grads[i]);
+    arguments.count = parameters[i].numel();
+    arguments.weights = static_cast<uint16_t*>(weights.data());
+    arguments.remainders = static_cast<int16_t*>(rests.data());
+    arguments.exp_avg = static_cast<float*>(means.data());
+    arguments.exp_avg_sq = static_cast<float*>(squares.data());
+    arguments.gradients = pointer(gradients);
+    const bool copied = weights.copied() || means.copied() || squares.copied() || rests.copied();
+    if (copied || gradients.get() != grads[i].get()) {
+      adamw_on_threads({arguments});
+    } else {
+      together.push_back(arguments);
+    }
+  }
+  adamw_on_threads(together);
 }
 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps) {

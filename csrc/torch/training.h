@@ -9,8 +9,9 @@
 namespace tlcr {
 
 // Changes everything but the gradients in place. Each list has as many tensors.
-void adamw_step(TensorList parameters, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
-                TensorList remainders, double learning_rate, double beta1, double beta2, double eps,
+void adamw_step(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grads,
+                const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
+                const std::vector<Tensor>& remainders, double learning_rate, double beta1, double beta2, double eps,
                 double weight_decay, int64_t step);
 
 // Returns y, and 1 / sqrt(mean(x^2) + eps) of each row.
