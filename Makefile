@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CUDA_VENV ?= .venv-cuda
+LOWEST := .venv-lowest/bin/python
 ENVIRONMENT := $(VENV)/.environment
 INSTALLED := $(VENV)/.installed
 RIVALS := $(VENV)/.rivals
@@ -61,9 +61,10 @@ gpu-in-small: $(INSTALLED)
 bench-compare: $(INSTALLED)
 	$(BIN)/python -m benchmarks.compare $(or $(BASE),$(error name a revision: make bench-compare BASE=HEAD~1)) $(HEAD)
 
-# The three kinds of wheel, each installed alone and tested; needs nvcc, and 5 GB for a CUDA build of torch, but no GPU.
-wheels: $(INSTALLED) $(CUDA_VENV)/.environment
-	$(BIN)/python .ci/wheels.py $(CURDIR)/$(BIN)/python $(abspath $(CUDA_VENV))/bin/python
+# The three kinds of wheel, each installed alone and tested, the CPU wheel beside two Pythons and two torches. Needs nvcc
+# and, in the environment of the lowest versions, a CUDA build of torch, but no GPU.
+wheels: $(INSTALLED) $(LOWEST)
+	$(BIN)/python .ci/wheels.py $(CURDIR)/$(BIN)/python $(CURDIR)/$(LOWEST)
 
 # All tests with the lowest and with the newest versions that pyproject.toml allows: those of .ci/versions, each in an
 # environment and a copy of the sources of its own. 8 GB where the package index has CUDA builds of torch.
@@ -76,6 +77,10 @@ newest: $(INSTALLED)
 # Looks up anew which versions these are.
 lock: $(INSTALLED)
 	$(BIN)/python .ci/versions.py lock
+
+# The environment alone: no test runs.
+$(LOWEST):
+	$(BIN)/python .ci/versions.py lowest --collect-only -q
 
 $(ENVIRONMENT): Makefile
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("tlcr needs python >= 3.10 and this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.11 ...")'
@@ -101,10 +106,4 @@ $(RIVALS): $(INSTALLED)
 # What draws the documentation site.
 $(DOCS): $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable '.[dev,docs]'
-	@touch $@
-
-# torch 2.11 comes with triton 3.6, whose interpreter needs numpy < 2.4.
-$(CUDA_VENV)/.environment: Makefile
-	$(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/python -m pip install 'torch==2.11.0' 'numpy<2.4' 'setuptools>=77' wheel ninja rapidfuzz psutil pytest pytest-xdist hypothesis
 	@touch $@

@@ -1,9 +1,10 @@
 """Build the pure, the CPU and the CUDA wheel from one sdist, install each alone, and run the tests of the ops on it.
 
-Usage: python .ci/wheels.py PYTHON CUDA_PYTHON
+Usage: python .ci/wheels.py PYTHON OTHER_PYTHON
 
-The second has a CUDA build of torch and what the tests need. nvcc is needed; a GPU is not, and where there is one, the
-same tests run on it too.
+The CPU wheel is compiled once, by the first, and tested beside both, which are different Pythons with different torches.
+The second has a CUDA build of torch, for which nvcc is needed, and no GPU; where there is one, the same tests run on it.
+Both have what the tests need, and the first has auditwheel.
 """
 
 import os
@@ -19,28 +20,40 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCH_LIST = "8.0;9.0;10.0"  # fewer than a release has, because compiling takes most of the time
-# They compile, or measure with what is in benchmarks/; make test has run them.
-TESTS_OF_SOURCES = ("test_instruction_sets.py", "test_triton_compiled.py", "test_score_hidden_memory.py")
+TESTS_OF_SOURCES = ("test_instruction_sets.py", "test_triton_compiled.py")  # they compile, which make test has shown
+OF_CUDA = ("tests/ops/test_installation.py", "tests/ops/test_extension.py", "tests/ops/test_operators.py")
+OF_TORCH = ("libtorch*.so", "libc10*.so", "libcudart.so.*")
+"""Libraries that come with torch. A wheel must not hold another copy."""
 
 
-def main(python: str, cuda_python: str) -> None:
+def main(python: str, other_python: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         source = unpacked_sdist(python, work)
-        wheels = {
-            "none": wheel(python, source, work / "none", TLCR_BUILD="none"),
-            "cpu": wheel(python, source, work / "cpu", TLCR_BUILD="cpu", TLCR_LOCAL_VERSION="cpu"),
-            "cuda": wheel(
-                *(cuda_python, source, work / "cuda"),
-                TLCR_BUILD="cuda",
-                TLCR_LOCAL_VERSION="cuda",
-                TORCH_CUDA_ARCH_LIST=os.environ.get("TORCH_CUDA_ARCH_LIST", ARCH_LIST),
-            ),
-        }
-        if len({metadata(path) for path in wheels.values()}) != 1:
+        pure = wheel(python, source, work / "none", TLCR_BUILD="none")
+        cpu = wheel(python, source, work / "cpu", TLCR_BUILD="cpu", TLCR_LOCAL_VERSION="cpu")
+        cuda = wheel(
+            *(other_python, source, work / "cuda"),
+            TLCR_BUILD="cuda",
+            TLCR_LOCAL_VERSION="cuda",
+            TORCH_CUDA_ARCH_LIST=os.environ.get("TORCH_CUDA_ARCH_LIST", ARCH_LIST),
+        )
+        if len({metadata(path) for path in (pure, cpu, cuda)}) != 1:
             sys.exit("the metadata of the wheels differ in more than the version")
-        for kind, path in wheels.items():
-            run_tests(cuda_python if kind == "cuda" else python, kind, path, source, work / f"installed-{kind}")
+        cpu, cuda = manylinux(python, cpu), manylinux(python, cuda)
+        for path in (pure, cpu, cuda):
+            show(path)
+        run_tests(python, "none", pure, source, work / "installed-none")
+        for user in (python, other_python):
+            run_tests(user, "cpu", cpu, source, work / f"installed-cpu-{versions(user)}")
+        # The kernels for the CPU are those of the other wheel.
+        run_tests(other_python, "cuda", cuda, source, work / "installed-cuda", OF_CUDA)
+
+
+def versions(python: str) -> str:
+    """Those of a Python and of its torch, which a name of a folder can hold."""
+    code = "import sys, torch; print(sys.version.split()[0], torch.__version__, sep='-torch')"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def unpacked_sdist(python: str, work: Path) -> Path:
@@ -56,11 +69,35 @@ def unpacked_sdist(python: str, work: Path) -> Path:
 def wheel(python: str, source: Path, folder: Path, **environment: str) -> Path:
     """Build a wheel in its own copy of the sources, so that no build finds files of another."""
     shutil.copytree(source, folder / "source", symlinks=True)
-    command = [python, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder), "."]
-    run([*command, "--verbose"], cwd=folder / "source", log=folder / "log", **environment)
-    (path,) = folder.glob(f"tlcr_rlhf-*{environment.get('TLCR_LOCAL_VERSION', '')}-*.whl")
-    sys.stdout.write(f"{path.name}, {path.stat().st_size / 2**20:.1f} MiB\n")
+    code = f"from setuptools import build_meta; build_meta.build_wheel({str(folder)!r})"
+    run([python, "-c", code], cwd=folder / "source", log=folder / "log", **environment)
+    (path,) = folder.glob("*.whl")
     return path
+
+
+def manylinux(python: str, path: Path) -> Path:
+    """The wheel under the tag of the oldest systems whose libraries it can use; an error if it needs others."""
+    folder = path.parent / "manylinux"
+    excluded = [f"--exclude={pattern}" for pattern in OF_TORCH]
+    command = [python, "-m", "auditwheel", "repair", *excluded, "--wheel-dir", str(folder), str(path)]
+    run(command, cwd=path.parent, log=path.parent / "log")
+    (repaired,) = folder.glob("*.whl")
+    return repaired
+
+
+def show(path: Path) -> None:
+    """The wheel with its size, its libraries with theirs, and its licence."""
+    sys.stdout.write(f"{path.name}, {path.stat().st_size / 2**20:.1f} MiB\n")
+    with zipfile.ZipFile(path) as archive:
+        held = archive.infolist()
+        for file in held:
+            if ".so" in file.filename:
+                sys.stdout.write(f"    {file.filename}, {file.file_size / 2**20:.1f} MiB\n")
+    if not any(file.filename.endswith(".dist-info/licenses/LICENSE") for file in held):
+        sys.exit(f"{path.name} has no licence")
+    libraries = {file.filename for file in held if ".so" in file.filename}
+    if path.name.endswith("-none-any.whl") != (libraries == set()) or libraries - {"tlcr/libtlcr.so"}:
+        sys.exit(f"{path.name} holds other libraries than its own: {sorted(libraries)}")
 
 
 def metadata(path: Path) -> bytes:
@@ -71,16 +108,20 @@ def metadata(path: Path) -> bytes:
     return b"\n".join(line for line in lines if not line.startswith(b"Version: "))
 
 
-def run_tests(python: str, kind: str, path: Path, source: Path, folder: Path) -> None:
+def run_tests(
+    python: str, kind: str, path: Path, source: Path, folder: Path, tests: tuple[str, ...] = ("tests/ops",)
+) -> None:
     """Run the tests in a separate folder, where only the installed tlcr can be imported."""
+    sys.stdout.write(f"\n{path.name} beside {versions(python)}\n")
     site = str(folder / "site")
-    run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, str(path)], cwd=folder.parent)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", site]
+    run([*install, str(path)], cwd=folder.parent)
     shutil.copytree(source / "tests", folder / "tests")
     shutil.copy(source / "pyproject.toml", folder)
     for name in TESTS_OF_SOURCES:
         (folder / "tests" / "ops" / name).unlink()
     run(
-        [python, "-m", "pytest", "-q", "-n", "2", "-p", "no:benchmark", "-p", "no:cacheprovider", "tests/ops"],
+        [python, "-m", "pytest", "-q", "-n", "2", "-p", "no:benchmark", "-p", "no:cacheprovider", *tests],
         cwd=folder,
         PYTHONPATH=site,
         TLCR_EXPECTED=kind,

@@ -113,4 +113,4 @@ def run(command: Sequence[str], what: str) -> None:
 
 
 def compiled(folder: Path) -> bool:
-    return any(folder.glob("tlcr/_C*.so"))
+    return (folder / "tlcr/libtlcr.so").exists() or any(folder.glob("tlcr/_C*.so"))  # the latter in older commits

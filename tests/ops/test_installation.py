@@ -41,7 +41,7 @@ class TestCUDABuild:
         triton = importlib.util.find_spec("triton")
         assert triton is not None and triton.origin is not None, "a CUDA build of torch comes with triton"
         tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        (library,) = Path(tlcr.__file__).parent.glob("_C*.so")
+        library = Path(tlcr.__file__).with_name("libtlcr.so")
         listed = {
             kind: subprocess.run([tool, option, library], capture_output=True, text=True, check=True).stdout
             for kind, option in (("code", "--list-elf"), ("ptx", "--list-ptx"))

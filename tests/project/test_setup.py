@@ -39,6 +39,7 @@ def decide(build: ModuleType, wanted: str, torch: str | None, nvcc: str, compile
     ("torch", "nvcc", "kind", "remark"),
     [
         (None, "13.0", None, "--no-build-isolation"),
+        ("2.9.1 13.0", "13.0", None, "torch 2.9.1 lacks the headers; install torch 2.10 or later"),
         ("2.13.0 cpu", "13.0", "cpu", "torch 2.13.0 is not a CUDA build"),
         ("2.11.0 13.0", "no nvcc there", "cpu", "no nvcc there; install the CUDA toolkit 13.0, or say in CUDA_HOME"),
         ("2.11.0 13.0", "12.8", "cpu", "is of CUDA 12.8 and torch 2.11.0 of CUDA 13.0"),
@@ -153,16 +154,13 @@ def test_the_toolkit_is_found_by_its_nvcc(build: ModuleType, toolkit: Path, monk
     assert build.find_toolkit().home == toolkit
 
 
-def test_a_missing_torch_compiler_or_header_is_found_missing(
-    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_torch_or_compiler_is_found_missing(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     assert build.find_torch() is None
     monkeypatch.setenv("CXX", "no-such-compiler -flag")
     assert build.find_compiler_problem().startswith("there was no C++ compiler 'no-such-compiler -flag'; install g++")
     monkeypatch.setenv("CXX", sys.executable)
-    monkeypatch.setattr(build.sysconfig, "get_path", lambda _: str(tmp_path))
-    assert build.find_compiler_problem().startswith(f"there was no Python.h in {tmp_path}; install Python's headers")
+    assert build.find_compiler_problem() is None
 
 
 @pytest.fixture
