@@ -36,7 +36,7 @@ ARCH_LIST = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 KERNELS = Path("tlcr", "kernels")
 
 OLDEST_TORCH = (2, 10)
-"""The first torch whose stable headers have all that csrc/torch uses; a library built beside any later one serves it."""
+"""The first torch whose stable ABI has all that csrc/torch uses. A library built beside any later one serves it too."""
 
 LIBRARY, MODULE = "tlcr.libtlcr", "tlcr._C"
 

@@ -2,9 +2,9 @@
 
 Usage: python .ci/wheels.py PYTHON OTHER_PYTHON
 
-The CPU wheel is compiled once, by the first, and tested beside both, which are different Pythons with different torches.
-The second has a CUDA build of torch, for which nvcc is needed, and no GPU; where there is one, the same tests run on it.
-Both have what the tests need, and the first has auditwheel.
+The CPU wheel is compiled once, by the first, and tested beside both, which are two versions of Python and of torch. The
+second has a CUDA build of torch, for which nvcc is needed. A GPU is not, and where there is one, the same tests run on
+it. Both have what the tests need, and the first has auditwheel.
 """
 
 import os

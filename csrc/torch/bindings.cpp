@@ -85,8 +85,8 @@ void check_cumulative_lengths(const Tensor& cu_seqlens, int64_t tokens) {
   const int32_t* offset = static_cast<const int32_t*>(pointer(cu_seqlens));
   const int64_t count = cu_seqlens.numel();
   require(count > 0 && offset[0] == 0 && std::is_sorted(offset, offset + count) && offset[count - 1] <= tokens,
-              "tlcr: fused_gae needs cu_seqlens that begin with 0, never descend and end at the number of tokens or "
-              "before");
+          "tlcr: fused_gae needs cu_seqlens that begin with 0, never descend and end at the number of tokens or "
+          "before");
 }
 
 // Which of the packed positions count: those of a sequence, less what the mask leaves out.
@@ -180,8 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor& logprobs, const Tensor
                                             const MaybeTensor& entropy, double entropy_coef, const MaybeTensor& kl,
                                             double kl_coef, bool per_sequence, std::optional<double> denominator,
                                             const MaybeTensor& denominator_tensor) {
-  const Dtype real =
-      real_dtype(logprobs, old_logprobs, advantages, values, old_values, returns, entropy, kl);
+  const Dtype real = real_dtype(logprobs, old_logprobs, advantages, values, old_values, returns, entropy, kl);
   const PPOOptions options{
       clip,    clip_high,    dual_clip.value_or(kInfinity), value_clip.value_or(kInfinity), value_coef, entropy_coef,
       kl_coef, per_sequence, denominator.value_or(0)};

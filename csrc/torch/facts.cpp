@@ -25,8 +25,8 @@ std::string facts() {
   for (const auto& [name, signature] : signatures())
     operators += (operators.empty() ? "" : ", ") + quoted(name) + ": " + quoted(signature);
 #ifdef TLCR_CUDA
-  const std::string cuda = quoted(std::to_string(CUDART_VERSION / 1000) + "." +
-                                  std::to_string(CUDART_VERSION % 1000 / 10));
+  const std::string cuda =
+      quoted(std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10));
 #else
   const std::string cuda = "null";
 #endif

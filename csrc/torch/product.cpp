@@ -85,11 +85,11 @@ void multiply_by_cublas(const Product& p) {
   check(torch_get_current_cuda_blas_handle(&handle));
   const cudaDataType_t half = dtype_of(p.first.matrix) == kHalf ? CUDA_R_16F : CUDA_R_16BF;
   const float one = 1.0f;
-  const cublasStatus_t status = cublasGemmEx(
-      static_cast<cublasHandle_t>(handle), p.first.transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
-      p.second.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, p.m, p.n, p.k, &one, p.first.matrix.data_ptr(), half,
-      p.first.stride, p.second.matrix.data_ptr(), half, p.second.stride, &p.keep, p.sum, CUDA_R_32F, p.m,
-      CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+  const cublasStatus_t status =
+      cublasGemmEx(static_cast<cublasHandle_t>(handle), p.first.transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
+                   p.second.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, p.m, p.n, p.k, &one, p.first.matrix.data_ptr(),
+                   half, p.first.stride, p.second.matrix.data_ptr(), half, p.second.stride, &p.keep, p.sum, CUDA_R_32F,
+                   p.m, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
   require(status == CUBLAS_STATUS_SUCCESS, cublasGetStatusString(status));
 }
 #endif
@@ -126,8 +126,7 @@ void product(const Tensor& result, const Tensor& left, const Tensor& right) {
 
 void add_product(const Tensor& sum, const Tensor& left, const Tensor& right) {
   // addmm without its Scalars: a product to which a "bias" of any shape is added.
-  if (!multiplied(sum, left, right, 1.0f))
-    call("aten::linear", "out", left, transposed(right), MaybeTensor(sum), sum);
+  if (!multiplied(sum, left, right, 1.0f)) call("aten::linear", "out", left, transposed(right), MaybeTensor(sum), sum);
 }
 
 }  // namespace tlcr

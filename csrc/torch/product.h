@@ -8,8 +8,8 @@ namespace tlcr {
 // Whether half-precision matrices like this one can be multiplied without widening them first.
 bool multiplies_into_float(const Tensor& factor);
 
-// left (M, K) times right (K, N) into `result` (M, N), which is contiguous. The factors have its dtype, or one for which
-// multiplies_into_float.
+// left (M, K) times right (K, N) into `result` (M, N), which is contiguous. The factors have its dtype, or one for
+// which multiplies_into_float.
 void product(const Tensor& result, const Tensor& left, const Tensor& right);
 
 // The same, added to what `sum` holds.

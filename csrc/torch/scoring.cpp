@@ -51,12 +51,8 @@ struct Tokens {
   MaybeTensor temperatures;
   Dtype real;
 
-  Tokens(const Tensor& token_ids, double temperature, const MaybeTensor& temperatures, Dtype real,
-         int64_t vocabulary)
-      : ids(dense(token_ids, kLong)),
-        temperature(temperature),
-        temperatures(dense(temperatures, real)),
-        real(real) {
+  Tokens(const Tensor& token_ids, double temperature, const MaybeTensor& temperatures, Dtype real, int64_t vocabulary)
+      : ids(dense(token_ids, kLong)), temperature(temperature), temperatures(dense(temperatures, real)), real(real) {
     // On a GPU the kernel checks the ids: the host would have to wait for them.
     if (!ids.is_cpu()) return;
     const int64_t* id = static_cast<const int64_t*>(pointer(ids));
@@ -337,7 +333,8 @@ HiddenGradients score_hidden_backward(const MaybeTensor& g_logprobs, const Maybe
   const int64_t token_bytes = vocabulary * real_bytes * models;
   const int64_t memory_bytes = std::min(chunk_tokens, std::numeric_limits<int64_t>::max() / token_bytes) * token_bytes;
   const bool narrows = head.dtype() != real;
-  const int64_t logit_bytes = real_bytes * (reference.has_value() ? 2 : 1) + (narrows ? element_size(dtype_of(weight)) : 0);
+  const int64_t logit_bytes =
+      real_bytes * (reference.has_value() ? 2 : 1) + (narrows ? element_size(dtype_of(weight)) : 0);
   // Beside its logits, a column needs its part of the head, widened, and of the head's gradient, before it is rounded.
   const int64_t wide = (dtype_of(weight) != real ? 1 : 0) + (dtype_of(weight) != head.dtype() ? 1 : 0);
   const Part part(count, weight, wants_hidden, wants_weight, memory_bytes, logit_bytes, wide * width * real_bytes);

@@ -55,8 +55,8 @@ def build_info() -> dict[str, Any]:
         build), `torch`, `oldest_torch`, `cuda` and `arch_list`. Then what the extension says of itself, each None where
         it is not loaded: `compiler`, `instruction_set` (of the CPU kernels on this processor, as ATEN_CPU_CAPABILITY
         allows). Then `python` and `pybind11`, of the module that a checkout has beside the library; None elsewhere,
-        because the library serves every Python. Then `problem`: why an extension that is there is not loaded, else None. And `rebuild`: the command that builds
-        this installation anew, against the torch that is installed.
+        because the library serves every Python. Then `problem`: why an extension that is there is not loaded, else
+        None. And `rebuild`: the command that builds this installation anew, against the torch that is installed.
     """
     record, problem = read_record(), _problem()
     facts = library_facts() if record.extension is not None and problem is None else {}
@@ -151,7 +151,7 @@ def mismatch(record: BuildRecord, torch_version: str, torch_cuda: str | None) ->
 
     Torch keeps its stable interface within a major version, and adds to it. The CUDA runtime keeps its own within one.
     """
-    needed = record.oldest_torch or record.torch  # builds before there was one library for every torch had no such field
+    needed = record.oldest_torch or record.torch  # an older record has no such field
     oldest, found = (tuple(map(int, _parts(version, 2))) for version in (needed, torch_version))
     if not oldest <= found < (oldest[0] + 1,):
         return f"tlcr's compiled kernels need torch>={needed},<{oldest[0] + 1} and meet torch {torch_version}"

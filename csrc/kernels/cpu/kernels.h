@@ -23,8 +23,8 @@ struct Kernels {
   void (*gated_silu_backward)(const GatedSiLUBackwardArguments&, int64_t begin, int64_t end);
 };
 
-// The best table that this processor can run. ATEN_CPU_CAPABILITY, which limits torch's own kernels when it is "avx2" or
-// "default", limits these too; it is read once.
+// The best table that this processor can run. ATEN_CPU_CAPABILITY, which limits torch's own kernels when it is "avx2"
+// or "default", limits these too; it is read once.
 const Kernels& kernels();
 
 }  // namespace tlcr::cpu
