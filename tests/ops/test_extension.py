@@ -84,9 +84,7 @@ def record(installation: Path, **facts: str | None) -> None:
     (installation / "tlcr" / "_build.json").write_text(json.dumps(built), encoding="utf-8")
 
 
-def run(
-    installation: Path, code: str, *options: str, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def run(installation: Path, code: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *options, "-c", code],
         cwd=installation,
