@@ -148,6 +148,18 @@ std::pair<Tensor, MaybeTensor> same_dtype(const Tensor& logits, const MaybeTenso
   return {cast(policy, common), cast(reference, common)};
 }
 
+// Inside an operator no gradients are recorded. (Autocast needs no guard: it knows none of the operators called here.)
+class WithoutGradients {
+ public:
+  WithoutGradients() { aoti_torch_grad_mode_set_enabled(false); }
+  WithoutGradients(const WithoutGradients&) = delete;
+  WithoutGradients& operator=(const WithoutGradients&) = delete;
+  ~WithoutGradients() { aoti_torch_grad_mode_set_enabled(before_); }
+
+ private:
+  bool before_ = aoti_torch_grad_mode_is_enabled();
+};
+
 // Memory that is about to be written completely.
 Tensor fresh(Sizes sizes, Dtype dtype, const Tensor& like) {
   Tensor memory = empty(sizes, dtype, like);
@@ -258,6 +270,7 @@ class GradientSum {
 
 Scores score_tokens(const Tensor& logits, const Tensor& token_ids, const MaybeTensor& ref_logits, double temperature,
                     const MaybeTensor& temperatures) {
+  const WithoutGradients without_gradients;
   const Dtype real = real_dtype(logits, ref_logits);
   const auto [policy, reference] = same_dtype(logits, ref_logits);
   const Tokens tokens(token_ids, temperature, temperatures, real, logits.size(-1));
@@ -270,6 +283,7 @@ Tensor score_tokens_backward(const MaybeTensor& g_logprobs, const MaybeTensor& g
                              const Tensor& logits, const Tensor& token_ids, const MaybeTensor& ref_logits,
                              double temperature, const MaybeTensor& temperatures, const Tensor& entropy,
                              const Tensor& kl, const Tensor& stats, const Tensor& ref_stats) {
+  const WithoutGradients without_gradients;
   const auto [policy, reference] = same_dtype(logits, g_kl.has_value() ? ref_logits : MaybeTensor());
   const Tokens tokens(token_ids, temperature, temperatures, dtype_of(entropy), logits.size(-1));
   const Incoming in(g_logprobs, g_entropy, g_kl, entropy, kl, stats, ref_stats);
@@ -281,6 +295,7 @@ Tensor score_tokens_backward(const MaybeTensor& g_logprobs, const MaybeTensor& g
 Scores score_hidden(const Tensor& hidden, const Tensor& weight, const Tensor& token_ids, const MaybeTensor& bias,
                     const MaybeTensor& ref_hidden, const MaybeTensor& ref_weight, const MaybeTensor& ref_bias,
                     double temperature, const MaybeTensor& temperatures, int64_t chunk_tokens) {
+  const WithoutGradients without_gradients;
   const Dtype real = real_dtype(hidden, weight, bias, ref_hidden, ref_weight, ref_bias);
   const int64_t count = token_ids.numel(), vocabulary = weight.size(0);
   const Tokens tokens(token_ids, temperature, temperatures, real, vocabulary);
@@ -313,6 +328,7 @@ HiddenGradients score_hidden_backward(const MaybeTensor& g_logprobs, const Maybe
                                       const MaybeTensor& temperatures, int64_t chunk_tokens, const Tensor& entropy,
                                       const Tensor& kl, const Tensor& stats, const Tensor& ref_stats, bool wants_hidden,
                                       bool wants_weight, bool wants_bias) {
+  const WithoutGradients without_gradients;
   const Dtype real = dtype_of(entropy);
   const int64_t count = token_ids.numel(), vocabulary = weight.size(0), width = weight.size(1);
   const Tokens tokens(token_ids, temperature, temperatures, real, vocabulary);
