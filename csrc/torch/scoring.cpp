@@ -17,13 +17,13 @@ namespace {
 constexpr int64_t kProductTile = 128;
 
 // The shape of a tensor that does not exist in a call.
-const std::vector<int64_t> kNone{0};
+constexpr std::array<int64_t, 1> kNone{0};
 
 struct Results {
   Tensor logprobs, entropy, ref_logprobs, kl, stats, ref_stats;
 
   Results(const Tensor& token_ids, Dtype real, bool with_reference)
-      : Results(token_ids, real, token_ids.sizes().vec(), with_reference ? token_ids.sizes().vec() : kNone) {}
+      : Results(token_ids, real, token_ids.sizes().vec(), with_reference ? token_ids.sizes().vec() : Shape{0}) {}
 
   Scores scores() const { return {logprobs, entropy, ref_logprobs, kl, stats, ref_stats}; }
 
@@ -246,24 +246,25 @@ class GradientSum {
  public:
   // `one_product`: every row of the result is one product, of at most `rows` rows at a time.
   GradientSum(const Tensor& result, int64_t rows, bool one_product, Dtype real)
-      : result_(result), one_product_(one_product), direct_(dtype_of(result) == real) {
-    if (!direct_) sum_ = fresh({one_product ? rows : result.size(0), result.size(1)}, real, result);
-  }
+      : result_(result),
+        direct_(dtype_of(result) == real),
+        one_product_(one_product),
+        sum_(direct_ ? result : fresh({one_product ? rows : result.size(0), result.size(1)}, real, result)) {}
 
   void add(int64_t begin, int64_t rows, bool is_first, const Tensor& left, const Tensor& right) {
-    const Tensor sum = direct_ ? rows_of(result_, begin, rows) : rows_of(*sum_, one_product_ ? 0 : begin, rows);
+    const Tensor sum = rows_of(sum_, one_product_ && !direct_ ? 0 : begin, rows);
     is_first ? product(sum, left, right) : add_product(sum, left, right);
     if (one_product_ && !direct_) copy_into(rows_of(result_, begin, rows), sum);
   }
 
   void finish() {
-    if (!one_product_ && !direct_) copy_into(result_, *sum_);
+    if (!one_product_ && !direct_) copy_into(result_, sum_);
   }
 
  private:
   Tensor result_;
-  MaybeTensor sum_;
-  bool one_product_, direct_;
+  bool direct_, one_product_;
+  Tensor sum_;
 };
 
 }  // namespace
@@ -304,17 +305,14 @@ Scores score_hidden(const Tensor& hidden, const Tensor& weight, const Tensor& to
   const std::optional<Head> reference = reference_of(ref_hidden, ref_weight, ref_bias, real);
   const int64_t chunk = std::min(chunk_tokens, std::max<int64_t>(1, count));
   const Tensor weight_VH = head.weight(0, vocabulary), memory = fresh({chunk * vocabulary}, real, hidden);
-  MaybeTensor ref_weight_VH, ref_memory;
-  if (reference.has_value()) {
-    ref_weight_VH = reference->weight(0, vocabulary);
-    ref_memory = fresh({chunk * vocabulary}, real, hidden);
-  }
+  const Tensor ref_weight_VH = reference.has_value() ? reference->weight(0, vocabulary) : weight_VH;
+  const Tensor ref_memory = fresh({reference.has_value() ? chunk * vocabulary : 0}, real, hidden);
   for (int64_t begin = 0; begin < count; begin += chunk) {
     const int64_t rows = std::min(chunk, count - begin);
     const Tensor logits_RV = head.logits(head.hidden(begin, rows), weight_VH, 0, memory);
     MaybeTensor ref_logits_RV;
     if (reference.has_value()) {
-      ref_logits_RV = reference->logits(reference->hidden(begin, rows), *ref_weight_VH, 0, *ref_memory);
+      ref_logits_RV = reference->logits(reference->hidden(begin, rows), ref_weight_VH, 0, ref_memory);
     }
     score_rows(logits_RV, ref_logits_RV, tokens, out, begin, rows);
   }
@@ -370,12 +368,11 @@ HiddenGradients score_hidden_backward(const MaybeTensor& g_logprobs, const Maybe
   for (const MaybeTensor& g : {in.g_logprobs, in.g_entropy, in.g_kl})
     if (g.has_value()) call("aten::logical_or_", "", counts_N1, view(*g, {count, 1}, {1, 1}));
 
-  MaybeTensor hidden_RH, ref_hidden_RH;
+  Tensor hidden_RH = zero, ref_hidden_RH = zero;  // set where the first part of the vocabulary begins
   for (int64_t first = 0; first < vocabulary; first += part.columns) {
     const int64_t columns = std::min(part.columns, vocabulary - first);
     const Tensor weight_CH = head.weight(first, columns);
-    MaybeTensor ref_weight_CH;
-    if (reference.has_value()) ref_weight_CH = reference->weight(first, columns);
+    const Tensor ref_weight_CH = reference.has_value() ? reference->weight(first, columns) : weight_CH;
     for (int64_t begin = 0; begin < count; begin += part.rows) {
       const int64_t rows = std::min(part.rows, count - begin);
       if (first == 0) {
@@ -383,10 +380,10 @@ HiddenGradients score_hidden_backward(const MaybeTensor& g_logprobs, const Maybe
         hidden_RH = call("aten::where", "self", rows_of(counts_N1, begin, rows), head.hidden(begin, rows), zero);
         if (reference.has_value()) ref_hidden_RH = reference->hidden(begin, rows);
       }
-      const Tensor logits_RC = head.logits(*hidden_RH, weight_CH, first, memory);
+      const Tensor logits_RC = head.logits(hidden_RH, weight_CH, first, memory);
       MaybeTensor ref_logits_RC;
       if (reference.has_value()) {
-        ref_logits_RC = reference->logits(*ref_hidden_RH, *ref_weight_CH, first, ref_memory);
+        ref_logits_RC = reference->logits(ref_hidden_RH, ref_weight_CH, first, ref_memory);
       }
       const Tensor grad_RC = narrows ? matrix(narrow_memory, rows, columns) : logits_RC;
       score_rows_backward(logits_RC, ref_logits_RC, tokens, in, grad_RC, begin, rows, first);
@@ -395,7 +392,7 @@ HiddenGradients score_hidden_backward(const MaybeTensor& g_logprobs, const Maybe
         torch::stable::sum_out(sum_C, grad_RC, {{0}});
       }
       if (wants_hidden) sum_hidden->add(begin, rows, first == 0, grad_RC, weight_CH);
-      if (wants_weight) sum_weight->add(first, columns, begin == 0, transposed(grad_RC), *hidden_RH);
+      if (wants_weight) sum_weight->add(first, columns, begin == 0, transposed(grad_RC), hidden_RH);
     }
   }
   if (wants_hidden) sum_hidden->finish();

@@ -47,9 +47,11 @@ Tensor call(const char* name, const char* overload, const Values&... values) {
 
 // torch's number of a dtype.
 using Dtype = int32_t;
+// NOLINTBEGIN(bugprone-throwing-static-initialization): functions of C, which throw nothing
 inline const Dtype kFloat = aoti_torch_dtype_float32(), kDouble = aoti_torch_dtype_float64(),
                    kBFloat16 = aoti_torch_dtype_bfloat16(), kHalf = aoti_torch_dtype_float16(),
                    kBool = aoti_torch_dtype_bool(), kInt = aoti_torch_dtype_int32(), kLong = aoti_torch_dtype_int64();
+// NOLINTEND(bugprone-throwing-static-initialization)
 
 inline Dtype dtype_of(const Tensor& tensor) {
   Dtype dtype = 0;

@@ -19,7 +19,7 @@ namespace {
 
 const Kernels& best() {
 #if defined(__x86_64__)
-  const char* named = std::getenv("ATEN_CPU_CAPABILITY");
+  const char* named = std::getenv("ATEN_CPU_CAPABILITY");  // NOLINT(concurrency-mt-unsafe): once, as torch does
   const std::string_view limit = named == nullptr ? "" : named;
   // __builtin_cpu_supports checks the processor, and also whether the operating system saves the registers.
   const bool has_avx2 =
