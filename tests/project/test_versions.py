@@ -56,7 +56,7 @@ def test_the_lowest_versions_that_are_run_are_the_lower_bounds(script: ModuleTyp
 def test_one_library_serves_every_torch_that_is_allowed(script: ModuleType) -> None:
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     (oldest,) = re.findall(r"^OLDEST_TORCH = \((\d+), (\d+)\)$", setup, re.MULTILINE)
-    assert Version(".".join(oldest)) <= pinned(script, "lowest")["torch"]
+    assert Version(".".join(oldest)) <= Version(script.pinned("lowest")["torch"])
 
 
 def test_the_newest_versions_that_are_run_are_allowed(script: ModuleType) -> None:
