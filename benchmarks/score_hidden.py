@@ -78,7 +78,7 @@ class Scratch:
         # Hidden states with zeros where nothing is wanted; while they are made for some rows, those of the rows before.
         needed += rows * self.width * factor * (1 if rows == self.tokens else 2)
         if self.widens:
-            # Where one part has all rows, the policy's widened hidden states are let go before the reference's are made.
+            # Where one part has all rows, the policy's widened states are let go before the reference's are made.
             needed += (heads * columns + (1 if rows == self.tokens else heads) * rows) * self.width * self.real
         if rounds and hidden:
             needed += (rows if columns == self.vocabulary else self.tokens) * self.width * self.real
