@@ -211,7 +211,8 @@ class Head {
 std::optional<Head> reference_of(const MaybeTensor& hidden, const MaybeTensor& weight, const MaybeTensor& bias,
                                  Dtype real) {
   if (!hidden.has_value()) return std::nullopt;
-  require(weight.has_value(), "tlcr: score_hidden got ref_hidden without ref_weight, wanted both or neither");
+  if (!weight.has_value())
+    throw std::runtime_error("tlcr: score_hidden got ref_hidden without ref_weight, wanted both or neither");
   return Head(*weight, bias, *hidden, real);
 }
 
