@@ -66,6 +66,14 @@ RUN_VARIABLES = {"ACCELERATE_USE_CPU", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS"}
 """Variables of accelerate, torch and OpenMP that documents set for a run."""
 
 
+def of_torch() -> tuple[str, ...]:
+    """The libraries that `make wheels` has auditwheel leave out of a wheel."""
+    found = re.search(r"^OF_TORCH = (.*)$", (ROOT / ".ci/wheels.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert found is not None
+    names: tuple[str, ...] = ast.literal_eval(found[1])
+    return names
+
+
 def check_command(words: list[str]) -> None:
     """Raises AssertionError for a command that this repository does not know."""
     if words[0] == "make":
@@ -86,6 +94,8 @@ def check_command(words: list[str]) -> None:
         assert (ROOT / words[1]).is_file(), words
     elif words[0] == "pip":
         check_pip(words[1], words[2:])
+    elif words[:2] == ["auditwheel", "repair"]:
+        assert words[2:-1] == [word for name in of_torch() for word in ("--exclude", name)], words
     elif words[0] == "cp":
         assert (ROOT / words[1]).is_file(), words
     elif words[:2] == ["git", "clone"]:
