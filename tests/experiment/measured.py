@@ -20,7 +20,6 @@ from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.models.loading import load_causal_lm
 from tlcr.recipes.train_ppo import train_ppo
 from tlcr.rewards.sources import CallableSource
-from tlcr.training.sharding import local, plan, shard
 from tlcr.types import EncodedAnswer
 
 PROMPT, ANSWER, ROWS = 24, 40, 8
@@ -29,7 +28,7 @@ CLOSE = 0.05
 
 def measured(train: Callable[[], object], *models: nn.Module) -> int:
     """The bytes of the models, and the largest sum of what torch's CPU allocator gave and did not take back."""
-    weights = sum(local(parameter).nbytes for model in models for parameter in model.parameters())
+    weights = sum(parameter.nbytes for model in models for parameter in model.parameters())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         train()
     return weights + max(itertools.accumulate(allocations(recorded), initial=0))
@@ -48,9 +47,8 @@ def config(folder: Path, changes: dict[str, Any]) -> RunConfig:
     )
 
 
-def estimate(cfg: RunConfig, stage: str, *, processes: int = 1) -> Estimate:
-    machine = Machine(gpu=False, processes=processes)
-    estimates = estimate_run(cfg, Architecture(build_on_meta(cfg.model)), machine)
+def estimate(cfg: RunConfig, stage: str) -> Estimate:
+    estimates = estimate_run(cfg, Architecture(build_on_meta(cfg.model)), Machine(gpu=False))
     return next(estimate for estimate in estimates if estimate.stage == stage)
 
 
@@ -76,8 +74,6 @@ def peak_of_ppo(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
     policy, reference = load_causal_lm(cfg.model), load_causal_lm(cfg.model)
     value_model = build_value_model(cfg.ppo, cfg.model, policy=policy)
     actor_critic = ActorCritic(policy, value_model, chunk_tokens=cfg.ppo.chunk_tokens)
-    for root in (actor_critic, reference):
-        shard(root, plan(cfg.sharding))
     given = {
         "actor_critic": actor_critic,
         "reference": reference,

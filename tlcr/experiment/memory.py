@@ -55,13 +55,18 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Role:
-    """One model in memory, in bytes. ``optimizer``: float32 moments and, for bfloat16, the rest of the masters."""
+    """One model in memory, in bytes.
+
+    gradients: with ``buckets``, in which data parallelism sums them.
+    optimizer: float32 moments and, for bfloat16, the rest of the masters.
+    """
 
     name: str
     parameters: int
     weights: int
     gradients: int = 0
     optimizer: int = 0
+    buckets: int = 0
 
     @property
     def total(self) -> int:
@@ -241,7 +246,8 @@ def _of_a_process(role: Role, cfg: RunConfig, machine: Machine) -> Role:
     shards = shards_of(cfg, machine)
     if shards is None:
         # Data parallelism sums gradients in buckets, which are as large.
-        return replace(role, gradients=role.gradients * (1 if machine.processes == 1 else 2))
+        buckets = 0 if machine.processes == 1 else role.gradients
+        return replace(role, gradients=role.gradients + buckets, buckets=buckets)
     weights, gradients, optimizer = (math.ceil(n / shards[-1]) for n in (role.weights, role.gradients, role.optimizer))
     return replace(role, weights=weights, gradients=gradients, optimizer=optimizer)
 
@@ -307,7 +313,7 @@ def _training(
 ) -> Phase:
     """A phase with gradients. A step that is the first since they were freed makes them itself."""
     peak = architecture.peak(step, cfg, machine)
-    own = 0 if step.again else sum(role.gradients for role in roles)
+    own = 0 if step.again else sum(role.gradients - role.buckets for role in roles)
     return Phase(name, max(0, peak - own), with_gradients=True)
 
 

@@ -39,7 +39,7 @@ from tlcr.models.layers import fuse_layers
 from tlcr.models.loading import answer_logprobs, disable_dropout, enable_gradient_checkpointing
 from tlcr.training.sharding import REPLICATE, SHARD, Sharding, gathered, local, shard
 
-__all__ = ["Simulator", "Step", "head_width", "key_value_heads"]
+__all__ = ["Simulator", "Step", "forward", "processes_in_name"]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Simulator:
         """
         if step not in self._peaks:
             modules = self._modules(step)
-            with _processes(self._shards, self._reduce_dtype) as sharding, FakeTensorMode():
+            with processes_in_name(self._shards, self._reduce_dtype) as sharding, FakeTensorMode():
                 self._peaks[step] = _peak(step, modules, sharding)
         return self._peaks[step]
 
@@ -173,7 +173,7 @@ def _peak(step: Step, modules: Sequence[Any], sharding: Sharding | None) -> int:
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
     known = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     known += [tensor.grad for tensor in known if tensor.grad is not None]
-    run = _forward(step, *modules)
+    run = forward(step, *modules)
     with torch.set_grad_enabled(step.trains), _Allocations(map(local, known)) as allocations:
         outputs = run()
         if step.trains:
@@ -182,7 +182,7 @@ def _peak(step: Step, modules: Sequence[Any], sharding: Sharding | None) -> int:
 
 
 @contextmanager
-def _processes(shards: tuple[int, ...] | None, reduce_dtype: torch.dtype) -> Iterator[Sharding | None]:
+def processes_in_name(shards: tuple[int, ...] | None, reduce_dtype: torch.dtype) -> Iterator[Sharding | None]:
     """The sharding of this process among others that do not exist: their part of every exchange is never there."""
     if shards is None:
         yield None
@@ -195,10 +195,11 @@ def _processes(shards: tuple[int, ...] | None, reduce_dtype: torch.dtype) -> Ite
         dist.destroy_process_group()
 
 
-def _forward(step: Step, model: Any, reference: PreTrainedModel | None = None) -> Callable[[], list[Tensor]]:
+def forward(step: Step, model: Any, reference: PreTrainedModel | None = None) -> Callable[[], list[Tensor]]:
+    """What runs a step forward, and returns what has a gradient."""
     ids_BL = torch.zeros((step.rows, step.columns), dtype=torch.long)
     mask_BL = torch.ones((step.rows, step.columns), dtype=torch.bool)
-    actions_N = torch.zeros(step.rows * step.answer, dtype=torch.long)
+    actions_N = torch.ones(step.rows * step.answer, dtype=torch.long)
     if step.kind in SAMPLING:
         return _sampling(step, model, ids_BL, mask_BL)
 
@@ -252,7 +253,7 @@ def _full_cache(policy: PreTrainedModel, step: Step) -> DynamicCache:
     config = policy.config.get_text_config()
     cache = DynamicCache(config=policy.config)
     for layer in range(config.num_hidden_layers):
-        shape = (step.rows, key_value_heads(config), step.columns - 1, head_width(config))
+        shape = (step.rows, _key_value_heads(config), step.columns - 1, _head_width(config))
         cache.update(torch.empty(shape, dtype=policy.dtype), torch.empty(shape, dtype=policy.dtype), layer)
     return cache
 
@@ -266,12 +267,12 @@ def _next_token(policy: PreTrainedModel, ids_BL: Tensor, cache: DynamicCache | N
     return torch.multinomial((logits_BV / 1.0).softmax(dim=-1), 1)
 
 
-def key_value_heads(config: Any) -> int:
+def _key_value_heads(config: Any) -> int:
     """Heads of keys and values in one layer of a model of that config."""
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
-def head_width(config: Any) -> int:
+def _head_width(config: Any) -> int:
     """Values of one head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
