@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,8 +30,8 @@ from tlcr.models.sft import completion_loss
 from tlcr.recipes.train_discriminator import _loss as discriminator_loss
 from tlcr.text.padding import collate_completions
 from tlcr.training.callbacks import Callback
+from tlcr.training.checkpoint import latest_checkpoint
 from tlcr.training.distributed import process_index
-from tlcr.training.loop import TrainingLoop
 from tlcr.training.metrics import read_metrics
 from tlcr.training.sharding import local, shard_model
 from tlcr.training.supervised import Batch, LossParts, fit, mean_loss
@@ -110,7 +112,9 @@ class Training:
     def evaluate(self, model: PreTrainedModel) -> dict[str, float]:
         return mean_loss(model, self.examples[:7], collate=self.collate, loss=self.loss, batch_size=2)
 
-    def fit(self, model: PreTrainedModel, folder: Path, *callbacks: Callback, **changes: Any) -> list[dict[str, Any]]:
+    def fit(
+        self, model: PreTrainedModel, folder: Path, *callbacks: Callback, resume: bool = False, **changes: Any
+    ) -> list[dict[str, Any]]:
         settings: dict[str, Any] = {
             "epochs": 1,
             "batch_size": ROWS,
@@ -118,7 +122,7 @@ class Training:
             "learning_rate": 1e-3,
             "max_grad_norm": 1e9,
             "schedule": "constant",
-            "save_every": 0,
+            "save_every": 2,
         }
         fit(
             model=model,
@@ -128,10 +132,15 @@ class Training:
             cfg=TrainingConfig(**(settings | changes)),
             folder=folder,
             seed=3,
+            resume=resume,
             evaluate=self.evaluate,
             callbacks=callbacks,
         )
         return read_metrics(folder / "metrics.jsonl")
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: figure for key, figure in row.items() if not key.startswith("time")}
 
 
 TRAININGS = ("SFT", "reward model", "DPO", "discriminator")
@@ -254,19 +263,40 @@ def what_diverges_on_one_process_ends_both(folder: Path) -> None:
 
     training.loss = poisoned
     training.evaluate = lambda model: {}  # type: ignore[method-assign]
-    saved: list[int] = []
-
-    def save(loop: TrainingLoop) -> Path:
-        saved.append(loop.step)
-        return folder
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingLoop, "save", save)
-        with pytest.raises(TrainingDiverged, match="step 1 has the loss nan"):
-            training.fit(model, folder / "diverges")
-    assert saved == [0]
+    with pytest.raises(TrainingDiverged, match=r"step 1 has the loss nan .* saved in .*/step-000000"):
+        training.fit(model, folder / "diverges")
+    saved = latest_checkpoint(folder / "diverges" / "checkpoints")
+    assert saved is not None and saved.name == "step-000000" and (saved / "shards").is_dir()
     for parameter, start in zip(model.parameters(), before, strict=True):
         assert torch.equal(local(parameter), start)
+
+
+class StopOneProcess(Callback):
+    """Tells the second process to stop after a step; it alone gets the signal."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, step: int, metrics: Any) -> None:
+        if step == self.step and process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@checks
+def a_training_that_was_stopped_ends_as_one_that_was_not(folder: Path) -> None:
+    """Within an epoch, between two checkpoints that were due, in masters and moments of every training."""
+    changes: dict[str, Any] = {"epochs": 2, "batch_size": 4, "schedule": "cosine", "learning_rate": 1e-2}
+    for name in TRAININGS:
+        training = Training(name, torch.bfloat16)
+        straight, place = cut(training.build()), folder / f"stopped {name}"
+        wanted = training.fit(straight, folder / f"straight {name}", **changes)
+        with pytest.raises(KeyboardInterrupt, match=r"after step 3; the state is saved in .*step-000003"):
+            training.fit(cut(training.build()), place, StopOneProcess(3), **changes)
+        resumed = cut(training.build())
+        found = training.fit(resumed, place, resume=True, **changes)
+        assert [without_times(row) for row in found] == [without_times(row) for row in wanted], name
+        for (key, ours), theirs in zip(resumed.named_parameters(), straight.parameters(), strict=True):
+            assert torch.equal(local(ours), local(theirs)), (name, key)
 
 
 if __name__ == "__main__":
