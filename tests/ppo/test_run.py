@@ -291,6 +291,27 @@ def test_a_finished_run_is_loaded_and_no_round_is_done_again(make: Make, tmp_pat
             make(cfg).begin(resume=resume)
 
 
+@pytest.mark.parametrize("then", [None, 2])
+def test_how_many_processes_trained_a_finished_run_does_not_matter(
+    make: Make, tmp_path: Path, then: int | None
+) -> None:
+    """Sharded runs name no number of processes, and earlier versions named it in the record of a finished run."""
+    first = make()
+    first.begin(resume=False)
+    train(first)
+    first.end(stopped=False)
+    record = tmp_path / "done.json"
+    done = json.loads(record.read_text())
+    assert "processes" not in done["config"] and done["config"]["seed"] == 3
+    if then is not None:
+        done["config"]["processes"] = then
+        record.write_text(json.dumps(done))
+
+    again = make(weights=9)
+    assert again.begin(resume=True) is False
+    assert_same_weights(first.actor_critic, again.actor_critic)
+
+
 def test_the_end_is_told_after_the_models_are_there(make: Make, tmp_path: Path) -> None:
     class End(Callback):
         def on_end(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -32,7 +32,7 @@ from tlcr.text.truncation import note_cut_prompts
 from tlcr.training.callbacks import Callback
 from tlcr.training.checkpoint import as_plain
 from tlcr.training.distributed import on_all_processes, sum_over_processes
-from tlcr.training.done import is_done, mark_done
+from tlcr.training.done import done_config, mark_done
 from tlcr.training.loop import TrainingLoop, settings_without
 from tlcr.training.metrics import read_metrics
 from tlcr.training.optim import build_optimizer, build_scheduler, parameter_groups
@@ -251,7 +251,7 @@ class PPORun:
         self.reward_source.load_state_dict(state["reward_source"])
 
     def _load_finished(self, resume: bool) -> None:
-        if not resume or not is_done(self.folder, self._done_config):
+        if not resume or not self._is_what_ended():
             found = " of other settings, prompts or seed; restore them" if resume else "; pass --resume"
             raise CheckpointError(
                 f"{self.folder} holds a finished run{found} to load what it trained, name another output_dir, or "
@@ -264,9 +264,18 @@ class PPORun:
         evaluation = {key.removeprefix("eval/"): figure for key, figure in last.items() if key.startswith("eval/")}
         self.loop.take_up(last["step"], metrics=done["metrics"], evaluation=evaluation, seconds=done["seconds"])
 
+    def _is_what_ended(self) -> bool:
+        ended = done_config(self.folder, self._done_config)
+        return _without_processes(ended) == as_plain(self._done_config)
+
     @property
     def _done_config(self) -> dict[str, Any]:
-        return {**self._identity, "updates": self.cfg.ppo.updates}
+        """What the trained models depend on: any number of processes may load them, whole or in shards."""
+        return {**_without_processes(self._identity), "updates": self.cfg.ppo.updates}
+
+
+def _without_processes(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in identity.items() if name != "processes"}
 
 
 def _data_parallel(actor_critic: ActorCritic, accelerator: Accelerator) -> ActorCritic | DistributedDataParallel:
