@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
@@ -22,8 +21,8 @@ TRAINED = ("sft", "reward_model", "dpo", "discriminator")
 
 
 def run(folder: Path, **changes: object) -> Path:
-    values: dict[str, Any] = {f"{name}.save_every": 0 for name in TRAINED}
-    cfg = small_config(folder, **{"dpo.epochs": 1, **values, **changes})
+    saves = {f"{name}.save_every": 2 for name in TRAINED}
+    cfg = small_config(folder, **{"dpo.epochs": 1, **saves, **changes})
     for name in STAGES:
         pipeline.stage(cfg, name, resume=True)
     return folder

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +30,33 @@ from transformers import (
 
 from tests.launched import Checks
 from tests.ppo.helpers import PROMPTS, known_rollout, known_update, run_ppo, small_config, without_times
-from tlcr.config.schema import DataConfig, KLConfig, PPOConfig, RewardConfig, RolloutConfig, ShardingConfig
+from tlcr.config.schema import (
+    DataConfig,
+    KLConfig,
+    ModelConfig,
+    PPOConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    ShardingConfig,
+)
 from tlcr.errors import TrainingDiverged
-from tlcr.models.actor_critic import ActorCritic, load_value_head
+from tlcr.models.actor_critic import ActorCritic, build_value_model, load_value_head
 from tlcr.models.heads import classification_head, use_float32_head
 from tlcr.models.layers import fuse_layers
 from tlcr.models.loading import enable_gradient_checkpointing
+from tlcr.ppo.advantages import compute_advantages
 from tlcr.ppo.packing import packs_rows
 from tlcr.ppo.rollout import generate, seeded_generator
 from tlcr.ppo.scores import score_rollout
 from tlcr.ppo.update import UpdateStatistics, ppo_update
 from tlcr.rewards.sources import LoadedModel, build_reward_source, models_of
+from tlcr.training.callbacks import Callback
+from tlcr.training.checkpoint import latest_checkpoint, load_checkpoint
 from tlcr.training.distributed import barrier, process_count, process_index
 from tlcr.training.metrics import read_metrics
 from tlcr.training.sharding import Sharding, gathered, has_shards, load_whole_state, local, plan, reshard, shard
-from tlcr.types import PolicyScores, RewardSignal
+from tlcr.types import Advantages, PolicyScores, RewardSignal
 
 checks = Checks()
 RTOL = 1e-9
@@ -444,22 +459,23 @@ def reward_sources_judge_as_whole_models_do(folder: Path) -> None:
         return found
 
     ours, theirs = signals(plan(ShardingConfig(kind="full"))), signals(None)
-    for name, signal in ours.items():
-        for field in dataclasses.fields(signal):
-            x, y = getattr(signal, field.name), getattr(theirs[name], field.name)
+    for name, mine in ours.items():
+        for field in dataclasses.fields(mine):
+            x, y = getattr(mine, field.name), getattr(theirs[name], field.name)
             assert (x is None) == (y is None) and (x is None or torch.equal(x, y)), (name, field.name)
+
+
+def run_lm(seed: int, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """The policy of a whole run."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(lm_config(bos_token_id=1, eos_token_id=2)).to(dtype).eval()
 
 
 @checks
 def a_whole_run_ends_as_one_of_whole_models(folder: Path) -> None:
     """A policy that sits out, an evaluation, early stopping, KL in the reward; then its finished folder is loaded."""
     tokenizer = a_tokenizer(folder)
-    changes = {"value_warmup_updates": 1, "save_every": 0, "evaluate_every": 2, "target_kl": 0.5}
-    plain = small_config(**changes)
-
-    def make_lm(seed: int) -> LlamaForCausalLM:
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(lm_config(bos_token_id=1, eos_token_id=2)).eval()
+    plain = small_config(value_warmup_updates=1, evaluate_every=2, target_kl=0.5)
 
     def evaluate(actor_critic: ActorCritic, update: int) -> dict[str, float]:
         with gathered(actor_critic):
@@ -472,7 +488,7 @@ def a_whole_run_ends_as_one_of_whole_models(folder: Path) -> None:
                 plain, sharding=sharding, ppo=dataclasses.replace(plain.ppo, value_model=values, chunk_tokens=5)
             )
             out = folder / f"run-{values}-{name}"
-            actor_critic, result = run_ppo(cfg, make_lm, tokenizer, out, evaluate=evaluate)
+            actor_critic, result = run_ppo(cfg, run_lm, tokenizer, out, evaluate=evaluate)
             assert result.updates == 4 and has_shards(actor_critic) == (name == "sharded")
             barrier()
             ended[name] = (
@@ -483,8 +499,128 @@ def a_whole_run_ends_as_one_of_whole_models(folder: Path) -> None:
             torch.testing.assert_close(ended["sharded"][0][name], weight, rtol=1e-4, atol=1e-6, msg=f"{values} {name}")
         for ours, theirs in zip(ended["sharded"][1], ended["whole"][1], strict=True):
             assert without_times(ours) == pytest.approx(without_times(theirs), rel=1e-3, abs=1e-5)
-        again, result = run_ppo(cfg, make_lm, tokenizer, out, evaluate=evaluate, resume=True)
+        again, result = run_ppo(cfg, run_lm, tokenizer, out, evaluate=evaluate, resume=True)
         assert all(torch.equal(whole(p.detach()), ended["sharded"][0][n]) for n, p in again.named_parameters())
+
+
+class StopOneProcess(Callback):
+    """Tells the second process to stop after an update; it alone gets the signal."""
+
+    def __init__(self, update: int) -> None:
+        self.update = update
+
+    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        if step == self.update and process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_config(values: str = "separate", **changes: Any) -> RunConfig:
+    """A sharded run of five updates in which everything that a checkpoint holds changes."""
+    settings: dict[str, Any] = {"updates": 5, "save_every": 2, "schedule": "linear", "value_warmup_updates": 1}
+    cfg = small_config(reward={"centre": True}, **(settings | {"value_model": values} | changes))
+    return dataclasses.replace(cfg, sharding=ShardingConfig(kind="full"))
+
+
+def ended_as(actor_critic: ActorCritic, out: Path) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """This process's weights, and the figures of every update."""
+    weights = {name: local(p.detach()).clone() for name, p in actor_critic.named_parameters()}
+    return weights, [without_times(row) for row in read_metrics(out / "metrics.jsonl")]
+
+
+def assert_equal_ends(
+    ours: tuple[dict[str, Tensor], list[dict[str, Any]]], theirs: tuple[dict[str, Tensor], list[dict[str, Any]]]
+) -> None:
+    assert ours[0].keys() == theirs[0].keys() and ours[1] == theirs[1]
+    for name, weight in theirs[0].items():
+        assert torch.equal(ours[0][name], weight), name
+
+
+@checks
+def a_run_that_was_stopped_ends_as_one_that_was_not(folder: Path) -> None:
+    """Bit for bit: stopped between two checkpoints that were due, and ended by an error after the one of update 4."""
+    tokenizer = a_tokenizer(folder)
+
+    def fail(actor_critic: ActorCritic, update: int) -> dict[str, float]:
+        if update == 5:
+            raise OSError("the power went out")
+        return {}
+
+    for values, dtype, background in (
+        ("separate", torch.float32, False),
+        ("shared", torch.float32, True),
+        ("separate", torch.bfloat16, True),
+    ):
+        cfg, name = run_config(values, save_in_background=background), f"{values}-{dtype}"
+        make_lm = partial(run_lm, dtype=dtype)
+        straight, _ = run_ppo(cfg, make_lm, tokenizer, folder / f"straight-{name}")
+        barrier()
+        wanted = ended_as(straight, folder / f"straight-{name}")
+
+        out = folder / f"stopped-{name}"
+        with pytest.raises(KeyboardInterrupt, match=r"after step 3; the state is saved in .*/step-000003"):
+            run_ppo(cfg, make_lm, tokenizer, out, callbacks=[StopOneProcess(3)])
+        barrier()
+        assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+        with pytest.raises(OSError, match="power"):
+            run_ppo(cfg, make_lm, tokenizer, out, resume=True, evaluate=fail)
+        latest = latest_checkpoint(out / "checkpoints")
+        assert latest is not None and latest.name == "step-000004"
+        resumed, result = run_ppo(cfg, make_lm, tokenizer, out, resume=True)
+        barrier()
+        assert result.updates == 5 and not (out / "checkpoints").exists()
+        assert_equal_ends(ended_as(resumed, out), wanted)
+
+
+@checks
+def a_divergence_saves_the_shards_of_both_and_the_run_goes_on_from_before(folder: Path) -> None:
+    tokenizer, cfg, out = a_tokenizer(folder), run_config(save_every=1), folder / "diverged-run"
+
+    def broken(*args: Any, **options: Any) -> Advantages:
+        advantages = compute_advantages(*args, **options)
+        rounds.append(len(rounds))
+        if len(rounds) == 3 and process_index() == 1:
+            advantages.advantages_BT[0, 0] = torch.nan
+        return advantages
+
+    rounds: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tlcr.recipes.train_ppo.compute_advantages", broken)
+        with pytest.raises(TrainingDiverged, match=r"^update 3: .*saved in .*diverged/step-000002; --resume continues"):
+            run_ppo(cfg, run_lm, tokenizer, out)
+    barrier()
+    saved, before = (latest_checkpoint(out / name) for name in ("diverged", "checkpoints"))
+    assert saved is not None and before is not None and saved.name == before.name == "step-000002"
+    states = []
+    for path in (saved, before):
+        policy = run_lm(5)
+        actor_critic = ActorCritic(policy, build_value_model(cfg.ppo, ModelConfig(), policy=policy))
+        shard(actor_critic, plan(cfg.sharding))
+        load_checkpoint(path, models={"actor_critic": actor_critic}, optimizers={}, schedulers={})
+        states.append({name: local(p.detach()).clone() for name, p in actor_critic.named_parameters()})
+    assert_equal_ends((states[0], []), (states[1], []))  # it diverged before a step: nothing of it is in the weights
+
+    resumed, _ = run_ppo(cfg, run_lm, tokenizer, out, resume=True)
+    straight, _ = run_ppo(cfg, run_lm, tokenizer, folder / "undiverged-run")
+    barrier()
+    assert_equal_ends(ended_as(resumed, out), ended_as(straight, folder / "undiverged-run"))
+
+
+@checks
+def a_finished_run_is_loaded_whole_too(folder: Path) -> None:
+    """And one of whole models is loaded into shards: how many processes trained it does not matter."""
+    tokenizer = a_tokenizer(folder)
+    ways = {
+        "cut": run_config(updates=2),
+        "whole": dataclasses.replace(run_config(updates=2), sharding=ShardingConfig()),
+    }
+    for first, other in (("cut", "whole"), ("whole", "cut")):
+        out = folder / f"finished-{first}"
+        trained, _ = run_ppo(ways[first], run_lm, tokenizer, out)
+        barrier()
+        loaded, result = run_ppo(ways[other], lambda seed: run_lm(seed + 8), tokenizer, out, resume=True)
+        assert result.updates == 2 and has_shards(loaded) == (other == "cut")
+        for (name, ours), theirs in zip(loaded.named_parameters(), trained.parameters(), strict=True):
+            assert torch.equal(whole(ours.detach()), whole(theirs.detach())), name
 
 
 if __name__ == "__main__":
