@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from tests.launched import Checks
 from tests.training.sharded import full, lm, same, whole
 from tlcr.config.schema import ModelConfig, TrainingConfig
-from tlcr.errors import TrainingDiverged
+from tlcr.errors import CheckpointError, TrainingDiverged
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.discriminator import collate_pairs, predict_tokens
 from tlcr.models.dpo import ReferencedComparison, collate_referenced, dpo_loss, with_reference
@@ -35,6 +35,7 @@ from tlcr.training.distributed import process_index
 from tlcr.training.metrics import read_metrics
 from tlcr.training.sharding import local, shard_model
 from tlcr.training.supervised import Batch, LossParts, fit, mean_loss
+from tlcr.training.trained_part import frozen_digest
 from tlcr.types import EncodedAnswer, EncodedComparison, LabelledAnswer, LabelledPair
 
 checks = Checks()
@@ -282,21 +283,44 @@ class StopOneProcess(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+SIX_STEPS: dict[str, Any] = {"epochs": 2, "batch_size": 4, "schedule": "cosine", "learning_rate": 1e-2}
+
+
+def stop_and_resume(training: Training, build: Callable[[], PreTrainedModel], folder: Path) -> None:
+    """Straight to the end, and stopped within an epoch, between two checkpoints that were due: bit for bit the same."""
+    straight, resumed = cut(build()), cut(build())
+    wanted = training.fit(straight, folder / "straight", **SIX_STEPS)
+    with pytest.raises(KeyboardInterrupt, match=r"after step 3; the state is saved in .*step-000003"):
+        training.fit(cut(build()), folder / "stopped", StopOneProcess(3), **SIX_STEPS)
+    found = training.fit(resumed, folder / "stopped", resume=True, **SIX_STEPS)
+    assert [without_times(row) for row in found] == [without_times(row) for row in wanted]
+    for (name, ours), theirs in zip(resumed.named_parameters(), straight.parameters(), strict=True):
+        assert torch.equal(local(ours), local(theirs)), name
+
+
 @checks
 def a_training_that_was_stopped_ends_as_one_that_was_not(folder: Path) -> None:
-    """Within an epoch, between two checkpoints that were due, in masters and moments of every training."""
-    changes: dict[str, Any] = {"epochs": 2, "batch_size": 4, "schedule": "cosine", "learning_rate": 1e-2}
     for name in TRAININGS:
         training = Training(name, torch.bfloat16)
-        straight, place = cut(training.build()), folder / f"stopped {name}"
-        wanted = training.fit(straight, folder / f"straight {name}", **changes)
-        with pytest.raises(KeyboardInterrupt, match=r"after step 3; the state is saved in .*step-000003"):
-            training.fit(cut(training.build()), place, StopOneProcess(3), **changes)
-        resumed = cut(training.build())
-        found = training.fit(resumed, place, resume=True, **changes)
-        assert [without_times(row) for row in found] == [without_times(row) for row in wanted], name
-        for (key, ours), theirs in zip(resumed.named_parameters(), straight.parameters(), strict=True):
-            assert torch.equal(local(ours), local(theirs)), (name, key)
+        stop_and_resume(training, training.build, folder / f"{name} twice")
+
+
+@checks
+def frozen_weights_stay_out_of_checkpoints_and_must_be_the_same(folder: Path) -> None:
+    training = Training("SFT", torch.bfloat16)
+
+    def build(change: float = 0.0) -> PreTrainedModel:
+        model = training.build()
+        with torch.no_grad():
+            model.model.embed_tokens.weight[-1, -1] += change
+        for part in (model.model.embed_tokens, model.model.layers[0].mlp):
+            part.requires_grad_(False)
+        return model
+
+    assert frozen_digest(cut(build())) == frozen_digest(build())
+    stop_and_resume(training, build, folder / "frozen")
+    with pytest.raises(CheckpointError, match=r"belongs to a run with other frozen \(frozen was .* and is .*\)"):
+        training.fit(cut(build(1.0)), folder / "frozen" / "stopped", resume=True, **SIX_STEPS)
 
 
 if __name__ == "__main__":

@@ -288,6 +288,14 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, on the device of this process; any other tensor itself. Every process calls it."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # Shards that lie in host memory cannot be sent by NCCL.
+    return cast(DTensor, tensor.to(process_device())).full_tensor()
+
+
 def norm_over_shards(norm: Tensor, sharded: Tensor) -> Tensor:
     """The 2-norm of a whole from the norms of its parts: the root of the sum of their squares.
 

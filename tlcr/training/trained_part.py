@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from tlcr.training.sharding import whole
+
 PIECE = 1 << 24
 """Elements that are copied to the host at a time for a digest."""
 
@@ -47,7 +49,7 @@ def trained_part(module: nn.Module) -> nn.Module:
 
 
 def frozen_digest(module: nn.Module) -> str | None:
-    """What identifies the weights that a checkpoint of ``trained_part`` leaves out.
+    """What identifies the weights that a checkpoint of ``trained_part`` leaves out. Every process calls it.
 
     Args:
         module: the module.
@@ -61,10 +63,10 @@ def frozen_digest(module: nn.Module) -> str | None:
 
 @torch.no_grad()
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """The SHA-256 of tensors with their names, dtypes and shapes.
+    """The SHA-256 of tensors with their names, dtypes and shapes. Every process calls it.
 
     Args:
-        tensors: names and tensors, on any device; their order does not count.
+        tensors: names and tensors, on any device, whole or sharded; their order does not count.
 
     Returns:
         The digest, as 64 hexadecimal digits.
@@ -72,6 +74,6 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        for piece in tensor.detach().reshape(-1).split(PIECE):
+        for piece in whole(tensor.detach()).reshape(-1).split(PIECE):
             found.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
