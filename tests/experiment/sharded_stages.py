@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from tests.experiment.helpers import small_config
 from tests.launched import Checks
-from tlcr.experiment import pipeline
-from tlcr.training.distributed import is_main_process
+from tlcr.config.schema import Arm, RewardConfig, RunConfig
+from tlcr.config.trials import trials_of
+from tlcr.experiment import arm, pipeline
+from tlcr.training.distributed import barrier, is_main_process
 from tlcr.training.metrics import read_metrics
 
 checks = Checks()
@@ -20,11 +25,15 @@ STAGES = ("sft", "reward_model", "dpo", "labels", "discriminator", "analysis")
 TRAINED = ("sft", "reward_model", "dpo", "discriminator")
 
 
-def run(folder: Path, **changes: object) -> Path:
+def config(folder: Path, **changes: object) -> RunConfig:
     saves = {f"{name}.save_every": 2 for name in TRAINED}
-    cfg = small_config(folder, **{"dpo.epochs": 1, **saves, **changes})
+    cfg = small_config(folder, **{"dpo.epochs": 1, "ppo.updates": 1, **saves, **changes})
+    return replace(cfg, arms=(*cfg.arms, Arm("dpo", reward=RewardConfig(kind="dpo"))))
+
+
+def run(folder: Path, **changes: object) -> Path:
     for name in STAGES:
-        pipeline.stage(cfg, name, resume=True)
+        pipeline.stage(config(folder, **changes), name, resume=True)
     return folder
 
 
@@ -51,6 +60,38 @@ def every_stage_before_ppo_gives_what_it_gives_with_whole_models(folder: Path) -
     if is_main_process():
         AutoModelForCausalLM.from_pretrained(cut / "dpo")
         AutoModelForTokenClassification.from_pretrained(cut / "discriminator")
+
+
+@checks
+def ppo_takes_the_same_round_and_reads_what_is_frozen_into_shards(folder: Path) -> None:
+    """From the same earlier stages. Only what is trained, or copied for that, has weights before it is cut."""
+    places = {kind: folder / f"ppo-{kind}" for kind in ("none", "full")}
+    if is_main_process():
+        for place in places.values():
+            shutil.copytree(folder / "whole", place)
+    barrier()
+    unread: dict[str, list[str]] = {}
+    cut = arm._shard
+    for kind, place in places.items():
+        unread[kind] = found = []
+
+        def watched(cfg: RunConfig, *roots: nn.Module, found: list[str] = found) -> None:
+            found += [type(root).__name__ for root in roots if all(p.is_meta for p in root.parameters())]
+            cut(cfg, *roots)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(arm, "_shard", watched)
+            pipeline.stage(config(place, **{"sharding.kind": kind}), "ppo", resume=True)
+        barrier()
+    causal, judges = "LlamaForCausalLM", ("LlamaForTokenClassification", "LlamaForSequenceClassification")
+    assert unread == {"none": [], "full": [causal, judges[0], causal, judges[1], causal, causal]}
+    trials = trials_of(config(folder))
+    assert len(trials) == 3
+    for trial in trials:
+        ours, theirs = (figures(places[kind] / "ppo", trial.folder) for kind in ("full", "none"))
+        assert len(ours) == len(theirs) == 2
+        for row, truth in zip(ours, theirs, strict=True):
+            assert row == pytest.approx(truth, rel=1e-3, abs=1e-4), trial.folder
 
 
 if __name__ == "__main__":

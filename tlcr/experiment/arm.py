@@ -51,9 +51,9 @@ def evaluate_arm(run: RunFolder, trial: Trial) -> None:
     """Evaluates a trained policy again, with the current evaluation settings."""
     cfg, folder = trial.config(run.cfg), run.trial_folder(trial)
     roles, frozen, reference = _frozen(run, cfg, trial.seed)
-    evaluation = _Evaluation(run, cfg, frozen, reference, trial.seed, folder)
     actor_critic = _start(run, cfg, frozen, roles)
     _shard(cfg, actor_critic, reference, *frozen.models)
+    evaluation = _Evaluation(run, cfg, frozen, reference, trial.seed, folder)
     before = evaluation(actor_critic)
     if roles is None:
         actor_critic = _trained(run, cfg, folder)
@@ -69,11 +69,11 @@ def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
 
     # 1. the frozen models that this arm's reward needs, and the reference
     roles, frozen, reference = _frozen(run, cfg, seed)
-    evaluation = _Evaluation(run, cfg, frozen, reference, seed, folder)
 
     # 2. the initial policy, its value model (which may be a copy of a frozen model), and its evaluation
     actor_critic = _start(run, cfg, frozen, roles)
     _shard(cfg, actor_critic, reference, *frozen.models)
+    evaluation = _Evaluation(run, cfg, frozen, reference, seed, folder)
     before = evaluation(actor_critic)
     latest = {0: before}
 
@@ -105,17 +105,19 @@ def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
 
 
 def _shard(cfg: RunConfig, *roots: nn.Module) -> None:
-    """Shards models where the run asks for it. None of them is copied afterwards: shards cannot be."""
+    """Shards models where the run asks for it, and reads those that have no weights yet. None of them is copied
+    afterwards: shards cannot be."""
     sharding = plan(cfg.sharding)
     for root in roots:
         shard(root, sharding)
 
 
 def _frozen(run: RunFolder, cfg: RunConfig, seed: int) -> tuple[Roles | None, FrozenModels, PreTrainedModel]:
-    """The roles that share one copy of the weights, if any; the frozen models of the reward; and the reference."""
-    roles = load_roles(run, cfg, seed)
-    reference = load_reference(run) if roles is None else roles.reference
-    return roles, load_frozen_models(run, cfg, roles), reference
+    """The roles that share one copy of the weights, if any; the frozen models of the reward; and the reference. What
+    ``_shard`` will cut, and no other model copies, is not read before."""
+    roles, sharding = load_roles(run, cfg, seed), plan(cfg.sharding)
+    reference = load_reference(run, sharding=sharding) if roles is None else roles.reference
+    return roles, load_frozen_models(run, cfg, roles, sharding=sharding), reference
 
 
 def _start(run: RunFolder, cfg: RunConfig, frozen: FrozenModels, roles: Roles | None = None) -> ActorCritic:

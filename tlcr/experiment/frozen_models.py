@@ -13,6 +13,7 @@ from tlcr.models.adapters import FOLDER, Roles, base_digest, read_base
 from tlcr.models.discriminator import load_discriminator, temperature_of
 from tlcr.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
 from tlcr.rewards.sources import LoadedModel, RewardSource, build_reward_source
+from tlcr.training.sharding import Sharding
 
 logger = logging.getLogger(__name__)
 
@@ -51,21 +52,29 @@ class FrozenModels:
         )
 
 
-def load_frozen_models(run: RunFolder, cfg: RunConfig, roles: Roles | None = None) -> FrozenModels:
+def load_frozen_models(
+    run: RunFolder, cfg: RunConfig, roles: Roles | None = None, *, sharding: Sharding | None = None
+) -> FrozenModels:
     """The models that `cfg.reward` needs, trained by the run or named in the config; ConfigError if one is missing.
 
     roles: the models of PPO that share their weights, which a discriminator joins that is an adapter on them.
+    sharding: how the caller will cut the models, which then have no weights before. The one that the value model starts
+        from has them: it is copied first, and shards cannot be.
     """
     frozen = FrozenModels()
+    copied = cfg.ppo.value_init if cfg.ppo.value_model == "separate" else None
     if cfg.uses_discriminator(cfg.reward):
-        frozen = replace(frozen, discriminator=_discriminator(run, cfg, roles))
+        cut = None if copied == "discriminator" else sharding
+        frozen = replace(frozen, discriminator=_discriminator(run, cfg, roles, cut))
     if cfg.uses_reward_model(cfg.reward):
         own = cfg.model.saved_in(run.reward_model_folder)
-        model = load_sequence_classifier(run.reward_model_folder, own, device=run.device)
+        cut = None if copied == "reward_model" else sharding
+        model = load_sequence_classifier(run.reward_model_folder, own, device=run.device, sharding=cut)
         frozen = replace(frozen, reward_model=LoadedModel(model, load_tokenizer(own)))
     if cfg.uses_dpo(cfg.reward):
         own = cfg.model.saved_in(run.dpo_folder)
-        frozen = replace(frozen, dpo=LoadedModel(load_causal_lm(own, device=run.device), load_tokenizer(own)))
+        dpo = load_causal_lm(own, device=run.device, sharding=sharding)
+        frozen = replace(frozen, dpo=LoadedModel(dpo, load_tokenizer(own)))
     return frozen
 
 
@@ -79,19 +88,22 @@ def load_roles(run: RunFolder, cfg: RunConfig, seed: int) -> Roles | None:
     return Roles(load_causal_lm(run.policy_source, device=run.device), cfg.lora, seed=seed)
 
 
-def load_reference(run: RunFolder) -> PreTrainedModel:
-    """The initial policy of PPO, on the run's device."""
-    return load_causal_lm(run.policy_source, device=run.device)
+def load_reference(run: RunFolder, *, sharding: Sharding | None = None) -> PreTrainedModel:
+    """The initial policy of PPO, on the run's device.
+
+    sharding: how the caller will cut it; it has no weights before.
+    """
+    return load_causal_lm(run.policy_source, device=run.device, sharding=sharding)
 
 
-def _discriminator(run: RunFolder, cfg: RunConfig, roles: Roles | None) -> LoadedModel:
+def _discriminator(run: RunFolder, cfg: RunConfig, roles: Roles | None, sharding: Sharding | None) -> LoadedModel:
     """The discriminator, as a role where its adapter was trained on the same weights and changes nothing else."""
     folder = run.discriminator_folder
     about = read_base(folder / FOLDER)
     # a value model that starts from the discriminator copies it whole
     whole = cfg.ppo.value_model == "separate" and cfg.ppo.value_init == "discriminator"
     if roles is None or not about or whole or about["config"].get("tlcr_bidirectional_layers", 0):
-        return LoadedModel(*load_discriminator(folder, cfg.model, device=run.device))
+        return LoadedModel(*load_discriminator(folder, cfg.model, device=run.device, sharding=sharding))
     if about["sha256"] != base_digest(roles.policy):
         logger.info("the adapter in %s is for other weights than the policy's, so the discriminator is loaded", folder)
         return LoadedModel(*load_discriminator(folder, cfg.model, device=run.device))
