@@ -17,6 +17,7 @@ from tlcr.config.loading import load_config
 from tlcr.config.schema import RunConfig
 from tlcr.experiment.memory import Architecture, Estimate, Machine, build_on_meta, estimate_run
 from tlcr.models.actor_critic import ActorCritic, build_value_model
+from tlcr.models.adapters import Roles
 from tlcr.models.loading import load_causal_lm
 from tlcr.recipes.train_ppo import train_ppo
 from tlcr.rewards.sources import CallableSource
@@ -28,10 +29,10 @@ CLOSE = 0.05
 
 def measured(train: Callable[[], object], *models: nn.Module) -> int:
     """The bytes of the models, and the largest sum of what torch's CPU allocator gave and did not take back."""
-    weights = sum(parameter.nbytes for model in models for parameter in model.parameters())
+    own = {id(parameter): parameter.nbytes for model in models for parameter in model.parameters()}  # some are shared
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         train()
-    return weights + max(itertools.accumulate(allocations(recorded), initial=0))
+    return sum(own.values()) + max(itertools.accumulate(allocations(recorded), initial=0))
 
 
 def config(folder: Path, changes: dict[str, Any]) -> RunConfig:
@@ -71,9 +72,15 @@ PPO = {
 
 def peak_of_ppo(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
     """What a whole run takes at its peak, on this process."""
-    policy, reference = load_causal_lm(cfg.model), load_causal_lm(cfg.model)
-    value_model = build_value_model(cfg.ppo, cfg.model, policy=policy)
+    if cfg.lora.trains("policy"):
+        roles = Roles(load_causal_lm(cfg.model), cfg.lora, seed=0)
+        policy, reference, value_model = roles.policy, roles.reference, roles.classifier("value", {0: "value"})
+    else:
+        policy, reference = load_causal_lm(cfg.model), load_causal_lm(cfg.model)
+        value_model = build_value_model(cfg.ppo, cfg.model, policy=policy)
     actor_critic = ActorCritic(policy, value_model, chunk_tokens=cfg.ppo.chunk_tokens)
+    # What is written at the end, merged or gathered, is made in the host's memory, whatever device the run is on.
+    actor_critic.save = lambda *_: None  # type: ignore[method-assign]
     given = {
         "actor_critic": actor_critic,
         "reference": reference,

@@ -504,14 +504,14 @@ def a_whole_run_ends_as_one_of_whole_models(folder: Path) -> None:
 
 
 class StopOneProcess(Callback):
-    """Tells the second process to stop after an update; it alone gets the signal."""
+    """Tells the second process to stop after an update, or kills it; it alone gets the signal."""
 
-    def __init__(self, update: int) -> None:
-        self.update = update
+    def __init__(self, update: int, how: signal.Signals = signal.SIGTERM) -> None:
+        self.update, self.how = update, how
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
         if step == self.update and process_index() == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.how)
 
 
 def run_config(values: str = "separate", **changes: Any) -> RunConfig:

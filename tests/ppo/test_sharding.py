@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
-from transformers import PreTrainedTokenizerFast
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.launched import Outcomes, launch
-from tests.ppo import sharded, sharded_hybrid
+from tests.ppo import sharded, sharded_hybrid, sharded_killed
+from tests.ppo.helpers import run_ppo
+from tlcr.config.schema import ShardingConfig
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +26,28 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreT
 @pytest.mark.parametrize("name", sharded.checks.names)
 def test_two_processes(two_processes: Outcomes, name: str) -> None:
     two_processes.assert_passed(name)
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_a_process_ends_goes_on_and_is_loaded_by_one_process(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (name,) = sharded_killed.checks.names
+    killed = launch("tests.ppo.sharded_killed", tmp_path, processes=2)
+    with pytest.raises(AssertionError, match="process 0: "):  # it ends with an error, and does not wait
+        killed.assert_passed(name)
+    assert [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()] == ["step-000002"]
+    launch("tests.ppo.sharded_killed", tmp_path, processes=2).assert_passed(name)
+
+    cfg = replace(sharded.run_config(), sharding=ShardingConfig())
+    loaded, result = run_ppo(
+        cfg, lambda seed: sharded.run_lm(seed + 8), tiny_tokenizer, tmp_path / "killed", resume=True
+    )
+    assert result.updates == 5
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "straight" / "policy").state_dict()
+    found = loaded.policy.state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 @pytest.fixture(scope="module")

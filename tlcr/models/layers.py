@@ -60,7 +60,14 @@ def _forward_for(module: nn.Module, device: torch.device | None) -> Forward | No
     parameters = list(module.parameters())
     if not parameters or not all(_is_for_us(parameter, device) for parameter in parameters):
         return None
-    return forward if _computes(module, forward, width) else None
+    # A class of one size is tested once: an estimate of memory makes many models of one kind.
+    key = type(module), repr(module), parameters[0].dtype
+    if key not in _tested:
+        _tested[key] = _computes(module, forward, width)
+    return forward if _tested[key] else None
+
+
+_tested: dict[tuple[type[nn.Module], str, torch.dtype], bool] = {}
 
 
 @torch.no_grad()

@@ -277,6 +277,6 @@ class TrainingLoop:
         )
 
         def look() -> None:
-            logger.info("%s", require_room(self.folder / "checkpoints", one=one, number=number, where=self.folder.name))
+            logger.info("%s", require_room(self.folder / "checkpoints", one=one, number=number, where=str(self.folder)))
 
         on_main_process(look)
