@@ -43,8 +43,10 @@ class BackgroundSave:
         self._writing = self._thread.submit(write_checkpoint, folder, copied, keep=keep, group=group)
 
     def completed(self) -> Path | None:
-        """The folder of the checkpoint that was begun, once it is complete on every process; None before, or where
-        there is none. Every process calls it.
+        """Looks, without waiting, whether the checkpoint that was begun is complete. Every process calls it.
+
+        Returns:
+            Its folder, once it is complete on every process; None before, or where there is none.
 
         Raises:
             CheckpointError: it could not be written; on every process.
@@ -54,8 +56,10 @@ class BackgroundSave:
         return self.wait()
 
     def wait(self) -> Path | None:
-        """Waits for the checkpoint that was begun and returns its folder; None where there is none. It does not
-        communicate, so a process may call it alone.
+        """Waits for the checkpoint that was begun. It does not communicate, so a process may call it alone.
+
+        Returns:
+            Its folder; None where there is none.
 
         Raises:
             CheckpointError: it could not be written.

@@ -236,7 +236,7 @@ def reshard(*roots: nn.Module) -> None:
     they take memory, and a step on the shards does not reach them. What a ``gathered`` block holds stays.
 
     Args:
-        roots: modules that were given to ``shard`` or ``shard_model``.
+        *roots: modules that were given to ``shard`` or ``shard_model``.
     """
     for root in map(_root_of, roots):
         for unit in _sharded_units(root):
@@ -250,7 +250,7 @@ def gathered(*roots: nn.Module, only: nn.Module | None = None) -> Iterator[None]
     communicates. Every process enters it. Blocks may be nested.
 
     Args:
-        roots: modules that were given to ``shard`` or ``shard_model``; others are left as they are.
+        *roots: modules that were given to ``shard`` or ``shard_model``; others are left as they are.
         only: a part of the roots. Units outside it stay sharded, which saves their memory.
 
     Yields:
