@@ -49,13 +49,13 @@ toc_object_entries_show_parents = "hide"
 nitpicky = True
 elsewhere = "|".join(
     (
-        *("accelerate", "argparse", "collections", "datasets", "datetime", "importlib", "jsonargparse", "logging"),
-        *("np", "numpy", "packaging", "pathlib", "torch", "transformers", "typing"),
+        *("accelerate", "argparse", "collections", "contextlib", "datasets", "datetime", "importlib", "jsonargparse"),
+        *("logging", "np", "numpy", "packaging", "pathlib", "torch", "transformers", "typing"),
     )
 )
 nitpick_ignore_regex = [
     (r"py:.*", rf"({elsewhere})\..*"),
-    (r"py:class", r"Tensor"),  # torch's, imported for the type checker only
+    (r"py:class", r"Tensor|nn\.Module"),  # torch's, imported for the type checker only
     (r"py:class", r"tlcr\..*\.(T|E|ConfigT)"),  # type variables
     (r"py:class", r"tuple\[.*"),  # half a type: Sphinx cuts a signature with a default factory at every comma
 ]

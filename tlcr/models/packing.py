@@ -26,17 +26,14 @@ __all__ = ["Packing", "packed_inputs", "takes_positions"]
 
 
 class Packing(NamedTuple):
-    """Where the rows of a packed batch stand.
-
-    Attributes:
-        positions_1L: integers (1, L), which start again at 0 with every row.
-        starts_S: int32 (S + 1,), where each row begins, and L.
-        longest: tokens of the longest row.
-    """
+    """Where the rows of a packed batch stand."""
 
     positions_1L: Tensor
+    """Integers (1, L), which start again at 0 with every row."""
     starts_S: Tensor
+    """int32 (S + 1,), where each row begins, and L."""
     longest: int
+    """Tokens of the longest row."""
 
     @classmethod
     def of(cls, lengths: Sequence[int] | np.ndarray, device: torch.device) -> Packing:
