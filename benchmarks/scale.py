@@ -1,15 +1,16 @@
-"""Which models fit on how many GPUs, by the estimates of ``tlcr doctor``; prints the table of docs/scale.md.
+"""What PPO takes on each of several GPUs for models of 0.1B to 70B, by the estimates of ``tlcr doctor``.
 
-python -m benchmarks.scale [SIZE ...]
+python -m benchmarks.scale             the table of states in docs/scale.md, in seconds
+python -m benchmarks.scale --peaks     simulated peaks too: minutes for 8B, half an hour for all
 
 PPO with a discriminator on prompts and answers of 512 and 256 tokens, bfloat16, gradient checkpointing, logits in
-chunks, eight answers in a forward pass, as on GPUs of 80 GB. Nothing is downloaded or computed.
+chunks, eight answers in a forward pass. Nothing is downloaded or computed.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,10 +19,8 @@ from transformers import LlamaConfig
 
 from tlcr.config.loading import load_config
 from tlcr.config.schema import LoRAConfig, RunConfig, ShardingConfig
-from tlcr.experiment.memory import Architecture, Machine, build_on_meta, estimate_run
+from tlcr.experiment.memory import Architecture, Machine, build_on_meta, estimate_run, roles_of_a_process
 
-GPU = 80 * 10**9
-USABLE = 0.9
 # Shapes of SmolLM2-135M, Llama-3.2-1B, Llama-3.1-8B and Llama-3.1-70B.
 SHAPES = {
     "0.1B": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -41,30 +40,32 @@ WAYS = {
 }
 
 
-def main(sizes: Sequence[str]) -> None:
-    say("| model | way | GPUs | states, GB a GPU | peak, GB a GPU | in | fits 80 GB |")
-    say("|---|---|---:|---:|---:|---|---|")
-    for size in sizes:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", nargs="*", default=list(SHAPES), metavar="SIZE", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--peaks", action="store_true", help="simulate the steps")
+    arguments = parser.parse_args()
+    say("| model | way | GPUs | states, GB a GPU |" + (" peak, GB a GPU | in |" if arguments.peaks else ""))
+    say("|---|---|---:|---:|" + ("---:|---|" if arguments.peaks else ""))
+    for size in arguments.sizes:
         with TemporaryDirectory() as folder:
             LlamaConfig(**SHAPES[size], max_position_embeddings=8192).save_pretrained(folder)
             cfg = config(Path(folder))
             architecture = Architecture(build_on_meta(cfg.model))
         for way, (sharding, lora, counts) in WAYS.items():
             for gpus in counts:
-                row(size, way, gpus, replace(cfg, sharding=sharding, lora=lora), architecture)
+                of_way, machine = replace(cfg, sharding=sharding, lora=lora), Machine(gpu=True, processes=gpus)
+                states = sum(role.total for role in roles_of_a_process(of_way, architecture, machine))
+                line = f"| {size} | {way} | {gpus} | {states / 1e9:.1f} |"
+                if arguments.peaks:
+                    ppo = estimate_run(of_way, architecture, machine)[-1]
+                    line += f" {ppo.total / 1e9:.1f} | {ppo.peak.name} |"
+                say(line)
 
 
 def say(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
-
-
-def row(size: str, way: str, gpus: int, cfg: RunConfig, architecture: Architecture) -> None:
-    ppo = estimate_run(cfg, architecture, Machine(gpu=True, processes=gpus))[-1]
-    states = sum(role.total for role in ppo.roles)
-    fits = "yes" if ppo.total <= USABLE * GPU else "no"
-    figures = f"{states / 1e9:.1f} | {ppo.total / 1e9:.1f}"
-    say(f"| {size} | {way} | {gpus} | {figures} | {ppo.peak.name} | {fits} |")
 
 
 def config(folder: Path) -> RunConfig:
@@ -86,4 +87,4 @@ def config(folder: Path) -> RunConfig:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(SHAPES))
+    main()

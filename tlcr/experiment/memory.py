@@ -35,6 +35,7 @@ __all__ = [
     "measure_model",
     "ppo_roles",
     "remedy",
+    "roles_of_a_process",
 ]
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -344,6 +345,11 @@ def ppo_roles(cfg: RunConfig, architecture: Architecture) -> tuple[Role, ...]:
     return policy, _value_role(cfg, architecture), _frozen("reference", size.parameters, dtype), *judges
 
 
+def roles_of_a_process(cfg: RunConfig, architecture: Architecture, machine: Machine) -> tuple[Role, ...]:
+    """What one process holds of the models of PPO."""
+    return tuple(_of_a_process(role, cfg, machine) for role in ppo_roles(cfg, architecture))
+
+
 def _value_role(cfg: RunConfig, architecture: Architecture) -> Role:
     size = architecture.size
     if cfg.ppo.value_model == "shared":
@@ -358,7 +364,7 @@ def _ppo(cfg: RunConfig, architecture: Architecture, machine: Machine) -> Estima
     from tlcr.ppo.microbatches import CPU_TOKENS
 
     ppo, processes = cfg.ppo, machine.processes
-    roles = tuple(_of_a_process(role, cfg, machine) for role in ppo_roles(cfg, architecture))
+    roles = roles_of_a_process(cfg, architecture, machine)
     columns = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
     tokens = ppo.micro_batch_tokens or (None if machine.gpu else CPU_TOKENS)
 
