@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ CLOSE = 0.05
 def measured(train: Callable[[], object], *models: nn.Module) -> int:
     """The bytes of the models, and the largest sum of what torch's CPU allocator gave and did not take back."""
     own = {id(parameter): parameter.nbytes for model in models for parameter in model.parameters()}  # some are shared
+    gc.collect()  # what an earlier test left is not to be taken back while this is measured
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         train()
     return sum(own.values()) + max(itertools.accumulate(allocations(recorded), initial=0))

@@ -35,8 +35,7 @@ from tlcr.models.adapters import Roles, add_adapter
 from tlcr.models.attention import NAME as FOR_CPUS
 from tlcr.models.discriminator import classify
 from tlcr.models.heads import backbone, classification_head, use_float32_head
-from tlcr.models.layers import fuse_layers
-from tlcr.models.loading import answer_logprobs, disable_dropout, enable_gradient_checkpointing
+from tlcr.models.loading import answer_logprobs, prepared
 from tlcr.training.sharding import REPLICATE, SHARD, Sharding, gathered, local, shard
 
 __all__ = ["Simulator", "Step", "forward", "processes_in_name"]
@@ -153,12 +152,7 @@ class Simulator:
         model.set_attn_implementation("sdpa" if self._for_gpu and attention == FOR_CPUS else attention)
         if head:
             use_float32_head(model)
-        disable_dropout(model)
-        if not self._for_gpu:
-            fuse_layers(model, device=torch.device("cpu"))
-        if self._cfg.gradient_checkpointing:
-            enable_gradient_checkpointing(model)
-        return model
+        return prepared(model, self._cfg, device=torch.device("cuda" if self._for_gpu else "cpu"))
 
 
 SAMPLING = ("prompt", "next token")

@@ -122,11 +122,11 @@ def load_causal_lm(
         if unread is not None:
             model, stored = unread
             leave_unread(model, stored, partial(probes.require_causal, model))
-            return _prepared(model, cfg)
+            return prepared(model, cfg)
         device = None
     model = _read("policy", AUTO["policy"], cfg, found, device)
     probes.require_causal(model)
-    return _prepared(model, cfg)
+    return prepared(model, cfg)
 
 
 def load_token_classifier(
@@ -573,9 +573,21 @@ def _loading(what: str, source: str) -> Iterator[None]:
         raise ConfigError(f"cannot load a {what} from {source!r}: {reason}; {LOADABLE}") from error
 
 
-def _prepared(model: PreTrainedModel, cfg: GeneratorConfig) -> PreTrainedModel:
+def prepared(model: PreTrainedModel, cfg: GeneratorConfig, *, device: torch.device | None = None) -> PreTrainedModel:
+    """A model as every stage runs it: no dropout, fused layers on a CPU, checkpoints where ``cfg`` asks for them.
+
+    Args:
+        model: the model, which is changed in place.
+        cfg: settings of loading.
+        device: where a model on the meta device is to run; None: where it is, or this process's device.
+
+    Returns:
+        The same model, in evaluation mode.
+    """
+    if device is None and is_unread(model):
+        device = process_device()
     disable_dropout(model)
-    fuse_layers(model, device=process_device() if is_unread(model) else None)
+    fuse_layers(model, device=device)
     if isinstance(cfg, ModelConfig) and cfg.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model.eval()
@@ -606,11 +618,11 @@ def _load_classifier(
             model, stored = unread
             check = partial(probes.check_reward_model, model) if role == "reward_model" else lambda: None
             leave_unread(model, stored, check)
-            return _prepared(model, cfg)
+            return prepared(model, cfg)
         device = None
     model = _read(role, kind, cfg, found, device)
     use_float32_head(model, _stored_head(model, cfg, role, found))
-    return _prepared(model, cfg)
+    return prepared(model, cfg)
 
 
 def _read(role: Role, kind: Any, cfg: GeneratorConfig, found: Inspection, device: torch.device | None) -> Any:
@@ -702,8 +714,8 @@ def _with_new_head(
     use_float32_head(model)
     if unread:
         leave_unread(model, stored_for_copy(model, causal_lm), lambda: None)
-        return _prepared(model, cfg)
+        return prepared(model, cfg)
     backbone(model).load_state_dict(backbone(causal_lm).state_dict(), strict=True)
     for parameter in classification_head(model).parameters():
         nn.init.zeros_(parameter)
-    return _prepared(model, cfg)
+    return prepared(model, cfg)
