@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,3 +105,13 @@ def test_the_launchers_signal_is_like_ctrl_c(monkeypatch: pytest.MonkeyPatch) ->
             os.kill(os.getpid(), signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_command_that_did_its_work_ends_without_waiting_for_threads() -> None:
+    """Threads of torch outlive the processes' group, and may crash while python ends; here one would never end."""
+    script = (
+        "import atexit, threading; from tlcr.cli import together; atexit.register(print, 'put away')\n"
+        "threading.Thread(target=threading.Event().wait).start(); print('said', end=' '); together.end(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "said put away\n", "")

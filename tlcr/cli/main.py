@@ -304,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if launched_processes() > 1:
         from tlcr.cli import together
 
-        together.end()
+        together.end(code)
     return code
 
 

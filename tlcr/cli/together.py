@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -32,10 +33,21 @@ def begin() -> None:
     join_processes()
 
 
-def end() -> None:
-    """Leaves the processes after a command that did its work."""
+def end(code: int) -> NoReturn:
+    """Ends this process after a command that did its work.
+
+    Args:
+        code: the exit code.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: DistributedDataParallel never lets go of the group, so gloo's threads are still there while python
+    # ends. One that then releases a tensor needs python's lock, and the process dies with "terminate called without an
+    # active exception".
+    os._exit(code)
 
 
 def fail(code: int, error: BaseException, message: str) -> NoReturn:
