@@ -9,13 +9,18 @@ RIVALS := $(VENV)/.rivals
 DOCS := $(VENV)/.docs
 CPP := $(shell find csrc tests/cuda/emulator .ci -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: quickstart test lint format docs bench bench-report bench-compare wheels lowest newest lock gpu gpu-in-small
+.PHONY: quickstart test test-slow lint format docs bench bench-report bench-compare wheels lowest newest lock gpu gpu-in-small
 
 quickstart: $(INSTALLED)
 	$(BIN)/tlcr run examples/quickstart.yaml --resume
 
+# All tests but those that take long.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -p no:benchmark
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -p no:benchmark -m "not slow" --durations=15
+
+# Those: they start several processes, kill some, build older commits or run whole examples.
+test-slow: $(INSTALLED)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -p no:benchmark -m slow --durations=15
 
 # Changes nothing. What `make format` cannot mend is for a person.
 lint: $(INSTALLED)
