@@ -100,6 +100,8 @@ BROKEN = {
     "an error with status 200": Reply({"error": {"message": "overloaded"}}),
     "no choices": Reply({**completion("x"), "choices": []}),
     "choices of another shape": Reply({**completion("x"), "choices": [{"text": "x"}]}),
+    "half of a surrogate pair": Reply(completion("a \ud83d b")),
+    "JSON nested too deeply": Reply(b'{"choices": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"),
     "choices that are no list": Reply({**completion("x"), "choices": {"0": 1}}),
 }
 
@@ -121,6 +123,48 @@ def test_what_does_not_pass_is_no_answer_and_nothing_is_kept_of_it(name: str, st
     assert len(server.requests) == 2
     with serving(ChatServer()) as server:
         assert isinstance(ask_one(server, store), Answer)
+
+
+@pytest.mark.parametrize("count", [2**70, -5, True, "many"])
+def test_a_count_that_no_answer_can_have_costs_what_the_request_may_cost(count: object, store: AnswerStore) -> None:
+    usage = {"prompt_tokens": count, "completion_tokens": 20}
+    prices = {"prompt_price": 1e6, "answer_price": 1e6}
+    with serving(ChatServer(lambda request: Reply(completion(revision("good soup"), usage=usage)))) as server:
+        answer = ask_one(server, store, **prices)
+    assert isinstance(answer, Answer) and answer.prompt_tokens is None
+    assert store.totals() == (1, question().prompt_tokens_bound + question().max_new_tokens)
+
+
+KEY = "sk-my-own-secret"
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 429, 500])
+def test_a_server_that_repeats_the_key_shows_it_to_nobody(
+    status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In an answer, in what is said of a failed one, and in every file."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    said = f"your header was Authorization: Bearer {KEY}"
+    body = completion(said) if status == 200 else {"error": {"message": "x" * 270 + said}}
+    with serving(ChatServer(lambda request: Reply(body, status, SOON))) as server:
+        with AnswerStore(tmp_path / "answers.sqlite") as store:
+            try:
+                shown = repr(ask_one(server, store, retries=1))
+            except EndpointError as error:
+                shown = str(error)
+    assert server.keys == {f"Bearer {KEY}"}
+    kept = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert "sk-my" not in shown + caplog.text and b"sk-my" not in kept
+    assert "[hidden]" in shown or status != 200
+
+
+def test_a_password_in_the_address_of_the_environment_is_refused(
+    store: AnswerStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://me:my-password@localhost:1/v1")
+    with pytest.raises(ConfigError, match="OPENAI_BASE_URL holds a user name or password before @localhost:1") as caught:
+        ask(Endpoint(EndpointConfig(model="m"), store), [question()], store, label="test")
+    assert "my-password" not in str(caught.value)
 
 
 def test_a_server_that_hangs_is_given_up(store: AnswerStore) -> None:

@@ -99,7 +99,24 @@ def test_the_defaults_survive_dumping(tmp_path: Path) -> None:
         ("lora: {rank: 8, roles: [sft]}\n", "SFT starts from random weights there"),
         ("lora: {rank: 8}\nppo: {value_init: reward_model}\n", "set ppo.value_init: policy, or drop 'value'"),
         ("arms: 3\n", "arms is 3; it must be a list"),
+        ("arms:\n- name: a\n  name: b\n", ":3: arms[0].name stands twice, first on line 2"),
+        ("arms: [{name: a, reward: {kind: sign, kind: discrete}}]\n", "arms[0].reward.kind stands twice"),
+        ("ppo: {updates: 1}\nppo.updates: 3\n", ":2: ppo.updates stands twice, with dots and in its section"),
+        ("ppo.updates: 3\nppo: {updates: 1}\n", ":2: ppo.updates stands twice, with dots and in its section"),
+        ("ppo: {learning_rate: .inf}\n", "ppo.learning_rate is inf; it must be a finite number"),
+        ("kl: {coef: .nan}\n", "kl.coef is nan; it must be a finite number"),
+        ('output_dir: "a\\0b"\n', "output_dir holds the character NUL"),
+        ("ppo: {updates: " + "9" * 5000 + "}\n", "holds a value that cannot be read: Exceeds the limit"),
+        ("model: " + "[" * 2000 + "]" * 2000 + "\n", "is nested too deeply to be read"),
+        ("ppo: &a {updates: *a}\n", ":1: ppo.updates holds itself, by an alias"),
+        ("model: " + str([list(range(100))] * 50) + "\n", "model is [[0, 1, 2, 3, 4, 5, ...], [0"),
+        (
+            "x0: &x0 [1, 2]\n" + "".join(f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]\n" for i in range(1, 40)),
+            "stands for more than 100,000 values",
+        ),
         ("arms: [{reward: {kind: sign}}]\n", "arms[0] has no name"),
+        ("reviser: {endpoint: {base_url: 'http://me:my-password@host:1/v1'}}\n", "before @host:1, which would be written"),
+        ("rollout: {server: ['http://my-password@host']}\n", "the environment variable VLLM_API_KEY"),
         ("arms: [{name: a}, {name: a}]\n", "arms has 'a' twice"),
         ("arms: [{name: ../a}]\n", "it names a folder"),
         ("arms: [{name: a, reward: {knd: x}}]\n", "unknown key arms[0].reward.knd; did you mean arms[0].reward.kind?"),
@@ -116,6 +133,7 @@ def test_a_wrong_file_is_refused_in_one_line_that_names_the_place(tmp_path: Path
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, text))
     assert message in str(caught.value)
+    assert "my-password" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

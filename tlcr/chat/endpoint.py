@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, TypeVar
 
@@ -21,8 +21,10 @@ from tlcr.chat.budget import Budget
 from tlcr.chat.store import AnswerStore
 from tlcr.chat.types import Answer, Deliver, NoAnswer, Question
 from tlcr.config.schema import EndpointConfig
+from tlcr.credentials import refuse_credentials, without_secrets
 from tlcr.distribution import install_command
 from tlcr.errors import BackendUnavailable, ConfigError, EndpointError
+from tlcr.text.files import unicode_problem
 from tlcr.training.interrupt import StopSignals
 
 try:
@@ -50,6 +52,8 @@ LONGEST_WAIT_S = 600.0
 """If a server asks to wait longer (a daily limit, say), the run ends."""
 BACKOFF = wait_random_exponential(multiplier=1, max=60)
 """Seconds before a request is repeated: random, below 1, 2, 4, ... 60, or longer where the server asks for it."""
+MOST_TOKENS = 2**31
+"""A count above this is an error of the server: it would be stored, and paid for in the caps."""
 REFUSED_BY_THE_ACCOUNT = (401, 402, 404)
 """Statuses about key, credit, address or model name: every request would fail the same way."""
 
@@ -92,6 +96,7 @@ class Endpoint:
     async def _answer_all(
         self, questions: Sequence[Question], deliver: Deliver, signals: StopSignals
     ) -> BaseException | None:
+        refuse_credentials("OPENAI_BASE_URL", os.environ.get("OPENAI_BASE_URL"), self._cfg.key_variable)
         self._budget = Budget(self._cfg, self._store)
         async with openai.AsyncOpenAI(
             api_key=self._key(), base_url=self._cfg.base_url, timeout=self._cfg.timeout, max_retries=0
@@ -105,6 +110,10 @@ class Endpoint:
                 "variable in endpoint.key_variable, or a server without keys in endpoint.base_url"
             )
         return os.environ.get(self._cfg.key_variable) or "none"  # the client requires one
+
+    def without_key(self, text: object) -> str:
+        """What the server, or an error about it, says, without the key that it was sent."""
+        return without_secrets(str(text), os.environ.get(self._cfg.key_variable))
 
     def fields(self, question: Question, *, schema: bool) -> dict[str, Any]:
         """The request's keyword arguments."""
@@ -273,6 +282,7 @@ class _Session:
                 self._cfg.timeout,
             )
             answer = _read(completion)
+            answer = replace(answer, text=self._endpoint.without_key(answer.text))
         except openai.APIStatusError as error:
             await self._budget.settle(reservation, billed=False)
             raise self._sorted(error) from error
@@ -281,10 +291,12 @@ class _Session:
             raise _Transient(f"no answer within {self._cfg.timeout:g} s") from error
         except openai.APIConnectionError as error:
             await self._budget.settle(reservation, billed=_was_sent(error))
-            raise _Transient(f"the connection failed: {error.__cause__ or error}") from error
-        except (openai.APIResponseValidationError, ValueError) as error:
+            why = self._endpoint.without_key(error.__cause__ or error)
+            raise _Transient(f"the connection failed: {why}") from error
+        # RecursionError: JSON that is nested a hundred thousand levels deep
+        except (openai.APIResponseValidationError, ValueError, RecursionError) as error:
             await self._budget.settle(reservation, billed=True)
-            raise _Transient(f"the response is no chat completion: {error}") from error
+            raise _Transient(f"the response is no chat completion: {self._endpoint.without_key(error)}") from error
         await self._budget.settle(reservation, billed=True, answer=answer)
         return answer
 
@@ -314,7 +326,7 @@ class _Session:
 
     def _sorted(self, error: openai.APIStatusError) -> Exception:
         """What an HTTP status means: the end of the run, a request to drop, or one to repeat."""
-        reason = error.message[:300]  # which may be a whole page
+        reason = self._endpoint.without_key(error.message)[:300]  # which may be a whole page
         out_of_credit = error.code == "insufficient_quota"
         if error.status_code in REFUSED_BY_THE_ACCOUNT or out_of_credit:
             return EndpointError(
@@ -381,9 +393,12 @@ def _read(completion: object) -> Answer:
     content = getattr(message, "content", None)
     if not isinstance(content, str) and not refusal and getattr(choice, "finish_reason", None) is None:
         raise ValueError(f"no text in the first choice: {str(choice)[:200]!r}")
+    text = content if isinstance(content, str) else str(refusal or "")
+    if (problem := unicode_problem(text)) is not None:
+        raise ValueError(f"the text of the first choice {problem}")
     usage = getattr(completion, "usage", None)
     return Answer(
-        text=content if isinstance(content, str) else str(refusal or ""),
+        text=text,
         finish=_finish(choice.finish_reason, refusal),
         prompt_tokens=_count(usage, "prompt_tokens"),
         answer_tokens=_count(usage, "completion_tokens"),
@@ -397,5 +412,6 @@ def _finish(reason: object, refusal: object) -> Literal["stop", "length", "refus
 
 
 def _count(usage: object, name: str) -> int | None:
+    """The tokens that the server reports; None where it reports none, or what no answer can have."""
     value = getattr(usage, name, None)
-    return value if isinstance(value, int) else None
+    return value if type(value) is int and 0 <= value <= MOST_TOKENS else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import reprlib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,11 @@ __all__ = [
 ]
 
 ConfigT = TypeVar("ConfigT", bound=Checked)
+
+MOST_VALUES = 100_000
+"""A config of more values is one whose aliases repeat each other; the largest of ours have some two hundred."""
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 200, 200
 
 
 @dataclass(frozen=True)
@@ -177,9 +183,9 @@ def _plain(value: Any) -> Any:
 
 def _load_arms(arms: Any, reward: RewardConfig, where: str) -> tuple[Arm, ...]:
     if isinstance(arms, str):
-        arms = read_yaml(arms)
+        arms, _ = _parse_yaml(arms, "arms")
     if not isinstance(arms, (list, tuple)) or not all(isinstance(arm, (Mapping, Arm)) for arm in arms):
-        raise ConfigError(f"arms is {arms!r}; it must be {describe_type(tuple[Arm, ...])}")
+        raise ConfigError(f"arms is {_shown(arms)}; it must be {describe_type(tuple[Arm, ...])}")
     loaded = []
     for index, arm in enumerate(arms):
         if isinstance(arm, Arm):
@@ -199,16 +205,54 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
         raise ConfigError(f"config {path} cannot be read: {error.strerror}; give the path of a YAML file") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"config {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = read_yaml(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+    values, node = _parse_yaml(text, f"config {path}")
     if values is None:
         return {}, None
     if not isinstance(values, dict):
         raise ConfigError(f"config {path} holds {type(values).__name__}, not a mapping such as 'ppo: {{updates: 100}}'")
     return values, node
+
+
+def _parse_yaml(text: str, where: str) -> tuple[Any, yaml.Node | None]:
+    """The values of a YAML text and its nodes, once no key stands twice in it and all of it can be shown.
+
+    Aliases can make a text of some hundred bytes stand for billions of values, or for a value that holds itself.
+    """
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None and _size(node, where, "", {}) > MOST_VALUES:
+            raise ConfigError(f"{where} stands for more than {MOST_VALUES:,} values; write out what its aliases repeat")
+        return read_yaml(text), node
+    except ConfigError:
+        raise
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where} is nested too deeply to be read; no knob is deeper than arms and their parts") from error
+    except ValueError as error:  # a number of thousands of digits, a date that is none
+        raise ConfigError(f"{where} holds a value that cannot be read: {error}") from error
+
+
+def _size(node: yaml.Node, where: str, path: str, sizes: dict[int, int | None]) -> int:
+    """How many values the node at ``path`` stands for, each alias counted as what it repeats; no key stands twice."""
+    if id(node) not in sizes:
+        sizes[id(node)] = None  # until it is known
+        parts: list[tuple[str, yaml.Node]] = []
+        if isinstance(node, yaml.MappingNode):
+            _refuse_repeated_keys(node, where, path)
+            parts = [(f"{path}{key}.", part) for key, (_, part) in _children(node)]
+        elif isinstance(node, yaml.SequenceNode):
+            parts = [(f"{path.rstrip('.')}[{index}].", part) for index, part in enumerate(node.value)]
+        sizes[id(node)] = 1 + sum(_size(part, where, name, sizes) for name, part in parts)
+    size = sizes[id(node)]
+    if size is None:
+        raise ConfigError(f"{where}:{node.start_mark.line + 1}: {path.rstrip('.')} holds itself, by an alias; write it out")
+    return size
+
+
+def _shown(value: Any) -> str:
+    """A value of any size, as an error message shows it."""
+    return _SHORT.repr(value)
 
 
 def _flatten(
@@ -220,18 +264,19 @@ def _flatten(
     flat: dict[str, Any] = {}
 
     def visit(values: Mapping[str, Any], node: yaml.Node | None, section: str) -> None:
-        _refuse_repeated_keys(node, where, prefix + section)
         children = dict(_children(node))
         for key, value in values.items():
             name = f"{section}{key}"
             at = f"{where}:{children[key][0]}: " if key in children else ""
+            if name in flat:
+                raise ConfigError(f"{at}{prefix}{name} stands twice, with dots and in its section; keep one")
             if name in leaves:
                 flat[name] = value
             elif name in sections:
                 if value is None:
                     continue
                 if not isinstance(value, Mapping):
-                    raise ConfigError(f"{at}{prefix}{name} is {value!r}; it must be a mapping of knobs")
+                    raise ConfigError(f"{at}{prefix}{name} is {_shown(value)}; it must be a mapping of knobs")
                 visit(value, children[key][1] if key in children else None, f"{name}.")
             elif not _is_dropped(cls, name, value, f"{at}{prefix}"):
                 raise ConfigError(f"{at}unknown key {prefix}{name}{nearest(name, leaves, prefix)}")
@@ -243,10 +288,12 @@ def _flatten(
 def _children(node: yaml.Node | None) -> Iterator[tuple[Any, tuple[int, yaml.Node]]]:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            yield key.value, (key.start_mark.line + 1, value)
+            # A key that is itself a list or a mapping is no knob's name, and so known by its place alone.
+            name = key.value if isinstance(key, yaml.ScalarNode) else id(key)
+            yield name, (key.start_mark.line + 1, value)
 
 
-def _refuse_repeated_keys(node: yaml.Node | None, where: str, section: str) -> None:
+def _refuse_repeated_keys(node: yaml.Node, where: str, section: str) -> None:
     seen: dict[Any, int] = {}
     for key, (line, _) in _children(node):
         if key in seen:

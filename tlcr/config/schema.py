@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tlcr.credentials import VLLM_KEY_VARIABLE, refuse_credentials
 from tlcr.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16"]
@@ -89,8 +91,12 @@ class Checked:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
+            if isinstance(value, str) and "\0" in value:
+                raise ConfigError(f"{type(self).__name__}.{f.name} holds the character NUL; take it out")
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
+            if not math.isfinite(value):
+                raise ConfigError(f"{type(self).__name__}.{f.name} is {value!r}; it must be a finite number")
             for name, holds, word in (
                 ("ge", lambda v, b: v >= b, "at least"),
                 ("gt", lambda v, b: v > b, "greater than"),
@@ -268,6 +274,7 @@ class EndpointConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_credentials("EndpointConfig.base_url", self.base_url, self.key_variable)
         if (self.prompt_price is None) != (self.answer_price is None):
             raise ConfigError(
                 f"EndpointConfig.prompt_price is {self.prompt_price} and answer_price is {self.answer_price}; name "
@@ -566,6 +573,8 @@ class RolloutConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for address in self.server:
+            refuse_credentials("RolloutConfig.server", address, VLLM_KEY_VARIABLE)
         if self.engine == "server" and not self.server:
             raise ConfigError(
                 "RolloutConfig.engine is 'server' and server names none; name addresses, such as "

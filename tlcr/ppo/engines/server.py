@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tlcr.config.schema import RolloutConfig
+from tlcr.credentials import VLLM_KEY_VARIABLE, without_secrets
 from tlcr.distribution import install_command
 from tlcr.errors import BackendUnavailable
 from tlcr.models.faults import one_line
@@ -50,8 +51,6 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-KEY_VARIABLE = "VLLM_API_KEY"
-"""The environment variable from which vLLM, too, takes the key of a server."""
 ATTEMPTS = 5
 """Times that a request is sent where the server refuses it for now (429, 5xx) or the connection breaks."""
 BACKOFF = wait_random_exponential(multiplier=0.5, max=8)
@@ -281,10 +280,8 @@ class _Client:
 
     def __init__(self, address: str, timeout: float) -> None:
         self.address = address.rstrip("/").removesuffix("/v1")
-        self._timeout = timeout
-        self._http = openai.OpenAI(
-            base_url=self.address, api_key=os.environ.get(KEY_VARIABLE) or "none", timeout=timeout, max_retries=0
-        )
+        self._timeout, self._key = timeout, os.environ.get(VLLM_KEY_VARIABLE) or "none"
+        self._http = openai.OpenAI(base_url=self.address, api_key=self._key, timeout=timeout, max_retries=0)
         self.state = _State()
         self.under_way = self.asked = 0
         self.probe: _Probe | None = None
@@ -373,14 +370,15 @@ class _Client:
             else:
                 text = self._http.post(path, cast_to=str, body=body)
             return json.loads(text) if text else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _Fault(f"answers {path} with what is no JSON: {one_line(error)}") from error
         except openai.APITimeoutError as error:
             raise _Fault(f"gave no answer within rollout.server_timeout = {self._timeout:g} s") from error
         except openai.APIConnectionError as error:
             raise _Busy(f"cannot be reached: {one_line(error.__cause__ or error)}") from error
         except openai.APIStatusError as error:
-            said = f"answers {path} with status {error.status_code}: {one_line(error)[:200]}"
+            message = without_secrets(one_line(error), self._key)
+            said = f"answers {path} with status {error.status_code}: {message[:200]}"
             if error.status_code == 429 or error.status_code >= 500:
                 raise _Busy(said) from error
             if error.status_code == 404 and not path.startswith("/v1/"):
