@@ -21,7 +21,7 @@ from torch import nn
 
 from tlcr.config.schema import RunConfig
 from tlcr.errors import CheckpointError
-from tlcr.training import checkpoint
+from tlcr.training import checkpoint, checksums
 from tlcr.training.checkpoint import (
     as_plain,
     atomic_write,
@@ -190,8 +190,8 @@ def test_incomplete_checkpoints_are_passed_over(tmp_path, caplog):
     ("file", "damage", "says"),
     [
         ("model-model.safetensors", lambda data: b"\xff" * len(data), r"model-model.safetensors cannot be read"),
-        ("optimizer-adamw.json", lambda data: b"{" * len(data), r"optimizer-adamw cannot be read"),
-        ("rng-00000.safetensors", lambda data: b"\x00" * len(data), r"rng-00000 cannot be read"),
+        ("optimizer-adamw.json", lambda data: b"{" * len(data), r"optimizer-adamw.json cannot be read"),
+        ("rng-00000.safetensors", lambda data: b"\x00" * len(data), r"rng-00000.safetensors cannot be read"),
         ("config.yaml", lambda data: b"\t" * len(data), r"config.yaml cannot be read"),
         ("checkpoint.json", lambda data: data[: len(data) // 2], r"checkpoint.json cannot be read"),
         ("tensors.json", None, r"incomplete: tensors.json is missing; delete it to resume from an earlier one"),
@@ -211,6 +211,53 @@ def test_damage_is_one_line_that_names_the_file(tmp_path, file, damage, says):
     assert "\n" not in str(caught.value)
 
 
+def rewrite(path: Path, **changes: object) -> None:
+    """Changes entries of a manifest as tlcr would have written them; None takes an entry out."""
+    manifest = json.loads((path / "checkpoint.json").read_text()) | changes
+    del manifest["checksum"]
+    manifest = {name: value for name, value in manifest.items() if value is not None}
+    (path / "checkpoint.json").write_text(json.dumps(manifest | {"checksum": checksums.of_record(manifest)}))
+
+
+def test_a_bit_that_changed_on_the_disk_is_noticed_in_every_file(tmp_path: Path) -> None:
+    """The middle bit of each file, which keeps its size, and mostly what safetensors and JSON check."""
+    training = Training(seed=1)
+    training.steps(1)
+    path = training.save(tmp_path, 1, state={"seen": 12345})
+    for file in path.iterdir():
+        data = file.read_bytes()
+        file.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :])
+        with pytest.raises(CheckpointError, match=rf"{file.name} cannot be read into this run"):
+            load_checkpoint(path, **training.parts)
+        file.write_bytes(data)
+    load_checkpoint(path, **training.parts)
+    text = (path / "checkpoint.json").read_text()
+    (path / "checkpoint.json").write_text(text.replace("12345", "12344"))
+    with pytest.raises(CheckpointError, match=r"checkpoint.json cannot be read .*: its checksum is another"):
+        load_checkpoint(path, **training.parts)
+
+
+@pytest.mark.parametrize("name", ["format", "step", "processes", "versions", "files", "state"])
+@pytest.mark.parametrize("value", [None, "x"])
+def test_a_manifest_without_what_every_one_has_is_passed_over(
+    name: str, value: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = Training(seed=1)
+    good = training.save(tmp_path, 1, keep=9)
+    rewrite(training.save(tmp_path, 2, keep=9), **{name: value})
+    assert latest_checkpoint(tmp_path) == good
+    assert f"it has no {name}, or one that is no " in caplog.text
+
+
+def test_checkpoints_of_versions_without_checksums_are_read(tmp_path: Path) -> None:
+    training = Training(seed=1)
+    path = training.save(tmp_path, 3)
+    manifest = json.loads((path / "checkpoint.json").read_text())
+    del manifest["checksum"], manifest["checksums"]
+    (path / "checkpoint.json").write_text(json.dumps(manifest))
+    assert load_checkpoint(path, **training.parts).step == 3
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     path = Training(seed=1).save(tmp_path, 1)
     other = nn.ModuleDict({"embed": nn.Embedding(12, 6)})
@@ -220,8 +267,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 def test_another_number_of_processes_is_refused(tmp_path):
     path = Training(seed=1).save(tmp_path, 1)
-    manifest = json.loads((path / "checkpoint.json").read_text())
-    (path / "checkpoint.json").write_text(json.dumps(manifest | {"processes": 2}))
+    rewrite(path, processes=2)
     with pytest.raises(CheckpointError, match="written by 2 processes and is read by 1: start as many"):
         load_checkpoint(path, **NOTHING)
 
@@ -248,9 +294,7 @@ def test_other_versions_are_reported(tmp_path, caplog):
     path = Training(seed=1).save(tmp_path, 1)
     load_checkpoint(path, **NOTHING)
     assert caplog.text == ""
-    manifest = json.loads((path / "checkpoint.json").read_text())
-    manifest["versions"]["torch"] = "1.0"
-    (path / "checkpoint.json").write_text(json.dumps(manifest))
+    rewrite(path, versions=versions() | {"torch": "1.0"})
     load_checkpoint(path, **NOTHING)
     assert f"torch 1.0 -> {torch.__version__}" in caplog.text
 

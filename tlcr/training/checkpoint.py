@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent: written to a temporary folder, synced to disk, renamed. No pickle.
 
 <folder>/step-000100/
-    checkpoint.json            step, the caller's state, versions, number of processes, name and size of each file
+    checkpoint.json            step, the caller's state, versions, number of processes, each file's size and checksum
     config.yaml                the resolved config
     model-<name>.safetensors   weights; tied ones once
     optimizer-<name>.{json,safetensors}   scheduler-<name>.json   tensors.safetensors
@@ -40,9 +40,10 @@ from torch import Tensor, nn
 
 from tlcr.distribution import installed_version
 from tlcr.errors import CheckpointError
-from tlcr.training import shards
+from tlcr.training import checksums, shards
 from tlcr.training.distributed import (
     is_main_process,
+    merged_over_processes,
     on_all_processes,
     on_main_process,
     process_count,
@@ -55,6 +56,10 @@ logger = logging.getLogger(__name__)
 FORMAT_OF = {"whole": 1, "sharded": 2}
 """The number of a layout. Whole checkpoints keep theirs: their files did not change, and older versions read them."""
 MANIFEST, SHARDS = "checkpoint.json", "shards"
+FIELDS = {"format": int, "step": int, "processes": int, "versions": dict, "files": dict, "state": dict}
+"""What every manifest has."""
+CHECKSUM = "checksum"
+"""Of the manifest's other entries."""
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -331,8 +336,10 @@ def write_checkpoint(
                 tree.write(aside / stem)
             (aside / "config.yaml").write_text(what.config, encoding="utf-8")
 
+    def checksums_of_a_share() -> dict[str, str]:
+        return {file: checksums.of_file(aside / file) for file in _files(aside)[process_index() :: process_count()]}
+
     def complete() -> None:
-        files = sorted(file for file in aside.rglob("*") if file.is_file())
         manifest = {
             "format": FORMAT_OF[layout],
             "layout": layout,
@@ -340,10 +347,12 @@ def write_checkpoint(
             "processes": process_count(),
             "saved_at": time.time(),
             "versions": versions(),
-            "files": {file.relative_to(aside).as_posix(): file.stat().st_size for file in files},
+            "files": {file: (aside / file).stat().st_size for file in _files(aside)},
+            "checksums": sums,
             "state": what.state,
         }
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        text = json.dumps(manifest | {CHECKSUM: checksums.of_record(manifest)}, indent=1)
+        (aside / MANIFEST).write_text(text, encoding="utf-8")
         sync_to_disk(aside)
         _take_place(aside, path)
         for old in _checkpoints(folder)[:-keep]:
@@ -358,12 +367,19 @@ def write_checkpoint(
         if what.shards is not None:
             with _writing(path):
                 shards.write(aside / SHARDS, what.shards, group)
+        sums = merged_over_processes(on_all_processes(_writing(path)(checksums_of_a_share), group), group)
         on_main_process(_writing(path)(complete), group)
     except BaseException:
         if is_main_process():
             remove(aside)
         raise
     return path
+
+
+def _files(folder: Path) -> list[str]:
+    """The files of a checkpoint but for its manifest, by their paths in the folder."""
+    found = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return sorted(file for file in found if file != MANIFEST)
 
 
 @contextmanager
@@ -411,6 +427,7 @@ def load_checkpoint(
         raise CheckpointError(
             f"the checkpoint {path} is incomplete: {problem}; delete it to resume from an earlier one"
         )
+    on_all_processes(lambda: _check_share(path, manifest.get("checksums", {})))
     sharded, cut = manifest.get("layout") == "sharded", shards.are_cut(models)
     if manifest["processes"] != process_count() and not (sharded or cut):
         raise CheckpointError(
@@ -444,6 +461,14 @@ def load_checkpoint(
     _report_processes(path, manifest["processes"])
     _report_versions(path, manifest["versions"])
     return LoadedCheckpoint(manifest["step"], manifest["state"], tensors, config, manifest["versions"])
+
+
+def _check_share(path: Path, sums: Mapping[str, str]) -> None:
+    """Reads this process's share of the files and compares their checksums; earlier versions wrote none."""
+    for name in sorted(sums)[process_index() :: process_count()]:
+        with reading(path / name):
+            if checksums.of_file(path / name) != sums[name]:
+                raise ValueError("its checksum is another than when it was written")
 
 
 def _read_whole(
@@ -572,9 +597,15 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _manifest(path: Path) -> dict[str, Any]:
     with reading(path / MANIFEST):
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for name, kind in FIELDS.items():
+            if not isinstance(manifest, dict) or not isinstance(manifest.get(name), kind):
+                raise ValueError(f"it has no {name}, or one that is no {kind.__name__}")
         if manifest["format"] not in FORMAT_OF.values():
             known = " and ".join(str(number) for number in FORMAT_OF.values())
             raise ValueError(f"it has the format {manifest['format']}, and this version of tlcr reads {known}")
+        written = manifest.pop(CHECKSUM, None)  # earlier versions wrote none
+        if written not in (None, checksums.of_record(manifest)):
+            raise ValueError("its checksum is another than when it was written")
         return manifest
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import cache
 from typing import TypeVar
@@ -147,6 +147,15 @@ def on_all_processes(action: Callable[[], T], group: dist.ProcessGroup | None = 
     if failure is not None:
         raise failure
     return result
+
+
+def merged_over_processes(own: Mapping[str, T], group: dist.ProcessGroup | None = None) -> dict[str, T]:
+    """The mappings of all processes as one, the same on each. Every process must call it."""
+    if process_count() == 1:
+        return dict(own)
+    parts: list[Mapping[str, T]] = [{}] * process_count()
+    dist.all_gather_object(parts, own, group=group)
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def _first_failure(own: BaseException | None, group: dist.ProcessGroup | None) -> TlcrError | None:

@@ -1,0 +1,28 @@
+"""Checksums that tell a damaged file from a whole one: of disks and copies that change bits, not of people who do."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["of_file", "of_record"]
+
+BLOCK = 1 << 22
+"""Bytes that are read at a time."""
+
+
+def of_file(path: Path) -> str:
+    """The CRC-32 of a file's bytes, in hexadecimal."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+def of_record(record: Mapping[str, Any]) -> str:
+    """The CRC-32 of a mapping of JSON values; the same before it is written and after it is read."""
+    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
