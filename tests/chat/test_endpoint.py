@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -23,7 +25,7 @@ from tlcr.chat import Answer, AnswerStore, Message, NoAnswer, Question, ask, sto
 from tlcr.chat import endpoint as endpoint_module
 from tlcr.chat.endpoint import Endpoint
 from tlcr.config.schema import EndpointConfig
-from tlcr.errors import BudgetExhausted, ConfigError, EndpointError
+from tlcr.errors import BudgetExhausted, CheckpointError, ConfigError, DataError, EndpointError
 
 SOON = {"Retry-After": "0"}
 BUSY = Reply({"error": {"message": "slow down", "code": "rate_limit_exceeded"}}, 429, SOON)
@@ -488,9 +490,33 @@ def test_a_store_that_is_in_use_is_not_shared(tmp_path: Path) -> None:
         pass
 
 
-def test_a_file_that_is_no_store_is_refused_and_left_alone(tmp_path: Path) -> None:
-    from tlcr.errors import DataError
+def test_what_cannot_hold_a_store_is_said_as_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder; name the file in which answers are to be kept"):
+        AnswerStore(tmp_path).__enter__()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot write .*: File exists"):
+        AnswerStore(tmp_path / "file" / "a.sqlite").__enter__()
 
+    foreign = tmp_path / "foreign.sqlite"
+    with contextlib.closing(sqlite3.connect(foreign)) as database:
+        database.executescript("CREATE TABLE answers (question TEXT, reply TEXT)")
+    with pytest.raises(DataError, match=r"is not a store of answers.*its table answers has question, reply"):
+        AnswerStore(foreign).__enter__()
+
+    locked = tmp_path / "locked.sqlite"
+    with AnswerStore(locked):
+        pass
+    with contextlib.closing(sqlite3.connect(locked)) as viewer:
+        viewer.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ConfigError, match="is locked by another program, such as a viewer of databases"):
+            AnswerStore(locked, patience=0.1).__enter__()
+    with AnswerStore(locked):
+        pass
+    with contextlib.closing(sqlite3.connect(foreign)) as database:
+        assert database.execute("SELECT COUNT(*) FROM answers").fetchone() == (0,)
+
+
+def test_a_file_that_is_no_store_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("my notes, which are long enough to be taken for something else than an empty file\n" * 20)
     before = path.read_bytes()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -45,34 +45,51 @@ class AnswerStore:
     Raises ConfigError where another process has it open, DataError where the file is something else.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: str | Path, *, patience: float = 5.0) -> None:
+        """patience: seconds to wait for another program that has locked the file."""
+        self.path, self._patience = Path(path), patience
         self._lock = FileLock(f"{self.path}.lock", timeout=0)
 
     def __enter__(self) -> AnswerStore:
+        if self.path.is_dir():
+            raise ConfigError(f"{self.path} is a folder; name the file in which answers are to be kept")
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except Timeout as error:
             raise ConfigError(
                 f"{self.path} is in use by another tlcr process, which may be asking for the same answers; wait for "
                 "it, or name another cache"
             ) from error
-        self._database = sqlite3.connect(self.path, check_same_thread=False)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
         try:
             with self._translated():
-                self._database.executescript(TABLES)
+                self._database = sqlite3.connect(self.path, timeout=self._patience, check_same_thread=False)
+            try:
+                with self._translated():
+                    self._database.executescript(TABLES)
+                    self._check_columns()
+            except BaseException:
+                self._database.close()
+                raise
         except BaseException:
-            self._close()
+            self._lock.release()
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._close()
-
-    def _close(self) -> None:
         self._database.close()
         self._lock.release()
+
+    def _check_columns(self) -> None:
+        """Raises where the tables are those of another program, which ``CREATE TABLE IF NOT EXISTS`` leaves alone."""
+        with closing(sqlite3.connect(":memory:")) as ours:
+            ours.executescript(TABLES)
+            for table in ("answers", "requests"):
+                wanted, found = (_columns(database, table) for database in (ours, self._database))
+                if found != wanted:
+                    raise sqlite3.DatabaseError(f"its table {table} has {', '.join(found)}")
 
     def get(self, key: str) -> Answer | None:
         """The stored answer to the question of this key; None where there is none."""
@@ -132,8 +149,17 @@ class AnswerStore:
         try:
             yield
         except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise ConfigError(
+                    f"{self.path} is locked by another program, such as a viewer of databases; close it there, or name "
+                    "another cache"
+                ) from error
             raise unwritable(self.path, error) from error
         except sqlite3.DatabaseError as error:
             raise DataError(
                 f"{self.path} is not a store of answers, or is damaged ({error}); name another cache, or move it away"
             ) from error
+
+
+def _columns(database: sqlite3.Connection, table: str) -> list[str]:
+    return [row[1] for row in database.execute(f"PRAGMA table_info({table})")]
