@@ -244,6 +244,9 @@ class TestBadFiles:
         assert "JSON list, not an object" in read.malformed[1].reason
         path.write_text("{\n")
         self.refused(path, tokenizer, "record 1 (line 1): invalid JSON", "mend the file")
+        for text in ("[" * 5000, '{"prompt": ' + "[" * 5000 + "]" * 5000 + "}", "[" + "9" * 5000 + "]"):
+            path.write_text(f"{text}\n")
+            self.refused(path, tokenizer, "invalid JSON (")
         path = tmp_path / "a.json"
         path.write_text('\n[\n{"prompt": "a"},\n{"prompt" "b"}]')
         self.refused(path, tokenizer, "line 4: invalid JSON", "mend it", on_malformed="skip")
@@ -257,6 +260,8 @@ class TestBadFiles:
             (2, 4, "2 cells, where the header names 3 columns"),
             (3, 5, "4 cells, where the header names 3 columns"),
         ]
+        path.write_text("prompt,rejected,revised,rejected\np,a,b,c\n")
+        self.refused(path, tokenizer, "line 1: the header names 'rejected' twice", on_malformed="skip")
         path.write_text('prompt,rejected,revised\np,"never closed,b\n')
         self.refused(path, tokenizer, "line 2: not readable as .csv", ".jsonl")
 

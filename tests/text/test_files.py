@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tlcr.errors import DataError
-from tlcr.text.files import open_text, read_text, unicode_problem
+from tlcr.text.files import DEEPEST_JSON, open_text, parse_json, read_text, unicode_problem
 
 TEXT = '{"a": "café 🙃"}\r\nzwei\n'
 ENCODINGS = {
@@ -92,3 +92,18 @@ def test_standard_input_is_read_alike_and_stays_open(
 def test_halves_of_characters_are_found_wherever_they_stand(value: object, place: int | None) -> None:
     problem = f"is not valid Unicode (half of a surrogate pair at character {place})"
     assert unicode_problem(value) == (None if place is None else problem)
+
+
+def test_json_from_outside_is_a_value_or_a_value_error() -> None:
+    deep = "[" * DEEPEST_JSON + "1" + "]" * DEEPEST_JSON
+    assert parse_json('{"a": [1, "x", null, {"b": []}]}') == {"a": [1, "x", None, {"b": []}]}
+    assert parse_json("3") == 3 and str(parse_json(deep)) == deep
+    for text, says in {
+        f"[{deep}]": f"more than {DEEPEST_JSON} levels",
+        '{"a": ' * 200_000: f"more than {DEEPEST_JSON} levels",
+        "[" * 200_000 + "]" * 200_000: f"more than {DEEPEST_JSON} levels",
+        "9" * 5000: "Exceeds the limit",
+        "[1": "Expecting ',' delimiter",
+    }.items():
+        with pytest.raises(ValueError, match=says):
+            parse_json(text)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tlcr.data.edit_codes import check_edit_codes
 from tlcr.errors import DataError
-from tlcr.text.files import unicode_problem
+from tlcr.text.files import parse_json, unicode_problem
 from tlcr.text.template_variables import template_variables
 from tlcr.text.tokenization import render_prompt, render_prompt_and_answers
 from tlcr.text.turns import without_beginning, without_end
@@ -553,7 +553,7 @@ def _template(values: Values) -> dict[str, Any]:
             continue
         if isinstance(value, str) and name in TEMPLATE_COLUMNS and value.strip():
             try:
-                value = json.loads(value)
+                value = parse_json(value)
             except ValueError as error:
                 raise Malformed(f"field {name!r} is a text that is not JSON ({error})") from error
         if name == "chat_template_kwargs" and value and not isinstance(value, Mapping):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import pyarrow
 
 from tlcr.data.places import BUILDERS, JSON_SUFFIXES, SEPARATORS, find_source, kind_of_file, nearest_name
 from tlcr.errors import DataError
-from tlcr.text.files import open_text
+from tlcr.text.files import open_text, parse_json
 
 __all__ = ["Row", "read_rows"]
 
@@ -99,7 +100,7 @@ def _json_rows(path: Path, file: IO[str]) -> Iterator[Row]:
             return
         number += 1
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
             yield Row(path.name, number, line_number, {}, f"invalid JSON ({error}); a line holds one whole record")
         else:
@@ -108,11 +109,13 @@ def _json_rows(path: Path, file: IO[str]) -> Iterator[Row]:
 
 def _json_list(path: Path, lines_before: int, text: str) -> Iterator[Row]:
     try:
-        values = json.loads(text)
+        values = parse_json(text)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}, line {lines_before + error.lineno}: invalid JSON ({error.msg}, column {error.colno}); mend it"
         ) from error
+    except ValueError as error:
+        raise DataError(f"{path}: invalid JSON ({error}); mend it") from error
     for number, value in enumerate(values, start=1):
         yield _json_row(path, number, None, value)
 
@@ -145,6 +148,8 @@ def _table_rows(path: Path, file: IO[str], separator: str) -> Iterator[Row]:
             continue
         if header is None:
             header = cells
+            if twice := [name for name, times in Counter(header).items() if times > 1]:
+                raise DataError(f"{path}, line {line}: the header names {twice[0]!r} twice; give each column its name")
             continue
         number += 1
         if len(cells) != len(header):

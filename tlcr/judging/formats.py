@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from tlcr.errors import DataError
-from tlcr.text.files import read_text, unicode_problem
+from tlcr.text.files import parse_json, read_text, unicode_problem
 from tlcr.training.checkpoint import atomic_write, write_json
 
 __all__ = [
@@ -131,7 +131,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[Mapping[str, Any], str]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             raise DataError(f"{path}:{number}: not JSON ({error}); wanted one object a line") from error
         if not isinstance(record, dict):
@@ -146,7 +146,7 @@ def _is_list(path: Path) -> bool:
 
 def _json_list(path: Path, *wanted: str) -> list[tuple[Mapping[str, Any], str]]:
     try:
-        records = json.loads(read_text(path))
+        records = parse_json(read_text(path))
     except ValueError as error:
         raise DataError(f"{path} begins like a JSON list and is none ({error})") from error
     for index, record in enumerate(records):

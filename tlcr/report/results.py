@@ -7,7 +7,6 @@ at any time. Gold is compared at matched KL, because at the same coefficient a r
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from tlcr.config.stages import CONFIG, DONE
 from tlcr.config.trials import folder_of, read_folder
 from tlcr.errors import DataError
 from tlcr.evaluation.evaluate import MEASURES
+from tlcr.text.files import parse_json
 from tlcr.training.checkpoint import write_json
 from tlcr.training.metrics import read_metrics
 
@@ -393,8 +393,8 @@ def write_results(folder: str | Path) -> dict[str, Any]:
 def read_json(path: Path) -> Any:
     """A JSON file's value. DataError, naming the file, where it is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise DataError(f"{path} is not valid JSON ({error}); delete it and run that stage again") from error
 
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
+import json
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from tlcr.errors import DataError
 
-__all__ = ["STANDARD_INPUT", "is_lfs_pointer", "open_text", "read_text", "unicode_problem"]
+__all__ = ["STANDARD_INPUT", "is_lfs_pointer", "open_text", "parse_json", "read_text", "unicode_problem"]
 
 STANDARD_INPUT = "-"
 """The name under which commands read standard input."""
@@ -28,6 +29,8 @@ LFS_POINTER = b"version https://git-lfs"
 LFS_POINTER_BYTES = 1024
 """Git LFS pointers are shorter than this (its specification)."""
 
+DEEPEST_JSON = 100
+"""Levels of lists and objects in each other. What is deeper is no data, and would exhaust python's stack somewhere."""
 GZIP = b"\x1f\x8b"
 MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -88,6 +91,37 @@ def is_lfs_pointer(path: Path) -> bool:
     return len(start) < LFS_POINTER_BYTES and start.startswith(LFS_POINTER)
 
 
+def parse_json(text: str) -> Any:
+    """The value of a JSON text from outside.
+
+    Args:
+        text: the text.
+
+    Returns:
+        Its value.
+
+    Raises:
+        ValueError: it is no JSON, or holds what python does not read: more than ``DEEPEST_JSON`` levels, a whole number
+            of thousands of digits.
+    """
+    too_deep = ValueError(f"it has more than {DEEPEST_JSON} levels of lists and objects in each other")
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise too_deep from None
+    level = [value]
+    for _ in range(DEEPEST_JSON):
+        level = [part for whole in level for part in _parts(whole) if isinstance(part, (dict, list))]
+        if not level:
+            return value
+    raise too_deep
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """What a value of JSON holds; nothing where it is no list and no object."""
+    return value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+
+
 def unicode_problem(value: Any) -> str | None:
     r"""What is wrong where a text of a JSON value holds half of a surrogate pair.
 
@@ -111,8 +145,7 @@ def _broken_character(value: Any) -> int | None:
         except UnicodeEncodeError as error:
             return error.start
         return None
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    return next((place for part in parts if (place := _broken_character(part)) is not None), None)
+    return next((place for part in _parts(value) if (place := _broken_character(part)) is not None), None)
 
 
 def _opened(source: str | Path) -> io.BufferedReader:
