@@ -65,7 +65,7 @@ html_title = "tlcr"
 html_static_path = ["_static"]
 html_css_files = ["tlcr.css"]
 html_show_sourcelink = False
-html_sidebars: dict[str, list[str]] = {"contributing": [], "changelog": []}
+html_sidebars: dict[str, list[str]] = {"contributing": [], "changelog": [], "security": []}
 html_theme_options = {
     "show_prev_next": True,
     "navigation_with_keys": False,

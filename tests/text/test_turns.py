@@ -160,6 +160,15 @@ def test_an_error_inside_a_template_refuses_the_conversation() -> None:
         apply_template(tokenizer, calling, {}, add_generation_prompt=False)
 
 
+@pytest.mark.parametrize(
+    "body",
+    ["{{ 1 / 0 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 'x' * 10 ** 17 }}", "{{ messages[7].x.y }}"],
+)
+def test_whatever_a_template_computes_is_one_sentence(body: str) -> None:
+    with pytest.raises(DataError, match="refuses this conversation: "):
+        apply_template(tokenizer_with(body), ASK, {}, add_generation_prompt=False)
+
+
 def test_several_templates_without_a_default_are_named() -> None:
     tokenizer = tokenizer_with(CHATML)
     tokenizer.chat_template = {"rag": CHATML, "tool_use": CHATML}

@@ -37,6 +37,11 @@ Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message], bool], str]
 """(messages, add_generation_prompt) to their text."""
 
+TEMPLATE_ERRORS = (
+    *(TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+    *(RecursionError, MemoryError),
+)
+"""What rendering raises: jinja's own errors, and those of python in what a template calls or computes."""
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}tlcr\N{OBJECT REPLACEMENT CHARACTER}"
 """A placeholder for an answer's text, to find the text that a chat template writes around it."""
 MARKED = {"role": "assistant", "content": MARK}
@@ -157,7 +162,7 @@ def apply_template(
             **template,
             **date,
         )
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except TEMPLATE_ERRORS as error:
         # a template that joins texts with + raises a TypeError where a content is no text
         raise DataError(f"the tokenizer's chat template refuses this conversation: {error}") from error
     return str(text)
