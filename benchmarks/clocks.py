@@ -139,14 +139,21 @@ class Clocks(ABC):
         return Trial(peak, time.perf_counter() - begin)
 
     def _calls_of_a_turn(self, work: Work, tried: Trial | None) -> int:
-        """1 if the trial was slow; else as many as fill a turn by the time of one more call, within bounds."""
+        """1 if the trial was slow; else as many as fill a turn by the time of one more call, within bounds.
+
+        The faster of two, because a call that was interrupted would make turns of a single call, which a short one does
+        not warm up.
+        """
         if tried is not None and tried.seconds > 100 * TURN:
             return 1
-        run = work(1)
-        begin = time.perf_counter()
-        run()
-        self.synchronize()
-        fill = math.ceil(TURN / max(time.perf_counter() - begin, 1e-9))
+        seconds = []
+        for _ in range(2):
+            run = work(1)
+            begin = time.perf_counter()
+            run()
+            self.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        fill = math.ceil(TURN / max(min(seconds), 1e-9))
         return max(1, min(fill, MOST_CALLS, GRAPHS // max(tried.peak_bytes if tried else 0, 1)))
 
     def copy_bandwidth(self, device: str, sizes: Sequence[int] | None = None) -> list[dict[str, float]]:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tlcr.kernels.launch import device_of, jit, launch_options
+from tlcr.kernels.launch import ALIGNMENT, are_aligned, device_of, jit_aligned, launch_options
 from tlcr.ops._arithmetic import arithmetic_dtype
 from tlcr.ops._spec import takes
 from tlcr.ops.layers import GatedSiLUArguments, GatedSiLUBackward, RMSNormArguments, RMSNormBackward
@@ -23,11 +23,11 @@ from tlcr.ops.layers import GatedSiLUArguments, GatedSiLUBackward, RMSNormArgume
 TILE = 1024
 # Rows whose part of the weight's gradient one program sums, and columns that it sums it for.
 WEIGHT_ROWS = 32
-WEIGHT_TILE = 256
+WEIGHT_TILE = 1024
 OPTIONS = launch_options(warps=4)
 
 
-@jit
+@jit_aligned("width")
 def _rms_norm_kernel(
     x_NH: tl.tensor,
     weight_H: tl.tensor,
@@ -58,7 +58,7 @@ def _rms_norm_kernel(
         tl.store(y_NH + row * width + begin + lane, (weight * normed).to(element), mask=exists)
 
 
-@jit
+@jit_aligned("width")
 def _rms_norm_x_kernel(
     g_y_NH: tl.tensor,
     x_NH: tl.tensor,
@@ -91,7 +91,7 @@ def _rms_norm_x_kernel(
         tl.store(g_x_NH + row * width + begin + lane, g_x.to(element), mask=exists)
 
 
-@jit
+@jit_aligned("width")
 def _rms_norm_weight_kernel(
     g_y_NH: tl.tensor,
     x_NH: tl.tensor,
@@ -117,16 +117,29 @@ def _rms_norm_weight_kernel(
     tl.store(parts_PH + part * width + begin + lane, total, mask=exists)
 
 
+def _placed(width: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, contiguous and, where a row is as long as the aligned kernel wants it, at an address for it.
+
+    The two variants of a kernel add up a row in different orders. So which of them runs follows from the width alone,
+    and the few tensors that begin elsewhere, such as parts of others, are copied.
+    """
+    dense = tuple(tensor.contiguous() for tensor in tensors)
+    if width % ALIGNMENT != 0:
+        return dense
+    return tuple(tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone() for tensor in dense)
+
+
 @takes(RMSNormArguments)
 def rms_norm(a: RMSNormArguments) -> tuple[Tensor, Tensor]:
     """`tlcr.ops.rms_norm` of checked arguments, and one number a row for the backward pass."""
-    x_NH, width = a.x.contiguous(), a.weight.numel()
+    width = a.weight.numel()
+    x_NH, weight_H = _placed(width, a.x, a.weight)
     y_NH = torch.empty_like(x_NH)
     scales_N = x_NH.new_empty(x_NH.numel() // max(1, width), dtype=arithmetic_dtype(x_NH))
     if x_NH.numel() > 0:
         with device_of(x_NH):
-            _rms_norm_kernel[(scales_N.numel(),)](
-                x_NH, a.weight.contiguous(), y_NH, scales_N, width, a.eps, TILE=TILE, **OPTIONS
+            _rms_norm_kernel.of(are_aligned(width, x_NH, weight_H))[(scales_N.numel(),)](
+                x_NH, weight_H, y_NH, scales_N, width, a.eps, TILE=TILE, **OPTIONS
             )
     return y_NH, scales_N
 
@@ -134,16 +147,18 @@ def rms_norm(a: RMSNormArguments) -> tuple[Tensor, Tensor]:
 @takes(RMSNormBackward)
 def rms_norm_backward(a: RMSNormBackward) -> tuple[Tensor, Tensor]:
     """The gradients of x and of the weight."""
-    g_y_NH, x_NH, weight_H, scales_N = (tensor.contiguous() for tensor in a)
-    rows, width = scales_N.numel(), weight_H.numel()
+    width = a.weight.numel()
+    g_y_NH, x_NH, weight_H, scales_N = _placed(width, *a)
+    rows = scales_N.numel()
     g_x_NH = torch.empty_like(x_NH)
     if x_NH.numel() == 0:
         return g_x_NH, torch.zeros_like(weight_H)
     parts, tiles = triton.cdiv(rows, WEIGHT_ROWS), triton.cdiv(width, WEIGHT_TILE)
     parts_PH = scales_N.new_empty(parts, width)
+    aligned = are_aligned(width, g_y_NH, x_NH, weight_H, scales_N)
     with device_of(x_NH):
-        _rms_norm_x_kernel[(rows,)](g_y_NH, x_NH, weight_H, scales_N, g_x_NH, width, TILE=TILE, **OPTIONS)
-        _rms_norm_weight_kernel[(parts * tiles,)](
+        _rms_norm_x_kernel.of(aligned)[(rows,)](g_y_NH, x_NH, weight_H, scales_N, g_x_NH, width, TILE=TILE, **OPTIONS)
+        _rms_norm_weight_kernel.of(aligned)[(parts * tiles,)](
             g_y_NH, x_NH, scales_N, parts_PH, rows, width, tiles, ROWS=WEIGHT_ROWS, TILE=WEIGHT_TILE, **OPTIONS
         )
     return g_x_NH, parts_PH.sum(0).to(weight_H.dtype)
@@ -156,7 +171,7 @@ def _sigmoid(z: tl.tensor) -> tl.tensor:
     return tl.where(z < 0, e, 1.0) / (1.0 + e)
 
 
-@jit
+@jit_aligned("count")
 def _gated_silu_kernel(
     gate: tl.tensor, up: tl.tensor, y: tl.tensor, count: tl.int64, REAL: tl.constexpr, TILE: tl.constexpr
 ) -> None:
@@ -171,7 +186,7 @@ def _gated_silu_kernel(
     tl.store(y + begin + lane, (silu * factor).to(element), mask=exists)
 
 
-@jit
+@jit_aligned("count")
 def _gated_silu_backward_kernel(
     g_y: tl.tensor,
     gate: tl.tensor,
@@ -210,8 +225,9 @@ def gated_silu(a: GatedSiLUArguments) -> Tensor:
     y = torch.empty_like(gate)
     if gate.numel() > 0:
         options = _options(gate)
+        kernel = _gated_silu_kernel.of(are_aligned(gate.numel(), gate, up))
         with device_of(gate):
-            _gated_silu_kernel[(triton.cdiv(gate.numel(), options["TILE"]),)](gate, up, y, gate.numel(), **options)
+            kernel[(triton.cdiv(gate.numel(), options["TILE"]),)](gate, up, y, gate.numel(), **options)
     return y
 
 
@@ -222,8 +238,7 @@ def gated_silu_backward(a: GatedSiLUBackward) -> tuple[Tensor, Tensor]:
     g_gate, g_up = torch.empty_like(gate), torch.empty_like(up)
     if gate.numel() > 0:
         options = _options(gate)
+        kernel = _gated_silu_backward_kernel.of(are_aligned(gate.numel(), g_y, gate, up))
         with device_of(gate):
-            _gated_silu_backward_kernel[(triton.cdiv(gate.numel(), options["TILE"]),)](
-                g_y, gate, up, g_gate, g_up, gate.numel(), **options
-            )
+            kernel[(triton.cdiv(gate.numel(), options["TILE"]),)](g_y, gate, up, g_gate, g_up, gate.numel(), **options)
     return g_gate, g_up

@@ -172,14 +172,16 @@ struct PPOInputs {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor& logprobs, const Tensor& old_logprobs,
-                                            const Tensor& advantages, const Tensor& mask, double clip, double clip_high,
-                                            std::optional<double> dual_clip, const MaybeTensor& values,
-                                            const MaybeTensor& old_values, const MaybeTensor& returns,
-                                            std::optional<double> value_clip, double value_coef,
-                                            const MaybeTensor& entropy, double entropy_coef, const MaybeTensor& kl,
-                                            double kl_coef, bool per_sequence, std::optional<double> denominator,
-                                            const MaybeTensor& denominator_tensor) {
+// The forward pass: loss and statistics. `run` fills row_sums and row_weights.
+template <typename Run>
+std::tuple<Tensor, Tensor> ppo_forward(const Tensor& row_weights, const Tensor& logprobs, const Tensor& old_logprobs,
+                                       const Tensor& advantages, const Tensor& mask, double clip, double clip_high,
+                                       std::optional<double> dual_clip, const MaybeTensor& values,
+                                       const MaybeTensor& old_values, const MaybeTensor& returns,
+                                       std::optional<double> value_clip, double value_coef, const MaybeTensor& entropy,
+                                       double entropy_coef, const MaybeTensor& kl, double kl_coef, bool per_sequence,
+                                       std::optional<double> denominator, const MaybeTensor& denominator_tensor,
+                                       const Run& run) {
   const Dtype real = real_dtype(logprobs, old_logprobs, advantages, values, old_values, returns, entropy, kl);
   const PPOOptions options{
       clip,    clip_high,    dual_clip.value_or(kInfinity), value_clip.value_or(kInfinity), value_coef, entropy_coef,
@@ -187,7 +189,6 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor& logprobs, const Tensor
   const PPOInputs inputs(real, logprobs, old_logprobs, advantages, mask, values, old_values, returns, options);
   const MaybeTensor entropy_BT = dense(entropy, real), kl_BT = dense(kl, real), count = dense(denominator_tensor, real);
   const Tensor row_sums = empty({mask.size(0), kPPOStats + 1}, real, logprobs);
-  const Tensor row_weights = empty({mask.size(0)}, real, logprobs);
   const Tensor stats = empty({kPPOStats}, real, logprobs), loss = empty({}, real, logprobs);
   PPOArguments arguments{};
   inputs.fill(arguments);
@@ -197,10 +198,75 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor& logprobs, const Tensor
   arguments.row_sums = pointer(row_sums);
   arguments.row_weights = pointer(row_weights);
   arguments.stats = pointer(stats);
-  on_threads(cpu::kernels().ppo, arguments, arguments.batch, arguments.length);
+  run(inputs, arguments);
   cpu::kernels().ppo_finish(arguments);
   std::memcpy(pointer(loss), advanced(pointer(stats), kLoss, real), static_cast<std::size_t>(element_size(real)));
+  return {loss, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor& logprobs, const Tensor& old_logprobs,
+                                            const Tensor& advantages, const Tensor& mask, double clip, double clip_high,
+                                            std::optional<double> dual_clip, const MaybeTensor& values,
+                                            const MaybeTensor& old_values, const MaybeTensor& returns,
+                                            std::optional<double> value_clip, double value_coef,
+                                            const MaybeTensor& entropy, double entropy_coef, const MaybeTensor& kl,
+                                            double kl_coef, bool per_sequence, std::optional<double> denominator,
+                                            const MaybeTensor& denominator_tensor) {
+  const Dtype real = real_dtype(logprobs, old_logprobs, advantages, values, old_values, returns, entropy, kl);
+  const Tensor row_weights = empty({mask.size(0)}, real, logprobs);
+  const auto run = [](const PPOInputs&, const PPOArguments& arguments) {
+    on_threads(cpu::kernels().ppo, arguments, arguments.batch, arguments.length);
+    cpu::kernels().ppo_weigh(arguments);
+  };
+  const auto [loss, stats] = ppo_forward(row_weights, logprobs, old_logprobs, advantages, mask, clip, clip_high,
+                                         dual_clip, values, old_values, returns, value_clip, value_coef, entropy,
+                                         entropy_coef, kl, kl_coef, per_sequence, denominator, denominator_tensor, run);
   return {loss, stats, row_weights};
+}
+
+// For the gradient of a (B, T) tensor; one that is not wanted has no elements.
+Tensor gradient(bool wanted, const Tensor& mask, Dtype real) {
+  return wanted ? empty(mask.sizes(), real, mask) : empty({0}, real, mask);
+}
+
+// With the gradients of the loss. The weights come first, so that a row's sums and its gradients are computed one after
+// the other, while the row is near.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_with_gradients(
+    const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages, const Tensor& mask, double clip,
+    double clip_high, std::optional<double> dual_clip, const MaybeTensor& values, const MaybeTensor& old_values,
+    const MaybeTensor& returns, std::optional<double> value_clip, double value_coef, const MaybeTensor& entropy,
+    double entropy_coef, const MaybeTensor& kl, double kl_coef, bool per_sequence, std::optional<double> denominator,
+    const MaybeTensor& denominator_tensor, bool wants_logprobs, bool wants_values, bool wants_entropy, bool wants_kl) {
+  const Dtype real = real_dtype(logprobs, old_logprobs, advantages, values, old_values, returns, entropy, kl);
+  const Tensor g_logprobs = gradient(wants_logprobs, mask, real), g_values = gradient(wants_values, mask, real);
+  const Tensor g_entropy = gradient(wants_entropy, mask, real), g_kl = gradient(wants_kl, mask, real);
+  const double one = 1;
+  const float float_one = 1;
+  const auto run = [&](const PPOInputs& inputs, const PPOArguments& arguments) {
+    PPOBackwardArguments backward{};
+    inputs.fill(backward);
+    backward.row_weights = arguments.row_weights;
+    backward.g_loss = real == kDouble ? static_cast<const void*>(&one) : &float_one;
+    backward.g_logprobs = pointer(g_logprobs);
+    backward.g_values = pointer(g_values);
+    backward.g_entropy = pointer(g_entropy);
+    backward.g_kl = pointer(g_kl);
+    const cpu::Kernels& kernels = cpu::kernels();
+    on_threads(kernels.ppo_count, arguments, arguments.batch, arguments.length);
+    kernels.ppo_weigh(arguments);
+    const auto both = [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        kernels.ppo(arguments, row, row + 1);
+        kernels.ppo_backward(backward, row, row + 1);
+      }
+    };
+    on_threads(both, arguments.batch, arguments.length);
+  };
+  const auto [loss, stats] =
+      ppo_forward(empty({mask.size(0)}, real, mask), logprobs, old_logprobs, advantages, mask, clip, clip_high,
+                  dual_clip, values, old_values, returns, value_clip, value_coef, entropy, entropy_coef, kl, kl_coef,
+                  per_sequence, denominator, denominator_tensor, run);
+  return {loss, stats, g_logprobs, g_values, g_entropy, g_kl};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss_backward(
@@ -220,11 +286,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss_backward(
                            /*per_sequence=*/false,
                            /*denominator=*/0};
   const PPOInputs inputs(real, logprobs, old_logprobs, advantages, mask, values, old_values, returns, options);
-  const auto gradient = [&](bool wanted) {
-    return wanted ? empty(mask.sizes(), real, logprobs) : empty({0}, real, logprobs);
-  };
-  const Tensor g_logprobs = gradient(wants_logprobs), g_values = gradient(wants_values);
-  const Tensor g_entropy = gradient(wants_entropy), g_kl = gradient(wants_kl);
+  const Tensor g_logprobs = gradient(wants_logprobs, mask, real), g_values = gradient(wants_values, mask, real);
+  const Tensor g_entropy = gradient(wants_entropy, mask, real), g_kl = gradient(wants_kl, mask, real);
   const Tensor g = dense(g_loss, real), weights = dense(row_weights, real);
   PPOBackwardArguments arguments{};
   inputs.fill(arguments);
@@ -235,8 +298,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss_backward(
   arguments.g_entropy = pointer(g_entropy);
   arguments.g_kl = pointer(g_kl);
   on_threads(cpu::kernels().ppo_backward, arguments, arguments.batch, arguments.length);
-  const auto as = [](const Tensor& gradient, const MaybeTensor& input) {
-    return input.has_value() ? cast(gradient, dtype_of(*input)) : gradient;
+  const auto as = [](const Tensor& computed, const MaybeTensor& input) {
+    return input.has_value() ? cast(computed, dtype_of(*input)) : computed;
   };
   return {as(g_logprobs, logprobs), as(g_values, values), as(g_entropy, entropy), as(g_kl, kl)};
 }
@@ -251,6 +314,7 @@ STABLE_TORCH_LIBRARY_IMPL(tlcr, CPU, m) {
   implement<score_hidden_backward>(m, "score_hidden_backward");
   implement<ppo_loss>(m, "ppo_loss");
   implement<ppo_loss_backward>(m, "ppo_loss_backward");
+  implement<ppo_loss_with_gradients>(m, "ppo_loss_with_gradients");
   implement<adamw_step>(m, "adamw_step");
   implement<rms_norm>(m, "rms_norm");
   implement<rms_norm_backward>(m, "rms_norm_backward");

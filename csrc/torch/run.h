@@ -19,11 +19,15 @@ namespace tlcr {
 constexpr int64_t kGrain = 32768;
 
 // Divides rows of `width` elements among the threads. A row is never split, so the number of threads changes no result.
+template <typename OfRows>
+void on_threads(const OfRows& of_rows, int64_t rows, int64_t width) {
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)), of_rows);
+}
+
 template <typename Arguments>
 void on_threads(void (*kernel)(const Arguments&, int64_t, int64_t), const Arguments& arguments, int64_t rows,
                 int64_t width) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+  on_threads([&](int64_t begin, int64_t end) { kernel(arguments, begin, end); }, rows, width);
 }
 
 #ifdef TLCR_CUDA

@@ -344,8 +344,19 @@ def test_the_clocks_time_calls_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     works = {name: clocks.calls(lambda name=name: order.append(name)) for name in "ab"}
     timings = clocks.CPUClocks(rounds=4, case_seconds=60).alternate(works)
-    assert order == ["a", "b"] + ["a", "b"] * 4
+    assert order == ["a", "a", "b", "b"] + ["a", "b"] * 4
     assert len(timings["a"]["wall"].rounds) == 4
+
+
+def test_a_turn_is_as_long_where_the_first_call_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, taken = 0.0, [5.0, *[clocks.TURN / 4] * 8]
+
+    def call() -> None:
+        nonlocal now
+        now += taken.pop(0)
+
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: now)
+    assert clocks.CPUClocks()._calls_of_a_turn(clocks.calls(call), None) == 4
 
 
 def test_a_share_of_the_copy_is_taken_at_the_nearest_size() -> None:

@@ -170,6 +170,10 @@ def samples(op: str, device: str, run: Callable[..., Any]) -> list[list[Any]]:
         arguments = detached(ppo_arguments())
         _, _, row_weights = run("ppo_loss", [*arguments, False, None, None])
         cases = [[torch.tensor(1.5), row_weights, *arguments, True, True, wants, wants] for wants in (True, False)]
+    elif op == "ppo_loss_with_gradients":
+        arguments = [*detached(ppo_arguments()), True, None, torch.tensor(7.0)]
+        half = [x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
+        cases = [[*arguments, True, True, True, True], [*half, True, False, True, False]]
     else:
         raise KeyError(f"no arguments to try {op} with")
     return [[placed(value, device) for value in case] for case in cases]

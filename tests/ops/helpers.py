@@ -94,3 +94,10 @@ def strided(tensor: Tensor) -> Tensor:
     view = wide[tuple(slice(1, None, 2) for _ in tensor.shape)]
     view.copy_(tensor)
     return view.requires_grad_(tensor.requires_grad) if tensor.requires_grad else view
+
+
+def from_address(tensor: Tensor, offset: int) -> Tensor:
+    """The same contiguous values, `offset` elements behind an address that is a multiple of 16 bytes."""
+    memory = tensor.new_empty(tensor.numel() + 16)
+    assert memory.data_ptr() % 16 == 0
+    return memory[offset : offset + tensor.numel()].view(tensor.shape).copy_(tensor)

@@ -212,7 +212,7 @@ def test_the_kernels_are_limited_as_those_of_torch_are(limit: str, taken: str) -
 @compiled
 def test_an_operator_that_takes_other_types_than_its_schema_is_not_called() -> None:
     operators = library_facts()["operators"]
-    assert {operator.name for op in tlcr.ops.OPS for operator in op.operators if op.cpp} == set(operators)
+    assert {operator.name for op in tlcr.ops.OPS for operator in op.cpp_operators if op.cpp} == set(operators)
     assert strange(operators) is None
     for other in ("Tensor Tensor Optional[Tensor] float Optional[float] -> Tensor", "-> Tensor"):
         said = strange(operators | {"fused_gae": other}) or ""

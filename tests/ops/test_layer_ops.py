@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from tests.ops.helpers import Backend, assert_close, assert_no_worse_than_reference, backends, interpreted, strided
+from tests.ops.helpers import (
+    Backend,
+    assert_close,
+    assert_no_worse_than_reference,
+    backends,
+    from_address,
+    interpreted,
+    strided,
+)
 from tlcr import ops
 from tlcr.errors import ConfigError, ShapeError
 
@@ -42,6 +50,20 @@ def with_gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], 
     result = function(*leaves)
     assert result.dtype == leaves[0].dtype and result.shape == leaves[0].shape
     return [result.detach().cpu(), *(gradient.cpu() for gradient in torch.autograd.grad(result, leaves, direction))]
+
+
+def norm_at(impl: Any, inputs: list[Tensor], offset: int) -> list[Tensor]:
+    g_y, x, weight = (from_address(tensor, offset) for tensor in inputs)
+    leaves = x.requires_grad_(), weight.requires_grad_()
+    y = ops.rms_norm(*leaves, eps=EPS, impl=impl)
+    return [y, *torch.autograd.grad(y, leaves, g_y)]
+
+
+def gate_at(impl: Any, inputs: list[Tensor], offset: int) -> list[Tensor]:
+    gate, up, _ = (from_address(tensor, offset) for tensor in inputs)
+    leaves = gate.requires_grad_(), up.requires_grad_()
+    y = ops.gated_silu(*leaves, impl=impl)
+    return [y, *torch.autograd.grad(y, leaves, from_address(inputs[1], offset))]
 
 
 def check(op: Any, true: Callable[..., Tensor], inputs: tuple[Tensor, ...], backend: Backend, **options: Any) -> None:
@@ -116,6 +138,16 @@ def test_rows_know_nothing_of_each_other(backend: Backend, width: int) -> None:
     x, weight = (tensor.to(backend.device) for tensor in norm_inputs(70, width))
     alone = torch.cat([ops.rms_norm(row[None], weight, eps=EPS, impl=backend.impl) for row in x])
     assert torch.equal(ops.rms_norm(x, weight, eps=EPS, impl=backend.impl), alone)
+
+
+@backends("rms_norm")
+@pytest.mark.parametrize("op", [norm_at, gate_at])
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_tensors_at_any_address(backend: Backend, op: Callable[..., Any], offset: int) -> None:
+    """The same bits, though only aligned ones are read by 16 bytes."""
+    inputs = [torch.randn(shape, device=backend.device) for shape in ((3, 5, 48), (3, 5, 48), (48,))]
+    for got, wanted in zip(op(backend.impl, inputs, offset), op(backend.impl, inputs, 0), strict=True):
+        assert torch.equal(got, wanted)
 
 
 @backends("rms_norm")

@@ -21,7 +21,7 @@ from tests.ops.helpers import (
 )
 from tlcr import ops
 from tlcr.errors import ConfigError, ShapeError
-from tlcr.ops import PPOLoss
+from tlcr.ops import PPOLoss, _extension
 
 TRAINED = ("logprobs", "values", "entropy", "kl")
 
@@ -492,3 +492,66 @@ def test_policy_alone(backend: Backend) -> None:
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="ppo_loss: .*" + message):
         ops.ppo_loss(**{**example(), **changes})
+
+
+@backends("ppo_loss")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("factor", [1.0, -0.3, 0.0])
+def test_what_is_made_of_the_loss_scales_the_gradients(backend: Backend, dtype: torch.dtype, factor: float) -> None:
+    inputs = to_device(example(dtype=dtype), backend.device)
+    leaves = {name: inputs[name].clone().requires_grad_() for name in TRAINED}
+    loss = ops.ppo_loss(**inputs | leaves, **COEFFICIENTS, impl=backend.impl).loss
+    (factor * loss).backward()
+    wide = {name: tensor.double() if name != "mask" else tensor for name, tensor in inputs.items()}
+    for name, wanted in gradients(wide, **COEFFICIENTS, impl="reference").items():
+        got = leaves[name].grad
+        assert got is not None and got.dtype == dtype and bool(got.any()) == (factor != 0)
+        assert_close(got, factor * wanted)
+
+
+@backends("ppo_loss")
+def test_every_pass_over_a_graph_that_is_kept_gives_gradients_of_its_own(backend: Backend) -> None:
+    """Kernels may keep the gradients themselves: what a caller does with those of one pass must not reach the next."""
+    inputs = to_device(example(4, 37), backend.device)
+    wanted = gradients(inputs, **COEFFICIENTS, impl=backend.impl)
+    leaves = {name: inputs[name].clone().requires_grad_() for name in TRAINED}
+    loss = ops.ppo_loss(**inputs | leaves, **COEFFICIENTS, impl=backend.impl).loss
+    for _ in range(2):
+        found = torch.autograd.grad(loss, leaves.values(), retain_graph=True)
+        for got, want in zip(found, wanted.values(), strict=True):
+            assert torch.equal(got, want)
+            got.fill_(NAN)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None and torch.equal(leaf.grad, 2 * wanted[name])
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+@pytest.mark.skipif(_extension.unavailable("cpu") is not None, reason="no C++ kernels here")
+def test_many_incoming_gradients_at_once() -> None:
+    """The factor of the gradients that C++ keeps is then no number that could be read."""
+    inputs = example(3, 9)
+    wanted = gradients(inputs, **COEFFICIENTS, impl="cpp")
+    leaves = {name: inputs[name].clone().requires_grad_() for name in TRAINED}
+    loss = ops.ppo_loss(**inputs | leaves, **COEFFICIENTS, impl="cpp").loss
+    got = torch.autograd.grad(loss, leaves.values(), torch.tensor([1.0, 4.0]), is_grads_batched=True)
+    for both, want in zip(got, wanted.values(), strict=True):
+        assert torch.equal(both, torch.stack([want, 4 * want]))
+
+
+@pytest.mark.skipif(_extension.unavailable("cpu") is not None, reason="no C++ kernels here")
+@pytest.mark.parametrize("aggregate", ["token", "sequence"])
+@pytest.mark.parametrize("denominator", [None, 7.0])
+def test_gradients_with_the_results_are_those_of_the_backward_pass(aggregate: str, denominator: float | None) -> None:
+    """The eager way and the compiled one: the same bits, of results and of gradients."""
+    a = example(5, 163)
+    arguments: list[Any] = [a["logprobs"], a["old_logprobs"], a["advantages"], a["mask"], 0.2, 0.3, 3.0]
+    arguments += [a["values"], a["old_values"], a["returns"], 0.2, 0.5, a["entropy"], 0.01, a["kl"], 0.1]
+    of_all = [aggregate == "sequence", denominator, None]
+    results = torch.ops.tlcr.ppo_loss(*arguments, *of_all)
+    wanted = torch.ops.tlcr.ppo_loss_backward(torch.tensor(1.0), results[-1], *arguments, *[True] * 4)
+    got = torch.ops.tlcr.ppo_loss_with_gradients(*arguments, *of_all, *[True] * 4)
+    for one, other in zip(got, (*results[:-1], *wanted), strict=True):
+        assert torch.equal(one, other)

@@ -122,5 +122,5 @@ def test_the_names_in_a_spec_are_those_of_its_arguments_and_results(op: Op[Any, 
 
 
 def test_no_op_is_listed_twice() -> None:
-    listed = [operator.name for op in ops.OPS for operator in op.operators]
+    listed = [operator.name for op in ops.OPS for operator in op.cpp_operators]
     assert len(set(listed)) == len(listed)

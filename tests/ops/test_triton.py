@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.helpers import NAN, assert_close, assert_no_worse_than_reference, to_device
+from tests.ops.helpers import NAN, assert_close, assert_no_worse_than_reference, from_address, to_device
 from tlcr import ops
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -191,13 +191,6 @@ def test_a_row_knows_of_no_other_row_and_of_no_padding(device: str, tiny_tiles: 
         assert torch.equal(packed[i][:-1].view(3, 21), result)
 
 
-def from_address(tensor: Tensor, offset: int) -> Tensor:
-    """The same contiguous values, `offset` elements behind an address that is a multiple of 16 bytes."""
-    memory = tensor.new_empty(tensor.numel() + 16)
-    assert memory.data_ptr() % 16 == 0
-    return memory[offset : offset + tensor.numel()].view(tensor.shape).copy_(tensor)
-
-
 @on_triton
 @pytest.mark.parametrize("offset", [1, 2, 4])
 def test_rows_at_any_address(device: str, offset: int, tiny_tiles: None) -> None:
@@ -304,3 +297,14 @@ def test_the_power_series_meets_the_difference(device: str) -> None:
                 exact = Decimal(float(value))
                 wanted = float(exact.exp() - 1 - exact)
             assert_close(got, wanted)
+
+
+def test_which_kernel_adds_up_a_row_follows_from_its_width_alone() -> None:
+    """A row's bits would otherwise depend on its address: the two variants add up in different orders."""
+    from tlcr.kernels.layers import _placed
+
+    for width, is_copied in ((48, True), (47, False)):
+        x = from_address(torch.randn(3, width), 1)
+        (placed,) = _placed(width, x)
+        assert torch.equal(placed, x) and (placed is not x) == is_copied
+        assert placed.data_ptr() % 16 == 0 or not is_copied

@@ -18,6 +18,8 @@ from tlcr.ops._spec import Gradient, Op, fields, names
 SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
 Backward = Callable[..., tuple[Tensor | None, ...]]
 Pick = Callable[[Sequence[Any]], tuple[Any, ...]]
+Recorded = Callable[..., Any]
+"""Calls the operator and records it for autograd: `recomputing` or `scaling`, with `values`, `found` and `trained`."""
 
 
 class _Layout(NamedTuple):
@@ -98,21 +100,53 @@ def autograd(op: Op[Any, Any], gradient: Gradient, operators: Any) -> tuple[Setu
 
 
 def eager_function(
-    op: Op[Any, Any], gradient: Gradient, operator: Callable[..., Any], backward_operator: Callable[..., Any]
+    op: Op[Any, Any], gradient: Gradient, operator: Callable[..., Any], recorded: Recorded
 ) -> Callable[[list[Any]], Any]:
     """The operator with the same gradient, as a function of its values: where nothing traces it, that costs the host
     far less than the gradient that is registered with torch.library."""
-    name, plain = op.name, gradient.plain
+    name, plain, single = op.name, gradient.plain, len(op.results) == 1
+    places = _layout(op, gradient).places
+
+    def call(values: list[Any]) -> Any:
+        trained = [values[at] for at in places]
+        if forward_ad._current_level >= 0:
+            refuse_forward_mode(name, plain, trained)
+        for tensor in trained if torch.is_grad_enabled() else ():
+            if tensor is not None and tensor.requires_grad:
+                break
+        else:
+            with below_autograd():
+                return operator(*values)
+        refuse_transforms(name, plain)
+        results: list[Tensor] = []
+        recorded(values, results, *trained)  # makes the results' graph: they are the same objects as what it returns
+        return results[0] if single else results
+
+    return call
+
+
+# What torch does with each argument and each result of an autograd.Function takes longer than what we do. So of the two
+# below only what is trained is an argument of its own, and only what has a gradient is returned; `found` gets all
+# results. The `apply` that torch wraps around the one we take serves torch.func and defaults of arguments, which we
+# have not.
+
+
+def recomputing(
+    op: Op[Any, Any], gradient: Gradient, operator: Callable[..., Any], backward_operator: Callable[..., Any]
+) -> Recorded:
+    """Records a call that keeps what the backward operator needs, and calls that for the gradients."""
+    name, plain, single = op.name, gradient.plain, len(op.results) == 1
     places, incoming, conditional, required, kept, options, order = _layout(op, gradient)
     arguments: type[tuple[Any, ...]] = op.arguments
     constants = [at for at, field in enumerate(fields(arguments)) if field.kind is Tensor and at not in places]
-    single = len(op.results) == 1
 
-    class EagerFunction(torch.autograd.Function):
-        # What torch does with each argument and each result of such a function takes longer than what we do. So only
-        # what is trained is an argument of its own, and only what has a gradient is returned; `found` gets all results.
+    class Recomputing(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, values: list[Any], found: list[Tensor], *trained: Tensor | None) -> Any:
+            for at in constants:
+                tensor = values[at]
+                if tensor is not None and tensor.requires_grad:
+                    values[at] = tensor.detach()  # which does not keep the graph behind it alive
             with below_autograd():
                 results = (operator(*values),) if single else operator(*values)
             ctx.save_for_backward(*kept((*values, *results)))
@@ -135,29 +169,44 @@ def eager_function(
             gradients = [x if wanted else None for x, wanted in zip(_tuple(got), needed, strict=True)]
             return None, None, *differentiable_once(name, plain, gradients)
 
-    # The `apply` that torch wraps around this one serves torch.func and defaults of arguments, which we have not.
-    apply = super(torch.autograd.Function, EagerFunction).apply
+    return super(torch.autograd.Function, Recomputing).apply
 
-    def call(values: list[Any]) -> Any:
-        trained = [values[at] for at in places]
-        if forward_ad._current_level >= 0:
-            refuse_forward_mode(name, plain, trained)
-        for tensor in trained if torch.is_grad_enabled() else ():
-            if tensor is not None and tensor.requires_grad:
-                break
-        else:
+
+def scaling(op: Op[Any, Any], gradient: Gradient, operator: Callable[..., Any]) -> Recorded:
+    """Records a call that computes the gradients with the results, keeps them, and later scales them.
+
+    On the CPU alone, where the factor can be read without a wait: it is 1 where the result is the loss itself.
+    """
+    name, plain, number = op.name, gradient.plain, len(gradient.results(op.results))
+    batched = torch._C._functorch.is_legacy_batchedtensor
+
+    class Scaling(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, values: list[Any], found: list[Tensor], *trained: Tensor | None) -> Any:
             with below_autograd():
-                return operator(*values)
-        refuse_transforms(name, plain)
-        for at in constants:
-            tensor = values[at]
-            if tensor is not None and tensor.requires_grad:
-                values[at] = tensor.detach()  # which does not keep the graph behind it alive
-        results: list[Tensor] = []
-        apply(values, results, *trained)  # makes the results' graph: they are the same objects as what it returns
-        return results[0] if single else results
+                results = operator(*values, *ctx.needs_input_grad[2:])
+            ctx.save_for_backward(*results[number:])
+            ctx.set_materialize_grads(False)
+            found += results[:number]
+            return results[0]
 
-    return call
+        @staticmethod
+        def backward(ctx: Any, factor: Tensor | None) -> tuple[Tensor | None, ...]:
+            _, _, *needed = ctx.needs_input_grad
+            if factor is None:
+                return (None, None, *[None] * len(needed))
+            kept = [x if wanted else None for x, wanted in zip(ctx.saved_tensors, needed, strict=True)]
+            again = torch._C._autograd._get_current_graph_task_keep_graph() or torch.is_grad_enabled()
+            if again or type(factor) is not Tensor or batched(factor) or watched():
+                scaled = [None if x is None else x * factor for x in kept]
+                return None, None, *differentiable_once(name, plain, scaled)
+            if factor.item() != 1:
+                for x in kept:  # for the last time, so in place
+                    if x is not None:
+                        x.mul_(factor)
+            return None, None, *kept
+
+    return super(torch.autograd.Function, Scaling).apply
 
 
 def _tuple(results: Any) -> tuple[Tensor, ...]:
@@ -194,6 +243,11 @@ class _DifferentiableOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         raise ctx.error
+
+
+def watched() -> bool:
+    """Whether a mode or a transform wants to see the operators that are called."""
+    return bool(torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active())
 
 
 def refuse_transforms(op: str, plain: bool) -> None:

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlcr.ops._autograd import autograd, below_autograd, eager_function
-from tlcr.ops._spec import ArgumentsT, Op, ResultT, fields, flattening, takes
+from tlcr.ops._autograd import autograd, below_autograd, eager_function, recomputing, scaling, watched
+from tlcr.ops._spec import ArgumentsT, Op, Operator, ResultT, fields, flattening, takes
 
 NAMESPACE, INTERPRETED = "tlcr", "tlcr_interpreted"
 
@@ -44,19 +44,19 @@ def define(ops: Iterable[Op[Any, Any]]) -> None:
     interpreted = torch.library.Library(INTERPRETED, "DEF") if has_triton() and interpreting() else None
     _libraries.append(library)
     for op in ops:
-        _define(library, op)
+        _define(library, op, op.cpp_operators)
         if op.triton is None or not has_triton():
             continue
         _register_triton(library, op, op.triton, "CUDA")
         if interpreted is not None:
-            _define(interpreted, op)
+            _define(interpreted, op, op.operators)
             _register_triton(interpreted, op, op.triton, "CPU")
     if interpreted is not None:
         _libraries.append(interpreted)
 
 
-def _define(library: torch.library.Library, op: Op[Any, Any]) -> None:
-    for operator in op.operators:
+def _define(library: torch.library.Library, op: Op[Any, Any], operators: Iterable[Operator]) -> None:
+    for operator in operators:
         library.define(operator.name + operator.schema, tags=(torch.Tag.pt2_compliant_tag,))
         fake = takes(operator.arguments)(operator.fake)
         torch.library.register_fake(f"{library.ns}::{operator.name}", fake, lib=library)
@@ -89,8 +89,7 @@ def _unless_watched(operator: Callable[..., Any], kernel: Callable[..., Any]) ->
     host does, unless there is someone who wants to see the operator: a mode, a transform or a class of tensor."""
 
     def call(*values: Any) -> Any:
-        watched = torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
-        return operator(*values) if watched or not _PLAIN.issuperset(map(type, values)) else kernel(*values)
+        return operator(*values) if watched() or not _PLAIN.issuperset(map(type, values)) else kernel(*values)
 
     return call
 
@@ -101,18 +100,24 @@ def implementation(op: Op[ArgumentsT, ResultT], namespace: str, impl: str) -> Ca
     Args:
         op: the op.
         namespace: that of the operator.
-        impl: "triton" if the kernel is a function in Python.
+        impl: "triton" if the kernel is a function in Python, "cpp" if there may be a third operator.
 
     Returns:
         a function of checked arguments.
     """
-    operator, *backward = [getattr(getattr(torch.ops, namespace), operator.name).default for operator in op.operators]
+    used = op.cpp_operators if impl == "cpp" else op.operators
+    operator, *others = [getattr(getattr(torch.ops, namespace), one.name).default for one in used]
     # What the overload's own call passes on to. On this way are no keyword arguments, which it takes apart.
-    forward, *backward = [overload._op for overload in (operator, *backward)]
+    forward, *others = [overload._op for overload in (operator, *others)]
     if impl == "triton" and op.triton is not None:
         kernels = [_imported_when_called(op.triton, operator.name) for operator in op.operators]
-        forward, *backward = map(_unless_watched, (forward, *backward), kernels)
-    function = None if op.gradient is None else eager_function(op, op.gradient, forward, *backward)
+        forward, *others = map(_unless_watched, (forward, *others), kernels)
+    function = None
+    if op.gradient is not None:
+        backward, *with_gradients = others
+        recorded = scaling(op, op.gradient, *with_gradients) if with_gradients else None
+        recorded = recorded or recomputing(op, op.gradient, forward, backward)
+        function = eager_function(op, op.gradient, forward, recorded)
     trained = () if op.gradient is None else op.gradient.of
     tensors = [(at, name) for at, (name, kind, _) in enumerate(fields(op.arguments)) if kind is Tensor]
     constants = [at for at, name in tensors if name not in trained]

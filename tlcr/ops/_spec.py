@@ -47,6 +47,10 @@ class Gradient:
     """A result that exists, and so has a gradient, only where an optional argument is given: at most one."""
     plain: bool = True
     """Whether the reference is plain torch, which has all other derivatives too."""
+    with_results: type[tuple[Any, ...]] | None = None
+    """Of a C++ operator ``<op>_with_gradients``, which takes the op's arguments and ``wants_<argument>``. After those
+    results that are not there for the backward operator come the gradients of the first, a single number and the only
+    one that has any, in its dtype. The backward pass then only scales them."""
 
     def fake(self, arguments: tuple[Any, ...]) -> Any:
         """What the operator returns, in shapes and dtypes."""
@@ -56,6 +60,19 @@ class Gradient:
             like = values[name] if values[name] is not None else values[self.absent or name]
             gradients.append(like.new_empty(like.shape if values.get(f"wants_{name}", True) else (0,)))
         return gradients[0] if len(gradients) == 1 else tuple(gradients)
+
+    def results(self, of_op: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of the op's results that are not there for the backward operator."""
+        return tuple(name for name in of_op if name not in names(self.arguments))
+
+    def fake_with_results(self, op: "Op[Any, Any]", arguments: tuple[Any, ...]) -> Any:
+        """As `fake`, of `with_results`."""
+        forward, *wants = arguments
+        known = dict(zip(op.results, op.fake(forward), strict=True))
+        results = [known[name] for name in self.results(op.results)]
+        values = dict(zip(names(type(forward)), flattening(type(forward))(forward), strict=True))
+        shapes = [values[name].shape if wanted else (0,) for name, wanted in zip(self.of, wants, strict=True)]
+        return (*results, *(results[0].new_empty(shape) for shape in shapes))
 
 
 class Operator(NamedTuple):
@@ -112,12 +129,24 @@ class Op(Generic[ArgumentsT, ResultT]):
 
     @functools.cached_property
     def operators(self) -> tuple[Operator, ...]:
+        """Those that every kind of device has, for which the op has kernels: forward, and backward with a gradient."""
         schema = f"{_schema(self.arguments, self.changes)} -> {_returns(self.results)}"
         forward = Operator(self.name, schema, self.arguments, self.fake)
         if self.gradient is None:
             return (forward,)
         schema = f"{_schema(self.gradient.arguments)} -> {_returns(self.gradient.of)}"
         return forward, Operator(f"{self.name}_backward", schema, self.gradient.arguments, self.gradient.fake)
+
+    @functools.cached_property
+    def cpp_operators(self) -> tuple[Operator, ...]:
+        """The same, and the third that C++ may have."""
+        if self.gradient is None or self.gradient.with_results is None:
+            return self.operators
+        gradient, arguments = self.gradient, self.gradient.with_results
+        results = (*gradient.results(self.results), *(f"g_{name}" for name in gradient.of))
+        fake = functools.partial(gradient.fake_with_results, self)
+        schema = f"{_schema(arguments)} -> {_returns(results)}"
+        return *self.operators, Operator(f"{self.name}_with_gradients", schema, arguments, fake)
 
     def __call__(self, impl: str, device: torch.device, arguments: ArgumentsT) -> ResultT:
         """Run an implementation. A named one is that one or an error, never another.

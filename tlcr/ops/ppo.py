@@ -45,6 +45,14 @@ class PPOArguments(NamedTuple):
     denominator_tensor: Tensor | None
 
 
+class PPOWithGradients(NamedTuple):
+    forward: PPOArguments
+    wants_logprobs: bool
+    wants_values: bool
+    wants_entropy: bool
+    wants_kl: bool
+
+
 class PPOBackward(NamedTuple):
     g_loss: Tensor
     row_weights: Tensor
@@ -342,7 +350,12 @@ PPO_LOSS = Op(
     reference=_reference,
     fake=_fake,
     result=lambda arguments, results: PPOLoss(results[0], *results[1].unbind()[1:]),
-    gradient=Gradient(of=("logprobs", "values", "entropy", "kl"), arguments=PPOBackward, absent="row_weights"),
+    gradient=Gradient(
+        of=("logprobs", "values", "entropy", "kl"),
+        arguments=PPOBackward,
+        absent="row_weights",
+        with_results=PPOWithGradients,
+    ),
     cpp=True,
     triton="tlcr.kernels.ppo_loss",
 )

@@ -14,7 +14,10 @@ struct Kernels {
   void (*gae)(const GaeArguments&, int64_t begin, int64_t end);                     // sequences
   void (*whiten)(const WhitenArguments&);
   void (*ppo)(const PPOArguments&, int64_t begin, int64_t end);  // rows of the batch: fills row_sums
-  void (*ppo_finish)(const PPOArguments&);                       // all rows: row_weights and stats
+  void (*ppo_count)(const PPOArguments&, int64_t begin,
+                    int64_t end);           // rows of the batch: of row_sums the counts alone
+  void (*ppo_weigh)(const PPOArguments&);   // all rows: row_weights, from the counts
+  void (*ppo_finish)(const PPOArguments&);  // all rows: stats, from row_sums
   void (*ppo_backward)(const PPOBackwardArguments&, int64_t begin, int64_t end);
   void (*adamw)(const AdamWArguments&, int64_t begin, int64_t end);                        // weights
   void (*rms_norm)(const RMSNormArguments&, int64_t begin, int64_t end);                   // rows

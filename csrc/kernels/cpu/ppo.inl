@@ -158,26 +158,58 @@ void ppo_row(const PPOArguments& a, int64_t b) {
   sums[kPPOStats] = counted.total();
 }
 
+// The number of counted tokens of each row, where the weights have to be known before the sums.
+template <class Real>
+void ppo_count_row(const PPOArguments& a, int64_t b) {
+  const uint8_t* mask = a.mask + b * a.length;
+  int64_t tokens = 0;
+  for (int64_t t = 0; t < a.length; ++t) tokens += mask[t] != 0;
+  static_cast<Real*>(a.row_sums)[b * (kPPOStats + 1) + kPPOStats] = tokens;
+}
+
+// Of the rows whose tokens are counted: what a row's sums are divided by to be added up, ...
+template <class Real>
+double row_divisor(const PPOArguments& a, int64_t b) {
+  const double tokens = static_cast<const Real*>(a.row_sums)[b * (kPPOStats + 1) + kPPOStats];
+  return a.options.per_sequence && tokens > 0 ? tokens : 1;
+}
+
+// ... and what the total is divided by to be a mean.
+template <class Real>
+double denominator_of(const PPOArguments& a) {
+  if (a.denominator != nullptr) {
+    const double given = *static_cast<const Real*>(a.denominator);
+    return given == 0 ? 1 : given;
+  }
+  if (a.options.denominator != 0) return a.options.denominator;
+  const Real* row_sums = static_cast<const Real*>(a.row_sums);
+  double count = 0;
+  for (int64_t b = 0; b < a.batch; ++b, row_sums += kPPOStats + 1) {
+    const double tokens = row_sums[kPPOStats];
+    count += a.options.per_sequence ? tokens > 0 : tokens;
+  }
+  return count > 0 ? count : 1;
+}
+
+template <class Real>
+void ppo_weigh_of(const PPOArguments& a) {
+  const double denominator = denominator_of<Real>(a);
+  Real* weights = static_cast<Real*>(a.row_weights);
+  for (int64_t b = 0; b < a.batch; ++b) weights[b] = 1 / (row_divisor<Real>(a, b) * denominator);
+}
+
 template <class Real>
 void ppo_finish_of(const PPOArguments& a) {
   const PPOOptions& options = a.options;
   const Real* row_sums = static_cast<const Real*>(a.row_sums);
-  double sums[kPPOStats] = {}, count = 0;
+  double sums[kPPOStats] = {};
   for (int64_t b = 0; b < a.batch; ++b, row_sums += kPPOStats + 1) {
-    const double tokens = row_sums[kPPOStats];
-    count += options.per_sequence ? tokens > 0 : tokens;
-    const double divisor = options.per_sequence && tokens > 0 ? tokens : 1;
+    const double divisor = row_divisor<Real>(a, b);
     for (int stat = kPolicy; stat < kRatioMax; ++stat) sums[stat] += row_sums[stat] / divisor;
     const double ratio = row_sums[kRatioMax];
     if (ratio > sums[kRatioMax] || ratio != ratio) sums[kRatioMax] = ratio;
   }
-  double denominator = count > 0 ? count : 1;
-  if (a.denominator != nullptr) {
-    const double given = *static_cast<const Real*>(a.denominator);
-    denominator = given == 0 ? 1 : given;
-  } else if (options.denominator != 0) {
-    denominator = options.denominator;
-  }
+  const double denominator = denominator_of<Real>(a);
   for (int stat = kPolicy; stat < kRatioMax; ++stat) sums[stat] /= denominator;
   sums[kValue] /= 2;
   // A term whose coefficient is 0 is left out: 0 times an infinite term would be NaN.
@@ -186,13 +218,6 @@ void ppo_finish_of(const PPOArguments& a) {
   if (options.entropy_coef != 0) sums[kLoss] -= options.entropy_coef * sums[kEntropy];
   if (options.kl_coef != 0) sums[kLoss] += options.kl_coef * sums[kKL];
   for (int stat = 0; stat < kPPOStats; ++stat) static_cast<Real*>(a.stats)[stat] = sums[stat];
-
-  row_sums = static_cast<const Real*>(a.row_sums);
-  for (int64_t b = 0; b < a.batch; ++b, row_sums += kPPOStats + 1) {
-    const double tokens = row_sums[kPPOStats];
-    const double divisor = options.per_sequence && tokens > 0 ? tokens : 1;
-    static_cast<Real*>(a.row_weights)[b] = 1 / (divisor * denominator);
-  }
 }
 
 template <class Real>
@@ -224,6 +249,14 @@ void ppo_backward_row(const PPOBackwardArguments& a, int64_t b) {
 void ppo(const PPOArguments& a, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) a.type == Type::kDouble ? ppo_row<double>(a, b) : ppo_row<float>(a, b);
 }
+
+void ppo_count(const PPOArguments& a, int64_t begin, int64_t end) {
+  for (int64_t b = begin; b < end; ++b) {
+    a.type == Type::kDouble ? ppo_count_row<double>(a, b) : ppo_count_row<float>(a, b);
+  }
+}
+
+void ppo_weigh(const PPOArguments& a) { a.type == Type::kDouble ? ppo_weigh_of<double>(a) : ppo_weigh_of<float>(a); }
 
 void ppo_finish(const PPOArguments& a) { a.type == Type::kDouble ? ppo_finish_of<double>(a) : ppo_finish_of<float>(a); }
 

@@ -24,6 +24,8 @@ const Kernels table = {
     gae,
     whiten,
     ppo,
+    ppo_count,
+    ppo_weigh,
     ppo_finish,
     ppo_backward,
     adamw,
