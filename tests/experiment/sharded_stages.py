@@ -64,7 +64,7 @@ def every_stage_before_ppo_gives_what_it_gives_with_whole_models(folder: Path) -
 
 @checks
 def ppo_takes_the_same_round_and_reads_what_is_frozen_into_shards(folder: Path) -> None:
-    """From the same earlier stages. Only what is trained, or copied for that, has weights before it is cut."""
+    """From the same earlier stages. No model has weights before it is cut."""
     places = {kind: folder / f"ppo-{kind}" for kind in ("none", "full")}
     if is_main_process():
         for place in places.values():
@@ -83,8 +83,9 @@ def ppo_takes_the_same_round_and_reads_what_is_frozen_into_shards(folder: Path) 
             patch.setattr(arm, "_shard", watched)
             pipeline.stage(config(place, **{"sharding.kind": kind}), "ppo", resume=True)
         barrier()
-    causal, judges = "LlamaForCausalLM", ("LlamaForTokenClassification", "LlamaForSequenceClassification")
-    assert unread == {"none": [], "full": [causal, judges[0], causal, judges[1], causal, causal]}
+    trained, judges = ("ActorCritic", "LlamaForCausalLM"), ("TokenClassification", "SequenceClassification")
+    found = [[*trained, judge] for judge in (*(f"LlamaFor{kind}" for kind in judges), "LlamaForCausalLM")]
+    assert unread == {"none": [], "full": [name for names in found for name in names]}
     trials = trials_of(config(folder))
     assert len(trials) == 3
     for trial in trials:

@@ -14,6 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -29,9 +33,10 @@ from transformers import (
 
 from tests.launched import Checks
 from tests.training.sharded import full, lm
-from tlcr.config.schema import ModelConfig
+from tlcr.config.schema import ModelConfig, PPOConfig
 from tlcr.errors import ConfigError
 from tlcr.models import loading
+from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.models.discriminator import classify
 from tlcr.models.heads import classification_head
 from tlcr.models.inspection import TWO_CLASSES
@@ -44,7 +49,7 @@ from tlcr.models.loading import (
 from tlcr.models.reward_model import sequence_scores
 from tlcr.models.stored import is_unread
 from tlcr.training.distributed import barrier, is_main_process, on_main_process
-from tlcr.training.sharding import as_forward, is_sharded, local, shard_model, whole_state
+from tlcr.training.sharding import Sharding, as_forward, is_sharded, local, shard, shard_model, whole_state
 
 checks = Checks()
 LLAMA: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 63, "num_attention_heads": 4, "num_hidden_layers": 3}
@@ -60,6 +65,8 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**LLAMA, head_dim=8, sliding_window=8)),
     "opt": lambda: OPTForCausalLM(OPTConfig(**OPT)),
 }
+BERT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 63, "num_attention_heads": 4, "num_hidden_layers": 2}
+BERT |= {"vocab_size": 61, "max_position_embeddings": 32}
 MOE: dict[str, Any] = {"intermediate_size": 64, "num_local_experts": 2}
 IDS_BL = torch.tensor([[5, 9, 30, 41, 17], [7, 44, 12, 60, 2]])
 
@@ -177,6 +184,87 @@ def trained_classifiers_keep_their_float32_heads(folder: Path) -> None:
 
 
 @checks
+def policy_and_value_model_are_those_of_a_whole_load(folder: Path) -> None:
+    """From every model that values can start from, and as a finished run has saved them."""
+    for dtype in ("float32", "bfloat16"):
+        for init in ("policy", "reward_model", "discriminator", "shared"):
+            cfg = ModelConfig(path=str(folder / "llama tied"), dtype=dtype)
+            kind = "shared" if init == "shared" else "separate"
+            ppo = PPOConfig(value_model=kind, **({} if init == "shared" else {"value_init": init}))
+
+            def load(
+                sharding: Sharding | None, cfg: ModelConfig = cfg, init: str = init, ppo: PPOConfig = ppo
+            ) -> ActorCritic:
+                policy = load_causal_lm(cfg, sharding=sharding)
+                values = build_value_model(
+                    ppo,
+                    cfg,
+                    policy=policy,
+                    reward_model=load_sequence_classifier(folder / "r", cfg, sharding=sharding),
+                    discriminator=load_token_classifier(folder / "d", cfg, sharding=sharding),
+                )
+                assert is_unread(policy) == (sharding is not None)
+                both = ActorCritic(policy, values, chunk_tokens=3)
+                shard(both, sharding)
+                return both
+
+            plain, cut = load(None), load(full())
+            same(cut, plain)
+            head = plain.value_head if init == "shared" else classification_head(plain.value_model)
+            assert head.weight.any() == (init == "reward_model")
+            with torch.no_grad():
+                for model in (plain, cut):
+                    for number, parameter in enumerate(model.critic.parameters()):
+                        local(parameter).fill_(0.1 * number + 0.3)
+            places = folder / f"{init}-{dtype}-policy", folder / f"{init}-{dtype}-value"
+            cut.save(tokenizer(), *places)
+            barrier()
+            cfg = ModelConfig(path=str(places[0]), dtype=dtype)
+            plain, cut = ActorCritic.load(cfg, places[1]), ActorCritic.load(cfg, places[1], sharding=full())
+            shard(cut, full())
+            same(cut, plain)
+
+
+def same(cut: ActorCritic, plain: ActorCritic) -> None:
+    """The same weights and outputs, bit for bit; and half of them here."""
+    weights = whole_state(cut)
+    if is_main_process():
+        assert weights.keys() == plain.state_dict().keys()
+        for name, truth in plain.state_dict().items():
+            assert weights[name].dtype == truth.dtype and torch.equal(weights[name], truth), name
+    share = sum(local(p).numel() for p in cut.parameters()) / sum(p.numel() for p in plain.parameters())
+    assert share < 0.6
+    batch = IDS_BL, torch.ones_like(IDS_BL, dtype=torch.bool), torch.tensor([2, 3, 9])
+    with torch.no_grad():
+        ours, theirs = (model(*batch, temperature=0.7) for model in (cut, plain))
+    assert torch.equal(ours.logprobs_N, theirs.logprobs_N) and torch.equal(ours.values_N, theirs.values_N)
+
+
+@checks
+def what_cannot_be_trained_is_refused_once_it_is_read(folder: Path) -> None:
+    """Checks that run a model wait until it has weights."""
+    gemma = {**LLAMA, "head_dim": 8, "final_logit_softcapping": 0.5}
+    cfg = ModelConfig(path=str(stored(folder / "gemma2", lambda: Gemma2ForCausalLM(Gemma2Config(**gemma)))))
+    for values, chunk in (("shared", None), ("separate", 3)):
+        policy = load_causal_lm(cfg, sharding=full())
+        value_model = build_value_model(PPOConfig(value_model=values), cfg, policy=policy)
+        capped = ActorCritic(policy, value_model, chunk_tokens=chunk)
+        with pytest.raises(ConfigError, match=r"capped or scaled.*ppo.chunk_tokens=null and ppo.value_model=separate"):
+            shard(capped, full())
+    bert = BertConfig(**BERT, num_labels=2, id2label={0: "negative", 1: "positive"})
+    path = stored(folder / "bert", lambda: BertForTokenClassification(bert))
+    policy = load_causal_lm(ModelConfig(path=str(folder / "llama")), sharding=full())
+    values = build_value_model(
+        PPOConfig(value_init="discriminator"),
+        ModelConfig(),
+        policy=policy,
+        discriminator=load_token_classifier(path, ModelConfig(), sharding=full()),
+    )
+    with pytest.raises(ConfigError, match="is no decoder: it reads later tokens"):
+        shard(ActorCritic(policy, values), full())
+
+
+@checks
 def what_transformers_converts_is_read_whole_and_said(folder: Path) -> None:
     path = stored(folder / "mixtral", lambda: MixtralForCausalLM(MixtralConfig(**(LLAMA | MOE))))
     notes: list[str] = []
@@ -237,6 +325,26 @@ def no_process_holds_the_whole(folder: Path) -> None:
     assert shares[0] < 0.75 < 0.95 < shares[1], shares
     if is_main_process():
         (folder / "shares.txt").write_text(str(shares))
+
+
+@checks
+def no_process_holds_policy_and_value_model_whole(folder: Path) -> None:
+    """Of the same model: both are read, and cut together."""
+    cfg = ModelConfig(path=str(folder / "large"))
+    size = sum(file.stat().st_size for file in Path(cfg.path).glob("*.safetensors"))
+    shares = []
+    for sharding in (full(), None):
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        begun = memory("VmRSS")
+        policy = load_causal_lm(cfg, sharding=sharding)
+        both = ActorCritic(policy, build_value_model(PPOConfig(), cfg, policy=policy))
+        shard(both, sharding)
+        shares.append((memory("VmHWM") - begun) / (2 * size))
+        del policy, both
+    assert shares[0] < 0.7 < 0.85 < shares[1], shares
+    if is_main_process():
+        (folder / "shares.txt").write_text(f"policy and value model: {shares}")
 
 
 def memory(name: str) -> int:

@@ -182,6 +182,61 @@ def test_an_untrained_adapter_changes_nothing(tiny_causal_lm: Make) -> None:
         assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
 
 
+WITH_HEAD = LoRAConfig(rank=4, targets=("all-linear", "lm_head"))
+
+
+def test_an_output_head_that_is_named_is_adapted_for_its_own_model_alone(
+    tiny_causal_lm: Make, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    plain = tiny_causal_lm()
+    plain.save_pretrained(tmp_path / "base")
+    roles = Roles(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), WITH_HEAD, seed=0)
+    randomised(roles.policy)
+    values = roles.classifier("value", {0: "value"})
+    assert len(own_parameters(roles.policy)) == 28 + 2 and len(own_parameters(values)) == 28 + 2
+    save_trained(roles.policy, tiny_tokenizer, tmp_path / "policy")
+    attached = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    attach_adapter(attached, tmp_path / "policy" / "adapter")
+    adapted = loaded_by_peft(copy.deepcopy(plain), tmp_path / "policy" / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    with torch.no_grad():
+        wanted = roles.policy(input_ids=IDS).logits
+        assert torch.equal(roles.reference(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+        body = hidden(roles.policy)
+        assert not torch.allclose(wanted, plain.lm_head(body))  # the head's adapter is a part of it
+        for model in (attached, adapted, merged):
+            torch.testing.assert_close(model(input_ids=IDS).logits, wanted, rtol=1e-4, atol=1e-5)
+        assert torch.equal(merged_weights(attached)["lm_head.weight"], merged.lm_head.weight)
+
+
+def test_chunks_of_logits_read_an_adapted_head_as_whole_logits_do(tiny_causal_lm: Make) -> None:
+    found = []
+    for chunk in (None, 3):
+        roles = Roles(tiny_causal_lm().double(), WITH_HEAD, seed=0)
+        randomised(roles.policy)
+        actor_critic = ActorCritic(roles.policy, None, chunk_tokens=chunk)
+        actions = torch.tensor([2, 3, 4, 9, 10])
+        output = actor_critic(IDS, MASK.bool(), actions, temperature=0.7, reference=roles.reference)
+        (output.logprobs_N.sum() + output.kl_N.sum()).backward()
+        gradients = {n: p.grad for n, p in roles.policy.named_parameters() if p.grad is not None}
+        assert {"lm_head.lora_A.policy.weight", "lm_head.lora_B.policy.weight"} < gradients.keys()
+        found.append((output, gradients))
+    (whole, truth), (chunks, ours) = found
+    torch.testing.assert_close(chunks.logprobs_N, whole.logprobs_N)
+    torch.testing.assert_close(chunks.ref_logprobs_N, whole.ref_logprobs_N)
+    assert ours.keys() == truth.keys()
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, truth[name], rtol=1e-6, atol=1e-9)
+
+
+def test_an_output_head_that_is_the_embedding_too_is_not_adapted(tiny_causal_lm: Make) -> None:
+    model = tiny_causal_lm()
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(ConfigError, match=r"lora.targets names lm_head, but .* the output head is the embedding"):
+        add_adapter(model, WITH_HEAD, "policy", seed=0)
+
+
 def test_the_seed_and_the_name_decide_the_first_weights_and_no_other_random_number(tiny_causal_lm: Make) -> None:
     def first(name: str, seed: int, draws: int) -> Tensor:
         model = tiny_causal_lm()

@@ -55,7 +55,7 @@ from tlcr.training.callbacks import Callback
 from tlcr.training.checkpoint import latest_checkpoint, load_checkpoint
 from tlcr.training.distributed import barrier, process_count, process_index
 from tlcr.training.metrics import read_metrics
-from tlcr.training.sharding import Sharding, gathered, has_shards, load_whole_state, local, plan, reshard, shard
+from tlcr.training.sharding import Sharding, gathered, has_shards, local, plan, reshard, shard
 from tlcr.types import Advantages, PolicyScores, RewardSignal
 
 checks = Checks()
@@ -102,7 +102,7 @@ def models(case: Case, dtype: torch.dtype = torch.float64) -> tuple[ActorCritic,
     policy, value_model = lm(1, case, dtype), None
     if case.values == "separate":
         torch.manual_seed(2)
-        value_model = LlamaForTokenClassification(lm_config(num_labels=1)).to(dtype)
+        value_model = LlamaForTokenClassification(lm_config(id2label={0: "value"})).to(dtype)
     actor_critic = ActorCritic(policy, value_model, chunk_tokens=case.chunk)
     head = actor_critic.value_head if value_model is None else classification_head(actor_critic.value_model)
     with torch.no_grad():
@@ -359,7 +359,7 @@ def sampling_is_that_of_a_whole_model(folder: Path) -> None:
         pair, (plain, _) = sharded(Case(), dtype), models(Case(), dtype)
         for name in names:
             for _time in range(2):
-                cfg = RolloutConfig(max_new_tokens=own, engine=name)
+                cfg = RolloutConfig(max_new_tokens=own, engine=name, batch_size=5)  # other numbers of batches, too
                 answers = []
                 for root in (pair[0], plain):
                     with gathered(root, only=root.policy):
@@ -415,7 +415,7 @@ def saved_models_are_ordinary_folders(folder: Path) -> None:
         with torch.no_grad():
             for parameter in ours.parameters():
                 local(parameter).zero_()
-        load_whole_state(ours, plain.state_dict())
+        ours.restore(ModelConfig(path=str(policy_folder)), value_folder, sharding=plan(ShardingConfig(kind="full")))
         for (name, parameter), weight in zip(ours.named_parameters(), plain.parameters(), strict=True):
             assert torch.equal(whole(parameter.detach()), weight.detach()), name
 
@@ -496,7 +496,10 @@ def a_whole_run_ends_as_one_of_whole_models(folder: Path) -> None:
                 read_metrics(out / "metrics.jsonl"),
             )
         for name, weight in ended["whole"][0].items():
-            torch.testing.assert_close(ended["sharded"][0][name], weight, rtol=1e-4, atol=1e-6, msg=f"{values} {name}")
+            # Adam divides a gradient by its size: one that is rounding alone moves its weight as far as any other.
+            difference = (ended["sharded"][0][name] - weight).abs()
+            far = difference > 1e-6 + 1e-4 * weight.abs()
+            assert far.sum() <= 1 + weight.numel() // 1000 and difference.max() < cfg.ppo.learning_rate, (values, name)
         for ours, theirs in zip(ended["sharded"][1], ended["whole"][1], strict=True):
             assert without_times(ours) == pytest.approx(without_times(theirs), rel=1e-3, abs=1e-5)
         again, result = run_ppo(cfg, run_lm, tokenizer, out, evaluate=evaluate, resume=True)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.launched import Outcomes, launch
-from tests.ppo import sharded, sharded_hybrid, sharded_killed
+from tests.ppo import sharded, sharded_hybrid, sharded_killed, sharded_lora
 from tests.ppo.helpers import run_ppo
 from tlcr.config.schema import ShardingConfig
 
@@ -26,6 +26,19 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreT
 @pytest.mark.parametrize("name", sharded.checks.names)
 def test_two_processes(two_processes: Outcomes, name: str) -> None:
     two_processes.assert_passed(name)
+
+
+@pytest.fixture(scope="module")
+def two_with_roles(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Outcomes:
+    folder = tmp_path_factory.mktemp("roles")
+    tiny_tokenizer.save_pretrained(folder / "tokenizer")
+    return launch("tests.ppo.sharded_lora", folder, processes=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sharded_lora.checks.names)
+def test_two_processes_with_roles_over_one_backbone(two_with_roles: Outcomes, name: str) -> None:
+    two_with_roles.assert_passed(name)
 
 
 @pytest.mark.slow

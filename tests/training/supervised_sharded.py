@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from tests.launched import Checks
 from tests.training.sharded import full, lm, same, whole
-from tlcr.config.schema import ModelConfig, TrainingConfig
+from tlcr.config.schema import LoRAConfig, ModelConfig, TrainingConfig
 from tlcr.errors import CheckpointError, TrainingDiverged
+from tlcr.models.adapters import add_adapter
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.discriminator import collate_pairs, predict_tokens
 from tlcr.models.dpo import ReferencedComparison, collate_referenced, dpo_loss, with_reference
@@ -155,7 +156,7 @@ class Gradients(Callback):
         self.found: dict[str, Tensor] = {}
 
     def on_step(self, step: int, metrics: Any) -> None:
-        self.found = {name: whole(p.grad).clone() for name, p in self.model.named_parameters()}
+        self.found = {name: whole(p.grad).clone() for name, p in self.model.named_parameters() if p.grad is not None}
 
 
 def cut(model: PreTrainedModel) -> PreTrainedModel:
@@ -167,24 +168,50 @@ def cut(model: PreTrainedModel) -> PreTrainedModel:
 def a_step_has_the_loss_and_gradients_of_one_process(folder: Path) -> None:
     for name in TRAININGS:
         training = Training(name)
-        alone, model = training.build(), cut(training.build())
-        share = sum(local(p).numel() for p in model.parameters()) / sum(p.numel() for p in alone.parameters())
-        assert share < 0.6
-        parts = training.loss(alone, training.collate(training.examples))
-        # Llama's norms are float32 in a float64 model: a gradient that is divided before the backward pass, and not
-        # after it, is rounded otherwise there
-        parts.total.backward()
-        for parameter in alone.parameters():
-            parameter.grad /= float(parts.weight)
-        gradients = Gradients(model)
-        row = training.fit(model, folder / f"step of {name}", gradients)[0]
-        assert row["loss"] == pytest.approx(parts.total.item() / float(parts.weight), rel=1e-9), name
-        norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten().double() for p in alone.parameters()]))
-        assert norm > 0
-        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-9), name
-        for key, truth in alone.named_parameters():
-            error = (gradients.found[key] - truth.grad).norm() / truth.grad.norm()
-            assert error < 1e-9, (name, key, error)
+        takes_the_step_of_one_process(training, training.build, folder / f"step of {name}")
+
+
+@checks
+def adapters_take_the_step_of_one_process_and_resume(folder: Path) -> None:
+    """And nothing else has a gradient, or is in a checkpoint."""
+    for name in TRAININGS:
+        for dtype in (torch.float64, torch.bfloat16):
+            training = Training(name, dtype)
+
+            def build(training: Training = training) -> PreTrainedModel:
+                model = training.build()
+                add_adapter(model, LoRAConfig(rank=3), "adapter", seed=0)
+                with torch.no_grad():
+                    for key, parameter in model.named_parameters():
+                        if "lora_B" in key:
+                            parameter.copy_(torch.sin(torch.arange(parameter.numel())).reshape(parameter.shape) / 10)
+                return model
+
+            if dtype == torch.float64:
+                takes_the_step_of_one_process(training, build, folder / f"step of {name} by an adapter")
+            elif name in ("SFT", "discriminator"):
+                stop_and_resume(training, build, folder / f"{name} by an adapter twice")
+
+
+def takes_the_step_of_one_process(training: Training, build: Callable[[], PreTrainedModel], folder: Path) -> None:
+    alone, model = build(), cut(build())
+    share = sum(local(p).numel() for p in model.parameters()) / sum(p.numel() for p in alone.parameters())
+    assert share < 0.6
+    parts = training.loss(alone, training.collate(training.examples))
+    # Llama's norms are float32 in a float64 model: a gradient that is divided before the backward pass, and not
+    # after it, is rounded otherwise there
+    parts.total.backward()
+    truth = {name: p.grad / float(parts.weight) for name, p in alone.named_parameters() if p.requires_grad}
+    gradients = Gradients(model)
+    row = training.fit(model, folder, gradients)[0]
+    assert row["loss"] == pytest.approx(parts.total.item() / float(parts.weight), rel=1e-9), folder.name
+    norm = torch.linalg.vector_norm(torch.cat([gradient.flatten().double() for gradient in truth.values()]))
+    assert norm > 0
+    assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-9), folder.name
+    assert gradients.found.keys() == truth.keys()
+    for key, wanted in truth.items():
+        error = (gradients.found[key] - wanted).norm() / wanted.norm()
+        assert error < 1e-9, (folder.name, key, error)
 
 
 @checks

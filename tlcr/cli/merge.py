@@ -62,7 +62,7 @@ def merge_command(*, adapter: Path, output: Path, base: str | None, trust_remote
             "trained on with --base"
         )
     attach_adapter(model, adapter)
-    save_model(model, load_tokenizer(cfg), output, weights=lambda: merged_weights(model))
+    save_model(model, load_tokenizer(cfg), output, weights=merged_weights(model))
     logger.info("wrote %s", output)
 
 

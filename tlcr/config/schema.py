@@ -153,7 +153,7 @@ class LoRAConfig(Checked):
     targets: tuple[str, ...] = knob(
         ("all-linear",),
         "names of the linear layers that get adapters, as the last part of their names has it (q_proj); all-linear: "
-        "all of the decoder's, but not the output head",
+        "all of the decoder's, but not the output head, which may be named beside it (lm_head)",
         source="Schulman et al. 2025",
         advanced=True,
     )
@@ -168,10 +168,10 @@ class LoRAConfig(Checked):
         for name, given in (("targets", self.targets), ("roles", self.roles)):
             if not given:
                 raise ConfigError(f"LoRAConfig.{name} is empty; name at least one, or set rank: null for no adapters")
-        if "all-linear" in self.targets and len(self.targets) > 1:
+        if "all-linear" in self.targets and len(self.targets) > 2:
             raise ConfigError(
-                f"LoRAConfig.targets is {list(self.targets)!r}: all-linear stands for every layer; name it alone, or "
-                "name layers"
+                f"LoRAConfig.targets is {list(self.targets)!r}: all-linear stands for every layer; name it alone, "
+                "beside the output head, or name layers"
             )
         if "value" in self.roles and "policy" not in self.roles:
             raise ConfigError(
@@ -807,11 +807,6 @@ class RunConfig(Checked):
             raise ConfigError(
                 "RunConfig.lora.roles has 'sft', but model.path is 'embedded': SFT starts from random weights there, "
                 "which adapters cannot make a language model of; drop 'sft' from lora.roles"
-            )
-        if self.lora.rank is not None and self.sharding.kind != "none":
-            raise ConfigError(
-                f"RunConfig.sharding.kind is {self.sharding.kind!r} and lora.rank is {self.lora.rank}: adapters train "
-                "on whole frozen weights; set sharding.kind: none (each process holds them once), or lora.rank: null"
             )
         elsewhere = self.ppo.value_model == "separate" and self.ppo.value_init != "policy"
         if elsewhere and self.lora.trains("value"):

@@ -37,7 +37,7 @@ from tlcr.rewards.composition import RunningMean, compose_rewards
 from tlcr.rewards.sources import models_of
 from tlcr.text.truncation import note_cut_prompts
 from tlcr.training.distributed import on_main_process, process_count, process_index
-from tlcr.training.sharding import gathered, plan, reshard, shard
+from tlcr.training.sharding import gathered, plan, reshard, shard_all
 from tlcr.types import PolicyScores, Rewards, Rollout
 
 
@@ -59,7 +59,7 @@ def evaluate_arm(run: RunFolder, trial: Trial) -> None:
         actor_critic = _trained(run, cfg, folder)
         _shard(cfg, actor_critic)
     else:
-        actor_critic.restore(cfg.model.saved_in(folder / "policy"), folder / "value")
+        actor_critic.restore(cfg.model.saved_in(folder / "policy"), folder / "value", sharding=plan(cfg.sharding))
     after = evaluation(actor_critic)
     on_main_process(lambda: write_evaluation(folder, before, after))
 
@@ -107,22 +107,25 @@ def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
 def _shard(cfg: RunConfig, *roots: nn.Module) -> None:
     """Shards models where the run asks for it, and reads those that have no weights yet. None of them is copied
     afterwards: shards cannot be."""
-    sharding = plan(cfg.sharding)
-    for root in roots:
-        shard(root, sharding)
+    shard_all(roots, plan(cfg.sharding))
 
 
 def _frozen(run: RunFolder, cfg: RunConfig, seed: int) -> tuple[Roles | None, FrozenModels, PreTrainedModel]:
     """The roles that share one copy of the weights, if any; the frozen models of the reward; and the reference. What
-    ``_shard`` will cut, and no other model copies, is not read before."""
-    roles, sharding = load_roles(run, cfg, seed), plan(cfg.sharding)
+    ``_shard`` will cut is not read before."""
+    sharding = plan(cfg.sharding)
+    roles = load_roles(run, cfg, seed, sharding=sharding)
     reference = load_reference(run, sharding=sharding) if roles is None else roles.reference
     return roles, load_frozen_models(run, cfg, roles, sharding=sharding), reference
 
 
 def _start(run: RunFolder, cfg: RunConfig, frozen: FrozenModels, roles: Roles | None = None) -> ActorCritic:
-    """Policy and value model at the start of training."""
-    policy = load_causal_lm(run.policy_source, device=run.device) if roles is None else roles.policy
+    """Policy and value model at the start of training; without weights where ``_shard`` will cut them."""
+
+    def load() -> PreTrainedModel:
+        return load_causal_lm(run.policy_source, device=run.device, sharding=plan(cfg.sharding))
+
+    policy = load() if roles is None else roles.policy
     separate = cfg.ppo.value_model == "separate"
     value_model: PreTrainedModel | None
     if roles is not None and separate and cfg.lora.trains("value"):
@@ -133,7 +136,7 @@ def _start(run: RunFolder, cfg: RunConfig, frozen: FrozenModels, roles: Roles | 
         value_model = build_value_model(
             cfg.ppo,
             cfg.model,
-            policy=load_causal_lm(run.policy_source, device=run.device) if own else policy,
+            policy=load() if own else policy,
             reward_model=frozen.reward_model.model if frozen.reward_model else None,
             discriminator=frozen.discriminator.model if frozen.discriminator else None,
         )
@@ -143,7 +146,9 @@ def _start(run: RunFolder, cfg: RunConfig, frozen: FrozenModels, roles: Roles | 
 def _trained(run: RunFolder, cfg: RunConfig, folder: Path) -> ActorCritic:
     """Policy and value model after training."""
     own = cfg.model.saved_in(folder / "policy")
-    return ActorCritic.load(own, folder / "value", chunk_tokens=cfg.ppo.chunk_tokens, device=run.device)
+    return ActorCritic.load(
+        own, folder / "value", chunk_tokens=cfg.ppo.chunk_tokens, device=run.device, sharding=plan(cfg.sharding)
+    )
 
 
 class _Evaluation:

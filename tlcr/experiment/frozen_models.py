@@ -58,18 +58,14 @@ def load_frozen_models(
     """The models that `cfg.reward` needs, trained by the run or named in the config; ConfigError if one is missing.
 
     roles: the models of PPO that share their weights, which a discriminator joins that is an adapter on them.
-    sharding: how the caller will cut the models, which then have no weights before. The one that the value model starts
-        from has them: it is copied first, and shards cannot be.
+    sharding: how the caller will cut the models, which have no weights before.
     """
     frozen = FrozenModels()
-    copied = cfg.ppo.value_init if cfg.ppo.value_model == "separate" else None
     if cfg.uses_discriminator(cfg.reward):
-        cut = None if copied == "discriminator" else sharding
-        frozen = replace(frozen, discriminator=_discriminator(run, cfg, roles, cut))
+        frozen = replace(frozen, discriminator=_discriminator(run, cfg, roles, sharding))
     if cfg.uses_reward_model(cfg.reward):
         own = cfg.model.saved_in(run.reward_model_folder)
-        cut = None if copied == "reward_model" else sharding
-        model = load_sequence_classifier(run.reward_model_folder, own, device=run.device, sharding=cut)
+        model = load_sequence_classifier(run.reward_model_folder, own, device=run.device, sharding=sharding)
         frozen = replace(frozen, reward_model=LoadedModel(model, load_tokenizer(own)))
     if cfg.uses_dpo(cfg.reward):
         own = cfg.model.saved_in(run.dpo_folder)
@@ -78,14 +74,15 @@ def load_frozen_models(
     return frozen
 
 
-def load_roles(run: RunFolder, cfg: RunConfig, seed: int) -> Roles | None:
+def load_roles(run: RunFolder, cfg: RunConfig, seed: int, *, sharding: Sharding | None = None) -> Roles | None:
     """The initial policy of PPO and its reference over one copy of the weights; None where the policy is trained whole.
 
     seed: decides the first weights of the adapters.
+    sharding: how the caller will cut them; the frozen weights are not read before.
     """
     if not cfg.lora.trains("policy"):
         return None
-    return Roles(load_causal_lm(run.policy_source, device=run.device), cfg.lora, seed=seed)
+    return Roles(load_causal_lm(run.policy_source, device=run.device, sharding=sharding), cfg.lora, seed=seed)
 
 
 def load_reference(run: RunFolder, *, sharding: Sharding | None = None) -> PreTrainedModel:
@@ -106,6 +103,6 @@ def _discriminator(run: RunFolder, cfg: RunConfig, roles: Roles | None, sharding
         return LoadedModel(*load_discriminator(folder, cfg.model, device=run.device, sharding=sharding))
     if about["sha256"] != base_digest(roles.policy):
         logger.info("the adapter in %s is for other weights than the policy's, so the discriminator is loaded", folder)
-        return LoadedModel(*load_discriminator(folder, cfg.model, device=run.device))
+        return LoadedModel(*load_discriminator(folder, cfg.model, device=run.device, sharding=sharding))
     model = roles.load_classifier("discriminator", folder / FOLDER)
     return LoadedModel(model, load_tokenizer(cfg.model.saved_in(folder)))

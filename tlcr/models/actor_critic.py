@@ -8,6 +8,7 @@ logits exist for the N actions only, which are counted over all rows (axis N): p
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,15 +20,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tlcr import ops
 from tlcr.config.schema import ModelConfig, PPOConfig
 from tlcr.errors import CheckpointError, ConfigError
-from tlcr.models.adapters import FOLDER, adapter_of, load_adapter, own_parameters, own_part, save_trained
-from tlcr.models.heads import Head, backbone, classification_head, use_float32_head
+from tlcr.models.adapters import (
+    FOLDER,
+    adapter_of,
+    load_adapter,
+    output_weight,
+    own_parameters,
+    own_part,
+    save_trained,
+)
+from tlcr.models.heads import Head, backbone, use_float32_head
 from tlcr.models.loading import disable_dropout, load_causal_lm, load_token_classifier
 from tlcr.models.packing import Packing, packed_inputs, takes_positions
 from tlcr.models.probes import is_causal
+from tlcr.models.stored import is_unread, when_read
 from tlcr.ops.types import TokenScores
 from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.training.distributed import on_main_process, process_device
-from tlcr.training.sharding import as_forward, has_shards, load_whole_state, whole_state
+from tlcr.training.sharding import Sharding, as_forward, fill, has_shards, shard, whole_state
 
 Terms = Literal["both", "policy", "value"]
 
@@ -81,7 +91,7 @@ class ActorCritic(nn.Module):
         if value_model is not None:
             use_float32_head(value_model)
         if self._from_hidden:
-            _check_plain_head(policy)
+            when_read(policy, partial(_check_plain_head, policy))
         self.eval()
 
     def policy_parameters(self) -> list[nn.Parameter]:
@@ -191,11 +201,11 @@ class ActorCritic(nn.Module):
             )
         return ops.score_hidden(
             hidden_NH,
-            head.weight,
+            output_weight(model),
             batch.action_ids_N,
             bias=head.bias,
             ref_hidden=ref_hidden_NH,
-            ref_weight=None if ref_head is None else ref_head.weight,
+            ref_weight=None if reference is None else output_weight(reference),
             ref_bias=None if ref_head is None else ref_head.bias,
             temperature=temperature,
             chunk_tokens=self._chunk_tokens,
@@ -217,36 +227,55 @@ class ActorCritic(nn.Module):
         *,
         chunk_tokens: int | None = None,
         device: torch.device | None = None,
+        sharding: Sharding | None = None,
     ) -> ActorCritic:
-        """The models that `save` wrote, on `device` (None: the CPU); `policy.path` is the policy's folder."""
-        model = load_causal_lm(policy, device=device)
+        """The models that ``save`` wrote.
+
+        Args:
+            policy: settings of loading; ``policy.path`` is the policy's folder.
+            value_folder: the value model's folder.
+            chunk_tokens: logits exist for that many tokens at a time.
+            device: where the weights go; None: the CPU.
+            sharding: how the caller will cut the module; its weights are read then (``load_causal_lm``).
+
+        Returns:
+            Both models as one module.
+        """
+        model = load_causal_lm(policy, device=device, sharding=sharding)
         if (value_folder / "value_head.json").is_file():
             actor_critic = cls(model, None, chunk_tokens=chunk_tokens)
-            actor_critic.value_head = load_value_head(value_folder).to(model.device)
+            assert actor_critic.value_head is not None
+            device = actor_critic.value_head.weight.device
+            actor_critic.value_head = load_value_head(value_folder).to(device)
             return actor_critic
-        value_model = load_token_classifier(value_folder, policy, id2label={0: "value"}, device=device)
-        return cls(model, value_model, chunk_tokens=chunk_tokens)
+        options: dict[str, Any] = {"id2label": {0: "value"}, "device": device, "sharding": sharding}
+        return cls(model, load_token_classifier(value_folder, policy, **options), chunk_tokens=chunk_tokens)
 
-    def restore(self, policy: ModelConfig, value_folder: Path) -> None:
+    def restore(self, policy: ModelConfig, value_folder: Path, *, sharding: Sharding | None = None) -> None:
         """Fills both models with what ``save`` wrote of models like these; adapters as they were trained, not merged.
 
         Args:
             policy: settings of loading; ``policy.path`` is the policy's folder.
             value_folder: the value model's folder.
+            sharding: how this module is cut; None: it is whole.
         """
+        device = process_device()
         if adapter_of(self.policy) is None:
-            saved = ActorCritic.load(policy, value_folder, device=process_device())
-            load_whole_state(self, saved.state_dict())
+            saved = ActorCritic.load(policy, value_folder, device=device, sharding=sharding)
+            shard(saved, sharding)
+            fill(self, saved.state_dict())
             return
         load_adapter(self.policy, Path(policy.path) / FOLDER)
         if self.value_model is None:
             assert self.value_head is not None
-            self.value_head.load_state_dict(load_value_head(value_folder).state_dict())
+            fill(self.value_head, load_value_head(value_folder).state_dict())
         elif adapter_of(self.value_model) is not None:
             load_adapter(self.value_model, value_folder / FOLDER)
         else:
-            value_model = load_token_classifier(value_folder, policy, id2label={0: "value"}, device=process_device())
-            self.value_model.load_state_dict(value_model.state_dict())
+            options: dict[str, Any] = {"id2label": {0: "value"}, "device": device, "sharding": sharding}
+            value_model = load_token_classifier(value_folder, policy, **options)
+            shard(value_model, sharding)
+            fill(self.value_model, value_model.state_dict())
 
     def save(self, tokenizer: PreTrainedTokenizerBase, policy_folder: Path, value_folder: Path) -> None:
         """Writes policy and value model for others to load. Every process calls it.
@@ -304,15 +333,19 @@ def build_value_model(
             f"ppo.value_init is {cfg.value_init!r}, but there is no such model in this run; train it, or set "
             f"ppo.value_init to {' or '.join(repr(name) for name, found in sources.items() if found is not None)}"
         )
-    value_model = load_token_classifier(source, model, id2label={0: "value"})
-    if cfg.value_init != "policy" and not is_causal(value_model):
-        raise ConfigError(
-            f"ppo.value_init is {cfg.value_init!r}, but {type(source).__name__} is no decoder: it reads later tokens, "
-            "which a value must not know; set ppo.value_init to 'policy'"
-        )
-    if cfg.value_init == "reward_model":
-        with torch.no_grad():
-            classification_head(value_model).weight.copy_(classification_head(source).weight)
+    head = cfg.value_init == "reward_model"
+    value_model = load_token_classifier(source, model, id2label={0: "value"}, copy_head=head)
+    kind = type(source).__name__
+
+    def require_causal() -> None:
+        if not is_causal(value_model):
+            raise ConfigError(
+                f"ppo.value_init is {cfg.value_init!r}, but {kind} is no decoder: it reads later tokens, which a value "
+                "must not know; set ppo.value_init to 'policy'"
+            )
+
+    if cfg.value_init != "policy":
+        when_read(value_model, require_causal)
     return value_model
 
 
@@ -351,8 +384,9 @@ def load_value_head(folder: Path) -> Head:
 def _new_value_head(policy: PreTrainedModel) -> Head:
     weight = policy.get_output_embeddings().weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
+    device = process_device() if is_unread(policy) else weight.device  # no file has it
     # not hidden_size: OPT-350m projects its last hidden states to the width of its embeddings
-    head = Head(weight.shape[1], 1, dtype=dtype, device=weight.device)
+    head = Head(weight.shape[1], 1, dtype=dtype, device=device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
@@ -415,7 +449,7 @@ def _hidden_states(model: PreTrainedModel, batch: _Batch) -> Tensor:
 def _check_plain_head(policy: PreTrainedModel) -> None:
     """Refuse models that do more than one matrix product from the last hidden state to the logits."""
     head = policy.get_output_embeddings()
-    if head.weight.is_meta:  # nothing to compute with; whoever fills it has checked the plain model
+    if head.weight.is_meta:  # of a model that is simulated
         return
     ids = torch.arange(2, device=head.weight.device).unsqueeze(0)
     logits = policy(input_ids=ids, use_cache=False).logits

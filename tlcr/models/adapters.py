@@ -36,8 +36,10 @@ from tlcr.errors import CheckpointError, ConfigError
 from tlcr.models import classifiers
 from tlcr.models.heads import backbone, classification_head, has_linear_head, name_of_head, use_float32_head
 from tlcr.models.loading import enable_gradient_checkpointing, save_model
+from tlcr.models.stored import is_unread, stored_parameters, without_adapters
 from tlcr.training.checkpoint import atomic_write, write_json
-from tlcr.training.distributed import on_main_process
+from tlcr.training.distributed import is_main_process, on_main_process, process_device
+from tlcr.training.sharding import fill_tensor, forget_when_cut, has_shards, whole, whole_state
 from tlcr.training.trained_part import TrainedPart, digest
 
 REFERENCE = "reference"
@@ -62,7 +64,8 @@ def missing_peft() -> ConfigError | None:
 
 
 def add_adapter(model: PreTrainedModel, cfg: LoRAConfig, name: str, *, seed: int) -> None:
-    """Freezes a model, in place, but for its classification head, and puts an adapter on the layers of its backbone.
+    """Freezes a model, in place, but for its classification head, and puts an adapter on the layers of its backbone,
+    and on its output head where ``cfg.targets`` names it.
 
     Args:
         model: a causal LM or a classifier, on its device.
@@ -71,11 +74,14 @@ def add_adapter(model: PreTrainedModel, cfg: LoRAConfig, name: str, *, seed: int
         seed: decides A, with the name; no other random number is drawn.
 
     Raises:
-        ConfigError: peft is not installed, or the backbone has no layer of a name in ``cfg.targets``.
+        ConfigError: peft is not installed, the backbone has no layer of a name in ``cfg.targets``, or the output head
+            that it names is the model's embedding too.
     """
     model.requires_grad_(False)
     _inject(backbone(model), _peft_config(model, cfg), name)
-    _initialise(backbone(model), name, seed)
+    if _name_of_output(model) in cfg.targets:
+        _inject_into_head(model, _peft_config(model, cfg), name)
+    _initialise(model, name, seed, _home(model))
     for parameter in (*_adapter_parameters(model, name), *_head_parameters(model)):
         parameter.requires_grad_(True)
     model._tlcr_adapter = name  # type: ignore[assignment]
@@ -117,7 +123,7 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The frozen parameters of a module that are no adapter's, under the names that they have without adapters."""
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and not _is_adapters(name):
-            yield _without_adapters(name), parameter
+            yield without_adapters(name), parameter
 
 
 def base_digest(model: PreTrainedModel) -> str:
@@ -129,8 +135,12 @@ def base_digest(model: PreTrainedModel) -> str:
     Returns:
         The same for two models with the same backbone, whatever stands on it.
     """
+    if is_unread(model):
+        prefix = f"{_name_of_backbone(model)}."
+        stored = ((name, weight) for name, weight in stored_parameters(model) if name.startswith(prefix))
+        return digest((name.removeprefix(prefix), weight) for name, weight in stored)
     named = backbone(model).named_parameters()
-    return digest((_without_adapters(name), weight) for name, weight in named if not _is_adapters(name))
+    return digest((without_adapters(name), weight) for name, weight in named if not _is_adapters(name))
 
 
 # ---- roles
@@ -161,7 +171,8 @@ class Roles:
         """Makes policy and reference.
 
         Args:
-            model: the causal LM whose weights are shared and frozen; it becomes the policy.
+            model: the causal LM whose weights are shared and frozen; it becomes the policy. Where its weights are to be
+                read into shards, ``shard_all`` reads them, for all roles.
             cfg: rank, alpha and target layers of the adapters that are trained.
             seed: decides the first weights of the adapters.
 
@@ -171,12 +182,14 @@ class Roles:
         self._cfg, self._seed = cfg, seed
         self._active: str | None = None
         self._plain = _on_meta(type(model), deepcopy(model.config))
-        self._shared = backbone(model)
+        self._shared, self._home = backbone(model), _home(model)
         add_adapter(model, cfg, "policy", seed=seed)
         self._layers = [layer for _, layer in _layers(self._shared)]
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             enable_gradient_checkpointing(model, self._checkpointed)
         self.reference = self._play(_twin(model), REFERENCE)
+        if (head := _name_of_output(model)) is not None and hasattr(model.get_submodule(head), "base_layer"):
+            self.reference.set_submodule(head, model.get_submodule(f"{head}.base_layer"))
         self.policy = self._play(model, "policy")
 
     @property
@@ -212,7 +225,7 @@ class Roles:
         """
         model = self._new_classifier(id2label)
         _inject(self._shared, _peft_config(model, self._cfg), role)
-        _initialise(self._shared, role, self._seed)
+        _initialise(self._shared, role, self._seed, self._home)
         return self._completed(model, role, trained)
 
     def load_classifier(self, role: str, folder: str | Path) -> PreTrainedModel:
@@ -238,7 +251,7 @@ class Roles:
         for name, value in about["config"].items():
             setattr(model.config, name, value)
         _inject(self._shared, read_peft_config(folder), role)
-        _initialise(self._shared, role, self._seed)
+        _initialise(self._shared, role, self._seed, self._home)
         self._completed(model, role, trained=False)
         load_adapter(model, folder)
         return model
@@ -251,9 +264,9 @@ class Roles:
         model = _on_meta(classifiers.new_class(AutoModelForTokenClassification, self._plain, config), config)
         use_float32_head(model)
         head = classification_head(model)
-        device, wide = self._shared.device, torch.promote_types(self._shared.dtype, torch.float32)
+        wide = torch.promote_types(self._shared.dtype, torch.float32)
         for name, parameter in list(head.named_parameters()):
-            setattr(head, name, nn.Parameter(torch.zeros(parameter.shape, dtype=wide, device=device)))
+            setattr(head, name, nn.Parameter(torch.zeros(parameter.shape, dtype=wide, device=self._home)))
         return model.eval()
 
     def _completed(self, model: PreTrainedModel, role: str, trained: bool) -> PreTrainedModel:
@@ -298,7 +311,7 @@ class Roles:
         yield
 
 
-def role_of(model: PreTrainedModel) -> Role | None:
+def role_of(model: nn.Module) -> Role | None:
     """The role of a model of ``Roles``; None for any other model."""
     return getattr(model, "_tlcr_role", None)
 
@@ -309,6 +322,8 @@ def role_of(model: PreTrainedModel) -> Role | None:
 def save_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """``save_model``, which for a model with an adapter writes the merged weights, and the adapter in ``adapter/``.
 
+    Every process calls it.
+
     Args:
         model: the model to save; it stays as it is.
         tokenizer: its tokenizer.
@@ -318,7 +333,7 @@ def save_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
         save_model(model, tokenizer, folder)
         return
     save_adapter(model, Path(folder) / FOLDER)
-    save_model(model, tokenizer, folder, weights=lambda: merged_weights(model))
+    save_model(model, tokenizer, folder, weights=merged_weights(model))
 
 
 @torch.no_grad()
@@ -326,21 +341,27 @@ def merged_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """The weights of the whole model that computes what a model with an adapter does, up to one rounding.
 
     An adapted layer's weight is W + (alpha / rank) B A, added in float32 and rounded once to the dtype of W. The model
-    is not touched: merging into it and taking that back would leave other weights than before.
+    is not touched: merging into it and taking that back would leave other weights than before. Every process calls it.
 
     Args:
         model: a model with an adapter.
 
     Returns:
-        All weights by their names without adapters, on the CPU where they differ from the model's own.
+        All weights by their names without adapters, on the CPU where they differ from the model's own: on the main
+        process; an empty mapping on the others.
     """
     name = adapter_of(model)
     assert name is not None
-    weights = {_without_adapters(key): weight for key, weight in model.state_dict().items() if not _is_adapters(key)}
+    state = whole_state(model) if has_shards(model) else model.state_dict()
+    if not is_main_process():
+        return {}
+    weights = {without_adapters(key): weight for key, weight in state.items() if not _is_adapters(key)}
     for path, layer in _layers(model, name):
-        base = layer.base_layer.weight
+        base = state[f"{path}.base_layer.weight"]
         wide = torch.promote_types(base.dtype, torch.float32)
-        merged = base.to(wide) + layer.get_delta_weight(name).to(wide)
+        down, up = (state[f"{path}.lora_{part}.{name}.weight"].to(wide) for part in "AB")
+        delta = (up @ down) * layer.scaling[name]
+        merged = base.to(wide) + (delta.T if layer.fan_in_fan_out else delta)
         weights[f"{path}.weight"] = merged.to(base.dtype).cpu()
     return weights
 
@@ -357,20 +378,21 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     folder, name = Path(folder), adapter_of(model)
     assert name is not None
     body = backbone(model)
+    weights = {key: whole(weight.detach()).cpu().contiguous() for key, weight in _peft_weights(model, name).items()}
+    sha256 = base_digest(model)
 
     def write() -> None:
         config = deepcopy(_peft_configs(body)[name])
         config.task_type, config.inference_mode = _task(model), True
         config.base_model_name_or_path = _source(model)
-        config.target_modules = sorted({path.rpartition(".")[2] for path, _ in _layers(body, name)})
+        config.target_modules = sorted({path.rpartition(".")[2] for path, _ in _layers(model, name)})
         config.modules_to_save = [name_of_head(model)] if has_linear_head(model) else None
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / PEFT_WEIGHTS) as aside:
-            weights = {key: weight.detach().cpu().contiguous() for key, weight in _peft_weights(model, name).items()}
             save_file(weights, aside, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
         dtype = str(body.dtype).removeprefix("torch.")
-        about: dict[str, Any] = {"path": _source(model), "dtype": dtype, "sha256": base_digest(model)}
+        about: dict[str, Any] = {"path": _source(model), "dtype": dtype, "sha256": sha256}
         if has_linear_head(model):
             own = {key: value for key, value in vars(model.config).items() if key.startswith("tlcr_")}
             about |= {"id2label": model.config.id2label, "config": own}
@@ -401,9 +423,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
             f"left over or of another shape, such as {other[0]}; it was trained with another lora.rank, lora.targets "
             "or model"
         )
-    with torch.no_grad():
-        for key, weight in own.items():
-            weight.copy_(stored[key])
+    for key, weight in own.items():
+        fill_tensor(weight, stored[key])
 
 
 def attach_adapter(model: PreTrainedModel, folder: str | Path) -> None:
@@ -418,8 +439,11 @@ def attach_adapter(model: PreTrainedModel, folder: str | Path) -> None:
         ConfigError: peft is not installed, or the adapter is no LoRA that can be merged.
     """
     model.requires_grad_(False)
-    _inject(backbone(model), read_peft_config(folder), "default")
-    _initialise(backbone(model), "default", seed=0)
+    config = read_peft_config(folder)
+    _inject(backbone(model), config, "default")
+    if _name_of_output(model) in config.target_modules:
+        _inject_into_head(model, config, "default")
+    _initialise(model, "default", 0, _home(model))
     model._tlcr_adapter = "default"  # type: ignore[assignment]
     load_adapter(model, folder)
 
@@ -467,14 +491,45 @@ def _require_peft() -> None:
 
 
 def _peft_config(model: PreTrainedModel, cfg: LoRAConfig) -> Any:
+    """peft's config of the adapters of a model's backbone."""
     _require_peft()
     from peft import LoraConfig
 
     assert cfg.rank is not None
-    targets: str | list[str] = "all-linear" if cfg.targets == ("all-linear",) else list(cfg.targets)
+    targets: str | list[str] = "all-linear" if "all-linear" in cfg.targets else list(cfg.targets)
     conv = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2's weights are (in, out)
     options: dict[str, Any] = {"lora_alpha": cfg.alpha, "lora_dropout": 0.0, "fan_in_fan_out": conv}
     return LoraConfig(r=cfg.rank, target_modules=targets, **options)
+
+
+def _name_of_output(model: PreTrainedModel) -> str | None:
+    """The name of a causal LM's output head, such as lm_head; None where it has none."""
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
+
+
+def _inject_into_head(model: PreTrainedModel, config: Any, name: str) -> None:
+    """Adds an adapter without values to the output head, as ``_inject`` does to a backbone."""
+    path = _name_of_output(model)
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        raise ConfigError(
+            f"lora.targets names {path}, but in {type(model).__name__} the output head is the embedding "
+            "(tie_word_embeddings): merged weights would have to be two matrices; leave it out"
+        )
+    config = copy(config)
+    config.target_modules, config.fan_in_fan_out = {path}, False
+    _inject(model, config, name)
+
+
+def output_weight(model: PreTrainedModel) -> Tensor:
+    """The weight (V, H) of a causal LM's output head, with its adapter where it has one; gradients flow to that."""
+    head = model.get_output_embeddings()
+    if not hasattr(head, "base_layer"):
+        weight: Tensor = head.weight
+        return weight
+    (name,) = head.lora_A
+    base, down, up = head.base_layer.weight, head.lora_A[name].weight, head.lora_B[name].weight
+    return (base.to(up.dtype) + head.scaling[name] * (up @ down)).to(base.dtype)
 
 
 def _inject(body: PreTrainedModel, config: Any, name: str) -> None:
@@ -497,18 +552,23 @@ def _inject(body: PreTrainedModel, config: Any, name: str) -> None:
         parameter.requires_grad_(trained.get(id(parameter), False))
 
 
-def _initialise(body: PreTrainedModel, name: str, seed: int) -> None:
+def _home(model: PreTrainedModel) -> torch.device:
+    """Where the adapters and heads of a model are made: no file has them, so they have values before it is read."""
+    return process_device() if is_unread(model) else backbone(model).device
+
+
+def _initialise(model: PreTrainedModel, name: str, seed: int, device: torch.device) -> None:
     """A uniform, as nn.Linear's weights are, and B zero (Hu et al. 2021; peft). A is drawn on the CPU, so that it does
     not depend on the device."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {seed}".encode()))
-    for _, layer in _layers(body, name):
+    for _, layer in _layers(model, name):
         base = layer.base_layer.weight
         dtype = torch.promote_types(base.dtype, torch.float32)
         down, up = layer.lora_A[name], layer.lora_B[name]
         a = torch.empty(down.weight.shape, dtype=dtype)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        b = torch.zeros(up.weight.shape, dtype=dtype, device=base.device)
-        down.weight = nn.Parameter(a.to(base.device), requires_grad=False)
+        b = torch.zeros(up.weight.shape, dtype=dtype, device=device)
+        down.weight = nn.Parameter(a.to(device), requires_grad=False)
         up.weight = nn.Parameter(b, requires_grad=False)
 
 
@@ -527,7 +587,7 @@ def _layers(module: nn.Module, name: str | None = None) -> list[tuple[str, Any]]
 
 
 def _adapter_parameters(model: PreTrainedModel, name: str) -> list[nn.Parameter]:
-    return [part[name].weight for _, layer in _layers(backbone(model), name) for part in (layer.lora_A, layer.lora_B)]
+    return [part[name].weight for _, layer in _layers(model, name) for part in (layer.lora_A, layer.lora_B)]
 
 
 def _head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
@@ -549,10 +609,6 @@ def _is_adapters(name: str) -> bool:
     return ".lora_" in name
 
 
-def _without_adapters(name: str) -> str:
-    return name.replace(".base_layer.", ".")
-
-
 def _task(model: PreTrainedModel) -> str:
     if not has_linear_head(model):
         return "CAUSAL_LM"
@@ -569,8 +625,10 @@ def _source(model: PreTrainedModel) -> str | None:
 
 
 def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Another module of the same class with the same parts, which can be replaced in it alone."""
+    """Another module of the same class with the same parts, which can be replaced in it alone. What the model remembers
+    to do when it is cut, it alone does."""
     twin = copy(model)
+    forget_when_cut(twin)
     for name in vars(nn.Module()):
         if isinstance(own := vars(model).get(name), (dict, set)):
             vars(twin)[name] = copy(own)

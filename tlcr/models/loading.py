@@ -36,12 +36,12 @@ from tlcr.models.heads import backbone, classification_head, name_of_head, name_
 from tlcr.models.inspection import THREE_CLASSES, TWO_CLASSES, Inspection
 from tlcr.models.layers import fuse_layers
 from tlcr.models.stored import (
-    Stored,
     find_stored,
     is_unread,
     leave_unread,
     make_buffers,
     stored_for_copy,
+    when_read,
     without_weights,
 )
 from tlcr.models.weight_files import read_weights, weight_files
@@ -117,15 +117,10 @@ def load_causal_lm(
     """
     _named(cfg.path)
     found = _inspected(cfg, "policy")
-    if sharding is not None:
-        unread = _without_weights("policy", AUTO["policy"], cfg, found)
-        if unread is not None:
-            model, stored = unread
-            leave_unread(model, stored, partial(probes.require_causal, model))
-            return prepared(model, cfg)
-        device = None
-    model = _read("policy", AUTO["policy"], cfg, found, device)
-    probes.require_causal(model)
+    model = None if sharding is None else _without_weights("policy", AUTO["policy"], cfg, found)
+    if model is None:
+        model = _read("policy", AUTO["policy"], cfg, found, device if sharding is None else None)
+    when_read(model, partial(probes.require_causal, model))
     return prepared(model, cfg)
 
 
@@ -134,6 +129,7 @@ def load_token_classifier(
     cfg: ModelConfig,
     *,
     id2label: Mapping[int, str] | None = None,
+    copy_head: bool = False,
     device: torch.device | None = None,
     sharding: Sharding | None = None,
 ) -> PreTrainedModel:
@@ -144,6 +140,7 @@ def load_token_classifier(
             head (see ``_with_new_head``) and which stays as it is.
         cfg: dtype and settings of loading.
         id2label: the labels wanted. None accepts either set, and is allowed for a folder only.
+        copy_head: where ``source`` is a model with a head of as many outputs, its weight is copied too.
         device: where the weights of a folder go; None: the CPU. A copy of a causal LM is made where that is.
         sharding: as for ``load_causal_lm``, for a folder. A copy of a causal LM that was loaded so has no weights
             either before it is cut.
@@ -159,7 +156,7 @@ def load_token_classifier(
             raise ConfigError(
                 "a new token classifier needs id2label: TWO_CLASSES or THREE_CLASSES of tlcr.models.inspection"
             )
-        return _with_new_head(AutoModelForTokenClassification, source, cfg, dict(id2label))
+        return _with_new_head(AutoModelForTokenClassification, source, cfg, dict(id2label), copy_head=copy_head)
     model = _load_classifier("discriminator", source, cfg, device, sharding)
     accepted = [TWO_CLASSES, THREE_CLASSES] if id2label is None else [dict(id2label)]
     raise_first(inspection.label_faults(model.config, str(source), accepted))
@@ -198,8 +195,7 @@ def load_sequence_classifier(
     if own:
         said = " and ".join(f"{name} {value}" for name, value in own.items())
         _note(f"the reward model {str(source)!r} has {said} in its config.json: not applied, scores are the head's own")
-    if not is_unread(model):
-        probes.check_reward_model(model)
+    when_read(model, partial(probes.check_reward_model, model))
     return model
 
 
@@ -388,7 +384,7 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     *,
-    weights: Callable[[], dict[str, Tensor]] | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Writes model and tokenizer to ``folder`` so that ``AutoModel*.from_pretrained`` loads them from there.
 
@@ -401,10 +397,10 @@ def save_model(
         model: the model to save.
         tokenizer: its tokenizer.
         folder: where to write.
-        weights: what to write as the model's weights, computed on the process that writes; None: its own.
+        weights: what to write as the model's weights, on the main process; None: its own.
     """
     folder = Path(folder)
-    state = whole_state(model) if has_shards(model) else None
+    state = whole_state(model) if weights is None and has_shards(model) else weights
 
     def write() -> None:
         for config in filter(None, (model.config, getattr(model, "generation_config", None))):
@@ -412,7 +408,7 @@ def save_model(
         parts = folder / ".model"
         classifiers.name_source(model)
         with atomic_write(parts) as aside:
-            model.save_pretrained(aside, state_dict=state if weights is None else weights())
+            model.save_pretrained(aside, state_dict=state)
             classifiers.write_source(model, aside)
             tokenizer.save_pretrained(aside)
         names = {part.name for part in parts.iterdir()}
@@ -612,16 +608,10 @@ def _load_classifier(
     found = _inspected(cfg, role)
     assert found.config is not None  # _inspected has raised
     kind = classifiers.saved_class(AUTO[role], found.config) or AUTO[role]
-    if sharding is not None:
-        unread = _without_weights(role, kind, cfg, found)
-        if unread is not None:
-            model, stored = unread
-            check = partial(probes.check_reward_model, model) if role == "reward_model" else lambda: None
-            leave_unread(model, stored, check)
-            return prepared(model, cfg)
-        device = None
-    model = _read(role, kind, cfg, found, device)
-    use_float32_head(model, _stored_head(model, cfg, role, found))
+    model = None if sharding is None else _without_weights(role, kind, cfg, found)
+    if model is None:
+        model = _read(role, kind, cfg, found, device if sharding is None else None)
+        use_float32_head(model, _stored_head(model, cfg, role, found))
     return prepared(model, cfg)
 
 
@@ -642,10 +632,8 @@ def _read(role: Role, kind: Any, cfg: GeneratorConfig, found: Inspection, device
     return model
 
 
-def _without_weights(
-    role: Role, kind: Any, cfg: GeneratorConfig, found: Inspection
-) -> tuple[PreTrainedModel, Stored] | None:
-    """The model on the meta device, and where its weights are; None, and a note, where they cannot be read in parts."""
+def _without_weights(role: Role, kind: Any, cfg: GeneratorConfig, found: Inspection) -> PreTrainedModel | None:
+    """The model on the meta device, unread; None, and a note, where its weights cannot be read in parts."""
     weights = None if cfg.gguf_file else found.weights or weight_files(cfg, role)[0]
     whole = cfg.gguf_file is not None or cfg.trust_remote_code or weights is None
     if not whole and getattr(found.config, "quantization_config", None) is None:
@@ -659,7 +647,8 @@ def _without_weights(
                 renamed = {f"{own}.{part}": f"{found.head.name}.{part}" for part in ("weight", "bias")}
         stored = find_stored(model, weights, renamed)
         if stored is not None and make_buffers(model, getattr(torch, cfg.dtype)):
-            return model, stored
+            leave_unread(model, stored)
+            return model
     _note(
         f"{cfg.path!r} is read whole by every process, and cut into shards after that: transformers converts its "
         "weights while it loads them, so no process can read its part alone"
@@ -688,9 +677,9 @@ def _stored_head(
 
 
 def _with_new_head(
-    auto: Any, causal_lm: PreTrainedModel, cfg: ModelConfig, id2label: dict[int, str]
+    auto: Any, causal_lm: PreTrainedModel, cfg: ModelConfig, id2label: dict[int, str], *, copy_head: bool = False
 ) -> PreTrainedModel:
-    """A classifier with a copy of the causal LM's backbone under a head of zeros.
+    """A classifier with a copy of the causal LM's backbone under a head of zeros, or of the weights of its head.
 
     With zeros (ours) the first prediction is p = 1/2 for every token and the same score for every answer, for any scale
     of the hidden states and any seed. The head's gradient is not zero there, so it moves at the
@@ -713,9 +702,13 @@ def _with_new_head(
         model = kind._from_config(config, dtype=causal_lm.dtype, attn_implementation=attention)
     use_float32_head(model)
     if unread:
-        leave_unread(model, stored_for_copy(model, causal_lm), lambda: None)
+        heads = [f"{name_of_head(one)}.weight" for one in (model, causal_lm)]
+        leave_unread(model, stored_for_copy(model, causal_lm, dict([heads] if copy_head else [])))
         return prepared(model, cfg)
     backbone(model).load_state_dict(backbone(causal_lm).state_dict(), strict=True)
     for parameter in classification_head(model).parameters():
         nn.init.zeros_(parameter)
+    if copy_head:
+        with torch.no_grad():
+            classification_head(model).weight.copy_(classification_head(causal_lm).weight)
     return prepared(model, cfg)

@@ -7,7 +7,7 @@ and no number is read. ``tlcr.training.sharding.shard`` then lets each process r
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from transformers.initialization import no_init_weights
 
 from tlcr.models.heads import backbone
 from tlcr.models.weight_files import WeightFiles
-from tlcr.training.sharding import fill_when_cut, local, part_of
+from tlcr.training.sharding import check_when_cut, fill_when_cut, local, part_of
 
 __all__ = [
     "Stored",
@@ -33,6 +33,9 @@ __all__ = [
     "leave_unread",
     "make_buffers",
     "stored_for_copy",
+    "stored_parameters",
+    "when_read",
+    "without_adapters",
     "without_weights",
 ]
 
@@ -92,27 +95,48 @@ def _stored_name(model: PreTrainedModel, name: str, weights: WeightFiles, rename
     return next((spelling for spelling in spellings if spelling in weights.shapes), None)
 
 
-def stored_for_copy(model: PreTrainedModel, source: PreTrainedModel) -> Stored:
-    """The places for a model with the backbone of ``source``, which is unread; all other weights are zero."""
+def stored_for_copy(model: PreTrainedModel, source: PreTrainedModel, same: Mapping[str, str]) -> Stored:
+    """The places for a model with the backbone of ``source``, which is unread; all other weights are zero.
+
+    Args:
+        model: the copy, on the meta device.
+        source: what it copies.
+        same: further weights of the copy by name, and their names in ``source``.
+
+    Returns:
+        The places.
+    """
     theirs, ours = _name_of_backbone(source), _name_of_backbone(model)
     known = _unread[source]
     names: dict[str, str | None] = {}
     for name in _own_names(model):
-        inside = name.startswith(ours)
-        names[name] = known.names[theirs + name.removeprefix(ours)] if inside else None
+        copied = theirs + name.removeprefix(ours) if name.startswith(ours) else same.get(name)
+        names[name] = None if copied is None else known.names[copied]
     return Stored(known.files, names)
 
 
-def leave_unread(model: PreTrainedModel, stored: Stored, check: Callable[[], None]) -> None:
+def leave_unread(model: PreTrainedModel, stored: Stored) -> None:
     """Lets ``shard`` read the weights of a model on the meta device.
 
     Args:
         model: the model, changed no more before it is cut, but for what leaves its weights alone.
         stored: where they are.
-        check: called once they are there, as a forward pass.
     """
     _unread[model] = stored
-    fill_when_cut(model, fill=partial(_fill, model, stored), check=check)
+    fill_when_cut(model, partial(_fill, model, stored))
+
+
+def when_read(model: PreTrainedModel, check: Callable[[], object]) -> None:
+    """Calls ``check``, which runs the model: now, or as soon as the model has its weights.
+
+    Args:
+        model: the model.
+        check: refuses a model that does not do what it should.
+    """
+    if is_unread(model):
+        check_when_cut(model, check)
+    else:
+        check()
 
 
 def without_weights() -> AbstractContextManager[None]:
@@ -147,7 +171,8 @@ def make_buffers(model: PreTrainedModel, dtype: torch.dtype) -> bool:
 def _fill(model: PreTrainedModel, stored: Stored) -> None:
     """Reads this process's rows of every weight, in the dtype that the parameter has."""
     del _unread[model]
-    targets = dict([*model.named_parameters(), *model.named_buffers()])
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    targets = {without_adapters(name): tensor for name, tensor in tensors}
     wanted: dict[str, list[Tensor]] = {}
     for name, where in stored.names.items():
         if where is None:
@@ -155,12 +180,37 @@ def _fill(model: PreTrainedModel, stored: Stored) -> None:
         else:
             wanted.setdefault(where, []).append(targets[name])
     for file in stored.files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (no mapping)
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
                 for target in wanted.get(name, ()):
-                    whole = tensors.get_slice(name)
+                    whole = opened.get_slice(name)
                     rows = whole[part_of(target)] if target.ndim else whole[:]
                     local(target).copy_(rows.reshape(local(target).shape))
+
+
+def stored_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of an unread model by name, as it will have them, each whole: read when it is asked for.
+
+    Those that no file has are left out.
+
+    Args:
+        model: as the loaders give it while its weights are unread.
+
+    Yields:
+        Name and tensor, in the dtype that the model has it in.
+    """
+    stored = _unread[model]
+    dtypes = {without_adapters(name): parameter.dtype for name, parameter in model.named_parameters()}
+    names = {where: name for name, where in stored.names.items() if where is not None and name in dtypes}
+    for file in stored.files:
+        with safe_open(file, framework="pt") as opened:
+            for where in names.keys() & set(opened.keys()):
+                yield names[where], opened.get_tensor(where).to(dtypes[names[where]])
+
+
+def without_adapters(name: str) -> str:
+    """The name of a weight as its files have it: peft puts an adapted layer below another, under this name."""
+    return name.replace(".base_layer.", ".")
 
 
 def _own_names(model: nn.Module) -> list[str]:

@@ -20,7 +20,7 @@ from tlcr.config.schema import PPOConfig, RunConfig
 from tlcr.config.stages import DONE
 from tlcr.errors import CheckpointError, ConfigError, TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic
-from tlcr.models.adapters import adapter_of, base_parameters, own_parameters, own_part
+from tlcr.models.adapters import adapter_of, base_parameters, own_parameters, own_part, role_of
 from tlcr.ppo.correction import Correction
 from tlcr.ppo.engines import build_engine
 from tlcr.ppo.kl import build_kl_controller
@@ -36,7 +36,7 @@ from tlcr.training.done import done_config, mark_done
 from tlcr.training.loop import TrainingLoop, settings_without
 from tlcr.training.metrics import read_metrics
 from tlcr.training.optim import build_optimizer, build_scheduler, parameter_groups
-from tlcr.training.sharding import gathered, is_sharded, plan, shard
+from tlcr.training.sharding import gathered, plan, shard_all
 from tlcr.training.trained_part import digest, trained_part
 from tlcr.types import RewardSignal, Rollout
 
@@ -104,9 +104,11 @@ class PPORun:
             parameter.requires_grad_(False)
         self.reference, self.actor_critic = reference.eval(), actor_critic.eval()
         self.sharding = plan(cfg.sharding)
-        for root in (self.reference, self.actor_critic):
-            if not is_sharded(root):
-                shard(root.to(accelerator.device), self.sharding)
+        if self.sharding is None:
+            self.reference.to(accelerator.device)
+            self.actor_critic.to(accelerator.device)
+        # a judge that is a role shares their layers
+        shard_all([self.reference, self.actor_critic, *filter(role_of, models_of(reward_source))], self.sharding)
         self.packed = packs_rows(cfg.ppo.packing, self.actor_critic, self.reference)
         self.optimizer = build_optimizer(_parameter_groups(self.actor_critic, cfg))
         self.parallel = self.actor_critic if self.sharding else _data_parallel(self.actor_critic, accelerator)
@@ -258,7 +260,7 @@ class PPORun:
                 "delete that folder to train again"
             )
         own = self.cfg.model.saved_in(self.folder / "policy")
-        self.actor_critic.restore(own, self.folder / "value")
+        self.actor_critic.restore(own, self.folder / "value", sharding=self.sharding)
         done = json.loads((self.folder / DONE).read_text(encoding="utf-8"))
         last = read_metrics(self.loop.log.path)[-1]
         evaluation = {key.removeprefix("eval/"): figure for key, figure in last.items() if key.startswith("eval/")}

@@ -13,17 +13,17 @@ from __future__ import annotations
 import logging
 import types
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Any, TypeVar, cast
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -45,8 +45,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 SHARD, REPLICATE = "shard", "replicate"
 """Names of the mesh's dimensions: over the first a model is cut, over the second it is repeated."""
-ROOT, INSIDE, WEIGHTS = "_tlcr_root", "_tlcr_inside", "_tlcr_weights"
-"""What a module remembers: the root around it, whether that is in ``as_forward``, and what ``fill_when_cut`` said."""
+ROOT, INSIDE, FILL, CHECKS = "_tlcr_root", "_tlcr_inside", "_tlcr_fill", "_tlcr_checks"
+"""What a module remembers: the root around it, whether that is in ``as_forward``, and what was left to do until it is
+cut (``fill_when_cut``, ``check_when_cut``)."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,10 @@ def shard(root: nn.Module, sharding: Sharding | None) -> None:
     """Cuts the parameters of ``root`` in place; each becomes a ``DTensor`` of which a process holds its part.
 
     Units are the layers that transformers would not split over devices (``_no_split_modules``), layers whose dtype is
-    another than that of the rest (gradients of one unit are summed in one dtype), and the root. Call it before the
-    optimiser is made, and after copies of the module are made: shards cannot be copied. A module that is sharded
-    already stays as it is. Weights of which ``fill_when_cut`` speaks are read now, each process its own.
+    another than that of the rest, and the root. Gradients of one unit are summed in one dtype; what has none, beside
+    parameters that have, may be of any. Call it before the optimiser is made, and after copies of the module are made:
+    shards cannot be copied. A module that is sharded already stays as it is. Weights of which ``fill_when_cut`` speaks
+    are read now, each process its own.
 
     Args:
         root: the module whose forward pass will be called; parameters may be on the meta device.
@@ -120,15 +122,16 @@ def shard(root: nn.Module, sharding: Sharding | None) -> None:
     _refuse_shared(units)
     for unit in units:
         fully_shard(unit, **_options(unit, sharding))
-    read = _read_weights(root, torch.device("cpu") if sharding.offload else process_device())
+    _read_weights(root, torch.device("cpu") if sharding.offload else process_device())
     cast(Any, root).run_as_forward = types.MethodType(lambda _root, action: action(), root)
     register_fsdp_forward_method(root, "run_as_forward")
     # A module that is first called through a part of it would take the part for the root.
     as_forward(root, lambda: None)
     reshard(root)
-    for weights in read:
-        with torch.no_grad():
-            as_forward(root, weights.check)
+    for module in root.modules():
+        for check in vars(module).pop(CHECKS, ()):
+            with torch.no_grad():
+                as_forward(root, check)
 
 
 def shard_model(model: nn.Module, sharding: Sharding | None) -> None:
@@ -145,13 +148,56 @@ def shard_model(model: nn.Module, sharding: Sharding | None) -> None:
     vars(model)[ROOT] = around  # not as an attribute: the root would become a part of its part
 
 
+def shard_all(modules: Iterable[nn.Module], sharding: Sharding | None) -> None:
+    """``shard`` for several modules. Those that share parameters, such as roles over one backbone, get one root around
+    them, because a layer belongs to one root alone; calling any of them is a forward pass of that root.
+
+    Args:
+        modules: called in turn or by one another; those that are sharded already stay as they are.
+        sharding: the plan; None leaves them as they are.
+    """
+    if sharding is None:
+        return
+    for together in _sharing(module for module in modules if not is_sharded(module)):
+        if len(together) == 1:
+            shard(together[0], sharding)
+            continue
+        around = _Around(*together)
+        shard(around, sharding)
+        for module in together:
+            vars(module)[ROOT] = around
+            _enter_when_called(module)
+
+
+def _sharing(modules: Iterable[nn.Module]) -> list[list[nn.Module]]:
+    """Modules in groups: two of one group have a parameter in common, or each with a third."""
+    groups: list[tuple[list[nn.Module], set[int]]] = []
+    for module in dict.fromkeys(modules):
+        members, own = [module], {id(parameter) for parameter in module.parameters()}
+        for group in [group for group in groups if group[1] & own]:
+            groups.remove(group)
+            members, own = group[0] + members, group[1] | own
+        groups.append((members, own))
+    return [members for members, _ in groups]
+
+
+def _enter_when_called(module: nn.Module) -> None:
+    forward = module.forward
+
+    @wraps(forward)
+    def as_forward_of_root(*args: Any, **kwargs: Any) -> Any:
+        return as_forward(module, lambda: forward(*args, **kwargs))
+
+    module.forward = as_forward_of_root
+
+
 class _Around(nn.Module):
     """A root whose only forward pass is that of ``as_forward``. A model that was its own root would take each call of
     it for a pass of its own."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, *models: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.models = nn.ModuleList(models)
 
 
 def _root_of(module: nn.Module) -> nn.Module:
@@ -159,40 +205,48 @@ def _root_of(module: nn.Module) -> nn.Module:
     return root
 
 
-def fill_when_cut(model: nn.Module, *, fill: Callable[[], None], check: Callable[[], None]) -> None:
-    """Says how a model on the meta device gets its weights: ``shard`` calls both, so that no process holds it whole.
+def fill_when_cut(model: nn.Module, fill: Callable[[], None]) -> None:
+    """Says how a model on the meta device gets its weights: ``shard`` calls it, so that no process holds it whole.
 
     Args:
         model: the model, which ``shard`` will get, alone or as a part of a root.
         fill: called once the parameters are shards, with memory and without content, to read each process's own. It
             must not communicate.
-        check: called after it, as a forward pass, to refuse a model that does not do what it should.
     """
-    vars(model)[WEIGHTS] = _Weights(fill, check)
+    vars(model)[FILL] = fill
 
 
-@dataclass(frozen=True)
-class _Weights:
-    fill: Callable[[], None]
-    check: Callable[[], None]
+def check_when_cut(module: nn.Module, check: Callable[[], object]) -> None:
+    """Says what ``shard`` is to call once the weights are there, as a forward pass, after what was said before.
+
+    Args:
+        module: the module, which ``shard`` will get, alone or as a part of a root.
+        check: refuses a model that does not do what it should.
+    """
+    vars(module).setdefault(CHECKS, []).append(check)
+
+
+def forget_when_cut(module: nn.Module) -> None:
+    """Takes back what was said of the module itself by ``fill_when_cut`` and ``check_when_cut``."""
+    for what in (FILL, CHECKS):
+        vars(module).pop(what, None)
 
 
 @torch.no_grad()
-def _read_weights(root: nn.Module, device: torch.device) -> list[_Weights]:
-    """Gives memory to what is on the meta device, and fills it; returns what was filled."""
+def _read_weights(root: nn.Module, device: torch.device) -> None:
+    """Gives memory to what is on the meta device, and fills it."""
 
     def with_memory(tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
 
-    def fill() -> None:
-        for weights in unread:
-            weights.fill()
+    def fill_all() -> None:
+        for fill in unread:
+            fill()
 
-    unread: list[_Weights] = [vars(module).pop(WEIGHTS) for module in root.modules() if WEIGHTS in vars(module)]
+    unread: list[Callable[[], None]] = [vars(module).pop(FILL) for module in root.modules() if FILL in vars(module)]
     if unread:
         root._apply(with_memory)
-        on_all_processes(fill)
-    return unread
+        on_all_processes(fill_all)
 
 
 def as_forward(root: nn.Module, action: Callable[[], T], *, keep: bool = False) -> T:
@@ -334,6 +388,29 @@ def part_of(tensor: Tensor) -> slice:
     return slice(first, min(first + each, rows))
 
 
+@torch.no_grad()
+def fill(own: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copies weights into a module, sharded or whole, in place; nothing communicates.
+
+    Args:
+        own: the module. Of a sharded one nothing is gathered.
+        state: all of its weights by name: whole, or cut as they are.
+    """
+    for name, weight in own.state_dict().items():
+        fill_tensor(weight, state[name])
+
+
+@torch.no_grad()
+def fill_tensor(own: Tensor, source: Tensor) -> None:
+    """``fill`` for one tensor.
+
+    Args:
+        own: the tensor.
+        source: its content, whole or cut as it is.
+    """
+    local(own).copy_(local(source) if isinstance(source, DTensor) or not source.ndim else source[part_of(own)])
+
+
 def whole_state(root: nn.Module) -> dict[str, Tensor]:
     """The weights of ``root`` by name, whole, in host memory: on the main process; an empty mapping on the others.
 
@@ -352,19 +429,6 @@ def whole_state(root: nn.Module) -> dict[str, Tensor]:
         if name in state:
             state[name] = state[first.setdefault(id(parameter), name)]
     return state
-
-
-def load_whole_state(root: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Gives ``root`` the weights of a state dictionary that every process has whole.
-
-    Args:
-        root: a sharded module, or any other.
-        state: as ``whole_state`` gives it; tied weights may be there once.
-    """
-    if is_sharded(root):
-        set_model_state_dict(root, dict(state), options=StateDictOptions(full_state_dict=True))
-    else:
-        root.load_state_dict(state)
 
 
 def _sharded_units(root: nn.Module) -> list[FSDPModule]:
@@ -387,11 +451,14 @@ def _units(root: nn.Module) -> list[nn.Module]:
     for block in (*blocks, root):
         own = [module for module in block.modules() if module not in taken]
         taken.update(own)
+        parameters = [parameter for module in own for parameter in module.parameters(recurse=False)]
+        summed = {parameter for parameter in parameters if parameter.requires_grad} or set(parameters)
         sizes: Counter[torch.dtype] = Counter()
-        for parameter in (p for module in own for p in module.parameters(recurse=False)):
+        for parameter in summed:
             sizes[parameter.dtype] += parameter.numel()
         common = max(sizes, key=lambda dtype: sizes[dtype], default=None)
-        units += [m for m in own if m is not block and any(p.dtype != common for p in m.parameters(recurse=False))]
+        others = {parameter for parameter in summed if parameter.dtype != common}
+        units += [m for m in own if m is not block and others.intersection(m.parameters(recurse=False))]
         units += [] if block is root else [block]
     return units
 

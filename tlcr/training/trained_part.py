@@ -63,7 +63,7 @@ def frozen_digest(module: nn.Module) -> str | None:
 
 @torch.no_grad()
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """The SHA-256 of tensors with their names, dtypes and shapes. Every process calls it.
+    """The SHA-256 of tensors with their names, dtypes and shapes. Every process calls it. One is held at a time.
 
     Args:
         tensors: names and tensors, on any device, whole or sharded; their order does not count.
@@ -71,9 +71,10 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     Returns:
         The digest, as 64 hexadecimal digits.
     """
-    found = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    lines = []
+    for name, tensor in tensors:
+        found = hashlib.sha256()
         for piece in whole(tensor.detach()).reshape(-1).split(PIECE):
             found.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        lines.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {found.hexdigest()}\n")
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()

@@ -58,8 +58,10 @@ class Generate(InProcess):
         device = self._policy.device
         recorder = _LogProbs(sampling)
         processors = {"logits_processor": LogitsProcessorList([recorder])} if sampling.logprobs else {}
+        # A part of a sharded model is whole here. transformers would keep step with the other processes, which may have
+        # other numbers of batches: without synced_gpus=False it waits for messages that never come.
         sampled_BL: Tensor = self._policy.generate(  # type: ignore[operator]
-            input_ids=ids_BP.to(device), attention_mask=mask_BP.long().to(device), **processors
+            input_ids=ids_BP.to(device), attention_mask=mask_BP.long().to(device), synced_gpus=False, **processors
         )
         answers_BT = sampled_BL[:, ids_BP.shape[1] :]
         if not sampling.logprobs:
