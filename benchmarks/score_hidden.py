@@ -15,7 +15,6 @@ import argparse
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,68 +27,11 @@ from torch import Tensor
 from benchmarks.clocks import Clocks, CPUClocks, GPUClocks, calls
 from benchmarks.record import clean_commit, record
 from tlcr.ops import scoring
+from tlcr.ops.scratch import Scratch
 
 TARGET = (16_384, 4096, 128_256)
 CHUNKS = (256, 512, 768, 1024, 1536, 2048, 4096)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-TILE = 128
-"""What csrc/torch/scoring.cpp rounds a part of the logits down to a multiple of."""
-
-
-@dataclass(frozen=True)
-class Scratch:
-    """The bytes that `score_hidden` needs beside its inputs and results, from shapes alone.
-
-    Exact but for a few bytes a token and what a library's products take for themselves.
-    """
-
-    tokens: int
-    width: int
-    vocabulary: int
-    chunk_tokens: int
-    element: int = 2
-    """Bytes of an element of the hidden states and the head."""
-    real: int = 4
-    """Bytes of a logit: the arithmetic's."""
-    with_reference: bool = False
-    widens: bool = False
-    """Whether the factors of products are widened to the arithmetic first: on a CPU without a product for them."""
-
-    def forward(self) -> int:
-        heads = 2 if self.with_reference else 1
-        rows = min(self.chunk_tokens, self.tokens)
-        widened = (self.vocabulary + rows) * self.width * self.real if self.widens else 0
-        return heads * (rows * self.vocabulary * self.real + widened)
-
-    def backward(self, *, hidden: bool, weight: bool) -> int:
-        """Where the gradients of the hidden states and of the head are wanted, or one of them."""
-        heads = 2 if self.with_reference else 1
-        rounds = self.element != self.real
-        factor = self.real if self.widens else self.element
-        logit = heads * self.real + (self.element if rounds and not self.widens else 0)
-        column = self.width * self.real * (rounds + self.widens)
-        memory = self.chunk_tokens * self.vocabulary * self.real * heads
-        rows, columns = self.tokens, self.vocabulary
-        if weight and (not hidden or self.tokens <= self.vocabulary):
-            columns = _fitting(memory, rows * logit + column, columns)
-        else:
-            rows = _fitting(memory, columns * logit, rows)
-        needed = rows * columns * logit
-        # Hidden states with zeros where nothing is wanted; while they are made for some rows, those of the rows before.
-        needed += rows * self.width * factor * (1 if rows == self.tokens else 2)
-        if self.widens:
-            # Where one part has all rows, the policy's widened states are let go before the reference's are made.
-            needed += (heads * columns + (1 if rows == self.tokens else heads) * rows) * self.width * self.real
-        if rounds and hidden:
-            needed += (rows if columns == self.vocabulary else self.tokens) * self.width * self.real
-        if rounds and weight:
-            needed += (columns if rows == self.tokens else self.vocabulary) * self.width * self.real
-        return needed
-
-
-def _fitting(memory: int, each: int, most: int) -> int:
-    count = memory // each
-    return max(1, min(count if count < TILE else count // TILE * TILE, most))
 
 
 def main() -> None:

@@ -20,8 +20,9 @@ from tlcr.cli import main as cli
 from tlcr.cli.doctor import examine, machine
 from tlcr.config.loading import load_config
 from tlcr.config.schema import RunConfig
-from tlcr.experiment.memory import build_on_meta, measure_model
+from tlcr.experiment.memory import Architecture, build_on_meta, checkpoint_of, measure_model
 from tlcr.experiment.preflight import Finding, settings
+from tlcr.training import disk
 
 MIB, GIB = 2**20, 2**30
 
@@ -98,6 +99,7 @@ def test_it_says_how_tlcr_was_built(
     assert fact in found.fact
 
 
+@pytest.mark.slow
 def test_too_little_memory_blocks_and_says_what_to_set(
     real_size: str, cpu_only: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +121,7 @@ def test_the_smallest_change_that_fits_is_named(
     assert re.search(r"to do: discriminator\.micro_batch_size: \d+ \(then \d+\.\d GiB\)", text)
 
 
+@pytest.mark.slow
 def test_a_gpu_that_a_run_leaves_alone_is_no_memory_of_it(real_size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -234,3 +237,25 @@ def test_the_command_ends_with_1_where_something_blocks(tmp_path: Path, capsys: 
     assert cli.main(["doctor", "--output_dir", str(tmp_path)]) == 0
     assert cli.main(["doctor", "--output_dir", str(tmp_path), "--data.edits", str(tmp_path / "no.jsonl")]) == 1
     assert "must be put right" in capsys.readouterr().out
+
+
+def test_a_checkpoint_takes_its_bytes_over_the_rate(tmp_path: Path) -> None:
+    cfg = load_config(None, {"output_dir": str(tmp_path / "run"), "ppo.save_every": 7, "model.dtype": "bfloat16"})
+    architecture = Architecture(build_on_meta(cfg.model))
+    # bfloat16 weights, and of AdamW two moments and the rest of the masters: 12 bytes of each parameter
+    of_ppo = 12 * (architecture.size.parameters + architecture.size.with_head(1))
+    assert checkpoint_of("ppo", cfg, architecture) == of_ppo
+    text = io.StringIO()
+    examine(cfg, named=True, write_rate=2.0**-20, console=Console(file=text, width=400))
+    line = next(line for line in text.getvalue().splitlines() if line.startswith("ok    checkpoint"))
+    assert f"ppo {of_ppo / 2**10 / 60:.0f} min (" in line and "every 7 steps)" in line
+    assert "as --write_rate has it" in line
+
+
+def test_the_rate_of_a_disk_is_measured_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "write_seconds", lambda folder: 0.5)
+    _, text = shown(load_config(None, {"output_dir": str(tmp_path / "run")}))
+    assert f"at 128 MiB/s, measured: 64 MiB written to {tmp_path} and synced in 0.50 s, by one process" in text
+    monkeypatch.undo()
+    assert disk.write_seconds(tmp_path, 2**20) > 0
+    assert list(tmp_path.iterdir()) == []

@@ -238,6 +238,7 @@ def test_no_policy_is_evaluated_twice(finished: RunConfig, tmp_path: Path, monke
     assert len(set(logged)) == 3
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_give_what_runs_in_turn_give(finished: RunConfig, tmp_path: Path) -> None:
     cfg = replace(finished, output_dir=str(tmp_path / "run"), parallel=2)
     run(cfg)
@@ -260,6 +261,7 @@ def test_a_run_that_is_opened_again_keeps_its_config_file(finished: RunConfig, t
     assert "parallel: 3" in path.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails_is_named_with_its_reason(finished: RunConfig, tmp_path: Path) -> None:
     arms = (
         Arm("works"),
@@ -270,6 +272,7 @@ def test_a_worker_that_fails_is_named_with_its_reason(finished: RunConfig, tmp_p
         run(cfg)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_to_the_same_policies(finished: RunConfig, tmp_path: Path) -> None:
     cfg = replace(finished, output_dir=str(tmp_path / "run"), ppo=replace(finished.ppo, updates=6))
     whole = replace(cfg, output_dir=str(tmp_path / "whole"))
@@ -311,6 +314,7 @@ class InThisProcess:
         return self.code
 
 
+@pytest.mark.slow
 def test_a_grid_shares_the_models_of_a_seed(
     finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

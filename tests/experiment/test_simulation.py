@@ -98,6 +98,8 @@ def test_a_supervised_training_takes_what_is_estimated(
         {"ppo.micro_batch_size": 2, "model.dtype": "bfloat16"},
         {"kl.placement": "loss", "kl.estimator": "full"},
         {"ppo.micro_batch_tokens": 10**6, "rollout.batch_size": 4},
+        {"ppo.packing": "always"},
+        {"lora.rank": 8, "ppo.chunk_tokens": 64, **CHECKPOINTS},
     ],
 )
 def test_ppo_takes_what_is_estimated(
@@ -139,3 +141,14 @@ def test_a_step_on_shards_takes_what_is_simulated(
                 torch.stack([output.double().sum() for output in outputs]).sum().backward()
 
         assert measured(take) == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["language model", "token classifier", "sequence classifier"])
+def test_a_supervised_step_on_shards_is_simulated(kind: str, folder: Path) -> None:
+    """Half of what whole models take, and what is gathered of a layer and of embeddings and head."""
+    cfg = config(folder, {})
+    step = Step(kind, rows=ROWS, columns=PROMPT + ANSWER, answer=ANSWER, again=True)
+    model = build_on_meta(cfg.model)
+    whole, cut = (Simulator(model, cfg.model, for_gpu=False, shards=shards).peak(step) for shards in (None, (2,)))
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert abs(cut - whole) < 1.5 * weights

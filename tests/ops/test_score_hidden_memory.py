@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from benchmarks.clocks import CPUClocks, calls
-from benchmarks.score_hidden import TARGET, Scratch
+from benchmarks.score_hidden import TARGET
 from tlcr.ops import _extension
 from tlcr.ops.scoring import default_chunk
+from tlcr.ops.scratch import Scratch
 
 on_cpp = pytest.mark.skipif(_extension.unavailable("cpu") is not None, reason="the compiled operator")
 # More tokens than entries of the vocabulary and fewer; a chunk of a part of the tokens and of more than there are.

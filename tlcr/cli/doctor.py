@@ -28,13 +28,14 @@ from tlcr.experiment.memory import (
     Estimate,
     Machine,
     build_on_meta,
+    checkpoint_of,
     estimate_run,
     remedy,
 )
 from tlcr.experiment.preflight import Finding, Level, existing, preflight, settings
-from tlcr.training.disk import in_words
+from tlcr.training.disk import PROBE, in_words, write_seconds
 
-__all__ = ["examine", "machine"]
+__all__ = ["examine", "machine", "memory_table"]
 
 STYLES: dict[Level, str] = {"ok": "green", "note": "cyan", "warning": "yellow", "blocked": "bold red"}
 
@@ -50,6 +51,7 @@ def examine(
     named: bool,
     gpus: int | None = None,
     gpu_memory: float | None = None,
+    write_rate: float | None = None,
     console: Console | None = None,
 ) -> bool:
     """Prints every finding; returns whether something prevents a run.
@@ -57,12 +59,13 @@ def examine(
     named: whether the user named a config or knobs. If so, memory is estimated and models and sources are looked at.
     gpus: estimate the memory for this many GPUs, a process on each, instead of this machine.
     gpu_memory: of each, in GiB; None: an 80 GB GPU.
+    write_rate: of the disk of ``output_dir``, in GiB a second; None: measured, if memory is estimated.
     """
     console = console or Console(highlight=False)
     found = list(machine(cfg))
     if named:
         found += preflight(cfg)
-        found += _memory(cfg, found, _place(gpus, gpu_memory), console)
+        found += _memory(cfg, found, _place(gpus, gpu_memory), write_rate, console)
     else:
         found += settings(cfg)
     console.print(_table(found))
@@ -104,7 +107,9 @@ def _place(gpus: int | None, gpu_memory: float | None) -> _Place:
     return _Place(Machine(gpu=False), "this machine", _free_memory())
 
 
-def _memory(cfg: RunConfig, found: Sequence[Finding], place: _Place, console: Console) -> Iterator[Finding]:
+def _memory(
+    cfg: RunConfig, found: Sequence[Finding], place: _Place, write_rate: float | None, console: Console
+) -> Iterator[Finding]:
     """Prints the estimate, and yields whether it fits; nothing where the model's config cannot be read."""
     try:
         architecture = Architecture(build_on_meta(cfg.model))
@@ -113,8 +118,9 @@ def _memory(cfg: RunConfig, found: Sequence[Finding], place: _Place, console: Co
             yield Finding.of("model.path", error)
         return
     estimates = estimate_run(cfg, architecture, place.machine)
-    console.print(_memory_table(estimates, cfg))
+    console.print(memory_table(estimates, cfg))
     yield from _fits(cfg, architecture, place, estimates)
+    yield from _checkpoint_times(cfg, architecture, [estimate.stage for estimate in estimates], write_rate)
 
 
 def _packages() -> Iterator[Finding]:
@@ -256,6 +262,33 @@ def _fits(cfg: RunConfig, architecture: Architecture, place: _Place, estimates: 
         yield Finding("blocked", "fit", fact, _what_to_set(settings, found.peak, fits=found.fits))
 
 
+def _checkpoint_times(
+    cfg: RunConfig, architecture: Architecture, stages: Sequence[str], write_rate: float | None
+) -> Iterator[Finding]:
+    """How long a checkpoint of each stage is written, at a rate that is named or measured."""
+    if write_rate is not None:
+        rate, source = write_rate * 2**30, "as --write_rate has it"
+    else:
+        folder = existing(Path(cfg.output_dir))
+        try:
+            seconds = write_seconds(folder)
+        except OSError:
+            return  # that the folder cannot be written to, or is full, is a finding of its own
+        rate = PROBE / seconds
+        source = f"measured: {in_words(PROBE)} written to {folder} and synced in {seconds:.2f} s, by one process"
+    times = []
+    for stage in stages:
+        count = checkpoint_of(stage, cfg, architecture)
+        every = getattr(cfg, stage.replace(" ", "_")).save_every
+        often = f"every {every} steps" if every else "when it is stopped"
+        times.append(f"{stage} {_seconds(count / rate)} ({in_words(count)}, {often})")
+    yield Finding("ok", "checkpoint", f"written in about: {', '.join(times)}; at {in_words(int(rate))}/s, {source}")
+
+
+def _seconds(count: float) -> str:
+    return f"{count:.1f} s" if count < 10 else f"{count:.0f} s" if count < 600 else f"{count / 60:.0f} min"
+
+
 def _what_to_set(settings: Sequence[str], peak: int, *, fits: bool) -> str:
     if fits:
         return f"{'; '.join(settings)} (then {in_words(peak)})"
@@ -275,14 +308,15 @@ def _table(found: list[Finding]) -> Table:
     return table
 
 
-def _memory_table(estimates: list[Estimate], cfg: RunConfig) -> Table:
+def memory_table(estimates: Sequence[Estimate], cfg: RunConfig) -> Table:
+    """What each stage takes of the memory of one process: its models, and the most of its phases."""
     table = Table(
         title=f"Memory of one process, {escape(cfg.model.path)} in {cfg.model.dtype}",
         title_justify="left",
         box=SIMPLE,
         pad_edge=False,
     )
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in ("parameters", "weights", "gradients", "optimiser", "total"):
         table.add_column(name, justify="right", no_wrap=True)
     for estimate in estimates:

@@ -20,7 +20,7 @@ from tlcr.config.schema import DataConfig, RunConfig
 from tlcr.data import embedded
 from tlcr.data.readers import ReadResult, read_edits, read_preferences, read_prompts
 from tlcr.errors import TlcrError
-from tlcr.experiment.memory import Architecture, build_on_meta, ppo_roles
+from tlcr.experiment.memory import Architecture, build_on_meta, checkpoint_of, ppo_roles
 from tlcr.experiment.preflight import Finding, existing, makes_prompts, models_used, records, sources_used
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.classifiers import new_class
@@ -300,10 +300,11 @@ def _disk(cfg: RunConfig, stages: Collection[str], model: PreTrainedModel) -> It
     save_every 0 the only one is that of a run that is stopped. When it ends it deletes them and leaves its models."""
     if "ppo" not in stages:
         return
-    roles = {role.name: role for role in ppo_roles(cfg, Architecture(model))}
+    architecture = Architecture(model)
+    roles = {role.name: role for role in ppo_roles(cfg, architecture)}
     trained = [role for role in roles.values() if role.optimizer]
-    # An adapter is saved alone in a checkpoint, and merged into a whole model at the end.
-    checkpoint = sum(role.gradients + role.optimizer for role in trained)
+    checkpoint = checkpoint_of("ppo", cfg, architecture)
+    # An adapter is merged into a whole model at the end.
     merged = len(trained) * roles["reference"].weights if cfg.lora.trains("policy") else 0
     models = merged + sum(role.weights for role in trained)
     runs = sum(not path.exists() for path in records(cfg, "ppo"))

@@ -31,6 +31,7 @@ __all__ = [
     "Remedy",
     "Role",
     "build_on_meta",
+    "checkpoint_of",
     "estimate_run",
     "measure_model",
     "ppo_roles",
@@ -350,6 +351,14 @@ def roles_of_a_process(cfg: RunConfig, architecture: Architecture, machine: Mach
     return tuple(_of_a_process(role, cfg, machine) for role in ppo_roles(cfg, architecture))
 
 
+def checkpoint_of(stage: str, cfg: RunConfig, architecture: Architecture) -> int:
+    """The bytes of one checkpoint of a stage, of all processes together: what is trained, and AdamW's states.
+
+    Of a model with an adapter that is the adapter alone.
+    """
+    return sum(role.gradients + role.optimizer for role in _roles(cfg, architecture, stage))
+
+
 def _value_role(cfg: RunConfig, architecture: Architecture) -> Role:
     size = architecture.size
     if cfg.ppo.value_model == "shared":
@@ -380,6 +389,7 @@ def _ppo(cfg: RunConfig, architecture: Architecture, machine: Machine) -> Estima
         answer=cfg.rollout.max_new_tokens,
         again=answers < share,
         reference=cfg.kl.placement == "loss" and cfg.kl.estimator == "full",
+        packed=ppo.packing == "always",
         shared_values=ppo.value_model == "shared",
         chunk_tokens=ppo.chunk_tokens,
     )

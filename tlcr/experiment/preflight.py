@@ -300,13 +300,6 @@ def _sharding(cfg: RunConfig, stages: Collection[str], processes: int) -> Iterat
         return
     if (problem := requested.problem(processes, processes_of_a_node())) is not None:
         yield Finding.of("sharding.kind", ConfigError(problem))
-    elif requested.kind != "none" and cfg.lora.rank is not None:
-        yield Finding(
-            "blocked",
-            "sharding.kind",
-            f"the launcher asks for FSDP, and lora.rank is {cfg.lora.rank}: adapters train on whole frozen weights",
-            "launch without FSDP, or set lora.rank: null",
-        )
     elif requested != cfg.sharding:
         yield Finding(
             "note", "sharding.kind", f"FSDP version 2 of the launcher is taken as sharding.kind: {requested.kind}"

@@ -10,8 +10,7 @@ processes that exist in name only, so that what is gathered, reduced and freed i
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -23,12 +22,12 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForTokenClassification, DynamicCache, PreTrainedModel
 
 from tlcr.config.schema import Adapted, LoRAConfig, ModelConfig
+from tlcr.experiment.allocations import Allocations
 from tlcr.models import classifiers, inspection
 from tlcr.models.actor_critic import ActorCritic
 from tlcr.models.adapters import Roles, add_adapter
@@ -36,9 +35,20 @@ from tlcr.models.attention import NAME as FOR_CPUS
 from tlcr.models.discriminator import classify
 from tlcr.models.heads import backbone, classification_head, use_float32_head
 from tlcr.models.loading import answer_logprobs, prepared
-from tlcr.training.sharding import REPLICATE, SHARD, Sharding, gathered, local, shard
+from tlcr.models.packing import Packing
+from tlcr.training.sharding import (
+    REPLICATE,
+    SHARD,
+    Sharding,
+    as_forward,
+    gathered,
+    local,
+    shard,
+    shard_all,
+    shard_model,
+)
 
-__all__ = ["Simulator", "Step", "forward", "processes_in_name"]
+__all__ = ["Simulator", "Step", "forward", "held_of_shards", "processes_in_name"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,7 @@ class Step:
     trains: with the backward pass.
     again: gradients of an earlier micro-batch are there, so a parameter's gradient exists twice for a moment.
     reference: also the exact KL to a reference.
+    packed: the rows stand end to end in one, without an attention mask.
     """
 
     kind: str
@@ -64,6 +75,7 @@ class Step:
     trains: bool = True
     again: bool = False
     reference: bool = False
+    packed: bool = False
     shared_values: bool = False
     chunk_tokens: int | None = None
 
@@ -105,7 +117,7 @@ class Simulator:
         if step not in self._peaks:
             modules = self._modules(step)
             with processes_in_name(self._shards, self._reduce_dtype) as sharding, FakeTensorMode():
-                self._peaks[step] = _peak(step, modules, sharding)
+                self._peaks[step] = _peak(step, modules, sharding, for_gpu=self._for_gpu)
         return self._peaks[step]
 
     # ---- models on the meta device, as they would be trained
@@ -156,19 +168,29 @@ class Simulator:
 
 
 SAMPLING = ("prompt", "next token")
+SUPERVISED = ("language model", "token classifier", "sequence classifier")
 
 
-def _peak(step: Step, modules: Sequence[Any], sharding: Sharding | None) -> int:
+def _is_supervised(step: Step) -> bool:
+    """Whether a supervised stage takes it, whose loss calls any part of its model."""
+    return step.trains and step.kind in SUPERVISED
+
+
+def _peak(step: Step, modules: Sequence[Any], sharding: Sharding | None, *, for_gpu: bool) -> int:
     """Called with fake tensors on: whatever is made has no memory."""
     for module in modules:
         _give_device(module.train(step.trains))
-        shard(module, sharding)
+        if _is_supervised(step):
+            shard_model(module, sharding)
+    if not _is_supervised(step):
+        shard_all(modules, sharding)
+    for module in modules:
         for parameter in module.parameters() if step.again else ():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
     known = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     known += [tensor.grad for tensor in known if tensor.grad is not None]
     run = forward(step, *modules)
-    with torch.set_grad_enabled(step.trains), _Allocations(map(local, known)) as allocations:
+    with torch.set_grad_enabled(step.trains), Allocations(map(local, known), on_cpu=not for_gpu) as allocations:
         outputs = run()
         if step.trains:
             torch.stack([output.double().sum() for output in outputs]).sum().backward()
@@ -189,6 +211,25 @@ def processes_in_name(shards: tuple[int, ...] | None, reduce_dtype: torch.dtype)
         dist.destroy_process_group()
 
 
+def held_of_shards(model: PreTrainedModel, shards: tuple[int, ...], reduce_dtype: torch.dtype) -> tuple[int, int]:
+    """Cuts a model on the meta device as ``shards`` has it.
+
+    Args:
+        model: it stays as it is.
+        shards: as for ``Simulator``.
+        reduce_dtype: in which gradients are summed.
+
+    Returns:
+        The bytes that the first process holds of its parameters, and the number of units that are gathered one by one.
+    """
+    cut = deepcopy(model)
+    with processes_in_name(shards, reduce_dtype) as sharding, FakeTensorMode():
+        _give_device(cut)
+        shard(cut, sharding)
+        held = sum(local(parameter).nbytes for parameter in cut.parameters())
+    return held, sum(isinstance(module, FSDPModule) for module in cut.modules())
+
+
 def forward(step: Step, model: Any, reference: PreTrainedModel | None = None) -> Callable[[], list[Tensor]]:
     """What runs a step forward, and returns what has a gradient."""
     ids_BL = torch.zeros((step.rows, step.columns), dtype=torch.long)
@@ -206,9 +247,20 @@ def forward(step: Step, model: Any, reference: PreTrainedModel | None = None) ->
         if step.kind == "sequence classifier":
             inputs = {"input_ids": ids_BL, "attention_mask": mask_BL.long(), "use_cache": False}
             return [classification_head(model)(backbone(model)(**inputs).last_hidden_state[:, -1])]
+        if step.packed:
+            return model(ids_BL.view(1, -1), _packing(step), actions_N, temperature=1.0, reference=reference)
         return model(ids_BL, mask_BL, actions_N, temperature=1.0, reference=reference)
 
-    return lambda: [output for output in run() if output is not None and (output.requires_grad or not step.trains)]
+    def in_forward() -> Sequence[Tensor | None]:
+        return as_forward(model, lambda: tuple(run())) if _is_supervised(step) else run()
+
+    return lambda: [o for o in in_forward() if o is not None and (o.requires_grad or not step.trains)]
+
+
+def _packing(step: Step) -> Packing:
+    """Rows of full length; not ``Packing.of``, whose tensors come from numpy and have memory."""
+    positions_1L = torch.arange(step.columns).repeat(step.rows).unsqueeze(0)
+    return Packing(positions_1L, torch.arange(step.rows + 1, dtype=torch.int32) * step.columns, step.columns)
 
 
 def _give_device(model: nn.Module) -> None:
@@ -269,56 +321,3 @@ def _key_value_heads(config: Any) -> int:
 def _head_width(config: Any) -> int:
     """Values of one head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-class _Allocations(TorchDispatchMode):
-    """Counts the bytes of the storages that operators make, until they are freed.
-
-    Args:
-        known: tensors that are there already and do not count.
-    """
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.peak = 0
-        self._now = 0
-        self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}
-        # Kept, so that no storage takes the place of another under its key.
-        self._known = {_key(tensor): tensor for tensor in known}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor)
-        if func.namespace in EXCHANGES:
-            self._measure_again()
-        self.peak = max(self.peak, self._now)
-        return result
-
-    def _count(self, tensor: Tensor) -> None:
-        key = _key(tensor)
-        if key in self._known or key in self._alive:
-            return
-        storage = tensor.untyped_storage()
-        self._alive[key] = weakref.ref(storage, lambda _: self._free(key)), storage.nbytes()
-        self._now += storage.nbytes()
-
-    def _free(self, key: int) -> None:
-        self._now -= self._alive.pop(key)[1]
-
-    def _measure_again(self) -> None:
-        """FSDP gives memory back, and takes it again, by the size of a storage, which no operator tells of."""
-        for key, (reference, before) in list(self._alive.items()):
-            storage = reference()
-            if storage is not None and storage.nbytes() != before:
-                self._now += storage.nbytes() - before
-                self._alive[key] = reference, storage.nbytes()
-
-
-EXCHANGES = ("c10d", "fsdp", "_c10d_functional")
-"""Namespaces of the operators by which processes exchange shards."""
-
-
-def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +19,30 @@ if TYPE_CHECKING:
 def in_words(count: int) -> str:
     """Bytes in MiB or GiB."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+PROBE = 64 * 2**20
+"""Bytes that are written to learn how fast a disk is: some hundred milliseconds on a slow one."""
+
+
+def write_seconds(folder: Path, count: int = PROBE) -> float:
+    """Writes bytes into a nameless file on the disk of a folder, and has them synced, as a checkpoint is.
+
+    Args:
+        folder: it exists; nothing is left in it.
+        count: bytes to write.
+
+    Returns:
+        Seconds that it took. Raises OSError where the folder cannot be written to or the disk is full.
+    """
+    block = os.urandom(2**20)  # a file system may write zeros in no time
+    with tempfile.TemporaryFile(dir=folder) as file:
+        began = time.perf_counter()
+        for _ in range(count // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return time.perf_counter() - began
 
 
 def checkpoint_bytes(models: Mapping[str, nn.Module], trained: Iterable[Tensor]) -> int:
