@@ -20,7 +20,7 @@ from typing import NamedTuple
 from wheels import ROOT, run, unpacked_sdist
 
 UV = [sys.executable, "-m", "uv"]
-EXTRAS = ("gguf", "lora", "openai", "tensorboard", "triton")
+EXTRAS = ("gguf", "lora", "openai", "serve", "tensorboard", "triton")
 """The extras that users install. What dev, docs and bench name is for this repository, which takes the newest."""
 
 

@@ -1,4 +1,4 @@
-"""The exceptions of tlcr, and a warning. Each is also a subclass of a matching standard exception.
+"""The exceptions of tlcr, and its warnings. Each is also a subclass of a matching standard exception.
 
 They carry only their message, so that they can be pickled between processes.
 """
@@ -12,6 +12,8 @@ __all__ = [
     "DataError",
     "EndpointError",
     "ExtensionWarning",
+    "HostError",
+    "HostWarning",
     "NoDerivative",
     "ShapeError",
     "TlcrError",
@@ -55,6 +57,10 @@ class CheckpointError(TlcrError, RuntimeError):
     """A checkpoint is missing, incomplete, or belongs to something else."""
 
 
+class HostError(TlcrError, RuntimeError):
+    """A trainer that uses tlcr's rewards, or a scorer that gives them, does not keep to what both agreed on."""
+
+
 class TrainingDiverged(TlcrError, RuntimeError):
     """Training met NaN, infinity or an exploding ratio and stopped, with its state saved."""
 
@@ -65,3 +71,7 @@ class AnotherProcessFailed(TlcrError, RuntimeError):
 
 class ExtensionWarning(RuntimeWarning):
     """The installed compiled kernels do not fit the running torch; the message has the command that fixes it."""
+
+
+class HostWarning(RuntimeWarning):
+    """A trainer that uses tlcr's rewards is newer than what was tested, or turns them into something else."""

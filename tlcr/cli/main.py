@@ -5,6 +5,7 @@ Parsing imports no large package: torch is imported by the commands that need it
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import logging
 import os
@@ -20,7 +21,7 @@ from tlcr.config.dropped import dropped_paths
 from tlcr.config.judging import AnswerConfig, JudgeConfig
 from tlcr.config.loading import dump_config, knobs, load_command_config, load_config, nearest, value_problem
 from tlcr.config.schema import RunConfig
-from tlcr.errors import ConfigError, TlcrError
+from tlcr.errors import BackendUnavailable, ConfigError, TlcrError
 from tlcr.training.launcher import launched_processes, launched_rank
 
 __all__ = ["main"]
@@ -98,12 +99,41 @@ def _refuse_at_once(cfg: RunConfig, stages: Sequence[str] | None, *, resume: boo
 
 def _run(cfg: RunConfig, arguments: Namespace) -> int:
     resume = bool(arguments.get("resume", False))
+    if arguments.get("check"):
+        return _check(cfg, arguments)
+    if arguments.get("gpus") is not None:
+        raise ConfigError("--gpus is about what --check tries; add --check, or drop it")
     _refuse_at_once(cfg, None, resume=resume)
     from tlcr.experiment import pipeline
 
     _set_up_output()
     pipeline.run(cfg, resume=resume)
     return 0
+
+
+def _check(cfg: RunConfig, arguments: Namespace) -> int:
+    if launched_processes() > 1:
+        raise ConfigError("--check starts processes of its own; run it without the launcher, and with --gpus")
+    gpus = _gpus(arguments)
+    from transformers.utils import logging as transformers_logging
+
+    from tlcr.cli.check import check
+
+    transformers_logging.disable_progress_bar()
+
+    def say(line: str) -> None:
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+
+    check(cfg, gpus=gpus, say=say)
+    return 0
+
+
+def _gpus(arguments: Namespace) -> int | None:
+    gpus: int | None = arguments.get("gpus")
+    if gpus is not None and gpus < 1:
+        raise ConfigError(f"--gpus is {gpus}; it must be at least 1")
+    return gpus
 
 
 def _train(cfg: RunConfig, arguments: Namespace) -> int:
@@ -191,13 +221,14 @@ def _evaluate_tokens(cfg: RunConfig, arguments: Namespace) -> int:
 def _doctor(cfg: RunConfig, arguments: Namespace) -> int:
     from tlcr.cli.doctor import examine
 
-    gpus, memory = arguments.get("gpus"), arguments.get("gpu_memory")
+    gpus, memory = _gpus(arguments), arguments.get("gpu_memory")
     if memory is not None and gpus is None:
         raise ConfigError("--gpu_memory is the memory of each of --gpus; name their number too")
-    if gpus is not None and gpus < 1:
-        raise ConfigError(f"--gpus is {gpus}; it must be at least 1")
+    rate = arguments.get("write_rate")
+    if rate is not None and rate <= 0:
+        raise ConfigError(f"--write_rate is {rate:g}; it must be above 0, in GiB a second")
     named = gpus is not None or arguments.get("config") is not None or bool(_overrides(arguments))
-    return BLOCKED if examine(cfg, named=named, gpus=gpus, gpu_memory=memory) else 0
+    return BLOCKED if examine(cfg, named=named, gpus=gpus, gpu_memory=memory, write_rate=rate) else 0
 
 
 def _analyse(arguments: Namespace) -> int:
@@ -257,6 +288,32 @@ def _score(arguments: Namespace) -> int:
     return 0
 
 
+def _serve(arguments: Namespace) -> int:
+    from tlcr.serving.settings import ServerSettings
+
+    settings = ServerSettings(**{one.name: arguments[one.name] for one in dataclasses.fields(ServerSettings)})
+    try:
+        from tlcr.serving.processes import serve
+    except ModuleNotFoundError as error:
+        from tlcr.distribution import install_command  # it reads the metadata of packages
+
+        if error.name not in ("uvicorn", "starlette", "prometheus_client"):
+            raise
+        raise BackendUnavailable(f"tlcr serve needs {error.name}: {install_command('serve')}") from error
+    _set_up_output()
+    serve(settings)
+    return 0
+
+
+def _export(arguments: Namespace) -> int:
+    from tlcr.serving.export import export_for_vllm
+
+    _set_up_output()
+    command = export_for_vllm(Path(arguments["discriminator"]), Path(arguments["output"]))
+    sys.stdout.write(command + "\n")
+    return 0
+
+
 HANDLERS: dict[str, Callable[[Namespace], int]] = {
     "run": _with_config(_run),
     "train": _with_config(_train),
@@ -271,6 +328,8 @@ HANDLERS: dict[str, Callable[[Namespace], int]] = {
     "merge": _merge,
     "report": _report,
     "score": _score,
+    "serve": _serve,
+    "export": _export,
 }
 
 
@@ -333,7 +392,7 @@ def _parse(arguments: list[str]) -> Namespace:
     elif arguments and not arguments[0].startswith("-"):
         raise ConfigError(f"unknown command {arguments[0]}{nearest(arguments[0], list(commands))}")
     # The namespace must hold only the knobs that were typed: load_config supplies the rest.
-    typed_only = not arguments or arguments[0] not in ("analyse", "merge", "report", "score")
+    typed_only = not arguments or arguments[0] not in ("analyse", "export", "merge", "report", "score", "serve")
     try:
         return parse_arguments(parser, arguments or ["--help"], defaults=not typed_only)
     except Unparsable as error:

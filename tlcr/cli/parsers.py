@@ -6,15 +6,17 @@ Every knob of a config is a flag of the commands that take this config: ``RunCon
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import types
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tlcr.config.argument_parser import ArgumentParser
 from tlcr.config.judging import AnswerConfig, JudgeConfig
 from tlcr.config.loading import Knob, knobs
 from tlcr.config.schema import Checked, RunConfig
+from tlcr.serving.settings import ServerSettings
 
 __all__ = ["OWN_CONFIGS", "STAGES", "build_parser"]
 
@@ -74,6 +76,8 @@ def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         "revise": (_revise_parser, "have a language model minimally edit the rejected answers"),
         "label": (_label_parser, "label the tokens of edited answers and write them with statistics"),
         "score": (_score_parser, "score answers token by token with a trained discriminator"),
+        "serve": (_serve_parser, "serve a discriminator over HTTP, to trainers that run elsewhere"),
+        "export": (_export_parser, "write a discriminator's folder for another server: vLLM"),
         "evaluate": (_evaluate_parser, "generate on held-out prompts and score what comes out"),
         "evaluate-tokens": (_evaluate_tokens_parser, "compare token rewards with errors that people marked"),
         "answer": (_answer_parser, "answer the prompts of AlpacaEval, MT-Bench or Vicuna, for their tools to judge"),
@@ -186,12 +190,22 @@ def _metavar(hint: Any) -> str:
 
 
 def _run_parser() -> ArgumentParser:
-    return _config_parser(
+    parser = _config_parser(
         "SFT, reward model, DPO, token labels, discriminator, PPO for every arm and seed, evaluation and report. What "
         "is done already is skipped.",
         prog="tlcr run",
         resume=True,
     )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="try the config on this machine's CPU and stop: the architecture without weights, its shards, and one "
+        "step of every stage with a model of width 64; needs no data and no network",
+    )
+    parser.add_argument(
+        "--gpus", type=int, metavar="INT", help="with --check: GPUs of the run, a process on each (default 1)"
+    )
+    return parser
 
 
 def _train_parser() -> ArgumentParser:
@@ -302,6 +316,12 @@ def _doctor_parser() -> ArgumentParser:
     parser.add_argument(
         "--gpu_memory", type=float, metavar="GIB", help="with --gpus: memory of each (default 80 GB, 74.5 GiB)"
     )
+    parser.add_argument(
+        "--write_rate",
+        type=float,
+        metavar="GIB",
+        help="GiB that the disk of output_dir takes in a second, for the time of a checkpoint (default: measured)",
+    )
     return parser
 
 
@@ -336,6 +356,39 @@ def _merge_parser() -> ArgumentParser:
     parser.add_argument("output", metavar="OUTPUT", help="the folder to write, which holds no model yet")
     parser.add_argument("--base", metavar="MODEL", help="the model's folder or hub name; default: what ADAPTER names")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    return parser
+
+
+def _serve_parser() -> ArgumentParser:
+    parser = _parser(
+        "Serve a discriminator over HTTP: token ids, text or messages in, a reward for every token out. Trainers ask "
+        "it in the forms that they speak: docs/serving.md.",
+        prog="tlcr serve",
+        usage="tlcr serve --discriminator FOLDER [--port PORT] [--OPTION VALUE ...]",
+    )
+    hints = get_type_hints(ServerSettings)
+    for one in dataclasses.fields(ServerSettings):
+        default = "" if one.default in (None, "") else f" (default {one.default})"
+        parser.add_argument(
+            f"--{one.name.replace('_', '-')}",
+            type=hints[one.name],
+            metavar=_metavar(hints[one.name]),
+            default=one.default,
+            help=one.metadata["help"] + default,
+        )
+    return parser
+
+
+def _export_parser() -> ArgumentParser:
+    parser = _parser(
+        "Write a discriminator as a folder that another server reads, and print the command that serves it. vLLM reads "
+        "causal decoders of its own list; what it cannot serve is refused, and 'tlcr serve' serves it.",
+        prog="tlcr export",
+        usage="tlcr export DISCRIMINATOR OUTPUT --for vllm",
+    )
+    parser.add_argument("discriminator", metavar="DISCRIMINATOR", help="a folder written by 'tlcr train discriminator'")
+    parser.add_argument("output", metavar="OUTPUT", help="the folder to write, which holds no model yet")
+    parser.add_argument("--for", choices=["vllm"], default="vllm", help="the server that is to read it (default vllm)")
     return parser
 
 

@@ -32,6 +32,7 @@ from tlcr.types import EncodedAnswer, LabelledAnswer, LabelledPair
 
 __all__ = [
     "AnswerScores",
+    "Opinion",
     "TokenPredictions",
     "collate_pairs",
     "discriminator_loss",
@@ -43,6 +44,7 @@ __all__ = [
     "target_distribution",
     "temperature_of",
     "token_logits",
+    "token_opinions",
 ]
 
 Targets = Literal["soft", "hard", "three_class"]
@@ -310,23 +312,53 @@ def score_encoded(
     Returns:
         The scores of each answer.
     """
-    scores: dict[int, AnswerScores] = {}
+    opinions = token_opinions(model, encoded, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size)
+    scores = []
+    for row, opinion in zip(encoded, opinions, strict=True):
+        pieces = token_pieces(tokenizer, row.answer_ids, context=row.ids[: row.answer_start])
+        p_positive_T = (opinion.logits_TC / temperature_of(model)).softmax(dim=-1)[..., -1]
+        rewards, p_positive = tuple(opinion.rewards_T.tolist()), tuple(p_positive_T.tolist())
+        scores.append(AnswerScores(tuple(pieces), row.answer_ids, rewards, p_positive, row.prompt_cut, row.answer_cut))
+    return scores
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What a discriminator says of one answer: logits_TC (T, C) and rewards_T (T,), float32 on the CPU."""
+
+    logits_TC: Tensor
+    rewards_T: Tensor
+
+
+def token_opinions(
+    model: PreTrainedModel, encoded: Sequence[EncodedAnswer], *, pad_token_id: int, batch_size: int
+) -> list[Opinion]:
+    """Logits and reward of every answer token; whatever scores answers outside PPO reads them here.
+
+        reward_t = p_t(positive) - p_t(negative),   p_t = softmax(logits_t / temperature_of(model))
+
+    Args:
+        model: the discriminator.
+        encoded: prompts with their answers.
+        pad_token_id: the id that fills padding.
+        batch_size: answers of one forward pass, taken by length.
+
+    Returns:
+        One opinion for each answer, in their order.
+    """
+    opinions: dict[int, Opinion] = {}
     with evaluating(model):
         for batch in _length_sorted([len(row.ids) for row in encoded], batch_size):
             rows = [encoded[i] for i in batch]
-            ids_BL, mask_BL = pad_right([row.ids for row in rows], tokenizer.pad_token_id)
+            ids_BL, mask_BL = pad_right([row.ids for row in rows], pad_token_id)
             column_L = torch.arange(ids_BL.shape[1])
             answer_BL = mask_BL & (column_L >= torch.tensor([row.answer_start for row in rows])[:, None])
             logits_BLC = classify(model, ids_BL.to(model.device), mask_BL.to(model.device)).float().cpu()
             rewards_BL = ops.fused_reward(logits_BLC, answer_BL, temperature=temperature_of(model))
-            p_positive_BL = (logits_BLC / temperature_of(model)).softmax(dim=-1)[..., -1]
-            for i, row, rewards_L, p_L, answer_L in zip(batch, rows, rewards_BL, p_positive_BL, answer_BL, strict=True):
-                pieces = token_pieces(tokenizer, row.answer_ids, context=row.ids[: row.answer_start])
-                rewards, p_positive = rewards_L[answer_L].tolist(), p_L[answer_L].tolist()
-                scores[i] = AnswerScores(
-                    tuple(pieces), row.answer_ids, tuple(rewards), tuple(p_positive), row.prompt_cut, row.answer_cut
-                )
-    return [scores[i] for i in range(len(encoded))]
+            for i, row, logits_LC, rewards_L in zip(batch, rows, logits_BLC, rewards_BL, strict=True):
+                answer = slice(row.answer_start, len(row.ids))
+                opinions[i] = Opinion(logits_LC[answer], rewards_L[answer])
+    return [opinions[i] for i in range(len(encoded))]
 
 
 # ---- loading

@@ -1,0 +1,116 @@
+"""``tlcr export --for vllm``: what vLLM cannot serve is refused; what it serves has the same reward at every token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.hosts.test_client import answering
+from tests.serving import recorded
+from tlcr.cli import main as cli
+from tlcr.config.schema import ModelConfig
+from tlcr.errors import ConfigError
+from tlcr.hosts.client import RewardClient
+from tlcr.hosts.local import LocalScorer
+from tlcr.models.loading import TWO_CLASSES, load_token_classifier, save_model
+from tlcr.serving.export import COMMAND_FILE, export_for_vllm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+@pytest.mark.parametrize("kind", recorded.recording())
+def test_every_token_is_what_a_real_vllm_said(
+    kind: str, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The recorded answers of vLLM, read by the client, beside the discriminator here. A shift by one token fails."""
+    found = recorded.recording()[kind]
+    recorded.save(kind, tiny_tokenizer, tmp_path)
+
+    def reply(path: str, body: Any, heads: dict[str, str]) -> Any:
+        if path == "/v1/models":
+            return 200, found["models"], {}
+        if path != "/pooling":
+            return 404, {"detail": "Not Found"}, {}
+        assert body["use_activation"] is False
+        rows = [[*item.prompt_ids, *item.response_ids] for item in recorded.items()]
+        assert body["input"] == rows
+        return 200, found["pooling"], {}
+
+    with answering(reply) as url:
+        rewards = RewardClient(url, temperature=recorded.TEMPERATURE).token_rewards(recorded.items())
+    local = LocalScorer(tmp_path).token_rewards(recorded.items())
+    for one, other in zip(rewards, local, strict=True):
+        assert one == pytest.approx(other, abs=2e-5)
+        assert len(one) < 2 or one[1:] != pytest.approx(other[:-1], abs=1e-2)
+
+
+def test_the_folder_is_complete_and_loads(
+    discriminator: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (discriminator / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
+    output = tmp_path / "for vllm"
+    assert cli.main(["export", str(discriminator), str(output), "--for", "vllm"]) == 0
+    command = f"vllm serve '{output}' --dtype float32 --max-model-len 256"
+    assert capsys.readouterr().out == command + "\n"
+    assert (output / COMMAND_FILE).read_text(encoding="utf-8") == f'#!/bin/sh\nexec {command} "$@"\n'
+    config = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == ["LlamaForTokenClassification"] and "auto_map" not in config
+    assert not (output / "metrics.jsonl").exists()
+    item = recorded.items()[1]
+    assert LocalScorer(output).token_rewards([item]) == LocalScorer(discriminator).token_rewards([item])
+    assert cli.main(["export", str(discriminator), str(output)]) == 2
+    assert "is there already, and is not empty" in capsys.readouterr().err
+
+
+def test_a_class_of_ours_is_exported_under_the_name_that_vllm_knows(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers has no OLMo 2 token classifier: the folder's own code is left behind, the weights are the same."""
+    from safetensors import safe_open
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    config = Olmo2Config(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    model = load_token_classifier(Olmo2ForCausalLM(config), ModelConfig(), id2label=TWO_CLASSES)
+    save_model(model, tiny_tokenizer, tmp_path / "own")
+    assert (tmp_path / "own" / "modeling_classifier.py").exists()
+    export_for_vllm(tmp_path / "own", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert written["architectures"] == ["Olmo2ForTokenClassification"] and "auto_map" not in written
+    assert not list((tmp_path / "out").glob("*.py"))
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as weights:
+        assert {"score.weight", "score.bias"} < set(weights.keys())
+    assert "compare some before you train" in caplog.text
+
+
+def test_what_vllm_would_serve_wrongly_is_refused(
+    tmp_path: Path,
+    discriminator: Path,
+    tiny_gpt2: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    for part in discriminator.iterdir():
+        (tmp_path / part.name).write_bytes(part.read_bytes())
+    whole = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+
+    def refused(**changes: Any) -> str:
+        (tmp_path / "config.json").write_text(json.dumps({**whole, **changes}), encoding="utf-8")
+        with pytest.raises(ConfigError) as caught:
+            export_for_vllm(tmp_path, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return str(caught.value)
+
+    assert "the top 1 layers" in (said := refused(tlcr_bidirectional_layers=1)) and "tlcr serve" in said
+    assert "has the labels [positive, negative]" in refused(id2label={"0": "positive", "1": "negative"})
+    model = load_token_classifier(tiny_gpt2(), ModelConfig(), id2label=TWO_CLASSES)
+    save_model(model, tiny_tokenizer, tmp_path / "gpt2")
+    with pytest.raises(ConfigError, match="GPT2ForTokenClassification, whose causal model is called GPT2LMHeadModel"):
+        export_for_vllm(tmp_path / "gpt2", tmp_path / "out")
+    with pytest.raises(ConfigError, match="absent"):
+        export_for_vllm(tmp_path / "absent", tmp_path / "out")

@@ -1,0 +1,327 @@
+"""Clients that ask for too much, too slowly or without the token; and what the server holds meanwhile."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from tests.serving.conftest import Running, running
+from tlcr.errors import ConfigError
+from tlcr.models.discriminator import Opinion
+from tlcr.serving.limits import MIB
+from tlcr.serving.model import ServedModel
+from tlcr.serving.settings import TOKEN_VARIABLE, ServerSettings, read_token
+
+ITEMS = "/v1/token_rewards"
+ONE = {"items": [{"prompt_ids": [5], "response_ids": [6]}]}
+
+
+class Gate(ServedModel):
+    """A model that works only while its gate is open, and counts the batches that it was given."""
+
+    def __init__(self, served: ServedModel) -> None:
+        self.__dict__ |= served.__dict__
+        self.open, self.batches = threading.Event(), 0
+
+    def opinions(self, rows: Sequence[Any]) -> list[Opinion]:
+        self.batches += 1
+        assert self.open.wait(60)
+        return super().opinions(rows)
+
+
+@contextmanager
+def behind_a_gate(served: ServedModel, **settings: Any) -> Iterator[tuple[Running, Gate]]:
+    gate = Gate(served)
+    with running(gate, **settings) as server:
+        try:
+            yield server, gate
+        finally:
+            gate.open.set()
+
+
+def until(condition: Any, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.005)
+
+
+def head(length: int, path: str = ITEMS) -> bytes:
+    return f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n".encode()
+
+
+def read_answer(connection: socket.socket) -> tuple[int, bytes]:
+    """Status and everything that came until the server closed the connection, or the answer's body is there."""
+    raw = b""
+    while chunk := connection.recv(65536):
+        raw += chunk
+        top, found, body = raw.partition(b"\r\n\r\n")
+        lengths = [line for line in top.lower().splitlines() if line.startswith(b"content-length:")]
+        if found and lengths and len(body) >= int(lengths[0].split(b":")[1]):
+            break
+    return int(raw.split(b" ", 2)[1]) if raw else 0, raw
+
+
+# ---- the queue
+
+
+def test_a_full_queue_refuses_and_goes_on(served: ServedModel) -> None:
+    """Forty requests of 50 tokens to a queue of 200: those that fit are answered, others hear when to come again."""
+    request = {"items": [{"prompt_ids": [5] * 20, "response_ids": [6] * 30}]}
+    with behind_a_gate(served, queue_tokens=200, batch_tokens=100) as (server, gate):
+        answers: list[tuple[int, Any, dict[str, str]]] = []
+        threads = [threading.Thread(target=lambda: answers.append(server.ask(ITEMS, request))) for _ in range(40)]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(answers) == 36)  # 200 / 50 are held, all others have their answer before one is computed
+        for status, body, heads in answers:
+            assert status == 429 and body["error"].startswith("the server has as much to do as it holds")
+            assert 1 <= int(heads["retry-after"]) <= 60
+        assert gate.batches == 1 and server.app.service.batcher.held == 200
+        gate.open.set()
+        for thread in threads:
+            thread.join(60)
+        assert sorted(status for status, _, _ in answers) == [200] * 4 + [429] * 36
+        assert server.app.service.batcher.held == 0
+        assert server.ask(ITEMS, request)[0] == 200
+
+
+def test_a_request_that_never_fits_is_told_to_split(served: ServedModel) -> None:
+    with running(served, queue_tokens=100, batch_tokens=100) as server:
+        status, body, heads = server.ask(ITEMS, {"items": [{"prompt_ids": [5] * 10, "response_ids": [6] * 10}] * 6})
+        assert status == 413 and "has 120 tokens, and this server holds at most 100; split it" in body["error"]
+        assert "retry-after" not in heads
+        assert server.ask("/v1/info")[1]["max_tokens"] == 100
+
+
+def test_a_client_that_leaves_frees_its_place(served: ServedModel) -> None:
+    body = json.dumps({"items": [{"prompt_ids": [5] * 20, "response_ids": [6] * 30}]}).encode()
+    with behind_a_gate(served, queue_tokens=200, batch_tokens=50, window_ms=0) as (server, gate):
+        connections = [server.connect() for _ in range(4)]
+        for connection in connections:
+            connection.sendall(head(len(body)) + body)
+        until(lambda: server.app.service.batcher.held == 200 and gate.batches == 1)
+        for connection in connections[1:]:
+            connection.close()
+        until(lambda: server.app.service.batcher.held == 50)
+        gate.open.set()
+        assert read_answer(connections[0])[0] == 200
+        assert server.ask(ITEMS, ONE)[0] == 200
+        assert gate.batches == 2  # nothing was computed for those that had left
+        connections[0].close()
+
+
+# ---- bodies
+
+
+def test_a_body_that_is_too_large_is_not_read(served: ServedModel) -> None:
+    with running(served, max_body_mib=1) as server:
+        for sent in (b"x" * (3 * MIB), b" " * 100 * MIB):
+            status, body, _ = server.ask(ITEMS, sent)
+            assert status == 413
+            assert body["error"].startswith(f"the request's body has {len(sent) / MIB:.1f} MiB, and this server reads")
+            assert server.app.service.bodies.held == 0
+
+
+def test_a_body_of_unknown_length_is_read_up_to_the_limit(served: ServedModel) -> None:
+    with running(served, max_body_mib=1) as server, server.connect() as connection:
+        connection.sendall(f"POST {ITEMS} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n".encode())
+        chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
+        for _ in range(40):
+            connection.sendall(chunk)
+        connection.sendall(b"0\r\n\r\n")
+        status, raw = read_answer(connection)
+        assert status == 413 and b"more than 1 MiB" in raw
+        assert server.app.service.bodies.held == 0
+
+
+def test_bodies_together_are_bounded(served: ServedModel) -> None:
+    """Clients that begin large requests and hang hold memory until their time is over; nobody else gets more."""
+    with running(served, max_body_mib=1, io_seconds=1.5) as server:
+        bodies = server.app.service.bodies
+        hanging = [server.connect() for _ in range(8)]
+        for connection in hanging:
+            connection.sendall(head(MIB) + b" " * (MIB // 2 + 1))
+        until(lambda: bodies.held > 2 * MIB)
+        statuses = [read_answer(connection)[0] for connection in hanging]
+        assert set(statuses) <= {408, 429} and 408 in statuses
+        assert bodies.held == 0 and bodies.most_held == 4 * MIB
+        assert server.ask(ITEMS, ONE)[0] == 200
+        for connection in hanging:
+            connection.close()
+
+
+def test_half_a_request_ends_after_its_time(served: ServedModel) -> None:
+    with running(served, io_seconds=0.3) as server:
+        with server.connect() as half_a_head, server.connect() as half_a_body, server.connect() as silent:
+            half_a_head.sendall(b"POST /v1/token_rewards HTTP/1.1\r\nhost")
+            half_a_body.sendall(head(1000) + b'{"items": [')
+            status, raw = read_answer(half_a_body)
+            assert status == 408 and b"did not arrive within 0.3 seconds" in raw
+            assert read_answer(half_a_head)[0] == 0 and read_answer(silent)[0] == 0  # closed
+        assert server.ask(ITEMS, ONE)[0] == 200
+
+
+def test_half_a_second_request_ends_too(served: ServedModel) -> None:
+    """After an answer a connection stays open; a head that is begun on it and never ended does not keep it so."""
+    body = json.dumps(ONE).encode()
+    with running(served, io_seconds=0.3) as server, server.connect() as connection:
+        connection.sendall(head(len(body)) + body)
+        assert read_answer(connection)[0] == 200
+        connection.sendall(b"POST /v1")
+        assert connection.recv(100) == b""
+
+
+def test_a_client_that_never_reads_is_let_go(served: ServedModel) -> None:
+    """What the system does not take of an answer of some 10 MB is held by the server, and not for long."""
+
+    class Wordy(Gate):
+        def opinions(self, rows: Sequence[Any]) -> list[Opinion]:
+            return [Opinion(torch.full((250, 2), math.pi), torch.zeros(250)) for _ in rows]
+
+    body = json.dumps({"input": [[5] * 250] * 1024, "use_activation": False}).encode()
+    with running(Wordy(served), io_seconds=1) as server, server.connect() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(head(len(body), "/pooling") + body)
+        assert connection.recv(1)
+        (left,) = server.connections
+        assert left.transport.get_write_buffer_size() > MIB
+        until(lambda: not server.connections)
+        assert server.ask(ITEMS, ONE)[0] == 200
+
+
+def test_disconnects_in_mid_request_leave_nothing(served: ServedModel) -> None:
+    body = json.dumps(ONE).encode()
+    with running(served) as server:
+        for cut in (0, 10, len(head(len(body))) + 3, len(head(len(body)) + body)):
+            with server.connect() as connection:
+                connection.sendall((head(len(body)) + body)[:cut])
+        assert server.ask(ITEMS, ONE)[0] == 200
+        until(lambda: server.app.service.batcher.held == 0 and server.app.service.bodies.held == 0)
+
+
+def test_connections_are_bounded(served: ServedModel) -> None:
+    with running(served, max_connections=4) as server:
+        idle = [server.connect() for _ in range(4)]
+        time.sleep(0.2)
+        assert server.ask(ITEMS, ONE)[0] == 503
+        for connection in idle:
+            connection.close()
+        until(lambda: server.ask(ITEMS, ONE)[0] == 200)
+
+
+# ---- a model that fails
+
+
+def test_logits_that_are_not_finite_are_refused_and_others_served(served: ServedModel) -> None:
+    class Broken(Gate):
+        def opinions(self, rows: Sequence[Any]) -> list[Opinion]:
+            found = ServedModel.opinions(self, rows)
+            return [
+                Opinion(one.logits_TC * float("nan"), one.rewards_T) if 9 in row.ids else one
+                for row, one in zip(rows, found, strict=True)
+            ]
+
+    with running(Broken(served)) as server:
+        status, body, _ = server.ask(ITEMS, {"items": [*ONE["items"], {"prompt_ids": [5], "response_ids": [9]}]})
+        assert status == 500 and "gives answer 1 logits that are not finite" in body["error"]
+        assert server.ask(ITEMS, ONE)[0] == 200
+
+
+def test_an_error_of_the_model_is_said_and_the_server_goes_on(
+    served: ServedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(Gate):
+        def opinions(self, rows: Sequence[Any]) -> list[Opinion]:
+            if 9 in rows[0].ids:
+                raise RuntimeError("no such kernel")
+            return ServedModel.opinions(self, rows)
+
+    with running(Failing(served)) as server:
+        status, body, _ = server.ask(ITEMS, {"items": [{"prompt_ids": [5], "response_ids": [9]}]})
+        assert status == 500 and "RuntimeError: no such kernel" in body["error"]
+        assert server.ask(ITEMS, ONE)[0] == 200
+    assert "a batch of 1 rows failed" in caplog.text
+
+
+def test_a_batch_that_does_not_fit_is_halved(served: ServedModel, caplog: pytest.LogCaptureFixture) -> None:
+    class Small(Gate):
+        def _opinions(self, rows: Sequence[Any]) -> list[Opinion]:
+            if len(rows) > 2:
+                raise torch.OutOfMemoryError
+            return super()._opinions(rows)
+
+    rows = [served.row_of_complete_text("a", "b" * n).encoded for n in range(1, 8)]
+    halved = Small(served)
+    halved.open.set()
+    for one, other in zip(served.opinions(rows), halved.opinions(rows), strict=True):
+        torch.testing.assert_close(one.rewards_T, other.rewards_T)
+    assert "lower --batch-tokens" in caplog.text
+
+
+# ---- the token
+
+
+def test_the_token_is_wanted_everywhere_but_for_health(served: ServedModel, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    with running(served, token="s3cret-token") as server:
+        token, server.headers = server.headers, {}
+        for heads in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "s3cret-token"},
+            {"authorization": "Basic ?"},
+        ):
+            for path in ("/v1/info", "/metrics", "/nothing"):
+                status, body, answer = server.ask(path, **heads)
+                assert status == 401 and "Authorization: Bearer TOKEN" in body["error"]
+                assert answer["www-authenticate"] == "Bearer"
+            assert server.ask(ITEMS, ONE, **heads)[0] == 401
+        assert server.ask("/health")[0] == 200
+        assert server.ask(ITEMS, ONE, **token)[0] == 200
+        # what `requests` sends for http://any:s3cret-token@host, for trainers that take a URL and no header
+        assert server.ask(ITEMS, ONE, authorization="Basic YW55OnMzY3JldC10b2tlbg==")[0] == 200
+        assert "s3cret" not in repr(vars(server.app.service)) + repr(server.app.service.access)
+    assert "s3cret" not in caplog.text
+
+
+def test_where_the_token_comes_from(tmp_path: Any) -> None:
+    file = tmp_path / "token"
+    file.write_text("abc\n", encoding="utf-8")
+    none, named = ServerSettings("d"), ServerSettings("d", token_file=str(file))
+    assert read_token(none, {}) is None
+    assert read_token(none, {TOKEN_VARIABLE: "x"}) == "x" and read_token(named, {}) == "abc"
+    file.write_text("\n", encoding="utf-8")
+    for settings, environment, message in (
+        (named, {}, "is empty"),
+        (none, {TOKEN_VARIABLE: "caf\u00e9"}, "no HTTP header holds"),
+        (named, {TOKEN_VARIABLE: "x"}, "keep one of them"),
+        (ServerSettings("d", token_file=str(tmp_path / "absent")), {}, "cannot be read"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_token(settings, environment)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"discriminator": ""}, "no discriminator is named"),
+        ({"port": 70000}, "ports end at 65535"),
+        ({"workers": 0}, "--workers is 0; it must be at least 1"),
+        ({"io_seconds": 0}, "--io-seconds is 0; it must be above 0"),
+        ({"queue_tokens": 10, "batch_tokens": 11}, "no batch would ever be full"),
+    ],
+)
+def test_settings_that_cannot_be_meant(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ServerSettings(**{"discriminator": "d", **changes})

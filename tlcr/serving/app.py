@@ -1,0 +1,249 @@
+"""The application: routes, and the way of a request from its body to its answer.
+
+body -> JSON -> rows (protocols) -> limits -> queue and model (batching) -> JSON
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any
+
+import starlette
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route as Path
+
+from tlcr.models.discriminator import Opinion
+from tlcr.serving.access import Access
+from tlcr.serving.batching import Batcher
+from tlcr.serving.limits import MIB, Bodies, Refused, drain, parse_json
+from tlcr.serving.metrics import Metrics
+from tlcr.serving.model import Row, ServedModel
+from tlcr.serving.protocols import ROUTES
+from tlcr.serving.settings import ServerSettings
+
+__all__ = ["make_app"]
+
+logger = logging.getLogger("tlcr")
+
+CLIENT_LEFT = 499
+"""The status that logs and metrics have for a client that left before its answer (nginx's)."""
+
+
+class Service:
+    """One worker: the model, its queue, and what its routes share."""
+
+    def __init__(self, settings: ServerSettings, model: ServedModel, token: str | None) -> None:
+        self.settings, self.model = settings, model
+        self.access, self.metrics = Access(token), Metrics()
+        self.bodies = Bodies(max_bytes=settings.max_body_mib * MIB, seconds=settings.io_seconds)
+        # a tokenizer is not to be used by two threads at once
+        self.reading = ThreadPoolExecutor(1, thread_name_prefix="tlcr-read")
+
+    @asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        """Starts the queue, and stops it after the last answer."""
+        self.batcher = Batcher(
+            self.model.opinions,
+            self.metrics,
+            batch_tokens=self.settings.batch_tokens,
+            window_seconds=self.settings.window_ms / 1000,
+            queue_tokens=self.settings.queue_tokens,
+        )
+        self.batcher.start()
+        try:
+            yield
+        finally:
+            await self.batcher.stop()
+            self.reading.shutdown(wait=False, cancel_futures=True)
+
+    # ---- scoring
+
+    async def score(self, request: Request) -> Response:
+        """Any of ``ROUTES``."""
+        route = ROUTES[request.scope["path"]]
+        if self.batcher.held >= self.batcher.queue_tokens:
+            await drain(request, self.settings.io_seconds)
+            raise self.batcher.full()
+        async with self.bodies.of(request) as raw:
+            body = parse_json(raw)
+            loop = asyncio.get_running_loop()
+            rows = await loop.run_in_executor(self.reading, route.rows, self.model, body, request.query_params)
+            self._check(rows)
+        opinions = await _while_connected(request, self.batcher.submit([row.encoded for row in rows]))
+        self._require_finite(opinions)
+        self.metrics.answers.inc(len(rows))
+        self.metrics.tokens_scored.inc(sum(len(opinion.rewards_T) for opinion in opinions))
+        answer = route.answer(self.model, body, rows, opinions)
+        return Response(json.dumps(answer, separators=(",", ":")), media_type="application/json")
+
+    def _check(self, rows: Sequence[Row]) -> None:
+        if len(rows) > self.settings.max_items:
+            raise Refused(
+                413,
+                f"the request has {len(rows)} answers, and this server takes at most {self.settings.max_items}; "
+                "split it, or start the server with a larger --max-items",
+            )
+        longest = max(range(len(rows)), key=lambda i: rows[i].tokens)
+        limit = self.longest_row
+        if rows[longest].tokens > limit:
+            raise Refused(
+                400,
+                f"answer {longest} has {rows[longest].tokens} tokens with its prompt, and the discriminator reads at "
+                f"most {limit}; make prompts or answers shorter",
+            )
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row: the model's positions, or the queue where the model knows no end."""
+        return min(self.model.positions or self.settings.queue_tokens, self.settings.queue_tokens)
+
+    def _require_finite(self, opinions: Sequence[Opinion]) -> None:
+        for number, opinion in enumerate(opinions):
+            if not bool(opinion.logits_TC.isfinite().all()):
+                raise Refused(
+                    500,
+                    f"the discriminator {self.model.name!r} gives answer {number} logits that are not finite; its "
+                    "weights are broken, or too large for its dtype",
+                )
+
+    # ---- the rest
+
+    async def health(self, request: Request) -> Response:
+        """200 while the worker takes requests."""
+        works = self.batcher.works
+        return JSONResponse({"status": "ok" if works else "not working"}, 200 if works else 503)
+
+    async def info(self, request: Request) -> Response:
+        """What clients have to know."""
+        settings = self.settings
+        facts = dict(self.model.facts())
+        facts["max_tokens"] = self.longest_row
+        facts["versions"] |= {"starlette": starlette.__version__, "uvicorn": uvicorn.__version__}
+        facts["limits"] = {
+            "items": settings.max_items,
+            "body_bytes": settings.max_body_mib * MIB,
+            "request_tokens": settings.queue_tokens,
+        }
+        return JSONResponse(facts)
+
+    async def figures(self, request: Request) -> Response:
+        """The page of Prometheus."""
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _while_connected(request: Request, work: Any) -> Any:
+    """The result of ``work``, which is cancelled when the client leaves."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Guard:
+    """ASGI around the routes: the token before them, and the metrics of every request."""
+
+    def __init__(self, app: Any, service: Service) -> None:
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answers one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request, began, status = Request(scope, receive), time.monotonic(), CLIENT_LEFT
+
+        async def sent(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            try:
+                self.service.access.check(scope["path"], request.headers)
+            except Refused:
+                await drain(request, self.service.settings.io_seconds)
+                raise
+            await self.app(scope, receive, sent)
+        except Refused as refused:
+            await _refusal(refused)(scope, receive, sent)
+        except ClientDisconnect:
+            pass  # nobody is there to be answered
+        finally:
+            route = scope["path"] if scope["path"] in KNOWN else "other"
+            self.service.metrics.requests.labels(route, status).inc()
+            self.service.metrics.request_seconds.labels(route).observe(time.monotonic() - began)
+
+
+KNOWN = (*ROUTES, "/health", "/v1/info", "/metrics")
+
+
+def _refusal(refused: Refused) -> Response:
+    headers = {}
+    if refused.retry_after is not None:
+        headers["retry-after"] = str(refused.retry_after)
+    if refused.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse({"error": " ".join(str(refused).split())}, refused.status, headers)
+
+
+async def _refused(request: Request, error: Any) -> Response:
+    return _refusal(error)
+
+
+async def _no_route(request: Request, error: Any) -> Response:
+    return _refusal(
+        Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}; see docs/serving.md")
+    )
+
+
+async def _crashed(request: Request, error: Exception) -> Response:
+    """The client hears the kind of error; uvicorn's log has it whole."""
+    return _refusal(Refused(500, f"the server failed on this request with {type(error).__name__}; its log says where"))
+
+
+def make_app(settings: ServerSettings, model: ServedModel, token: str | None) -> Any:
+    """The ASGI application of one worker.
+
+    Args:
+        settings: its limits.
+        model: the discriminator, loaded.
+        token: what clients must send; None: nothing.
+
+    Returns:
+        An application for uvicorn.
+    """
+    service = Service(settings, model, token)
+    app = Starlette(
+        routes=[
+            *(Path(path, service.score, methods=["POST"]) for path in ROUTES),
+            Path("/health", service.health),
+            Path("/v1/info", service.info),
+            Path("/metrics", service.figures),
+        ],
+        lifespan=service.lifespan,
+        exception_handlers={Refused: _refused, HTTPException: _no_route, Exception: _crashed},
+    )
+    return Guard(app, service)

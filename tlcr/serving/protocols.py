@@ -1,0 +1,309 @@
+"""What each route reads and writes: JSON to rows, and opinions to JSON. Errors name the field and what was wanted.
+
+``token_rewards`` is ours. The others are what trainers and engines speak already: OpenRLHF's ``remote_url``, slime's
+``remote_rm``, LLaMA-Factory's ``api`` and vLLM's ``/pooling``. Each is a class with two methods: ``rows`` reads a
+request, ``answer`` writes the response to what it read. docs/serving.md has an example of each.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from tlcr.errors import TlcrError
+from tlcr.models.discriminator import Opinion
+from tlcr.serving.limits import Refused
+from tlcr.serving.model import Row, ServedModel
+from tlcr.text.files import unicode_problem
+from tlcr.text.tokenization import opening
+from tlcr.types import EncodedAnswer
+
+__all__ = ["ROUTES", "Route"]
+
+Json = Mapping[str, Any]
+Query = Mapping[str, str]
+
+
+class Bad(TlcrError, ValueError):
+    """What is wrong with one answer of a request, as the end of a sentence that begins with its place."""
+
+
+class Route(Protocol):
+    """How a route reads requests and writes answers. ``rows`` raises Refused, with the item's place."""
+
+    def rows(self, model: ServedModel, body: Json, query: Query) -> list[Row]:
+        """The answers to score, in the request's order; at least one."""
+        ...
+
+    def answer(self, model: ServedModel, body: Json, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
+        """The response's JSON, for the rows and their opinions."""
+        ...
+
+
+# ---- ours
+
+
+class TokenRewards:
+    """``{"items": [...]}`` to ``{"data": [{"rewards", "score", "tokens", "offsets"}], "model", "temperature"}``."""
+
+    def rows(self, model: ServedModel, body: Json, query: Query) -> list[Row]:
+        """One row for each item, which has ids, or a text with its prompt or messages."""
+        items = _field(body, "items", list)
+        return [_at(f"items[{number}]", _row, model, item) for number, item in enumerate(items)]
+
+    def answer(self, model: ServedModel, body: Json, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
+        """Rewards of every token of each answer."""
+        data = [_scored(row, opinion) for row, opinion in zip(rows, opinions, strict=True)]
+        return {"data": data, "model": model.name, "temperature": model.temperature}
+
+
+def _row(model: ServedModel, item: Any) -> Row:
+    if not isinstance(item, dict):
+        raise Bad(f"is a {type(item).__name__}; wanted an object")
+    if "response_ids" in item or "prompt_ids" in item:
+        for name in ("prompt", "messages", "response"):
+            if name in item:
+                raise Bad(f"has both ids and {name!r}; send ids or text, so that it is clear what is scored")
+        prompt_ids, response_ids = (_ids(item.get(name), name, model) for name in ("prompt_ids", "response_ids"))
+        if not response_ids:
+            raise Bad("has an empty answer, 'response_ids': []; leave it out, there is no token to score")
+        return Row(EncodedAnswer((*prompt_ids, *response_ids), len(prompt_ids), complete=False))
+    if ("prompt" in item) == ("messages" in item):
+        raise Bad("has no prompt, or two; wanted 'prompt_ids', 'prompt' or 'messages'")
+    prompt = _messages(item["messages"]) if "messages" in item else _text(item["prompt"], "prompt")
+    ended = item.get("ended", True)
+    if not isinstance(ended, bool):
+        raise Bad(f"has 'ended': {ended!r}; wanted true, or false for an answer that was cut off")
+    return _not_empty(model.row_of_text(prompt, _text(item.get("response"), "response"), ended=ended))
+
+
+def _scored(row: Row, opinion: Opinion) -> dict[str, Any]:
+    rewards = opinion.rewards_T.tolist()
+    offsets = {} if row.offsets is None else {"offsets": row.offsets}
+    return {"rewards": rewards, "score": _mean(rewards), "tokens": len(rewards), **offsets}
+
+
+def _mean(rewards: Sequence[float]) -> float:
+    return sum(rewards) / len(rewards)
+
+
+# ---- OpenRLHF
+
+
+class OpenRLHF:
+    """``{"query": [text], "prompts": [text]}`` to ``{"rewards", "scores", "extra_logs"}``, a number for each answer.
+
+    A query is a prompt with its answer, special tokens included. A list of numbers for an answer would be taken without
+    a word, and rewards would go to the wrong samples; so the number is the mean token reward.
+    """
+
+    def rows(self, model: ServedModel, body: Json, query: Query) -> list[Row]:
+        """One row for each query."""
+        queries, prompts = _field(body, "query", list), _field(body, "prompts", list)
+        if len(queries) != len(prompts):
+            raise Refused(400, f"'query' has {len(queries)} texts and 'prompts' {len(prompts)}; wanted as many")
+        return [
+            _at(f"query[{number}]", _row_of_query, model, *pair)
+            for number, pair in enumerate(zip(queries, prompts, strict=True))
+        ]
+
+    def answer(self, model: ServedModel, body: Json, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
+        """The mean token reward of each answer, and its share of tokens below 0 for the log."""
+        rewards = [opinion.rewards_T.tolist() for opinion in opinions]
+        means = list(map(_mean, rewards))
+        negative = [sum(value < 0 for value in row) / len(row) for row in rewards]
+        return {"rewards": means, "scores": means, "extra_logs": {"negative_share": negative}}
+
+
+def _row_of_query(model: ServedModel, query: Any, prompt: Any) -> Row:
+    query, prompt = _text(query, "the query"), _text(prompt, "the prompt")
+    place = query.find(prompt)
+    if place < 0:
+        raise Bad(
+            "does not contain its prompt, so that the answer in it cannot be told from the prompt; send prompts as the "
+            "policy read them (in OpenRLHF: as --data.apply_chat_template renders them)"
+        )
+    end = place + len(prompt)
+    return _not_empty(model.row_of_complete_text(query[:end], query[end:]))
+
+
+# ---- slime
+
+
+class Slime:
+    """``{"prompt", "response", "label"}`` to what becomes ``sample.reward``; ``--reward-key score`` picks the mean."""
+
+    def rows(self, model: ServedModel, body: Json, query: Query) -> list[Row]:
+        """The one answer of the request."""
+        return [_at("the request", _row_of_sample, model, body.get("prompt"), body.get("response"))]
+
+    def answer(self, model: ServedModel, body: Json, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
+        """The entry of ``data`` that our own route gives."""
+        return _scored(rows[0], opinions[0])
+
+
+def _row_of_sample(model: ServedModel, prompt: Any, response: Any) -> Row:
+    if isinstance(prompt, list):
+        return _not_empty(model.row_of_text(_messages(prompt), _text(response, "response")))
+    return _not_empty(model.row_of_complete_text(_text(prompt, "prompt"), _text(response, "response")))
+
+
+# ---- LLaMA-Factory
+
+
+class LlamaFactory:
+    """``{"model", "messages": [text]}`` to ``{"scores": [number]}``, the mean token reward of the last answer.
+
+    A text is a whole conversation. The answer begins after the last ``answer_after``, a part of the URL's query
+    (``/score_texts?answer_after=Assistant:``), or after what the chat template writes before an answer.
+    """
+
+    def rows(self, model: ServedModel, body: Json, query: Query) -> list[Row]:
+        """One row for each conversation."""
+        header = query.get("answer_after") or _header(model)
+        texts = _field(body, "messages", list)
+        return [
+            _at(f"messages[{number}]", _row_of_conversation, model, text, header) for number, text in enumerate(texts)
+        ]
+
+    def answer(self, model: ServedModel, body: Json, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
+        """The mean token reward of each answer."""
+        return {"scores": [_mean(opinion.rewards_T.tolist()) for opinion in opinions]}
+
+
+def _header(model: ServedModel) -> str:
+    """What the chat template writes between a user's message and the answer to it."""
+    if model.tokenizer.chat_template is not None:
+        content = "\N{REPLACEMENT CHARACTER}"
+        header = opening(model.tokenizer, [{"role": "user", "content": content}]).prompt.rpartition(content)[2]
+        # the end of the user's turn stands before it, on a line of its own
+        found = header.rstrip().rpartition("\n")[2] + header[len(header.rstrip()) :]
+        if found.strip():
+            return found
+    raise Refused(
+        400,
+        "a conversation came as one text, and nothing says where the answer in it begins; add to the URL what stands "
+        "before every answer, as in /score_texts?answer_after=Assistant:",
+    )
+
+
+def _row_of_conversation(model: ServedModel, text: Any, header: str) -> Row:
+    before, found, answer = _text(text, "the conversation").rpartition(header)
+    if not found:
+        raise Bad(
+            f"does not contain {header!r}, after which its answer would begin; add to the URL what stands before every "
+            "answer, as in /score_texts?answer_after=Assistant:"
+        )
+    return _not_empty(model.row_of_complete_text(before + found, answer))
+
+
+# ---- vLLM
+
+
+class Pooling:
+    """vLLM's ``/pooling`` of a token classifier: a list of numbers for every token, prompt and answer alike.
+
+    ``"use_activation": false`` gives logits; true, vLLM's default, their softmax, which knows of no temperature.
+    """
+
+    def rows(self, model: ServedModel, body: Json, query: Query) -> list[Row]:
+        """One row for each input, which is ids or text."""
+        given = body.get("input")
+        several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
+        inputs = given if isinstance(given, list) and several else [given]
+        return [
+            _at(f"input[{number}]" if several else "input", _input, model, one) for number, one in enumerate(inputs)
+        ]
+
+    def answer(self, model: ServedModel, body: Json, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
+        """The numbers of every token, in vLLM's form."""
+        logits = [opinion.logits_TC for opinion in opinions]
+        numbers = logits if body.get("use_activation") is False else [logits_TC.softmax(-1) for logits_TC in logits]
+        data = [
+            {"index": index, "object": "pooling", "data": numbers_TC.tolist()}
+            for index, numbers_TC in enumerate(numbers)
+        ]
+        tokens = sum(row.tokens for row in rows)
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0, "prompt_tokens_details": None}
+        return {
+            "id": f"pool-{uuid.uuid4().hex}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": model.name,
+            "data": data,
+            "usage": usage,
+        }
+
+
+def _input(model: ServedModel, given: Any) -> Row:
+    ids = model.ids_of_text(_text(given, "it")) if isinstance(given, str) else _ids(given, "it", model)
+    if not ids:
+        raise Bad("is empty; there is no token to score")
+    return Row(EncodedAnswer(tuple(ids), 0, complete=False))
+
+
+ROUTES: Mapping[str, Route] = {
+    "/v1/token_rewards": TokenRewards(),
+    "/get_reward": OpenRLHF(),
+    "/remote_rm": Slime(),
+    "/score_texts": LlamaFactory(),
+    "/pooling": Pooling(),
+}
+"""Each answers POST."""
+
+
+# ---- reading
+
+
+def _at(place: str, read: Callable[..., Row], *arguments: Any) -> Row:
+    """``read(*arguments)``, whose errors begin with the place in the request."""
+    try:
+        return read(*arguments)
+    except TlcrError as error:
+        raise Refused(400, f"{place} {error}" if isinstance(error, Bad) else f"{place}: {error}") from error
+
+
+def _field(body: Json, name: str, kind: type) -> Any:
+    value = body.get(name)
+    if not isinstance(value, kind) or not value:
+        found = "is missing" if value is None else "is empty" if value == [] else f"is a {type(value).__name__}"
+        raise Refused(400, f"{name!r} {found}; wanted a list with one entry for each answer")
+    return value
+
+
+def _ids(value: Any, name: str, model: ServedModel) -> list[int]:
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:  # a bool is no id
+        raise Bad(f"has no list of token ids under {name!r}; wanted whole numbers")
+    if value and not (min(value) >= 0 and max(value) < model.vocabulary):
+        wrong = next(token for token in value if not 0 <= token < model.vocabulary)
+        raise Bad(
+            f"has the id {wrong} in {name!r}, and the discriminator's vocabulary ends at {model.vocabulary - 1}; "
+            "ids of another tokenizer mean other tokens: send text, and project its rewards by their offsets"
+        )
+    return value
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise Bad(f"has no text under {name!r}")
+    if problem := unicode_problem(value):
+        raise Bad(f"has a text under {name!r} that {problem}")
+    return value
+
+
+def _messages(value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value:
+        raise Bad("has no messages; wanted a list of {'role', 'content'}")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise Bad("has a message without a 'role'; wanted {'role', 'content'}")
+        _text(message.get("content"), "content")
+    return value
+
+
+def _not_empty(row: Row) -> Row:
+    if not row.encoded.answer_ids:
+        raise Bad("has an empty answer; leave it out, there is no token to score")
+    return row
