@@ -9,7 +9,7 @@ RIVALS := $(VENV)/.rivals
 DOCS := $(VENV)/.docs
 CPP := $(shell find csrc tests/cuda/emulator .ci -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: quickstart test test-slow lint format docs bench bench-report bench-compare wheels lowest newest lock gpu gpu-in-small
+.PHONY: quickstart test test-slow lint format docs bench bench-report bench-compare wheels lowest newest lock hosts vllm gpu gpu-in-small
 
 quickstart: $(INSTALLED)
 	$(BIN)/tlcr run examples/quickstart.yaml --resume
@@ -18,7 +18,7 @@ quickstart: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -p no:benchmark -m "not slow" --durations=15
 
-# Those: they start several processes, kill some, build older commits or run whole examples.
+# Those: they start several processes, kill some, compile for GPUs, build older commits or run whole examples.
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -p no:benchmark -m slow --durations=15
 
@@ -79,6 +79,14 @@ lowest: $(INSTALLED)
 
 newest: $(INSTALLED)
 	$(BIN)/python .ci/versions.py newest
+
+# The adaptors, each beside the trainer that it is for: make hosts, or make hosts HOST=verl. 2 GB for each environment.
+hosts: $(INSTALLED)
+	$(BIN)/python .ci/hosts.py $(HOST)
+
+# A real vLLM on the CPU serves discriminators, and every token is compared: 4 GB in .venv-hosts, some minutes.
+vllm: $(INSTALLED)
+	$(BIN)/python .ci/vllm.py
 
 # Looks up anew which versions these are.
 lock: $(INSTALLED)

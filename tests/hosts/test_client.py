@@ -1,0 +1,282 @@
+"""The client beside both servers: the golden answers at every token, and one sentence where a server fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tlcr.errors import HostError
+from tlcr.hosts import client as module
+from tlcr.hosts.client import RewardClient, rewards_of_logits, vocabulary_fingerprint
+from tlcr.hosts.contract import Item
+
+GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
+Reply = tuple[int, Any, dict[str, str]]
+
+
+@contextmanager
+def answering(reply: Callable[[str, Any, dict[str, str]], Reply]) -> Iterator[str]:
+    """A server in a thread that answers what ``reply`` says of path, body and heads."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            length = int(self.headers.get("content-length") or 0)
+            body = json.loads(self.rfile.read(length)) if length else None
+            status, answer, heads = reply(self.path, body, {k.lower(): v for k, v in self.headers.items()})
+            if status == 0:
+                self.connection.close()  # gone in mid-request
+                return
+            raw = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+            self.send_response(status)
+            for name, value in {"content-length": str(len(raw)), **heads}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(raw)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+INFO = {
+    "labels": ["negative", "positive"],
+    "limits": {"items": 2, "request_tokens": 12},
+    "tokenizer": {"fingerprint": "f"},
+}
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses that the client would have made."""
+    pauses: list[float] = []
+    monkeypatch.setattr(module.time, "sleep", pauses.append)
+    return pauses
+
+
+def echo(path: str, body: Any, heads: dict[str, str]) -> Reply:
+    """``tlcr serve`` whose reward of a token is its id / 100."""
+    if path == "/v1/info":
+        return 200, INFO, {}
+    return 200, {"data": [{"rewards": [one / 100 for one in item["response_ids"]]} for item in body["items"]]}, {}
+
+
+def test_requests_are_split_and_put_together_in_order() -> None:
+    seen: list[list[list[int]]] = []
+
+    def reply(path: str, body: Any, heads: dict[str, str]) -> Reply:
+        if body is not None:
+            seen.append([item["response_ids"] for item in body["items"]])
+        return echo(path, body, heads)
+
+    items = [
+        Item([1], [2, 3]),
+        Item([1], []),
+        Item([1], [4]),
+        Item([1], [5], mask=[0]),
+        Item([1] * 9, [6, 7, 8]),
+        Item([], [9]),
+    ]
+    with answering(reply) as url:
+        found = RewardClient(url).token_rewards(items)
+    assert found == [[0.02, 0.03], [], [0.04], [0.0], [0.06, 0.07, 0.08], [0.09]]
+    assert seen == [[[2, 3], [4]], [[5]], [[6, 7, 8]], [[9]]]  # two items, and twelve tokens, at the most
+
+
+@pytest.mark.parametrize("case", GOLDEN["items"], ids=range(len(GOLDEN["items"])))
+def test_vllm_gives_the_golden_rewards(case: dict[str, Any]) -> None:
+    """vLLM's rows of logits stand for prompt and answer; the answer's are the last."""
+    asked: list[Any] = []
+
+    def reply(path: str, body: Any, heads: dict[str, str]) -> Reply:
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "d", "root": "/nowhere/d", "max_model_len": 64}]}, {}
+        if path != "/pooling":
+            return 404, {"detail": "Not Found"}, {}
+        asked.append(body)
+        return 200, {"data": [{"index": 0, "object": "pooling", "data": case["logits"]}]}, {}
+
+    item = Item(case["prompt_ids"], case["response_ids"], case["mask"])
+    with answering(reply) as url:
+        (found,) = RewardClient(url, temperature=GOLDEN["temperature"]).token_rewards([item])
+    assert found == pytest.approx(case["rewards"], abs=1e-9)
+    if len(case["response_ids"]):
+        (body,) = asked
+        assert body == {"model": "d", "input": [[*case["prompt_ids"], *case["response_ids"]]], "use_activation": False}
+        shifted = [0.0, *case["rewards"][:-1]]
+        assert shifted == case["rewards"] or found != pytest.approx(shifted, abs=1e-6)
+
+
+def test_the_temperature_of_vllm_is_read_where_its_folder_is(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"tlcr_temperature": 2.5}), encoding="utf-8")
+
+    def reply(root: str) -> Callable[[str, Any, dict[str, str]], Reply]:
+        models = {"data": [{"id": "d", "root": root, "max_model_len": 64}]}
+        return lambda path, body, heads: (200, models, {}) if path == "/v1/models" else (404, {}, {})
+
+    with answering(reply(str(tmp_path))) as url:
+        assert RewardClient(url).info()["temperature"] == 2.5
+    with (
+        answering(reply("hub/name")) as url,
+        pytest.raises(HostError, match=r"give it: RewardClient\(url, temperature="),
+    ):
+        RewardClient(url).token_rewards([])
+
+
+def test_a_busy_server_is_asked_again_after_what_it_says(no_pauses: list[float]) -> None:
+    left = [429, 503, 0]
+
+    def reply(path: str, body: Any, heads: dict[str, str]) -> Reply:
+        if body is not None and left:
+            status = left.pop(0)
+            return status, {"error": "busy"}, {"retry-after": "7"} if status == 429 else {}
+        return echo(path, body, heads)
+
+    with answering(reply) as url:
+        assert RewardClient(url).token_rewards([Item([1], [2])]) == [[0.02]]
+    assert len(no_pauses) == 3 and 7 <= no_pauses[0] <= 10.5 and all(0 < pause <= 60 for pause in no_pauses)
+
+
+def test_a_server_that_stays_busy_is_given_up(no_pauses: list[float]) -> None:
+    replies = {"/v1/info": (200, INFO, {})}
+    with answering(lambda path, *_: replies.get(path, (429, {"error": "full"}, {"retry-after": "9999"}))) as url:
+        client = RewardClient(url, tries=3)
+        with pytest.raises(HostError, match="answers 429: full; given up after 3 tries"):
+            client.token_rewards([Item([1], [2])])
+    assert len(no_pauses) == 2 and max(no_pauses) <= 60
+
+
+def test_no_server_is_one_sentence() -> None:
+    with answering(echo) as url:
+        pass
+    with pytest.raises(
+        HostError, match=r"cannot be reached: .*refused.*; given up after 2 tries. Is the reward server"
+    ):
+        RewardClient(url, tries=2).token_rewards([Item([1], [2])])
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        ((400, {"error": "items[0] has the id 9"}, {}), "answers 400: items[0] has the id 9"),
+        ((400, {"error": {"message": "too long"}}, {}), "answers 400: too long"),
+        ((500, b"<html>oops</html>", {}), "answers 500: <html>oops</html>"),
+        ((401, {"error": "token"}, {}), "answers 401: token"),
+        ((200, b"not json", {}), "answers what is not JSON"),
+        ((200, {"data": []}, {}), "was sent 1 answers and has 0 entries under 'data'"),
+        ((200, [], {}), "was sent 1 answers and has none under 'data'"),
+        ((200, {"data": [{"rewards": [0.1, 0.2]}]}, {}), "answer 0 has 1 tokens and 2 rewards"),
+        ((200, b'{"data": [{"rewards": [NaN]}]}', {}), "the reward of token 0 of answer 0 is nan"),
+        ((200, {"data": [{"rewards": [3.5]}]}, {}), "the reward of token 0 of answer 0 is 3.5"),
+        ((200, {"data": [{"scores": [0.5]}]}, {}), "has no rewards"),
+    ],
+)
+def test_what_a_server_may_answer_wrongly(answer: Reply, sentence: str) -> None:
+    replies = {"/v1/info": (200, INFO, {})}
+    with answering(lambda path, *_: replies.get(path, answer)) as url, pytest.raises(HostError) as caught:
+        RewardClient(url).token_rewards([Item([1], [2])])
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ([[0.1, 0.2]], "gives 1 rows of logits for the 2 tokens of answer 0"),
+        ([[0.1], [0.2]], "wanted 2 or 3 finite numbers"),
+        ([[0.1, 0.2], [float("nan"), 0.0]], "wanted 2 or 3 finite numbers"),
+        (0.5, "gives no rows of logits"),
+    ],
+)
+def test_what_a_vllm_may_answer_wrongly(data: Any, sentence: str) -> None:
+    replies = {"/v1/models": (200, {"data": [{"id": "d", "root": "d"}]}, {}), "/v1/info": (404, {}, {})}
+    answer = (200, {"data": [{"index": 0, "data": data}]}, {})
+    with answering(lambda path, *_: replies.get(path, answer)) as url, pytest.raises(HostError, match=sentence):
+        RewardClient(url, temperature=1.0).token_rewards([Item([1], [2])])
+
+
+def test_servers_that_are_none() -> None:
+    with (
+        answering(lambda *_: (404, {}, {})) as url,
+        pytest.raises(HostError, match=r"neither /v1/info .* nor /v1/models"),
+    ):
+        RewardClient(url).info()
+    for labels in (["positive", "negative"], ["LABEL_0"], None):
+        info = {**INFO, "labels": labels}
+        with answering(lambda *_, info=info: (200, info, {})) as url, pytest.raises(HostError, match="has the labels"):
+            RewardClient(url).info()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"url": "localhost:8765"}, "wanted http://HOST:PORT"),
+        ({"url": "http://a", "tries": 0}, "wanted at least 1"),
+        ({"url": "http://a", "temperature": 0.0}, "wanted a finite number above 0"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(HostError, match=sentence):
+        RewardClient(**arguments)
+
+
+def test_the_token_is_sent_and_never_shown() -> None:
+    seen = set()
+
+    def reply(path: str, body: Any, heads: dict[str, str]) -> Reply:
+        seen.add(heads.get("authorization"))
+        return (401, {"error": "no"}, {}) if path == "/v1/token_rewards" else echo(path, body, heads)
+
+    with answering(reply) as url:
+        client = RewardClient(url, token="s3cret")
+        with pytest.raises(HostError) as caught:
+            client.token_rewards([Item([1], [2])])
+    assert seen == {"Bearer s3cret"} and "s3cret" not in f"{client!r}{caught.value}"
+
+
+def test_a_policy_with_another_tokenizer_is_refused(tiny_tokenizer: Any) -> None:
+    info = {**INFO, "tokenizer": {"fingerprint": vocabulary_fingerprint(tiny_tokenizer)}}
+    with answering(lambda *_: (200, info, {})) as url:
+        client = RewardClient(url)
+        client.check_tokenizer(tiny_tokenizer)
+
+        class Other:
+            bos_token_id, eos_token_id = tiny_tokenizer.bos_token_id, tiny_tokenizer.eos_token_id
+
+            def get_vocab(self) -> dict[str, int]:
+                return {**tiny_tokenizer.get_vocab(), "more": 9999}
+
+        with pytest.raises(HostError, match="is not that of the discriminator"):
+            client.check_tokenizer(Other())
+
+
+def test_three_labels_and_large_logits() -> None:
+    assert rewards_of_logits([[0.0, 5.0, 0.0], [-1e4, 0.0, 1e4]], 2.0) == pytest.approx([0.0, 1.0])
+
+
+def test_importing_it_imports_the_standard_library_alone() -> None:
+    """The hosts pin other versions of what tlcr needs, or lack it."""
+    code = (
+        "import sys; before = set(sys.modules); import tlcr.hosts.client, tlcr.hosts.contract; "
+        "print(sorted({n.partition('.')[0] for n in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "['tlcr']"

@@ -1,0 +1,400 @@
+"""A ``Scorer`` behind HTTP: ``tlcr serve``, or a vLLM that serves the discriminator. Standard library only.
+
+    scorer = RewardClient("http://localhost:8765")
+    rewards = scorer.token_rewards([Item(prompt_ids, response_ids)])
+
+``GET /v1/info`` tells them apart: vLLM has no such route. vLLM is asked for logits (``use_activation: false``), and
+their rewards are computed here, at the discriminator's temperature, which vLLM knows nothing of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import math
+import random
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tlcr.errors import HostError
+from tlcr.hosts.contract import Item, Span, checked
+
+__all__ = ["RewardClient", "TextRewards", "rewards_of_logits", "vocabulary_fingerprint"]
+
+COMES_BACK = (429, 502, 503, 504)
+"""Answers of HTTP after which the same request may succeed: the server has too much to do, or is starting."""
+
+LONGEST_WAIT = 60.0
+"""Seconds, whatever a server asks for."""
+
+REQUEST_ITEMS, REQUEST_TOKENS = 256, 131072
+"""The most answers and tokens of one request, where the server does not name less."""
+
+POSITIVE = "positive"
+
+
+@dataclass(frozen=True)
+class TextRewards:
+    """The rewards of an answer that was sent as text, and the characters [start, end) that each token wrote.
+
+    Attributes:
+        rewards: one for each of the discriminator's tokens, its end of sequence included where the answer ended.
+        offsets: counted in the answer as it was sent, without end tokens; ``contract.project`` takes them.
+    """
+
+    rewards: list[float]
+    offsets: list[Span]
+
+
+class RewardClient:
+    """Scores answers by a server. Threads may share one; every request has a connection of its own.
+
+    A request that finds the server busy, starting or gone is sent again after a pause, which doubles each time and is
+    as long as the server asks for. Scoring changes nothing, so that a request may be sent twice.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        timeout: float = 180.0,
+        tries: int = 8,
+        temperature: float | None = None,
+    ) -> None:
+        """Asks nothing yet: a server may start after its clients.
+
+        Args:
+            url: the server's, such as ``http://localhost:8765``.
+            token: what ``tlcr serve`` or vLLM (``--api-key``) wants to be sent.
+            timeout: seconds that one try may take.
+            tries: how often a request is sent before it is given up; with pauses, 8 tries last some two minutes.
+            temperature: the discriminator's, for vLLM; None: that of the folder which vLLM names, on this machine.
+
+        Raises:
+            HostError: the address is none of HTTP, or a number is out of its bounds.
+        """
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise HostError(f"the reward server's address is {url!r}; wanted http://HOST:PORT")
+        if tries < 1 or timeout <= 0:
+            raise HostError(f"tries is {tries} and timeout {timeout}; wanted at least 1 and more than 0 seconds")
+        if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
+            raise HostError(f"temperature is {temperature}; wanted a finite number above 0")
+        self.url, self.timeout, self.tries = url.rstrip("/"), timeout, tries
+        self._token, self._temperature = token, temperature
+        self._server: Tlcr | Vllm | None = None
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"RewardClient({self.url!r})"
+
+    def token_rewards(self, items: Sequence[Item]) -> list[list[float]]:
+        """The rewards of each answer's tokens, as ``tlcr.hosts.contract`` defines them.
+
+        Args:
+            items: the answers. One without tokens has no rewards, and is not sent.
+
+        Returns:
+            One list for each item, in their order.
+
+        Raises:
+            HostError: the server cannot be reached, refuses a request, or answers what rewards cannot be.
+        """
+        server = self._known()
+        rewards: list[list[float]] = [[] for _ in items]
+        sent = [number for number, item in enumerate(items) if len(item.response_ids)]
+        for part in _parts(sent, items, server):
+            for number, row in zip(part, server.rewards([items[i] for i in part]), strict=True):
+                rewards[number] = row
+        return checked(rewards, items)
+
+    def text_rewards(self, answers: Sequence[Mapping[str, Any]]) -> list[TextRewards]:
+        """The rewards of texts, for trainers whose tokenizer is another; only ``tlcr serve`` gives them.
+
+        Args:
+            answers: each ``{"prompt": text}`` or ``{"messages": [...]}``, with ``"response": text``, and ``"ended":
+                False`` where the answer was cut off.
+
+        Returns:
+            One for each answer, in their order.
+
+        Raises:
+            HostError: as for ``token_rewards``, or the server is vLLM.
+        """
+        server = self._known()
+        if not isinstance(server, Tlcr):
+            raise HostError(
+                f"{self.url} is a vLLM, which reads ids only with the discriminator's tokenizer; serve it by tlcr serve"
+            )
+        found: list[TextRewards] = []
+        size = server.request_items
+        for start in range(0, len(answers), size):
+            part = answers[start : start + size]
+            for row in server.score([dict(answer) for answer in part]):
+                found.append(TextRewards(row["rewards"], [(begin, end) for begin, end in row["offsets"]]))
+        return found
+
+    def info(self) -> Mapping[str, Any]:
+        """What the server says of itself: labels, temperature, tokenizer, limits, versions."""
+        return self._known().info
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuses a policy whose ids mean other tokens than the discriminator's.
+
+        Args:
+            tokenizer: the policy's, of transformers.
+
+        Raises:
+            HostError: vocabularies or ends of sequence differ. A vLLM says nothing of its tokenizer and passes.
+        """
+        theirs = self._known().info.get("tokenizer", {}).get("fingerprint")
+        ours = vocabulary_fingerprint(tokenizer)
+        if theirs is not None and theirs != ours:
+            raise HostError(
+                f"the policy's tokenizer ({ours}) is not that of the discriminator behind {self.url} ({theirs}), so "
+                "that its ids mean other tokens; send text by text_rewards and project the rewards, or train a "
+                "discriminator with this tokenizer"
+            )
+
+    # ---- requests
+
+    def _known(self) -> Tlcr | Vllm:
+        """The server, which is asked once what it is."""
+        with self._lock:
+            if self._server is None:
+                info = self.ask("/v1/info", none_for=404)
+                self._server = Vllm(self, self._temperature) if info is None else Tlcr(self, info)
+            return self._server
+
+    def ask(self, path: str, body: Any = None, *, none_for: int | None = None) -> Any:
+        """The JSON that the server answers; a body is posted.
+
+        Args:
+            path: the route.
+            body: what is sent, as JSON; None: a GET.
+            none_for: a status that is an answer too, None.
+
+        Returns:
+            The answer.
+
+        Raises:
+            HostError: the server is not reached within all tries, or refuses.
+        """
+        data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+        problem = ""
+        for attempt in range(self.tries):
+            try:
+                return self._once(path, data)
+            except urllib.error.HTTPError as error:
+                if error.code == none_for:
+                    return None
+                problem, wait = _sentence(error), _seconds(error.headers.get("retry-after"))
+                if error.code not in COMES_BACK:
+                    raise HostError(f"{self.url}{path} answers {error.code}: {problem}") from error
+                problem = f"answers {error.code}: {problem}"
+            except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
+                reason = getattr(error, "reason", error)
+                problem, wait = f"cannot be reached: {str(reason) or type(reason).__name__}", 0.0
+            except ValueError as error:
+                raise HostError(f"{self.url}{path} answers what is not JSON: {error}") from error
+            if attempt + 1 < self.tries:
+                # Clients that were refused together do not come again together.
+                pause = max(wait, min(2.0**attempt / 2, LONGEST_WAIT / 2)) * random.uniform(1, 1.5)
+                time.sleep(min(pause, LONGEST_WAIT))
+        raise HostError(f"{self.url}{path} {problem}; given up after {self.tries} tries. Is the reward server running?")
+
+    def _once(self, path: str, data: bytes | None) -> Any:
+        request = urllib.request.Request(self.url + path, data=data)
+        request.add_header("Content-Type", "application/json")
+        if self._token is not None:
+            request.add_unredirected_header("Authorization", f"Bearer {self._token}")
+        with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            return json.loads(response.read())
+
+
+# ---- what servers speak
+
+
+class Tlcr:
+    """``tlcr serve``: rewards."""
+
+    def __init__(self, client: RewardClient, info: Any) -> None:
+        labels = info.get("labels") if isinstance(info, dict) else None
+        if (
+            not isinstance(labels, list)
+            or len(labels) not in (2, 3)
+            or (labels[0], labels[-1]) != ("negative", POSITIVE)
+        ):
+            raise HostError(
+                f"{client.url}/v1/info has the labels {labels!r}; wanted negative, (neutral,) positive, those of a "
+                "discriminator that tlcr serve serves"
+            )
+        self.client, self.info = client, info
+        limits = info.get("limits", {})
+        self.request_items = min(REQUEST_ITEMS, limits.get("items", REQUEST_ITEMS))
+        self.request_tokens = min(REQUEST_TOKENS, limits.get("request_tokens", REQUEST_TOKENS))
+
+    def rewards(self, items: Sequence[Item]) -> list[list[float]]:
+        """One list for each item."""
+        sent = [{"prompt_ids": _plain(one.prompt_ids), "response_ids": _plain(one.response_ids)} for one in items]
+        return [row["rewards"] for row in self.score(sent)]
+
+    def score(self, sent: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """``data`` of ``/v1/token_rewards``, as long as ``sent``."""
+        answer = self.client.ask("/v1/token_rewards", {"items": sent})
+        return _data(answer, len(sent), "rewards", f"{self.client.url}/v1/token_rewards")
+
+
+class Vllm:
+    """A vLLM that serves the discriminator's folder: logits of every token, prompt and answer alike."""
+
+    request_items, request_tokens = REQUEST_ITEMS, REQUEST_TOKENS
+
+    def __init__(self, client: RewardClient, temperature: float | None) -> None:
+        self.client = client
+        models = client.ask("/v1/models", none_for=404)
+        if not isinstance(models, dict) or not models.get("data"):
+            raise HostError(
+                f"{client.url} has neither /v1/info (tlcr serve) nor /v1/models (vLLM); is this the address?"
+            )
+        served = models["data"][0]
+        self.model, self.limit = served["id"], served.get("max_model_len")
+        folder = Path(str(served.get("root") or self.model))
+        self.temperature = _temperature(folder, client.url) if temperature is None else temperature
+        self.info = {"server": "vllm", "model": self.model, "temperature": self.temperature, "max_tokens": self.limit}
+
+    def rewards(self, items: Sequence[Item]) -> list[list[float]]:
+        """One list for each item: the last of its rows of logits are the answer's."""
+        rows = [_plain(item.prompt_ids) + _plain(item.response_ids) for item in items]
+        body = {"model": self.model, "input": rows, "use_activation": False}
+        where = f"{self.client.url}/pooling"
+        data = _data(self.client.ask("/pooling", body), len(items), "data", where)
+        rewards = []
+        for number, (found, row, item) in enumerate(zip(data, rows, items, strict=True)):
+            logits = found["data"]
+            if found.get("index", number) != number or not isinstance(logits, list) or len(logits) != len(row):
+                raise HostError(
+                    f"{where} gives {len(logits) if isinstance(logits, list) else 'no'} rows of logits for the "
+                    f"{len(row)} tokens of answer {number}; is the model a token classifier (token_classify)?"
+                )
+            answer = logits[len(item.prompt_ids) :]
+            rewards.append(rewards_of_logits(answer, self.temperature, where))
+        return rewards
+
+
+def rewards_of_logits(logits: Sequence[Sequence[float]], temperature: float, where: str = "logits") -> list[float]:
+    """p(positive) - p(negative) of each token, p = softmax(logits / temperature), in float64.
+
+    Args:
+        logits: for each token two numbers [negative, positive], or three [negative, neutral, positive].
+        temperature: the discriminator's.
+        where: what the logits come from, for the error's text.
+
+    Returns:
+        One reward for each token.
+
+    Raises:
+        HostError: a token has another number of logits, or one that is not finite.
+    """
+    rewards = []
+    for token, row in enumerate(logits):
+        if not isinstance(row, list) or len(row) not in (2, 3) or not all(map(math.isfinite, row)):
+            raise HostError(
+                f"{where} has {row!r} for token {token}; wanted 2 or 3 finite numbers: the discriminator's weights are "
+                "broken, or another model is served"
+            )
+        top = max(row)
+        weights = [math.exp((value - top) / temperature) for value in row]
+        rewards.append((weights[-1] - weights[0]) / math.fsum(weights))
+    return rewards
+
+
+def vocabulary_fingerprint(tokenizer: Any) -> str:
+    """A digest of what a tokenizer's ids mean: its vocabulary, and its beginning and end of sequence.
+
+    Args:
+        tokenizer: one of transformers, of any version.
+
+    Returns:
+        16 hexadecimal digits. Tokenizers with the same ones may be used with one another's ids.
+    """
+    meaning = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.get_vocab().items())]
+    return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
+
+
+# ---- reading answers
+
+
+def _parts(sent: Sequence[int], items: Sequence[Item], server: Tlcr | Vllm) -> Iterator[list[int]]:
+    """Indices of items in requests that the server takes; one longer item goes alone, for the server to refuse."""
+    part: list[int] = []
+    tokens = 0
+    for number in sent:
+        length = len(items[number].prompt_ids) + len(items[number].response_ids)
+        if part and (len(part) == server.request_items or tokens + length > server.request_tokens):
+            yield part
+            part, tokens = [], 0
+        part.append(number)
+        tokens += length
+    if part:
+        yield part
+
+
+def _plain(ids: Sequence[int]) -> list[int]:
+    """Python's integers, also of an array or a tensor."""
+    return list(map(int, ids))
+
+
+def _data(answer: Any, count: int, name: str, where: str) -> list[dict[str, Any]]:
+    """The entries of an answer, one for each row that was sent, each with ``name``."""
+    data = answer.get("data") if isinstance(answer, dict) else None
+    if not isinstance(data, list) or len(data) != count:
+        found = f"{len(data)} entries" if isinstance(data, list) else "none"
+        raise HostError(f"{where} was sent {count} answers and has {found} under 'data'; is this a reward server?")
+    for number, row in enumerate(data):
+        if not isinstance(row, dict) or name not in row:
+            raise HostError(f"{where} has no {name} for answer {number}; is this a reward server?")
+    return data
+
+
+def _temperature(folder: Path, url: str) -> float:
+    """``tlcr_temperature`` of the folder that vLLM serves, where it is on this machine."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HostError(
+            f"{url} is a vLLM, which does not tell the discriminator's temperature, and {str(folder)!r} is not on this "
+            "machine; give it: RewardClient(url, temperature=...), with tlcr_temperature of the discriminator's "
+            "config.json (1.0 where there is none)"
+        ) from error
+    return float(config.get("tlcr_temperature", 1.0))
+
+
+def _sentence(error: urllib.error.HTTPError) -> str:
+    """What the server says of a refusal."""
+    try:
+        text = error.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        text = ""
+    try:
+        found = json.loads(text)["error"]
+        found = found["message"] if isinstance(found, dict) else found  # vLLM's
+    except (ValueError, KeyError, TypeError):
+        found = text or error.reason
+    return " ".join(str(found).split())[:500]
+
+
+def _seconds(retry_after: str | None) -> float:
+    try:
+        return max(float(retry_after or 0), 0.0)
+    except ValueError:  # a date; ours and vLLM send seconds
+        return 0.0
