@@ -50,12 +50,14 @@ nitpicky = True
 elsewhere = "|".join(
     (
         *("accelerate", "argparse", "collections", "contextlib", "datasets", "datetime", "importlib", "jsonargparse"),
-        *("logging", "np", "numpy", "packaging", "pathlib", "torch", "transformers", "typing"),
+        *("asyncio", "logging", "np", "numpy", "packaging", "pathlib", "starlette", "torch", "transformers", "typing"),
+        "uvicorn",
     )
 )
 nitpick_ignore_regex = [
     (r"py:.*", rf"({elsewhere})\..*"),
-    (r"py:class", r"Tensor|nn\.Module"),  # torch's, imported for the type checker only
+    # imported for the type checker only
+    (r"py:class", r"Tensor|nn\.Module|Path|PreTrainedTokenizerBase|Normalise|Baseline"),
     (r"py:class", r"tlcr\..*\.(T|E|ConfigT)"),  # type variables
     (r"py:class", r"tuple\[.*"),  # half a type: Sphinx cuts a signature with a default factory at every comma
 ]

@@ -148,12 +148,12 @@ def test_a_server_that_repeats_the_key_shows_it_to_nobody(
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     said = f"your header was Authorization: Bearer {KEY}"
     body = completion(said) if status == 200 else {"error": {"message": "x" * 270 + said}}
-    with serving(ChatServer(lambda request: Reply(body, status, SOON))) as server:
-        with AnswerStore(tmp_path / "answers.sqlite") as store:
-            try:
-                shown = repr(ask_one(server, store, retries=1))
-            except EndpointError as error:
-                shown = str(error)
+    reply = Reply(body, status, SOON)
+    with serving(ChatServer(lambda request: reply)) as server, AnswerStore(tmp_path / "answers.sqlite") as store:
+        try:
+            shown = repr(ask_one(server, store, retries=1))
+        except EndpointError as error:
+            shown = str(error)
     assert server.keys == {f"Bearer {KEY}"}
     kept = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     assert "sk-my" not in shown + caplog.text and b"sk-my" not in kept
@@ -164,7 +164,7 @@ def test_a_password_in_the_address_of_the_environment_is_refused(
     store: AnswerStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", "http://me:my-password@localhost:1/v1")
-    with pytest.raises(ConfigError, match="OPENAI_BASE_URL holds a user name or password before @localhost:1") as caught:
+    with pytest.raises(ConfigError, match="OPENAI_BASE_URL holds a user name or password") as caught:
         ask(Endpoint(EndpointConfig(model="m"), store), [question()], store, label="test")
     assert "my-password" not in str(caught.value)
 
@@ -494,7 +494,7 @@ def test_what_cannot_hold_a_store_is_said_as_what_it_is(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a folder; name the file in which answers are to be kept"):
         AnswerStore(tmp_path).__enter__()
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot write .*: File exists"):
+    with pytest.raises(CheckpointError, match=r"cannot write .*: File exists"):
         AnswerStore(tmp_path / "file" / "a.sqlite").__enter__()
 
     foreign = tmp_path / "foreign.sqlite"

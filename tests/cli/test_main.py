@@ -337,6 +337,7 @@ def second_of_two(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(together, "begin", lambda: None)
     monkeypatch.setattr(together, "fail", fail)
+    monkeypatch.setattr(together, "end", sys.exit)
     return ended
 
 
@@ -369,10 +370,12 @@ def test_what_several_processes_cannot_share_is_refused(
 def test_one_of_several_processes_prints_the_config(
     second_of_two: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cli.main(["run", "--print-config"]) == 0
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["run", "--print-config"])
     assert capsys.readouterr().out == ""
     monkeypatch.setenv("RANK", "0")
-    assert cli.main(["run", "--print-config"]) == 0
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["run", "--print-config"])
     assert "output_dir" in capsys.readouterr().out
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from tests.cuda.emulated import CSRC, KERNELS
 
+pytestmark = pytest.mark.slow
+
 TARGETS = ("80", "90", "100")
 # A kernel's name within its mangled one, and the first letters of its template arguments.
 NAME = re.compile(r"(score_backward_kernel|score_kernel|hidden_reward_kernel)I(f|d|6__half|13__nv_bfloat16)(\w*?)EEv")

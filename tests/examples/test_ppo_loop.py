@@ -72,6 +72,7 @@ def test_it_uses_public_functions_only() -> None:
     assert {name for owner, name in attributes if owner == "embedded"} <= set(embedded.__all__)
 
 
+@pytest.mark.slow
 def test_it_says_the_same_again_as_a_script(capsys: pytest.CaptureFixture[str]) -> None:
     before, after = ppo_loop.main(TINY)
     said = capsys.readouterr().out

@@ -58,6 +58,7 @@ def test_no_tracked_file_is_large(tracked: list[Path]) -> None:
     assert [str(file.relative_to(ROOT)) for file in tracked if file.stat().st_size > 2**20] == []
 
 
+@pytest.mark.slow
 def test_the_folder_of_kernels_is_not_taken_for_hugging_face_s_package(tmp_path: Path) -> None:
     """`kernels` is also a package that transformers looks for, and the root of the repository is often on the path."""
 

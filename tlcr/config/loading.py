@@ -228,7 +228,7 @@ def _parse_yaml(text: str, where: str) -> tuple[Any, yaml.Node | None]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
-        raise ConfigError(f"{where} is nested too deeply to be read; no knob is deeper than arms and their parts") from error
+        raise ConfigError(f"{where} is nested too deeply to be read; no knob needs more than four levels") from error
     except ValueError as error:  # a number of thousands of digits, a date that is none
         raise ConfigError(f"{where} holds a value that cannot be read: {error}") from error
 
@@ -246,7 +246,8 @@ def _size(node: yaml.Node, where: str, path: str, sizes: dict[int, int | None]) 
         sizes[id(node)] = 1 + sum(_size(part, where, name, sizes) for name, part in parts)
     size = sizes[id(node)]
     if size is None:
-        raise ConfigError(f"{where}:{node.start_mark.line + 1}: {path.rstrip('.')} holds itself, by an alias; write it out")
+        line = node.start_mark.line + 1
+        raise ConfigError(f"{where}:{line}: {path.rstrip('.')} holds itself, by an alias; write it out")
     return size
 
 
