@@ -249,6 +249,12 @@ def test_a_manifest_without_what_every_one_has_is_passed_over(
     assert f"it has no {name}, or one that is no " in caplog.text
 
 
+def test_a_state_with_numbers_as_keys_is_not_taken_for_damaged(tmp_path: Path) -> None:
+    training = Training(seed=1)
+    path = training.save(tmp_path, 1, state={"seen": {10: 1, 9: 2}, "pair": (1, 2)})
+    assert load_checkpoint(path, **training.parts).state == {"seen": {"10": 1, "9": 2}, "pair": [1, 2]}
+
+
 def test_checkpoints_of_versions_without_checksums_are_read(tmp_path: Path) -> None:
     training = Training(seed=1)
     path = training.save(tmp_path, 3)

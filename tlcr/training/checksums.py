@@ -25,4 +25,6 @@ def of_file(path: Path) -> str:
 
 def of_record(record: Mapping[str, Any]) -> str:
     """The CRC-32 of a mapping of JSON values; the same before it is written and after it is read."""
-    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
+    # As it is read: JSON makes texts of keys that are numbers, which then stand in another order.
+    as_read = json.loads(json.dumps(record))
+    return f"{zlib.crc32(json.dumps(as_read, sort_keys=True).encode()):08x}"

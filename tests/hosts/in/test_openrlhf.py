@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,29 +23,18 @@ from openrlhf.trainer.ppo_utils import experience_maker  # noqa: E402
 from openrlhf.trainer.ppo_utils.experience import Experience  # noqa: E402
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator  # noqa: E402
 from openrlhf.trainer.ray.vllm_engine import _load_agent_executor  # noqa: E402
-from served import golden_server  # noqa: E402
 
 from tlcr.errors import HostError  # noqa: E402
 from tlcr.hosts import openrlhf as adaptor  # noqa: E402
 from tlcr.hosts import openrlhf_agent  # noqa: E402
 from tlcr.hosts.guard import require  # noqa: E402
-from tlcr.hosts.remote import TRIES, URL  # noqa: E402
+from tlcr.hosts.remote import URL  # noqa: E402
 
 GOLDEN = golden.load()
 FULL = [(number, item) for number, item in enumerate(GOLDEN["items"]) if item["response_ids"]]
 ESTIMATORS = ["gae", "reinforce", "reinforce_baseline", "rloo", "group_norm", "dr_grpo", "flash_reinforce"]
 
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Any]:
-    with golden_server() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def address(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(URL, server.url)
-    monkeypatch.setenv(TRIES, "1")
+pytestmark = pytest.mark.usefixtures("address")
 
 
 class Ids:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sys
 import typing
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +24,6 @@ if sys.version_info < (3, 12):  # pydantic wants this one before 3.12, and SkyRL
 import golden  # noqa: E402
 import torch  # noqa: E402
 from loguru import logger  # noqa: E402
-from served import golden_server  # noqa: E402
 from skyrl.backends.skyrl_train.utils import ppo_utils  # noqa: E402
 from skyrl.train.dataset.preprocess import convert_prompts_responses_to_batch_tensors  # noqa: E402
 from skyrl.train.entrypoints.main_base import BasePPOExp  # noqa: E402
@@ -35,7 +33,7 @@ from skyrl.train.trainer import RayPPOTrainer  # noqa: E402
 from tlcr.errors import HostError  # noqa: E402
 from tlcr.hosts import skyrl as adaptor  # noqa: E402
 from tlcr.hosts.guard import require  # noqa: E402
-from tlcr.hosts.remote import TRIES, URL, scorer_at  # noqa: E402
+from tlcr.hosts.remote import URL, scorer_at  # noqa: E402
 
 GOLDEN = golden.load()
 EXPECTED = GOLDEN["hosts"]["skyrl"]
@@ -45,17 +43,7 @@ UIDS = [f"prompt{group}" for group, item in zip(GOLDEN["group"], GOLDEN["items"]
 TRAIN = {"batch_metadata": BatchMetadata(global_step=1, training_phase="train")}
 EVAL = {"batch_metadata": BatchMetadata(global_step=1, training_phase="eval")}
 
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Any]:
-    with golden_server() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def address(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(URL, server.url)
-    monkeypatch.setenv(TRIES, "1")
+pytestmark = pytest.mark.usefixtures("address")
 
 
 class Playing(GeneratorInterface):

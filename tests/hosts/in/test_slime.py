@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +14,11 @@ from typing import Any
 import golden
 import pytest
 import torch
-from served import golden_server
 from stubs import stub
 
 from tlcr.errors import HostError
 from tlcr.hosts import slime
-from tlcr.hosts.remote import TRIES, URL
+from tlcr.hosts.remote import URL
 
 GOLDEN = golden.load()
 ITEMS, GROUP = GOLDEN["items"], GOLDEN["group"]
@@ -72,16 +70,7 @@ def samples() -> list[Any]:
     ]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Any]:
-    with golden_server() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def address(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(URL, server.url)
-    monkeypatch.setenv(TRIES, "1")
+pytestmark = pytest.mark.usefixtures("address")
 
 
 def scored(args: Any) -> list[Any]:

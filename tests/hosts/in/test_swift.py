@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import string
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,7 @@ swift = pytest.importorskip("swift")
 
 import golden  # noqa: E402
 import torch  # noqa: E402
-from served import golden_server, made_up  # noqa: E402
+from served import made_up  # noqa: E402
 from swift.pipelines import rlhf_main  # noqa: E402
 from swift.rewards.orm import orms  # noqa: E402
 from swift.trainers.trainer_factory import TrainerFactory  # noqa: E402
@@ -24,24 +23,14 @@ from swift.trainers.trainer_factory import TrainerFactory  # noqa: E402
 from tlcr.errors import HostError  # noqa: E402
 from tlcr.hosts import swift as adaptor  # noqa: E402
 from tlcr.hosts.guard import require  # noqa: E402
-from tlcr.hosts.remote import TRIES, URL  # noqa: E402
+from tlcr.hosts.remote import URL  # noqa: E402
 
 GOLDEN = golden.load()
 LETTERS = string.ascii_letters[:47]
 ITEMS = GOLDEN["items"]
 FULL = [(group, item) for group, item in zip(GOLDEN["group"], ITEMS, strict=True) if any(item["mask"])]
 
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Any]:
-    with golden_server() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def address(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(URL, server.url)
-    monkeypatch.setenv(TRIES, "1")
+pytestmark = pytest.mark.usefixtures("address")
 
 
 def counted(values: list[Any], mask: list[int]) -> list[Any]:

@@ -6,7 +6,7 @@ import asyncio
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,6 @@ verl = pytest.importorskip("verl")
 import golden  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from served import golden_server  # noqa: E402
 from verl import DataProto  # noqa: E402
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput  # noqa: E402
 from verl.trainer.ppo.ray_trainer import compute_advantage  # noqa: E402
@@ -38,12 +37,6 @@ from tlcr.hosts.verl import (  # noqa: E402
 GOLDEN = golden.load()
 EXPECTED = GOLDEN["hosts"]["verl"]
 FULL = [item for item in GOLDEN["items"] if item["response_ids"]]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Any]:
-    with golden_server() as running:
-        yield running
 
 
 def output_of(item: dict[str, Any]) -> AgentLoopOutput:
