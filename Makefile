@@ -9,7 +9,7 @@ RIVALS := $(VENV)/.rivals
 DOCS := $(VENV)/.docs
 CPP := $(shell find csrc tests/cuda/emulator .ci -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: quickstart test test-slow lint format docs bench bench-report bench-compare wheels lowest newest lock hosts vllm gpu gpu-in-small
+.PHONY: quickstart test test-slow test-again lint format docs bench bench-report bench-compare wheels lowest newest lock hosts vllm gpu gpu-in-small
 
 quickstart: $(INSTALLED)
 	$(BIN)/tlcr run examples/quickstart.yaml --resume
@@ -21,6 +21,10 @@ test: $(INSTALLED)
 # Those: they start several processes, kill some, compile for GPUs, build older commits or run whole examples.
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -p no:benchmark -m slow --durations=15
+
+# What failed last time, one test after the other. It fails where nothing did.
+test-again: $(INSTALLED)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -p no:benchmark --last-failed --last-failed-no-failures none -rA
 
 # Changes nothing. What `make format` cannot mend is for a person.
 lint: $(INSTALLED)

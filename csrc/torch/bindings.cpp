@@ -172,9 +172,12 @@ struct PPOInputs {
   }
 };
 
+// Numbers of the arithmetic's dtype for the time of a call: cheaper than a tensor, and wide enough for either dtype.
+using Scratch = std::vector<double>;
+
 // The forward pass: loss and statistics. `run` fills row_sums and row_weights.
 template <typename Run>
-std::tuple<Tensor, Tensor> ppo_forward(const Tensor& row_weights, const Tensor& logprobs, const Tensor& old_logprobs,
+std::tuple<Tensor, Tensor> ppo_forward(void* row_weights, const Tensor& logprobs, const Tensor& old_logprobs,
                                        const Tensor& advantages, const Tensor& mask, double clip, double clip_high,
                                        std::optional<double> dual_clip, const MaybeTensor& values,
                                        const MaybeTensor& old_values, const MaybeTensor& returns,
@@ -188,15 +191,15 @@ std::tuple<Tensor, Tensor> ppo_forward(const Tensor& row_weights, const Tensor& 
       kl_coef, per_sequence, denominator.value_or(0)};
   const PPOInputs inputs(real, logprobs, old_logprobs, advantages, mask, values, old_values, returns, options);
   const MaybeTensor entropy_BT = dense(entropy, real), kl_BT = dense(kl, real), count = dense(denominator_tensor, real);
-  const Tensor row_sums = empty({mask.size(0), kPPOStats + 1}, real, logprobs);
+  Scratch row_sums(mask.size(0) * (kPPOStats + 1));
   const Tensor stats = empty({kPPOStats}, real, logprobs), loss = empty({}, real, logprobs);
   PPOArguments arguments{};
   inputs.fill(arguments);
   arguments.entropy = pointer(entropy_BT);
   arguments.kl = pointer(kl_BT);
   arguments.denominator = pointer(count);
-  arguments.row_sums = pointer(row_sums);
-  arguments.row_weights = pointer(row_weights);
+  arguments.row_sums = row_sums.data();
+  arguments.row_weights = row_weights;
   arguments.stats = pointer(stats);
   run(inputs, arguments);
   cpu::kernels().ppo_finish(arguments);
@@ -218,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor& logprobs, const Tensor
     on_threads(cpu::kernels().ppo, arguments, arguments.batch, arguments.length);
     cpu::kernels().ppo_weigh(arguments);
   };
-  const auto [loss, stats] = ppo_forward(row_weights, logprobs, old_logprobs, advantages, mask, clip, clip_high,
+  const auto [loss, stats] = ppo_forward(pointer(row_weights), logprobs, old_logprobs, advantages, mask, clip, clip_high,
                                          dual_clip, values, old_values, returns, value_clip, value_coef, entropy,
                                          entropy_coef, kl, kl_coef, per_sequence, denominator, denominator_tensor, run);
   return {loss, stats, row_weights};
@@ -262,8 +265,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_with_gradien
     };
     on_threads(both, arguments.batch, arguments.length);
   };
+  Scratch row_weights(mask.size(0));
   const auto [loss, stats] =
-      ppo_forward(empty({mask.size(0)}, real, mask), logprobs, old_logprobs, advantages, mask, clip, clip_high,
+      ppo_forward(row_weights.data(), logprobs, old_logprobs, advantages, mask, clip, clip_high,
                   dual_clip, values, old_values, returns, value_clip, value_coef, entropy, entropy_coef, kl, kl_coef,
                   per_sequence, denominator, denominator_tensor, run);
   return {loss, stats, g_logprobs, g_values, g_entropy, g_kl};

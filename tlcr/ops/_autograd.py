@@ -179,25 +179,25 @@ def scaling(op: Op[Any, Any], gradient: Gradient, operator: Callable[..., Any]) 
     """
     name, plain, number = op.name, gradient.plain, len(gradient.results(op.results))
     batched = torch._C._functorch.is_legacy_batchedtensor
+    graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
     class Scaling(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, values: list[Any], found: list[Tensor], *trained: Tensor | None) -> Any:
+            needed = ctx.needs_input_grad[2:]
             with below_autograd():
-                results = operator(*values, *ctx.needs_input_grad[2:])
-            ctx.save_for_backward(*results[number:])
+                results = operator(*values, *needed)
+            ctx.save_for_backward(*[x if wanted else None for x, wanted in zip(results[number:], needed, strict=True)])
             ctx.set_materialize_grads(False)
             found += results[:number]
             return results[0]
 
         @staticmethod
         def backward(ctx: Any, factor: Tensor | None) -> tuple[Tensor | None, ...]:
-            _, _, *needed = ctx.needs_input_grad
+            kept = ctx.saved_tensors
             if factor is None:
-                return (None, None, *[None] * len(needed))
-            kept = [x if wanted else None for x, wanted in zip(ctx.saved_tensors, needed, strict=True)]
-            again = torch._C._autograd._get_current_graph_task_keep_graph() or torch.is_grad_enabled()
-            if again or type(factor) is not Tensor or batched(factor) or watched():
+                return (None, None, *[None] * len(kept))
+            if graph_is_kept() or torch.is_grad_enabled() or type(factor) is not Tensor or batched(factor) or watched():
                 scaled = [None if x is None else x * factor for x in kept]
                 return None, None, *differentiable_once(name, plain, scaled)
             if factor.item() != 1:
