@@ -549,6 +549,7 @@ def test_nothing_stands_in_the_way_of_the_desk(desk: Desk, capsys: pytest.Captur
     assert doctor(desk, capsys) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
 def test_doctor_names_the_fault_and_a_remedy_that_works(
     fault: Fault, desk: Desk, capsys: pytest.CaptureFixture[str]

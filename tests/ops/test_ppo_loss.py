@@ -510,6 +510,23 @@ def test_what_is_made_of_the_loss_scales_the_gradients(backend: Backend, dtype: 
 
 
 @backends("ppo_loss")
+@pytest.mark.parametrize("factor", [INF, NAN])
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_factor_without_bounds_reaches_no_token_that_does_not_count(
+    backend: Backend, factor: float, kept: bool
+) -> None:
+    """As a loss scale that overflowed: what counts shows it, and what is masked stays exactly 0."""
+    inputs = to_device(example(2, 8), backend.device)
+    leaves = {name: inputs[name].clone().requires_grad_() for name in TRAINED}
+    loss = ops.ppo_loss(**inputs | leaves, **COEFFICIENTS, impl=backend.impl).loss
+    (factor * loss).backward(retain_graph=kept)
+    for leaf in leaves.values():
+        assert leaf.grad is not None
+        assert not leaf.grad[~inputs["mask"]].any()
+        assert not leaf.grad[inputs["mask"]].isfinite().all()
+
+
+@backends("ppo_loss")
 def test_every_pass_over_a_graph_that_is_kept_gives_gradients_of_its_own(backend: Backend) -> None:
     """Kernels may keep the gradients themselves: what a caller does with those of one pass must not reach the next."""
     inputs = to_device(example(4, 37), backend.device)

@@ -4,6 +4,7 @@ A result without an incoming gradient passes None to the kernel, which then leav
 second derivatives, no derivatives in forward mode and no rules for torch.func; whoever asks for one is told so.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -198,15 +199,20 @@ def scaling(op: Op[Any, Any], gradient: Gradient, operator: Callable[..., Any]) 
             if factor is None:
                 return (None, None, *[None] * len(kept))
             if graph_is_kept() or torch.is_grad_enabled() or type(factor) is not Tensor or batched(factor) or watched():
-                scaled = [None if x is None else x * factor for x in kept]
+                scaled = [None if x is None else _times(x, factor) for x in kept]
                 return None, None, *differentiable_once(name, plain, scaled)
-            if factor.item() != 1:
-                for x in kept:  # for the last time, so in place
-                    if x is not None:
-                        x.mul_(factor)
+            number = factor.item()
+            if number != 1:
+                times = Tensor.mul_ if math.isfinite(number) else _times  # for the last time, so in place
+                kept = [None if x is None else times(x, factor) for x in kept]
             return None, None, *kept
 
     return super(torch.autograd.Function, Scaling).apply
+
+
+def _times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """A gradient times a number. A token that does not count keeps its 0 where the number is infinite or NaN."""
+    return torch.where(gradient == 0, gradient, gradient * factor)
 
 
 def _tuple(results: Any) -> tuple[Tensor, ...]:
