@@ -46,6 +46,7 @@ def test_nothing_tells_people_to_install_a_package_of_others() -> None:
     assert found == []
 
 
+@pytest.mark.slow
 def test_type_checkers_find_an_editable_installation(tmp_path: Path) -> None:
     origin = next((one.read_text("direct_url.json") for one in distributions(name=DISTRIBUTION)), None)
     if origin is None or '"editable": true' not in origin:

@@ -112,6 +112,7 @@ def test_too_little_memory_blocks_and_says_what_to_set(
         assert change in text
 
 
+@pytest.mark.slow
 def test_the_smallest_change_that_fits_is_named(
     real_size: str, cpu_only: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(program), *arguments], capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_no_access_outside_and_no_undefined_behaviour(program: Path) -> None:
     done = run(program)
     assert done.returncode == 0, done.stderr

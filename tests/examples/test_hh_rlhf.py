@@ -167,6 +167,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_every_arm_trains_and_is_compared(finished: RunConfig) -> None:
     folder = Path(finished.output_dir)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))

@@ -65,15 +65,19 @@ def reward_model(cfg: RunConfig) -> tuple[PreTrainedModel, dict[str, Any]]:
 CHECKPOINTS = {"model.dtype": "bfloat16", "model.gradient_checkpointing": True}
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("stage", "prepare", "changes"),
     [
         ("sft", sft, {}),
         ("sft", sft, CHECKPOINTS),
-        ("sft", sft, {"model.dtype": "bfloat16", "sft.micro_batch_size": 2}),
-        ("discriminator", discriminator, {"discriminator.micro_batch_size": 2}),
-        ("discriminator", discriminator, CHECKPOINTS),
-        ("reward model", reward_model, {"model.dtype": "bfloat16"}),
+        slow("sft", sft, {"model.dtype": "bfloat16", "sft.micro_batch_size": 2}),
+        slow("discriminator", discriminator, {"discriminator.micro_batch_size": 2}),
+        slow("discriminator", discriminator, CHECKPOINTS),
+        slow("reward model", reward_model, {"model.dtype": "bfloat16"}),
     ],
 )
 def test_a_supervised_training_takes_what_is_estimated(
@@ -94,12 +98,12 @@ def test_a_supervised_training_takes_what_is_estimated(
     [
         {"model.dtype": "bfloat16"},
         {"ppo.value_model": "shared"},
-        {"ppo.chunk_tokens": 64, **CHECKPOINTS},
-        {"ppo.micro_batch_size": 2, "model.dtype": "bfloat16"},
-        {"kl.placement": "loss", "kl.estimator": "full"},
-        {"ppo.micro_batch_tokens": 10**6, "rollout.batch_size": 4},
-        {"ppo.packing": "always"},
-        {"lora.rank": 8, "ppo.chunk_tokens": 64, **CHECKPOINTS},
+        slow({"ppo.chunk_tokens": 64, **CHECKPOINTS}),
+        slow({"ppo.micro_batch_size": 2, "model.dtype": "bfloat16"}),
+        slow({"kl.placement": "loss", "kl.estimator": "full"}),
+        slow({"ppo.micro_batch_tokens": 10**6, "rollout.batch_size": 4}),
+        slow({"ppo.packing": "always"}),
+        slow({"lora.rank": 8, "ppo.chunk_tokens": 64, **CHECKPOINTS}),
     ],
 )
 def test_ppo_takes_what_is_estimated(

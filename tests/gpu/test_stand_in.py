@@ -66,6 +66,7 @@ def on_the_stand_in(library: Path, *arguments: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_it_refuses_what_a_gpu_refuses(library: Path, tmp_path: Path) -> None:
     tests = tmp_path / "test_refused.py"
     tests.write_text(WHAT_A_GPU_REFUSES)

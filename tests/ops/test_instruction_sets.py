@@ -44,6 +44,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.o" for name in REGISTERS}
 
 
+@pytest.mark.slow
 @x86
 def test_nothing_is_shared_between_instruction_sets(objects: dict[str, Path]) -> None:
     """A weak symbol would be one function for all three: whichever the linker meets first, perhaps AVX-512's."""
