@@ -7,12 +7,15 @@ is at the end of its support.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import re
 import typing
 from typing import Any
+from unittest.mock import patch
 
 from sphinx.application import Sphinx
+from sphinx.ext.autodoc.mock import mock
 
 from tlcr.distribution import installed_version
 
@@ -42,6 +45,11 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autosummary_generate = False  # the pages of the reference are written by hand: one for each folder of the package
 napoleon_numpy_docstring = False
+
+# Adaptors import the trainer that they are for, and ask whether its version will do. Here no trainer is installed.
+with mock(["loguru", "openrlhf", "ray", "skyrl", "swift", "verl"]), patch("tlcr.hosts.guard.require"):
+    for adaptor in ("openrlhf", "openrlhf_agent", "skyrl", "swift", "verl"):
+        importlib.import_module(f"tlcr.hosts.{adaptor}")
 python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
 
