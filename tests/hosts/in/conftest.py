@@ -1,9 +1,11 @@
 """For tests inside a trainer's environment, which has neither tlcr's dependencies nor the fixtures of ``tests``."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -38,38 +40,37 @@ def address(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def start_ray(tmp_path: Path) -> Iterator[Callable[..., None]]:
-    """Starts Ray with ``num_cpus`` logical CPUs and connects to it; the rest are options of ``ray.init``.
-
-    Ports are chosen here: else Ray gives its agents 15 s to start and say theirs, and dies where a busy machine takes
-    longer (ray-project/ray#65983).
-    """
+def start_ray() -> Iterator[Callable[..., None]]:
+    """Starts Ray with ``num_cpus`` logical CPUs and connects to it; the rest are options of ``ray.init``."""
     import ray
 
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats"]
-    command += ["--node-ip-address=127.0.0.1", "--include-dashboard=false"]
-    names = ("port", "dashboard-agent-grpc-port", "dashboard-agent-listen-port", "runtime-env-agent-port")
-    ports = dict(zip((*names, "metrics-export-port"), free_ports(5), strict=True))
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # a short path: sockets stand in it
+    names = ("port", "metrics-export-port", "runtime-env-agent-port")
+    names += ("dashboard-agent-grpc-port", "dashboard-agent-listen-port")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    command = [sys.executable, str(Path(__file__).with_name("ray_start.py")), "start", "--head", "--block"]
+    command += ["--disable-usage-stats", "--include-dashboard=false", f"--temp-dir={folder}"]
+    command += [f"--{name}={port}" for name, port in ports.items()]
     started: list[subprocess.Popen[bytes]] = []
-    log = tmp_path / "ray.log"
+    log = folder / "start.log"
 
     def start(num_cpus: int, **options: Any) -> None:
-        chosen = [f"--{name}={port}" for name, port in ports.items()]
+        settings = {**os.environ, "PYTHONUNBUFFERED": "1"}
         with log.open("w") as out:
-            words = [*command, *chosen, f"--num-cpus={num_cpus}"]
-            process = subprocess.Popen(words, stdout=out, stderr=out, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+            process = subprocess.Popen([*command, f"--num-cpus={num_cpus}"], stdout=out, stderr=out, env=settings)
         started.append(process)
         deadline = time.monotonic() + 300
         while "Ray runtime started" not in log.read_text():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
-        ray.init(address=f"127.0.0.1:{ports['port']}", **options)
+        ray.init(address=f"{ray.util.get_node_ip_address()}:{ports['port']}", **options)
 
     yield start
     ray.shutdown()
     for process in started:
         process.terminate()
         process.wait(120)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def free_ports(count: int) -> list[int]:
