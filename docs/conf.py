@@ -45,13 +45,13 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autosummary_generate = False  # the pages of the reference are written by hand: one for each folder of the package
 napoleon_numpy_docstring = False
+python_maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
 
 # Adaptors import the trainer that they are for, and ask whether its version will do. Here no trainer is installed.
 with mock(["loguru", "openrlhf", "ray", "skyrl", "swift", "verl"]), patch("tlcr.hosts.guard.require"):
     for adaptor in ("openrlhf", "openrlhf_agent", "skyrl", "swift", "verl"):
         importlib.import_module(f"tlcr.hosts.{adaptor}")
-python_maximum_signature_line_length = 88
-toc_object_entries_show_parents = "hide"
 
 # Every reference must be found, but for those to other projects: their sites cannot be asked without a network.
 nitpicky = True
