@@ -76,11 +76,11 @@ def made_discriminator(folder: Path) -> None:
 
 
 def items(count: int, seed: int, *, spread: bool = False) -> list[Item]:
-    """Random answers of one length, or of lengths from 8 to twice the usual."""
+    """Random answers of one length, or of lengths from 4 to it."""
     generator = random.Random(seed)
 
     def ids(length: int) -> list[int]:
-        return [generator.randrange(3, 400) for _ in range(generator.randint(8, 2 * length) if spread else length)]
+        return [generator.randrange(3, 400) for _ in range(generator.randint(4, length) if spread else length)]
 
     return [Item(ids(PROMPT), ids(ANSWER)) for _ in range(count)]
 
