@@ -55,7 +55,7 @@ HOSTS = {
     "openrlhf": Host("openrlhf", tuple(OPENRLHF.split()), alone=("openrlhf==0.11.2",)),
     "openrlhf-lowest": Host("openrlhf", tuple(OPENRLHF.split()), alone=("openrlhf==0.11.0",), tests="openrlhf"),
     "skyrl": Host("skyrl", tuple(SKYRL.split()), alone=("skyrl==0.3.0",)),
-    "slime": Host("", ()),
+    "slime": Host("", ("ray==2.60.0", "pyyaml", "tqdm")),  # what slime imports, for a checkout of it that SLIME names
     "swift": Host("ms-swift", ("ms-swift==4.6.0", "msgspec")),
 }
 

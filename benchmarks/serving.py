@@ -14,6 +14,7 @@ overload:   ten times as many clients as the queue holds, for a minute: statuses
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import random
@@ -33,6 +34,7 @@ from typing import Any
 import psutil
 import torch
 
+from benchmarks.record import machine, versions, write
 from tlcr.errors import HostError
 from tlcr.hosts.client import RewardClient
 from tlcr.hosts.contract import Item
@@ -74,11 +76,11 @@ def made_discriminator(folder: Path) -> None:
 
 
 def items(count: int, seed: int, *, spread: bool = False) -> list[Item]:
-    """Random answers of one length, or of lengths from 8 to twice the usual."""
+    """Random answers of one length, or of lengths from 4 to it."""
     generator = random.Random(seed)
 
     def ids(length: int) -> list[int]:
-        return [generator.randrange(3, 400) for _ in range(generator.randint(8, 2 * length) if spread else length)]
+        return [generator.randrange(3, 400) for _ in range(generator.randint(4, length) if spread else length)]
 
     return [Item(ids(PROMPT), ids(ANSWER)) for _ in range(count)]
 
@@ -260,7 +262,7 @@ PARTS = {"throughput": throughput, "latency": latency, "checked": checked, "over
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--discriminator", type=Path, help="a folder; default: a random one of 6M parameters")
-    parser.add_argument("--output", type=Path, help="where the figures go as JSON")
+    parser.add_argument("--output", type=Path, help="a JSON file, in which these parts replace those of before")
     parser.add_argument("--part", nargs="*", choices=list(PARTS), default=list(PARTS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -269,12 +271,29 @@ def main() -> None:
         if arguments.discriminator is None:
             made_discriminator(folder)
         model = ServedModel(str(folder), dtype="float32", device=torch.device("cpu"))
-        found: dict[str, Any] = {"threads": 1, "torch": torch.__version__, "cores": psutil.cpu_count()}
         for part in arguments.part:
-            found[part] = PARTS[part](folder, model)
-            print(json.dumps({part: found[part]}, indent=1), flush=True)  # noqa: T201
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            load = os.getloadavg()[0]
+            found = {"facts": facts(load), **PARTS[part](folder, model)}
+            print(json.dumps({part: found}, indent=1), flush=True)  # noqa: T201
+            if arguments.output is not None:
+                keep(arguments.output, part, found)
+
+
+def facts(load: float) -> dict[str, Any]:
+    """Of one part: where, when and by what it was measured, and how busy the machine was before."""
+    packages = ("transformers", "starlette", "uvicorn", "locust")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(threads=1),
+        "versions": versions(packages),
+        "load_before": load,
+    }
+
+
+def keep(path: Path, part: str, found: dict[str, Any]) -> None:
+    """Writes a part into a file beside the parts that it has."""
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    write(path, {**kept, part: found})
 
 
 if __name__ == "__main__":

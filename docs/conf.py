@@ -7,12 +7,15 @@ is at the end of its support.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import re
 import typing
 from typing import Any
+from unittest.mock import patch
 
 from sphinx.application import Sphinx
+from sphinx.ext.autodoc.mock import mock, undecorate
 
 from tlcr.distribution import installed_version
 
@@ -45,13 +48,20 @@ napoleon_numpy_docstring = False
 python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
 
+# Adaptors import the trainer that they are for, and ask whether its version will do. Here no trainer is installed.
+with mock(["loguru", "openrlhf", "ray", "skyrl", "swift", "verl"]), patch("tlcr.hosts.guard.require"):
+    for adaptor in ("openrlhf", "openrlhf_agent", "skyrl", "swift", "verl"):
+        module = importlib.import_module(f"tlcr.hosts.{adaptor}")
+        for public in module.__all__:  # what a trainer's decorator would return is a mock too
+            setattr(module, public, undecorate(getattr(module, public)))
+
 # Every reference must be found, but for those to other projects: their sites cannot be asked without a network.
 nitpicky = True
 elsewhere = "|".join(
     (
         *("accelerate", "argparse", "collections", "contextlib", "datasets", "datetime", "importlib", "jsonargparse"),
-        *("asyncio", "logging", "np", "numpy", "packaging", "pathlib", "starlette", "torch", "transformers", "typing"),
-        "uvicorn",
+        *("asyncio", "logging", "np", "numpy", "packaging", "pathlib", "skyrl", "starlette", "torch", "transformers"),
+        *("typing", "uvicorn"),
     )
 )
 nitpick_ignore_regex = [

@@ -213,11 +213,27 @@ def test_what_a_vllm_may_answer_wrongly(data: Any, sentence: str) -> None:
         RewardClient(url, temperature=1.0).token_rewards([Item([1], [2])])
 
 
+def test_a_vllm_is_found_behind_a_router_that_hides_statuses() -> None:
+    """verl's answers 500 where the vLLM behind it has no route."""
+
+    def reply(path: str, body: Any, heads: dict[str, str]) -> Reply:
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "d", "root": "d", "max_model_len": 64}]}, {}
+        if path == "/pooling":
+            return 200, {"data": [{"index": 0, "object": "pooling", "data": [[0.0, 0.0], [0.0, 0.0]]}]}, {}
+        return 500, b"Internal Server Error", {}
+
+    with answering(reply) as url:
+        assert RewardClient(url, temperature=1.0).token_rewards([Item([1], [2])]) == [[0.0]]
+
+
 def test_servers_that_are_none() -> None:
     with (
         answering(lambda *_: (404, {}, {})) as url,
         pytest.raises(HostError, match=r"neither /v1/info .* nor /v1/models"),
     ):
+        RewardClient(url).info()
+    with answering(lambda *_: (403, {"error": "not you"}, {})) as url, pytest.raises(HostError, match="403: not you"):
         RewardClient(url).info()
     for labels in (["positive", "negative"], ["LABEL_0"], None):
         info = {**INFO, "labels": labels}

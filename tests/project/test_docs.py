@@ -24,11 +24,14 @@ from tlcr.config.schema import RewardKind, RunConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [
+OF_TLCR = [
     *sorted(ROOT.glob("*.md")),
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "examples").rglob("README.md")),
 ]
+OF_TRAINERS = sorted((ROOT / "docs" / "hosts").glob("*.md"))
+"""Their YAML, their knobs and their commands are a trainer's: tests/hosts/in/ looks them up there."""
+PAGES = [*OF_TLCR, *OF_TRAINERS]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -88,8 +91,18 @@ def check_command(words: list[str]) -> None:
     elif words[:3] == ["python", "-m", "pytest"]:
         for word in words[3:]:
             assert not word.startswith("tests") or (ROOT / word).exists(), words
-    elif words[:2] == ["python", "-m"]:
-        assert is_module(words[2]), words
+    elif words[0] in ("python", "python3") and words[1] == "-m":
+        assert is_module(words[2]) or words[2].partition(".")[0] in TRAINERS, words
+        check_names(words[3:])
+    elif words[:2] == ["swift", "rlhf"]:
+        check_names(words[2:])
+    elif words[0] == "echo":
+        (line,) = ast.parse(words[1]).body
+        assert isinstance(line, ast.Import) and [is_module(name.name) for name in line.names] == [True], words
+    elif words[0] == "export":
+        assert words[1].partition("=")[0] in variables_of_rewards(), words
+    elif words[0].startswith("--"):  # flags to be added to a trainer's own command
+        check_names(words)
     elif words[0] in ("python", "sbatch"):
         assert (ROOT / words[1]).is_file(), words
     elif words[0] == "pip":
@@ -107,6 +120,28 @@ def check_command(words: list[str]) -> None:
         check_command(words[1:])
     else:
         raise AssertionError(f"a document names a command that nobody checks: {shlex.join(words)}")
+
+
+TRAINERS = {"openrlhf", "skyrl", "verl"}
+
+
+def check_names(words: list[str]) -> None:
+    """Raises AssertionError for a module or function of tlcr that a trainer is to import and that is not there."""
+    for name in re.findall(r"(?:^|=)(tlcr\.[\w.]+)$", "\n".join(words), re.MULTILINE):
+        assert is_module(name) or name.rpartition(".")[2] in names_of(name.rpartition(".")[0]), words
+
+
+def names_of(module: str) -> set[str]:
+    """What a module defines, read and not imported: its trainer is not here."""
+    path = (ROOT / module.replace(".", "/")).with_suffix(".py")
+    body = ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else []
+    return {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
+
+
+def variables_of_rewards() -> set[str]:
+    from tlcr.hosts import remote
+
+    return {remote.URL, remote.TOKEN, remote.TEMPERATURE, remote.TRIES}
 
 
 def is_module(name: str) -> bool:
@@ -180,6 +215,8 @@ def test_every_command_exists(page: Path) -> None:
             "cp examples/no_config.yaml mine.yaml",
         ),
         *("pip instal torch", "pip install --no-isolation .", "TLCR_BILD=cpu pip wheel ."),
+        *("python -m skyrl.main trainer.override_entrypoint=tlcr.hosts.skirl", "export TLCR_REWARD_URI=http://a"),
+        *("--custom-rm-path tlcr.hosts.slime.rewards", "echo 'import tlcr.hosts.swiftly' > plugin.py"),
     ],
 )
 def test_a_wrong_command_would_be_caught(line: str) -> None:
@@ -239,7 +276,17 @@ def test_the_json_of_the_readme_is_read_as_records(tmp_path: Path) -> None:
     assert [set(record) for record in records] == [{"prompt", "chosen", "rejected"}, {"prompt", "rejected", "revised"}]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=title)
+@pytest.mark.parametrize("page", OF_TRAINERS, ids=title)
+def test_every_python_of_a_trainers_page_imports_what_is_there(page: Path) -> None:
+    for block in blocks(page.read_text(encoding="utf-8"), "python"):
+        imports = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
+        ours = [node for node in imports if node.module is not None and node.module.startswith("tlcr.")]
+        assert ours
+        for node in ours:
+            assert {name.name for name in node.names} <= names_of(str(node.module)), ast.unparse(node)
+
+
+@pytest.mark.parametrize("page", OF_TLCR, ids=title)
 def test_every_yaml_loads(page: Path, tmp_path: Path) -> None:
     for index, block in enumerate(blocks(page.read_text(encoding="utf-8"), "yaml")):
         path = tmp_path / f"{index}.yaml"
@@ -278,7 +325,7 @@ def unknown_knobs(text: str) -> set[str]:
     return {f"{section}.{name}" for section, name in named if section in sections and name not in files} - known
 
 
-@pytest.mark.parametrize("page", PAGES, ids=title)
+@pytest.mark.parametrize("page", OF_TLCR, ids=title)
 def test_every_knob_that_is_named_exists(page: Path) -> None:
     assert unknown_knobs(page.read_text(encoding="utf-8")) == set()
 
@@ -325,7 +372,8 @@ def test_the_map_names_every_room_and_page() -> None:
 def test_every_path_in_the_prose_exists(page: Path) -> None:
     text = prose(page.read_text(encoding="utf-8"))
     for path in re.findall(r"`((?:tlcr|docs|tests|examples|benchmarks|csrc|kernels)/[\w./-]*)`", text):
-        assert "NAME" in path or "FAMILY" in path or (ROOT / path).exists(), path
+        is_figure = page in OF_TRAINERS and path.startswith("tlcr/")  # of a trainer's log
+        assert "NAME" in path or "FAMILY" in path or is_figure or (ROOT / path).exists(), path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=title)
@@ -428,6 +476,12 @@ def test_the_reference_has_every_public_name() -> None:
     assert described == set(tlcr.__all__) - {"__version__", "ops"}
     of_ops = set(re.findall(r"^\.\. auto(?:function|class):: tlcr\.ops\.(\w+)$", REFERENCE, re.MULTILINE))
     assert described | of_ops >= set(tlcr.ops.__all__)
+
+
+def test_the_reference_has_every_adaptor() -> None:
+    described = set(re.findall(r"^\.\. automodule:: tlcr\.hosts\.(\w+)$", REFERENCE, re.MULTILINE))
+    modules = {path.stem for path in (ROOT / "tlcr" / "hosts").glob("*.py")} - {"__init__", "verl_plugin"}
+    assert described == modules  # the plugin has no names: verl imports it
 
 
 def without_sections(tree: ast.AST, prefix: str = "") -> Iterator[str]:

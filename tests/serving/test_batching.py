@@ -94,7 +94,7 @@ def test_a_window_gathers_what_arrives_in_it() -> None:
     recorder = Recorder()
 
     async def three_in_a_row() -> None:
-        batcher = Batcher(recorder, Metrics(), batch_tokens=100, window_seconds=5.0, queue_tokens=1000)
+        batcher = Batcher(recorder, Metrics(), batch_tokens=100, window_seconds=300.0, queue_tokens=1000)
         batcher.start()
         first = asyncio.ensure_future(batcher.submit([row(40)]))
         await asyncio.sleep(0.02)
@@ -104,7 +104,7 @@ def test_a_window_gathers_what_arrives_in_it() -> None:
         await asyncio.gather(first, second, batcher.submit([row(20)]))  # 100 tokens: no need to wait any longer
         await batcher.stop()
 
-    asyncio.run(asyncio.wait_for(three_in_a_row(), 4))
+    asyncio.run(asyncio.wait_for(three_in_a_row(), 60))
     assert [sum(batch) for batch in recorder.batches] == [80, 20]
 
 

@@ -84,18 +84,20 @@ def figures(url: str) -> dict[str, float]:
 
 
 def test_a_signal_to_stop_lets_accepted_requests_end(discriminator: Path) -> None:
-    """The request waits a second for company, and the signal comes meanwhile; the command ends when it is answered."""
-    with served(discriminator, "--window-ms", "1000") as (process, url):
+    """The request waits for company when the signal comes; the command ends when it is answered."""
+    with served(discriminator, "--window-ms", "2000") as (process, url):
         client = RewardClient(url, tries=1)
         client.info()
         found: list[Any] = []
-        thread = threading.Thread(target=lambda: found.append(client.token_rewards([Item([5], [6, 7])])))
-        thread.start()
+        asking: list[threading.Thread] = []
         while figures(url)["tlcr_queue_tokens"] == 0:
+            if not asking or not asking[-1].is_alive():  # a busy machine may have looked too late
+                asking.append(threading.Thread(target=lambda: found.append(client.token_rewards([Item([5], [6, 7])]))))
+                asking[-1].start()
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        thread.join(60)
-        assert len(found) == 1 and len(found[0][0]) == 2
+        asking[-1].join(60)
+        assert len(found) == len(asking) and len(found[-1][0]) == 2
         assert process.wait(180) in (0, -signal.SIGTERM)
         with pytest.raises(HostError, match="cannot be reached"):
             client.token_rewards([Item([5], [6])])
@@ -149,7 +151,7 @@ def test_a_killed_worker_loses_nothing_silently(discriminator: Path) -> None:
         assert counted["tlcr_queue_tokens"] == 0
         process.send_signal(signal.SIGTERM)
         assert process.wait(180) == 0
-    assert not [child for child in alive if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert psutil.wait_procs(alive, timeout=60)[1] == []
 
 
 @pytest.mark.slow  # three processes import torch

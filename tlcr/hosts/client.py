@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ __all__ = ["RewardClient", "TextRewards", "rewards_of_logits", "vocabulary_finge
 
 COMES_BACK = (429, 502, 503, 504)
 """Answers of HTTP after which the same request may succeed: the server has too much to do, or is starting."""
+
+NO_ROUTE = (404, 500)
+"""Answers of HTTP where a server has no such route. verl's router says 500 whatever the server behind it said."""
 
 LONGEST_WAIT = 60.0
 """Seconds, whatever a server asks for."""
@@ -171,17 +174,17 @@ class RewardClient:
         """The server, which is asked once what it is."""
         with self._lock:
             if self._server is None:
-                info = self.ask("/v1/info", none_for=404)
+                info = self.ask("/v1/info", none_for=NO_ROUTE)
                 self._server = Vllm(self, self._temperature) if info is None else Tlcr(self, info)
             return self._server
 
-    def ask(self, path: str, body: Any = None, *, none_for: int | None = None) -> Any:
+    def ask(self, path: str, body: Any = None, *, none_for: Collection[int] = ()) -> Any:
         """The JSON that the server answers; a body is posted.
 
         Args:
             path: the route.
             body: what is sent, as JSON; None: a GET.
-            none_for: a status that is an answer too, None.
+            none_for: statuses that are an answer too, None.
 
         Returns:
             The answer.
@@ -195,7 +198,7 @@ class RewardClient:
             try:
                 return self._once(path, data)
             except urllib.error.HTTPError as error:
-                if error.code == none_for:
+                if error.code in none_for:
                     return None
                 problem, wait = _sentence(error), _seconds(error.headers.get("retry-after"))
                 if error.code not in COMES_BACK:
@@ -261,7 +264,7 @@ class Vllm:
 
     def __init__(self, client: RewardClient, temperature: float | None) -> None:
         self.client = client
-        models = client.ask("/v1/models", none_for=404)
+        models = client.ask("/v1/models", none_for=NO_ROUTE)
         if not isinstance(models, dict) or not models.get("data"):
             raise HostError(
                 f"{client.url} has neither /v1/info (tlcr serve) nor /v1/models (vLLM); is this the address?"

@@ -204,8 +204,9 @@ def lay_out(values: Sequence[Tensor], ids: Sequence[Sequence[int]], mask_BT: Ten
 def register() -> None:
     """Names the reward function and the trainer to ms-swift, in this process."""
     require("ms-swift", "ms-swift", TESTED, NAMES)
-    orms[PLUGIN] = TokenRewardMean
-    TrainerFactory.TRAINER_MAPPING["grpo"] = f"{TokenRewardGRPOTrainer.__module__}.{TokenRewardGRPOTrainer.__name__}"
+    orms.update({PLUGIN: TokenRewardMean})
+    trainer = f"{TokenRewardGRPOTrainer.__module__}.{TokenRewardGRPOTrainer.__name__}"
+    TrainerFactory.TRAINER_MAPPING.update(grpo=trainer)
 
 
 register()

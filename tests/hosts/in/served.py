@@ -24,8 +24,13 @@ class GoldenServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.rewards: dict[tuple[tuple[int, ...], tuple[int, ...]], list[float]] = {}
         """By prompt and answer, tokens of tools included: the trainer's side is to mask them."""
+        self.logits: dict[tuple[int, ...], list[list[float]]] = {}
+        """By prompt and answer in one."""
+        self.vllm: str | None = None
+        """Be a vLLM that serves this folder, instead of tlcr serve."""
         known = golden.load()
         for item in known["items"]:
+            self.logits[tuple(item["prompt_ids"] + item["response_ids"])] = item["logits"]
             scored = item["logits"][len(item["prompt_ids"]) :]
             rewards = [golden.reward(pair, known["temperature"]) for pair in scored]
             self.rewards[tuple(item["prompt_ids"]), tuple(item["response_ids"])] = rewards
@@ -49,6 +54,10 @@ class GoldenServer(ThreadingHTTPServer):
         data = [{"rewards": row, "score": sum(row) / max(len(row), 1), "tokens": len(row)} for row in rows]
         return {"data": data, "model": "golden", "temperature": golden.TEMPERATURE}
 
+    def pooling(self, rows: list[list[int]]) -> dict[str, Any]:
+        data = [{"index": index, "data": self.logits[tuple(row)]} for index, row in enumerate(rows)]
+        return {"object": "list", "data": data}
+
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -60,17 +69,22 @@ class _Handler(BaseHTTPRequestHandler):
             "temperature": golden.TEMPERATURE,
             "model": "golden",
         }
+        if self.server.vllm is not None:
+            models = {"data": [{"id": "golden", "root": self.server.vllm, "max_model_len": 64}]}
+            self._send(*((200, models) if self.path == "/v1/models" else (404, {"detail": "Not Found"})))
+            return
         if self.server.fingerprint is not None:
             info["tokenizer"] = {"fingerprint": self.server.fingerprint}
         self._send(200 if self.path == "/v1/info" else 404, info)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path != "/v1/token_rewards":
+        is_vllm = self.server.vllm is not None
+        if self.path != ("/pooling" if is_vllm else "/v1/token_rewards"):
             self._send(404, {"error": f"no route {self.path}"})
             return
         try:
-            self._send(200, self.server.answer(body["items"]))
+            self._send(200, self.server.pooling(body["input"]) if is_vllm else self.server.answer(body["items"]))
         except KeyError as error:
             self._send(422, {"error": f"not a golden answer: {error}"})
 

@@ -6,6 +6,8 @@ import asyncio
 import inspect
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ openrlhf = pytest.importorskip("openrlhf")
 stub("deepspeed", "flash_attn", "vllm", "bitsandbytes")
 
 import golden  # noqa: E402
+import page  # noqa: E402
 import ray  # noqa: E402
 import torch  # noqa: E402
 from openrlhf.trainer import ppo_trainer, ppo_trainer_async  # noqa: E402
@@ -274,6 +277,64 @@ def test_the_launcher_puts_both_halves_in(monkeypatch: pytest.MonkeyPatch) -> No
     adaptor.launch(["--train.agent_func_path=mine.py"])
     assert ran[1][1][1:] == ["--train.agent_func_path=mine.py"]
     assert issubclass(ppo_trainer.PPOTrainer.__ray_metadata__.modified_class, ppo_trainer.BasePPOTrainer)
+
+
+def test_the_command_of_the_page_is_openrlhfs() -> None:
+    (command,) = page.modules("openrlhf")
+    found = find_spec(command)
+    assert found is not None and found.origin is not None
+    source, flags = Path(found.origin).read_text(encoding="utf-8"), page.flags("openrlhf")
+    assert len(flags) > 5 and [flag for flag in flags if f'"--{flag}"' not in source] == []
+
+
+def test_openrlhfs_own_command_hands_both_halves_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's command, up to where Ray would start processes on GPUs: OpenRLHF reads its flags and calls ours."""
+    from openrlhf import utils
+    from openrlhf.trainer import ray as of_ray
+    from openrlhf.trainer.ray import launcher, ppo_actor, ppo_critic  # noqa: F401  (before ray.remote is replaced)
+
+    seen: dict[str, Any] = {}
+
+    class Group:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args, **kwargs: []
+
+    class Remote:
+        """``ray.remote`` of a class, whose methods say that they were called."""
+
+        def __init__(self, cls: type) -> None:
+            self.cls, self.__ray_metadata__ = cls, SimpleNamespace(modified_class=cls)
+
+        def remote(self, *args: Any, **kwargs: Any) -> Any:
+            seen.update(trainer=self.cls, model=args[0], engines=args[6])
+            calls = {
+                name: SimpleNamespace(remote=lambda name=name: seen.update({name: True}))
+                for name in ("get_max_steps", "fit")
+            }
+            return SimpleNamespace(**calls)
+
+    def engines(*args: Any, agent_func_path: str, remote_rm_url: list[str], **kwargs: Any) -> list[str]:
+        seen.update(agent=agent_func_path, url=remote_rm_url)
+        return ["engine"]
+
+    for module, name in ((ppo_trainer, "PPOTrainer"), (ppo_trainer_async, "PPOTrainerAsync")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(sys, "argv", ["x"])
+    monkeypatch.setattr(ray, "remote", Remote)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get", lambda found: found)
+    monkeypatch.setattr(of_ray, "create_vllm_engines", engines)
+    monkeypatch.setattr(launcher, "RayActorGroup", Group)
+    monkeypatch.setattr(utils, "get_strategy", lambda args: SimpleNamespace(print=lambda args: seen.update(args=args)))
+    flags = ["--actor.model_name_or_path", "MODEL", "--data.prompt_dataset", "DATA", "--vllm.num_engines", "1"]
+    adaptor.launch([*flags, "--algo.advantage.estimator", "gae", "--logger.tensorboard_dir", "curves"])
+    assert issubclass(seen["trainer"], ppo_trainer.BasePPOTrainer) and seen["trainer"].__name__ == "PPOTrainer"
+    assert (seen["model"], seen["engines"], seen["agent"]) == ("MODEL", ["engine"], openrlhf_agent.__file__)
+    assert seen["url"] == ["agent"] and seen["args"].critic.model_name_or_path == "MODEL"  # the critic of gae
+    assert seen["get_max_steps"] and seen["fit"]
 
 
 def test_the_trainers_process_builds_ours(start_ray: Callable[..., None]) -> None:

@@ -22,6 +22,7 @@ if sys.version_info < (3, 12):  # pydantic wants this one before 3.12, and SkyRL
     typing.TypedDict = typing_extensions.TypedDict
 
 import golden  # noqa: E402
+import page  # noqa: E402
 import torch  # noqa: E402
 from loguru import logger  # noqa: E402
 from skyrl.backends.skyrl_train.utils import ppo_utils  # noqa: E402
@@ -229,6 +230,7 @@ def test_skyrls_command_takes_our_entry_point(monkeypatch: pytest.MonkeyPatch) -
     from skyrl.train.config import SkyRLTrainConfig
     from skyrl.train.entrypoints import main_base
 
+    assert page.modules("skyrl") == {main_base.__name__}
     seen: dict[str, Any] = {}
     monkeypatch.setattr(utils, "validate_cfg", lambda cfg: seen.update(validated=cfg))
     monkeypatch.setattr(utils.utils, "initialize_ray", lambda cfg: seen.update(started=cfg))

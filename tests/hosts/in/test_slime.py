@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import golden
+import page
 import pytest
 import torch
 from stubs import stub
@@ -201,7 +203,17 @@ def test_a_slime_without_the_names_is_refused() -> None:
         slime.advantages(arguments(), {"rewards": []})
 
 
-@pytest.mark.skipif("SLIME" not in os.environ, reason="SLIME names no checkout of slime")
+needs_slime = pytest.mark.skipif("SLIME" not in os.environ, reason="SLIME names no checkout of slime")
+
+
+@needs_slime
+def test_the_flags_of_the_page_are_slimes() -> None:
+    source = Path(os.environ["SLIME"], "slime", "utils", "arguments.py").read_text(encoding="utf-8")
+    flags = page.flags("slime") - {"context-parallel-size"}  # Megatron's
+    assert len(flags) > 10 and [flag for flag in flags if f'"--{flag}"' not in source] == []
+
+
+@needs_slime
 def test_slimes_own_code_carries_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its Sample, its conversion for the trainer, and the step that asks for advantages."""
     monkeypatch.syspath_prepend(os.environ["SLIME"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import string
 import sys
@@ -14,8 +15,10 @@ import pytest
 swift = pytest.importorskip("swift")
 
 import golden  # noqa: E402
+import page  # noqa: E402
 import torch  # noqa: E402
 from served import made_up  # noqa: E402
+from swift.arguments import RLHFArguments  # noqa: E402
 from swift.pipelines import rlhf_main  # noqa: E402
 from swift.rewards.orm import orms  # noqa: E402
 from swift.trainers.trainer_factory import TrainerFactory  # noqa: E402
@@ -98,6 +101,12 @@ def test_the_plugin_is_registered() -> None:
 
 
 # ---- the real command
+
+
+def test_the_flags_of_the_page_are_ms_swifts() -> None:
+    known = {field.name for field in dataclasses.fields(RLHFArguments)}
+    flags = page.flags("swift")
+    assert len(flags) > 10 and flags <= known, flags - known
 
 
 def model_folder(folder: Path) -> str:

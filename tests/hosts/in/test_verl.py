@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ verl = pytest.importorskip("verl")
 
 import golden  # noqa: E402
 import numpy as np  # noqa: E402
+import page  # noqa: E402
 import torch  # noqa: E402
 from verl import DataProto  # noqa: E402
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput  # noqa: E402
@@ -246,6 +249,36 @@ def test_the_manager_lays_rewards_on_the_tokens(server: Any) -> None:
             TokenRewardManager.assemble_rm_scores(data, [scores[0][1:], *scores[1:]])
 
 
+def test_the_manager_asks_through_verls_own_router(
+    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In front of a vLLM verl puts a process that passes requests on; the temperature is that of the folder."""
+    from verl.experimental.reward_loop.router.naive_router import launch_router_process
+
+    asyncio.set_event_loop(asyncio.new_event_loop())
+    (tmp_path / "config.json").write_text(json.dumps({"tlcr_temperature": golden.TEMPERATURE}), encoding="utf-8")
+    monkeypatch.setattr(server, "vllm", str(tmp_path))
+    monkeypatch.delenv(TRIES, raising=False)  # the router takes a while to start
+    address, router = launch_router_process([server.url])
+    try:
+        manager = TokenRewardManager(config_of(), Words(), None, address, Words())
+        assert manager.scorer.info()["server"] == "vllm"
+        for item in FULL:
+            ids, answer = torch.tensor([item["prompt_ids"]]), torch.tensor([item["response_ids"]])
+            tensors = {
+                "prompts": ids,
+                "responses": answer,
+                "attention_mask": torch.ones(1, len(ids[0]) + len(answer[0])),
+            }
+            found = asyncio.run(manager.run_single(DataProto.from_dict(tensors=tensors)))["reward_score"]
+            expected = server.rewards[tuple(item["prompt_ids"]), tuple(item["response_ids"])]
+            assert found == pytest.approx(expected, abs=1e-9)
+            assert len(found) == 1 or found[1:] != pytest.approx(expected[:-1], abs=1e-6)
+    finally:
+        router.terminate()
+        router.join(60)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -326,8 +359,8 @@ def test_the_yaml_of_the_page_is_a_config_of_verl(tmp_path: Path) -> None:
     """What docs/hosts/verl.md has users paste, composed as verl's command composes it."""
     from hydra import compose, initialize_config_dir
 
-    page = Path(__file__).parents[3] / "docs" / "hosts" / "verl.md"
-    pasted, served = re.findall("```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    text = (page.FOLDER / "verl.md").read_text(encoding="utf-8")
+    pasted, served = re.findall("```yaml\n(.*?)```", text, re.DOTALL)
     (tmp_path / "mine.yaml").write_text(pasted + served, encoding="utf-8")
     with initialize_config_dir(str(tmp_path), version_base=None):
         config = compose("mine")
@@ -337,6 +370,8 @@ def test_the_yaml_of_the_page_is_a_config_of_verl(tmp_path: Path) -> None:
     assert resolve_reward_manager_cls(config) is TokenRewardManager
     assert get_custom_reward_fn(config) is not None
     assert config.get("no such key") is None  # as a config without tlcr's options is read
+    (command,) = page.modules("verl")
+    assert find_spec(command) is not None
 
 
 def sample(manager: Any, prompts: list[int], step: int) -> dict[str, Any]:
@@ -356,14 +391,15 @@ def sample(manager: Any, prompts: list[int], step: int) -> dict[str, Any]:
         batch_size=len(prompts),
     )
     manager.generate_sequences(batch)
-    for _ in range(600):
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
         tags = (tq.kv_list() or {}).get("train", {})
         status = {uid: tags.get(uid, {}).get("status") for uid in uids}
         if all(value in ("finished", "failure") for value in status.values()):
             keys = sorted(key for key in tags if key.rsplit("_", 2)[0] in uids and key not in uids)
             return {"status": status, "keys": keys}
         time.sleep(0.1)
-    raise AssertionError(f"verl did not end within a minute: {status}")
+    raise AssertionError(f"verl did not end within five minutes: {status}")
 
 
 def test_verl_samples_scores_and_estimates(

@@ -75,6 +75,12 @@ def ids_of(answers: list[Answer]) -> list[list[int]]:
     return [answer.ids_T.tolist() for answer in answers]
 
 
+def hurry(built: Server) -> None:
+    """Gives its last server half a second from now on; the others, on a busy machine, keep what they need."""
+    client = built._clients[-1]
+    client._timeout, client._http = 0.5, client._http.with_options(timeout=0.5)
+
+
 def worst(policy: PreTrainedModel, answers: list[Answer], temperature: float = 1.0) -> float:
     """How far their log-probabilities are from those of a forward pass."""
     found = []
@@ -225,12 +231,13 @@ def test_a_server_that_fails_is_left_out_and_its_prompts_are_answered_by_another
     fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     policy, (behave, says) = model(), FAULTS[fault]
-    settings = {"server_timeout": 0.5} if fault == "hangs" else {}
     with engine(policy, VLLM(model(5))) as good:
         good.refresh()
         wanted = ids_of(sample(good))
-    with engine(policy, VLLM(model(5)), VLLM(model(5), behave), **settings) as built:
+    with engine(policy, VLLM(model(5)), VLLM(model(5), behave)) as built:
         built.refresh()
+        if fault == "hangs":
+            hurry(built)
         answers = sample(built)
         assert ids_of(answers) == wanted and worst(policy, answers) < 1e-5
         assert ids_of(sample(built)) == wanted
@@ -242,8 +249,10 @@ def test_a_server_that_fails_is_left_out_and_its_prompts_are_answered_by_another
 @pytest.mark.parametrize("fault", ["500", "another trainer", "hangs"])
 def test_without_another_server_the_run_ends_in_one_sentence(fault: str) -> None:
     behave, says = FAULTS[fault]
-    with engine(model(), VLLM(model(5), behave), server_timeout=0.5) as built:
+    with engine(model(), VLLM(model(5), behave)) as built:
         built.refresh()
+        if fault == "hangs":
+            hurry(built)
         with pytest.raises(BackendUnavailable, match=f"no server left of 1, the last because: .*{says}") as caught:
             sample(built)
     assert "\n" not in str(caught.value)
