@@ -35,7 +35,9 @@ SHAPES = {
 WAYS = {
     "whole": (ShardingConfig(), LoRAConfig(), (1,)),
     "LoRA roles": (ShardingConfig(), LoRAConfig(rank=16), (1,)),
+    "LoRA roles, 4 bits": (ShardingConfig(), LoRAConfig(rank=16, base_bits=4), (1,)),
     "full": (ShardingConfig(kind="full"), LoRAConfig(), (8, 16, 64)),
+    "LoRA roles, full": (ShardingConfig(kind="full"), LoRAConfig(rank=16), (8, 16)),
     "hybrid": (ShardingConfig(kind="hybrid"), LoRAConfig(), (16, 64)),
 }
 

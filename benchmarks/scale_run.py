@@ -35,7 +35,7 @@ from tlcr.models.loading import load_causal_lm, load_token_classifier, load_toke
 from tlcr.recipes.train_ppo import train_ppo
 from tlcr.rewards.sources import LoadedModel, build_reward_source
 from tlcr.training.callbacks import Callback
-from tlcr.training.distributed import process_index
+from tlcr.training.distributed import barrier, process_index
 from tlcr.training.sharding import plan, shard_all
 
 ROOT = Path(__file__).parents[1]
@@ -140,7 +140,8 @@ class Measured(Callback):
             peak = 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
             figures = {"peak": peak, "tokens_per_s": metrics["time/tokens_per_s"]}
             (self.folder / f"figures-{process_index()}.json").write_text(json.dumps(figures), encoding="utf-8")
-            raise SystemExit(0)
+            barrier()
+            os._exit(0)  # threads of torch's groups may keep a process that ends by itself
 
 
 def train(cfg: RunConfig, folder: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,9 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from tlcr.cli.main import main
+from tlcr.cli.rehearse import plan
 from tlcr.config.loading import load_config
+from tlcr.errors import TlcrError
 from tlcr.experiment.rehearsal import in_small, processes_in_small
 from tlcr.models.miniature import LAYERS, WIDTH, miniature
 
@@ -52,10 +57,6 @@ def test_the_recipes_pass(recipe: str, gpus: int, said: list[str], capsys: pytes
         ("one_node", 7, [], "ppo.minibatch_size 240, on 7 process(es); make the batch a multiple of the minibatch"),
         ("one_node", 1, [], "set sharding.kind: none"),
         ("two_nodes", 16, ["--sharding.replicas", "3"], "set sharding.replicas to the number of groups"),
-        ("one_gpu", 1, ["--lora.targets", "[q_prj]"], "lora.targets"),
-        ("one_gpu", 1, ["--discriminator.bidirectional_layers", "40"], "discriminator.bidirectional_layers"),
-        ("one_gpu", 1, ["--rollout.max_new_tokens", "131072"], "rollout.max_new_tokens"),
-        ("one_gpu", 1, ["--model.path", "there/is/none"], "give a folder that transformers can load"),
         ("one_gpu", 0, [], "--gpus is 0; it must be at least 1"),
     ],
 )
@@ -67,6 +68,46 @@ def test_a_planted_mistake_is_named_with_its_remedy(
     assert said.err.startswith("tlcr: error: ") and said.err.count("\n") == 1
     assert sentence in said.err
     assert "The check passed" not in said.out
+
+
+MISTAKES = [
+    ({"lora.targets": ["q_prj"]}, "lora.targets"),
+    ({"discriminator.bidirectional_layers": 40}, "discriminator.bidirectional_layers"),
+    ({"rollout.max_new_tokens": 131072}, "rollout.max_new_tokens"),
+    ({"model.path": "there/is/none"}, "give a folder that transformers can load"),
+]
+
+
+@pytest.mark.parametrize(("changes", "sentence"), MISTAKES)
+def test_a_mistake_that_the_architecture_shows_is_named(
+    changes: dict[str, object], sentence: str, tmp_path: Path
+) -> None:
+    cfg = load_config(RECIPES / "llama_8b_one_gpu.yaml", {"model.path": str(SHAPES), **changes})
+    with pytest.raises(TlcrError, match=re.escape(sentence)):
+        plan(cfg, ["sft", "discriminator", "ppo"], 1, tmp_path, lambda line: None)
+
+
+@pytest.mark.slow
+def test_a_mistake_that_the_architecture_shows_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command("one_gpu", 1, "--lora.targets", "[q_prj]")) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("tlcr: error: ") and said.err.count("\n") == 1 and "lora.targets" in said.err
+    assert "The check passed" not in said.out
+
+
+def test_adapters_in_shards_are_counted_and_cut(tmp_path: Path) -> None:
+    changes = {"model.path": str(SHAPES), "lora.rank": 16, "ppo.value_init": "policy"}
+    cfg = load_config(RECIPES / "llama_8b_one_node.yaml", changes)
+    lines: list[str] = []
+    assert plan(cfg, ["sft", "discriminator", "ppo"], 8, tmp_path, lines.append) == (2, 2, WIDTH)
+    said = "\n".join(lines)
+    assert "3. adapters: 41.9M parameters each" in said
+    assert "3. shards: 33 units among 8 processes, 0.125 of the model in each" in said
+
+
+def test_what_takes_long_to_import_is_imported_by_the_server_alone() -> None:
+    code = "import sys; import tlcr.cli.check; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.slow

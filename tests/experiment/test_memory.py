@@ -24,6 +24,7 @@ from tlcr.experiment.memory import (
     measure_model,
     ppo_roles,
     remedy,
+    roles_of_a_process,
 )
 from tlcr.experiment.simulation import Step
 from tlcr.training.optim import build_optimizer
@@ -218,3 +219,23 @@ def test_what_fits_none_is_said_with_the_least_that_is_needed() -> None:
     found = remedy(load_config(None, {}), ByTokens(), CPU, "ppo", 5_000)
     assert not found.fits and found.peak > 5_000
     assert "ppo.value_model: shared" in found.settings and "model.dtype: bfloat16" in found.settings
+
+
+def test_adapters_are_proposed_for_shards_too() -> None:
+    changes = {"sharding.kind": "full", "model.dtype": "bfloat16", "model.gradient_checkpointing": True}
+    smallest = {"rollout.batch_size": 1, "ppo.micro_batch_size": 1, "ppo.chunk_tokens": 8}
+    cfg, machine = load_config(None, changes | smallest), Machine(gpu=True, processes=8)
+    adapted = dataclasses.replace(cfg, lora=LoRAConfig(rank=16))
+    limit = of_stage(estimate_run(adapted, Counted(), machine), "ppo").total
+    found = remedy(cfg, Counted(), machine, "ppo", limit)
+    assert found.fits and found.settings == ("lora.rank: 16",) and found.peak == limit
+
+
+def test_of_shards_with_adapters_a_process_holds_its_part_of_the_base_and_of_each_adapter() -> None:
+    cfg = load_config(None, {"sharding.kind": "full", "model.dtype": "bfloat16", "lora.rank": 4})
+    roles = {role.name: role for role in roles_of_a_process(cfg, Counted(), Machine(gpu=True, processes=2))}
+    adapter, value = 7 * 4, 7 * 4 + SIZE.hidden
+    assert roles["reference"].total == 2 * SIZE.parameters // 2
+    assert roles["policy"].total == (4 + 4 + 8) * adapter // 2
+    assert roles["value model"].total == (4 + 4 + 8) * value // 2
+    assert roles["discriminator"].total == 4 * adapter // 2

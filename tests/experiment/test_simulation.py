@@ -19,6 +19,7 @@ from tlcr.config.schema import RunConfig
 from tlcr.experiment.memory import build_on_meta
 from tlcr.experiment.simulation import Simulator, Step, forward, processes_in_name
 from tlcr.models.actor_critic import ActorCritic, build_value_model
+from tlcr.models.adapters import Roles
 from tlcr.models.discriminator import classify
 from tlcr.models.inspection import TWO_CLASSES
 from tlcr.models.loading import load_causal_lm, load_sequence_classifier, load_token_classifier
@@ -121,6 +122,7 @@ def test_ppo_takes_what_is_estimated(
         (UPDATE, CHECKPOINTS, (2, 2)),
         (replace(UPDATE, again=True), {"model.dtype": "bfloat16"}, (4,)),
         (replace(UPDATE, trains=False), {}, (2,)),
+        (UPDATE, {"lora.rank": 8, **CHECKPOINTS}, (2,)),
         (Step("prompt", rows=ROWS, columns=PROMPT, trains=False), {}, (2,)),
     ],
 )
@@ -130,9 +132,14 @@ def test_a_step_on_shards_takes_what_is_simulated(
     """Real tensors, and other processes in name only: those of gloo free what they exchanged in threads of their own,
     where no profiler looks. What they would have sent is not there, so no number means anything."""
     cfg = config(folder, changes)
-    expected = Simulator(build_on_meta(cfg.model), cfg.model, for_gpu=False, shards=shards).peak(step)
+    meta = build_on_meta(cfg.model)
+    expected = Simulator(meta, cfg.model, for_gpu=False, shards=shards, lora=cfg.lora).peak(step)
     policy = load_causal_lm(cfg.model)
-    actor_critic = ActorCritic(policy, build_value_model(cfg.ppo, cfg.model, policy=policy)).train(step.trains)
+    if cfg.lora.trains("policy"):
+        values = Roles(policy, cfg.lora, seed=0).classifier("value", {0: "value"})
+    else:
+        values = build_value_model(cfg.ppo, cfg.model, policy=policy)
+    actor_critic = ActorCritic(policy, values).train(step.trains)
     with processes_in_name(shards, torch.float32) as sharding, torch.set_grad_enabled(step.trains):
         shard(actor_critic, sharding)
         for parameter in actor_critic.parameters() if step.again else ():

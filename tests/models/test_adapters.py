@@ -19,6 +19,8 @@ import peft
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -227,6 +229,34 @@ def test_chunks_of_logits_read_an_adapted_head_as_whole_logits_do(tiny_causal_lm
     assert ours.keys() == truth.keys()
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, truth[name], rtol=1e-6, atol=1e-9)
+
+
+def test_chunks_of_logits_of_an_adapted_head_make_no_matrix_of_its_size(tiny_causal_lm: Make) -> None:
+    """Neither the sum of the head's matrix and its adapter's, nor that matrix's gradient."""
+    roles = Roles(tiny_causal_lm(vocab_size=5000), WITH_HEAD, seed=0)
+    randomised(roles.policy)
+    actor_critic = ActorCritic(roles.policy, None, chunk_tokens=3)
+    actions = torch.tensor([2, 3, 4, 9, 10])
+    with Sizes(roles.policy) as sizes:
+        output = actor_critic(IDS, MASK.bool(), actions, temperature=0.7, reference=roles.reference)
+        (output.logprobs_N.sum() + output.kl_N.sum()).backward()
+    assert 3 * 5000 <= sizes.largest < 5000 * 32  # the logits of a chunk
+
+
+class Sizes(TorchDispatchMode):
+    """Counts the elements of the largest tensor that an operator makes beside the parameters and views of them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, tensor.numel())
+        return result
 
 
 def test_an_output_head_that_is_the_embedding_too_is_not_adapted(tiny_causal_lm: Make) -> None:

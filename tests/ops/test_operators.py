@@ -1,6 +1,7 @@
 """The torch operators behind the implementations: torch's own checks, compiled callers, the dispatch table."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from tests.ops.examples import CALLS, V, call_inputs, samples
 from tests.ops.helpers import Backend, assert_close
@@ -129,6 +131,20 @@ def first_derivatives_only() -> list[Any]:
 
 def remedy(op: str) -> str:
     return "no implementation of it has them" if op.startswith("score_") else "pass impl='reference'"
+
+
+@pytest.mark.parametrize(("op", "backend"), first_derivatives_only())
+def test_gradients_are_those_of_a_call_whose_activations_are_computed_again(op: str, backend: Backend) -> None:
+    """torch's checkpointing calls the op again from within its backward pass, where what it kept is asked for."""
+    call, names = CALLS[op]
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        inputs = call_inputs(4, backend.device)
+        trained = [inputs[name].requires_grad_() for name in names]
+        run = partial(call, inputs, backend.impl)
+        found.append(torch.autograd.grad(checkpoint(run, use_reentrant=False) if again else run(), trained))
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("incoming", ["constant", "differentiable"])

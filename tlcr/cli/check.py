@@ -3,13 +3,14 @@
 The architecture is made on the meta device, shared out as on the GPUs that are named, and the steps are counted. Then a
 model of the same architecture, 64 wide, really goes through every stage, one optimiser step each, on gloo processes
 where the run has several. The reviser, the analysis of the discriminator and the report are left out.
+
+All of it happens in processes of their own (``tlcr/cli/rehearse.py``). They come from a server that has imported once
+what takes long to import; this process imports none of it.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import math
 import multiprocessing
 import os
 import shutil
@@ -18,29 +19,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import connection
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from transformers.utils import logging as transformers_logging
-
-from tlcr.config.loading import dump_config, load_config
 from tlcr.config.schema import RunConfig
 from tlcr.config.stages import DONE, stages_of
-from tlcr.config.trials import trials_of
 from tlcr.errors import ConfigError, TlcrError
-from tlcr.experiment.memory import (
-    GPUS_OF_A_NODE,
-    Architecture,
-    Machine,
-    build_on_meta,
-    shards_of,
-)
-from tlcr.experiment.rehearsal import in_small, processes_in_small
-from tlcr.experiment.simulation import held_of_shards
-from tlcr.models.bidirectional import make_top_layers_bidirectional
-from tlcr.models.loading import check_fits
-from tlcr.models.miniature import WIDTH
+from tlcr.experiment.memory import GPUS_OF_A_NODE
 
 __all__ = ["check"]
 
@@ -68,17 +54,18 @@ def check(cfg: RunConfig, *, gpus: int | None, say: Say) -> None:
             f"as --gpus {GPUS_OF_A_NODE}"
         )
     processes = gpus or 1
-    _processes(cfg, processes)
-    say(f"1. settings: they go together on {_gpus(processes)}")
-    architecture = Architecture(build_on_meta(cfg.model))
-    for line in _architecture(cfg, architecture, processes):
-        say(line)
+    problem = cfg.ppo.size_problem(processes) or cfg.sharding.problem(processes, min(processes, GPUS_OF_A_NODE))
+    if problem is not None:
+        raise ConfigError(problem)
+    say(f"1. settings: they go together on {processes} GPU{'' if processes == 1 else 's'}")
     stages = [stage for stage in stages_of(cfg) if stage not in ("revisions", "analysis")]
-    for line in _plan(cfg, stages, processes):
-        say(line)
-    small, of_a_node = processes_in_small(cfg, processes)
-    say(f"5. the same architecture, {WIDTH} wide, on {_several(small, 'CPU process', 'es')}: one step of each stage")
-    for line in _rehearse(cfg, architecture, stages, small, of_a_node):
+    folder = Path(tempfile.mkdtemp(prefix="tlcr-check-"))
+    try:
+        small = _plan(cfg, stages, processes, folder, say)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    for line in _rehearse(folder, stages, small):
         say(f"   {line}")
     trained = ", ".join(stage.replace("_", " ") for stage in stages if stage != "labels")
     say(
@@ -87,72 +74,49 @@ def check(cfg: RunConfig, *, gpus: int | None, say: Say) -> None:
     )
 
 
-def _processes(cfg: RunConfig, processes: int) -> None:
-    problem = cfg.ppo.size_problem(processes) or cfg.sharding.problem(processes, min(processes, GPUS_OF_A_NODE))
-    if problem is not None:
-        raise ConfigError(problem)
+class Small(NamedTuple):
+    """What takes the steps: processes, how many of them stand for a node, and the width of the model."""
+
+    processes: int
+    of_a_node: int
+    width: int
 
 
-def _architecture(cfg: RunConfig, architecture: Architecture, processes: int) -> Iterator[str]:
-    model, machine = architecture.model, Machine(gpu=True, processes=processes)
-    longest = cfg.data.max_prompt_tokens + max(cfg.data.max_answer_tokens, cfg.rollout.max_new_tokens)
-    check_fits(model, longest, "a prompt with an answer, each as long as the config allows,")
-    make_top_layers_bidirectional(model, cfg.discriminator.bidirectional_layers)
-    layers = model.config.get_text_config().num_hidden_layers
-    size = architecture.size.parameters
-    yield f"2. model: {type(model).__name__}, {size / 1e9:.2f}B parameters in {layers} layers, on the meta device"
-    shards = shards_of(cfg, machine)
-    whole = sum(parameter.nbytes for parameter in model.parameters())
-    if cfg.lora.rank is not None:
-        size = architecture.adapter(cfg.lora)
-        yield f"3. adapters: {size / 1e6:.1f}M parameters each, for {', '.join(cfg.lora.roles)}"
-    elif shards is None:
-        yield "3. shards: none, every process holds whole models"
-    else:
-        held, units = held_of_shards(model, shards, getattr(torch, cfg.sharding.reduce_dtype))
-        groups = f" in {shards[0]} groups" if len(shards) > 1 else ""
-        yield f"3. shards: {units} units among {processes} processes{groups}, {held / whole:.3f} of the model in each"
+def _plan(cfg: RunConfig, stages: list[str], processes: int, folder: Path, say: Say) -> Small:
+    """Steps 2 to 5 up to the small run, whose config and model are then in the folder; says their lines."""
+    context = _context()
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_planning, args=(sender, cfg, stages, processes, folder))
+    process.start()
+    sender.close()
+    try:
+        while isinstance(said := receiver.recv(), str):
+            say(said)
+    except EOFError as error:
+        process.join()
+        raise TlcrError(f"the check failed: its process ended with code {process.exitcode}") from error
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(said, TlcrError):
+        raise said
+    return Small(*said)
 
 
-def _plan(cfg: RunConfig, stages: list[str], processes: int) -> Iterator[str]:
-    yield "4. plan, for each process:"
-    for stage in stages:
-        if stage == "labels":
-            continue
-        settings = getattr(cfg, stage)
-        batch = cfg.ppo.minibatch_size if stage == "ppo" else settings.batch_size
-        share = math.ceil(batch / processes)
-        passes = math.ceil(share / min(settings.micro_batch_size or share, share))
-        what = "answers" if stage == "ppo" else "examples"
-        line = f"   {stage.replace('_', ' ')}: a step is {share} of {batch} {what}, in {_several(passes, 'pass', 'es')}"
-        if stage == "ppo":
-            steps = cfg.ppo.batch_size // batch * cfg.ppo.epochs
-            rounds = f"{_several(cfg.ppo.updates, 'round')} of {_several(steps, 'step')}"
-            line += f"; {rounds} for {_several(len(trials_of(cfg)), 'policy', plural='policies')}"
-        yield line
+def _planning(sender: Connection, cfg: RunConfig, stages: list[str], processes: int, folder: Path) -> None:
+    """What the process of ``_plan`` does: it sends lines, and at the end a ``Small`` or an error."""
+    from tlcr.cli import rehearse
+
+    try:
+        sender.send(rehearse.plan(cfg, stages, processes, folder, sender.send))
+    except TlcrError as error:
+        sender.send(error)
 
 
-def _gpus(processes: int) -> str:
-    return _several(processes, "GPU")
-
-
-def _several(number: int, name: str, ending: str = "s", *, plural: str | None = None) -> str:
-    return f"{number} {name}" if number == 1 else f"{number} {plural or name + ending}"
-
-
-# ---- the small run
-
-
-def _rehearse(
-    cfg: RunConfig, architecture: Architecture, stages: list[str], processes: int, of_a_node: int
-) -> Iterator[str]:
+def _rehearse(folder: Path, stages: list[str], small: Small) -> Iterator[str]:
     """Runs everything small, and yields what each stage did. Where that fails its log stays."""
-    folder = Path(tempfile.mkdtemp(prefix="tlcr-check-"))
-    small = in_small(cfg, architecture.model.config, folder, processes=processes)
-    config = folder / "config.yaml"
-    config.write_text(dump_config(small), encoding="utf-8")
     began = time.monotonic()
-    _run_together(config, folder, processes, of_a_node, stages)
+    _run_together(folder, stages, small)
     for stage in stages:
         for record in sorted((folder / "run" / stage).rglob(DONE)):
             metrics = json.loads(record.read_text(encoding="utf-8"))["metrics"]
@@ -166,16 +130,19 @@ def _rehearse(
 SHOWN = ("loss", "train/loss", "eval/loss", "policy/loss", "policy/grad_norm", "value/grad_norm", "kl/per_token")
 
 
-def _run_together(config: Path, folder: Path, processes: int, of_a_node: int, stages: list[str]) -> None:
-    """Runs the stages in processes of their own. They come from a server that has imported what takes long."""
+def _context() -> Any:
     own = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context: Any = multiprocessing.get_context(own)
-    context.set_forkserver_preload(["tlcr.cli.check", "tlcr.experiment.pipeline"])
-    port = _free_port()
+    context.set_forkserver_preload(["tlcr.cli.rehearse"])
+    return context
+
+
+def _run_together(folder: Path, stages: list[str], small: Small) -> None:
+    """Runs the stages in processes of their own."""
+    context, port = _context(), _free_port()
     _log(folder, 0).parent.mkdir()
     started = [
-        context.Process(target=_process, args=(rank, processes, of_a_node, port, str(config), str(folder), stages))
-        for rank in range(processes)
+        context.Process(target=_running, args=(rank, small, port, folder, stages)) for rank in range(small.processes)
     ]
     try:
         for process in started:
@@ -193,16 +160,16 @@ def _run_together(config: Path, folder: Path, processes: int, of_a_node: int, st
                 process.join()
     failed = [process.exitcode for process in started if process.exitcode]
     if failed:
-        raise TlcrError(_why(folder, processes, failed))
+        raise TlcrError(_why(folder, small, failed))
 
 
-def _why(folder: Path, processes: int, codes: list[int | None]) -> str:
+def _why(folder: Path, small: Small, codes: list[int | None]) -> str:
     """The sentence of the process that failed first, or the last line that any wrote."""
-    logs = [_log(folder, rank) for rank in range(processes)]
+    logs = [_log(folder, rank) for rank in range(small.processes)]
     lines = [line for log in logs if log.is_file() for line in log.read_text(encoding="utf-8").splitlines() if line]
     said = [line.partition(ERROR)[2] for line in lines if line.startswith(ERROR)]
     what = said[-1] if said else f"a process ended with code {codes[0]}: {lines[-1] if lines else 'it said nothing'}"
-    return f"the check failed, with a model of width {WIDTH}: {what} (its log: {logs[0].parent})"
+    return f"the check failed, with a model of width {small.width}: {what} (its log: {logs[0].parent})"
 
 
 def _log(folder: Path, rank: int) -> Path:
@@ -216,38 +183,32 @@ def _free_port() -> int:
     return port
 
 
-def _process(rank: int, processes: int, of_a_node: int, port: int, config: str, folder: str, stages: list[str]) -> None:
-    """What each process does: the stages one by one, as if a launcher had started them, with its output in a file."""
-    log = _log(Path(folder), rank)
-    with log.open("ab") as file:
+def _running(rank: int, small: Small, port: int, folder: Path, stages: list[str]) -> None:
+    """What each process of the small run does: the stages, as if a launcher had started it. Its output is a file."""
+    with _log(folder, rank).open("ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     os.environ |= {"ACCELERATE_USE_CPU": "true", "TLCR_PROGRESS": "0", "TOKENIZERS_PARALLELISM": "false"}
-    if processes > 1:
+    if small.processes > 1:
         os.environ |= {
             "RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "LOCAL_RANK": str(rank % of_a_node),
-            "LOCAL_WORLD_SIZE": str(of_a_node),
+            "WORLD_SIZE": str(small.processes),
+            "LOCAL_RANK": str(rank % small.of_a_node),
+            "LOCAL_WORLD_SIZE": str(small.of_a_node),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-    torch.set_num_threads(1)
-    from tlcr.cli import together
-    from tlcr.experiment import pipeline
+    from tlcr.cli import rehearse, together
 
-    logging.basicConfig(format="tlcr: %(message)s", level=logging.WARNING)
-    transformers_logging.disable_progress_bar()
     try:
-        if processes > 1:
+        if small.processes > 1:
             together.begin()
-        for stage in stages:
-            pipeline.stage(load_config(config), stage, resume=True)
+        rehearse.run(folder, stages)
     except TlcrError as error:
         together.fail(1, error, f"{ERROR}{' '.join(str(error).split())}\n")
     except Exception as error:
-        if processes > 1:
+        if small.processes > 1:
             together.crash(error, "it is a fault of tlcr, or of code that the config names")
         raise
-    if processes > 1:
+    if small.processes > 1:
         together.end(0)

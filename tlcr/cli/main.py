@@ -115,11 +115,7 @@ def _check(cfg: RunConfig, arguments: Namespace) -> int:
     if launched_processes() > 1:
         raise ConfigError("--check starts processes of its own; run it without the launcher, and with --gpus")
     gpus = _gpus(arguments)
-    from transformers.utils import logging as transformers_logging
-
     from tlcr.cli.check import check
-
-    transformers_logging.disable_progress_bar()
 
     def say(line: str) -> None:
         sys.stdout.write(f"{line}\n")

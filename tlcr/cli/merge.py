@@ -32,7 +32,8 @@ DTYPES = ("float32", "bfloat16")
 def merge_command(*, adapter: Path, output: Path, base: str | None, trust_remote_code: bool = False) -> None:
     """Writes the whole model to ``output``, as ``AutoModel*.from_pretrained`` loads it.
 
-    An adapted layer's weight is W + (alpha / rank) B A, added in float32 and rounded once.
+    An adapted layer's weight is W + (alpha / rank) B A, added in float32 and rounded once. Where the adapter was
+    trained on weights in 4 bits, W is what these stood for.
 
     Args:
         adapter: a folder of peft, such as ``policy/adapter`` of a run.
@@ -56,7 +57,7 @@ def merge_command(*, adapter: Path, output: Path, base: str | None, trust_remote
         raise ConfigError(f"{path} is {dtype}, and tlcr merges {' or '.join(DTYPES)}; convert it first")
     cfg = replace(cfg, dtype=dtype)
     model = _model(cfg, config, about, adapter)
-    if about and base_digest(model) != about["sha256"]:
+    if about and base_digest(model, about.get("base_bits")) != about["sha256"]:
         raise CheckpointError(
             f"the adapter in {adapter} was trained on other weights than those in {path}; name the model that it was "
             "trained on with --base"

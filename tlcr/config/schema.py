@@ -163,8 +163,21 @@ class LoRAConfig(Checked):
         "one copy of the frozen weights with the reference",
     )
 
+    base_bits: Literal[4] | None = knob(
+        None,
+        "bits of the frozen weights that adapters stand on, in the decoder's linear layers: 4 (NF4, by the package "
+        "bitsandbytes); default: the weights are as they were read, in model.dtype",
+        source="QLoRA",
+        advanced=True,
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.base_bits is not None and self.rank is None:
+            raise ConfigError(
+                f"LoRAConfig.base_bits is {self.base_bits} and rank null: weights that are trained cannot be in so few "
+                "bits; set a rank, such as 16, or base_bits: null"
+            )
         for name, given in (("targets", self.targets), ("roles", self.roles)):
             if not given:
                 raise ConfigError(f"LoRAConfig.{name} is empty; name at least one, or set rank: null for no adapters")
@@ -807,6 +820,11 @@ class RunConfig(Checked):
             raise ConfigError(
                 "RunConfig.lora.roles has 'sft', but model.path is 'embedded': SFT starts from random weights there, "
                 "which adapters cannot make a language model of; drop 'sft' from lora.roles"
+            )
+        if self.lora.base_bits is not None and self.sharding.kind != "none":
+            raise ConfigError(
+                f"RunConfig.lora.base_bits is {self.lora.base_bits} and sharding.kind {self.sharding.kind!r}: weights "
+                "in 4 bits are packed, and cannot be cut by rows; set sharding.kind: none, or lora.base_bits: null"
             )
         elsewhere = self.ppo.value_model == "separate" and self.ppo.value_init != "policy"
         if elsewhere and self.lora.trains("value"):

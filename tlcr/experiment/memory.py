@@ -18,6 +18,7 @@ from tlcr.config.trials import arms_of
 from tlcr.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from tlcr.experiment.simulation import Simulator, Step
@@ -145,6 +146,19 @@ class Architecture:
             self._adapters[lora] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return self._adapters[lora]
 
+    def saved_by_bits(self, cfg: RunConfig) -> int:
+        """The bytes that ``lora.base_bits`` saves of the frozen weights of one model."""
+        from tlcr.models.four_bits import bytes_of
+
+        width = BYTES[cfg.model.dtype]
+        return sum(width * weight.numel() - bytes_of(weight.shape) for weight in self._linear_weights)
+
+    @functools.cached_property
+    def _linear_weights(self) -> list[Tensor]:
+        from tlcr.models.four_bits import linear_layers
+
+        return [layer.weight for layer in linear_layers(self.model.base_model).values()]
+
     def peak(self, step: Step, cfg: RunConfig, machine: Machine) -> int:
         """The bytes that ``step`` allocates at its peak, beyond weights and earlier gradients."""
         from tlcr.experiment.simulation import Simulator
@@ -168,7 +182,11 @@ class Architecture:
                 reduce_dtype=cfg.sharding.reduce_dtype,
                 lora=cfg.lora,
             )
-        return self._simulators[key].peak(step)
+        peak = self._simulators[key].peak(step)
+        if cfg.lora.base_bits is None:
+            return peak
+        # a layer's weight in 4 bits is made whole where it is multiplied with
+        return peak + BYTES[cfg.model.dtype] * max(weight.numel() for weight in self._linear_weights)
 
 
 GPUS_OF_A_NODE = 8
@@ -265,6 +283,18 @@ def _with_adapter(name: str, frozen: int, adapter: int, dtype: str) -> Role:
     return Role(name, frozen + adapter, frozen * BYTES[dtype] + adapter * 4, adapter * 4, adapter * 8)
 
 
+def _in_bits(role: Role, cfg: RunConfig, architecture: Architecture) -> Role:
+    """The model that adapters stand on, in as few bits as the config asks for."""
+    if cfg.lora.base_bits is None:
+        return role
+    return replace(role, weights=role.weights - architecture.saved_by_bits(cfg))
+
+
+def _reading(cfg: RunConfig, architecture: Architecture) -> list[Phase]:
+    """Weights are read whole before they are kept in few bits."""
+    return [] if cfg.lora.base_bits is None else [Phase("reading", architecture.saved_by_bits(cfg))]
+
+
 def _frozen(name: str, parameters: int, dtype: str) -> Role:
     return Role(name, parameters, parameters * BYTES[dtype])
 
@@ -287,7 +317,8 @@ def _supervised(stage: str, cfg: RunConfig, architecture: Architecture, machine:
         stage=_section(stage),
         again=examples < share,
     )
-    return Estimate(stage, (role,), (_training("training", step, (role,), cfg, architecture, machine),))
+    reading = _reading(cfg, architecture) if cfg.lora.trains(_section(stage)) else []
+    return Estimate(stage, (role,), (*reading, _training("training", step, (role,), cfg, architecture, machine)))
 
 
 def _supervised_role(stage: str, cfg: RunConfig, architecture: Architecture) -> Role:
@@ -296,7 +327,8 @@ def _supervised_role(stage: str, cfg: RunConfig, architecture: Architecture) -> 
     name = _section(stage)
     if cfg.lora.trains(name):
         head = 0 if outputs is None else outputs * size.hidden
-        return _with_adapter("model", parameters - head, architecture.adapter(cfg.lora) + head, cfg.model.dtype)
+        role = _with_adapter("model", parameters - head, architecture.adapter(cfg.lora) + head, cfg.model.dtype)
+        return _in_bits(role, cfg, architecture)
     return _trained("model", parameters, cfg.model.dtype)
 
 
@@ -343,7 +375,10 @@ def ppo_roles(cfg: RunConfig, architecture: Architecture) -> tuple[Role, ...]:
         if adapters
         else _trained("policy", size.parameters, dtype)
     )
-    return policy, _value_role(cfg, architecture), _frozen("reference", size.parameters, dtype), *judges
+    reference = _frozen("reference", size.parameters, dtype)
+    if adapters:
+        reference = _in_bits(reference, cfg, architecture)
+    return policy, _value_role(cfg, architecture), reference, *judges
 
 
 def roles_of_a_process(cfg: RunConfig, architecture: Architecture, machine: Machine) -> tuple[Role, ...]:
@@ -407,7 +442,8 @@ def _ppo(cfg: RunConfig, architecture: Architecture, machine: Machine) -> Estima
     ]
     if any(_asked_models(cfg).values()):
         phases.insert(2, Phase("rewards", architecture.peak(judge, cfg, machine)))
-    return Estimate("ppo", roles, tuple(phases))
+    reading = _reading(cfg, architecture) if cfg.lora.trains("policy") else []
+    return Estimate("ppo", roles, (*reading, *phases))
 
 
 @dataclass(frozen=True)
@@ -491,7 +527,7 @@ def _changes(cfg: RunConfig, machine: Machine, stage: str) -> list[_Change]:
         changes.append(_Change("sharding.kind", "full"))
     if cfg.model.dtype != "bfloat16":
         changes.append(_Change("model.dtype", "bfloat16"))
-    if cfg.lora.rank is None and cfg.sharding.kind == "none" and (stage != "sft" or cfg.model.path != "embedded"):
+    if cfg.lora.rank is None and (stage != "sft" or cfg.model.path != "embedded"):
         changes.append(_Change("lora.rank", LORA_RANK))
     if stage == "ppo" and cfg.ppo.value_model != "shared":
         changes.append(_Change("ppo.value_model", "shared"))

@@ -8,13 +8,16 @@ logits exist for the N actions only, which are counted over all rows (axis N): p
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr import ops
@@ -23,8 +26,8 @@ from tlcr.errors import CheckpointError, ConfigError
 from tlcr.models.adapters import (
     FOLDER,
     adapter_of,
+    adapts_output,
     load_adapter,
-    output_weight,
     own_parameters,
     own_part,
     save_trained,
@@ -194,22 +197,24 @@ class ActorCritic(nn.Module):
         ref_head = None if reference is None else reference.get_output_embeddings()
         if self._chunk_tokens is None:
             # The head in the model's dtype: in bfloat16 it takes a fraction of the time of score_hidden in float32.
-            with torch.no_grad():
-                ref_logits_NV = None if ref_head is None else ref_head(ref_hidden_NH)
-            return ops.score_tokens(
-                head(hidden_NH), batch.action_ids_N, ref_logits=ref_logits_NV, temperature=temperature
+            return _scores_of_head(head, ref_head, temperature, hidden_NH, ref_hidden_NH, batch.action_ids_N)
+        if not adapts_output(self.policy):
+            return ops.score_hidden(
+                hidden_NH,
+                head.weight,
+                batch.action_ids_N,
+                bias=head.bias,
+                ref_hidden=ref_hidden_NH,
+                ref_weight=None if ref_head is None else ref_head.weight,
+                ref_bias=None if ref_head is None else ref_head.bias,
+                temperature=temperature,
+                chunk_tokens=self._chunk_tokens,
             )
-        return ops.score_hidden(
-            hidden_NH,
-            output_weight(model),
-            batch.action_ids_N,
-            bias=head.bias,
-            ref_hidden=ref_hidden_NH,
-            ref_weight=None if reference is None else output_weight(reference),
-            ref_bias=None if ref_head is None else ref_head.bias,
-            temperature=temperature,
-            chunk_tokens=self._chunk_tokens,
-        )
+        # score_hidden reads one matrix. The sum of the head's and its adapter's would be (V, H), and so its gradient.
+        given = (hidden_NH, ref_hidden_NH, batch.action_ids_N)
+        pieces = zip(*(_pieces(x_NX, self._chunk_tokens) for x_NX in given), strict=False)
+        again = partial(checkpoint, _scores_of_head, head, ref_head, temperature, use_reentrant=False)
+        return _joined([again(*piece) for piece in pieces])
 
     def _values(self, batch: _Batch, hidden_NH: Tensor | None) -> Tensor:
         if self.value_model is None:
@@ -436,6 +441,28 @@ def _logits(model: PreTrainedModel, batch: _Batch) -> Tensor:
         return model(**_inputs(model, batch)).logits.squeeze(0)
     finally:
         hook.remove()
+
+
+def _scores_of_head(
+    head: nn.Module,
+    ref_head: nn.Module | None,
+    temperature: float,
+    hidden_NH: Tensor,
+    ref_hidden_NH: Tensor | None,
+    ids_N: Tensor,
+) -> TokenScores:
+    with torch.no_grad():
+        ref_logits_NV = None if ref_head is None else ref_head(ref_hidden_NH)
+    return ops.score_tokens(head(hidden_NH), ids_N, ref_logits=ref_logits_NV, temperature=temperature)
+
+
+def _pieces(x_NX: Tensor | None, tokens: int) -> Iterable[Tensor | None]:
+    return repeat(None) if x_NX is None else x_NX.split(tokens)
+
+
+def _joined(pieces: Sequence[TokenScores]) -> TokenScores:
+    fields: list[Any] = [None if field[0] is None else torch.cat(field) for field in zip(*pieces, strict=True)]
+    return TokenScores(*fields)
 
 
 def _hidden_states(model: PreTrainedModel, batch: _Batch) -> Tensor:

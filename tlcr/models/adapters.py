@@ -11,6 +11,7 @@ peft is imported inside the functions that need it: tlcr does without where ``lo
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -34,6 +35,7 @@ from transformers.pytorch_utils import Conv1D
 from tlcr.config.schema import LoRAConfig
 from tlcr.errors import CheckpointError, ConfigError
 from tlcr.models import classifiers
+from tlcr.models.four_bits import BITS, dequantised, is_quantised, quantise
 from tlcr.models.heads import backbone, classification_head, has_linear_head, name_of_head, use_float32_head
 from tlcr.models.loading import enable_gradient_checkpointing, save_model
 from tlcr.models.stored import is_unread, stored_parameters, without_adapters
@@ -75,9 +77,12 @@ def add_adapter(model: PreTrainedModel, cfg: LoRAConfig, name: str, *, seed: int
 
     Raises:
         ConfigError: peft is not installed, the backbone has no layer of a name in ``cfg.targets``, or the output head
-            that it names is the model's embedding too.
+            that it names is the model's embedding too; or the model's weights cannot be in 4 bits, or are already.
     """
     model.requires_grad_(False)
+    _require_plain(model)
+    if cfg.base_bits is not None and backbone(model).device.type != "meta":
+        _keep_in_four_bits(model)
     _inject(backbone(model), _peft_config(model, cfg), name)
     if _name_of_output(model) in cfg.targets:
         _inject_into_head(model, _peft_config(model, cfg), name)
@@ -91,6 +96,11 @@ def adapter_of(model: PreTrainedModel) -> str | None:
     """The name of the adapter that a model was given by ``add_adapter`` or that its role has; None: it has none."""
     role = role_of(model)
     return getattr(model, "_tlcr_adapter", None) if role is None else role.name
+
+
+def adapts_output(model: PreTrainedModel) -> bool:
+    """Whether a causal LM's output head has an adapter, so that its weight alone does not say what it computes."""
+    return hasattr(model.get_output_embeddings(), "base_layer")
 
 
 def own_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
@@ -126,21 +136,44 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield without_adapters(name), parameter
 
 
-def base_digest(model: PreTrainedModel) -> str:
+def base_digest(model: PreTrainedModel, base_bits: int | None = None) -> str:
     """The digest of the weights of a model's backbone that an adapter was trained on, or is to be used with.
 
     Args:
         model: a causal LM or a classifier, with adapters or without.
+        base_bits: as the digest of the weights in so few bits; None: of the weights as they are.
 
     Returns:
-        The same for two models with the same backbone, whatever stands on it.
+        The same for two models with the same backbone, whatever stands on it. Weights that are in 4 bits are known by
+        those that the codes were computed from, which does not depend on the device that did it.
     """
+    body = backbone(model)
+    if (known := getattr(body, "_tlcr_base_digest", None)) is not None:
+        return str(known)
     if is_unread(model):
         prefix = f"{_name_of_backbone(model)}."
         stored = ((name, weight) for name, weight in stored_parameters(model) if name.startswith(prefix))
-        return digest((name.removeprefix(prefix), weight) for name, weight in stored)
-    named = backbone(model).named_parameters()
-    return digest((without_adapters(name), weight) for name, weight in named if not _is_adapters(name))
+        found = digest((name.removeprefix(prefix), weight) for name, weight in stored)
+    else:
+        named = body.named_parameters()
+        found = digest((without_adapters(name), weight) for name, weight in named if not _is_adapters(name))
+    return found if base_bits is None else hashlib.sha256(f"{found} {base_bits} bits".encode()).hexdigest()
+
+
+def _require_plain(model: PreTrainedModel) -> None:
+    """Refuses weights that someone else quantised: what an adapter adds could not be merged into them."""
+    if all(parameter.is_floating_point() for parameter in backbone(model).parameters()):
+        return
+    raise ConfigError(
+        f"the weights of {model.name_or_path or type(model).__name__!r} are quantised already, and adapters could not "
+        "be merged into them; name the model that they were made from, and set lora.base_bits: 4"
+    )
+
+
+def _keep_in_four_bits(model: PreTrainedModel) -> None:
+    body, known = backbone(model), base_digest(model, BITS)
+    quantise(body)
+    body._tlcr_base_digest = known  # type: ignore[assignment]
 
 
 # ---- roles
@@ -188,7 +221,7 @@ class Roles:
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             enable_gradient_checkpointing(model, self._checkpointed)
         self.reference = self._play(_twin(model), REFERENCE)
-        if (head := _name_of_output(model)) is not None and hasattr(model.get_submodule(head), "base_layer"):
+        if adapts_output(model) and (head := _name_of_output(model)) is not None:
             self.reference.set_submodule(head, model.get_submodule(f"{head}.base_layer"))
         self.policy = self._play(model, "policy")
 
@@ -356,14 +389,27 @@ def merged_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     if not is_main_process():
         return {}
     weights = {without_adapters(key): weight for key, weight in state.items() if not _is_adapters(key)}
+    weights |= _dequantised(model, weights)
     for path, layer in _layers(model, name):
-        base = state[f"{path}.base_layer.weight"]
+        base = weights[f"{path}.weight"]
         wide = torch.promote_types(base.dtype, torch.float32)
         down, up = (state[f"{path}.lora_{part}.{name}.weight"].to(wide) for part in "AB")
         delta = (up @ down) * layer.scaling[name]
         merged = base.to(wide) + (delta.T if layer.fan_in_fan_out else delta)
         weights[f"{path}.weight"] = merged.to(base.dtype).cpu()
     return weights
+
+
+def _dequantised(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of layers in 4 bits as numbers; what else ``weights`` has of such layers is taken out of it."""
+    layers = {path: layer for path, layer in model.named_modules() if is_quantised(layer)}
+    found = {}
+    for path, layer in layers.items():
+        name = without_adapters(f"{path}.weight")
+        for key in [key for key in weights if key.startswith(f"{name}.")]:
+            del weights[key]
+        found[name] = dequantised(layer).cpu()
+    return found
 
 
 def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
@@ -393,6 +439,8 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
         config.save_pretrained(str(folder))
         dtype = str(body.dtype).removeprefix("torch.")
         about: dict[str, Any] = {"path": _source(model), "dtype": dtype, "sha256": sha256}
+        if hasattr(body, "_tlcr_base_digest"):
+            about["base_bits"] = BITS
         if has_linear_head(model):
             own = {key: value for key, value in vars(model.config).items() if key.startswith("tlcr_")}
             about |= {"id2label": model.config.id2label, "config": own}
@@ -439,7 +487,10 @@ def attach_adapter(model: PreTrainedModel, folder: str | Path) -> None:
         ConfigError: peft is not installed, or the adapter is no LoRA that can be merged.
     """
     model.requires_grad_(False)
+    _require_plain(model)
     config = read_peft_config(folder)
+    if read_base(folder).get("base_bits") is not None:
+        _keep_in_four_bits(model)
     _inject(backbone(model), config, "default")
     if _name_of_output(model) in config.target_modules:
         _inject_into_head(model, config, "default")
@@ -519,17 +570,6 @@ def _inject_into_head(model: PreTrainedModel, config: Any, name: str) -> None:
     config = copy(config)
     config.target_modules, config.fan_in_fan_out = {path}, False
     _inject(model, config, name)
-
-
-def output_weight(model: PreTrainedModel) -> Tensor:
-    """The weight (V, H) of a causal LM's output head, with its adapter where it has one; gradients flow to that."""
-    head = model.get_output_embeddings()
-    if not hasattr(head, "base_layer"):
-        weight: Tensor = head.weight
-        return weight
-    (name,) = head.lora_A
-    base, down, up = head.base_layer.weight, head.lora_A[name].weight, head.lora_B[name].weight
-    return (base.to(up.dtype) + head.scaling[name] * (up @ down)).to(base.dtype)
 
 
 def _inject(body: PreTrainedModel, config: Any, name: str) -> None:

@@ -165,8 +165,9 @@ def recomputing(
                     return (None, None, *[None] * len(needed))
             if len(grads) < len(incoming):
                 grads = (*grads, None)
+            saved = ctx.saved_tensors  # under torch's checkpointing this computes them again, with autograd
             with below_autograd():
-                got = backward_operator(*order((*grads, *ctx.saved_tensors, *ctx.options, *needed)))
+                got = backward_operator(*order((*grads, *saved, *ctx.options, *needed)))
             gradients = [x if wanted else None for x, wanted in zip(_tuple(got), needed, strict=True)]
             return None, None, *differentiable_once(name, plain, gradients)
 
