@@ -211,6 +211,9 @@ def _earlier_stages(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding
 
 
 def _output_dir(cfg: RunConfig, resume: bool | None) -> Iterator[Finding]:
+    if not cfg.output_dir.strip():
+        yield Finding("blocked", "output_dir", "it is empty", "name a folder; '.' is the one that you are in")
+        return
     folder = Path(cfg.output_dir)
     there = existing(folder)
     if not there.is_dir():
