@@ -46,14 +46,15 @@ def schedule(seed: int, only: Sequence[str], disks: bool) -> Iterator[tuple[str,
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """As docs/reliability.md has it."""
-    lines = ["| fault | cases | met | ended in one sentence | equal in the end | lost |", "|---|---|---|---|---|---|"]
+    head = ("fault", "cases", "runs under it", "met", "one sentence", "equal", "lost")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in [ECHO, *KINDS, "all"]:
         of = [outcome for outcome in outcomes if name in (outcome.kind, "all")]
         if of:
-            met, refused, equal = (
-                sum(map(bool, v)) for v in zip(*((o.met, o.refused, o.equal) for o in of), strict=True)
+            met, refused, equal, lost = (
+                sum(map(bool, one)) for one in zip(*((o.met, o.refused, o.equal, o.lost) for o in of), strict=True)
             )
-            lines.append(f"| {name} | {len(of)} | {met} | {refused} | {equal} | {sum(o.lost for o in of)} |")
+            lines.append(f"| {name} | {len(of)} | {sum(o.runs for o in of)} | {met} | {refused} | {equal} | {lost} |")
     return "\n".join(lines)
 
 

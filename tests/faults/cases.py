@@ -32,13 +32,15 @@ ALL = tuple(STAGES)
 class Outcome:
     """What came of a case.
 
-    met: whether the fault took effect before the command was done. refused: the sentence with which it ended, if it
-    did. equal: whether the result was that of the uninterrupted run in the end. problems: what else was wrong.
+    runs: commands that were started under the fault. met: whether it took effect before one was done. refused: the
+    sentence with which the last one ended, if one did. equal: whether the result was that of the uninterrupted run in
+    the end. problems: what else was wrong.
     """
 
     kind: str
     stage: str
     seed: int
+    runs: int = 0
     met: bool = False
     refused: str | None = None
     equal: bool = False
@@ -62,6 +64,7 @@ class Case:
 
     def take(self, ended: Ended, *, killed: bool = False) -> None:
         """Notes how a command under a fault ended: done, refused in a sentence, killed by us, or badly."""
+        self.outcome.runs += 1
         if ended.done:
             return
         self.outcome.met = True
@@ -282,8 +285,8 @@ def two_at_once(case: Case) -> None:
 
 
 def out_of_memory(case: Case) -> None:
-    """The process may take some MiB more than it has when it begins."""
-    more = case.random.randint(1, 200) * 2**20
+    """The process may take half a MiB to 128 MiB more than it has when it begins."""
+    more = int(2 ** case.random.uniform(19, 27))
 
     def plant() -> None:
         with open("/proc/self/statm", encoding="ascii") as file:
@@ -326,6 +329,7 @@ def torn_line(case: Case) -> None:
             with path.open("ab") as file:
                 file.write(case.random.choice((line[:cut], line[:cut] + bytes(len(line) - cut), bytes(cut))))
             case.outcome.met = True
+    case.take(case.under(lambda: None))
     case.go_on()
 
 
@@ -352,6 +356,7 @@ def corrupted(files: str) -> Attack:
             if differences:
                 case.problem(f"{name} was damaged without a word: {'; '.join(differences[:5])}")
             case.outcome.equal = not differences
+            case.take(ended)
             return
         case.take(ended)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -379,13 +384,12 @@ def scripts(case: Case) -> None:
             key = case.random.choice(keys)
             path.write_text("\n".join(json.dumps(_with_script(v, key)) for v in values), encoding="utf-8")
     ended = finish(["report", "run"], case.folder)
+    case.take(ended)
     if ended.done:
         text = (case.folder / "run" / "report.html").read_text(encoding="utf-8")
         case.outcome.met = "&lt;script&gt;" in text
         if "<script" in text or "<img src=x" in text:
             case.problem(f"{path.name}: a script came into the report")
-    else:
-        case.take(ended)
     case.outcome.equal = True
 
 
