@@ -120,7 +120,7 @@ def test_the_workflow_runs_what_a_developer_runs() -> None:
     assert [step["run"] for step in steps if step.get("run", "").startswith(".ci/")] == [".ci/run"]
     run = (ROOT / ".ci/run").read_text(encoding="utf-8")
     assert re.findall(r"^make (.+)$", run, re.MULTILINE) == [
-        *("test", "test-slow", "lint", "hosts HOST=trl", "gpu-in-small", "wheels")
+        *("test", "test-slow", "fuzz", "lint", "hosts HOST=trl", "gpu-in-small", "wheels")
     ]
 
 
@@ -130,6 +130,15 @@ def test_the_weekly_workflow_runs_both_ends_of_the_versions() -> None:
     (job,) = workflow["jobs"].values()
     assert [step["run"] for step in job["steps"] if "run" in step] == ["make lock", "make ${{ matrix.end }}"]
     assert {entry["end"] for entry in job["strategy"]["matrix"]["include"]} == {"lowest", "newest"}
+
+
+def test_the_weekly_audit_asks_for_the_versions_that_are_tested() -> None:
+    workflow = load_yaml(".github/workflows/audit.yml")
+    (job,) = workflow["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["make lock", "make audit"]
+    rule = re.search(r"^audit:.*\n\t(.+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert rule is not None and "--strict" in rule[1] and ".ci/versions/newest.txt" in rule[1]
+    assert (ROOT / ".ci/versions/newest.txt").is_file()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github/workflows").iterdir()), ids=lambda path: path.name)

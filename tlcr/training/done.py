@@ -20,6 +20,8 @@ RESULTS = {
     *("calibration.json", "revisions.jsonl"),
 }
 """What later stages start from, beside weights."""
+PASSING = {"checkpoints", "diverged", "server_weights"}
+"""Folders of a stage that nothing starts from once it has ended."""
 AGAIN = "delete it to make that stage again"
 _CHECKED: set[Path] = set()
 """Records whose files this process found to be whole."""
@@ -58,12 +60,13 @@ def mark_done(
 
 def remove_checkpoints(folder: str | Path) -> None:
     """Deletes the checkpoints of a stage that has ended; also those that a kill right after its record left."""
-    remove(Path(folder) / "checkpoints")
+    if (Path(folder) / "checkpoints").exists():  # a finished run may lie on a disk that nothing can be deleted from
+        remove(Path(folder) / "checkpoints")
 
 
 def _results(folder: Path) -> list[str]:
     """The files that later stages start from, by their paths in the folder of the stage that wrote them."""
-    found = (path for path in folder.rglob("*") if path.is_file() and "checkpoints" not in path.parts)
+    found = (path for path in folder.rglob("*") if path.is_file() and not PASSING & set(path.relative_to(folder).parts))
     return sorted(
         path.relative_to(folder).as_posix() for path in found if path.suffix == ".safetensors" or path.name in RESULTS
     )
