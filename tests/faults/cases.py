@@ -340,6 +340,10 @@ def corrupted(files: str) -> Attack:
     def attack(case: Case) -> None:
         if files == "checkpoint":
             case.under(stop_after_saves(2))
+        if files == "store":  # the answers are there, and what was made of them is not
+            finish(case.command, case.folder)
+            for made in ("done.json", "revisions.jsonl", "set_aside.jsonl"):
+                (case.folder / "run" / "revisions" / made).unlink()
         there = [path for path in sorted((case.folder / "run").rglob("*")) if path.is_file() and _of(files, path)]
         if not there:
             case.go_on()
