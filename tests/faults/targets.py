@@ -32,6 +32,7 @@ from tlcr.judging.verdicts import read_grade, read_ruling
 from tlcr.models.loading import load_tokenizer
 from tlcr.reviser.checks import check_answer
 from tlcr.serving import protocols
+from tlcr.text import rendering
 from tlcr.text.tokenization import encode_answer, render_prompt
 from tlcr.text.turns import apply_template
 from tlcr.training.checkpoint import latest_checkpoint
@@ -307,6 +308,7 @@ PIECES = st.sampled_from(
 def templates(draw: Draw) -> None:
     from copy import copy
 
+    rendering.SECONDS = 1  # the child that renders is forked after this
     own = copy(tokenizer())
     own.chat_template = "".join(draw(st.lists(PIECES | st.text(max_size=5), max_size=4)))
     apply_template(
