@@ -9,7 +9,7 @@ RIVALS := $(VENV)/.rivals
 DOCS := $(VENV)/.docs
 CPP := $(shell find csrc tests/cuda/emulator .ci -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: quickstart test test-slow test-again lint format docs bench bench-report bench-compare wheels lowest newest lock hosts vllm gpu gpu-in-small
+.PHONY: quickstart test test-slow test-again lint format docs bench bench-report bench-compare wheels lowest newest lock hosts vllm gpu gpu-in-small faults fuzz fuzz-sanitized audit
 
 quickstart: $(INSTALLED)
 	$(BIN)/tlcr run examples/quickstart.yaml --resume
@@ -25,6 +25,23 @@ test-slow: $(INSTALLED)
 # What failed last time, one test after the other. It fails where nothing did.
 test-again: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -p no:benchmark --last-failed --last-failed-no-failures none -rA
+
+# Hundreds of kills, full disks and damaged files, each followed by a comparison with the uninterrupted run: some 10
+# minutes. make faults RUNS=50 SEED=7
+faults: $(INSTALLED)
+	$(BIN)/python -m tests.faults --runs $(or $(RUNS),300) --seed $(or $(SEED),0)
+
+# A minute of random inputs to every reader. make fuzz MINUTES=60 SEED=7
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.faults.fuzz --minutes $(or $(MINUTES),1) --seed $(or $(SEED),0)
+
+# The arguments of the ops under the sanitizers of the compiler, which builds them in build/sanitized.
+fuzz-sanitized: $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.faults.sanitized --minutes $(or $(MINUTES),1) --seed $(or $(SEED),0)
+
+# Asks for known vulnerabilities of the newest versions that are tested. Fails where it cannot ask.
+audit: $(INSTALLED)
+	$(BIN)/uv tool run --from 'pip-audit==2.10.1' pip-audit --strict --disable-pip --no-deps --requirement .ci/versions/newest.txt
 
 # Changes nothing. What `make format` cannot mend is for a person.
 lint: $(INSTALLED)

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -514,6 +515,21 @@ def test_what_cannot_hold_a_store_is_said_as_what_it_is(tmp_path: Path) -> None:
         pass
     with contextlib.closing(sqlite3.connect(foreign)) as database:
         assert database.execute("SELECT COUNT(*) FROM answers").fetchone() == (0,)
+
+
+def test_an_answer_that_the_disk_changed_is_noticed_and_older_stores_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "answers.sqlite"
+    with AnswerStore(path) as store:
+        store.put("k", Answer("good", "stop", 1, 2), template="t", model="m")
+        assert store.get("k") == Answer("good", "stop", 1, 2)
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE answers SET text = 'gooe'")
+    with AnswerStore(path) as store, pytest.raises(DataError, match=r"damaged .an answer is another than when it was"):
+        store.get("k")
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("DROP TABLE checksums")
+    with AnswerStore(path) as store:
+        assert store.get("k") == Answer("gooe", "stop", 1, 2)
 
 
 def test_a_file_that_is_no_store_is_refused_and_left_alone(tmp_path: Path) -> None:

@@ -458,6 +458,13 @@ FAULTS: dict[str, Fault] = {
         "make the batch a multiple of the minibatch",
         lambda desk, _: desk.set("ppo.batch_size", 12),
     ),
+    "an output_dir that is empty": Fault(
+        lambda desk: desk.set("output_dir", ""),
+        "output_dir",
+        "it is empty",
+        "name a folder",
+        lambda desk, _: desk.set("output_dir", str(desk.folder / "another")),
+    ),
     "an output_dir that is a file": Fault(
         lambda desk: desk.set("output_dir", desk.write("taken", [])),
         "output_dir",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import re
 import resource
@@ -394,3 +395,32 @@ def test_an_exception_of_one_process_is_a_traceback_and_a_line(
         "tlcr: error: process 1 of 2 failed (MemoryError: of the device); what was saved is kept; go on under the "
         "same launcher with: tlcr run c.yaml --resume"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "the memory ran out: 'tlcr doctor CONFIG' says what a run takes"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] can't allocate memory: you tried"), "the memory ran out ("),
+        (OSError(errno.EROFS, "Read-only file system", "runs/a"), "runs/a cannot be read or written: Read-only file"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_sentence_with_the_way_to_go_on(
+    error: Exception, said: str, calls: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(cfg: RunConfig, resume: bool) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules["tlcr.experiment.pipeline"], "run", run)
+    assert cli.main(["run"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"tlcr: error: {said}") and line.endswith("go on with: tlcr run --resume")
+
+
+def test_an_error_of_a_program_keeps_its_traceback(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(cfg: RunConfig, resume: bool) -> None:
+        raise KeyError("bug")
+
+    monkeypatch.setattr(sys.modules["tlcr.experiment.pipeline"], "run", run)
+    with pytest.raises(KeyError):
+        cli.main(["run"])

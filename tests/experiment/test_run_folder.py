@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -16,7 +17,7 @@ import pytest
 from tests.experiment.helpers import arm_config, arm_run, small_config
 from tlcr.config.schema import Arm, RewardConfig, RunConfig
 from tlcr.data import embedded
-from tlcr.errors import ConfigError
+from tlcr.errors import CheckpointError, ConfigError
 from tlcr.experiment.pipeline import run
 from tlcr.experiment.preflight import holds_a_run
 from tlcr.experiment.run_folder import (
@@ -475,9 +476,47 @@ def test_records_of_two_names_do_not_meet(tmp_path: Path) -> None:
 def test_two_runs_do_not_work_in_one_folder(tmp_path: Path) -> None:
     cfg = small_config(tmp_path / "run")
     with sole_run(tmp_path / "run"):
-        with pytest.raises(ConfigError, match=r"another run is at work in output_dir .*run'; wait for it"):
+        who = rf"process {os.getpid()} on \S+ since \d"
+        with pytest.raises(ConfigError, match=rf"another run is at work in output_dir .*run' \({who}.*\); wait for it"):
             run(cfg)
-        assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", ".lock-holder"}
     assert not holds_a_run(tmp_path / "run")
     with sole_run(tmp_path / "run"):  # the first has let go of it
         pass
+
+
+def test_two_commands_do_not_do_the_same_stage_and_may_do_two(tmp_path: Path) -> None:
+    opened = open_run(small_config(tmp_path / "run"), resume=False)
+
+    def work() -> dict[str, int]:
+        with pytest.raises(ConfigError, match=rf"at work in \S+/sft \(process {os.getpid()} "):
+            opened.once(tmp_path / "run" / "sft", {}, lambda: pytest.fail("another one does it"))
+        opened.once(tmp_path / "run" / "labels", {}, dict)
+        return {}
+
+    opened.once(tmp_path / "run" / "sft", {}, work)
+    assert sorted(path.name for path in (tmp_path / "run" / "sft").iterdir()) == [".lock", "done.json"]
+
+
+def test_what_a_kill_left_beside_the_record_of_a_stage_is_deleted(tmp_path: Path) -> None:
+    opened = open_run(small_config(tmp_path / "run"), resume=False)
+    opened.once(tmp_path / "sft", {}, dict)
+    (tmp_path / "sft" / "checkpoints" / "step-000001").mkdir(parents=True)
+    opened.once(tmp_path / "sft", {}, lambda: pytest.fail("it is done"))
+    assert not (tmp_path / "sft" / "checkpoints").exists()
+
+
+def test_a_model_that_was_damaged_after_its_stage_is_not_trained_from(tmp_path: Path) -> None:
+    opened = open_run(small_config(tmp_path / "run"), resume=False)
+    folder = tmp_path / "run" / "sft"
+
+    def work() -> dict[str, int]:
+        (folder / "model.safetensors").write_bytes(b"weights")
+        return {}
+
+    opened.once(folder, {}, work)
+    (folder / "model.safetensors").write_bytes(b"weightz")
+    with pytest.raises(CheckpointError, match=r"sft/model.safetensors is not as its stage wrote it: it is damaged"):
+        _ = opened.policy_source
+    (folder / "model.safetensors").write_bytes(b"weights")
+    assert Path(opened.policy_source.path) == folder

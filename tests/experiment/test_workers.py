@@ -172,3 +172,14 @@ def test_no_job_is_no_work_and_a_launcher_is_refused(
     run_side_by_side([], parallel=2, title="test")
     with pytest.raises(ConfigError, match=r"parallel is 2 under a launcher of 4 processes; .*set parallel to 1"):
         run_side_by_side([job("one", "")], parallel=2, title="test")
+
+
+def test_a_worker_that_the_system_killed_is_said_to_be_killed(job: Callable[[str, str], Job]) -> None:
+    """What it said last is not why it ended."""
+    killed = job("killed", "print('all is well', flush=True)\nos.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(
+        TlcrError,
+        match=r"SIGKILL, which is how a system ends processes where its memory runs out; its "
+        r"last line was: all is well",
+    ):
+        run_side_by_side([killed], parallel=1, title="test")

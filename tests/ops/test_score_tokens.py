@@ -148,6 +148,22 @@ def test_against_sums_on_python_floats(
     assert_close(without.logprobs, wanted.logprobs)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.1, 0.01, 0.001])
+@pytest.mark.parametrize("impl", [pytest.param("cpp", id="cpp")])
+def test_digits_are_kept_as_the_temperature_falls(impl: Any, temperature: float) -> None:
+    """Also by processors without fused multiply-add, where tests/ops/test_instruction_sets.py runs this."""
+    if "cpp" not in next(status.usable for status in ops.available() if status.op == "score_tokens"):
+        pytest.skip("the C++ kernels are not built here")
+    logits, ref_logits = torch.randn(2, 12, 3001) * 4
+    token_ids = torch.where(torch.arange(12) % 2 == 0, logits.argmax(-1), torch.randint(3001, (12,)))
+    wanted = truth(logits, token_ids, ref_logits, temperature)
+    got = ops.score_tokens(logits, token_ids, ref_logits=ref_logits, temperature=temperature, impl=impl)
+    for name in FIELDS:
+        error = (getattr(got, name).double() - getattr(wanted, name)).abs()
+        assert (error <= 1e-6 * getattr(wanted, name).abs().clamp(min=1)).all(), (name, error.max())
+    assert got.logprobs.max() <= 0
+
+
 @backends("score_tokens")
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("names", [("logprobs",), ("entropy",), ("kl",), ("logprobs", "entropy"), DIFFERENTIABLE])

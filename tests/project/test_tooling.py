@@ -121,7 +121,7 @@ def test_the_workflow_runs_what_a_developer_runs() -> None:
     run = (ROOT / ".ci/run").read_text(encoding="utf-8")
     assert re.findall(r"^make (.+)$", run, re.MULTILINE) == [
         *("test || make test-again", "test-slow || make test-again"),
-        *("lint", "hosts HOST=trl", "gpu-in-small", "wheels"),
+        *("fuzz", "lint", "hosts HOST=trl", "gpu-in-small", "wheels"),
     ]
 
 
@@ -131,6 +131,15 @@ def test_the_weekly_workflow_runs_both_ends_of_the_versions() -> None:
     (job,) = workflow["jobs"].values()
     assert [step["run"] for step in job["steps"] if "run" in step] == ["make lock", "make ${{ matrix.end }}"]
     assert {entry["end"] for entry in job["strategy"]["matrix"]["include"]} == {"lowest", "newest"}
+
+
+def test_the_weekly_audit_asks_for_the_versions_that_are_tested() -> None:
+    workflow = load_yaml(".github/workflows/audit.yml")
+    (job,) = workflow["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["make lock", "make audit"]
+    rule = re.search(r"^audit:.*\n\t(.+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert rule is not None and "--strict" in rule[1] and ".ci/versions/newest.txt" in rule[1]
+    assert (ROOT / ".ci/versions/newest.txt").is_file()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github/workflows").iterdir()), ids=lambda path: path.name)

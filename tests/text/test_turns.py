@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import warnings
+from datetime import datetime
 from typing import NamedTuple
 
 import pytest
@@ -11,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.text.test_tokenization import byte_level
 from tlcr.errors import ConfigError, DataError
+from tlcr.text import rendering
 from tlcr.text.tokenization import (
     encode_answer,
     opening,
@@ -167,6 +171,51 @@ def test_an_error_inside_a_template_refuses_the_conversation() -> None:
 def test_whatever_a_template_computes_is_one_sentence(body: str) -> None:
     with pytest.raises(DataError, match="refuses this conversation: "):
         apply_template(tokenizer_with(body), ASK, {}, add_generation_prompt=False)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{{ 10 ** (10 ** 9) }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 10 ** 10 }}",
+        "{% set kept = namespace(text='x' * 2 ** 29) %}{{ kept.text | replace('x', 'xx') | upper }}",
+    ],
+)
+def test_a_template_without_end_ends_in_one_sentence_and_the_next_one_is_rendered(
+    body: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What computes for ever is killed, what fills the memory is refused it, and both by the system."""
+    monkeypatch.setattr(rendering, "SECONDS", 0)  # and the one that is always added
+    monkeypatch.setattr(rendering, "MEMORY", 200 << 20)
+    monkeypatch.setattr(rendering, "_SERVANT", rendering._Servant(rendering._by_request))
+    asked_for_too_much = r"the tokenizer's chat template (computes for more than 0 s; give|refuses this conversation: )"
+    with pytest.raises(DataError, match=asked_for_too_much):
+        apply_template(tokenizer_with(body), ASK, {}, add_generation_prompt=False)
+    assert render_prompt(tokenizer_with(R1), ASK).startswith("[Hi?]")
+    rendering._SERVANT.close()
+
+
+def test_a_process_that_was_forked_renders_with_a_child_of_its_own() -> None:
+    tokenizer = tokenizer_with(CHATML)
+    here = render_prompt(tokenizer, ASK)
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # python 3.12 warns of threads
+        pid = os.fork()
+    if pid == 0:
+        os.write(write, render_prompt(tokenizer, ASK).encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert os.read(read, 1000).decode() == here == render_prompt(tokenizer, ASK)
+    os.close(read)
+    os.close(write)
+
+
+def test_values_that_json_does_not_have_reach_the_template() -> None:
+    tokenizer = tokenizer_with("{{ when }}{{ messages[0]['content'] }}")
+    shown = apply_template(tokenizer, ASK, {"when": datetime(2026, 3, 1)}, add_generation_prompt=False)
+    assert shown.startswith("2026-03-01") and shown.endswith("Hi?")
 
 
 def test_several_templates_without_a_default_are_named() -> None:

@@ -8,11 +8,14 @@ import errno
 import json
 import os
 import random
+import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +24,8 @@ from torch import nn
 
 from tlcr.config.schema import RunConfig
 from tlcr.errors import CheckpointError
-from tlcr.training import checkpoint, checksums
+from tlcr.training import checkpoint, checksums, metrics
+from tlcr.training import loop as loop_module
 from tlcr.training.checkpoint import (
     as_plain,
     atomic_write,
@@ -32,6 +36,8 @@ from tlcr.training.checkpoint import (
     versions,
     write_json,
 )
+from tlcr.training.loop import TrainingLoop
+from tlcr.training.metrics import MetricsLog
 from tlcr.training.optim import build_optimizer, build_scheduler
 
 NOTHING: dict = {"models": {}, "optimizers": {}, "schedulers": {}}
@@ -475,3 +481,62 @@ def test_what_fails_half_way_changes_nothing(tmp_path):
 def test_json_keeps_floats_and_writes_null_for_nan(tmp_path):
     write_json(tmp_path / "a.json", {"x": 0.1 + 0.2, "nan": float("nan"), "list": [float("inf"), 1]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 0.1 + 0.2, "nan": None, "list": [None, 1]}
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path: Path, monkeypatch) -> None:
+    """As on a network file system, where the second of two renames fails."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("old")
+    real = os.replace
+
+    def replace(source, target):
+        if ".partial-" in str(source):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    untouched = pytest.raises(CheckpointError, match="Stale file handle; what was there before is untouched")
+    with untouched, atomic_write(tmp_path / "model") as aside:
+        aside.mkdir()
+    assert (tmp_path / "model" / "weights").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_cannot_be_deleted_is_said_and_costs_nothing(tmp_path: Path, monkeypatch, caplog) -> None:
+    def rmtree(path, **_):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+
+    (tmp_path / "model").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    with atomic_write(tmp_path / "model") as aside:
+        aside.mkdir()
+        (aside / "weights").write_text("new")
+    assert (tmp_path / "model" / "weights").read_text() == "new"
+    assert ".old-model cannot be deleted (Directory not empty)" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/hostname", "a/../../b"])
+def test_a_manifest_that_leaves_its_folder_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "step-000001").mkdir()
+    manifest = {"format": 1, "step": 1, "processes": 1, "versions": {}, "files": {name: 1}, "state": {}}
+    (tmp_path / "step-000001" / "checkpoint.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=re.escape(f"it names '{name}', which is not in its folder")):
+        load_checkpoint(tmp_path / "step-000001", models={}, optimizers={}, schedulers={})
+
+
+def test_the_rows_of_metrics_are_on_the_disk_before_a_checkpoint_is(tmp_path: Path, monkeypatch) -> None:
+    """A checkpoint that outlives a power cut must not stand beside a log that lacks its steps."""
+    done = []
+    monkeypatch.setattr(checkpoint, "sync_to_disk", lambda path: done.append(path.name))
+    monkeypatch.setattr(metrics, "sync_to_disk", lambda path: done.append(path.name))
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write(1, {"loss": 1.0})
+    loop = SimpleNamespace(
+        _background=SimpleNamespace(wait=lambda: None),
+        _take_completed=lambda path: None,
+        log=log,
+        _contents=lambda: None,
+    )
+    monkeypatch.setattr(loop_module, "write_checkpoint", lambda folder, what, keep: done.append("checkpoint"))
+    TrainingLoop.save_to(loop, tmp_path, keep=1)
+    assert done == ["metrics.jsonl", "checkpoint"]

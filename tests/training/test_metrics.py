@@ -48,6 +48,21 @@ def test_rewind_drops_later_rows_and_a_torn_line(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_zeros_that_a_crash_left_at_the_end_are_no_row(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    MetricsLog(path).write(1, {"loss": 2.0})
+    with path.open("ab") as file:
+        file.write(b'{"step": 2, "lo' + bytes(40))
+    assert [row["step"] for row in read_metrics(path)] == [1]
+
+
+@pytest.mark.parametrize("line", ['{"step": 1', "[1]", "{}", "\x00\x00", '{"step": ' + "[" * 5000])
+def test_a_damaged_line_is_one_sentence(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(line + '\n{"step": 2}\n')
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl is damaged: line 1 .*put that line right"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
 def test_rewinding_what_is_not_there_is_nothing(tmp_path):
     MetricsLog(tmp_path / "metrics.jsonl").rewind(3)
     assert list(tmp_path.iterdir()) == []

@@ -8,8 +8,10 @@ asking, and paying for, the same questions.
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -36,7 +38,9 @@ CREATE TABLE IF NOT EXISTS answers (
 CREATE TABLE IF NOT EXISTS requests (
     id INTEGER PRIMARY KEY, key TEXT NOT NULL, cost REAL NOT NULL, settled INTEGER NOT NULL, time REAL NOT NULL
 );
+CREATE TABLE IF NOT EXISTS checksums (key TEXT PRIMARY KEY, value INTEGER NOT NULL);
 """
+# SQLite notices damage to its pages' structure and not to a text. Stores of earlier versions have no checksums.
 
 
 class AnswerStore:
@@ -95,9 +99,16 @@ class AnswerStore:
         """The stored answer to the question of this key; None where there is none."""
         with self._translated():
             found = self._database.execute(
-                "SELECT text, finish, prompt_tokens, answer_tokens FROM answers WHERE key = ?", (key,)
+                "SELECT text, finish, prompt_tokens, answer_tokens, value FROM answers LEFT JOIN checksums USING (key) "
+                "WHERE key = ?",
+                (key,),
             ).fetchone()
-        return None if found is None else Answer(*found)
+            if found is None:
+                return None
+            *answer, checksum = found
+            if checksum not in (None, _checksum(answer)):
+                raise sqlite3.DatabaseError("an answer is another than when it was stored")
+        return Answer(*answer)
 
     def put(self, key: str, answer: Answer, *, template: str, model: str) -> None:
         """Store an answer; on return it is on disk."""
@@ -143,22 +154,29 @@ class AnswerStore:
                 *(template, model, time.time()),
             ),
         )
+        value = _checksum([answer.text, answer.finish, answer.prompt_tokens, answer.answer_tokens])
+        self._database.execute("INSERT OR REPLACE INTO checksums VALUES (?, ?)", (key, value))
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
+            if not isinstance(error, sqlite3.OperationalError) or "decode" in str(error):
+                raise DataError(
+                    f"{self.path} is not a store of answers, or is damaged ({error}); name another cache, or move it "
+                    "away"
+                ) from error
             if "locked" in str(error):
                 raise ConfigError(
                     f"{self.path} is locked by another program, such as a viewer of databases; close it there, or name "
                     "another cache"
                 ) from error
             raise unwritable(self.path, error) from error
-        except sqlite3.DatabaseError as error:
-            raise DataError(
-                f"{self.path} is not a store of answers, or is damaged ({error}); name another cache, or move it away"
-            ) from error
+
+
+def _checksum(answer: list[str | int | None]) -> int:
+    return zlib.crc32(json.dumps(answer).encode())
 
 
 def _columns(database: sqlite3.Connection, table: str) -> list[str]:

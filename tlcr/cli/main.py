@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import logging
 import os
 import shlex
@@ -310,6 +311,16 @@ def _export(arguments: Namespace) -> int:
     return 0
 
 
+OUT_OF_MEMORY = (
+    *("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory"),
+    *("bad_alloc", "can't start new thread"),
+)
+"""What torch, its allocators and the system say of it."""
+DISK_PROBLEMS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EBUSY),
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTEMPTY, errno.ENOTDIR, errno.ENOMEM, errno.ENAMETOOLONG),
+)
+
 HANDLERS: dict[str, Callable[[Namespace], int]] = {
     "run": _with_config(_run),
     "train": _with_config(_train),
@@ -355,12 +366,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             from tlcr.cli import together
 
             together.crash(error, _how_to_go_on(arguments))
-        raise
+        problem = machine_problem(error)
+        if problem is None:
+            raise
+        return _failed(WRONG, error, f"tlcr: error: {problem}; {_how_to_go_on(arguments)}\n")
     if launched_processes() > 1:
         from tlcr.cli import together
 
         together.end(code)
     return code
+
+
+def machine_problem(error: BaseException) -> str | None:
+    """What the machine lacks, in a sentence, where that is what an error of another library says; else None."""
+    reason = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or any(text in reason for text in OUT_OF_MEMORY):
+        return (
+            f"the memory ran out{f' ({reason[:300]})' if reason else ''}: 'tlcr doctor CONFIG' says what a run takes, "
+            "and the smallest change that fits"
+        )
+    if isinstance(error, OSError) and error.errno in DISK_PROBLEMS:
+        return f"{error.filename or 'a file'} cannot be read or written: {error.strerror}; see to the disk"
+    return None
 
 
 def _failed(code: int, error: BaseException, message: str) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from tlcr.config.schema import DiscriminatorConfig, DPOConfig, RewardConfig, RewardModelConfig, RunConfig
 from tlcr.config.trials import arms_of
 
-__all__ = ["CONFIG", "DONE", "LOCK", "STAGES", "STARTED", "TRAINED", "stages_of", "wants"]
+__all__ = ["CONFIG", "DONE", "HOLDER", "LOCK", "STAGES", "STARTED", "TRAINED", "stages_of", "wants"]
 
 STAGES = ("revisions", "sft", "reward_model", "dpo", "labels", "discriminator", "analysis", "ppo")
 """In the order in which a run goes through them."""
@@ -19,7 +19,9 @@ CONFIG = "config.yaml"
 STARTED = "started.json"
 """When the run began, which is the date that its chat template writes on every later day too."""
 LOCK = ".lock"
-"""Held by the one run that works in the folder."""
+"""Held by the one run that works in the folder, or in that of a stage."""
+HOLDER = ".lock-holder"
+"""Says who holds the lock, as long as it is held."""
 DONE = "done.json"
 """The record of a finished stage, or of a finished training of PPO."""
 TRAINED = "arm.json"

@@ -37,6 +37,7 @@ from tlcr.rewards.composition import RunningMean, compose_rewards
 from tlcr.rewards.sources import models_of
 from tlcr.text.truncation import note_cut_prompts
 from tlcr.training.distributed import on_main_process, process_count, process_index
+from tlcr.training.done import check_results
 from tlcr.training.sharding import gathered, plan, reshard, shard_all
 from tlcr.types import PolicyScores, Rewards, Rollout
 
@@ -50,6 +51,8 @@ def train_arm(run: RunFolder, trial: Trial) -> None:
 def evaluate_arm(run: RunFolder, trial: Trial) -> None:
     """Evaluates a trained policy again, with the current evaluation settings."""
     cfg, folder = trial.config(run.cfg), run.trial_folder(trial)
+    if (folder / TRAINED).is_file():
+        check_results(folder, TRAINED)
     roles, frozen, reference = _frozen(run, cfg, trial.seed)
     actor_critic = _start(run, cfg, frozen, roles)
     _shard(cfg, actor_critic, reference, *frozen.models)

@@ -16,7 +16,7 @@ from typing import Literal
 
 from tlcr.config.functions import import_reward, import_scorer
 from tlcr.config.schema import GeneratorConfig, RunConfig
-from tlcr.config.stages import CONFIG, DONE, LOCK, STARTED, TRAINED, stages_of
+from tlcr.config.stages import CONFIG, DONE, HOLDER, LOCK, STARTED, TRAINED, stages_of
 from tlcr.config.trials import arms_of, trials_of
 from tlcr.data.places import find_source, looks_like_a_path, nearest_name
 from tlcr.errors import ConfigError, TlcrError
@@ -125,7 +125,7 @@ def holds_a_run(folder: Path) -> bool:
     """Whether a folder holds a run that did something: a config alone was left by one that failed at once."""
     if not (folder / CONFIG).exists():
         return False
-    return any(path.is_file() for path in folder.rglob("*") if path.name not in (CONFIG, STARTED, LOCK))
+    return any(path.is_file() for path in folder.rglob("*") if path.name not in (CONFIG, STARTED, LOCK, HOLDER))
 
 
 def taken(folder: Path) -> ConfigError:
@@ -211,6 +211,9 @@ def _earlier_stages(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding
 
 
 def _output_dir(cfg: RunConfig, resume: bool | None) -> Iterator[Finding]:
+    if not cfg.output_dir.strip():
+        yield Finding("blocked", "output_dir", "it is empty", "name a folder; '.' is the one that you are in")
+        return
     folder = Path(cfg.output_dir)
     there = existing(folder)
     if not there.is_dir():

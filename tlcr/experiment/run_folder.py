@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -24,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tlcr.config.loading import dump_config, load_config
 from tlcr.config.schema import ModelConfig, RunConfig, ShardingConfig
-from tlcr.config.stages import CONFIG, DONE, LOCK, STARTED, TRAINED, wants
+from tlcr.config.stages import CONFIG, DONE, HOLDER, LOCK, STARTED, TRAINED, wants
 from tlcr.config.trials import Trial, trials_of
 from tlcr.data import embedded
 from tlcr.data.formats import TextPreference, as_texts, prompt_key
@@ -42,9 +44,9 @@ from tlcr.data.splits import Shares, ShareStatistics, Split, Stage, in_order_of_
 from tlcr.errors import ConfigError
 from tlcr.experiment.preflight import holds_a_run, taken, unfinished, unnamed
 from tlcr.models.loading import load_tokenizer
-from tlcr.training.checkpoint import as_plain, atomic_write, write_json
+from tlcr.training.checkpoint import as_plain, atomic_write, reading, unwritable, write_json
 from tlcr.training.distributed import barrier, on_main_process, process_device
-from tlcr.training.done import done_config, is_done, mark_done
+from tlcr.training.done import check_results, done_config, is_done, mark_done, remove_checkpoints
 from tlcr.training.sharding import Sharding, plan
 from tlcr.types import EditPair, LabelledPair, PreferencePair
 
@@ -74,24 +76,58 @@ def open_run(cfg: RunConfig, *, resume: bool, whole: bool = True) -> RunFolder:
 def sole_run(folder: Path) -> Iterator[None]:
     """Keeps every other run of all stages out of a folder: two would train there and mix their files.
 
-    A run that is killed leaves no lock. Raises ConfigError where another run is at work.
+    A run that is killed leaves no lock. Raises ConfigError, with who it is, where another run is at work.
     """
-    lock = FileLock(folder / LOCK, timeout=0)
+    with sole_work(folder, f"output_dir {str(folder)!r}"):
+        yield
+
+
+@contextmanager
+def sole_work(folder: Path, called: str) -> Iterator[None]:
+    """Keeps every other process out of the folder of a run or of a stage, but for those of the same launcher.
+
+    Args:
+        folder: where the work is done; it is made.
+        called: what errors call the folder.
+
+    Raises:
+        ConfigError: another process works there; its message says which.
+        CheckpointError: the folder cannot be written.
+    """
+    lock, holder = FileLock(folder / LOCK, timeout=0), folder / HOLDER
 
     def take() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
+            holder.write_text(_this_process(), encoding="utf-8")
         except Timeout as error:
             raise ConfigError(
-                f"another run is at work in output_dir {str(folder)!r}; wait for it, end it, or name another output_dir"
+                f"another run is at work in {called}{_who(holder)}; wait for it, end it, or name another output_dir"
             ) from error
+        except (OSError, NotImplementedError) as error:
+            raise unwritable(folder / LOCK, error) from error
 
     on_main_process(take)
     try:
         yield
     finally:
+        if lock.is_locked:
+            with suppress(OSError):
+                holder.unlink(missing_ok=True)
         lock.release()
+
+
+def _this_process() -> str:
+    since = datetime.now().isoformat(sep=" ", timespec="seconds")
+    return f"process {os.getpid()} on {socket.gethostname()} since {since}"
+
+
+def _who(holder: Path) -> str:
+    try:
+        return f" ({holder.read_text(encoding='utf-8')})"
+    except (OSError, ValueError):  # it has just begun, or just ended
+        return ""
 
 
 def reopen_run(folder: Path) -> RunFolder:
@@ -159,7 +195,8 @@ class RunFolder:
         path = self.path / STARTED
         if not path.is_file():
             return datetime.now()
-        return datetime.fromisoformat(json.loads(path.read_text(encoding="utf-8"))["started"])
+        with reading(path, "write into it the time when the run began, as every chat template of the run shows it"):
+            return datetime.fromisoformat(json.loads(path.read_text(encoding="utf-8"))["started"])
 
     @cached_property
     def device(self) -> torch.device:
@@ -240,6 +277,7 @@ class RunFolder:
         folder = self.revisions_folder if stage == "revisions" else self.models / stage
         if not (folder / DONE).exists():
             raise unfinished(folder, stage)
+        check_results(folder)
         return folder
 
     # ---- data
@@ -387,9 +425,28 @@ class RunFolder:
         If it finished with other settings, raises ConfigError, or with ``again`` runs it again (for work that is cheap
         the second time).
         """
-        if is_done(folder, settings, record):
-            logger.info("%s is done; skipped", folder)
+        if self._skips(folder, settings, record):
             return
+        with sole_work(folder, str(folder)):
+            if not self._skips(folder, settings, record):  # another may have ended since
+                self._do(folder, settings, work, record, again=again)
+
+    def _skips(self, folder: Path, settings: Mapping[str, Any], record: str) -> bool:
+        if not is_done(folder, settings, record):
+            return False
+        logger.info("%s is done; skipped", folder)
+        on_main_process(lambda: remove_checkpoints(folder))
+        return True
+
+    def _do(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        work: Callable[[], Mapping[str, Any]],
+        record: str,
+        *,
+        again: bool,
+    ) -> None:
         if (folder / record).exists() and again:
             barrier()
             on_main_process((folder / record).unlink)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,6 +96,10 @@ def _log(job: Job) -> Path:
 def _failure(job: Job, code: int) -> TlcrError:
     lines = _log(job).read_text(encoding="utf-8", errors="replace").strip().splitlines()
     said = lines[-1] if lines else "no output"
+    if code < 0:  # what it said last is not the reason
+        name = signal.Signals(-code).name
+        killer = ", which is how a system ends processes where its memory runs out" if name == "SIGKILL" else ""
+        said = f"{name}{killer}; its last line was: {said}"
     return TlcrError(
         f"{job.name} ended with code {code}: {said} ({_log(job)}); the others are stopped with their state saved: mend "
         "it and pass --resume"

@@ -202,9 +202,9 @@ def scaling(op: Op[Any, Any], gradient: Gradient, operator: Callable[..., Any]) 
             if graph_is_kept() or torch.is_grad_enabled() or type(factor) is not Tensor or batched(factor) or watched():
                 scaled = [None if x is None else _times(x, factor) for x in kept]
                 return None, None, *differentiable_once(name, plain, scaled)
-            number = factor.item()
-            if number != 1:
-                times = Tensor.mul_ if math.isfinite(number) else _times  # for the last time, so in place
+            value = factor.item()
+            if value != 1:
+                times = Tensor.mul_ if math.isfinite(value) else _times  # for the last time, so in place
                 kept = [None if x is None else times(x, factor) for x in kept]
             return None, None, *kept
 

@@ -14,10 +14,10 @@ from itertools import takewhile
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from tlcr.errors import ConfigError, DataError
+from tlcr.text.rendering import render
 from tlcr.text.template_dates import shown_at
 
 __all__ = [
@@ -37,11 +37,6 @@ Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message], bool], str]
 """(messages, add_generation_prompt) to their text."""
 
-TEMPLATE_ERRORS = (
-    *(TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
-    *(RecursionError, MemoryError),
-)
-"""What rendering raises: jinja's own errors, and those of python in what a template calls or computes."""
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}tlcr\N{OBJECT REPLACEMENT CHARACTER}"
 """A placeholder for an answer's text, to find the text that a chat template writes around it."""
 MARKED = {"role": "assistant", "content": MARK}
@@ -153,19 +148,7 @@ def apply_template(
             "model.chat_template to the one that you want"
         ) from error
     source, date = (source, {}) if rendered_at is None else shown_at(source, rendered_at)
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            chat_template=source,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **template,
-            **date,
-        )
-    except TEMPLATE_ERRORS as error:
-        # a template that joins texts with + raises a TypeError where a content is no text
-        raise DataError(f"the tokenizer's chat template refuses this conversation: {error}") from error
-    return str(text)
+    return render(tokenizer, messages, source, add_generation_prompt=add_generation_prompt, values={**template, **date})
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -25,7 +25,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -110,11 +110,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         yield aside
         sync_to_disk(aside)
         _take_place(aside, path)
-    except (OSError, SafetensorError) as error:
-        remove(aside)
-        raise unwritable(path, error) from error
-    except BaseException:
-        remove(aside)
+    except BaseException as error:
+        with suppress(OSError):  # a disk that is gone or read-only lets nothing be deleted
+            remove(aside)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise unwritable(path, error) from error
         raise
 
 
@@ -157,11 +157,25 @@ def _take_place(aside: Path, path: Path) -> None:
         old = path.with_name(f".old-{path.name}")
         remove(old)
         os.replace(path, old)
-        os.replace(aside, path)
-        remove(old)
+        try:
+            os.replace(aside, path)
+        except OSError:
+            os.replace(old, path)
+            raise
+        sync_folder(path.parent)
+        _clean_up(old)
     else:
         os.replace(aside, path)
-    sync_folder(path.parent)
+        sync_folder(path.parent)
+
+
+def _clean_up(path: Path) -> None:
+    """Deletes what nothing needs any more. That it cannot be deleted, as on a network file system where somebody has it
+    open, costs room and nothing else."""
+    try:
+        remove(path)
+    except OSError as error:
+        logger.warning("%s cannot be deleted (%s); nothing needs it: delete it when you can", path, error.strerror)
 
 
 def sync_folder(folder: Path) -> None:
@@ -357,8 +371,11 @@ def write_checkpoint(
         _take_place(aside, path)
         for old in _checkpoints(folder)[:-keep]:
             doomed = folder / f".old-{old.name}"
-            os.replace(old, doomed)  # one atomic step: a half-deleted checkpoint never looks complete
-            remove(doomed)
+            try:
+                os.replace(old, doomed)  # one atomic step: a half-deleted checkpoint never looks complete
+            except OSError as error:
+                logger.warning("the old checkpoint %s cannot be deleted (%s)", old, error.strerror)
+            _clean_up(doomed)
 
     layout = "whole" if what.shards is None else "sharded"
     try:
@@ -371,7 +388,8 @@ def write_checkpoint(
         on_main_process(_writing(path)(complete), group)
     except BaseException:
         if is_main_process():
-            remove(aside)
+            with suppress(OSError):
+                remove(aside)
         raise
     return path
 
@@ -603,6 +621,9 @@ def _manifest(path: Path) -> dict[str, Any]:
         if manifest["format"] not in FORMAT_OF.values():
             known = " and ".join(str(number) for number in FORMAT_OF.values())
             raise ValueError(f"it has the format {manifest['format']}, and this version of tlcr reads {known}")
+        outside = [name for name in manifest["files"] if Path(name).is_absolute() or ".." in Path(name).parts]
+        if outside:
+            raise ValueError(f"it names {outside[0]!r}, which is not in its folder")
         written = manifest.pop(CHECKSUM, None)  # earlier versions wrote none
         if written not in (None, checksums.of_record(manifest)):
             raise ValueError("its checksum is another than when it was written")
@@ -646,9 +667,13 @@ def _report_versions(path: Path, then: Mapping[str, str]) -> None:
         )
 
 
+RESUME_EARLIER = "delete its folder to resume from an earlier checkpoint"
+
+
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turns any error from a missing, damaged or unsuitable file into one CheckpointError that names the file."""
+def reading(path: Path, remedy: str = RESUME_EARLIER) -> Iterator[None]:
+    """Turns any error from a missing, damaged or unsuitable file into one CheckpointError that names the file, and ends
+    with what to do."""
     try:
         yield
     except FileNotFoundError as error:
@@ -659,5 +684,5 @@ def reading(path: Path) -> Iterator[None]:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{path} cannot be read into this run ({type(error).__name__}: {reason}): it is damaged, or belongs to "
-            "another model or config; delete its folder to resume from an earlier checkpoint"
+            f"another model or config; {remedy}"
         ) from error

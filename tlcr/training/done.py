@@ -10,8 +10,21 @@ from typing import Any
 
 from tlcr.config.dropped import without_dropped
 from tlcr.config.stages import DONE
+from tlcr.errors import CheckpointError
+from tlcr.training import checksums
 from tlcr.training.checkpoint import as_plain, machine, reading, remove, versions, write_json
-from tlcr.training.distributed import on_main_process
+from tlcr.training.distributed import is_main_process, on_main_process
+
+RESULTS = {
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "value_head.json", "adapter_config.json"),
+    *("calibration.json", "revisions.jsonl"),
+}
+"""What later stages start from, beside weights."""
+PASSING = {"checkpoints", "diverged", "server_weights"}
+"""Folders of a stage that nothing starts from once it has ended."""
+AGAIN = "delete it to make that stage again"
+_CHECKED: set[Path] = set()
+"""Records whose files this process found to be whole."""
 
 
 def mark_done(
@@ -30,17 +43,60 @@ def mark_done(
     """
 
     def write() -> None:
+        files = _results(Path(folder))
         ended = {
             "config": as_plain(config),
             "metrics": dict(metrics),
             "seconds": seconds,
             "versions": versions(),
             "machine": machine(),
+            "checksums": {name: checksums.of_file(Path(folder) / name) for name in files},
         }
         write_json(Path(folder) / record, ended)
-        remove(Path(folder) / "checkpoints")
+        remove_checkpoints(folder)
 
     on_main_process(write)
+
+
+def remove_checkpoints(folder: str | Path) -> None:
+    """Deletes the checkpoints of a stage that has ended; also those that a kill right after its record left."""
+    if (Path(folder) / "checkpoints").exists():  # a finished run may lie on a disk that nothing can be deleted from
+        remove(Path(folder) / "checkpoints")
+
+
+def _results(folder: Path) -> list[str]:
+    """The files that later stages start from, by their paths in the folder of the stage that wrote them."""
+    found = (path for path in folder.rglob("*") if path.is_file() and not PASSING & set(path.relative_to(folder).parts))
+    return sorted(
+        path.relative_to(folder).as_posix() for path in found if path.suffix == ".safetensors" or path.name in RESULTS
+    )
+
+
+def check_results(folder: str | Path, record: str = DONE) -> None:
+    """Compares what a finished stage left with the checksums in its record; earlier versions wrote none.
+
+    The main process reads the files, once as long as it lives; in the others this does nothing.
+
+    Args:
+        folder: the stage's folder.
+        record: name of the file.
+
+    Raises:
+        CheckpointError: a file is missing, or a disk, a copy or a person changed it.
+    """
+    path = Path(folder).absolute() / record
+    if not is_main_process() or path in _CHECKED:
+        return
+    with reading(path, AGAIN):
+        sums = json.loads(path.read_text(encoding="utf-8")).get("checksums", {})
+        for name, value in sums.items():
+            if checksums.of_file(path.parent / name) != value:
+                raise CheckpointError(
+                    f"{path.parent / name} is not as its stage wrote it: it is damaged, or was changed; put it back, "
+                    f"delete {path.parent} to make it again, or, if you changed it, delete the entry 'checksums' of "
+                    f"{record}"
+                )
+    _CHECKED.add(path)
 
 
 def is_done(folder: str | Path, config: Any, record: str = DONE) -> bool:
@@ -61,7 +117,7 @@ def done_config(folder: str | Path, config: Any, record: str = DONE) -> Any:
         left out where they had their defaults. So a new version of tlcr alone does not require new training.
     """
     path = Path(folder) / record
-    with reading(path):
+    with reading(path, AGAIN):
         return _with_the_knobs_of_today(json.loads(path.read_text(encoding="utf-8"))["config"], config)
 
 

@@ -229,6 +229,7 @@ class TrainingLoop:
     def save_to(self, folder: Path, *, keep: int) -> Path:
         """Saves the same state in another folder, from which nothing resumes; no callback is called for it."""
         self._take_completed(self._background.wait())
+        self.log.sync()
         return write_checkpoint(folder, self._contents(), keep=keep)
 
     def _save_regularly(self) -> None:
@@ -236,6 +237,7 @@ class TrainingLoop:
             self.save()
             return
         self._take_completed(self._background.wait())
+        self.log.sync()
         self._background.begin(self.folder / "checkpoints", self._contents(), keep=self._keep_checkpoints)
         self._writing_step = self.step
 

@@ -12,7 +12,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from tlcr.training.checkpoint import atomic_write, unwritable
+from tlcr.errors import CheckpointError
+from tlcr.text.files import parse_json
+from tlcr.training.checkpoint import atomic_write, sync_to_disk, unwritable
 from tlcr.training.distributed import is_main_process, on_main_process
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,18 @@ class MetricsLog:
         except OSError as error:
             raise unwritable(self.path, error) from error
 
+    def sync(self) -> None:
+        """Has the rows so far on the disk, before a checkpoint that counts on them: a machine that stops loses none."""
+
+        def sync() -> None:
+            if self.path.exists():
+                try:
+                    sync_to_disk(self.path)
+                except OSError as error:
+                    raise unwritable(self.path, error) from error
+
+        on_main_process(sync)
+
     def rewind(self, step: int) -> None:
         """Drops the rows after ``step``, and a last line cut short: a resumed run writes them again. Atomic."""
 
@@ -67,6 +81,25 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, oldest first. A last line that a killed process cut short is left out."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is empty or cut short
+    """The rows of a metrics file, oldest first. A last line that a killed process or a machine cut short is left out.
+
+    Raises CheckpointError where another line is no row.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes().rstrip(b"\0").decode()  # a machine that stops may leave zeros at its end
+        return [_row(line, number) for number, line in enumerate(text.split("\n")[:-1], start=1)]
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error}; its figures are for readers alone, so put that line right, or delete it"
+        ) from error
+
+
+def _row(line: str, number: int) -> dict[str, Any]:
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        raise ValueError(f"line {number} cannot be read ({error})") from error
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError(f"line {number} is no object with a step")
+    return row

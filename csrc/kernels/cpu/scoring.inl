@@ -66,14 +66,25 @@ TLCR_INLINE void prefetch_step(const Element* next_tile, int64_t i) {
   }
 }
 
-// The logits of a row minus their maximum, divided by the temperature: z(x) = x * scale - offset.
+// Whether x * scale - offset is one instruction, without a rounding of the product.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+
+// The logits of a row minus their maximum, divided by the temperature. One instruction where there is a fused one:
+// z(x) = x * scale - offset, with offset = maximum * scale. Elsewhere the rounding of the product would grow as the
+// temperature falls: z(x) = (x - offset) * scale, with offset = maximum, errs by a share of z alone.
 template <class Real>
 struct Shift {
   Real scale;
   Real offset;
 
-  TLCR_INLINE Vector<Real> z(Vector<Real> x) const { return x * scale - offset; }
-  TLCR_INLINE double z(double x) const { return x * double(scale) - double(offset); }
+  TLCR_INLINE Vector<Real> z(Vector<Real> x) const { return kFused ? x * scale - offset : (x - offset) * scale; }
+  TLCR_INLINE double z(double x) const {
+    return kFused ? x * double(scale) - double(offset) : (x - double(offset)) * double(scale);
+  }
 };
 
 // One of the two distributions of a row: its shift and S.
@@ -98,12 +109,13 @@ struct Softmax {
     const double before = shift.offset;
     maximum = tile_maximum;
     shift.offset = offset();
-    return before - double(shift.offset);
+    const double moved = (before - double(shift.offset)) * (kFused ? 1.0 : double(shift.scale));
+    return moved > Limits<double>::lowest ? moved : Limits<double>::lowest;
   }
 
  private:
   TLCR_INLINE Real offset() const {
-    const Real x = maximum * shift.scale;
+    const Real x = kFused ? maximum * shift.scale : maximum;
     return x > Limits<Real>::lowest ? x : Limits<Real>::lowest;
   }
 };
@@ -206,7 +218,8 @@ TLCR_INLINE void score_row(const ScoreArguments& args, int64_t row) {
   // Returns log S.
   const auto finish = [&](const Softmax<Real>& softmax, const Element* x, void* logprobs) {
     const double log_sum = __builtin_log(softmax.total.total());
-    out(logprobs, softmax.shift.z(widen(x[token])) - log_sum);
+    const double logprob = softmax.shift.z(widen(x[token])) - log_sum;
+    out(logprobs, logprob > 0 ? 0 : logprob);  // the rounding of an offset may put it above
     return log_sum;
   };
   const double total = policy.total.total(), log_sum = finish(policy, logits, args.logprobs);

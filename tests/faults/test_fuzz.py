@@ -1,0 +1,43 @@
+"""Every target of the fuzzer with some inputs, and that it finds what is wrong. `make fuzz` takes a minute."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import strategies as st
+
+pytest.importorskip("openai", reason="the answers of an endpoint are read by its client, an extra")
+
+from tests.faults import fuzz, targets
+from tlcr.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def silent() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in targets.TARGETS if name != "chat templates"])
+def test_whatever_comes_is_read_or_refused_in_a_sentence(name: str) -> None:
+    counts: Counter[str] = Counter()
+    found = fuzz.round_of(name, 0, 12, counts)
+    assert found is None, found
+    assert counts[name] >= 12
+
+
+@pytest.mark.parametrize("error", [KeyError("a"), RecursionError(), AssertionError("x"), DataError(" ")])
+def test_what_is_no_sentence_is_a_find(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def target(draw: Any) -> None:
+        if draw(st.integers()) > 1000:
+            raise error
+
+    monkeypatch.setitem(targets.TARGETS, "planted", target)
+    found = fuzz.round_of("planted", 0, 200, Counter())
+    assert found is not None and ("1001" in found or type(error).__name__ in found)
