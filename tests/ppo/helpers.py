@@ -110,6 +110,15 @@ def bigram_lm(logits_VV: Tensor, layers: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
+def chain(tokenizer: PreTrainedTokenizerBase, *links: tuple[int, int]) -> PreTrainedModel:
+    """A policy that follows a with b for every (a, b), and any other token with itself."""
+    logits_VV = 100.0 * torch.eye(len(tokenizer))
+    for before, after in links:
+        logits_VV[before] = 0.0
+        logits_VV[before, after] = 100.0
+    return bigram_lm(logits_VV, layers=1)
+
+
 def known_rollout(rows: list[int] | None = None, *, extra_left: int = 0, extra_right: int = 0) -> Rollout:
     """The rows above as a rollout, wider on request."""
     rows = list(range(len(PROMPT_IDS))) if rows is None else rows

@@ -190,9 +190,11 @@ class Server:
 
     # ---- answers
 
-    def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
+    def sample(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, generator: torch.Generator | None = None
+    ) -> list[Answer]:
         """See ``Engine``. Each prompt has a seed of its own, so that it does not matter which server answers it."""
-        seeds = torch.randint(2**63 - 1, (len(prompts),)).tolist()
+        seeds = torch.randint(2**63 - 1, (len(prompts),), generator=generator).tolist()
         found: dict[int, tuple[_Client, Answer]] = {}
         with part("rollout: servers"):
             while lacking := [row for row in range(len(prompts)) if row not in found]:
