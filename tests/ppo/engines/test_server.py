@@ -19,8 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from tests.chat.chat_server import closed_port
 from tests.ppo.engines.vllm_server import COMPLETION, VLLM, Fault, Reply, serving
 from tests.ppo.helpers import run_ppo, small_config, without_times
-from tlcr.config.schema import RolloutConfig, RunConfig, ShardingConfig
+from tlcr.config.schema import LoRAConfig, RolloutConfig, RunConfig
 from tlcr.errors import BackendUnavailable, ConfigError
+from tlcr.models.adapters import Roles, merged_weights
 from tlcr.ppo.engines import Answer, Sampling, build_engine
 from tlcr.ppo.engines import server as module
 from tlcr.ppo.engines.server import Server
@@ -149,6 +150,40 @@ def test_servers_answer_by_the_weights_of_now_and_none_are_left_on_the_disk(tmp_
         assert len(set(server.loaded)) == 3 and all(Path(path).parent == folder for path in server.loaded)
         order = [path for path, _ in server.requests if path in ("/collective_rpc", "/reset_prefix_cache")]
         assert order == ["/collective_rpc", "/reset_prefix_cache"] * 3
+
+
+def test_servers_get_the_policy_with_its_adapter_merged_and_the_policy_keeps_them_apart() -> None:
+    """In several files, and in place of the weights that the adapter stands on."""
+    policy = Roles(model(), LoRAConfig(rank=3, targets=("all-linear", "lm_head")), seed=0).policy
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.sin(torch.arange(parameter.numel())).reshape(parameter.shape))
+    before = {name: weight.clone() for name, weight in policy.state_dict().items()}
+    server = VLLM(model(5))
+    with engine(policy, server) as built:
+        built.refresh()
+        answers = sample(built)
+    assert worst(policy, answers) < 1e-5 < worst(model(), answers)
+    assert all(torch.equal(weight, before[name]) for name, weight in policy.state_dict().items())
+    merged = merged_weights(policy)
+    served = server.model.state_dict()
+    assert merged.keys() == served.keys()
+    assert all(torch.equal(served[name], weight) for name, weight in merged.items())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_come_in_files_of_bounded_size(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = model()
+    if tied:
+        policy.config.tie_word_embeddings = True
+        policy.lm_head.weight = policy.model.embed_tokens.weight
+    monkeypatch.setattr(module, "FILE_BYTES", 20_000)
+    module._write_weights(policy, tmp_path / "weights")
+    files = sorted((tmp_path / "weights").glob("*.safetensors"))
+    assert len(files) > 2
+    read = LlamaForCausalLM.from_pretrained(tmp_path / "weights")
+    assert all(torch.equal(weight, policy.state_dict()[name]) for name, weight in read.state_dict().items())
 
 
 def test_a_policy_that_did_not_change_is_sent_again_without_complaint() -> None:
@@ -391,7 +426,5 @@ def test_settings_that_cannot_be_meant_are_refused() -> None:
         RolloutConfig(engine="server")
     with pytest.raises(ConfigError, match=r"with an address twice"):
         RolloutConfig(engine="server", server=("http://a", "http://a"))
-    with pytest.raises(ConfigError, match=r"servers are given whole models; set sharding.kind: none"):
-        RunConfig(rollout=RolloutConfig(engine="server", server=("http://a",)), sharding=ShardingConfig(kind="full"))
     with pytest.raises(ConfigError, match=r"would give the same servers different weights; set parallel: 1"):
         RunConfig(rollout=RolloutConfig(engine="server", server=("http://a",)), parallel=2)

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,10 +35,11 @@ from tlcr.config.schema import RolloutConfig
 from tlcr.credentials import VLLM_KEY_VARIABLE, without_secrets
 from tlcr.distribution import install_command
 from tlcr.errors import BackendUnavailable
+from tlcr.models.adapters import whole_weights
 from tlcr.models.faults import one_line
 from tlcr.ppo.engines.generate import warpers
 from tlcr.ppo.engines.protocol import Answer, Sampling
-from tlcr.training.checkpoint import atomic_write
+from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.training.distributed import on_main_process, process_count
 from tlcr.training.profiling import part
 
@@ -55,6 +57,8 @@ ATTEMPTS = 5
 """Times that a request is sent where the server refuses it for now (429, 5xx) or the connection breaks."""
 BACKOFF = wait_random_exponential(multiplier=0.5, max=8)
 """Seconds between them: random, below 0.5, 1, 2, 4."""
+FILE_BYTES = 2**30
+"""Weights in one file; as many are in memory at a time (ours)."""
 PROBE_TOKENS = 16
 TOLERANCE = 0.1
 """Nats by which half of a probe's log-probabilities may differ from the policy's (ours): bfloat16 costs hundredths,
@@ -114,7 +118,8 @@ class Server:
     # ---- weights
 
     def refresh(self) -> None:
-        """See ``Engine``. The main process writes the weights and tells the servers; the others wait."""
+        """See ``Engine``. The main process writes the weights and tells the servers; the others wait. A sharded policy
+        is inside ``gathered``."""
         self._version += 1
         with part("rollout: weights to servers"):
             on_main_process(self._send_weights)
@@ -132,7 +137,7 @@ class Server:
         try:
             shutil.rmtree(folder, ignore_errors=True)  # what a run left that was killed
             with atomic_write(folder / self._label) as aside:
-                self._policy.save_pretrained(aside)
+                _write_weights(self._policy, aside)
             self._each(lambda client: client.take_weights(folder / self._label, self._label))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -275,6 +280,28 @@ class Server:
         """See ``Engine``."""
         for client in self._clients:
             client.close()
+
+
+def _write_weights(policy: PreTrainedModel, folder: Path) -> None:
+    """The whole policy as files of safetensors, gathered and merged one weight after the other."""
+    folder.mkdir()
+    policy.config.save_pretrained(folder)
+    files: dict[str, str] = {}
+    held: dict[str, Tensor] = {}
+
+    def write() -> None:
+        name = f"model-{len(set(files.values())) + 1:05}.safetensors"
+        save_file(held, folder / name, metadata={"format": "pt"})
+        files.update(dict.fromkeys(held, name))
+        held.clear()
+
+    for name, weight in whole_weights(policy):
+        held[name] = weight.detach().cpu().contiguous()
+        if sum(tensor.nbytes for tensor in held.values()) > FILE_BYTES:
+            write()
+    if held:
+        write()
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
 
 
 class _Client:
