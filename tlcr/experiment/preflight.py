@@ -245,7 +245,10 @@ def _packages(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
             "blocked", "gguf", "model.gguf_file needs the package gguf, and it is not installed", "pip install gguf"
         )
     if cfg.rollout.may_use_servers and {"ppo", "evaluate"} & set(stages):
-        yield from _needs_openai(f"rollout.engine {cfg.rollout.engine} with rollout.server", "rollout.engine")
+        setting = (
+            "rollout.engine server" if cfg.rollout.engine == "server" else "rollout.engine auto with rollout.server"
+        )
+        yield from _needs_openai(setting, "rollout.engine")
 
 
 def _needs_openai(setting: str, subject: str) -> Iterator[Finding]:
