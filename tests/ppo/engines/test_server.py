@@ -24,6 +24,7 @@ from tlcr.errors import BackendUnavailable, ConfigError
 from tlcr.models.adapters import Roles, merged_weights
 from tlcr.ppo.engines import Answer, Sampling, build_engine
 from tlcr.ppo.engines import server as module
+from tlcr.ppo.engines.generate import warpers
 from tlcr.ppo.engines.server import Server
 from tlcr.training.metrics import read_metrics
 
@@ -76,15 +77,16 @@ def ids_of(answers: list[Answer]) -> list[list[int]]:
     return [answer.ids_T.tolist() for answer in answers]
 
 
-def worst(policy: PreTrainedModel, answers: list[Answer], temperature: float = 1.0) -> float:
-    """How far their log-probabilities are from those of a forward pass."""
-    found = []
+def worst(policy: PreTrainedModel, answers: list[Answer], how: Sampling | None = None) -> float:
+    """How far their log-probabilities are from those of a forward pass, in the distribution that is drawn from."""
+    shape, found = warpers(how or sampling()), []
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         ids = torch.tensor([prompt + answer.ids_T.tolist()])
         with torch.no_grad():
-            logprobs = (policy(input_ids=ids).logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+            logits_TV = policy(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+        logprobs_TV = shape(ids, logits_TV).log_softmax(-1)
         assert answer.logprobs_T is not None and answer.logprobs_T.shape == answer.ids_T.shape
-        found.append((answer.logprobs_T - logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0]).abs().max())
+        found.append((answer.logprobs_T - logprobs_TV.gather(1, ids[0, len(prompt) :, None])[:, 0]).abs().max())
     return float(max(found))
 
 
@@ -101,7 +103,7 @@ def test_answers_come_in_order_with_the_trainers_log_probs_whichever_server_give
     with engine(policy, VLLM(model(5)), temperature=temperature) as one:
         one.refresh()
         alone = sample(one, how)
-    assert worst(policy, alone, temperature) < 1e-5
+    assert worst(policy, alone, how) < 1e-5
     ends = [ids[-1] in ENDS for ids in ids_of(alone)]
     assert any(ends) and not all(ends) and all(set(ids[:-1]).isdisjoint(ENDS) for ids in ids_of(alone))
     servers = [VLLM(model(5)) for _ in range(3)]
@@ -235,11 +237,18 @@ def taken_by_another(server: VLLM, request: dict[str, Any]) -> None:
     server.model, server.version = model(9), "of-another-1"
 
 
+def killed(server: VLLM, request: dict[str, Any]) -> Reply:
+    """In the midst of a batch: this answer breaks off, and no other comes."""
+    server.kill()
+    return Reply(server.complete(request), cut=20)
+
+
 FAULTS: dict[str, tuple[Fault, str]] = {
     "500": (in_answers(lambda *_: Reply({"error": {"message": "CUDA error"}}, 500)), "status 500: .*CUDA error"),
     "429": (in_answers(lambda *_: Reply({"error": {"message": "queue is full"}}, 429), after=1), "status 429"),
     "refuses": (in_answers(lambda *_: Reply({"error": {"message": "too long"}}, 400)), "status 400: .*too long"),
     "cut off": (in_answers(lambda *_: Reply({"choices": []}, cut=5)), "cannot be reached"),
+    "killed": (in_answers(killed, after=1), "cannot be reached"),
     "hangs": (in_answers(lambda *_: Reply(hang_s=1.5)), "no answer within rollout.server_timeout = 0.5 s"),
     "no JSON": (in_answers(lambda *_: Reply(b"<html>")), "what is no JSON"),
     "no answer": (in_answers(without_answers), "gave 0 answers to one prompt"),
@@ -274,7 +283,7 @@ def test_a_server_that_fails_is_left_out_and_its_prompts_are_answered_by_another
     assert re.search(says, said), said
 
 
-@pytest.mark.parametrize("fault", ["500", "another trainer", "hangs"])
+@pytest.mark.parametrize("fault", ["500", "another trainer", "hangs", "killed"])
 def test_without_another_server_the_run_ends_in_one_sentence(fault: str) -> None:
     behave, says = FAULTS[fault]
     with engine(model(), VLLM(model(5), behave), server_timeout=0.5) as built:
@@ -282,6 +291,19 @@ def test_without_another_server_the_run_ends_in_one_sentence(fault: str) -> None
         with pytest.raises(BackendUnavailable, match=f"no server left of 1, the last because: .*{says}") as caught:
             sample(built)
     assert "\n" not in str(caught.value)
+
+
+def test_two_trainers_on_one_server_train_on_no_answer_of_each_others_weights() -> None:
+    """The second one's weights are there; the first one's answers are thrown away, whenever it was taken from it."""
+    server = VLLM(model(5))
+    with engine(model(), server) as first:
+        first.refresh()
+        cfg = RolloutConfig(engine="server", server=(server.address,))
+        with closing(build_engine(cfg, model(7))) as second:
+            second.refresh()
+            with pytest.raises(BackendUnavailable, match=r"has the weights '.*' and was given '.*': another tr"):
+                sample(first)
+            assert isinstance(second, Server) and worst(model(7), sample(second)) < 1e-5
 
 
 def test_a_server_that_is_busy_for_a_while_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:
