@@ -221,7 +221,7 @@ def test_log_probs_of_the_next_token_are_noticed_once(caplog: pytest.LogCaptureF
 # ---- truncated distributions
 
 
-@pytest.mark.parametrize("engine", [name for name in get_args(EngineName) if name not in ("server", "auto")])
+@pytest.mark.parametrize("engine", [name for name in get_args(EngineName) if name not in ("vllm", "server", "auto")])
 @pytest.mark.parametrize("truncation", [{"top_k": 2}, {"top_p": 0.75}])
 def test_a_truncated_distribution_is_corrected_by_the_probability_that_it_kept(
     engine: EngineName, truncation: dict[str, Any], tiny_tokenizer: Tokenizer

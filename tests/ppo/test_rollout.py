@@ -25,7 +25,7 @@ LM = Callable[..., PreTrainedModel]
 Tokenizer = PreTrainedTokenizerFast
 
 
-@pytest.fixture(params=[name for name in get_args(EngineName) if name not in ("server", "auto")])
+@pytest.fixture(params=[name for name in get_args(EngineName) if name not in ("vllm", "server", "auto")])
 def engine(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -21,7 +21,7 @@ from tlcr.credentials import VLLM_KEY_VARIABLE, refuse_credentials
 from tlcr.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16"]
-EngineName = Literal["generate", "static", "paged", "server", "auto"]
+EngineName = Literal["generate", "static", "paged", "vllm", "server", "auto"]
 Adapted = Literal["sft", "reward_model", "dpo", "discriminator", "policy", "value"]
 """What can be trained by adapters: the models before PPO, and the two that PPO trains."""
 RewardKind = Literal[
@@ -553,8 +553,8 @@ class RolloutConfig(Checked):
     engine: EngineName = knob(
         "generate",
         "what samples: transformers' generate; the same with a static cache and CUDA graphs, for a GPU; or its "
-        "continuous batching, in which the next prompt takes the place of an answer that ended; or vLLM servers; auto: "
-        "the fastest of them that is there, as tlcr doctor says",
+        "continuous batching, in which the next prompt takes the place of an answer that ended; or vLLM, in this "
+        "process or on servers; auto: the fastest of them that is there, as tlcr doctor says",
     )
     server: tuple[str, ...] = knob((), "addresses of the vLLM servers, such as [http://localhost:8000]")
     server_timeout: float = knob(

@@ -244,6 +244,9 @@ def _packages(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
         yield Finding(
             "blocked", "gguf", "model.gguf_file needs the package gguf, and it is not installed", "pip install gguf"
         )
+    if cfg.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None and {"ppo", "evaluate"} & set(stages):
+        fact = "rollout.engine vllm needs the package vllm, and it is not installed"
+        yield Finding("blocked", "rollout.engine", fact, "install it here, or use servers: rollout.engine: server")
     if cfg.rollout.may_use_servers and {"ppo", "evaluate"} & set(stages):
         setting = (
             "rollout.engine server" if cfg.rollout.engine == "server" else "rollout.engine auto with rollout.server"

@@ -42,7 +42,7 @@ from tlcr.training.metrics import read_metrics
 from tlcr.types import Rollout
 
 LM = Callable[..., PreTrainedModel]
-ENGINES = [name for name in get_args(EngineName) if name not in ("server", "auto")]  # test_server.py has it
+ENGINES = [name for name in get_args(EngineName) if name not in ("vllm", "server", "auto")]
 PROMPTS = [[5, 9, 30], [7, 44, 12, 90, 33], [8], [61, 62], list(range(100, 119)), [5, 9, 31, 7], [99, 3, 14]]
 SIZES: dict[str, Any] = {
     "vocab_size": 131,

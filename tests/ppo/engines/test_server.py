@@ -17,6 +17,7 @@ from tenacity import wait_none
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.chat.chat_server import closed_port
+from tests.ppo.engines.helpers import ENDS, PROMPTS, sampling, worst
 from tests.ppo.engines.vllm_server import COMPLETION, VLLM, Fault, Reply, serving
 from tests.ppo.helpers import run_ppo, small_config, without_times
 from tlcr.config.schema import LoRAConfig, RolloutConfig, RunConfig
@@ -24,13 +25,11 @@ from tlcr.errors import BackendUnavailable, ConfigError
 from tlcr.models.adapters import Roles, merged_weights
 from tlcr.ppo.engines import Answer, Sampling, build_engine
 from tlcr.ppo.engines import server as module
-from tlcr.ppo.engines.generate import warpers
+from tlcr.ppo.engines.probe import PROBE_TOKENS
 from tlcr.ppo.engines.server import Server
 from tlcr.training.metrics import read_metrics
 
 LM = Callable[..., PreTrainedModel]
-PROMPTS = [[5, 9, 30], [7, 44, 12, 90, 33], [8], [61, 62], list(range(100, 119)), [5, 9, 31, 7], [99, 3, 14]]
-ENDS = tuple(range(2, 131, 8))
 
 
 @pytest.fixture(autouse=True)
@@ -53,10 +52,6 @@ def model(seed: int = 4) -> PreTrainedModel:
     return LlamaForCausalLM(config).eval()
 
 
-def sampling(**changes: Any) -> Sampling:
-    return dataclasses.replace(Sampling(8, 1.0, 1.0, 0, ENDS, 0, batch_size=4, logprobs=True), **changes)
-
-
 @contextmanager
 def engine(
     policy: PreTrainedModel, *servers: VLLM, folder: Path | None = None, more: tuple[str, ...] = (), **settings: Any
@@ -75,19 +70,6 @@ def sample(built: Server, how: Sampling | None = None, seed: int = 1) -> list[An
 
 def ids_of(answers: list[Answer]) -> list[list[int]]:
     return [answer.ids_T.tolist() for answer in answers]
-
-
-def worst(policy: PreTrainedModel, answers: list[Answer], how: Sampling | None = None) -> float:
-    """How far their log-probabilities are from those of a forward pass, in the distribution that is drawn from."""
-    shape, found = warpers(how or sampling()), []
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
-        ids = torch.tensor([prompt + answer.ids_T.tolist()])
-        with torch.no_grad():
-            logits_TV = policy(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
-        logprobs_TV = shape(ids, logits_TV).log_softmax(-1)
-        assert answer.logprobs_T is not None and answer.logprobs_T.shape == answer.ids_T.shape
-        found.append((answer.logprobs_T - logprobs_TV.gather(1, ids[0, len(prompt) :, None])[:, 0]).abs().max())
-    return float(max(found))
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -203,7 +185,7 @@ def in_answers(reply: Callable[[VLLM, dict[str, Any]], Reply | None], *, after: 
     number = [0]
 
     def fault(server: VLLM, path: str, request: dict[str, Any]) -> Reply | None:
-        if path != "/v1/completions" or request["max_tokens"] == module.PROBE_TOKENS:
+        if path != "/v1/completions" or request["max_tokens"] == PROBE_TOKENS:
             return None
         number[0] += 1
         return reply(server, request) if number[0] > after else None

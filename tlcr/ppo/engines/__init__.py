@@ -38,6 +38,10 @@ def build_engine(cfg: RolloutConfig, policy: PreTrainedModel, folder: Path | Non
         from tlcr.ppo.engines.server import Server  # it needs the extra openai
 
         return Server(cfg, policy, folder)
+    if cfg.engine == "vllm":
+        from tlcr.ppo.engines.vllm import VLLM  # it starts one, which takes seconds
+
+        return VLLM(cfg, policy)
     if cfg.engine == "paged":
         return Paged(policy)
     return Generate(policy, static_cache=cfg.engine == "static")

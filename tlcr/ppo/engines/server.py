@@ -37,7 +37,7 @@ from tlcr.distribution import install_command
 from tlcr.errors import BackendUnavailable
 from tlcr.models.adapters import whole_weights
 from tlcr.models.faults import one_line
-from tlcr.ppo.engines.generate import warpers
+from tlcr.ppo.engines.probe import NotThePolicys, Probe, check_probe, probe_prompt, probe_sampling
 from tlcr.ppo.engines.protocol import Answer, Sampling
 from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.training.distributed import on_main_process, process_count
@@ -59,12 +59,6 @@ BACKOFF = wait_random_exponential(multiplier=0.5, max=8)
 """Seconds between them: random, below 0.5, 1, 2, 4."""
 FILE_BYTES = 2**30
 """Weights in one file; as many are in memory at a time (ours)."""
-PROBE_TOKENS = 16
-TOLERANCE = 0.1
-"""Nats by which half of a probe's log-probabilities may differ from the policy's (ours): bfloat16 costs hundredths,
-other weights tenths and more."""
-MOVED = 0.01
-"""Nats by which the policy's own log-probability of a probe must move before a server's has to (ours)."""
 
 
 class _Fault(Exception):
@@ -84,14 +78,6 @@ class _State(NamedTuple):
 
     model: str | None = None
     has_versions: bool = True
-
-
-class _Probe(NamedTuple):
-    """What a server answered to the fixed prompt, and what the policy of that time made of it."""
-
-    ids: list[int]
-    said_T: Tensor
-    scored_T: Tensor
 
 
 class Server:
@@ -150,48 +136,12 @@ class Server:
 
     def _check_weights(self, client: _Client) -> None:
         """Raises _Fault unless a short answer has the policy's own log-probabilities."""
-        vocabulary = self._policy.config.get_text_config().vocab_size
-        prompt = list(range(3, vocabulary, max(1, vocabulary // 8)))[:8]
-        sampling = Sampling(
-            max_new_tokens=PROBE_TOKENS,
-            temperature=self._cfg.temperature,
-            top_p=self._cfg.top_p,
-            top_k=self._cfg.top_k,
-            end_ids=(),
-            pad_id=0,
-            batch_size=1,
-            logprobs=True,
-        )
-        ids, logprobs = client.answer(prompt, sampling, seed=0, vocabulary=vocabulary)
-        said_T = torch.tensor(logprobs)
-        scored_T = self._logprobs(prompt, ids, sampling)
-        before = client.probe
-        same = before is not None and before.ids == ids and torch.equal(before.said_T, said_T)
-        if before is not None and same:
-            moved = float((scored_T - before.scored_T).abs().max())
-            if moved > MOVED:
-                raise _Fault(
-                    f"took no new weights: the policy's log-probabilities of a probe have moved by {moved:.3g} nats "
-                    "and its own not at all"
-                )
-            return
-        if not _near(said_T, scored_T):
-            plain_T = self._logprobs(prompt, ids, Sampling(1, 1.0, 1.0, 0, (), 0, 1))
-            if _near(said_T, plain_T):
-                raise _Fault(
-                    "gives log-probabilities from before temperature and truncation; start it with --logprobs-mode "
-                    "processed_logprobs"
-                )
-            gap = float((said_T - scored_T).abs().median())
-            raise _Fault(f"does not have the policy's weights: log-probabilities of a probe differ by {gap:.3g} nats")
-        client.probe = _Probe(ids, said_T, scored_T)
-
-    @torch.no_grad()
-    def _logprobs(self, prompt: list[int], ids: list[int], sampling: Sampling) -> Tensor:
-        tokens_1L = torch.tensor([prompt + ids], device=self._policy.device)
-        logits_TV = self._policy(input_ids=tokens_1L, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-        logprobs_TV = warpers(sampling)(tokens_1L, logits_TV).log_softmax(dim=-1)  # type: ignore[arg-type]
-        return logprobs_TV.gather(1, tokens_1L[0, len(prompt) :, None]).squeeze(1).cpu()
+        how, vocabulary = probe_sampling(self._cfg), self._policy.config.get_text_config().vocab_size
+        ids, logprobs = client.answer(probe_prompt(self._policy), how, seed=0, vocabulary=vocabulary)
+        try:
+            client.probe = check_probe(self._policy, how, ids, logprobs, client.probe)
+        except NotThePolicys as error:
+            raise _Fault(str(error)) from error
 
     # ---- answers
 
@@ -313,7 +263,7 @@ class _Client:
         self._http = openai.OpenAI(base_url=self.address, api_key=self._key, timeout=timeout, max_retries=0)
         self.state = _State()
         self.under_way = self.asked = 0
-        self.probe: _Probe | None = None
+        self.probe: Probe | None = None
 
     def close(self) -> None:
         self._http.close()
@@ -448,7 +398,3 @@ def _read(found: Any, prompt: Sequence[int], sampling: Sampling, vocabulary: int
     ):
         raise _Fault(f"gave no log-probability for each of {len(ids)} tokens")
     return ids, [float(x) for x in logprobs]
-
-
-def _near(a_T: Tensor, b_T: Tensor) -> bool:
-    return float((a_T - b_T).abs().median()) <= TOLERANCE
