@@ -26,7 +26,15 @@ from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.classifiers import new_class
 from tlcr.models.faults import AUTO, Role
 from tlcr.models.inspection import attention_for, model_faults, read_config
-from tlcr.models.loading import answer_notes, check_fits, check_positions, load_tokenizer, other_ends
+from tlcr.models.loading import (
+    CONVERSATION_LIMITS,
+    LIMITS,
+    answer_notes,
+    check_fits,
+    check_positions,
+    load_tokenizer,
+    other_ends,
+)
 from tlcr.ppo.engines import choose
 from tlcr.ppo.engines.paged import REMEDY as ENGINE_REMEDY
 from tlcr.ppo.engines.paged import fault_of
@@ -248,12 +256,14 @@ def _positions(
     if prompts:
         encoded = cut(prompts, [""] * len(prompts))
         longest = max(len(prompt.ids) for prompt in encoded) + cfg.rollout.max_response_tokens
-        lengths["rollout.max_new_tokens"] = (longest, "a prompt with an answer of full length")
+        what = "an answer" if cfg.rollout.environment is None else "a conversation"
+        lengths["rollout.max_new_tokens"] = (longest, f"a prompt with {what} of full length")
         yield from _positions_of_others(cfg, stages, longest, tokenizer, faulty)
     blocked = False
+    limits = LIMITS if cfg.rollout.environment is None else CONVERSATION_LIMITS
     for knob, (longest, what) in lengths.items():
         try:
-            check_fits(model, longest, what)
+            check_fits(model, longest, what, limits)
         except TlcrError as error:
             blocked = True
             yield Finding.of(knob, error)

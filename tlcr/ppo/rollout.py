@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tlcr.config.functions import import_environment
 from tlcr.config.schema import RolloutConfig
 from tlcr.errors import BackendUnavailable, DataError
-from tlcr.models.loading import check_fits, end_of_sequence_ids
+from tlcr.models.loading import CONVERSATION_LIMITS, check_fits, end_of_sequence_ids
 from tlcr.ppo.conversation import Conversation, Environment, Turn, converse
 from tlcr.ppo.engines import Answer, Engine, Sampling, build_engine
 from tlcr.text.padding import pad_left, pad_right
@@ -20,8 +20,6 @@ from tlcr.types import Rollout
 
 ROUNDING = 1e-3
 """How far above 0 rounding may put the log-probability of a certain token."""
-CONVERSATION_LIMITS = ("rollout.max_turns", "rollout.max_message_tokens", "rollout.max_new_tokens")
-"""What limits conversations."""
 
 
 class PromptStream:
