@@ -88,6 +88,13 @@ class Reading:
         """The credit of the model's tokens as (B, T) rewards of the policy's actions; an answer's sum is unchanged.
 
         That of messages, which no action earned, is lost.
+
+        Args:
+            credit_BL: what the model gives each of its tokens.
+            rollout: what was read.
+
+        Returns:
+            The rewards, 0 where no action is, on the device of the credit.
         """
         mask_BT, read_BT = rollout.mask_BT.to(credit_BL.device), rollout.read_BT.to(credit_BL.device)
         rewards_BT = credit_BL.new_zeros(mask_BT.shape)
