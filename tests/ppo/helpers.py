@@ -81,6 +81,24 @@ def run_ppo(
     return actor_critic, result
 
 
+class Stopped(Exception):
+    """What ``StopAt`` raises."""
+
+
+class StopAt:
+    """Ends a run when it has saved a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, step: int, metrics: Any) -> None: ...
+    def on_evaluate(self, step: int, metrics: Any) -> None: ...
+    def on_end(self, step: int, metrics: Any) -> None: ...
+    def on_save(self, step: int, path: Path) -> None:
+        if step == self.step:
+            raise Stopped
+
+
 def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of metrics without what no two runs share."""
     return {key: value for key, value in row.items() if not key.startswith("time")}

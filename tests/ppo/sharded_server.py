@@ -10,9 +10,8 @@ import pytest
 from accelerate.utils import broadcast_object_list
 
 from tests.launched import Checks
-from tests.ppo.engines.test_ahead import At, Stop
 from tests.ppo.engines.vllm_server import VLLM, serving
-from tests.ppo.helpers import run_ppo, without_times
+from tests.ppo.helpers import StopAt, Stopped, run_ppo, without_times
 from tests.ppo.sharded import a_tokenizer, run_config, run_lm
 from tlcr.config.schema import RunConfig
 from tlcr.training.distributed import barrier, is_main_process
@@ -39,8 +38,8 @@ def a_server_answers_by_the_weights_of_all_shards(folder: Path) -> None:
         broadcast_object_list(known)
         run_ppo(config(known[0], 0), run_lm, tokenizer, folder / "on-time")
         run_ppo(config(known[0], 1), run_lm, tokenizer, folder / "ahead")
-        with pytest.raises(Stop):
-            run_ppo(config(known[0], 1), run_lm, tokenizer, folder / "cut", callbacks=[At(1)])
+        with pytest.raises(Stopped):
+            run_ppo(config(known[0], 1), run_lm, tokenizer, folder / "cut", callbacks=[StopAt(1)])
         barrier()
         run_ppo(config(known[0], 1), run_lm, tokenizer, folder / "cut", resume=True)
         barrier()

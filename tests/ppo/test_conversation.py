@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 from tests.ppo.helpers import (
     PROMPTS,
     GradientRecorder,
+    StopAt,
+    Stopped,
     chain,
     double_actor_critic,
     reward_low_ids,
@@ -441,19 +443,9 @@ def test_ppo_plays_evaluates_and_resumes(tiny_causal_lm: LM, tiny_tokenizer: Tok
     def ends_often(**options: Any) -> PreTrainedModel:
         return often_ending(tiny_causal_lm(**options), tiny_tokenizer.eos_token_id)
 
-    class Stop(Exception):
-        pass
-
-    class AfterOne:
-        def on_step(self, step: int, metrics: Any) -> None: ...
-        def on_evaluate(self, step: int, metrics: Any) -> None: ...
-        def on_end(self, step: int, metrics: Any) -> None: ...
-        def on_save(self, step: int, path: Path) -> None:
-            raise Stop
-
     actor_critic, _ = run_ppo(cfg, ends_often, tiny_tokenizer, tmp_path / "whole")
-    with pytest.raises(Stop):
-        run_ppo(cfg, ends_often, tiny_tokenizer, tmp_path / "cut", callbacks=[AfterOne()])
+    with pytest.raises(Stopped):
+        run_ppo(cfg, ends_often, tiny_tokenizer, tmp_path / "cut", callbacks=[StopAt(1)])
     run_ppo(cfg, ends_often, tiny_tokenizer, tmp_path / "cut", resume=True)
     whole, cut = (
         [without_times(row) for row in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("whole", "cut")

@@ -15,7 +15,7 @@ from tenacity import wait_none
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.ppo.engines.vllm_server import VLLM, Reply, serving
-from tests.ppo.helpers import run_ppo, small_config, without_times
+from tests.ppo.helpers import StopAt, Stopped, run_ppo, small_config, without_times
 from tests.ppo.test_conversation import known_conversation
 from tlcr.config.schema import RolloutConfig, RunConfig
 from tlcr.errors import BackendUnavailable, ConfigError
@@ -122,31 +122,13 @@ def test_servers_sample_while_the_trainer_works(
     assert len(figures(tmp_path)) == 3
 
 
-class Stop(Exception):
-    pass
-
-
-class At:
-    """Ends a run when it has saved a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step(self, step: int, metrics: Any) -> None: ...
-    def on_evaluate(self, step: int, metrics: Any) -> None: ...
-    def on_end(self, step: int, metrics: Any) -> None: ...
-    def on_save(self, step: int, path: Path) -> None:
-        if step == self.step:
-            raise Stop
-
-
 def test_a_run_that_was_cut_goes_on_with_the_batch_that_was_sampled(
     tiny_causal_lm: LM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     with serving(VLLM(tiny_causal_lm(seed=3)), VLLM(tiny_causal_lm(seed=4))) as (address, another):
         run_ppo(config(address), tiny_causal_lm, tiny_tokenizer, tmp_path / "whole")
-        with pytest.raises(Stop):
-            run_ppo(config(address), tiny_causal_lm, tiny_tokenizer, tmp_path / "cut", callbacks=[At(2)])
+        with pytest.raises(Stopped):
+            run_ppo(config(address), tiny_causal_lm, tiny_tokenizer, tmp_path / "cut", callbacks=[StopAt(2)])
         run_ppo(config(another), tiny_causal_lm, tiny_tokenizer, tmp_path / "cut", resume=True)
     assert figures(tmp_path / "cut") == figures(tmp_path / "whole") and len(figures(tmp_path / "cut")) == 3
 
