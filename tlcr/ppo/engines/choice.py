@@ -14,9 +14,9 @@ from tlcr.ppo.engines.paged import fault_of
 PAGED_PARAMETERS = 100_000_000
 """A policy of fewer parameters samples faster by `generate`: a call of continuous batching costs more than its steps.
 Of the sizes that were measured, 135M gained and 0.5M lost (docs/engines.md)."""
-PAGED_BATCH = 8
-"""More answers at a time lose by `paged`, unless its attention is a flash attention: it computes the keys of all of
-them for each (docs/engines.md has what was measured)."""
+PAGED_BATCH = 32
+"""Answers at a time with which `paged` was measured to be faster by sdpa, which computes the keys of all of them for
+each (docs/engines.md). A flash attention does not."""
 
 
 class Choice(NamedTuple):
@@ -48,9 +48,8 @@ def choose(cfg: RolloutConfig, policy: PreTrainedModel, config: PreTrainedConfig
     if size < PAGED_PARAMETERS:
         return Choice("generate", f"continuous batching is slower for models as small as this one ({size / 1e6:.1f}M)")
     if cfg.batch_size > PAGED_BATCH and "flash" not in attention:
-        return Choice(
-            "generate", f"with {attention} continuous batching is slower above rollout.batch_size {PAGED_BATCH}"
-        )
+        why = f"with {attention} continuous batching was measured up to rollout.batch_size {PAGED_BATCH}"
+        return Choice("generate", f"{why}, and it is {cfg.batch_size}")
     if (fault := fault_of(config, type(policy))) is not None:
         return Choice("generate", fault)
     return Choice("paged", "continuous batching runs this model, and saves the steps of answers that ended")
