@@ -9,7 +9,7 @@ RIVALS := $(VENV)/.rivals
 DOCS := $(VENV)/.docs
 CPP := $(shell find csrc tests/cuda/emulator .ci -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: quickstart test test-slow test-again lint format docs bench bench-report bench-compare wheels lowest newest lock hosts vllm gpu gpu-in-small faults fuzz fuzz-sanitized audit
+.PHONY: quickstart test test-slow test-again lint format docs bench bench-report bench-compare wheels lowest newest lock hosts vllm engines gpu gpu-in-small faults fuzz fuzz-sanitized audit
 
 quickstart: $(INSTALLED)
 	$(BIN)/tlcr run examples/quickstart.yaml --resume
@@ -108,6 +108,10 @@ hosts: $(INSTALLED)
 # A real vLLM on the CPU serves discriminators, and every token is compared: 4 GB in .venv-hosts, some minutes.
 vllm: $(INSTALLED)
 	$(BIN)/python .ci/vllm.py
+
+# A real vLLM on the CPU samples for a policy whose weights move, and every log-probability is compared.
+engines: $(INSTALLED)
+	$(BIN)/python .ci/engines.py
 
 # Looks up anew which versions these are.
 lock: $(INSTALLED)

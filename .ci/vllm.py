@@ -14,6 +14,8 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -60,12 +62,14 @@ def get(url: str) -> dict:
         return json.loads(response.read())
 
 
-def answers(command: str, folder: Path) -> tuple[dict, list[list[float]]]:
-    """What vLLM says of ``recorded.items()``, as it is and as the client reads it."""
+@contextmanager
+def served(command: str, arguments: Sequence[str], folder: Path) -> Iterator[str]:
+    """The address of a vLLM that serves on one CPU until the block ends; its log is in the folder."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    words = [command, *export_for_vllm(folder, folder / "vllm").split()[1:], "--port", str(port), "--enforce-eager"]
+    words = [command, *arguments, "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    settings |= {"VLLM_SERVER_DEV_MODE": "1"}
     log = folder / "vllm.log"
     with log.open("w") as out:
         process = subprocess.Popen(words, env={**os.environ, **settings}, stdout=out, stderr=out, cwd=folder)
@@ -73,24 +77,31 @@ def answers(command: str, folder: Path) -> tuple[dict, list[list[float]]]:
         deadline = time.monotonic() + 600
         while True:
             try:
-                models = get(url + "/v1/models")
+                get(url + "/v1/models")
                 break
             except OSError:
                 if process.poll() is not None or time.monotonic() > deadline:
                     sys.exit(f"vLLM did not start: {' '.join(words)}\n{log.read_text()[-3000:]}")
                 time.sleep(1)
-        client = RewardClient(url)
-        rewards = client.token_rewards(recorded.items())
-        rows = [[*item.prompt_ids, *item.response_ids] for item in recorded.items()]
-        body = {"model": models["data"][0]["id"], "input": rows, "use_activation": False}
-        pooling = client.ask("/pooling", body)
-        version = get(url + "/version")["version"]
+        yield url
     finally:
         process.terminate()
         try:
             process.wait(120)
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+def answers(command: str, folder: Path) -> tuple[dict, list[list[float]]]:
+    """What vLLM says of ``recorded.items()``, as it is and as the client reads it."""
+    with served(command, export_for_vllm(folder, folder / "vllm").split()[1:], folder) as url:
+        models = get(url + "/v1/models")
+        client = RewardClient(url)
+        rewards = client.token_rewards(recorded.items())
+        rows = [[*item.prompt_ids, *item.response_ids] for item in recorded.items()]
+        body = {"model": models["data"][0]["id"], "input": rows, "use_activation": False}
+        pooling = client.ask("/pooling", body)
+        version = get(url + "/version")["version"]
     models["data"] = [{name: models["data"][0][name] for name in ("id", "root", "max_model_len")}]
     for entry in models["data"]:
         entry["id"] = entry["root"] = "discriminator"

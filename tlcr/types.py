@@ -116,6 +116,10 @@ class Rollout:
     ``ended_B`` is True where the policy chose to stop (its last counted token is the end of sequence) and False where
     the length limit cut it off. ``engine_logprobs_BT`` are the log-probabilities that the tokens were drawn with,
     (B, T) float32, nats, in a distribution that is not the trainer's; None where it is.
+
+    In a conversation a row is answer, message, answer, and so on; it ends with an answer. ``mask_BT`` is True at the
+    tokens of answers, which are actions, and ``messages_BT`` at those of messages, which an environment wrote: models
+    read them, and they earn nothing and are not trained on. None where there are no messages.
     """
 
     prompts: tuple[str, ...]
@@ -126,6 +130,12 @@ class Rollout:
     mask_BT: Tensor
     ended_B: Tensor
     engine_logprobs_BT: Tensor | None = None
+    messages_BT: Tensor | None = None
+
+    @property
+    def read_BT(self) -> Tensor:
+        """(B, T) bool: the tokens that models read, of answers and messages."""
+        return self.mask_BT if self.messages_BT is None else self.mask_BT | self.messages_BT
 
     @property
     def ids_BL(self) -> Tensor:
@@ -133,7 +143,7 @@ class Rollout:
 
     @property
     def attention_mask_BL(self) -> Tensor:
-        return torch.cat([self.prompt_mask_BP, self.mask_BT], dim=1)
+        return torch.cat([self.prompt_mask_BP, self.read_BT], dim=1)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,24 @@ def run_ppo(
     return actor_critic, result
 
 
+class Stopped(Exception):
+    """What ``StopAt`` raises."""
+
+
+class StopAt:
+    """Ends a run when it has saved a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, step: int, metrics: Any) -> None: ...
+    def on_evaluate(self, step: int, metrics: Any) -> None: ...
+    def on_end(self, step: int, metrics: Any) -> None: ...
+    def on_save(self, step: int, path: Path) -> None:
+        if step == self.step:
+            raise Stopped
+
+
 def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of metrics without what no two runs share."""
     return {key: value for key, value in row.items() if not key.startswith("time")}
@@ -108,6 +126,15 @@ def bigram_lm(logits_VV: Tensor, layers: int = 0) -> PreTrainedModel:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
     return model.eval()
+
+
+def chain(tokenizer: PreTrainedTokenizerBase, *links: tuple[int, int]) -> PreTrainedModel:
+    """A policy that follows a with b for every (a, b), and any other token with itself."""
+    logits_VV = 100.0 * torch.eye(len(tokenizer))
+    for before, after in links:
+        logits_VV[before] = 0.0
+        logits_VV[before, after] = 100.0
+    return bigram_lm(logits_VV, layers=1)
 
 
 def known_rollout(rows: list[int] | None = None, *, extra_left: int = 0, extra_right: int = 0) -> Rollout:

@@ -157,7 +157,7 @@ class Says(InProcess):
     def __init__(self, logprobs: Sequence[float] | None) -> None:
         self._logprobs = None if logprobs is None else torch.tensor(logprobs)
 
-    def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
+    def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, generator: Any = None) -> list[Answer]:
         assert sampling.logprobs
         return [Answer(torch.tensor([5, 6]), self._logprobs) for _ in prompts]
 
@@ -188,7 +188,7 @@ def test_log_probs_after_the_end_of_an_answer_do_not_count(
     end = tiny_tokenizer.eos_token_id
 
     class GoesOn(InProcess):
-        def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
+        def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, generator: Any = None) -> list[Answer]:
             longer = Answer(torch.tensor([5, 6, 7]), torch.tensor([-1.0, -2.0, -3.0]))
             return [longer, Answer(torch.tensor([5, end, 0, 0]), torch.tensor([-4.0, -5.0, math.nan, -math.inf]))]
 
@@ -221,7 +221,7 @@ def test_log_probs_of_the_next_token_are_noticed_once(caplog: pytest.LogCaptureF
 # ---- truncated distributions
 
 
-@pytest.mark.parametrize("engine", [name for name in get_args(EngineName) if name != "server"])
+@pytest.mark.parametrize("engine", [name for name in get_args(EngineName) if name not in ("vllm", "server", "auto")])
 @pytest.mark.parametrize("truncation", [{"top_k": 2}, {"top_p": 0.75}])
 def test_a_truncated_distribution_is_corrected_by_the_probability_that_it_kept(
     engine: EngineName, truncation: dict[str, Any], tiny_tokenizer: Tokenizer

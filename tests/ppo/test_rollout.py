@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.ppo.helpers import ANSWER_IDS, PROMPT_IDS, PROMPTS, bigram_lm, double_actor_critic, known_rollout
+from tests.ppo.helpers import ANSWER_IDS, PROMPT_IDS, PROMPTS, bigram_lm, chain, double_actor_critic, known_rollout
 from tlcr.config.schema import EngineName, RolloutConfig
 from tlcr.errors import DataError
 from tlcr.models import loading
@@ -25,16 +25,7 @@ LM = Callable[..., PreTrainedModel]
 Tokenizer = PreTrainedTokenizerFast
 
 
-def chain(tokenizer: Tokenizer, *links: tuple[int, int]) -> PreTrainedModel:
-    """A policy that follows a with b for every (a, b), and any other token with itself."""
-    logits_VV = 100.0 * torch.eye(len(tokenizer))
-    for before, after in links:
-        logits_VV[before] = 0.0
-        logits_VV[before, after] = 100.0
-    return bigram_lm(logits_VV, layers=1)
-
-
-@pytest.fixture(params=[name for name in get_args(EngineName) if name != "server"])
+@pytest.fixture(params=[name for name in get_args(EngineName) if name not in ("vllm", "server", "auto")])
 def engine(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -71,7 +71,7 @@ def run(folder: Path, stages: list[str]) -> None:
 
 def _architecture(cfg: RunConfig, architecture: Architecture, processes: int) -> Iterator[str]:
     model, machine = architecture.model, Machine(gpu=True, processes=processes)
-    longest = cfg.data.max_prompt_tokens + max(cfg.data.max_answer_tokens, cfg.rollout.max_new_tokens)
+    longest = cfg.data.max_prompt_tokens + max(cfg.data.max_answer_tokens, cfg.rollout.max_response_tokens)
     check_fits(model, longest, "a prompt with an answer, each as long as the config allows,")
     make_top_layers_bidirectional(model, cfg.discriminator.bidirectional_layers)
     layers = model.config.get_text_config().num_hidden_layers

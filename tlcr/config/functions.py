@@ -14,10 +14,20 @@ from typing import Any
 
 from tlcr.errors import ConfigError
 
-__all__ = ["REWARD_KEYWORDS", "failure", "import_function", "import_reward", "import_scorer"]
+__all__ = [
+    "ENVIRONMENT_KEYWORDS",
+    "REWARD_KEYWORDS",
+    "failure",
+    "import_environment",
+    "import_function",
+    "import_reward",
+    "import_scorer",
+]
 
 REWARD_KEYWORDS = ("prompts", "responses", "response_ids", "mask", "ended")
 """What a reward is called with."""
+ENVIRONMENT_KEYWORDS = ("prompts", "turns")
+"""What an environment is called with."""
 
 
 def import_reward(path: str) -> Callable[..., Any]:
@@ -25,6 +35,14 @@ def import_reward(path: str) -> Callable[..., Any]:
     the keywords of a reward."""
     function = import_function(path, "reward.callable")
     _require_arguments(function, f"reward.callable is {path!r}", keywords=REWARD_KEYWORDS)
+    return function
+
+
+def import_environment(path: str) -> Callable[..., Any]:
+    """The function that ``rollout.environment`` names. Raises ConfigError as ``import_function``, or where it does not
+    take the keywords of an environment."""
+    function = import_function(path, "rollout.environment")
+    _require_arguments(function, f"rollout.environment is {path!r}", keywords=ENVIRONMENT_KEYWORDS)
     return function
 
 

@@ -21,7 +21,7 @@ from tlcr.credentials import VLLM_KEY_VARIABLE, refuse_credentials
 from tlcr.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16"]
-EngineName = Literal["generate", "static", "paged", "server"]
+EngineName = Literal["generate", "static", "paged", "vllm", "server", "auto"]
 Adapted = Literal["sft", "reward_model", "dpo", "discriminator", "policy", "value"]
 """What can be trained by adapters: the models before PPO, and the two that PPO trains."""
 RewardKind = Literal[
@@ -566,11 +566,28 @@ class RolloutConfig(Checked):
     engine: EngineName = knob(
         "generate",
         "what samples: transformers' generate; the same with a static cache and CUDA graphs, for a GPU; or its "
-        "continuous batching, in which the next prompt takes the place of an answer that ended; or vLLM servers",
+        "continuous batching, in which the next prompt takes the place of an answer that ended; or vLLM, in this "
+        "process or on servers; auto: the fastest of them that is there, as tlcr doctor says",
     )
     server: tuple[str, ...] = knob((), "addresses of the vLLM servers, such as [http://localhost:8000]")
     server_timeout: float = knob(
         600.0, "a server that takes longer for a request is left out", unit="seconds", gt=0, advanced=True
+    )
+    ahead: int = knob(
+        0,
+        "rounds that answers are sampled ahead of training: with 1 the servers answer the prompts of the next round "
+        "while this one trains, by weights that are one update old",
+        ge=0,
+        le=1,
+    )
+    environment: str | None = knob(
+        None,
+        "'package.module:function' that answers the policy: it turns each answer into the next message, or ends the "
+        "conversation",
+    )
+    max_turns: int = knob(4, "answers of a conversation at most, with an environment", ge=1)
+    max_message_tokens: int = knob(
+        256, "a message of the environment that is longer ends the conversation", unit="tokens", ge=1, advanced=True
     )
     correction: Literal["none", "truncate", "mask"] = knob(
         "truncate",
@@ -588,6 +605,16 @@ class RolloutConfig(Checked):
         super().__post_init__()
         for address in self.server:
             refuse_credentials("RolloutConfig.server", address, VLLM_KEY_VARIABLE)
+        if self.ahead and not self.may_use_servers:
+            raise ConfigError(
+                f"RolloutConfig.ahead is {self.ahead} with engine {self.engine!r}: an engine in this process computes "
+                "where the policy is trained, so that nothing is gained; set ahead: 0, or engine: server"
+            )
+        if self.ahead and self.correction == "none":
+            raise ConfigError(
+                f"RolloutConfig.ahead is {self.ahead} with correction 'none': answers come from weights that are one "
+                "update old, and PPO's ratios would be those of the new ones; set correction: truncate, or ahead: 0"
+            )
         if self.engine == "server" and not self.server:
             raise ConfigError(
                 "RolloutConfig.engine is 'server' and server names none; name addresses, such as "
@@ -610,6 +637,21 @@ class RolloutConfig(Checked):
     def off_policy(self) -> bool:
         """Whether tokens are drawn from another distribution than the one that the trainer computes."""
         return self._truncates or self.engine not in ("generate", "static")
+
+    @property
+    def may_use_servers(self) -> bool:
+        """Whether the engine is, or may turn out to be, vLLM servers."""
+        return self.engine == "server" or (self.engine == "auto" and bool(self.server))
+
+    @property
+    def max_response_tokens(self) -> int:
+        """What stands behind a prompt at most: an answer, or with an environment a conversation."""
+        return self.max_new_tokens if self.environment is None else self.max_conversation_tokens
+
+    @property
+    def max_conversation_tokens(self) -> int:
+        """The answers and messages of a conversation at most."""
+        return self.max_turns * self.max_new_tokens + (self.max_turns - 1) * self.max_message_tokens
 
 
 @dataclass(frozen=True)
@@ -839,15 +881,10 @@ class RunConfig(Checked):
                 f"RunConfig.kl_coefs compares fixed coefficients, but kl.target {self.kl.target} adapts each of them "
                 "to one KL; drop one of the two"
             )
-        if self.rollout.engine == "server" and self.sharding.kind != "none":
+        if self.rollout.may_use_servers and self.parallel > 1:
             raise ConfigError(
-                f"RunConfig.rollout.engine is 'server' and sharding.kind {self.sharding.kind!r}: servers are given "
-                "whole models; set sharding.kind: none, or rollout.engine: generate"
-            )
-        if self.rollout.engine == "server" and self.parallel > 1:
-            raise ConfigError(
-                f"RunConfig.parallel is {self.parallel} and rollout.engine 'server': PPO runs at a time would give the "
-                "same servers different weights; set parallel: 1"
+                f"RunConfig.parallel is {self.parallel} and rollout.engine {self.rollout.engine!r} with servers: PPO "
+                "runs at a time would give the same servers different weights; set parallel: 1"
             )
         official = [reward for reward in (self.reward, *(arm.reward for arm in self.arms)) if reward.compat is not None]
         if official and self.kl.placement != "reward":

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -336,11 +337,12 @@ def _answers(
             ended=bool(rollout.ended_B[b]),
         )
         if b < kept:
-            ids = rollout.response_ids_BT[b][mask_BT[b]].tolist()
+            read_T = rollout.read_BT[b]
+            ids, acted = rollout.response_ids_BT[b][read_T].tolist(), mask_BT[b][read_T].tolist()
             context = rollout.prompt_ids_BP[b][rollout.prompt_mask_BP[b]].tolist()
             answer = dataclasses.replace(
                 answer,
-                tokens=tuple(token_pieces(tokenizer, ids, context=context)),
+                tokens=tuple(compress(token_pieces(tokenizer, ids, context=context), acted)),
                 prompt_cut=cut_beginning(tokenizer, prompt, len(context)),
                 value=tuple(values[b]),
                 token_kl=tuple(kl[b]),

@@ -207,7 +207,8 @@ class _Evaluation:
             return list(gather_object(answers)) if process_count() > 1 else answers
 
         with closing(build_engine(cfg.rollout, actor_critic.policy, self._folder / SERVER_WEIGHTS)) as engine:
-            engine.refresh()
+            with gathered(actor_critic, only=actor_critic.policy):
+                engine.refresh()
             return evaluate_policy(
                 run.prompts.held_out,
                 tokenizer=run.tokenizer,

@@ -26,7 +26,16 @@ from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.classifiers import new_class
 from tlcr.models.faults import AUTO, Role
 from tlcr.models.inspection import attention_for, model_faults, read_config
-from tlcr.models.loading import answer_notes, check_fits, check_positions, load_tokenizer, other_ends
+from tlcr.models.loading import (
+    CONVERSATION_LIMITS,
+    LIMITS,
+    answer_notes,
+    check_fits,
+    check_positions,
+    load_tokenizer,
+    other_ends,
+)
+from tlcr.ppo.engines import choose
 from tlcr.ppo.engines.paged import REMEDY as ENGINE_REMEDY
 from tlcr.ppo.engines.paged import fault_of
 from tlcr.rewards.sources.frozen_model import ROLLOUT_LIMITS, same_tokenizer
@@ -246,17 +255,19 @@ def _positions(
     prompts = _prompts(cfg, stages, examples)
     if prompts:
         encoded = cut(prompts, [""] * len(prompts))
-        longest = max(len(prompt.ids) for prompt in encoded) + cfg.rollout.max_new_tokens
-        lengths["rollout.max_new_tokens"] = (longest, "a prompt with an answer of full length")
+        longest = max(len(prompt.ids) for prompt in encoded) + cfg.rollout.max_response_tokens
+        what = "an answer" if cfg.rollout.environment is None else "a conversation"
+        lengths["rollout.max_new_tokens"] = (longest, f"a prompt with {what} of full length")
         yield from _positions_of_others(cfg, stages, longest, tokenizer, faulty)
     blocked = False
+    limits = LIMITS if cfg.rollout.environment is None else CONVERSATION_LIMITS
     for knob, (longest, what) in lengths.items():
         try:
-            check_fits(model, longest, what)
+            check_fits(model, longest, what, limits)
         except TlcrError as error:
             blocked = True
             yield Finding.of(knob, error)
-    answer = max(data.max_answer_tokens, cfg.rollout.max_new_tokens)
+    answer = max(data.max_answer_tokens, cfg.rollout.max_response_tokens)
     try:
         check_fits(
             model, data.max_prompt_tokens + answer, "a prompt with an answer, each as long as the config allows,"
@@ -286,11 +297,16 @@ def _positions_of_others(
 
 
 def _engine(cfg: RunConfig, stages: Collection[str], model: PreTrainedModel) -> Iterator[Finding]:
-    """Continuous batching does not run every architecture: a small model of the policy's tries it."""
-    if not {"ppo", "evaluate"} & set(stages) or cfg.rollout.engine != "paged":
+    """Which engine `auto` takes. Continuous batching does not run every architecture: a small model of the policy's
+    tries it."""
+    if not {"ppo", "evaluate"} & set(stages) or cfg.rollout.engine not in ("auto", "paged"):
         return
     config = deepcopy(model.config)
     config._attn_implementation = attention_for(cfg.model, type(model), config)
+    if cfg.rollout.engine == "auto":
+        choice = choose(cfg.rollout, model, config)
+        yield Finding("note", "rollout.engine", f"rollout.engine auto takes {choice.engine!r}: {choice.why}")
+        return
     if (fault := fault_of(config, type(model))) is not None:
         yield Finding("blocked", "rollout.engine", f"rollout.engine is 'paged', and {fault}", ENGINE_REMEDY)
 

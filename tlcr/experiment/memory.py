@@ -409,7 +409,7 @@ def _ppo(cfg: RunConfig, architecture: Architecture, machine: Machine) -> Estima
 
     ppo, processes = cfg.ppo, machine.processes
     roles = roles_of_a_process(cfg, architecture, machine)
-    columns = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
+    columns = cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens
     tokens = ppo.micro_batch_tokens or (None if machine.gpu else CPU_TOKENS)
 
     def rows(at_most: int) -> int:
@@ -421,7 +421,7 @@ def _ppo(cfg: RunConfig, architecture: Architecture, machine: Machine) -> Estima
         "policy and values",
         rows=answers,
         columns=columns,
-        answer=cfg.rollout.max_new_tokens,
+        answer=cfg.rollout.max_response_tokens,
         again=answers < share,
         reference=cfg.kl.placement == "loss" and cfg.kl.estimator == "full",
         packed=ppo.packing == "always",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from tlcr.config.functions import import_reward, import_scorer
+from tlcr.config.functions import import_environment, import_reward, import_scorer
 from tlcr.config.schema import GeneratorConfig, RunConfig
 from tlcr.config.stages import CONFIG, DONE, HOLDER, LOCK, STARTED, TRAINED, stages_of
 from tlcr.config.trials import arms_of, trials_of
@@ -250,8 +250,14 @@ def _packages(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
         yield Finding(
             "blocked", "gguf", "model.gguf_file needs the package gguf, and it is not installed", "pip install gguf"
         )
-    if cfg.rollout.engine == "server" and {"ppo", "evaluate"} & set(stages):
-        yield from _needs_openai("rollout.engine server", "rollout.engine")
+    if cfg.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None and {"ppo", "evaluate"} & set(stages):
+        fact = "rollout.engine vllm needs the package vllm, and it is not installed"
+        yield Finding("blocked", "rollout.engine", fact, "install it here, or use servers: rollout.engine: server")
+    if cfg.rollout.may_use_servers and {"ppo", "evaluate"} & set(stages):
+        setting = (
+            "rollout.engine server" if cfg.rollout.engine == "server" else "rollout.engine auto with rollout.server"
+        )
+        yield from _needs_openai(setting, "rollout.engine")
 
 
 def _needs_openai(setting: str, subject: str) -> Iterator[Finding]:
@@ -323,6 +329,8 @@ def _functions(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
     }
     if cfg.evaluation.scorer is not None:
         named[cfg.evaluation.scorer] = ("evaluation.scorer", import_scorer)
+    if cfg.rollout.environment is not None:
+        named[cfg.rollout.environment] = ("rollout.environment", import_environment)
     for path, (knob, load) in named.items():
         try:
             load(path)

@@ -90,8 +90,10 @@ def in_small(cfg: RunConfig, model: PreTrainedConfig, folder: Path, *, processes
         "reviser": ReviserConfig(),
         "rollout": replace(
             rollout,
-            engine="generate" if rollout.engine in ("server", "static") else rollout.engine,
+            engine="paged" if rollout.engine == "paged" else "generate",
             server=(),
+            ahead=0,
+            environment=None,
             max_new_tokens=min(rollout.max_new_tokens, NEW),
             batch_size=min(rollout.batch_size, minibatch),
         ),

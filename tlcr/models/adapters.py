@@ -391,12 +391,8 @@ def merged_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     weights = {without_adapters(key): weight for key, weight in state.items() if not _is_adapters(key)}
     weights |= _dequantised(model, weights)
     for path, layer in _layers(model, name):
-        base = weights[f"{path}.weight"]
-        wide = torch.promote_types(base.dtype, torch.float32)
-        down, up = (state[f"{path}.lora_{part}.{name}.weight"].to(wide) for part in "AB")
-        delta = (up @ down) * layer.scaling[name]
-        merged = base.to(wide) + (delta.T if layer.fan_in_fan_out else delta)
-        weights[f"{path}.weight"] = merged.to(base.dtype).cpu()
+        base, (down, up) = weights[f"{path}.weight"], (state[f"{path}.lora_{part}.{name}.weight"] for part in "AB")
+        weights[f"{path}.weight"] = _merged(base, down, up, layer, name).cpu()
     return weights
 
 
@@ -410,6 +406,43 @@ def _dequantised(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str
             del weights[key]
         found[name] = dequantised(layer).cpu()
     return found
+
+
+@torch.no_grad()
+def whole_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a model one after the other, for an engine: whole, and merged where there is an adapter.
+
+    They are those of ``merged_weights``, or of the state dictionary of a model without an adapter. One at a time is
+    gathered from its shards or merged, and the model is not touched. Every process iterates.
+
+    Args:
+        model: any model; of a sharded one that is not inside ``gathered`` each weight is gathered in its turn.
+
+    Yields:
+        Name and tensor; tied weights once, as they are named first.
+    """
+    adapter = adapter_of(model)
+    layers = {} if adapter is None else dict(_layers(model, adapter))
+    parameters = dict(model.named_parameters())
+    for key, parameter in parameters.items():
+        if _is_adapters(key):
+            continue
+        path, module = key.removesuffix(".base_layer.weight"), model.get_submodule(key.rpartition(".")[0])
+        weight = dequantised(module) if is_quantised(module) and key.endswith(".weight") else whole(parameter.detach())
+        if path != key and path in layers:
+            down, up = (whole(parameters[f"{path}.lora_{part}.{adapter}.weight"].detach()) for part in "AB")
+            weight = _merged(weight, down, up, layers[path], adapter)
+        yield without_adapters(key), weight
+    for path, module in model.named_modules():
+        for key, buffer in module.named_buffers(path, recurse=False):
+            if key.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield without_adapters(key), buffer
+
+
+def _merged(base: Tensor, down: Tensor, up: Tensor, layer: Any, adapter: str | None) -> Tensor:
+    wide = torch.promote_types(base.dtype, torch.float32)
+    delta = (up.to(wide) @ down.to(wide)) * layer.scaling[adapter]
+    return (base.to(delta.device, wide) + (delta.T if layer.fan_in_fan_out else delta)).to(base.dtype)
 
 
 def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:

@@ -248,6 +248,8 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 LIMITS = ("data.max_prompt_tokens", "data.max_answer_tokens", "rollout.max_new_tokens")
 """What limits the texts of a run."""
+CONVERSATION_LIMITS = (*LIMITS, "rollout.max_turns", "rollout.max_message_tokens")
+"""The same where an environment answers the policy."""
 
 
 def check_fits(model: PreTrainedModel, tokens: int, what: str, limits: Sequence[str] = LIMITS) -> None:

@@ -57,11 +57,12 @@ def rollout_metrics(
                 mask_BT.sum().double(),
                 counts_B.sum().double(),
                 (rollout.ended_B & counts_B).sum().double(),
+                (rollout.read_BT & ~mask_BT).sum().double(),
                 *(torch.where(mask_BT, x_BT.double(), 0.0).sum() for x_BT in per_token.values()),
             ]
         )
     )
-    tokens, answers, ended, *totals = sums.tolist()
+    tokens, answers, ended, messages, *totals = sums.tolist()
     accounting = reward_accounting(rewards, mask_BT, reduce=sum_over_processes)
     names, figures = list(accounting), torch.stack(list(accounting.values())).tolist()
     return {
@@ -71,6 +72,7 @@ def rollout_metrics(
         "length/mean": tokens / max(answers, 1),
         "length/ended_share": ended / max(answers, 1),
         "length/tokens": tokens,
+        **({} if rollout.messages_BT is None else {"length/message_tokens": messages / max(answers, 1)}),
     }
 
 

@@ -1,19 +1,20 @@
-"""Rollouts: prompts to sampled answers."""
+"""Rollouts: prompts to sampled answers, or to conversations of which the answers are sampled."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tlcr.config.functions import import_environment
 from tlcr.config.schema import RolloutConfig
 from tlcr.errors import BackendUnavailable, DataError
-from tlcr.models.loading import check_fits, end_of_sequence_ids
+from tlcr.models.loading import CONVERSATION_LIMITS, check_fits, end_of_sequence_ids
+from tlcr.ppo.conversation import Conversation, Environment, Turn, converse
 from tlcr.ppo.engines import Answer, Engine, Sampling, build_engine
-from tlcr.text.padding import pad_left
+from tlcr.text.padding import pad_left, pad_right
 from tlcr.text.tokenization import decode_text, start_of_text
 from tlcr.types import Rollout
 
@@ -60,12 +61,15 @@ def generate(
     generator: torch.Generator | None = None,
     logprobs: bool = False,
     engine: Engine | None = None,
+    environment: Environment | None = None,
 ) -> Rollout:
     """Sample one answer for each prompt, at ``cfg.temperature``, until the end of sequence or ``cfg.max_new_tokens``.
 
     ``cfg.engine`` samples. Only the settings of ``cfg`` shape the distribution: sampling defaults that came with the
     model (top-p, penalties) do not apply. The end of sequence is the tokenizer's, or any that the model's generation
     config names; it is the last counted action of an answer that ended.
+
+    With an environment each row is a conversation, of up to ``cfg.max_turns`` answers (``converse``).
 
     Args:
         policy: the model itself, not a data-parallel wrapper.
@@ -76,12 +80,13 @@ def generate(
         generator: the source of randomness; None: torch's global state.
         logprobs: also keep the log-probabilities that the tokens were drawn with, as the engine reports them.
         engine: samples, with the policy's weights; None: one that is made for this call by ``cfg.engine``.
+        environment: turns answers into messages; None: the one that ``cfg.environment`` names, if any.
 
     Returns:
         The answers; prompts are padded on the left and responses on the right.
 
     Raises:
-        DataError: there are no prompts, or one has no token that is not padding.
+        DataError: there are no prompts, or one has no token that is not padding; or the environment failed.
         ConfigError: ``cfg.engine`` cannot run this policy.
         BackendUnavailable: the engine gave no answer to some prompts, or no usable log-probabilities.
     """
@@ -89,8 +94,14 @@ def generate(
         raise DataError("there are no prompts to answer; check data.prompts, data.held_out and evaluation.prompts")
     end_ids = end_of_sequence_ids(policy, tokenizer)
     prompt_ids = _encode_prompts(tokenizer, prompts, max_prompt_tokens)
-    longest = max((len(ids) for ids in prompt_ids), default=0) + cfg.max_new_tokens
-    check_fits(policy, longest, "a prompt with an answer of full length")
+    if environment is None and cfg.environment is not None:
+        environment = import_environment(cfg.environment)
+    longest_prompt = max((len(ids) for ids in prompt_ids), default=0)
+    if environment is None:
+        check_fits(policy, longest_prompt + cfg.max_new_tokens, "a prompt with an answer of full length")
+    else:
+        longest = longest_prompt + cfg.max_conversation_tokens
+        check_fits(policy, longest, "a prompt with a conversation of full length", CONVERSATION_LIMITS)
     sampling = Sampling(
         max_new_tokens=cfg.max_new_tokens,
         temperature=cfg.temperature,
@@ -104,26 +115,30 @@ def generate(
     if engine is None:
         engine = build_engine(cfg, policy)
         engine.refresh()
-    with _seeded_by(generator, policy.device):
-        answers = engine.sample(prompt_ids, sampling)
-    response_ids_BT, mask_BT, ended_B = _cut_at_end(
-        [answer.ids_T for answer in answers], end_ids, tokenizer.pad_token_id
-    )
+    sampler = engine
+
+    def sample(contexts: Sequence[Sequence[int]]) -> list[Turn]:
+        return [_turn(answer, sampling, cfg.engine) for answer in sampler.sample(contexts, sampling, generator)]
+
+    conversations = converse(prompts, prompt_ids, tokenizer, cfg, sample=sample, environment=environment)
     prompt_ids_BP, prompt_mask_BP = pad_left(prompt_ids, tokenizer.pad_token_id)
+    response_ids_BT, read_BT = pad_right([conversation.ids for conversation in conversations], tokenizer.pad_token_id)
+    mask_BT = torch.zeros_like(read_BT)
+    mask_BT[read_BT] = torch.tensor([acted for conversation in conversations for acted in conversation.acted])
+    device = policy.device
     return Rollout(
         prompts=tuple(prompts),
         responses=tuple(
-            decode_text(tokenizer, ids[:length], context=prompt)
-            for prompt, ids, length in zip(
-                prompt_ids, response_ids_BT.tolist(), mask_BT.sum(dim=1).tolist(), strict=True
-            )
+            decode_text(tokenizer, conversation.ids, context=context)
+            for context, conversation in zip(prompt_ids, conversations, strict=True)
         ),
-        prompt_ids_BP=prompt_ids_BP.to(policy.device),
-        prompt_mask_BP=prompt_mask_BP.to(policy.device),
-        response_ids_BT=response_ids_BT,
-        mask_BT=mask_BT,
-        ended_B=ended_B,
-        engine_logprobs_BT=_logprobs_of(answers, mask_BT, cfg.engine) if logprobs else None,
+        prompt_ids_BP=prompt_ids_BP.to(device),
+        prompt_mask_BP=prompt_mask_BP.to(device),
+        response_ids_BT=response_ids_BT.to(device),
+        mask_BT=mask_BT.to(device),
+        ended_B=torch.tensor([conversation.ended for conversation in conversations], device=device),
+        engine_logprobs_BT=_logprobs_of(conversations, mask_BT, cfg.engine).to(device) if logprobs else None,
+        messages_BT=None if environment is None else (read_BT & ~mask_BT).to(device),
     )
 
 
@@ -156,51 +171,32 @@ def _encode_prompts(
     return [ids[-max_prompt_tokens:] for ids in encoded]
 
 
-def _cut_at_end(answers: Sequence[Tensor], end_ids: Sequence[int], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask and `ended` of answers cut after their first end of sequence. Only that one is found by its
-    id: everything after it is padding, also where padding and end of sequence share an id."""
-    sampled_BT = torch.nn.utils.rnn.pad_sequence(list(answers), batch_first=True, padding_value=pad_id)
-    is_end_BT = torch.isin(sampled_BT, torch.tensor(end_ids, device=sampled_BT.device))
-    width_B = torch.tensor([len(answer) for answer in answers], device=sampled_BT.device)
-    columns_T = torch.arange(sampled_BT.shape[1], device=sampled_BT.device)
-    is_end_BT &= columns_T < width_B.unsqueeze(1)
-    ended_B = is_end_BT.any(dim=1)
-    length_B = torch.where(ended_B, is_end_BT.int().argmax(dim=1) + 1, width_B)
-    longest = int(length_B.max())
-    mask_BT = columns_T[:longest] < length_B.unsqueeze(1)
-    return torch.where(mask_BT, sampled_BT[:, :longest], pad_id), mask_BT, ended_B
+def _turn(answer: Answer, sampling: Sampling, engine: str) -> Turn:
+    """An answer cut after its first end of sequence. Only that one is found by its id: what follows it is dropped, also
+    where padding and end of sequence share an id."""
+    ids = answer.ids_T.tolist()
+    end = next((place for place, token in enumerate(ids) if token in sampling.end_ids), None)
+    length = len(ids) if end is None else end + 1
+    if sampling.logprobs and (answer.logprobs_T is None or len(answer.logprobs_T) != len(ids)):
+        found = "no" if answer.logprobs_T is None else f"{len(answer.logprobs_T)}"
+        raise BackendUnavailable(
+            f"rollout.engine {engine!r} gave {found} log-probabilities for an answer of {len(ids)} tokens; set "
+            "rollout.engine: generate"
+        )
+    logprobs = [] if answer.logprobs_T is None else answer.logprobs_T[:length].tolist()
+    return Turn(ids[:length], end is not None, logprobs)
 
 
-def _logprobs_of(answers: Sequence[Answer], mask_BT: Tensor, engine: str) -> Tensor:
-    """The engine's log-probabilities of the counted tokens, 0 elsewhere. The one place that they are checked."""
-    logprobs_BT = torch.zeros(mask_BT.shape, dtype=torch.float32, device=mask_BT.device)
-    for row_T, answer in zip(logprobs_BT, answers, strict=True):
-        given_T = answer.logprobs_T
-        if given_T is None or given_T.shape != answer.ids_T.shape:
-            found = "no" if given_T is None else f"{len(given_T)}"
-            raise BackendUnavailable(
-                f"rollout.engine {engine!r} gave {found} log-probabilities for an answer of {len(answer.ids_T)} "
-                "tokens; set rollout.engine: generate"
-            )
-        width = min(len(given_T), len(row_T))
-        row_T[:width] = given_T[:width]
-    possible_BT = logprobs_BT.isfinite() & (logprobs_BT <= ROUNDING)
-    impossible_N = logprobs_BT[mask_BT & ~possible_BT]
+def _logprobs_of(conversations: Sequence[Conversation], mask_BT: Tensor, engine: str) -> Tensor:
+    """The engine's log-probabilities of the actions, 0 elsewhere. The one place that they are checked."""
+    given_N = torch.tensor([x for conversation in conversations for x in conversation.logprobs], dtype=torch.float32)
+    impossible_N = given_N[~(given_N.isfinite() & (given_N <= ROUNDING))]
     if len(impossible_N):
         raise BackendUnavailable(
             f"rollout.engine {engine!r} gave log-probabilities that no drawn token can have for {len(impossible_N)} of "
-            f"{int(mask_BT.sum())} tokens, such as {float(impossible_N[0])}; set rollout.engine: generate, or see to "
+            f"{len(given_N)} tokens, such as {float(impossible_N[0])}; set rollout.engine: generate, or see to "
             "the engine's weights and dtype"
         )
-    return torch.where(mask_BT, logprobs_BT, 0.0)
-
-
-@contextmanager
-def _seeded_by(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
-    if generator is None:
-        yield
-        return
-    seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+    logprobs_BT = torch.zeros(mask_BT.shape, dtype=torch.float32)
+    logprobs_BT[mask_BT] = given_N
+    return logprobs_BT

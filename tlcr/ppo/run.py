@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from tlcr.config.stages import DONE
 from tlcr.errors import CheckpointError, ConfigError, TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic
 from tlcr.models.adapters import adapter_of, base_parameters, own_parameters, own_part, role_of
+from tlcr.ppo.ahead import Ahead
+from tlcr.ppo.conversation import Environment
 from tlcr.ppo.correction import Correction
-from tlcr.ppo.engines import build_engine
+from tlcr.ppo.engines import build_engine, resolved
 from tlcr.ppo.kl import build_kl_controller
 from tlcr.ppo.packing import packs_rows
 from tlcr.ppo.rollout import PromptStream
@@ -94,10 +96,12 @@ class PPORun:
         seed: int,
         callbacks: Sequence[Callback],
         evaluate: Evaluate | None,
+        environment: Environment | None,
     ) -> None:
         if reference is actor_critic.policy:
             raise ConfigError("the reference is the policy itself, so every KL would be 0; pass a second copy of it")
         check_sizes(cfg.ppo, accelerator.num_processes)
+        cfg = replace(cfg, rollout=resolved(cfg.rollout, actor_critic.policy))
         self.cfg, self.tokenizer, self.reward_source = cfg, tokenizer, reward_source
         self.folder, self.seed, self.accelerator = Path(folder), seed, accelerator
         for parameter in own_parameters(reference):
@@ -116,6 +120,7 @@ class PPORun:
         self.centre = RunningMean(reduce=sum_over_processes) if cfg.reward.centre else None
         self.engine = build_engine(cfg.rollout, self.actor_critic.policy, self.folder / SERVER_WEIGHTS)
         self.correction = Correction(cfg.rollout)
+        self.environment, self.ahead = environment, Ahead()
         self.prompts = PromptStream(prompts, seed)
         self._identity = {
             **_identity(cfg, prompts, seed, None if self.sharding else accelerator.num_processes),
@@ -138,7 +143,7 @@ class PPORun:
             ),
             identity=self._identity,
             config=cfg,
-            evaluate=None if evaluate is None else lambda: dict(evaluate(self.actor_critic, self.update)),
+            evaluate=None if evaluate is None else lambda: self._evaluate(evaluate),
             callbacks=callbacks,
             own_state=self._own_state,
             save_in_background=cfg.ppo.save_in_background,
@@ -155,6 +160,33 @@ class PPORun:
         """This process's share of the next round's prompts."""
         prompts = self.prompts.take(self.cfg.ppo.batch_size)
         return prompts[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def next_rollout(self, sample: Callable[[Sequence[str], int], Rollout]) -> Rollout:
+        """The answers of this round; with ``rollout.ahead`` those of the next one are begun.
+
+        Args:
+            sample: answers prompts for a round, by the weights that the engine has.
+
+        Returns:
+            The answers of this process.
+        """
+        rollout = self.ahead.take()
+        old = rollout is not None
+        if rollout is None:
+            prompts = self.take_prompts()
+            self.engine.refresh()
+            rollout = sample(prompts, self.update)
+        if self.cfg.rollout.ahead and self.update + 1 < self.cfg.ppo.updates:
+            cursor, following, update = self.prompts.cursor, self.take_prompts(), self.update + 1
+            if old:
+                self.engine.refresh()
+            self.ahead.begin(lambda: sample(following, update), cursor=cursor)
+        return rollout
+
+    def close(self) -> None:
+        """Lets go of what is held outside of this process."""
+        self.ahead.close()
+        self.engine.close()
 
     def reward_signal(self, rollout: Rollout, kl_BT: Tensor | None) -> RewardSignal:
         """The source's signal for this process's answers, with a KL that can be subtracted from it.
@@ -235,11 +267,15 @@ class PPORun:
             stopped,
         )
 
+    def _evaluate(self, evaluate: Evaluate) -> dict[str, float]:
+        self.ahead.settle()  # an evaluation may give the servers weights of its own
+        return dict(evaluate(self.actor_critic, self.update))
+
     # ---- states
 
     def _own_state(self) -> dict[str, Any]:
         return {
-            "cursor": self.prompts.cursor,
+            **self.ahead.state(self.prompts.cursor),
             "kl_controller": self.kl_controller.state_dict(),
             "centre": None if self.centre is None else self.centre.state_dict(),
             "reward_source": self.reward_source.state_dict(),
@@ -247,6 +283,7 @@ class PPORun:
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
         self.prompts.cursor = state["cursor"]
+        self.ahead.load(state.get("ahead"), pad_id=self.tokenizer.pad_token_id, device=self.accelerator.device)
         self.kl_controller.load_state_dict(state["kl_controller"])
         if self.centre is not None:
             self.centre.load_state_dict(state["centre"])
@@ -319,6 +356,10 @@ def _identity(cfg: RunConfig, prompts: Sequence[str], seed: int, num_processes: 
     without = ["server", "server_timeout"]  # which server answers changes nothing but the last bits
     if cfg.rollout.engine == "generate":
         without.append("engine")
+    if cfg.rollout.environment is None:
+        without += ["environment", "max_turns", "max_message_tokens"]
+    if not cfg.rollout.ahead:
+        without.append("ahead")
     if not cfg.rollout.off_policy:
         without += ["correction", "correction_max", "correction_min"]
     rollout = settings_without(cfg.rollout, without)

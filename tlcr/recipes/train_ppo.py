@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tlcr.config.schema import RunConfig
 from tlcr.models.actor_critic import ActorCritic
 from tlcr.ppo.advantages import compute_advantages
+from tlcr.ppo.conversation import Environment
 from tlcr.ppo.kl import kl_of
 from tlcr.ppo.metrics import Stopwatch, rollout_metrics, update_metrics
 from tlcr.ppo.rollout import generate, seeded_generator
@@ -25,6 +26,7 @@ from tlcr.rewards.sources import RewardSource
 from tlcr.training.accelerator import open_accelerator
 from tlcr.training.callbacks import Callback
 from tlcr.training.sharding import gathered, reshard
+from tlcr.types import Rollout
 
 __all__ = ["PPOResult", "train_ppo"]
 
@@ -43,6 +45,7 @@ def train_ppo(
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
     evaluate: Evaluate | None = None,
+    environment: Environment | None = None,
 ) -> PPOResult:
     """Trains a policy and its value model by PPO on a reward for every token.
 
@@ -67,6 +70,8 @@ def train_ppo(
         callbacks: told of every update, evaluation and checkpoint.
         evaluate: called with ``actor_critic`` and the number of updates done, before the first update, every
             ``cfg.ppo.evaluate_every`` updates and after the last one; its figures are logged as eval/<name>.
+        environment: turns answers into messages, so that each prompt begins a conversation; None: the one that
+            ``cfg.rollout.environment`` names, if any.
 
     Returns:
         How the run ended: folders of policy and value model, updates, last metrics, last evaluation, seconds.
@@ -94,8 +99,9 @@ def train_ppo(
             seed=seed,
             callbacks=callbacks,
             evaluate=evaluate,
+            environment=environment,
         )
-        with closing(run.engine):
+        with closing(run):
             if not run.begin(resume):
                 return run.result(stopped=False)
             stopped = run.train(lambda: _round(run, reward_temperature))
@@ -109,21 +115,23 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
     watch = Stopwatch(accelerator.device)
 
     # 1. Prompts x from the data, in an order that the seed decides.
-    prompts = run.take_prompts()
-
-    # 2. Answers a_1 .. a_T from the policy; the end of sequence is an action too.
-    with watch.phase("rollout"), gathered(run.actor_critic, only=run.actor_critic.policy):
-        run.engine.refresh()
-        rollout = generate(
+    # 2. Answers a_1 .. a_T from the policy; the end of sequence is an action too. With rollout.ahead they were sampled
+    #    while the round before trained.
+    def answers(prompts: Sequence[str], update: int) -> Rollout:
+        return generate(
             run.actor_critic.policy,
             tokenizer=run.tokenizer,
             prompts=prompts,
             cfg=cfg.rollout,
             max_prompt_tokens=cfg.data.max_prompt_tokens,
-            generator=seeded_generator("answers", run.seed, run.update, accelerator.process_index),
+            generator=seeded_generator("answers", run.seed, update, accelerator.process_index),
             logprobs=cfg.rollout.off_policy,
             engine=run.engine,
+            environment=run.environment,
         )
+
+    with watch.phase("rollout"), gathered(run.actor_critic, only=run.actor_critic.policy):
+        rollout = run.next_rollout(answers)
 
     # 3. Log-probs of every action under policy and reference, and values V(s_t).
     with watch.phase("score"):

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tests.ppo.helpers import run_ppo, small_config
+from tests.ppo.helpers import StopAt, Stopped, run_ppo, small_config
 from tlcr.config.schema import EngineName, RolloutConfig
 from tlcr.errors import BackendUnavailable, CheckpointError, ConfigError
 from tlcr.models import attention
@@ -42,7 +42,7 @@ from tlcr.training.metrics import read_metrics
 from tlcr.types import Rollout
 
 LM = Callable[..., PreTrainedModel]
-ENGINES = [name for name in get_args(EngineName) if name != "server"]  # test_server.py has it
+ENGINES = [name for name in get_args(EngineName) if name not in ("vllm", "server", "auto")]
 PROMPTS = [[5, 9, 30], [7, 44, 12, 90, 33], [8], [61, 62], list(range(100, 119)), [5, 9, 31, 7], [99, 3, 14]]
 SIZES: dict[str, Any] = {
     "vocab_size": 131,
@@ -302,19 +302,9 @@ def test_ppo_trains_and_resumes_with_another_engine_and_does_not_change_it_halfw
     cfg = small_config(updates=2, save_every=1)
     paged = dataclasses.replace(cfg, rollout=dataclasses.replace(cfg.rollout, engine="paged"))
 
-    class Stop(Exception):
-        pass
-
-    class AfterOne:
-        def on_step(self, step: int, metrics: Any) -> None: ...
-        def on_evaluate(self, step: int, metrics: Any) -> None: ...
-        def on_end(self, step: int, metrics: Any) -> None: ...
-        def on_save(self, step: int, path: Path) -> None:
-            raise Stop
-
     _, whole = run_ppo(paged, tiny_causal_lm, tiny_tokenizer, tmp_path / "whole")
-    with pytest.raises(Stop):
-        run_ppo(paged, tiny_causal_lm, tiny_tokenizer, tmp_path / "cut", callbacks=[AfterOne()])
+    with pytest.raises(Stopped):
+        run_ppo(paged, tiny_causal_lm, tiny_tokenizer, tmp_path / "cut", callbacks=[StopAt(1)])
     with pytest.raises(CheckpointError, match=r"rollout.engine was paged and is None"):
         run_ppo(cfg, tiny_causal_lm, tiny_tokenizer, tmp_path / "cut", resume=True)
     _, resumed = run_ppo(paged, tiny_causal_lm, tiny_tokenizer, tmp_path / "cut", resume=True)

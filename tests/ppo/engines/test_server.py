@@ -17,18 +17,19 @@ from tenacity import wait_none
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.chat.chat_server import closed_port
+from tests.ppo.engines.helpers import ENDS, PROMPTS, sampling, worst
 from tests.ppo.engines.vllm_server import COMPLETION, VLLM, Fault, Reply, serving
 from tests.ppo.helpers import run_ppo, small_config, without_times
-from tlcr.config.schema import RolloutConfig, RunConfig, ShardingConfig
+from tlcr.config.schema import LoRAConfig, RolloutConfig, RunConfig
 from tlcr.errors import BackendUnavailable, ConfigError
+from tlcr.models.adapters import Roles, merged_weights
 from tlcr.ppo.engines import Answer, Sampling, build_engine
 from tlcr.ppo.engines import server as module
+from tlcr.ppo.engines.probe import PROBE_TOKENS
 from tlcr.ppo.engines.server import Server
 from tlcr.training.metrics import read_metrics
 
 LM = Callable[..., PreTrainedModel]
-PROMPTS = [[5, 9, 30], [7, 44, 12, 90, 33], [8], [61, 62], list(range(100, 119)), [5, 9, 31, 7], [99, 3, 14]]
-ENDS = tuple(range(2, 131, 8))
 
 
 @pytest.fixture(autouse=True)
@@ -49,10 +50,6 @@ def model(seed: int = 4) -> PreTrainedModel:
         initializer_range=0.2,
     )
     return LlamaForCausalLM(config).eval()
-
-
-def sampling(**changes: Any) -> Sampling:
-    return dataclasses.replace(Sampling(8, 1.0, 1.0, 0, ENDS, 0, batch_size=4, logprobs=True), **changes)
 
 
 @contextmanager
@@ -81,18 +78,6 @@ def hurry(built: Server) -> None:
     client._timeout, client._http = 0.5, client._http.with_options(timeout=0.5)
 
 
-def worst(policy: PreTrainedModel, answers: list[Answer], temperature: float = 1.0) -> float:
-    """How far their log-probabilities are from those of a forward pass."""
-    found = []
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
-        ids = torch.tensor([prompt + answer.ids_T.tolist()])
-        with torch.no_grad():
-            logprobs = (policy(input_ids=ids).logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
-        assert answer.logprobs_T is not None and answer.logprobs_T.shape == answer.ids_T.shape
-        found.append((answer.logprobs_T - logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0]).abs().max())
-    return float(max(found))
-
-
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
@@ -106,7 +91,7 @@ def test_answers_come_in_order_with_the_trainers_log_probs_whichever_server_give
     with engine(policy, VLLM(model(5)), temperature=temperature) as one:
         one.refresh()
         alone = sample(one, how)
-    assert worst(policy, alone, temperature) < 1e-5
+    assert worst(policy, alone, how) < 1e-5
     ends = [ids[-1] in ENDS for ids in ids_of(alone)]
     assert any(ends) and not all(ends) and all(set(ids[:-1]).isdisjoint(ENDS) for ids in ids_of(alone))
     servers = [VLLM(model(5)) for _ in range(3)]
@@ -157,6 +142,40 @@ def test_servers_answer_by_the_weights_of_now_and_none_are_left_on_the_disk(tmp_
         assert order == ["/collective_rpc", "/reset_prefix_cache"] * 3
 
 
+def test_servers_get_the_policy_with_its_adapter_merged_and_the_policy_keeps_them_apart() -> None:
+    """In several files, and in place of the weights that the adapter stands on."""
+    policy = Roles(model(), LoRAConfig(rank=3, targets=("all-linear", "lm_head")), seed=0).policy
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.sin(torch.arange(parameter.numel())).reshape(parameter.shape))
+    before = {name: weight.clone() for name, weight in policy.state_dict().items()}
+    server = VLLM(model(5))
+    with engine(policy, server) as built:
+        built.refresh()
+        answers = sample(built)
+    assert worst(policy, answers) < 1e-5 < worst(model(), answers)
+    assert all(torch.equal(weight, before[name]) for name, weight in policy.state_dict().items())
+    merged = merged_weights(policy)
+    served = server.model.state_dict()
+    assert merged.keys() == served.keys()
+    assert all(torch.equal(served[name], weight) for name, weight in merged.items())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_come_in_files_of_bounded_size(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = model()
+    if tied:
+        policy.config.tie_word_embeddings = True
+        policy.lm_head.weight = policy.model.embed_tokens.weight
+    monkeypatch.setattr(module, "FILE_BYTES", 20_000)
+    module._write_weights(policy, tmp_path / "weights")
+    files = sorted((tmp_path / "weights").glob("*.safetensors"))
+    assert len(files) > 2
+    read = LlamaForCausalLM.from_pretrained(tmp_path / "weights")
+    assert all(torch.equal(weight, policy.state_dict()[name]) for name, weight in read.state_dict().items())
+
+
 def test_a_policy_that_did_not_change_is_sent_again_without_complaint() -> None:
     with engine(model(), VLLM(model(5))) as built:
         built.refresh()
@@ -172,7 +191,7 @@ def in_answers(reply: Callable[[VLLM, dict[str, Any]], Reply | None], *, after: 
     number = [0]
 
     def fault(server: VLLM, path: str, request: dict[str, Any]) -> Reply | None:
-        if path != "/v1/completions" or request["max_tokens"] == module.PROBE_TOKENS:
+        if path != "/v1/completions" or request["max_tokens"] == PROBE_TOKENS:
             return None
         number[0] += 1
         return reply(server, request) if number[0] > after else None
@@ -206,11 +225,18 @@ def taken_by_another(server: VLLM, request: dict[str, Any]) -> None:
     server.model, server.version = model(9), "of-another-1"
 
 
+def killed(server: VLLM, request: dict[str, Any]) -> Reply:
+    """In the midst of a batch: this answer breaks off, and no other comes."""
+    server.kill()
+    return Reply(server.complete(request), cut=20)
+
+
 FAULTS: dict[str, tuple[Fault, str]] = {
     "500": (in_answers(lambda *_: Reply({"error": {"message": "CUDA error"}}, 500)), "status 500: .*CUDA error"),
     "429": (in_answers(lambda *_: Reply({"error": {"message": "queue is full"}}, 429), after=1), "status 429"),
     "refuses": (in_answers(lambda *_: Reply({"error": {"message": "too long"}}, 400)), "status 400: .*too long"),
     "cut off": (in_answers(lambda *_: Reply({"choices": []}, cut=5)), "cannot be reached"),
+    "killed": (in_answers(killed, after=1), "cannot be reached"),
     "hangs": (in_answers(lambda *_: Reply(hang_s=1.5)), "no answer within rollout.server_timeout = 0.5 s"),
     "no JSON": (in_answers(lambda *_: Reply(b"<html>")), "what is no JSON"),
     "no answer": (in_answers(without_answers), "gave 0 answers to one prompt"),
@@ -246,7 +272,7 @@ def test_a_server_that_fails_is_left_out_and_its_prompts_are_answered_by_another
     assert re.search(says, said), said
 
 
-@pytest.mark.parametrize("fault", ["500", "another trainer", "hangs"])
+@pytest.mark.parametrize("fault", ["500", "another trainer", "hangs", "killed"])
 def test_without_another_server_the_run_ends_in_one_sentence(fault: str) -> None:
     behave, says = FAULTS[fault]
     with engine(model(), VLLM(model(5), behave)) as built:
@@ -256,6 +282,19 @@ def test_without_another_server_the_run_ends_in_one_sentence(fault: str) -> None
         with pytest.raises(BackendUnavailable, match=f"no server left of 1, the last because: .*{says}") as caught:
             sample(built)
     assert "\n" not in str(caught.value)
+
+
+def test_two_trainers_on_one_server_train_on_no_answer_of_each_others_weights() -> None:
+    """The second one's weights are there; the first one's answers are thrown away, whenever it was taken from it."""
+    server = VLLM(model(5))
+    with engine(model(), server) as first:
+        first.refresh()
+        cfg = RolloutConfig(engine="server", server=(server.address,))
+        with closing(build_engine(cfg, model(7))) as second:
+            second.refresh()
+            with pytest.raises(BackendUnavailable, match=r"has the weights '.*' and was given '.*': another tr"):
+                sample(first)
+            assert isinstance(second, Server) and worst(model(7), sample(second)) < 1e-5
 
 
 def test_a_server_that_is_busy_for_a_while_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:
@@ -400,7 +439,5 @@ def test_settings_that_cannot_be_meant_are_refused() -> None:
         RolloutConfig(engine="server")
     with pytest.raises(ConfigError, match=r"with an address twice"):
         RolloutConfig(engine="server", server=("http://a", "http://a"))
-    with pytest.raises(ConfigError, match=r"servers are given whole models; set sharding.kind: none"):
-        RunConfig(rollout=RolloutConfig(engine="server", server=("http://a",)), sharding=ShardingConfig(kind="full"))
     with pytest.raises(ConfigError, match=r"would give the same servers different weights; set parallel: 1"):
         RunConfig(rollout=RolloutConfig(engine="server", server=("http://a",)), parallel=2)

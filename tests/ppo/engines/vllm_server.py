@@ -58,6 +58,8 @@ class VLLM:
         self.loaded: list[str] = []
         self.address = ""
         self.lock = threading.Lock()
+        self.kill: Callable[[], None] = lambda: None
+        """Closes its port, as if its process had been killed; set while it serves."""
 
     def asked(self, path: str) -> list[dict[str, Any]]:
         return [request for where, request in self.requests if where == path]
@@ -188,5 +190,11 @@ def _listen(server: VLLM) -> tuple[ThreadingHTTPServer, threading.Thread]:
     listener = Listener(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
+
+    def kill() -> None:
+        listener.shutdown()
+        listener.server_close()
+
+    server.kill = kill
     server.address = f"http://127.0.0.1:{listener.server_address[1]}"
     return listener, thread

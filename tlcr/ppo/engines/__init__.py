@@ -10,15 +10,16 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from tlcr.config.schema import RolloutConfig
+from tlcr.ppo.engines.choice import Choice, choose, resolved
 from tlcr.ppo.engines.generate import Generate
 from tlcr.ppo.engines.paged import Paged
 from tlcr.ppo.engines.protocol import Answer, Engine, Sampling
 
-__all__ = ["Answer", "Engine", "Sampling", "build_engine"]
+__all__ = ["Answer", "Choice", "Engine", "Sampling", "build_engine", "choose", "resolved"]
 
 
 def build_engine(cfg: RolloutConfig, policy: PreTrainedModel, folder: Path | None = None) -> Engine:
-    """The engine that ``rollout.engine`` names.
+    """The engine that ``rollout.engine`` names, or with "auto" the best that is there (``choose``).
 
     Args:
         cfg: names the engine, and where its servers are.
@@ -32,10 +33,15 @@ def build_engine(cfg: RolloutConfig, policy: PreTrainedModel, folder: Path | Non
         ConfigError: it cannot run this policy.
         BackendUnavailable: its packages are not installed.
     """
+    cfg = resolved(cfg, policy)
     if cfg.engine == "server":
         from tlcr.ppo.engines.server import Server  # it needs the extra openai
 
         return Server(cfg, policy, folder)
+    if cfg.engine == "vllm":
+        from tlcr.ppo.engines.vllm import VLLM  # it starts one, which takes seconds
+
+        return VLLM(cfg, policy)
     if cfg.engine == "paged":
         return Paged(policy)
     return Generate(policy, static_cache=cfg.engine == "static")

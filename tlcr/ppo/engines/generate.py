@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from tlcr.models.loading import generating_with
-from tlcr.ppo.engines.protocol import Answer, InProcess, Sampling
+from tlcr.ppo.engines.protocol import Answer, InProcess, Sampling, drawing_from
 from tlcr.text.padding import pad_left
 from tlcr.training.profiling import part
 
@@ -35,7 +35,10 @@ class Generate(InProcess):
         self._policy, self._static_cache = policy, static_cache
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
+    def sample(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, generator: torch.Generator | None = None
+    ) -> list[Answer]:
+        """See ``Engine``."""
         config = generation_config(sampling)
         if sampling.logprobs and sampling.temperature > 0:  # then the recorder shapes the distribution
             config = generation_config(replace(sampling, temperature=1.0, top_p=1.0, top_k=0))
@@ -44,7 +47,7 @@ class Generate(InProcess):
         answers = [Answer(torch.empty(0), None)] * len(prompts)
         # Prompts of like length share a batch: less padding.
         by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-        with generating_with(self._policy, config):
+        with drawing_from(generator, self._policy.device), generating_with(self._policy, config):
             for start in range(0, len(prompts), sampling.batch_size):
                 rows = by_length[start : start + sampling.batch_size]
                 with part("rollout: generate"):

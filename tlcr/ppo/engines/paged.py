@@ -22,7 +22,7 @@ from tlcr.models import attention
 from tlcr.models.faults import one_line
 from tlcr.models.loading import generating_with
 from tlcr.ppo.engines.generate import generation_config
-from tlcr.ppo.engines.protocol import Answer, InProcess, Sampling
+from tlcr.ppo.engines.protocol import Answer, InProcess, Sampling, drawing_from
 from tlcr.training.profiling import part
 
 PAGE = 256
@@ -54,8 +54,12 @@ class Paged(InProcess):
         self._policy = policy
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
-        seed = int(torch.randint(2**63 - 1, (1,)))
+    def sample(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, generator: torch.Generator | None = None
+    ) -> list[Answer]:
+        """See ``Engine``."""
+        with drawing_from(generator, self._policy.device):
+            seed = int(torch.randint(2**63 - 1, (1,)))
         found = _generate_batch(self._policy, prompts, sampling, seed)
         lacking = [row for row, output in enumerate(found) if output is None or output.error is not None]
         if lacking:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -52,12 +54,15 @@ class Engine(Protocol):
         """Lets go of what the engine holds outside of this process."""
         ...
 
-    def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
-        """One answer for each prompt, in their order. Randomness comes from torch's global state on the device.
+    def sample(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, generator: torch.Generator | None = None
+    ) -> list[Answer]:
+        """One answer for each prompt, in their order.
 
         Args:
             prompts: token ids, at least one for each prompt.
             sampling: how to sample.
+            generator: the source of randomness; None: torch's global state, on the policy's device.
 
         Returns:
             The answers.
@@ -76,3 +81,15 @@ class InProcess:
 
     def close(self) -> None:
         """See ``Engine``."""
+
+
+@contextmanager
+def drawing_from(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
+    """Torch's global state seeded by a generator, and afterwards as it was; for None it is left alone."""
+    if generator is None:
+        yield
+        return
+    seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

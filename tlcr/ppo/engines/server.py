@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,10 +35,11 @@ from tlcr.config.schema import RolloutConfig
 from tlcr.credentials import VLLM_KEY_VARIABLE, without_secrets
 from tlcr.distribution import install_command
 from tlcr.errors import BackendUnavailable
+from tlcr.models.adapters import whole_weights
 from tlcr.models.faults import one_line
-from tlcr.ppo.engines.generate import warpers
+from tlcr.ppo.engines.probe import NotThePolicys, Probe, check_probe, probe_prompt, probe_sampling
 from tlcr.ppo.engines.protocol import Answer, Sampling
-from tlcr.training.checkpoint import atomic_write
+from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.training.distributed import on_main_process, process_count
 from tlcr.training.profiling import part
 
@@ -55,12 +57,8 @@ ATTEMPTS = 5
 """Times that a request is sent where the server refuses it for now (429, 5xx) or the connection breaks."""
 BACKOFF = wait_random_exponential(multiplier=0.5, max=8)
 """Seconds between them: random, below 0.5, 1, 2, 4."""
-PROBE_TOKENS = 16
-TOLERANCE = 0.1
-"""Nats by which half of a probe's log-probabilities may differ from the policy's (ours): bfloat16 costs hundredths,
-other weights tenths and more."""
-MOVED = 0.01
-"""Nats by which the policy's own log-probability of a probe must move before a server's has to (ours)."""
+FILE_BYTES = 2**30
+"""Weights in one file; as many are in memory at a time (ours)."""
 
 
 class _Fault(Exception):
@@ -80,14 +78,6 @@ class _State(NamedTuple):
 
     model: str | None = None
     has_versions: bool = True
-
-
-class _Probe(NamedTuple):
-    """What a server answered to the fixed prompt, and what the policy of that time made of it."""
-
-    ids: list[int]
-    said_T: Tensor
-    scored_T: Tensor
 
 
 class Server:
@@ -114,7 +104,8 @@ class Server:
     # ---- weights
 
     def refresh(self) -> None:
-        """See ``Engine``. The main process writes the weights and tells the servers; the others wait."""
+        """See ``Engine``. The main process writes the weights and tells the servers; the others wait. A sharded policy
+        is inside ``gathered``."""
         self._version += 1
         with part("rollout: weights to servers"):
             on_main_process(self._send_weights)
@@ -132,7 +123,7 @@ class Server:
         try:
             shutil.rmtree(folder, ignore_errors=True)  # what a run left that was killed
             with atomic_write(folder / self._label) as aside:
-                self._policy.save_pretrained(aside)
+                _write_weights(self._policy, aside)
             self._each(lambda client: client.take_weights(folder / self._label, self._label))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -145,54 +136,20 @@ class Server:
 
     def _check_weights(self, client: _Client) -> None:
         """Raises _Fault unless a short answer has the policy's own log-probabilities."""
-        vocabulary = self._policy.config.get_text_config().vocab_size
-        prompt = list(range(3, vocabulary, max(1, vocabulary // 8)))[:8]
-        sampling = Sampling(
-            max_new_tokens=PROBE_TOKENS,
-            temperature=self._cfg.temperature,
-            top_p=self._cfg.top_p,
-            top_k=self._cfg.top_k,
-            end_ids=(),
-            pad_id=0,
-            batch_size=1,
-            logprobs=True,
-        )
-        ids, logprobs = client.answer(prompt, sampling, seed=0, vocabulary=vocabulary)
-        said_T = torch.tensor(logprobs)
-        scored_T = self._logprobs(prompt, ids, sampling)
-        before = client.probe
-        same = before is not None and before.ids == ids and torch.equal(before.said_T, said_T)
-        if before is not None and same:
-            moved = float((scored_T - before.scored_T).abs().max())
-            if moved > MOVED:
-                raise _Fault(
-                    f"took no new weights: the policy's log-probabilities of a probe have moved by {moved:.3g} nats "
-                    "and its own not at all"
-                )
-            return
-        if not _near(said_T, scored_T):
-            plain_T = self._logprobs(prompt, ids, Sampling(1, 1.0, 1.0, 0, (), 0, 1))
-            if _near(said_T, plain_T):
-                raise _Fault(
-                    "gives log-probabilities from before temperature and truncation; start it with --logprobs-mode "
-                    "processed_logprobs"
-                )
-            gap = float((said_T - scored_T).abs().median())
-            raise _Fault(f"does not have the policy's weights: log-probabilities of a probe differ by {gap:.3g} nats")
-        client.probe = _Probe(ids, said_T, scored_T)
-
-    @torch.no_grad()
-    def _logprobs(self, prompt: list[int], ids: list[int], sampling: Sampling) -> Tensor:
-        tokens_1L = torch.tensor([prompt + ids], device=self._policy.device)
-        logits_TV = self._policy(input_ids=tokens_1L, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-        logprobs_TV = warpers(sampling)(tokens_1L, logits_TV).log_softmax(dim=-1)  # type: ignore[arg-type]
-        return logprobs_TV.gather(1, tokens_1L[0, len(prompt) :, None]).squeeze(1).cpu()
+        how, vocabulary = probe_sampling(self._cfg), self._policy.config.get_text_config().vocab_size
+        ids, logprobs = client.answer(probe_prompt(self._policy), how, seed=0, vocabulary=vocabulary)
+        try:
+            client.probe = check_probe(self._policy, how, ids, logprobs, client.probe)
+        except NotThePolicys as error:
+            raise _Fault(str(error)) from error
 
     # ---- answers
 
-    def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
+    def sample(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, generator: torch.Generator | None = None
+    ) -> list[Answer]:
         """See ``Engine``. Each prompt has a seed of its own, so that it does not matter which server answers it."""
-        seeds = torch.randint(2**63 - 1, (len(prompts),)).tolist()
+        seeds = torch.randint(2**63 - 1, (len(prompts),), generator=generator).tolist()
         found: dict[int, tuple[_Client, Answer]] = {}
         with part("rollout: servers"):
             while lacking := [row for row in range(len(prompts)) if row not in found]:
@@ -275,6 +232,28 @@ class Server:
             client.close()
 
 
+def _write_weights(policy: PreTrainedModel, folder: Path) -> None:
+    """The whole policy as files of safetensors, gathered and merged one weight after the other."""
+    folder.mkdir()
+    policy.config.save_pretrained(folder)
+    files: dict[str, str] = {}
+    held: dict[str, Tensor] = {}
+
+    def write() -> None:
+        name = f"model-{len(set(files.values())) + 1:05}.safetensors"
+        save_file(held, folder / name, metadata={"format": "pt"})
+        files.update(dict.fromkeys(held, name))
+        held.clear()
+
+    for name, weight in whole_weights(policy):
+        held[name] = weight.detach().cpu().contiguous()
+        if sum(tensor.nbytes for tensor in held.values()) > FILE_BYTES:
+            write()
+    if held:
+        write()
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
+
+
 class _Client:
     """One server. Every method raises _Fault where the server does not do what it should."""
 
@@ -284,7 +263,7 @@ class _Client:
         self._http = openai.OpenAI(base_url=self.address, api_key=self._key, timeout=timeout, max_retries=0)
         self.state = _State()
         self.under_way = self.asked = 0
-        self.probe: _Probe | None = None
+        self.probe: Probe | None = None
 
     def close(self) -> None:
         self._http.close()
@@ -419,7 +398,3 @@ def _read(found: Any, prompt: Sequence[int], sampling: Sampling, vocabulary: int
     ):
         raise _Fault(f"gave no log-probability for each of {len(ids)} tokens")
     return ids, [float(x) for x in logprobs]
-
-
-def _near(a_T: Tensor, b_T: Tensor) -> bool:
-    return float((a_T - b_T).abs().median()) <= TOLERANCE

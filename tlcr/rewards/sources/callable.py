@@ -21,7 +21,7 @@ class CallableSource(Stateless):
     It is called with keywords, once for each rollout of a process:
 
         prompts         list of B strings, complete (template and special tokens in them)
-        responses       list of B strings
+        responses       list of B strings, of a conversation with its messages
         response_ids    list of B lists: the ids of the counted tokens, the end of sequence among them
         mask            (B, T) bool tensor on the CPU, True where a response token counts
         ended           list of B bools: False where the length limit cut the answer off

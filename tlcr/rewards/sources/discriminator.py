@@ -26,13 +26,15 @@ class DiscriminatorSource(Stateless):
     What the other tokenizer reads: the rollout's prompt without the policy's special tokens, except those that are
     special to the discriminator too (two models with one chat template), and with the discriminator's own
     beginning-of-sequence token. Roles that the other template writes as words stay in the text.
+
+    It reads the messages of a conversation too, and judges them; what it says of them is not used.
     """
 
     def __init__(self, frozen: FrozenModel) -> None:
         self.frozen, self.models = frozen, (frozen.model,)
 
     def __call__(self, rollout: Rollout) -> RewardSignal:
-        frozen, mask_BT = self.frozen, rollout.mask_BT
+        frozen, read_BT = self.frozen, rollout.read_BT
         device = frozen.model.device
         if frozen.shares_tokens:
             frozen.require_fits(rollout)
@@ -44,7 +46,7 @@ class DiscriminatorSource(Stateless):
                 slice(P, L),
                 micro_batch_size=frozen.micro_batch_size,
             )
-            return RewardSignal(logits_BTC=logits_BTC.to(mask_BT.device))
+            return RewardSignal(logits_BTC=logits_BTC.to(read_BT.device))
 
         answers = read_as_text(frozen, rollout)
         ids_BL, mask_BL = padded([answer.encoded.ids for answer in answers], frozen.tokenizer)
@@ -54,11 +56,11 @@ class DiscriminatorSource(Stateless):
             mask_BL.to(device),
             slice(0, ids_BL.shape[1]),
             micro_batch_size=frozen.micro_batch_size,
-        ).to(mask_BT.device)
-        logits_BTC = logits_BLC.new_zeros((*mask_BT.shape, logits_BLC.shape[-1]))
+        ).to(read_BT.device)
+        logits_BTC = logits_BLC.new_zeros((*read_BT.shape, logits_BLC.shape[-1]))
         for row, answer in enumerate(answers):
             weights = opinion_weights(frozen, answer).to(logits_BLC)
-            logits_BTC[row, mask_BT[row]] = (
+            logits_BTC[row, read_BT[row]] = (
                 weights @ logits_BLC[row, answer.encoded.answer_start : len(answer.encoded.ids)]
             )
         return RewardSignal(logits_BTC=logits_BTC)

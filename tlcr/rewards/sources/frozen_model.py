@@ -76,7 +76,7 @@ class Reading:
     """A rollout as the model reads it: rows padded on the right, ids and mask (B, L), and the answers' columns (B, L).
 
     `weights` map credit from the model's tokens of each answer to the policy's (`credit_weights`); None where the
-    tokens are the same.
+    tokens are the same. Then the answers' columns are those of actions; else messages of a conversation are among them.
     """
 
     ids_BL: Tensor
@@ -84,16 +84,27 @@ class Reading:
     answer_BL: Tensor
     weights: Sequence[Tensor] | None
 
-    def credit(self, credit_BL: Tensor, mask_BT: Tensor) -> Tensor:
-        """The credit of the model's tokens as (B, T) rewards of the policy's actions; an answer's sum is unchanged."""
+    def credit(self, credit_BL: Tensor, rollout: Rollout) -> Tensor:
+        """The credit of the model's tokens as (B, T) rewards of the policy's actions; an answer's sum is unchanged.
+
+        That of messages, which no action earned, is lost.
+
+        Args:
+            credit_BL: what the model gives each of its tokens.
+            rollout: what was read.
+
+        Returns:
+            The rewards, 0 where no action is, on the device of the credit.
+        """
+        mask_BT, read_BT = rollout.mask_BT.to(credit_BL.device), rollout.read_BT.to(credit_BL.device)
         rewards_BT = credit_BL.new_zeros(mask_BT.shape)
         if self.weights is None:
             rewards_BT[mask_BT] = credit_BL[self.answer_BL]
             return rewards_BT
         for row, weights in enumerate(self.weights):
             own = credit_BL[row, self.answer_BL[row]]
-            rewards_BT[row, mask_BT[row]] = weights.to(own) @ own
-        return rewards_BT
+            rewards_BT[row, read_BT[row]] = weights.to(own) @ own
+        return torch.where(mask_BT, rewards_BT, 0.0)
 
 
 def read(frozen: FrozenModel, rollout: Rollout) -> Reading:
@@ -120,6 +131,8 @@ def read(frozen: FrozenModel, rollout: Rollout) -> Reading:
         weights = [credit_weights(frozen, answer) for answer in answers]
     ids_BL, mask_BL = padded(rows, frozen.tokenizer)
     answer_BL = mask_BL & (torch.arange(ids_BL.shape[1]) >= torch.tensor(starts, dtype=torch.long)[:, None])
+    if frozen.shares_tokens:
+        answer_BL[answer_BL.clone()] = rollout.mask_BT[rollout.read_BT].cpu()
     device = frozen.model.device
     return Reading(ids_BL.to(device), mask_BL.to(device), answer_BL.to(device), weights)
 
@@ -146,7 +159,7 @@ def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bo
 class TextAnswer:
     """One row of a rollout as text: the policy's tokens, the characters that they write, and the model's tokens.
 
-    `policy_ids` are the counted ones; the last of them is the end of sequence where `ended`.
+    `policy_ids` are those of answers and messages; the last of them is the end of sequence where `ended`.
     """
 
     policy_prompt_ids: list[int]
@@ -164,7 +177,7 @@ def read_as_text(frozen: FrozenModel, rollout: Rollout) -> list[TextAnswer]:
     foreign = re.compile("|".join(map(re.escape, unknown)))
     prompts = [render_prompt(frozen.tokenizer, foreign.sub("", prompt)) for prompt in rollout.prompts]
     prompt_ids = counted(rollout.prompt_ids_BP, rollout.prompt_mask_BP)
-    answer_ids = counted(rollout.response_ids_BT, rollout.mask_BT)
+    answer_ids = counted(rollout.response_ids_BT, rollout.read_BT)
     ended = [flag and len(ids) > 0 for flag, ids in zip(rollout.ended_B.tolist(), answer_ids, strict=True)]
     texts = [decode_text(policy, ids, context=context) for ids, context in zip(answer_ids, prompt_ids, strict=True)]
     encoded = encode_answers(

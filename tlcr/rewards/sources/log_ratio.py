@@ -41,7 +41,7 @@ class LogRatioSource(Stateless):
                 for model in (self.frozen.model, self.reference)
             )
             ratios_BL[rows, -columns:] = dpo_bK - ref_bK
-        dense_BT = reading.credit(self.beta * ratios_BL, mask_BT.to(ratios_BL.device))
+        dense_BT = reading.credit(self.beta * ratios_BL, rollout)
         return RewardSignal(dense_BT=dense_BT.to(mask_BT.device))
 
 

@@ -68,7 +68,7 @@ class AttentionSource(Stateless):
         # a row without an answer has no attention to divide; dividing by 1 keeps its zeros
         total_B1 = attention_BL.sum(dim=1, keepdim=True)
         share_BL = attention_BL / torch.where(total_B1 > 0, total_B1, 1.0)
-        return _signal(scores_B, scores_B[:, None] * share_BL, reading, rollout.mask_BT)
+        return _signal(scores_B, scores_B[:, None] * share_BL, reading, rollout)
 
 
 class PrefixDifferenceSource(Stateless):
@@ -92,13 +92,13 @@ class PrefixDifferenceSource(Stateless):
         before_BL = pad(scores_BL[:, :-1], (1, 0))
         credit_BL = torch.where(reading.answer_BL, scores_BL - before_BL, 0.0)
         last_B1 = (reading.mask_BL.sum(dim=1, keepdim=True) - 1).clamp(min=0)
-        return _signal(scores_BL.gather(1, last_B1)[:, 0], credit_BL, reading, rollout.mask_BT)
+        return _signal(scores_BL.gather(1, last_B1)[:, 0], credit_BL, reading, rollout)
 
 
 def _scores(frozen: FrozenModel, reading: Reading) -> Tensor:
     return sequence_scores(frozen.model, reading.ids_BL, reading.mask_BL, micro_batch_size=frozen.micro_batch_size)
 
 
-def _signal(scores_B: Tensor, credit_BL: Tensor, reading: Reading, mask_BT: Tensor) -> RewardSignal:
-    dense_BT = reading.credit(credit_BL, mask_BT.to(credit_BL.device))
-    return RewardSignal(dense_BT=dense_BT.to(mask_BT.device), sequence_B=scores_B.to(mask_BT.device))
+def _signal(scores_B: Tensor, credit_BL: Tensor, reading: Reading, rollout: Rollout) -> RewardSignal:
+    device = rollout.mask_BT.device
+    return RewardSignal(dense_BT=reading.credit(credit_BL, rollout).to(device), sequence_B=scores_B.to(device))

@@ -30,12 +30,12 @@ class SpanSource:
         self.models = models_of(source)
 
     def __call__(self, rollout: Rollout) -> RewardSignal:
-        mask_BT = rollout.mask_BT.cpu()
-        spans_BT = torch.zeros(mask_BT.shape, dtype=torch.long)
+        read_BT = rollout.read_BT.cpu()
+        spans_BT = torch.zeros(read_BT.shape, dtype=torch.long)
         prompts = counted(rollout.prompt_ids_BP, rollout.prompt_mask_BP)
-        answers = counted(rollout.response_ids_BT, mask_BT)
+        answers = counted(rollout.response_ids_BT, read_BT)
         for row, (prompt, ids, ended) in enumerate(zip(prompts, answers, rollout.ended_B.tolist(), strict=True)):
-            spans_BT[row, mask_BT[row]] = torch.tensor(self._spans(prompt, ids, ended), dtype=torch.long)
+            spans_BT[row, read_BT[row]] = torch.tensor(self._spans(prompt, ids, ended), dtype=torch.long)
         return replace(self.source(rollout), spans_BT=spans_BT.to(rollout.mask_BT.device))
 
     def _spans(self, prompt: list[int], ids: list[int], ended: bool) -> list[int]:

@@ -1,0 +1,152 @@
+"""vLLM in this process: token ids in, token ids and log-probabilities out, weights handed over one after the other.
+
+Nothing outside this module imports vllm. One engine of it is started for a process and an architecture, with random
+weights, and stays: `refresh` replaces its weights in place, and whoever refreshed last has it. It needs vLLM in the
+trainer's environment, and so the versions of torch and transformers that vLLM asks for.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from tlcr.config.schema import RolloutConfig
+from tlcr.errors import BackendUnavailable
+from tlcr.models.adapters import whole_weights
+from tlcr.models.faults import one_line
+from tlcr.models.loading import position_limit
+from tlcr.ppo.engines.probe import NotThePolicys, Probe, check_probe, probe_prompt, probe_sampling
+from tlcr.ppo.engines.protocol import Answer, Sampling
+from tlcr.training.distributed import process_count
+from tlcr.training.profiling import part
+
+REMEDY = "set rollout.engine: generate, or server with vLLM in an environment of its own"
+
+
+class _Running:
+    """A vLLM of this process, and the engine whose policy's weights it has."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm, self.owner = llm, None  # type: Any, Any
+
+
+_running: dict[str, _Running] = {}
+
+
+class VLLM:
+    """``vllm.LLM`` beside the trainer.
+
+    Args:
+        cfg: the answers under way at a time, and the sampling that probes use too.
+        policy: the model itself, not a data-parallel wrapper.
+
+    Raises:
+        BackendUnavailable: vllm is not installed, does not run the architecture, or several processes train.
+    """
+
+    def __init__(self, cfg: RolloutConfig, policy: PreTrainedModel) -> None:
+        if process_count() > 1:
+            raise BackendUnavailable(
+                f"rollout.engine 'vllm' runs in one process, and {process_count()} train here; {REMEDY}"
+            )
+        self._cfg, self._policy = cfg, policy
+        self._probe: Probe | None = None
+        self._there = _start(cfg, policy)
+
+    def refresh(self) -> None:
+        """See ``Engine``."""
+        llm, self._there.owner = self._there.llm, self
+        with part("rollout: weights to vLLM"):
+            llm.collective_rpc("reload_weights", kwargs={"weights_iterator": whole_weights(self._policy)})
+            llm.reset_prefix_cache()
+        how = probe_sampling(self._cfg)
+        (answer,) = self._answers([probe_prompt(self._policy)], how, [0])
+        assert answer.logprobs_T is not None
+        try:
+            self._probe = check_probe(self._policy, how, answer.ids_T.tolist(), answer.logprobs_T.tolist(), self._probe)
+        except NotThePolicys as error:
+            raise BackendUnavailable(f"the vLLM in this process {error}; {REMEDY}") from error
+
+    def close(self) -> None:
+        """See ``Engine``. The vLLM stays for the next one."""
+        if self._there.owner is self:
+            self._there.owner = None
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, generator: torch.Generator | None = None
+    ) -> list[Answer]:
+        """See ``Engine``. Each prompt has a seed of its own."""
+        if self._there.owner is not self:
+            raise BackendUnavailable("the vLLM in this process was given the weights of another policy; refresh first")
+        seeds = torch.randint(2**63 - 1, (len(prompts),), generator=generator).tolist()
+        with part("rollout: vLLM"):
+            return self._answers(prompts, sampling, seeds)
+
+    def _answers(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Answer]:
+        from vllm import SamplingParams, TokensPrompt
+
+        settings = {
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "stop_token_ids": list(sampling.end_ids),
+            "ignore_eos": True,  # only end_ids end an answer
+            "logprobs": 0 if sampling.logprobs else None,  # of the drawn token alone
+            "detokenize": False,
+        }
+        outputs = self._there.llm.generate(
+            [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts],
+            [SamplingParams(seed=seed, **settings) for seed in seeds],
+            use_tqdm=False,
+        )
+        if len(outputs) != len(prompts):
+            raise BackendUnavailable(f"the vLLM in this process answered {len(outputs)} of {len(prompts)} prompts")
+        return [self._answer(output.outputs[0], sampling) for output in outputs]
+
+    def _answer(self, output: Any, sampling: Sampling) -> Answer:
+        ids, device, logprobs_T = list(output.token_ids), self._policy.device, None
+        if sampling.logprobs:
+            said = [step[token].logprob for token, step in zip(ids, output.logprobs, strict=True)]
+            logprobs_T = torch.tensor(said, dtype=torch.float32, device=device)
+        return Answer(torch.tensor(ids, dtype=torch.long, device=device), logprobs_T)
+
+
+def _start(cfg: RolloutConfig, policy: PreTrainedModel) -> _Running:
+    """The vLLM of this process for the policy's architecture."""
+    key = f"{type(policy).__name__} {policy.dtype} {cfg.batch_size} {policy.config.to_json_string()}"
+    if key in _running:
+        return _running[key]
+    # In a process of its own it could not be given tensors. vLLM reads this when it is imported.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise BackendUnavailable(f"rollout.engine 'vllm' needs vllm ({one_line(error)}); {REMEDY}") from error
+    with tempfile.TemporaryDirectory(prefix="tlcr-vllm-") as folder:
+        policy.config.save_pretrained(Path(folder))
+        try:
+            llm = LLM(
+                model=folder,
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                dtype=str(policy.dtype).removeprefix("torch."),
+                max_model_len=position_limit(policy),
+                max_num_seqs=cfg.batch_size,
+                enforce_eager=policy.device.type == "cpu",
+                logprobs_mode="processed_logprobs",
+                generation_config="vllm",
+                disable_log_stats=True,
+            )
+        except Exception as error:
+            raise BackendUnavailable(
+                f"the vLLM in this process cannot run {type(policy).__name__} ({one_line(error)[:200]}); {REMEDY}"
+            ) from error
+    _running[key] = _Running(llm)
+    return _running[key]
