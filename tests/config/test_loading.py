@@ -165,3 +165,18 @@ def test_the_bounds_that_are_declared_are_kept() -> None:
                 load_config(None, {knob.path: bound + step})
             tried += 1
     assert tried > 50
+
+
+@pytest.mark.parametrize("knob", ["seed", "lora.alpha", "ppo.learning_rate", "data.limit", "ppo.updates"])
+@pytest.mark.parametrize("number", [2**63, -(10**400), 10**4000])
+def test_a_whole_number_that_nothing_holds_is_named(knob: str, number: int, tmp_path: Path) -> None:
+    digits = f"{number:x}" if number > 0 else f"-{-number:x}"
+    text = f"{knob}: {digits[0] if number < 0 else ''}0x{digits.lstrip('-')}"
+    with pytest.raises(ConfigError, match=rf"^{knob} is .*; it must be a number that fits 64 bits$"):
+        load_config(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("text", ["seeds: [0x%x]", "kl_coefs: [0x%x]", "arms: [{name: a, kl_coefs: [0x%x]}]"])
+def test_so_is_one_in_a_list(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"must fit 64 bits|that fits 64 bits"):
+        load_config(write(tmp_path, text % 10**4000))

@@ -376,7 +376,7 @@ NASTY = "<script>alert('x')</script><img src=x onerror=y>"
 def scripts(case: Case) -> None:
     """A text in what the report is made of is a script: in the page it has to be text, or the file is refused."""
     shutil.copytree(case.bench.finished / "run", case.folder / "run", dirs_exist_ok=True)
-    names = ("analysis.json", "evaluation.json", "samples.jsonl", "done.json", "arm.json", "config.yaml")
+    names = ("analysis.json", "samples.jsonl", "done.json", "config.yaml")
     path = case.random.choice([p for p in sorted((case.folder / "run").rglob("*")) if p.name in names])
     if path.name == "config.yaml":
         path.write_text(f"# {NASTY}\n{path.read_text(encoding='utf-8')}", encoding="utf-8")

@@ -89,11 +89,15 @@ def round_of(name: str, number: int, examples: int, counts: Counter[str]) -> str
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        own = [one for one in traceback.extract_tb(error.__traceback__) if "hypothesis" not in one.filename]
-        where = "".join(traceback.format_list(own[-6:]))
-        notes = "\n".join(getattr(error, "__notes__", []))
-        return f"{where}{type(error).__name__}: {str(error)[:1000]}\n{notes[:3000]}"
+        return "\n".join(map(_find, getattr(error, "exceptions", [error])))  # hypothesis groups several
     return None
+
+
+def _find(error: BaseException) -> str:
+    own = [one for one in traceback.extract_tb(error.__traceback__) if "hypothesis" not in one.filename]
+    where = "".join(traceback.format_list(own[-6:]))
+    notes = "\n".join(getattr(error, "__notes__", []))
+    return f"{where}{type(error).__name__}: {str(error)[:1000]}\n{notes[:3000]}"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

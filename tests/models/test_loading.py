@@ -168,6 +168,17 @@ def test_a_model_that_cannot_be_saved_leaves_the_old_one(tmp_path, tiny_tokenize
     assert torch.equal(load_causal_lm(config(tmp_path))(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("damage", ['"content": "<pad>",', '"vocab": {', '"added_tokens": ['])
+def test_a_tokenizer_whose_file_is_damaged_is_one_line(damage, tmp_path, tiny_tokenizer):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    text = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
+    assert damage in text
+    (tmp_path / "tokenizer.json").write_text(text.replace(damage, "", 1), encoding="utf-8")
+    with pytest.raises(ConfigError, match="cannot load a tokenizer") as caught:
+        load_tokenizer(config(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 def test_what_cannot_be_loaded_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot load a language model from .*absent") as caught:
         load_causal_lm(config(tmp_path / "absent"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import warnings
 from datetime import datetime
 from typing import NamedTuple
@@ -212,10 +213,22 @@ def test_a_process_that_was_forked_renders_with_a_child_of_its_own() -> None:
     os.close(write)
 
 
-def test_values_that_json_does_not_have_reach_the_template() -> None:
-    tokenizer = tokenizer_with("{{ when }}{{ messages[0]['content'] }}")
-    shown = apply_template(tokenizer, ASK, {"when": datetime(2026, 3, 1)}, add_generation_prompt=False)
-    assert shown.startswith("2026-03-01") and shown.endswith("Hi?")
+def test_the_process_that_renders_holds_no_connection_of_its_parent() -> None:
+    """Else a client would wait for the end of a connection that the server has closed."""
+    ours, theirs = socket.socketpair()
+    servant = rendering._Servant(lambda _: "text")
+    assert servant.ask(b"") == "text"
+    theirs.close()
+    ours.settimeout(5)
+    assert ours.recv(1) == b""
+    ours.close()
+    servant.close()
+
+
+def test_values_that_json_does_not_have_are_shown_as_transformers_shows_them() -> None:
+    tokenizer, when = tokenizer_with("{{ when }}{{ messages[0]['content'] }}"), datetime(2026, 3, 1)
+    shown = apply_template(tokenizer, ASK, {"when": when}, add_generation_prompt=False)
+    assert shown == tokenizer.apply_chat_template(ASK, tokenize=False, when=when)
 
 
 def test_several_templates_without_a_default_are_named() -> None:

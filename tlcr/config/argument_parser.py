@@ -20,6 +20,9 @@ VALUE = re.compile(r'^Parser key "([^"]+)":(.*)$', re.DOTALL)
 GOT = re.compile(r"(?:Got value|Given value): ?(.*)")
 
 
+TOO_LARGE = "a number is larger than any float; numbers must fit 64 bits"
+
+
 class Unparsable(Exception):
     """An error of jsonargparse: its message, and the argument that it is about.
 
@@ -49,6 +52,8 @@ def parse_arguments(parser: ArgumentParser, arguments: Sequence[str], *, default
         return parser.parse_args(arguments, defaults=defaults)
     except argparse.ArgumentError as error:
         raise Unparsable(str(error.message)) from error
+    except OverflowError as error:
+        raise Unparsable(TOO_LARGE) from error
 
 
 def parse_values(types: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,6 +75,8 @@ def parse_values(types: Mapping[str, Any], values: Mapping[str, Any]) -> dict[st
         typed = parser.parse_object(nested, defaults=False)
     except argparse.ArgumentError as error:
         raise Unparsable(str(error.message)) from error
+    except OverflowError as error:
+        raise Unparsable(TOO_LARGE) from error
     return {name: typed[name] for name in values}
 
 

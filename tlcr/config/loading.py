@@ -23,7 +23,7 @@ import yaml
 
 from tlcr.config.argument_parser import Unparsable, parse_values, read_yaml
 from tlcr.config.dropped import dropped_paths
-from tlcr.config.schema import Arm, Checked, RewardConfig, RunConfig
+from tlcr.config.schema import LARGEST, Arm, Checked, RewardConfig, RunConfig, in_short
 from tlcr.errors import ConfigError
 
 __all__ = [
@@ -319,6 +319,8 @@ def _build(default: ConfigT, values: Mapping[str, Any], prefix: str) -> ConfigT:
         # jsonargparse reads None as "not given"; here it is a value.
         if value is None and type(None) not in get_args(hints[name]):
             raise ConfigError(f"{prefix}{name} is null; it must be {describe_type(hints[name])}")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ConfigError(f"{prefix}{name} is {in_short(value)}; it must be a number that fits 64 bits")
     try:
         typed = parse_values(hints, values)
     except Unparsable as error:

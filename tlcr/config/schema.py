@@ -85,6 +85,16 @@ def knob(
     return field(default=default, metadata=metadata)
 
 
+LARGEST = 2**63 - 1
+"""Of whole numbers: no knob counts further, and floats and tensors do not hold them."""
+
+
+def in_short(number: int) -> str:
+    """A whole number for a message: its digits, or how many it has."""
+    # Not str(): python refuses to write thousands of digits.
+    return str(number) if abs(number) < 10**40 else f"a number of some {int(number.bit_length() * 0.30103) + 1} digits"
+
+
 class Checked:
     """Checks the bounds of every knob when a config is made, so that a bad value raises before any model loads."""
 
@@ -93,6 +103,11 @@ class Checked:
             value = getattr(self, f.name)
             if isinstance(value, str) and "\0" in value:
                 raise ConfigError(f"{type(self).__name__}.{f.name} holds the character NUL; take it out")
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int) and abs(number) > LARGEST:
+                    raise ConfigError(
+                        f"{type(self).__name__}.{f.name} is {in_short(number)}; it must be a number that fits 64 bits"
+                    )
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
             if not math.isfinite(value):

@@ -159,7 +159,7 @@ def inspect_tokenizer(cfg: GeneratorConfig) -> tuple[PreTrainedTokenizerBase | N
         if faults:
             return None, faults
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=cfg.trust_remote_code, **gguf)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # noqa: BLE001 - of a damaged file tokenizers raises Exception itself, and python the rest
         fact = f"cannot load a tokenizer from {source!r}: {one_line(error)}"
         return None, [Fault("tokenizer", fact, LOADABLE)]
     return tokenizer, [*_token_faults(tokenizer, source, cfg), *_embedding_faults(tokenizer, source, cfg)]

@@ -129,8 +129,7 @@ class _Servant:
             self._pid = os.fork()
         if self._pid == 0:
             try:
-                os.close(self._to)
-                os.close(self._from)
+                _close_all_but(requests, answers)
                 self._serve(requests, answers)
             finally:
                 os._exit(0)
@@ -167,6 +166,14 @@ class _Servant:
         if code == -signal.SIGXCPU:
             return f"computes for more than {SECONDS} s; give model.chat_template another one"
         return f"ended the process that renders it (code {code}); give model.chat_template another one"
+
+
+def _close_all_but(*kept: int) -> None:
+    """Lets go of the files, locks and connections of the process that this one was forked from."""
+    first = 3  # after input, output and errors
+    for last in (*sorted(kept), resource.getrlimit(resource.RLIMIT_NOFILE)[0]):
+        os.closerange(first, last)
+        first = last + 1
 
 
 def _limit(what: int, value: int) -> None:

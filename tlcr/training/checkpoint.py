@@ -672,8 +672,15 @@ RESUME_EARLIER = "delete its folder to resume from an earlier checkpoint"
 
 @contextmanager
 def reading(path: Path, remedy: str = RESUME_EARLIER) -> Iterator[None]:
-    """Turns any error from a missing, damaged or unsuitable file into one CheckpointError that names the file, and ends
-    with what to do."""
+    """Turns any error from a missing, damaged or unsuitable file into one CheckpointError that names the file.
+
+    Args:
+        path: what is read.
+        remedy: what to do, the end of the message.
+
+    Yields:
+        Nothing.
+    """
     try:
         yield
     except FileNotFoundError as error:

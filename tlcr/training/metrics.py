@@ -83,7 +83,14 @@ class MetricsLog:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a metrics file, oldest first. A last line that a killed process or a machine cut short is left out.
 
-    Raises CheckpointError where another line is no row.
+    Args:
+        path: the file.
+
+    Returns:
+        Its rows.
+
+    Raises:
+        CheckpointError: another line is no row.
     """
     path = Path(path)
     try:
