@@ -394,7 +394,7 @@ def merged_weights(model: PreTrainedModel) -> dict[str, Tensor]:
         base = weights[f"{path}.weight"]
         wide = torch.promote_types(base.dtype, torch.float32)
         down, up = (state[f"{path}.lora_{part}.{name}.weight"].to(wide) for part in "AB")
-        delta = (up @ down) * layer.scaling[name]
+        delta = ((up @ down) * layer.scaling[name]).to(base.device)
         merged = base.to(wide) + (delta.T if layer.fan_in_fan_out else delta)
         weights[f"{path}.weight"] = merged.to(base.dtype).cpu()
     return weights
