@@ -239,3 +239,20 @@ def test_of_shards_with_adapters_a_process_holds_its_part_of_the_base_and_of_eac
     assert roles["policy"].total == (4 + 4 + 8) * adapter // 2
     assert roles["value model"].total == (4 + 4 + 8) * value // 2
     assert roles["discriminator"].total == 4 * adapter // 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "impossible"),
+    [
+        ({"ppo.value_init": "reward_model", "reward.sequence_coef": 0.1}, "lora.rank: 16"),
+        ({"lora.rank": 4, "lora.base_bits": 4}, "sharding.kind: full"),
+    ],
+)
+def test_what_the_config_does_not_allow_is_not_proposed(changes: dict[str, object], impossible: str) -> None:
+    found = remedy(load_config(None, changes), InBits(), Machine(gpu=True, processes=2), "ppo", 100)
+    assert not found.fits and "model.dtype: bfloat16" in found.settings and impossible not in found.settings
+
+
+class InBits(Counted):
+    def saved_by_bits(self, cfg: RunConfig) -> int:
+        return 300

@@ -177,7 +177,6 @@ class LoRAConfig(Checked):
         "what is trained by adapters; all else is trained whole. In PPO, policy, value model and discriminator share "
         "one copy of the frozen weights with the reference",
     )
-
     base_bits: Literal[4] | None = knob(
         None,
         "bits of the frozen weights that adapters stand on, in the decoder's linear layers: 4 (NF4, by the package "

@@ -531,7 +531,16 @@ def _changes(cfg: RunConfig, machine: Machine, stage: str) -> list[_Change]:
         changes.append(_Change("lora.rank", LORA_RANK))
     if stage == "ppo" and cfg.ppo.value_model != "shared":
         changes.append(_Change("ppo.value_model", "shared"))
-    return changes
+    return [change for change in changes if _is_possible(change, cfg)]
+
+
+def _is_possible(change: _Change, cfg: RunConfig) -> bool:
+    """Whether the config allows it: not adapters, for instance, where the value model starts from another model."""
+    try:
+        change.make(cfg)
+    except ConfigError:
+        return False
+    return True
 
 
 LORA_RANK = 16
