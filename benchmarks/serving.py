@@ -225,8 +225,7 @@ def overload(folder: Path, model: ServedModel) -> dict[str, Any]:
         before = most = process.memory_info().rss
 
         def ask() -> None:
-            eager = RewardClient(url, tries=1)
-            eager._server = client._server
+            eager = RewardClient(url, tries=1)  # others wait for as long as the server asks
             while not over.is_set():
                 try:
                     eager.token_rewards(request)
