@@ -28,6 +28,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ def made_discriminator(folder: Path, layers: int) -> None:
         eos_token_id=2,
     )
     model = load_token_classifier(LlamaForCausalLM(config), ModelConfig(), id2label=TWO_CLASSES)
+    with torch.no_grad():
+        model.score.weight.normal_()  # it begins at 0, where all rewards are alike
     save_model(model, tokenizer, folder)
 
 
@@ -185,6 +188,7 @@ def checked(folder: Path, model: ServedModel) -> dict[str, Any]:
     """Every answer of every client beside the one that the model gives when it is asked alone."""
     answers = items(500, 7, spread=True)
     wanted = [opinion.rewards_T.tolist() for row in rows(answers) for opinion in model.opinions([row])]
+    others = [max(abs(a - b) for a, b in zip(one, other, strict=False)) for one, other in pairwise(wanted)]
     worst, counts, lock = [0.0], [0, 0], threading.Lock()
     with served(folder) as (url, _):
 
@@ -210,7 +214,13 @@ def checked(folder: Path, model: ServedModel) -> dict[str, Any]:
             thread.start()
         for thread in threads:
             thread.join()
-    return {"clients": 64, "answers": counts[0], "tokens": counts[1], "largest_difference": worst[0]}
+    return {
+        "clients": 64,
+        "answers": counts[0],
+        "tokens": counts[1],
+        "largest_difference": worst[0],
+        "least_difference_to_another_answer": min(others),
+    }
 
 
 def overload(folder: Path, model: ServedModel) -> dict[str, Any]:
