@@ -28,6 +28,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ PAIRS = 7
 """How often direct and served take turns."""
 
 
-def made_discriminator(folder: Path) -> None:
-    """A random Llama of 6 layers of width 256 with a discriminator's head, 6M parameters."""
+def made_discriminator(folder: Path, layers: int) -> None:
+    """A random Llama of width 256 with a discriminator's head, 6M parameters with 6 layers."""
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -64,7 +65,7 @@ def made_discriminator(folder: Path) -> None:
         vocab_size=4096,
         hidden_size=256,
         intermediate_size=704,
-        num_hidden_layers=6,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=1024,
@@ -72,6 +73,8 @@ def made_discriminator(folder: Path) -> None:
         eos_token_id=2,
     )
     model = load_token_classifier(LlamaForCausalLM(config), ModelConfig(), id2label=TWO_CLASSES)
+    with torch.no_grad():
+        model.score.weight.normal_()  # it begins at 0, where all rewards are alike
     save_model(model, tokenizer, folder)
 
 
@@ -185,6 +188,7 @@ def checked(folder: Path, model: ServedModel) -> dict[str, Any]:
     """Every answer of every client beside the one that the model gives when it is asked alone."""
     answers = items(500, 7, spread=True)
     wanted = [opinion.rewards_T.tolist() for row in rows(answers) for opinion in model.opinions([row])]
+    others = [max(abs(a - b) for a, b in zip(one, other, strict=False)) for one, other in pairwise(wanted)]
     worst, counts, lock = [0.0], [0, 0], threading.Lock()
     with served(folder) as (url, _):
 
@@ -210,7 +214,13 @@ def checked(folder: Path, model: ServedModel) -> dict[str, Any]:
             thread.start()
         for thread in threads:
             thread.join()
-    return {"clients": 64, "answers": counts[0], "tokens": counts[1], "largest_difference": worst[0]}
+    return {
+        "clients": 64,
+        "answers": counts[0],
+        "tokens": counts[1],
+        "largest_difference": worst[0],
+        "least_difference_to_another_answer": min(others),
+    }
 
 
 def overload(folder: Path, model: ServedModel) -> dict[str, Any]:
@@ -225,8 +235,7 @@ def overload(folder: Path, model: ServedModel) -> dict[str, Any]:
         before = most = process.memory_info().rss
 
         def ask() -> None:
-            eager = RewardClient(url, tries=1)
-            eager._server = client._server
+            eager = RewardClient(url, tries=1)  # others wait for as long as the server asks
             while not over.is_set():
                 try:
                     eager.token_rewards(request)
@@ -261,7 +270,8 @@ PARTS = {"throughput": throughput, "latency": latency, "checked": checked, "over
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--discriminator", type=Path, help="a folder; default: a random one of 6M parameters")
+    parser.add_argument("--discriminator", type=Path, help="a folder; default: a random one")
+    parser.add_argument("--layers", type=int, default=6, help="of the random one; one layer is enough to check answers")
     parser.add_argument("--output", type=Path, help="a JSON file, in which these parts replace those of before")
     parser.add_argument("--part", nargs="*", choices=list(PARTS), default=list(PARTS))
     arguments = parser.parse_args()
@@ -269,23 +279,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = arguments.discriminator or Path(name) / "discriminator"
         if arguments.discriminator is None:
-            made_discriminator(folder)
+            made_discriminator(folder, arguments.layers)
         model = ServedModel(str(folder), dtype="float32", device=torch.device("cpu"))
         for part in arguments.part:
             load = os.getloadavg()[0]
-            found = {"facts": facts(load), **PARTS[part](folder, model)}
+            found = {"facts": facts(load, model), **PARTS[part](folder, model)}
             print(json.dumps({part: found}, indent=1), flush=True)  # noqa: T201
             if arguments.output is not None:
                 keep(arguments.output, part, found)
 
 
-def facts(load: float) -> dict[str, Any]:
+def facts(load: float, model: ServedModel) -> dict[str, Any]:
     """Of one part: where, when and by what it was measured, and how busy the machine was before."""
     packages = ("transformers", "starlette", "uvicorn", "locust")
     return {
         "date": datetime.date.today().isoformat(),
         "machine": machine(threads=1),
         "versions": versions(packages),
+        "parameters": sum(weight.numel() for weight in model.model.parameters()),
         "load_before": load,
     }
 
