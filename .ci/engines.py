@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / ".ci")]
 
-from vllm import installed, served  # noqa: E402
+from vllm import installed, served, words  # noqa: E402
 
 from tests.ppo.engines.real_vllm import rounds, say, small  # noqa: E402
 from tlcr.config.schema import RolloutConfig  # noqa: E402
@@ -29,10 +29,11 @@ def main() -> None:
     if "server" in wanted:
         with tempfile.TemporaryDirectory() as name:
             small().save_pretrained(Path(name) / "model")
+            words(512).save_pretrained(Path(name) / "model")
             began = time.monotonic()
             arguments = ["serve", str(Path(name) / "model"), "--dtype", "float32", "--max-model-len", "256"]
             arguments += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
-            with served(command, [*arguments, "--skip-tokenizer-init"], Path(name)) as url:
+            with served(command, arguments, Path(name)) as url:
                 say(f"the server was ready after {time.monotonic() - began:.0f} s")
                 rounds(RolloutConfig(engine="server", server=(url,)))
     if "process" in wanted:

@@ -21,6 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tokenizers import Tokenizer, models  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
+
 from tests.serving import recorded  # noqa: E402
 from tlcr.hosts.client import RewardClient  # noqa: E402
 from tlcr.hosts.local import LocalScorer  # noqa: E402
@@ -95,27 +98,29 @@ def served(command: str, arguments: Sequence[str], folder: Path) -> Iterator[str
 def answers(command: str, folder: Path) -> tuple[dict, list[list[float]]]:
     """What vLLM says of ``recorded.items()``, as it is and as the client reads it."""
     with served(command, export_for_vllm(folder, folder / "vllm").split()[1:], folder) as url:
-        models = get(url + "/v1/models")
+        served_models = get(url + "/v1/models")
         client = RewardClient(url)
         rewards = client.token_rewards(recorded.items())
         rows = [[*item.prompt_ids, *item.response_ids] for item in recorded.items()]
-        body = {"model": models["data"][0]["id"], "input": rows, "use_activation": False}
+        body = {"model": served_models["data"][0]["id"], "input": rows, "use_activation": False}
         pooling = client.ask("/pooling", body)
         version = get(url + "/version")["version"]
-    models["data"] = [{name: models["data"][0][name] for name in ("id", "root", "max_model_len")}]
-    for entry in models["data"]:
+    served_models["data"] = [{name: served_models["data"][0][name] for name in ("id", "root", "max_model_len")}]
+    for entry in served_models["data"]:
         entry["id"] = entry["root"] = "discriminator"
     pooling |= {"id": "pool-recorded", "created": 0, "model": "discriminator"}
-    return {"version": version, "models": models, "pooling": pooling}, rewards
+    return {"version": version, "models": served_models, "pooling": pooling}, rewards
+
+
+def words(number: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of so many words, without which vLLM serves no model."""
+    names = ["<pad>", "<bos>", "<eos>", *(f"t{n}" for n in range(number - 3))]
+    core = Tokenizer(models.WordLevel({name: n for n, name in enumerate(names)}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
 def main() -> None:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    names = ["<pad>", "<bos>", "<eos>", *(f"t{n}" for n in range(397))]
-    words = Tokenizer(models.WordLevel({name: n for n, name in enumerate(names)}, unk_token="<pad>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    tokenizer = words(400)
     command = installed()
     kinds = [name for name in sys.argv[1:] if not name.startswith("--")] or list(recorded.KINDS)
     found: dict = recorded.recording()

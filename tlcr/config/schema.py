@@ -895,6 +895,12 @@ class RunConfig(Checked):
                 f"RunConfig.kl_coefs compares fixed coefficients, but kl.target {self.kl.target} adapts each of them "
                 "to one KL; drop one of the two"
             )
+        if self.rollout.may_use_servers and self.sharding.kind != "none":
+            raise ConfigError(
+                f"RunConfig.rollout.engine is {self.rollout.engine!r} with servers and sharding.kind "
+                f"{self.sharding.kind!r}: servers are given whole models; set sharding.kind: none, or rollout.engine: "
+                "generate"
+            )
         if self.rollout.may_use_servers and self.parallel > 1:
             raise ConfigError(
                 f"RunConfig.parallel is {self.parallel} and rollout.engine {self.rollout.engine!r} with servers: PPO "

@@ -96,7 +96,7 @@ class PPORun:
         seed: int,
         callbacks: Sequence[Callback],
         evaluate: Evaluate | None,
-        environment: Environment | None,
+        environment: Environment | None = None,
     ) -> None:
         if reference is actor_critic.policy:
             raise ConfigError("the reference is the policy itself, so every KL would be 0; pass a second copy of it")

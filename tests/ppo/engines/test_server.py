@@ -20,7 +20,7 @@ from tests.chat.chat_server import closed_port
 from tests.ppo.engines.helpers import ENDS, PROMPTS, sampling, worst
 from tests.ppo.engines.vllm_server import COMPLETION, VLLM, Fault, Reply, serving
 from tests.ppo.helpers import run_ppo, small_config, without_times
-from tlcr.config.schema import LoRAConfig, RolloutConfig, RunConfig
+from tlcr.config.schema import LoRAConfig, RolloutConfig, RunConfig, ShardingConfig
 from tlcr.errors import BackendUnavailable, ConfigError
 from tlcr.models.adapters import Roles, merged_weights
 from tlcr.ppo.engines import Answer, Sampling, build_engine
@@ -439,5 +439,7 @@ def test_settings_that_cannot_be_meant_are_refused() -> None:
         RolloutConfig(engine="server")
     with pytest.raises(ConfigError, match=r"with an address twice"):
         RolloutConfig(engine="server", server=("http://a", "http://a"))
+    with pytest.raises(ConfigError, match=r"servers are given whole models; set sharding.kind: none"):
+        RunConfig(rollout=RolloutConfig(engine="server", server=("http://a",)), sharding=ShardingConfig(kind="full"))
     with pytest.raises(ConfigError, match=r"would give the same servers different weights; set parallel: 1"):
         RunConfig(rollout=RolloutConfig(engine="server", server=("http://a",)), parallel=2)
