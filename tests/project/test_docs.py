@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shlex
 import subprocess
@@ -173,10 +174,19 @@ def build_variables() -> set[str]:
     return {name for line in listed.splitlines() for name in re.findall(r"\b[A-Z]+(?:_[A-Z]+)*\b", line[:26])}
 
 
+built_parser = functools.cache(build_parser)
+"""Making the parsers takes longer than all that is asked of them here."""
+
+
+@pytest.fixture(autouse=True)
+def parsers_are_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "build_parser", built_parser)
+
+
 def check_tlcr(arguments: list[str]) -> None:
     if arguments[-1] in ("--help", "--help-all"):
         assert arguments[0] in cli.HANDLERS, arguments
-        assert arguments[-1] in flags_of(build_parser()[1][arguments[0]]), arguments
+        assert arguments[-1] in flags_of(built_parser()[1][arguments[0]]), arguments
         arguments = arguments[:-1]
         if len(arguments) == 1:
             return

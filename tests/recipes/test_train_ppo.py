@@ -239,12 +239,21 @@ def test_the_keys_logged_are_the_keys_documented(tiny_causal_lm: LM, tiny_tokeni
     assert before.keys() == {"step", "time", "eval/gold"}
     logged = {"eval/<name>" if key.startswith("eval/") else key for key in after} - {"step", "time"}
     mismatch = {key for key in documented_keys() if key.startswith("mismatch/")}
-    assert logged == documented_keys() - mismatch
+    assert logged == documented_keys() - mismatch - {"length/message_tokens"}
     cfg = small_config(updates=1)
     paged = replace(cfg, rollout=replace(cfg.rollout, engine="paged"))
     run_ppo(paged, tiny_causal_lm, tiny_tokenizer, tmp_path / "paged")
     (row,) = read_metrics(tmp_path / "paged" / "metrics.jsonl")
     assert {key for key in row if key.startswith("mismatch/")} == mismatch
+    short = replace(cfg, rollout=replace(cfg.rollout, max_turns=2, max_message_tokens=4))
+    run_ppo(
+        short,
+        tiny_causal_lm,
+        tiny_tokenizer,
+        tmp_path / "conversations",
+        environment=lambda prompts, turns: ["a"] * len(prompts),
+    )
+    assert "length/message_tokens" in read_metrics(tmp_path / "conversations" / "metrics.jsonl")[0]
 
 
 def test_a_run_leaves_models_that_load_anywhere_and_a_note_that_it_is_done(

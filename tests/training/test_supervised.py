@@ -495,7 +495,7 @@ def test_a_full_disk_while_saving_ends_the_run_with_the_remedy(tmp_path, tiny_ca
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(CheckpointError, match=r"step-000002: No space left on device; .*free some space"):
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl: No space left on device; .*free some space"):
         train(tiny_causal_lm(), tmp_path, config(batch_size=2, save_every=1), callbacks=[FillDisk()])
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
 
