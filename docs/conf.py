@@ -67,7 +67,7 @@ elsewhere = "|".join(
 nitpick_ignore_regex = [
     (r"py:.*", rf"({elsewhere})\..*"),
     # imported for the type checker only
-    (r"py:class", r"Tensor|nn\.Module|Path|PreTrainedTokenizerBase|Normalise|Baseline"),
+    (r"py:class", r"Tensor|nn\.Module|Path|PreTrainedTokenizerBase|Normalise|Baseline|EngineName"),
     (r"py:class", r"tlcr\..*\.(T|E|ConfigT)"),  # type variables
     (r"py:class", r"tuple\[.*"),  # half a type: Sphinx cuts a signature with a default factory at every comma
 ]

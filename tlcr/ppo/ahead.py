@@ -1,4 +1,4 @@
-"""One step off: the answers of the next round are sampled while this one trains.
+"""One step off: the answers of the next round are sampled while this one trains::
 
     round          u                         u + 1
     servers        sample batch u + 1        sample batch u + 2
