@@ -14,13 +14,13 @@ CPP := $(shell find csrc tests/cuda/emulator .ci -name '*.cpp' -o -name '*.cu' -
 quickstart: $(INSTALLED)
 	$(BIN)/tlcr run examples/quickstart.yaml --resume
 
-# All tests but those that take long.
+# All tests but those that take long. Those of a file run in one process, which makes what they share once.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -p no:benchmark -m "not slow" --durations=15
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -p no:benchmark -m "not slow" --durations=15
 
 # Those: they start several processes, kill some, compile for GPUs, build older commits or run whole examples.
 test-slow: $(INSTALLED)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -p no:benchmark -m slow --durations=15
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -p no:benchmark -m slow --durations=15
 
 # What failed last time, one test after the other. It fails where nothing did.
 test-again: $(INSTALLED)
