@@ -221,9 +221,10 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor& logprobs, const Tensor
     on_threads(cpu::kernels().ppo, arguments, arguments.batch, arguments.length);
     cpu::kernels().ppo_weigh(arguments);
   };
-  const auto [loss, stats] = ppo_forward(pointer(row_weights), logprobs, old_logprobs, advantages, mask, clip, clip_high,
-                                         dual_clip, values, old_values, returns, value_clip, value_coef, entropy,
-                                         entropy_coef, kl, kl_coef, per_sequence, denominator, denominator_tensor, run);
+  const auto [loss, stats] =
+      ppo_forward(pointer(row_weights), logprobs, old_logprobs, advantages, mask, clip, clip_high, dual_clip, values,
+                  old_values, returns, value_clip, value_coef, entropy, entropy_coef, kl, kl_coef, per_sequence,
+                  denominator, denominator_tensor, run);
   return {loss, stats, row_weights};
 }
 
@@ -266,10 +267,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_with_gradien
     on_threads(both, arguments.batch, arguments.length);
   };
   Scratch row_weights(mask.size(0));
-  const auto [loss, stats] =
-      ppo_forward(row_weights.data(), logprobs, old_logprobs, advantages, mask, clip, clip_high,
-                  dual_clip, values, old_values, returns, value_clip, value_coef, entropy, entropy_coef, kl, kl_coef,
-                  per_sequence, denominator, denominator_tensor, run);
+  const auto [loss, stats] = ppo_forward(row_weights.data(), logprobs, old_logprobs, advantages, mask, clip, clip_high,
+                                         dual_clip, values, old_values, returns, value_clip, value_coef, entropy,
+                                         entropy_coef, kl, kl_coef, per_sequence, denominator, denominator_tensor, run);
   return {loss, stats, g_logprobs, g_values, g_entropy, g_kl};
 }
 
