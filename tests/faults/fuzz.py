@@ -1,6 +1,7 @@
 """Fuzzes every reader: ``python -m tests.faults.fuzz --minutes 1 --seed 0``.
 
-Hypothesis draws inputs for each target in turn, with a new seed each round, until the time is up. A find is shrunk and
+Hypothesis draws inputs for each target in turn, with a new seed each round, until the time is up, or for ``--rounds``
+rounds, which draw the same inputs on a slow machine as on a fast one. A find is shrunk and
 printed with its target and seed. Exit code 1 where there was one.
 """
 
@@ -118,6 +119,7 @@ def _cpu() -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.fuzz", description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, help="as many, whatever the time")
     parser.add_argument("--seed", type=int, default=0, help="of the first round")
     parser.add_argument("--only", action="append", default=[], help="targets with this in their name")
     parser.add_argument("--output", type=Path, help="the table's rows as lines of JSON, added to this file")
@@ -130,7 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds: Counter[str] = Counter()
     finds: Counter[str] = Counter()
     until, number = time.monotonic() + 60 * asked.minutes, asked.seed
-    while time.monotonic() < until:
+    over = (lambda: number - asked.seed >= asked.rounds) if asked.rounds else (lambda: time.monotonic() > until)
+    while not over():
         for name in names:
             began = _cpu()
             found = round_of(name, number, EXAMPLES, counts)
@@ -139,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 finds[name] += 1
                 sys.stderr.write(f"FOUND by {name}, seed {number}:\n{found}\n")
                 sys.stderr.flush()
-            if time.monotonic() > until:
+            if not asked.rounds and over():
                 break
         number += 1
     rows = [

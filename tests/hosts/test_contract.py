@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,6 +99,18 @@ def test_a_list_of_another_length_names_both(rewards: list[list[float]], said: s
 def test_a_missing_answer_names_both_numbers() -> None:
     with pytest.raises(HostError, match="2 answers were scored and 1 lists"):
         checked([[0.1]], [Item([1], [2]), Item([1], [3])])
+
+
+@pytest.mark.parametrize("row", [None, 0.5, "0", {"0": 0.5}])
+def test_what_is_no_list_is_named(row: Any) -> None:
+    with pytest.raises(HostError, match=f"rewards of answer 1 are a {type(row).__name__}; a scorer returns a list"):
+        checked([[0.0], row], [Item([1], [2]), Item([1], [3])])
+
+
+@pytest.mark.parametrize("value", [None, "high", [0.5], 10**400])
+def test_what_is_no_number_is_named(value: Any) -> None:
+    with pytest.raises(HostError, match=f"reward of token 0 of answer 0 is a {type(value).__name__}; wanted a number"):
+        checked([[value]], [Item([1], [2])])
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 1.5, -1.0001])

@@ -190,3 +190,33 @@ def test_results_survive_pickling() -> None:
 def test_importing_the_ops_loads_no_backend() -> None:
     code = "import sys, tlcr.ops; sys.exit('triton' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+GIVEN: dict[str, dict[str, Any]] = {
+    "fused_gae": {"rewards": torch.zeros(1, 2), "values": torch.zeros(1, 2)},
+    "fused_reward": {"logits": torch.zeros(1, 2, 2), "mask": torch.ones(1, 2, dtype=torch.bool)},
+    "reward_from_hidden": {
+        "hidden": torch.zeros(1, 2, 3),
+        "weight": torch.zeros(2, 3),
+        "mask": torch.ones(1, 2, dtype=torch.bool),
+    },
+    "score_tokens": {"logits": torch.zeros(2, 5), "token_ids": torch.zeros(2, dtype=torch.long)},
+    "score_hidden": {
+        "hidden": torch.zeros(2, 3),
+        "weight": torch.zeros(5, 3),
+        "token_ids": torch.zeros(2, dtype=torch.long),
+    },
+    "ppo_loss": {
+        **dict.fromkeys(("logprobs", "old_logprobs", "advantages"), torch.zeros(1, 2)),
+        "mask": torch.ones(1, 2, dtype=torch.bool),
+    },
+    "gated_silu": {"gate": torch.zeros(2, 3), "up": torch.zeros(2, 3)},
+}
+
+
+@pytest.mark.parametrize(("op", "missing"), [(op, name) for op, given in GIVEN.items() for name in given])
+@pytest.mark.parametrize("instead", [None, [[0.0]], "zeros"])
+def test_what_is_no_tensor_is_named(op: str, missing: str, instead: Any) -> None:
+    getattr(ops, op)(**GIVEN[op])
+    with pytest.raises(ShapeError, match=f"^{op}: {missing} is a {type(instead).__name__}, wanted a torch.Tensor"):
+        getattr(ops, op)(**GIVEN[op] | {missing: instead})

@@ -8,7 +8,7 @@ ids of its answer, whatever ended it; a mask never shortens it. Standard library
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -83,8 +83,8 @@ def checked(rewards: Sequence[Sequence[float]], items: Sequence[Item]) -> list[l
         The same as floats, exactly 0 where a token does not count.
 
     Raises:
-        HostError: there are more or fewer lists than items, a list is not as long as its answer, or a reward that
-            counts is not a finite number in [-1, 1].
+        HostError: there are more or fewer lists than items, a list is none or not as long as its answer, or a reward
+            that counts is not a finite number in [-1, 1].
     """
     if len(rewards) != len(items):
         raise HostError(
@@ -95,6 +95,11 @@ def checked(rewards: Sequence[Sequence[float]], items: Sequence[Item]) -> list[l
 
 
 def _checked_answer(number: int, row: Sequence[float], item: Item) -> list[float]:
+    if not isinstance(row, Sized) or isinstance(row, (str, bytes, Mapping)):
+        raise HostError(
+            f"the rewards of answer {number} are a {type(row).__name__}; a scorer returns a list of numbers for each "
+            "answer"
+        )
     if len(row) != len(item.response_ids):
         raise HostError(
             f"answer {number} has {len(item.response_ids)} tokens and {len(row)} rewards; score the ids that the "
@@ -102,7 +107,12 @@ def _checked_answer(number: int, row: Sequence[float], item: Item) -> list[float
         )
     result = []
     for position, (reward, counts) in enumerate(zip(row, item.counted, strict=True)):
-        value = float(reward) if counts else 0.0
+        try:
+            value = float(reward) if counts else 0.0
+        except (TypeError, ValueError, OverflowError) as error:
+            raise HostError(
+                f"the reward of token {position} of answer {number} is a {type(reward).__name__}; wanted a number"
+            ) from error
         if not -1 <= value <= 1:  # NaN fails too
             raise HostError(
                 f"the reward of token {position} of answer {number} is {value}; wanted a finite number in [-1, 1]. NaN "

@@ -84,6 +84,7 @@ def dtype(op: str, name: str, tensor: Tensor, wanted: torch.dtype) -> None:
 
 def axes(op: str, name: str, tensor: Tensor, names: str) -> None:
     """`tensor` must have as many axes as `names` says, as in "B, T"."""
+    dense(op, name, tensor)
     wanted = len(names.split(","))
     if tensor.ndim != wanted:
         raise ShapeError(f"{op}: {name} has shape {tuple(tensor.shape)}, wanted {wanted} axes ({names})")

@@ -203,6 +203,7 @@ def reward_from_hidden(
     _checks.choice(op, "kind", kind, ("continuous", "discrete"))
     _checks.floating(op, hidden=hidden, weight=weight, bias=bias)
     _checks.axes(op, "hidden", hidden, "B, T, H")
+    _checks.dense(op, "weight", weight)
     if weight.ndim != 2 or weight.shape[0] not in (2, 3) or weight.shape[1] != hidden.shape[-1]:
         raise ShapeError(
             f"{op}: weight has shape {tuple(weight.shape)}, wanted (2, {hidden.shape[-1]}) [negative, positive] "

@@ -208,6 +208,8 @@ def score_hidden(
         `TokenScores`, each field (...).
     """
     op = "score_hidden"
+    for name, required in (("hidden", hidden), ("weight", weight), ("token_ids", token_ids)):
+        _checks.dense(op, name, required)
     _checks.floating(
         op, hidden=hidden, weight=weight, bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias
     )
