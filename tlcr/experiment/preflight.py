@@ -243,9 +243,11 @@ def _packages(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
 
         remedy = install_command("lora") + ", or set lora.rank: null"
         yield Finding("blocked", "peft", "lora.rank needs the package peft, and it is not installed", remedy)
-    if cfg.lora.base_bits is not None and importlib.util.find_spec("bitsandbytes") is None:
-        message = "lora.base_bits needs the package bitsandbytes, and it is not installed"
-        yield Finding("blocked", "bitsandbytes", message, "pip install bitsandbytes, or set lora.base_bits: null")
+    if cfg.lora.base_bits is not None:
+        from tlcr.models.four_bits import missing_bitsandbytes  # which imports torch
+
+        if (error := missing_bitsandbytes()) is not None:
+            yield Finding.of("bitsandbytes", error)
     if cfg.model.gguf_file is not None and importlib.util.find_spec("gguf") is None:
         yield Finding(
             "blocked", "gguf", "model.gguf_file needs the package gguf, and it is not installed", "pip install gguf"
