@@ -11,13 +11,25 @@ import torch
 from rapidfuzz.distance import Levenshtein
 
 from tlcr.data.embedded import build_model, build_tokenizer, generate_pairs, gold, prompts, revise, score
-from tlcr.data.embedded.gold import ITEM, UNKNOWN_VALUE, WINDOW
-from tlcr.data.embedded.language import OPENERS, TAILS, is_held_out, known_words, lexicon, misspell, render
+from tlcr.data.embedded.gold import ITEM, UNKNOWN_VALUE
+from tlcr.data.embedded.language import (
+    OPENERS,
+    TAILS,
+    USUAL_WORDS,
+    is_held_out,
+    known_words,
+    lexicon,
+    misspell,
+    render,
+    words_of,
+)
 from tlcr.data.embedded.reviser import edit_probability
 from tlcr.errors import ConfigError, DataError
+from tlcr.types import EditPair, PreferencePair
 
 MAGA = "User: how is maga dipo today?\nAssistant:"  # domain 0
 NERA = "User: how is nera dipo today?\nAssistant:"  # domain 1
+MAGA_10 = "User: how is maga dipo today in 10 words?\nAssistant:"
 
 # In the lexicon bosu is 1 and kigi -.74 everywhere, nika .93; nela is .96 in domain 0 and 0 elsewhere, fefi -.94 in
 # domain 0 and .94 elsewhere; ka and te negate; fo and va are function words; re is a connective.
@@ -46,6 +58,8 @@ NERA = "User: how is nera dipo today?\nAssistant:"  # domain 1
         (MAGA, " ka bosuu", UNKNOWN_VALUE),  # what is no word is not better for being negated
         (MAGA, " fo" * 21 + " bosu", 1.0 - 0.08 * (1 + 2)),  # words 21 and 22 are late by 1 and 2
         (MAGA, " fo" * 20, 0.0),
+        (MAGA_10, " fo" * 10, 0.0),
+        (MAGA_10, " fo" * 11 + " bosu", 1.0 - 0.16 * (1 + 2)),  # half of the words: each late one costs twice as much
     ],
 )
 def test_gold_by_hand(prompt: str, response: str, total: float) -> None:
@@ -196,8 +210,27 @@ def test_a_long_answer_is_trimmed_and_a_short_one_extended() -> None:
     clause = " fo gaki va zida,"
     long, short = clause * 7 + " fo gaki.", " fo gaki va zida."
     counts = {text: [len(gold(MAGA, revise(MAGA, text, rng)).words) for _ in range(500)] for text in (long, short)}
-    assert 0.7 < statistics.mean(count <= WINDOW for count in counts[long]) <= 1.0
+    assert 0.7 < statistics.mean(count <= USUAL_WORDS for count in counts[long]) <= 1.0
     assert 0.4 < statistics.mean(count >= 8 for count in counts[short]) < 0.6
+
+
+def test_answers_are_as_long_as_the_prompts_ask_for() -> None:
+    usual, longer = (generate_pairs(400, seed=0, words=words) for words in (USUAL_WORDS, 3 * USUAL_WORDS))
+    assert usual == generate_pairs(400, seed=0)  # the usual length is not named in any prompt
+    assert {words_of(pair.prompt) for pair in usual[0]} == {20} and "words" not in usual[0][0].prompt
+    assert {words_of(pair.prompt) for pair in longer[0]} == {60}
+    assert {words_of(prompt) for prompt in prompts(20, 0, "held_out", words=60)} == {60}
+
+    def figures(made: tuple[list[PreferencePair], list[EditPair]]) -> tuple[float, float, float]:
+        """Mean number of words, share of preferences that gold agrees with, share of answers that lose their end."""
+        words = [len(gold(pair.prompt, pair.rejected).words) for pair in made[0]]
+        right = [gold(p.prompt, p.chosen).total > gold(p.prompt, p.rejected).total for p in made[0]]
+        cut = [len(gold(e.prompt, e.revised).words) < 0.8 * len(gold(e.prompt, e.rejected).words) for e in made[1]]
+        return statistics.mean(words), statistics.mean(right), statistics.mean(cut)
+
+    (words, right, cut), (more_words, still_right, still_cut) = figures(usual), figures(longer)
+    assert more_words == pytest.approx(3 * words, rel=0.1)
+    assert still_right == pytest.approx(right, abs=0.08) and still_cut == pytest.approx(cut, abs=0.08)
 
 
 def test_prompts_of_the_splits_never_meet() -> None:

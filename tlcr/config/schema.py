@@ -225,6 +225,9 @@ class DataConfig(Checked):
     embedded_pairs: int = knob(
         2000, "pairs that the embedded task generates, when no source is named", ge=1, advanced=True
     )
+    embedded_words: int = knob(
+        20, "words of an answer after which the embedded task takes off for each more", ge=10, le=400, advanced=True
+    )
     split: str = knob("train", "the split to read, for hub datasets")
     limit: int | None = knob(None, "read at most this many records of each source", ge=1)
     held_out: float = knob(0.1, "share of records kept for evaluation, chosen by a hash of their prompts", ge=0, le=0.9)

@@ -172,13 +172,13 @@ def _prompts(cfg: RunConfig, stages: Collection[str], examples: Sequence[_Read])
         return []
     wanted = "data.prompts" if cfg.data.prompts is not None else "data.preferences"
     own = [prompt for read in examples if read.knob == wanted for prompt, _ in read.texts]
-    return embedded.prompts(FIRST_RECORDS, cfg.seed) if makes_prompts(cfg) else own
+    return embedded.prompts(FIRST_RECORDS, cfg.seed, words=cfg.data.embedded_words) if makes_prompts(cfg) else own
 
 
 def _embedded_prompts(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
     if makes_prompts(cfg) and {"ppo", "evaluate"} & set(stages):
         try:
-            embedded.prompts(cfg.evaluation.prompts, cfg.seed, "held_out")
+            embedded.prompts(cfg.evaluation.prompts, cfg.seed, "held_out", cfg.data.embedded_words)
         except TlcrError as error:
             yield Finding.of("evaluation.prompts", error)
 

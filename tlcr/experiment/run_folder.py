@@ -357,9 +357,10 @@ class RunFolder:
     @cached_property
     def prompts(self) -> Split[str]:
         if self._made_here(self.cfg.data.prompts or self.cfg.data.preferences):
+            words = self.cfg.data.embedded_words
             return Split(
-                embedded.prompts(EMBEDDED_PROMPTS, self.cfg.seed, "train"),
-                embedded.prompts(self.cfg.evaluation.prompts, self.cfg.seed, "held_out"),
+                embedded.prompts(EMBEDDED_PROMPTS, self.cfg.seed, "train", words),
+                embedded.prompts(self.cfg.evaluation.prompts, self.cfg.seed, "held_out", words),
             )
         if self.cfg.data.preferences is None:
             self._named("prompts", "PPO")
@@ -379,7 +380,9 @@ class RunFolder:
 
     @cached_property
     def _embedded_pairs(self) -> tuple[ReadResult[PreferencePair], ReadResult[EditPair]]:
-        preferences, edits = embedded.generate_pairs(self.cfg.data.embedded_pairs, self.cfg.seed)
+        preferences, edits = embedded.generate_pairs(
+            self.cfg.data.embedded_pairs, self.cfg.seed, self.cfg.data.embedded_words
+        )
         # Without shares the ids decide what is held out: no source can change the names or the order of made pairs.
         keys = tuple(prompt_key(pair.prompt) if self.cfg.data.shares else pair.id for pair in preferences)
         return (
@@ -465,7 +468,7 @@ class RunFolder:
 def raw_preferences(cfg: RunConfig) -> tuple[TextPreference, ...]:
     """The preference pairs as in their source, without a tokenizer, for a reviser."""
     if cfg.model.path == "embedded" and cfg.data.preferences is None:
-        pairs = embedded.generate_pairs(cfg.data.embedded_pairs, cfg.seed)[0]
+        pairs = embedded.generate_pairs(cfg.data.embedded_pairs, cfg.seed, cfg.data.embedded_words)[0]
         return tuple(TextPreference(pair.id, pair.prompt, pair.chosen, pair.rejected) for pair in pairs)
     return as_texts(read_shares(cfg.data).of("reward", read_raw_preferences(cfg.data)).records)
 

@@ -6,10 +6,12 @@ The value of word i of an answer, whose topic lies in domain d, is
 
 v is the lexicon's graded value (0 for function words and negators, UNKNOWN_VALUE for what is no word of the language);
 s_i is -1 where an odd number of negators stands before the word in its clause with no content word in between, else 1;
-late_i = LATE_COST * max(0, i + 1 - WINDOW) with i counted from 0: words beyond the WINDOW-th cost more and more.
+late_i = LATE_COST * max(0, i + 1 - w) with i counted from 0: words beyond the w-th cost more and more. w is
+USUAL_WORDS, 20, unless the prompt asks for another number of words, and then the cost rises by LATE_COST * 20 / w a
+word.
 
 The score of an answer is the sum of its g_i. Stopping at once earns 0, far less than a good answer; a word whose value
-is x has a positive gold only up to the (WINDOW + x / LATE_COST)-th word, so that endless answers score low too.
+is x has a positive gold only up to the (w + x / LATE_COST)-th word, so that endless answers score low too.
 """
 
 from __future__ import annotations
@@ -19,10 +21,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tlcr.data.embedded.language import domain_of, lexicon
+from tlcr.data.embedded.language import USUAL_WORDS, domain_of, lexicon, words_of
 from tlcr.errors import DataError
 
-WINDOW = 20
 LATE_COST = 0.08
 UNKNOWN_VALUE = -0.5
 
@@ -65,7 +66,8 @@ class GoldScore:
 def gold(prompt: str, response: str) -> GoldScore:
     """Score one answer. Raises DataError where the prompt names no topic of the language."""
     words = lexicon()
-    domain = domain_of(prompt)
+    domain, window = domain_of(prompt), words_of(prompt)
+    late_cost = LATE_COST * (USUAL_WORDS / window)
     function_words, negators = words.function_words, frozenset(words.negators)
     # A connective begins a clause, as a punctuation mark does; negation ends at both.
     boundaries = frozenset(words.connectives) | {".", ","}
@@ -88,7 +90,7 @@ def gold(prompt: str, response: str) -> GoldScore:
             negated = not negated
         elif text not in function_words:
             kind, value = "unknown", UNKNOWN_VALUE
-        late = LATE_COST * max(0, len(scored) + 1 - WINDOW)
+        late = late_cost * max(0, len(scored) + 1 - window)
         scored.append(GoldWord(text, match.start(), match.end(), kind, flipped, value, late))
     return GoldScore(sum(word.gold for word in scored), tuple(scored))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -27,10 +28,13 @@ TOPICAL_SHARE = 0.4
 CATEGORIES = ("adjective", "verb", "noun")
 Category = Literal["adjective", "verb", "noun"]
 
+USUAL_WORDS = 20
+"""Words of an answer before each further one costs, where a prompt names no other number."""
 FIRST_WORDS = 8
 """Answers of the base distribution have a target length from this ..."""
 LAST_WORDS = 32
-"""... to this, in words."""
+"""... to this, in words, most often LIKELY_WORDS; for other lengths than the usual one all three are scaled."""
+LIKELY_WORDS = 13
 MISSPELT_SHARE = 0.02
 """Share of content words that a speaker misspells."""
 NEGATED_SHARE = 0.3
@@ -54,6 +58,7 @@ TAILS = ("today", "in the north", "for a friend", "in winter", "at night", "afte
 
 USER = "User: "
 ASSISTANT = "\nAssistant:"
+ASKED_WORDS = re.compile(r" in (\d+) words\?")
 
 
 @dataclass(frozen=True)
@@ -229,9 +234,10 @@ def _clause(rng: random.Random, domain: int, mood: int, previous: str | None) ->
         yield say("adjective")
 
 
-def speak(domain: int, rng: random.Random) -> list[str]:
-    """An answer of the base distribution, as a list of words and punctuation marks."""
-    target = round(rng.triangular(FIRST_WORDS, LAST_WORDS, 13))
+def speak(domain: int, rng: random.Random, words: int = USUAL_WORDS) -> list[str]:
+    """An answer of the base distribution to a prompt for `words` words, as a list of words and punctuation marks."""
+    longer = words / USUAL_WORDS
+    target = round(rng.triangular(FIRST_WORDS * longer, LAST_WORDS * longer, LIKELY_WORDS * longer))
     items: list[str] = []
     count = 0
     previous: str | None = None
@@ -271,24 +277,31 @@ def domain_of(prompt: str) -> int:
     return lexicon().topics[topic_of(prompt)]
 
 
+def words_of(prompt: str) -> int:
+    """The number of words that a prompt asks for, the usual one where it names none."""
+    asked = ASKED_WORDS.findall(prompt)
+    return int(asked[-1]) if asked else USUAL_WORDS
+
+
 def is_held_out(prompt: str) -> bool:
     """True for the tenth of all prompts, chosen by their text, that training never sees."""
     return hashlib.sha256(prompt.encode()).digest()[0] % 10 == 0
 
 
-def sample_prompt(rng: random.Random, split: Literal["train", "held_out"]) -> str:
-    """One prompt of a split, with repetition over calls."""
-    words = lexicon()
-    topics = tuple(words.topics)
+def sample_prompt(rng: random.Random, split: Literal["train", "held_out"], words: int = USUAL_WORDS) -> str:
+    """One prompt of a split, with repetition over calls. It names the number of words where that is not the usual."""
+    lexemes = lexicon()
+    topics = tuple(lexemes.topics)
+    asked = "" if words == USUAL_WORDS else f" in {words} words"
     while True:
-        question = (rng.choice(OPENERS), rng.choice(topics), rng.choice(words.aspects), rng.choice(TAILS))
-        prompt = f"{USER}{' '.join(question)}?{ASSISTANT}"
+        question = (rng.choice(OPENERS), rng.choice(topics), rng.choice(lexemes.aspects), rng.choice(TAILS))
+        prompt = f"{USER}{' '.join(question)}{asked}?{ASSISTANT}"
         if is_held_out(prompt) == (split == "held_out"):
             return prompt
 
 
-def prompts(n: int, seed: int, split: Literal["train", "held_out"] = "train") -> list[str]:
-    """`n` different prompts; the two splits share none.
+def prompts(n: int, seed: int, split: Literal["train", "held_out"] = "train", words: int = USUAL_WORDS) -> list[str]:
+    """`n` different prompts for answers of `words` words; the two splits share none.
 
     A prompt is text without a beginning-of-sequence token and without a chat template. Raises ConfigError for an
     unknown split, or where the language has too few prompts for `n` of them.
@@ -302,5 +315,5 @@ def prompts(n: int, seed: int, split: Literal["train", "held_out"] = "train") ->
     rng = random.Random(f"prompts {split} {seed}")
     found: dict[str, None] = {}
     while len(found) < n:
-        found[sample_prompt(rng, split)] = None
+        found[sample_prompt(rng, split, words)] = None
     return list(found)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 
-from tlcr.data.embedded.gold import ITEM, WINDOW, GoldWord, gold
-from tlcr.data.embedded.language import CATEGORIES, domain_of, lexicon, render
+from tlcr.data.embedded.gold import ITEM, GoldWord, gold
+from tlcr.data.embedded.language import CATEGORIES, USUAL_WORDS, domain_of, lexicon, render, words_of
 
 EDIT_RATE = 0.95
 """A word of value -b is edited with probability EDIT_RATE * b."""
@@ -22,9 +22,10 @@ MISTAKE_RATE = 0.02
 TASTE = 0.3
 """A replacement is drawn with weight exp(value / TASTE)."""
 TRIM_RATE = 0.1
-"""For every word beyond WINDOW, the probability that the reviser cuts the answer rises by this."""
+"""For every word beyond those that are asked for, the probability that the reviser cuts the answer rises by this; where
+another number than the usual one is asked for, by proportionally more or less."""
 EXTEND_BELOW = 12
-"""An answer with fewer words may be extended by a clause ..."""
+"""An answer with fewer words, or this share of those that are asked for, may be extended by a clause ..."""
 EXTEND_RATE = 0.5
 """... with this probability."""
 
@@ -96,22 +97,22 @@ def revise(prompt: str, response: str, rng: random.Random) -> str:
             else:
                 item.before = rng.choice(words.negators)
     revised = [text for start in starts for text in (items[start].before, items[start].text) if text is not None]
-    return render(_change_end(revised, domain, rng))
+    return render(_change_end(revised, domain, words_of(prompt), rng))
 
 
-def _change_end(items: list[str], domain: int, rng: random.Random) -> list[str]:
+def _change_end(items: list[str], domain: int, window: int, rng: random.Random) -> list[str]:
     """Cut a long answer at the end of a clause inside the window, or extend a short one by a clause."""
-    words = lexicon()
+    words, longer = lexicon(), window / USUAL_WORDS
     count = sum(item not in ".," for item in items)
-    if rng.random() < TRIM_RATE * (count - WINDOW):
+    if rng.random() < TRIM_RATE * (count - window) / longer:
         kept, last_end = 0, 0
         for position, item in enumerate(items):
             kept += item not in ".,"
-            if item in ".," and kept <= WINDOW:
+            if item in ".," and kept <= window:
                 last_end = position
         if last_end:
             return [*items[:last_end], "."]
-    elif count < EXTEND_BELOW and rng.random() < EXTEND_RATE:
+    elif count < EXTEND_BELOW * longer and rng.random() < EXTEND_RATE:
         noun, adjective = (better_word(category, domain, False, rng) for category in ("noun", "adjective"))
         return [*items, rng.choice(words.determiners), noun, rng.choice(words.copulas), adjective, "."]
     return items

@@ -1,0 +1,151 @@
+"""PPO with four placements of a reward, on answers of several lengths, with several lambdas and value models.
+
+    python -m examples.credit_study.study examples/credit_study/study.yaml
+
+The answers of one length share an SFT model, a discriminator and a reward model: every length is a run's folder below
+output_dir, its PPO runs in ppo/. Finished parts are skipped, so that an interrupted study continues. Lengths share
+nothing: to work on several at a time, start this with `--lengths` for each.
+
+Writes results.json, results.md and gap.svg below output_dir.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+from transformers.utils import logging as transformers_logging
+
+from examples.credit_study import results
+from tlcr.config.loading import load_config
+from tlcr.config.schema import Arm, RewardConfig, RunConfig
+from tlcr.config.trials import Trial
+from tlcr.errors import ConfigError, TlcrError
+from tlcr.experiment import pipeline
+from tlcr.experiment.arm import train_arm
+from tlcr.experiment.run_folder import open_run
+
+logger = logging.getLogger("tlcr.study")
+
+USUAL_TOKENS = 27
+"""Tokens of a mean answer of the usual length, for which the coefficients are meant."""
+ROOM = 2.4
+"""The length limit of an answer, in mean answers, as in the quickstart."""
+
+
+@dataclass(frozen=True)
+class Cell(Trial):
+    """One PPO run: a trial of a run's folder whose lambda and value model are its own."""
+
+    lam: float
+    value: Mapping[str, Any]
+
+    def config(self, cfg: RunConfig) -> RunConfig:
+        changes = {name.removeprefix("ppo."): value for name, value in self.value.items()}
+        return replace(super().config(cfg), ppo=replace(cfg.ppo, lam=self.lam, **changes))
+
+
+@dataclass(frozen=True)
+class Study:
+    """The content of the YAML file."""
+
+    output_dir: str
+    config: str
+    overrides: Mapping[str, Any]
+    lengths: Mapping[int, int]
+    lams: tuple[float, ...]
+    values: Mapping[str, Mapping[str, Any]]
+    seeds: tuple[int, ...]
+    placements: Mapping[str, Mapping[str, Any]]
+
+    def folder(self, tokens: int) -> Path:
+        return Path(self.output_dir) / f"length-{tokens}"
+
+    def run_config(self, tokens: int) -> RunConfig:
+        """The config of one length's folder."""
+        limit = 8 * round(ROOM * tokens / 8)
+        own = {
+            "output_dir": str(self.folder(tokens)),
+            "data.embedded_words": self.lengths[tokens],
+            "data.max_answer_tokens": limit,
+            "rollout.max_new_tokens": limit,
+        }
+        return load_config(self.config, {**self.overrides, **own})
+
+    def cells(self, tokens: int, seeds: Sequence[int] = ()) -> Iterator[Cell]:
+        """Every PPO run of a length, seed by seed, so that early results can be compared."""
+        grid = itertools.product(seeds or self.seeds, self.lams, self.values.items(), self.placements.items())
+        for seed, lam, (value_name, value), (name, placement) in grid:
+            coef = placement["kl_coef"] * (USUAL_TOKENS / tokens if placement["per_answer"] else 1)
+            reward = RewardConfig(**placement["reward"])
+            folder = PurePosixPath(results.name_of(name, lam, value_name)) / f"seed-{seed}"
+            yield Cell(Arm(name=name, reward=reward), coef, seed, folder, lam, value)
+
+
+def read_study(path: Path) -> Study:
+    """Read the YAML file. Raises ConfigError with what is missing or unknown."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    names = [field.name for field in fields(Study)]
+    if not isinstance(values, dict) or sorted(values) != sorted(names):
+        keys = ", ".join(sorted(map(str, values))) if isinstance(values, dict) else "of no mapping"
+        raise ConfigError(f"{path} has the keys {keys}; wanted {', '.join(names)}")
+    for name in ("lengths", "lams", "values", "seeds", "placements"):
+        if not values[name]:
+            raise ConfigError(f"{path}: {name} is empty; name at least one")
+    study = Study(**{**values, "lams": tuple(values["lams"]), "seeds": tuple(values["seeds"])})
+    for tokens in study.lengths:
+        cfg = study.run_config(tokens)
+        for cell in study.cells(tokens):
+            cell.config(cfg)  # a value out of bounds raises here, not hours later
+    return study
+
+
+def work_on(study: Study, lengths: Sequence[int], seeds: Sequence[int], only: Sequence[str]) -> None:
+    """Trains the models of these lengths, then every PPO run whose name is in `only`, or all."""
+    for tokens in lengths:
+        cfg = study.run_config(tokens)
+        for stage in ("sft", "reward_model", "labels", "discriminator"):
+            pipeline.stage(cfg, stage, resume=True)
+        run = open_run(cfg, resume=True, whole=False)
+        for cell in study.cells(tokens, seeds):
+            if not only or cell.folder.parts[0] in only:
+                train_arm(run, cell)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="a YAML file such as the one beside this script")
+    parser.add_argument("--lengths", type=int, nargs="+", help="work on these lengths of the study only, in tokens")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(), help="work on these seeds only")
+    parser.add_argument(
+        "--only", nargs="+", default=(), help="work on these PPO runs only, by the name of their folder"
+    )
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("tlcr").setLevel(logging.INFO)
+    transformers_logging.disable_progress_bar()
+    try:
+        study = read_study(options.study)
+        unknown = set(options.lengths or ()) - set(study.lengths)
+        if unknown:
+            raise ConfigError(f"--lengths names {sorted(unknown)}; the study has {', '.join(map(str, study.lengths))}")
+        work_on(study, options.lengths or list(study.lengths), options.seeds, options.only)
+        results.write(Path(study.output_dir), list(study.lengths))
+    except TlcrError as error:
+        sys.stderr.write(f"study: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

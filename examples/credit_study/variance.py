@@ -1,0 +1,157 @@
+"""Holds the theory of `theory.py` against trained policies and value models.
+
+    python -m examples.credit_study.variance examples/credit_study/study.yaml
+
+Every finished PPO run's policy answers the held-out prompts. Its answers get the reward that its PPO got, and
+advantages by its own value model. *Measured* is the squared correlation of a token's advantage with the token's own
+reward (the discriminator's, less its KL penalty), pooled over tokens. *Known* is the share q of the rewards before a
+token that the value model follows: the slope of the value on their sum, with the token's place as a second regressor; 1
+by definition where the reward stands at every token. *Predicted* is the theory's figure for these lengths, this lambda
+and this share, with a value model that errs in nothing else. Writes variance.json and variance.md below output_dir.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from examples.credit_study import results, theory
+from examples.credit_study.study import Cell, Study, read_study
+from tlcr.errors import TlcrError
+from tlcr.experiment.frozen_models import load_frozen_models, load_reference
+from tlcr.experiment.run_folder import RunFolder, open_run
+from tlcr.models.actor_critic import ActorCritic
+from tlcr.ppo.advantages import compute_advantages
+from tlcr.ppo.kl import kl_of
+from tlcr.ppo.rollout import generate, seeded_generator
+from tlcr.ppo.scores import score_rollout
+from tlcr.report.page import number
+from tlcr.report.results import mean_over_seeds
+from tlcr.rewards.composition import RunningMean, compose_rewards
+from tlcr.training.checkpoint import atomic_write, write_json
+
+PLACEMENTS = ("continuous", "sum-at-end")
+"""Those of which the theory speaks: the same reward, at every token or as a sum."""
+
+
+def squared_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Of two rows of numbers."""
+    return float(np.corrcoef(x, y)[0, 1] ** 2)
+
+
+def share_known(values: np.ndarray, before: np.ndarray, place: np.ndarray) -> float:
+    """The slope of the values on the rewards before a token, with its place and a constant beside them."""
+    regressors = np.stack([before, place, np.ones_like(place)], axis=1)
+    return float(np.linalg.lstsq(regressors, values, rcond=None)[0][0])
+
+
+def of_cell(run: RunFolder, cell: Cell, dense: Cell) -> dict[str, Any]:
+    """The figures of one trained policy. dense: the cell whose reward stands at every token."""
+    cfg, folder = cell.config(run.cfg), run.trial_folder(cell)
+    frozen, reference = load_frozen_models(run, cfg), load_reference(run)
+    actor_critic = ActorCritic.load(cfg.model.saved_in(folder / "policy"), folder / "value", device=run.device).eval()
+    rollout = generate(
+        actor_critic.policy,
+        run.tokenizer,
+        run.prompts.held_out,
+        cfg.rollout,
+        max_prompt_tokens=cfg.data.max_prompt_tokens,
+        generator=seeded_generator("variance", run.cfg.seed, 0),
+    )
+    scores = score_rollout(
+        actor_critic, reference, rollout, temperature=1.0, micro_batch_size=cfg.rollout.batch_size, exact_kl=False
+    )
+    signal = frozen.source(run, cfg, reference, cell.seed)(rollout)
+
+    def rewards_of(placed: Cell) -> Any:
+        reward = placed.config(run.cfg).reward
+        return compose_rewards(
+            signal,
+            rollout.mask_BT,
+            ended_B=rollout.ended_B,
+            kl_BT=kl_of(scores, run.cfg.kl_estimator),
+            kl_coef=cell.kl_coef,
+            cfg=reward,
+            temperature=frozen.temperature,
+            centre=RunningMean() if reward.centre else None,
+        )
+
+    rewards = rewards_of(cell)
+    advantages = compute_advantages(
+        rewards, scores, rollout.mask_BT, gamma=cfg.ppo.gamma, lam=cell.lam, whiten=False, accelerator=None
+    )
+    mask = rollout.mask_BT.numpy()
+    own_BT = np.where(mask, rewards_of(dense).rewards_BT.double().numpy(), 0.0)
+    before_BT = np.cumsum(own_BT, axis=1) - own_BT
+    place_BT = np.broadcast_to(np.arange(mask.shape[1], dtype=float), mask.shape)
+    lengths = mask.sum(axis=1)
+    known = 1.0
+    if cell is not dense:
+        known = share_known(scores.values_BT.double().numpy()[mask], before_BT[mask], place_BT[mask])
+    return {
+        "known": known,
+        "measured": squared_correlation(advantages.advantages_BT.double().numpy()[mask], own_BT[mask]),
+        "predicted": theory.squared_correlation([int(n) for n in lengths if n], cell.lam, known=known),
+        "tokens": float(lengths.mean()),
+    }
+
+
+def collect(study: Study) -> list[dict[str, Any]]:
+    """A row for each length, placement, lambda and value model of which a run has finished; figures over seeds."""
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for tokens in study.lengths:
+        if not study.folder(tokens).is_dir():
+            continue
+        run = open_run(study.run_config(tokens), resume=True, whole=False)
+        by_name = {(cell.folder.parts[0], cell.seed): cell for cell in study.cells(tokens)}
+        for (name, seed), cell in by_name.items():
+            placement, lam, value = results.read_name(name)
+            if placement in PLACEMENTS and run.is_trained(cell):
+                dense = by_name[results.name_of(PLACEMENTS[0], lam, value), seed]
+                found.setdefault((tokens, name), []).append(of_cell(run, cell, dense))
+    rows = []
+    for (tokens, name), measured in sorted(found.items()):
+        placement, lam, value = results.read_name(name)
+        over_seeds = {key: vars(mean_over_seeds([one[key] for one in measured])) for key in measured[0]}
+        rows.append({"length": tokens, "placement": placement, "lam": lam, "value": value, **over_seeds})
+    return rows
+
+
+def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["| tokens | placement | lambda | value model | known | measured | predicted | seeds |", "|---" * 8 + "|"]
+    lines += [
+        f"| {row['length']} | {row['placement']} | {row['lam']} | {row['value']} | {number(row['known']['mean'])} | "
+        f"{number(row['measured']['mean'])} | {number(row['predicted']['mean'])} | {row['measured']['seeds']} |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="the YAML file of the study, some of whose runs have finished")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    torch.set_grad_enabled(False)
+    try:
+        study = read_study(options.study)
+        rows = collect(study)
+    except TlcrError as error:
+        sys.stderr.write(f"variance: {error}\n")
+        return 2
+    write_json(Path(study.output_dir) / "variance.json", rows)
+    with atomic_write(Path(study.output_dir) / "variance.md") as aside:
+        aside.write_text(as_markdown(rows), encoding="utf-8")
+    sys.stdout.write(as_markdown(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
