@@ -9,7 +9,7 @@ RIVALS := $(VENV)/.rivals
 DOCS := $(VENV)/.docs
 CPP := $(shell find csrc tests/cuda/emulator .ci -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: quickstart test test-slow test-again lint format docs bench bench-report bench-compare wheels lowest newest lock hosts vllm engines gpu gpu-in-small faults fuzz fuzz-sanitized audit
+.PHONY: quickstart test test-slow test-again lint format docs bench bench-report bench-compare wheels lowest newest lock hosts vllm engines gpu gpu-in-small faults fuzz fuzz-sanitized audit results-check
 
 quickstart: $(INSTALLED)
 	$(BIN)/tlcr run examples/quickstart.yaml --resume
@@ -38,6 +38,10 @@ fuzz: $(INSTALLED)
 # The arguments of the ops under the sanitizers of the compiler, which builds them in build/sanitized.
 fuzz-sanitized: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.faults.sanitized --minutes $(or $(MINUTES),1) --seed $(or $(SEED),0)
+
+# Every study behind docs/results at a tiny size by the same code, and the figures of those pages against their files.
+results-check: $(INSTALLED)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.results
 
 # Asks for known vulnerabilities of the newest versions that are tested. Fails where it cannot ask.
 audit: $(INSTALLED)

@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from examples.credit_study import theory
 from tlcr.report import figures
 from tlcr.report.page import number
 from tlcr.report.results import SeedRun, gold_at_matched_kl, mean_over_seeds, paired_difference, reached_kl, read_runs
@@ -101,10 +102,11 @@ def _gap(ours: Sequence[SeedRun], theirs: Sequence[SeedRun]) -> dict[str, Any]:
 
 
 def write(folder: Path, lengths: Sequence[int]) -> None:
-    """results.json, results.md and gap.svg."""
+    """results.json, results.md, gap.svg and theory.svg."""
     found = collect(folder, lengths)
     write_json(folder / "results.json", found)
-    for name, text in (("results.md", as_markdown(found)), ("gap.svg", plot(found["gaps"]))):
+    texts = {"results.md": as_markdown(found), "gap.svg": plot(found["gaps"]), "theory.svg": plot_theory(lengths)}
+    for name, text in texts.items():
         with atomic_write(folder / name) as aside:
             aside.write_text(text, encoding="utf-8")
 
@@ -171,3 +173,22 @@ def plot(gaps: Sequence[Mapping[str, Any]]) -> str:
         return figures.svg_file(
             figure, "Gold of a reward for every token less that of its sum at the end, against length"
         )
+
+
+def plot_theory(lengths: Sequence[int], lams: Sequence[float] = (0.7, 0.95, 1.0)) -> str:
+    """The share of the advantage's variance that is about its token, against length: at every token, and as a sum."""
+    with figures.style():
+        figure = Figure(figsize=(9.2, 3.4), layout="constrained")
+        panels = figure.subplots(1, len(lams), sharey=True)
+        for axis, lam in zip(panels, lams, strict=True):
+            for index, known in enumerate((1.0, 0.5, 0.1, 0.0)):
+                label = "at every token" if known == 1 else f"sum at the end, {known:.0%} known"
+                shares = [theory.squared_correlation([tokens], lam, known=known) for tokens in lengths]
+                look = {"color": figures.arm_colour(index), "marker": figures.arm_marker(index)}
+                axis.plot(lengths, shares, label=label, markersize=4.5, **look)
+            axis.set(xscale="log", yscale="log", xlabel="tokens of an answer", title=f"lambda {lam}", ylim=(5e-5, 1))
+            axis.set_xticks(lengths, [str(tick) for tick in lengths])
+            axis.minorticks_off()
+        panels[0].set_ylabel("share of the advantage\nthat is about its token")
+        panels[-1].legend(loc="lower left", fontsize=8)
+        return figures.svg_file(figure, "Squared correlation of a token's advantage with its own reward, by the theory")
