@@ -25,7 +25,6 @@ from tests.results.figures import RESULTS, unfounded
 ROOT = Path(__file__).parents[2]
 SMALL_RUN = {
     "parallel": 1,
-    "seeds": [0, 1],
     "models_per_seed": False,
     "data": {"embedded_pairs": 60},
     "sft": {"epochs": 1},
@@ -35,6 +34,8 @@ SMALL_RUN = {
     "ppo": {"updates": 2, "batch_size": 4, "minibatch_size": 4, "epochs": 1, "evaluate_every": 1},
     "evaluation": {"prompts": 6},
 }
+MANY = 8
+"""Arms: a run with so many gets one seed."""
 COEFS = 2
 """Coefficients of a reward at this size: two, so that its line has a way."""
 
@@ -50,8 +51,8 @@ class Study:
 
 
 def _run(config: dict[str, Any]) -> dict[str, Any]:
-    """A config of `tlcr run`."""
-    small = _merged(config, SMALL_RUN)
+    """A config of `tlcr run`: two seeds where it has few arms, one where it has many."""
+    small = _merged(config, SMALL_RUN) | {"seeds": [0, 1] if len(config["arms"]) < MANY else [0]}
     arms = [{**arm, "kl_coefs": arm["kl_coefs"][:COEFS]} if "kl_coefs" in arm else arm for arm in config["arms"]]
     return {**small, "arms": arms, "kl_coefs": config.get("kl_coefs", [])[:COEFS]}
 
@@ -72,8 +73,7 @@ def _credit(config: dict[str, Any]) -> dict[str, Any]:
         "lengths": {16: 12},
         "lams": [0.7],
         "values": {"policy": {}},
-        "seeds": [0, 1],
-    }
+        }
 
 
 STUDIES = {
