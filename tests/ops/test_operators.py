@@ -164,6 +164,23 @@ def test_second_derivatives_are_refused(op: str, backend: Backend, incoming: str
             gradient.sum().backward(retain_graph=True)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch takes them one by one
+@pytest.mark.parametrize(("op", "backend"), first_derivatives_only())
+def test_many_incoming_gradients_at_once_are_taken_one_by_one_or_refused(op: str, backend: Backend) -> None:
+    call, names = CALLS[op]
+    inputs = call_inputs(4, backend.device)
+    trained = [inputs[name].requires_grad_() for name in names]
+    result, factors = call(inputs, backend.impl), torch.tensor([1.0, -4.0, 0.5], device=backend.device)
+    singles = [torch.autograd.grad(result, trained, factor, retain_graph=True) for factor in factors]
+    if backend.impl == "reference":
+        with pytest.raises(NoDerivative, match=rf"^{op} of impl='reference' takes one incoming gradient at a time"):
+            torch.autograd.grad(result, trained, factors, is_grads_batched=True)
+        return
+    together = torch.autograd.grad(result, trained, factors, is_grads_batched=True)
+    for all_of_one, wanted in zip(together, zip(*singles, strict=True), strict=True):
+        torch.testing.assert_close(all_of_one, torch.stack(wanted), rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize(("namespace", "device"), namespaces())
 def test_second_derivatives_of_a_registered_gradient_are_refused(namespace: str, device: str) -> None:
     """Where torch runs the gradient that is registered with it, as it does for who calls the operator."""
