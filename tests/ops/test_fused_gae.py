@@ -124,6 +124,7 @@ def test_packed(backend: Backend, whiten: bool, dtype: torch.dtype, lengths: lis
     assert_close(got[1], wanted[1])
 
 
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 MASKS: dict[str, Any] = {
     "all": lambda shape: torch.ones(shape, dtype=torch.bool),
     "prefix": lambda shape: torch.arange(shape[1]) < torch.randint(shape[1] + 1, (shape[0], 1)),
@@ -155,7 +156,7 @@ def plain_rows(
 
 
 @backends("fused_gae")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("whiten", [False, True])
@@ -164,6 +165,9 @@ def test_every_length_as_accurate_as_a_plain_loop(
 ) -> None:
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     options: dict[str, Any] = {"gamma": 0.99, "lam": 0.95, "whiten": whiten}
+    # Under the interpreter a quarter of the combinations, among which every two values of two arguments meet.
+    if interpreted(backend) and (DTYPES.index(dtype) + list(MASKS).index(kind) + packed + 2 * whiten) % 4:
+        pytest.skip("another combination has it")
     for length in row_lengths(backend):
         mask = MASKS[kind]((5, length))
         if whiten and mask.sum() < 2:

@@ -86,12 +86,14 @@ def results_and_gradients(
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own, as inductor starts
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("op", "backend"), fast_backends())
-def test_a_compiled_caller_needs_no_graph_break_and_gets_the_same(op: str, backend: Backend) -> None:
-    """`torch.compile(fullgraph=True)` of code that calls the door, forward and backward, at two lengths."""
+def test_a_compiled_caller_needs_no_graph_break_and_gets_the_same(op: str, backend: Backend, compiler: str) -> None:
+    """`torch.compile(fullgraph=True)` of code that calls the door, forward and backward, at two lengths: all that looks
+    at our operators, and with inductor the C++ around them, which takes most of the time."""
     call, trained = CALLS[op]
     torch.compiler.reset()
-    compiled = torch.compile(lambda inputs: call(inputs, backend.impl), fullgraph=True, dynamic=True)
+    compiled = torch.compile(lambda inputs: call(inputs, backend.impl), fullgraph=True, dynamic=True, backend=compiler)
     for length in (4, 7):
         inputs = call_inputs(length, backend.device)
         wanted = results_and_gradients(lambda inputs: call(inputs, backend.impl), inputs, trained)

@@ -129,6 +129,7 @@ def assert_matches(got: PPOLoss, wanted: dict[str, float]) -> None:
 
 
 COEFFICIENTS: dict[str, Any] = {"value_coef": 0.7, "entropy_coef": 0.01, "kl_coef": 0.05}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"clip": 0.1, "clip_high": 0.3},
@@ -230,9 +231,11 @@ def test_gradcheck(backend: Backend, options: dict[str, Any]) -> None:
 
 
 @backends("ppo_loss")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_length(backend: Backend, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    if interpreted(backend) and (DTYPES.index(dtype) + OPTIONS.index(options)) % 2:
+        pytest.skip("the other half of the combinations has it")
     options = COEFFICIENTS | options
     for length in row_lengths(backend):
         inputs = example(5, length, dtype)
@@ -353,14 +356,13 @@ def test_what_does_not_count_leaves_no_trace(backend: Backend, poison: float) ->
     inputs = example(2, 8) if interpreted(backend) else example()
     options: dict[str, Any] = COEFFICIENTS | {"dual_clip": 2.0, "impl": backend.impl}
     clean = to_device(inputs, backend.device)
+    wanted, of_clean = ops.ppo_loss(**clean, **options), gradients(clean, **options)
     for name, tensor in inputs.items():
         if name == "mask":
             continue
         dirty = to_device(inputs | {name: tensor.masked_fill(~inputs["mask"], poison)}, backend.device)
-        wanted = ops.ppo_loss(**clean, **options)
         for result, true in zip(ops.ppo_loss(**dirty, **options), wanted, strict=True):
             assert torch.equal(result, true), name
-        of_clean = gradients(clean, **options)
         for trained, grad in gradients(dirty, **options).items():
             assert torch.equal(grad, of_clean[trained]), name
             assert not grad[~clean["mask"]].any()
