@@ -1,5 +1,5 @@
 """Fresh processes that have imported torch and nothing of tlcr, without the seconds that importing torch takes: one
-process imports it, and each program runs in a fork of that."""
+process imports it, and each program runs in a fork of that, for two minutes at most."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 SERVER = """
-import json, os, sys, traceback, warnings
+import json, os, signal, sys, traceback, warnings
 import torch
 
 def program(code, folder, options, variables, output):
+    signal.alarm(120)
     os.dup2(os.open(output + ".out", os.O_WRONLY | os.O_CREAT), 1)
     os.dup2(os.open(output + ".err", os.O_WRONLY | os.O_CREAT), 2)
     os.chdir(folder)
@@ -57,7 +58,7 @@ def run(code: str, folder: Path, *filters: str, **environment: str) -> Done:
     Args:
         code: the program.
         folder: where it runs.
-        filters: of warnings, as `error` or `error:RuntimeWarning`, in place of Python's own.
+        filters: of warnings, as `error` or `error:RuntimeWarning`, before Python's own.
         environment: variables beside those of this process, as far as torch has not read them yet.
 
     Returns:

@@ -13,6 +13,7 @@ from tests.ops.helpers import (
     assert_close,
     assert_no_worse_than_reference,
     backends,
+    crossed,
     interpreted,
     row_lengths,
     strided,
@@ -155,19 +156,20 @@ def plain_rows(
     return advantages, returns
 
 
-@backends("fused_gae")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("whiten", [False, True])
+# Under the interpreter every two values of two arguments meet.
+@crossed(
+    "fused_gae",
+    lambda dtype, kind, packed, whiten: (dtype + kind + packed + 2 * whiten) % 4 == 0,
+    dtype=DTYPES,
+    kind=list(MASKS),
+    packed=[False, True],
+    whiten=[False, True],
+)
 def test_every_length_as_accurate_as_a_plain_loop(
     backend: Backend, dtype: torch.dtype, kind: str, packed: bool, whiten: bool
 ) -> None:
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     options: dict[str, Any] = {"gamma": 0.99, "lam": 0.95, "whiten": whiten}
-    # Under the interpreter a quarter of the combinations, among which every two values of two arguments meet.
-    if interpreted(backend) and (DTYPES.index(dtype) + list(MASKS).index(kind) + packed + 2 * whiten) % 4:
-        pytest.skip("another combination has it")
     for length in row_lengths(backend):
         mask = MASKS[kind]((5, length))
         if whiten and mask.sum() < 2:
