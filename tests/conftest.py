@@ -58,6 +58,11 @@ def little_to_look_through() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """As Python ends it collects what is left, and packages complain of what it cannot see."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def no_accelerator_of_another_test() -> Iterator[None]:
     """What an Accelerator knows of device and processes is shared in a process; the next test's finds out anew."""
