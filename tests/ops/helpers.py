@@ -1,5 +1,7 @@
 """What the tests of the ops share. Tolerances live here and nowhere else."""
 
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,6 +30,25 @@ def backends(op: str) -> pytest.MarkDecorator:
         for impl in status.usable
     ]
     return pytest.mark.parametrize("backend", params)
+
+
+def crossed(op: str, few: Callable[..., bool], **values: Sequence[Any]) -> pytest.MarkDecorator:
+    """As `backends`, with every combination of some values; under the interpreter with those alone that `few` takes.
+
+    Args:
+        op: the op.
+        few: of the places of the values, by their names.
+        values: the test's other arguments.
+    """
+    params = []
+    for given in backends(op).args[1]:
+        for places in itertools.product(*(range(len(one)) for one in values.values())):
+            named = dict(zip(values, places, strict=True))
+            if not interpreted(given.values[0]) or few(**named):
+                words = [f"{name}{place}" for name, place in named.items()]
+                taken = [values[name][place] for name, place in named.items()]
+                params.append(pytest.param(*given.values, *taken, id="-".join([*words, given.id])))
+    return pytest.mark.parametrize(("backend", *values), params)
 
 
 def interpreted(backend: Backend) -> bool:

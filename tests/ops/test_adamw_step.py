@@ -1,8 +1,7 @@
 """adamw_step: AdamW in float64 beside it, and the halves of a float32 that its weights and remainders are."""
 
 import math
-import subprocess
-import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.helpers import INF, NAN, Backend, assert_no_worse_than_reference, backends, interpreted, strided
+from tests.preloaded import run
 from tlcr import ops
 from tlcr.errors import ConfigError, ShapeError
 from tlcr.ops import _library
@@ -250,22 +250,23 @@ def test_the_same_bits_on_every_call(backend: Backend) -> None:
 
 
 ON_THREADS = """
-import sys, torch
+import hashlib, torch
 from tests.ops import test_adamw_step as tests
-torch.set_num_threads(int(sys.argv[1]))
-torch.manual_seed(0)
-states = [tests.example(size) for size in (100_003, 5, 0, 300_001, 4_096, 12_289)]
-tests.ops.adamw_step(**tests.lists(states), **tests.OPTIONS, step=2)
-print(hashlib.sha256(b"".join(t.view(torch.uint8).numpy().tobytes() for s in states for t in s.values())).hexdigest())
+for threads in (1, 3):
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    states = [tests.example(size) for size in (100_003, 5, 0, 300_001, 4_096, 12_289)]
+    tests.ops.adamw_step(**tests.lists(states), **tests.OPTIONS, step=2)
+    parts = [tensor.view(torch.uint8).numpy().tobytes() for state in states for tensor in state.values()]
+    print(hashlib.sha256(b"".join(parts)).hexdigest())
 """
 
 
 def test_threads_share_the_lists_and_change_no_bit() -> None:
-    def on(threads: int) -> str:
-        command = [sys.executable, "-c", "import hashlib" + ON_THREADS, str(threads)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    assert on(1) == on(3)
+    done = run(ON_THREADS, Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    one, three = done.stdout.split()
+    assert one == three
 
 
 def test_the_first_step_by_hand() -> None:

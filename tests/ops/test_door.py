@@ -2,10 +2,9 @@
 
 import inspect
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from tests.ops.examples import SIGNATURES, calls
+from tests.preloaded import run
 from tlcr import errors, ops
 from tlcr.errors import BackendUnavailable, ConfigError, ShapeError, TlcrError
 from tlcr.ops import _checks
@@ -189,7 +189,7 @@ def test_results_survive_pickling() -> None:
 
 def test_importing_the_ops_loads_no_backend() -> None:
     code = "import sys, tlcr.ops; sys.exit('triton' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert run(code, Path(__file__).parents[2]).returncode == 0
 
 
 GIVEN: dict[str, dict[str, Any]] = {

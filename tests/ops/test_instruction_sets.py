@@ -8,10 +8,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.preloaded import run as in_fresh_process
 from tlcr.ops import build_info
 
 ROOT = Path(__file__).parents[2]
@@ -87,37 +87,34 @@ def test_the_ops_on_a_lesser_instruction_set(instruction_set: str) -> None:
 
 
 SCORE_ON_THREADS = """
-import hashlib, json, sys, time
+import hashlib, json, time
 import torch
 from tlcr import ops
 
-threads = int(sys.argv[1])
-torch.set_num_threads(threads)
-torch.manual_seed(0)
 logits, ref_logits = torch.randn(2, 64, 100_003)
 token_ids = torch.randint(100_003, (64,))
 logits.requires_grad_()
-elsewhere = everywhere = 0.0
-for _ in range(8):
-    begin, begin_here = time.process_time(), time.thread_time()
-    scores = ops.score_tokens(logits, token_ids, ref_logits=ref_logits, impl="cpp")
-    everywhere += time.process_time() - begin
-    elsewhere += time.process_time() - begin - (time.thread_time() - begin_here)
-(grad,) = torch.autograd.grad(scores.logprobs.sum() + scores.entropy.sum() + scores.kl.sum(), logits)
-digest = hashlib.sha256()
-for tensor in (*scores, grad):
-    digest.update(tensor.detach().numpy().tobytes())
-print(json.dumps({"share_of_others": elsewhere / everywhere, "bits": digest.hexdigest()}))
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    elsewhere = everywhere = 0.0
+    for _ in range(8):
+        begin, begin_here = time.process_time(), time.thread_time()
+        scores = ops.score_tokens(logits, token_ids, ref_logits=ref_logits, impl="cpp")
+        everywhere += time.process_time() - begin
+        elsewhere += time.process_time() - begin - (time.thread_time() - begin_here)
+    (grad,) = torch.autograd.grad(scores.logprobs.sum() + scores.entropy.sum() + scores.kl.sum(), logits)
+    digest = hashlib.sha256()
+    for tensor in (*scores, grad):
+        digest.update(tensor.detach().numpy().tobytes())
+    print(json.dumps({"share_of_others": elsewhere / everywhere, "bits": digest.hexdigest()}))
 """
 
 
 @built
 def test_threads_share_the_rows_and_change_no_bit() -> None:
-    def on(threads: int) -> dict[str, Any]:
-        answer: dict[str, Any] = json.loads(run(sys.executable, "-c", SCORE_ON_THREADS, str(threads)))
-        return answer
-
-    one, two = on(1), on(2)
+    done = in_fresh_process(SCORE_ON_THREADS, Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    one, two = map(json.loads, done.stdout.splitlines())
     assert one["bits"] == two["bits"]
     # Two threads have half of the rows each.
     assert one["share_of_others"] < 0.1 and two["share_of_others"] > 0.25

@@ -86,12 +86,14 @@ def results_and_gradients(
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own, as inductor starts
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("op", "backend"), fast_backends())
-def test_a_compiled_caller_needs_no_graph_break_and_gets_the_same(op: str, backend: Backend) -> None:
-    """`torch.compile(fullgraph=True)` of code that calls the door, forward and backward, at two lengths."""
+def test_a_compiled_caller_needs_no_graph_break_and_gets_the_same(op: str, backend: Backend, compiler: str) -> None:
+    """`torch.compile(fullgraph=True)` of code that calls the door, forward and backward, at two lengths: all that looks
+    at our operators, and with inductor the C++ around them, which takes most of the time."""
     call, trained = CALLS[op]
     torch.compiler.reset()
-    compiled = torch.compile(lambda inputs: call(inputs, backend.impl), fullgraph=True, dynamic=True)
+    compiled = torch.compile(lambda inputs: call(inputs, backend.impl), fullgraph=True, dynamic=True, backend=compiler)
     for length in (4, 7):
         inputs = call_inputs(length, backend.device)
         wanted = results_and_gradients(lambda inputs: call(inputs, backend.impl), inputs, trained)
@@ -162,6 +164,23 @@ def test_second_derivatives_are_refused(op: str, backend: Backend, incoming: str
         assert torch.equal(gradient.detach(), want)
         with pytest.raises(NoDerivative, match=rf"^{op} has no second derivatives .*; {remedy(op)}"):
             gradient.sum().backward(retain_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch takes them one by one
+@pytest.mark.parametrize(("op", "backend"), first_derivatives_only())
+def test_many_incoming_gradients_at_once_are_taken_one_by_one_or_refused(op: str, backend: Backend) -> None:
+    call, names = CALLS[op]
+    inputs = call_inputs(4, backend.device)
+    trained = [inputs[name].requires_grad_() for name in names]
+    result, factors = call(inputs, backend.impl), torch.tensor([1.0, -4.0, 0.5], device=backend.device)
+    singles = [torch.autograd.grad(result, trained, factor, retain_graph=True) for factor in factors]
+    if backend.impl == "reference":
+        with pytest.raises(NoDerivative, match=rf"^{op} of impl='reference' takes one incoming gradient at a time"):
+            torch.autograd.grad(result, trained, factors, is_grads_batched=True)
+        return
+    together = torch.autograd.grad(result, trained, factors, is_grads_batched=True)
+    for all_of_one, wanted in zip(together, zip(*singles, strict=True), strict=True):
+        torch.testing.assert_close(all_of_one, torch.stack(wanted), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(("namespace", "device"), namespaces())

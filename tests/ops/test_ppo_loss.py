@@ -14,6 +14,7 @@ from tests.ops.helpers import (
     assert_close,
     assert_no_worse_than_reference,
     backends,
+    crossed,
     interpreted,
     row_lengths,
     strided,
@@ -129,6 +130,7 @@ def assert_matches(got: PPOLoss, wanted: dict[str, float]) -> None:
 
 
 COEFFICIENTS: dict[str, Any] = {"value_coef": 0.7, "entropy_coef": 0.01, "kl_coef": 0.05}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"clip": 0.1, "clip_high": 0.3},
@@ -229,9 +231,8 @@ def test_gradcheck(backend: Backend, options: dict[str, Any]) -> None:
     assert torch.autograd.gradcheck(function, leaves, fast_mode=interpreted(backend))
 
 
-@backends("ppo_loss")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", OPTIONS)
+# Under the interpreter half of them: all options, each with two dtypes.
+@crossed("ppo_loss", lambda dtype, options: (dtype + options) % 2 == 0, dtype=DTYPES, options=OPTIONS)
 def test_every_length(backend: Backend, dtype: torch.dtype, options: dict[str, Any]) -> None:
     options = COEFFICIENTS | options
     for length in row_lengths(backend):
@@ -353,14 +354,13 @@ def test_what_does_not_count_leaves_no_trace(backend: Backend, poison: float) ->
     inputs = example(2, 8) if interpreted(backend) else example()
     options: dict[str, Any] = COEFFICIENTS | {"dual_clip": 2.0, "impl": backend.impl}
     clean = to_device(inputs, backend.device)
+    wanted, of_clean = ops.ppo_loss(**clean, **options), gradients(clean, **options)
     for name, tensor in inputs.items():
         if name == "mask":
             continue
         dirty = to_device(inputs | {name: tensor.masked_fill(~inputs["mask"], poison)}, backend.device)
-        wanted = ops.ppo_loss(**clean, **options)
         for result, true in zip(ops.ppo_loss(**dirty, **options), wanted, strict=True):
             assert torch.equal(result, true), name
-        of_clean = gradients(clean, **options)
         for trained, grad in gradients(dirty, **options).items():
             assert torch.equal(grad, of_clean[trained]), name
             assert not grad[~clean["mask"]].any()

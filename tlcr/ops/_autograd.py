@@ -133,9 +133,15 @@ def eager_function(
 
 
 def recomputing(
-    op: Op[Any, Any], gradient: Gradient, operator: Callable[..., Any], backward_operator: Callable[..., Any]
+    op: Op[Any, Any],
+    gradient: Gradient,
+    operator: Callable[..., Any],
+    backward_operator: Callable[..., Any],
+    of_many: Callable[..., Any],
 ) -> Recorded:
-    """Records a call that keeps what the backward operator needs, and calls that for the gradients."""
+    """Records a call that keeps what the backward operator needs, and calls that for the gradients; `of_many`, the
+    operator that torch knows, for many incoming gradients at once (is_grads_batched): torch takes it for each of them.
+    """
     name, plain, single = op.name, gradient.plain, len(op.results) == 1
     places, incoming, conditional, required, kept, options, order = _layout(op, gradient)
     arguments: type[tuple[Any, ...]] = op.arguments
@@ -167,7 +173,8 @@ def recomputing(
                 grads = (*grads, None)
             saved = ctx.saved_tensors  # under torch's checkpointing this computes them again, with autograd
             with below_autograd():
-                got = backward_operator(*order((*grads, *saved, *ctx.options, *needed)))
+                of_these = of_many if any(map(batched, grads)) else backward_operator
+                got = of_these(*order((*grads, *saved, *ctx.options, *needed)))
             gradients = [x if wanted else None for x, wanted in zip(_tuple(got), needed, strict=True)]
             return None, None, *differentiable_once(name, plain, gradients)
 
@@ -180,7 +187,6 @@ def scaling(op: Op[Any, Any], gradient: Gradient, operator: Callable[..., Any]) 
     On the CPU alone, where the factor can be read without a wait: it is 1 where the result is the loss itself.
     """
     name, plain, number = op.name, gradient.plain, len(gradient.results(op.results))
-    batched = torch._C._functorch.is_legacy_batchedtensor
     graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
     class Scaling(torch.autograd.Function):
@@ -189,19 +195,28 @@ def scaling(op: Op[Any, Any], gradient: Gradient, operator: Callable[..., Any]) 
             needed = ctx.needs_input_grad[2:]
             with below_autograd():
                 results = operator(*values, *needed)
-            ctx.save_for_backward(*[x if wanted else None for x, wanted in zip(results[number:], needed, strict=True)])
+            # As saved tensors torch would wrap them here and unwrap them there, which takes as long as the kernel.
+            ctx.gradients = [x if wanted else None for x, wanted in zip(results[number:], needed, strict=True)]
             ctx.set_materialize_grads(False)
             found += results[:number]
             return results[0]
 
         @staticmethod
         def backward(ctx: Any, factor: Tensor | None) -> tuple[Tensor | None, ...]:
-            kept = ctx.saved_tensors
+            _ = ctx.saved_tensors  # none, but torch raises here what it says to a second backward pass
+            kept = ctx.gradients
             if factor is None:
                 return (None, None, *[None] * len(kept))
-            if graph_is_kept() or torch.is_grad_enabled() or type(factor) is not Tensor or batched(factor) or watched():
+            if (
+                graph_is_kept()
+                or torch.is_grad_enabled()
+                or type(factor) is not Tensor
+                or is_batched_tensor(factor)
+                or watched()
+            ):
                 scaled = [None if x is None else _times(x, factor) for x in kept]
                 return None, None, *differentiable_once(name, plain, scaled)
+            ctx.gradients = None  # so that a parameter takes its gradient as it is
             value = factor.item()
             if value != 1:
                 times = Tensor.mul_ if math.isfinite(value) else _times  # for the last time, so in place
@@ -250,6 +265,23 @@ class _DifferentiableOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         raise ctx.error
+
+
+def batched(gradient: Tensor | None) -> bool:
+    """Whether it stands for many incoming gradients at once (is_grads_batched)."""
+    return gradient is not None and is_batched_tensor(gradient)
+
+
+is_batched_tensor = torch._C._functorch.is_legacy_batchedtensor
+
+
+def refuse_batched(op: str, grads: Sequence[Tensor | None]) -> None:
+    """Raises where many gradients come at once, for a backward pass that fills tensors of its own."""
+    if any(map(batched, grads)):
+        raise NoDerivative(
+            f"{op} of impl='reference' takes one incoming gradient at a time (is_grads_batched=True); call "
+            "torch.autograd.grad for each, or take the compiled kernels, which have no such bound"
+        )
 
 
 def watched() -> bool:

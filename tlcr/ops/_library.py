@@ -109,6 +109,7 @@ def implementation(op: Op[ArgumentsT, ResultT], namespace: str, impl: str) -> Ca
     operator, *others = [getattr(getattr(torch.ops, namespace), one.name).default for one in used]
     # What the overload's own call passes on to. On this way are no keyword arguments, which it takes apart.
     forward, *others = [overload._op for overload in (operator, *others)]
+    known = others
     if impl == "triton" and op.triton is not None:
         kernels = [_imported_when_called(op.triton, operator.name) for operator in op.operators]
         forward, *others = map(_unless_watched, (forward, *others), kernels)
@@ -116,7 +117,7 @@ def implementation(op: Op[ArgumentsT, ResultT], namespace: str, impl: str) -> Ca
     if op.gradient is not None:
         backward, *with_gradients = others
         recorded = scaling(op, op.gradient, *with_gradients) if with_gradients else None
-        recorded = recorded or recomputing(op, op.gradient, forward, backward)
+        recorded = recorded or recomputing(op, op.gradient, forward, backward, known[0])
         function = eager_function(op, op.gradient, forward, recorded)
     trained = () if op.gradient is None else op.gradient.of
     tensors = [(at, name) for at, (name, kind, _) in enumerate(fields(op.arguments)) if kind is Tensor]

@@ -21,7 +21,7 @@ from torch import Tensor
 from tlcr.errors import ConfigError, ShapeError
 from tlcr.ops import _checks
 from tlcr.ops._arithmetic import arithmetic_dtype, no_autocast
-from tlcr.ops._autograd import differentiable_once, refuse_forward_mode, refuse_transforms
+from tlcr.ops._autograd import differentiable_once, refuse_batched, refuse_forward_mode, refuse_transforms
 from tlcr.ops._spec import Gradient, Impl, Op
 from tlcr.ops.types import TokenScores
 
@@ -333,6 +333,7 @@ class _ScoreTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_batched("score_tokens", grads)
         logits, ids_N1, ref_logits, temperature_N1, entropy_N, kl_N = ctx.saved_tensors
         grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         dtype = temperature_N1.dtype
@@ -378,6 +379,7 @@ class _ScoreHidden(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_batched("score_hidden", grads)
         saved = ctx.saved_tensors
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ids_N1, temperature_N1, entropy_N, kl_N = saved
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from tests.ppo.helpers import run_ppo, small_config
@@ -38,10 +38,10 @@ def large(kind: Any = LlamaForCausalLM, config: Any = LlamaConfig, **changes: An
         (large, {"batch_size": 33}, "generate", "with sdpa continuous batching was measured up to .* 32, and it is 33"),
         (lambda: large(vocab_size=1000), {"batch_size": 8}, "generate", r"as small as this one \(\d+\.\dM\)"),
         (
-            lambda: large(OPTForCausalLM, OPTConfig, vocab_size=400_000, word_embed_proj_dim=288),
+            lambda: large(FalconForCausalLM, FalconConfig, vocab_size=400_000),
             {"batch_size": 8},
             "generate",
-            "cannot run OPT",
+            "cannot run Falcon",
         ),
     ],
     ids=["servers", "paged", "many answers", "a small model", "what pages cannot run"],

@@ -11,9 +11,10 @@ from typing import Any, get_args
 
 import pytest
 import torch
-import transformers.generation
 from torch import Tensor
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
@@ -22,8 +23,6 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -236,7 +235,7 @@ def test_memory_of_paged_is_that_of_the_answers_under_way() -> None:
 @pytest.mark.parametrize(
     ("config", "kind", "attention_implementation", "says"),
     [
-        (OPTConfig(hidden_size=32, num_attention_heads=4, word_embed_proj_dim=32), OPTForCausalLM, "sdpa", "OPT"),
+        (FalconConfig(hidden_size=32, num_attention_heads=4), FalconForCausalLM, "sdpa", "cannot run Falcon"),
         (MambaConfig(hidden_size=32), MambaForCausalLM, "eager", "linear_attention"),
         (LlamaConfig(**SIZES), LlamaForCausalLM, "flex_attention", "'flex_attention' has no paged form"),
     ],
@@ -264,19 +263,6 @@ def test_a_model_that_would_be_computed_otherwise_is_refused() -> None:
         r"rollout\.engine: generate",
     ):
         Paged(Backwards(LlamaConfig(**SIZES)).eval())
-
-
-def test_an_earlier_transformers_without_some_settings_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    @dataclasses.dataclass
-    class Earlier:
-        num_blocks: int
-        seed: int
-
-    monkeypatch.setattr(transformers.generation, "ContinuousBatchingConfig", Earlier)
-    with pytest.raises(
-        ConfigError, match=r"continuous batching of transformers .* has no allow_block_sharing, .*page_size"
-    ):
-        Paged(lively())
 
 
 def test_prompts_without_an_answer_are_an_error_with_its_reason() -> None:

@@ -6,7 +6,6 @@ nor the weights that made them. The library's part is `generate_batch`, and noth
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +13,8 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-import transformers.generation
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.generation import ContinuousBatchingConfig
 
 from tlcr.errors import BackendUnavailable, ConfigError
 from tlcr.models import attention
@@ -29,18 +28,6 @@ PAGE = 256
 """Tokens whose keys and values lie in one page, in each layer."""
 STEP_TOKENS = 1024
 """Tokens that one step reads at most: prompts beyond it are read in the next one (ours; it bounds the mask)."""
-
-FIELDS = {
-    "page_size",
-    "num_blocks",
-    "max_batch_tokens",
-    "max_requests_per_batch",
-    "allow_block_sharing",
-    "return_logprobs",
-    "seed",
-    "auto_switch_to_flash",
-}
-"""What a call sets of transformers' config."""
 
 REMEDY = "set rollout.engine: generate"
 
@@ -91,10 +78,6 @@ def fault_of(config: PreTrainedConfig, kind: type[PreTrainedModel] | None = None
     Returns:
         A clause; None where nothing is wrong.
     """
-    known = getattr(transformers.generation, "ContinuousBatchingConfig", None)
-    lacking = FIELDS - {field.name for field in ([] if known is None else dataclasses.fields(known))}
-    if lacking:
-        return f"the continuous batching of transformers {transformers.__version__} has no {', '.join(sorted(lacking))}"
     own = config._attn_implementation
     if _implementation(own) is None:
         return f"model.attn_implementation {own!r} has no paged form (sdpa, eager and flash_attention_2 have one)"
@@ -187,7 +170,7 @@ def _generate_batch(
         outputs = model.generate_batch(  # type: ignore[operator]
             inputs=[list(prompt) for prompt in prompts],
             generation_config=config,
-            continuous_batching_config=transformers.generation.ContinuousBatchingConfig(**options),
+            continuous_batching_config=ContinuousBatchingConfig(**options),
             progress_bar=False,
         )
     numbers = {int(name.rpartition("_")[2]): output for name, output in outputs.items()}
