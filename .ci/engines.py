@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / ".ci")]
 
 from vllm import installed, served, words  # noqa: E402
 
-from tests.ppo.engines.real_vllm import rounds, say, small  # noqa: E402
+from tests.engines.real_vllm import rounds, say, small  # noqa: E402
 from tlcr.config.schema import RolloutConfig  # noqa: E402
 from tlcr.distribution import requirements  # noqa: E402
 
@@ -46,7 +46,7 @@ def main() -> None:
             subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
         settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
         settings |= {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": str(ROOT)}
-        inside = [python, "-m", "tests.ppo.engines.real_vllm"]
+        inside = [python, "-m", "tests.engines.real_vllm"]
         subprocess.run(inside, check=True, cwd=ROOT, env={**os.environ, **settings})
     say("every answer had the log-probabilities of the policy of its round")
 

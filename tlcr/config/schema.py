@@ -326,7 +326,41 @@ class EndpointConfig(Checked):
 
 
 @dataclass(frozen=True)
-class ReviserConfig(Checked):
+class EngineConfig(Checked):
+    """What samples answers from a model that was loaded here (docs/engines.md)."""
+
+    batch_size: int = knob(8, "answers that a local model generates at a time", ge=1)
+    engine: EngineName = knob(
+        "generate",
+        "what samples: transformers' generate; the same with a static cache and CUDA graphs, for a GPU; or its "
+        "continuous batching, in which the next prompt takes the place of an answer that ended; or vLLM, in this "
+        "process or on servers; auto: the fastest of them that is there, as tlcr doctor says",
+    )
+    server: tuple[str, ...] = knob((), "addresses of the vLLM servers, such as [http://localhost:8000]")
+    server_timeout: float = knob(
+        600.0, "a server that takes longer for a request is left out", unit="seconds", gt=0, advanced=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        for address in self.server:
+            refuse_credentials(f"{name}.server", address, VLLM_KEY_VARIABLE)
+        if self.engine == "server" and not self.server:
+            raise ConfigError(
+                f"{name}.engine is 'server' and server names none; name addresses, such as [http://localhost:8000]"
+            )
+        if len(set(self.server)) < len(self.server):
+            raise ConfigError(f"{name}.server is {list(self.server)}, with an address twice; name each once")
+
+    @property
+    def may_use_servers(self) -> bool:
+        """Whether the engine is, or may turn out to be, vLLM servers."""
+        return self.engine == "server" or (self.engine == "auto" and bool(self.server))
+
+
+@dataclass(frozen=True)
+class ReviserConfig(EngineConfig):
     """The reviser: makes minimal edits to rejected answers where data.edits is not set (docs/reviser.md)."""
 
     backend: Literal["none", "endpoint", "local", "files"] = knob(
@@ -342,7 +376,6 @@ class ReviserConfig(Checked):
     )
     temperature: float | None = knob(0.0, "sampling temperature; null: the server's default", ge=0)
     max_new_tokens: int = knob(1024, "length limit of reasoning and revision together", unit="tokens", ge=1)
-    batch_size: int = knob(8, "answers that a local model generates at a time", ge=1)
     attempts: int = knob(
         1,
         "requests, each paid, until a revision passes the checks; above 1 needs a temperature above 0",
@@ -390,7 +423,7 @@ class ReviserConfig(Checked):
     def decisive(self) -> dict[str, Any]:
         """The settings that decide the revisions; rates, limits and prices are not among them."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("cache", "batch_size", "endpoint"):
+        for name in ("cache", "endpoint", *(f.name for f in dataclasses.fields(EngineConfig))):
             del values[name]
         return {**values, "endpoint": {"model": self.endpoint.model, "extra_body": self.endpoint.extra_body}}
 
@@ -569,7 +602,7 @@ class KLConfig(Checked):
 
 
 @dataclass(frozen=True)
-class RolloutConfig(Checked):
+class RolloutConfig(EngineConfig):
     """How answers are sampled."""
 
     max_new_tokens: int = knob(256, "length limit of an answer", source="released code", unit="tokens", ge=1)
@@ -577,16 +610,6 @@ class RolloutConfig(Checked):
     top_p: float = knob(1.0, "nucleus sampling; below 1 the other tokens are never tried", gt=0, le=1)
     top_k: int = knob(0, "sample among this many tokens; 0: all", ge=0)
     batch_size: int = knob(64, "answers generated and scored at a time on a process", ge=1)
-    engine: EngineName = knob(
-        "generate",
-        "what samples: transformers' generate; the same with a static cache and CUDA graphs, for a GPU; or its "
-        "continuous batching, in which the next prompt takes the place of an answer that ended; or vLLM, in this "
-        "process or on servers; auto: the fastest of them that is there, as tlcr doctor says",
-    )
-    server: tuple[str, ...] = knob((), "addresses of the vLLM servers, such as [http://localhost:8000]")
-    server_timeout: float = knob(
-        600.0, "a server that takes longer for a request is left out", unit="seconds", gt=0, advanced=True
-    )
     ahead: int = knob(
         0,
         "rounds that answers are sampled ahead of training: with 1 the servers answer the prompts of the next round "
@@ -617,8 +640,6 @@ class RolloutConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for address in self.server:
-            refuse_credentials("RolloutConfig.server", address, VLLM_KEY_VARIABLE)
         if self.ahead and not self.may_use_servers:
             raise ConfigError(
                 f"RolloutConfig.ahead is {self.ahead} with engine {self.engine!r}: an engine in this process computes "
@@ -629,13 +650,6 @@ class RolloutConfig(Checked):
                 f"RolloutConfig.ahead is {self.ahead} with correction 'none': answers come from weights that are one "
                 "update old, and PPO's ratios would be those of the new ones; set correction: truncate, or ahead: 0"
             )
-        if self.engine == "server" and not self.server:
-            raise ConfigError(
-                "RolloutConfig.engine is 'server' and server names none; name addresses, such as "
-                "[http://localhost:8000]"
-            )
-        if len(set(self.server)) < len(self.server):
-            raise ConfigError(f"RolloutConfig.server is {list(self.server)}, with an address twice; name each once")
         if self.correction == "none" and self._truncates:
             raise ConfigError(
                 f"RolloutConfig.correction is 'none' with top_p {self.top_p} and top_k {self.top_k}: answers come from "
@@ -651,11 +665,6 @@ class RolloutConfig(Checked):
     def off_policy(self) -> bool:
         """Whether tokens are drawn from another distribution than the one that the trainer computes."""
         return self._truncates or self.engine not in ("generate", "static")
-
-    @property
-    def may_use_servers(self) -> bool:
-        """Whether the engine is, or may turn out to be, vLLM servers."""
-        return self.engine == "server" or (self.engine == "auto" and bool(self.server))
 
     @property
     def max_response_tokens(self) -> int:

@@ -18,13 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import PPOConfig, RunConfig
 from tlcr.config.stages import DONE
+from tlcr.engines import build_engine, resolved
 from tlcr.errors import CheckpointError, ConfigError, TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic
 from tlcr.models.adapters import adapter_of, base_parameters, own_parameters, own_part, role_of
 from tlcr.ppo.ahead import Ahead
 from tlcr.ppo.conversation import Environment
 from tlcr.ppo.correction import Correction
-from tlcr.ppo.engines import build_engine, resolved
 from tlcr.ppo.kl import build_kl_controller
 from tlcr.ppo.packing import packs_rows
 from tlcr.ppo.rollout import PromptStream

@@ -30,11 +30,11 @@ from transformers import (
 
 from tests.ppo.helpers import StopAt, Stopped, run_ppo, small_config
 from tlcr.config.schema import EngineName, RolloutConfig
+from tlcr.engines import Engine, Sampling, build_engine
+from tlcr.engines.paged import Paged, fault_of
 from tlcr.errors import BackendUnavailable, CheckpointError, ConfigError
 from tlcr.models import attention
 from tlcr.models.actor_critic import ActorCritic
-from tlcr.ppo.engines import Engine, Sampling, build_engine
-from tlcr.ppo.engines.paged import Paged, fault_of
 from tlcr.ppo.rollout import generate
 from tlcr.ppo.scores import score_rollout
 from tlcr.text.padding import pad_left, pad_right

@@ -1,6 +1,6 @@
 """Rounds of weight updates by a real vLLM: every answer has the log-probabilities of the policy of its round.
 
-``python -m tests.ppo.engines.real_vllm`` makes them with a vLLM in this process; .ci/engines.py with servers too.
+``python -m tests.engines.real_vllm`` makes them with a vLLM in this process; .ci/engines.py with servers too.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from tests.ppo.engines.helpers import PROMPTS, sampling, worst
+from tests.engines.helpers import PROMPTS, sampling, worst
 from tlcr.config.schema import LoRAConfig, RolloutConfig
+from tlcr.engines import build_engine
 from tlcr.models.adapters import Roles
-from tlcr.ppo.engines import build_engine
 
 TOLERANCE = 2e-5
 """Of a log-probability, in float32 with other kernels."""

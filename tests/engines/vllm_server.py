@@ -125,7 +125,9 @@ class VLLM:
 
 
 def _shaped(logits_V: Tensor, request: dict[str, Any]) -> Tensor:
-    """Temperature, top-k, top-p, in vLLM's order."""
+    """Temperature, top-k, top-p, in vLLM's order; at temperature 0 the most probable token alone."""
+    if request["temperature"] == 0:
+        return torch.full_like(logits_V, -torch.inf).index_fill(0, logits_V.argmax()[None], 0.0)
     logits_V = logits_V / request["temperature"]
     if request["top_k"] > 0:
         logits_V = logits_V.masked_fill(logits_V < logits_V.topk(request["top_k"]).values[-1], -torch.inf)

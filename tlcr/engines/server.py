@@ -31,14 +31,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tlcr.config.schema import RolloutConfig
+from tlcr.config.schema import EngineConfig
 from tlcr.credentials import VLLM_KEY_VARIABLE, without_secrets
 from tlcr.distribution import install_command
+from tlcr.engines.probe import NotThePolicys, Probe, check_probe, probe_prompt, probe_sampling
+from tlcr.engines.protocol import Answer, Sampling
 from tlcr.errors import BackendUnavailable
 from tlcr.models.adapters import whole_weights
 from tlcr.models.faults import one_line
-from tlcr.ppo.engines.probe import NotThePolicys, Probe, check_probe, probe_prompt, probe_sampling
-from tlcr.ppo.engines.protocol import Answer, Sampling
 from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.training.distributed import on_main_process, process_count
 from tlcr.training.profiling import part
@@ -47,9 +47,7 @@ try:
     import openai
     from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 except ImportError as error:
-    raise BackendUnavailable(
-        f"rollout.engine 'server' needs {error.name} ({error}): {install_command('openai')}"
-    ) from error
+    raise BackendUnavailable(f"engine 'server' needs {error.name} ({error}): {install_command('openai')}") from error
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +79,7 @@ class _State(NamedTuple):
 
 
 class Server:
-    """``vllm serve`` at each address of ``rollout.server``.
+    """``vllm serve`` at each address of ``server``.
 
     Args:
         cfg: addresses, time limit, and the sampling that probes use too.
@@ -93,7 +91,7 @@ class Server:
         BackendUnavailable: the packages of the extra ``openai`` are not installed.
     """
 
-    def __init__(self, cfg: RolloutConfig, policy: PreTrainedModel, folder: Path | None) -> None:
+    def __init__(self, cfg: EngineConfig, policy: PreTrainedModel, folder: Path | None) -> None:
         self._cfg, self._policy, self._folder = cfg, policy, folder
         self._clients = [_Client(address, cfg.server_timeout) for address in cfg.server]
         self._alive = list(self._clients)
@@ -222,8 +220,8 @@ class Server:
     def _require_one(self) -> None:
         if not self._alive:
             raise BackendUnavailable(
-                f"rollout.engine 'server' has no server left of {len(self._cfg.server)}, the last because: "
-                f"{self._reason}; see to it and continue with --resume, or set rollout.engine: generate"
+                f"engine 'server' has no server left of {len(self._cfg.server)}, the last because: "
+                f"{self._reason}; see to it and continue with --resume, or set engine: generate"
             )
 
     def close(self) -> None:
@@ -352,7 +350,7 @@ class _Client:
         except (ValueError, RecursionError) as error:
             raise _Fault(f"answers {path} with what is no JSON: {one_line(error)}") from error
         except openai.APITimeoutError as error:
-            raise _Fault(f"gave no answer within rollout.server_timeout = {self._timeout:g} s") from error
+            raise _Fault(f"gave no answer within server_timeout = {self._timeout:g} s") from error
         except openai.APIConnectionError as error:
             raise _Busy(f"cannot be reached: {one_line(error.__cause__ or error)}") from error
         except openai.APIStatusError as error:

@@ -12,15 +12,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tests.ppo.engines.helpers import ENDS, PROMPTS, sampling, worst
-from tests.ppo.engines.test_server import ids_of, model
-from tests.ppo.engines.vllm_server import VLLM as Served
+from tests.engines.helpers import ENDS, PROMPTS, sampling, worst
+from tests.engines.test_server import ids_of, model
+from tests.engines.vllm_server import VLLM as Served
 from tlcr.config.schema import LoRAConfig, RolloutConfig, RunConfig
+from tlcr.engines import build_engine
+from tlcr.engines import vllm as module
 from tlcr.errors import BackendUnavailable
 from tlcr.experiment.preflight import settings as preflight_settings
 from tlcr.models.adapters import Roles
-from tlcr.ppo.engines import build_engine
-from tlcr.ppo.engines import vllm as module
 
 CFG = RolloutConfig(engine="vllm", batch_size=4)
 

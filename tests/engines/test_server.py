@@ -17,16 +17,16 @@ from tenacity import wait_none
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.chat.chat_server import closed_port
-from tests.ppo.engines.helpers import ENDS, PROMPTS, sampling, worst
-from tests.ppo.engines.vllm_server import COMPLETION, VLLM, Fault, Reply, serving
+from tests.engines.helpers import ENDS, PROMPTS, sampling, worst
+from tests.engines.vllm_server import COMPLETION, VLLM, Fault, Reply, serving
 from tests.ppo.helpers import run_ppo, small_config, without_times
 from tlcr.config.schema import LoRAConfig, RolloutConfig, RunConfig, ShardingConfig
+from tlcr.engines import Answer, Sampling, build_engine
+from tlcr.engines import server as module
+from tlcr.engines.probe import PROBE_TOKENS
+from tlcr.engines.server import Server
 from tlcr.errors import BackendUnavailable, ConfigError
 from tlcr.models.adapters import Roles, merged_weights
-from tlcr.ppo.engines import Answer, Sampling, build_engine
-from tlcr.ppo.engines import server as module
-from tlcr.ppo.engines.probe import PROBE_TOKENS
-from tlcr.ppo.engines.server import Server
 from tlcr.training.metrics import read_metrics
 
 LM = Callable[..., PreTrainedModel]
