@@ -32,7 +32,8 @@ def main() -> None:
             words(512).save_pretrained(Path(name) / "model")
             began = time.monotonic()
             arguments = ["serve", str(Path(name) / "model"), "--dtype", "float32", "--max-model-len", "256"]
-            arguments += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
+            arguments += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--enable-lora"]
+            os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
             with served(command, arguments, Path(name)) as url:
                 say(f"the server was ready after {time.monotonic() - began:.0f} s")
                 rounds(RolloutConfig(engine="server", server=(url,)))

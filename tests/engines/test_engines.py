@@ -261,7 +261,7 @@ def test_a_model_that_would_be_computed_otherwise_is_refused() -> None:
     with pytest.raises(
         ConfigError,
         match=r"'paged', and transformers' continuous batching computes something else than Backwards does; set "
-        r"rollout\.engine: generate",
+        r"set engine: generate",
     ):
         Paged(Backwards(LlamaConfig(**SIZES)).eval())
 
@@ -287,7 +287,7 @@ def test_prompts_without_an_answer_are_an_error_with_its_reason() -> None:
         raise RuntimeError("out of memory\nin a kernel")
 
     policy.register_forward_pre_hook(fail)
-    said = r"no answer to 7 of 7 prompts \(out of memory.*; set rollout.engine"
+    said = r"no answer to 7 of 7 prompts \(out of memory.*; set engine"
     with pytest.raises(BackendUnavailable, match=said) as caught:
         engine.sample(PROMPTS, sampling())
     assert "\n" not in str(caught.value)
