@@ -96,7 +96,7 @@ def stored(cache: Path) -> dict[str, tuple[str, str, int]]:
 def test_chat_models_are_asked_by_every_engine(
     command: Callable[..., Path], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also one that is written to: a model of this machine, whose weights are sent to a server."""
+    """Once also by a server, which is sent the weights of the model of this machine."""
     asked: list[str] = []
     for name, kind in (("generate", Generate), ("paged", Paged)):
         own = kind.sample
@@ -109,16 +109,17 @@ def test_chat_models_are_asked_by_every_engine(
     expected = by("generate")
     assert len(expected) >= len(TEXTS) and len({text for text, *_ in expected.values()}) > 1
     assert set(asked) == {"generate"}
-    assert by("static") == expected
     asked.clear()
     assert by("paged") == expected
     assert set(asked) == {"paged"}
+    if command is not answer:
+        return
     asked.clear()
     fake = VLLM(load_causal_lm(GeneratorConfig(path=str(folder))))
     with serving(fake) as addresses:
         assert by("server", server=addresses) == expected
     assert not asked and len(fake.loaded) in (1, 2)  # for each turn
-    assert not list(tmp_path.rglob("server_weights"))
+    assert not list(tmp_path.rglob("*server_weights"))
 
 
 def test_the_doctor_looks_at_the_revisers_engine(folder: Path, tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ class LocalModel:
                 deliver(index, NoAnswer(f"prompt and answer of {longest} tokens, the model reads {positions}", True))
         if not ids:
             return
-        weights = self._store.path.with_name("server_weights")  # beside the answers: servers may have that disk alone
+        # Beside the answers: servers may share that disk alone. The store's lock keeps others out.
+        weights = self._store.path.with_name(f"{self._store.path.name}.server_weights")
         with StopSignals() as signals, closing(build_engine(self._engine, self._model, weights)) as engine:
             engine.refresh()
             for rows in self._batches(questions, ids):
