@@ -45,7 +45,7 @@ def a_server_answers_by_the_weights_of_all_shards(folder: Path) -> None:
         barrier()
     assert all(abs(row["mismatch/log_weight"]) < 1e-5 for row in figures(folder / "on-time"))
     late = [row["mismatch/kl"] for row in figures(folder / "ahead")]
-    assert late[0] < 1e-7 and all(kl > 1e-6 for kl in late[1:]), late
+    assert max(late[:2]) < 1e-8 and late[2] > 1e-6, late  # the first update trains the value model alone
     assert figures(folder / "cut") == figures(folder / "ahead")
 
 

@@ -335,9 +335,10 @@ class EndpointConfig(Checked):
         return not os.environ.get(self.key_variable) and self.base_url is None and "OPENAI_BASE_URL" not in os.environ
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig(Checked):
-    """What samples answers from a model that was loaded here (docs/engines.md)."""
+    """What samples answers from a model that was loaded here (docs/engines.md). By keyword alone: so the knobs of a
+    section that has these too come first."""
 
     batch_size: int = knob(8, "answers that a local model generates at a time", ge=1)
     engine: EngineName = knob(
