@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / ".ci")]
 
 from vllm import installed, served, words  # noqa: E402
 
-from tests.ppo.engines.real_vllm import rounds, say, small  # noqa: E402
+from tests.engines.real_vllm import rounds, say, small  # noqa: E402
 from tlcr.config.schema import RolloutConfig  # noqa: E402
 from tlcr.distribution import requirements  # noqa: E402
 
@@ -32,7 +32,8 @@ def main() -> None:
             words(512).save_pretrained(Path(name) / "model")
             began = time.monotonic()
             arguments = ["serve", str(Path(name) / "model"), "--dtype", "float32", "--max-model-len", "256"]
-            arguments += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
+            arguments += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--enable-lora"]
+            os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
             with served(command, arguments, Path(name)) as url:
                 say(f"the server was ready after {time.monotonic() - began:.0f} s")
                 rounds(RolloutConfig(engine="server", server=(url,)))
@@ -46,7 +47,7 @@ def main() -> None:
             subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
         settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
         settings |= {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": str(ROOT)}
-        inside = [python, "-m", "tests.ppo.engines.real_vllm"]
+        inside = [python, "-m", "tests.engines.real_vllm"]
         subprocess.run(inside, check=True, cwd=ROOT, env={**os.environ, **settings})
     say("every answer had the log-probabilities of the policy of its round")
 

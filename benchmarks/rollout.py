@@ -20,9 +20,9 @@ import torch
 
 from benchmarks.ppo_step.task import SHAPES, Task, causal_lm, device, tokenizer_of
 from tlcr.config.schema import ModelConfig, RolloutConfig
+from tlcr.engines import Sampling, build_engine
 from tlcr.models.inspection import attention_for
 from tlcr.models.layers import fuse_layers
-from tlcr.ppo.engines import Sampling, build_engine
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ from tlcr.chat import Answer, AnswerStore, Message, NoAnswer, Question, ask
 from tlcr.chat import local as local_module
 from tlcr.chat.local import LocalModel
 from tlcr.config.loading import load_config
-from tlcr.config.schema import ModelConfig
+from tlcr.config.schema import EngineConfig, ModelConfig
+from tlcr.engines import Engine
 from tlcr.errors import ConfigError, DataError
 from tlcr.experiment.pipeline import stage
 
@@ -41,9 +42,11 @@ def config(folder: Path) -> ModelConfig:
     return ModelConfig(path=str(folder), chat_template=TEMPLATE)
 
 
-def answers_of(folder: Path, asked: list[Question], *, batch_size: int = 3) -> list[Answer | NoAnswer]:
-    with AnswerStore(folder.parent / f"{batch_size}.sqlite") as store:
-        return ask(LocalModel(config(folder), store, batch_size=batch_size), asked, store, label="test")
+def answers_of(folder: Path, asked: list[Question], *, batch_size: int = 3, **engine: Any) -> list[Answer | NoAnswer]:
+    name = "-".join(map(str, (batch_size, *engine.values())))
+    with AnswerStore(folder.parent / f"{name}.sqlite") as store:
+        cfg = EngineConfig(batch_size=batch_size, **engine)
+        return ask(LocalModel(config(folder), store, cfg), asked, store, label="test")
 
 
 def greedy(folder: Path, question: Question) -> tuple[list[int], int | None]:
@@ -92,7 +95,7 @@ def test_a_model_is_asked_with_all_that_its_generation_prompt_opens(folder: Path
     (question,) = questions()[:1]
     for template, prompt in ((thinking, "assistant:<think>"), (bare, "assistant:")):
         with AnswerStore(folder.parent / f"{len(template)}.sqlite") as store:
-            model = LocalModel(ModelConfig(path=str(folder), chat_template=template), store, batch_size=1)
+            model = LocalModel(ModelConfig(path=str(folder), chat_template=template), store, EngineConfig(batch_size=1))
             (answer,) = ask(model, [question], store, label="test")
         assert isinstance(answer, Answer)
         text = f"user: {question.messages[0].content}\n{prompt}"
@@ -157,7 +160,7 @@ def test_a_run_that_is_told_to_stop_keeps_the_batches_that_are_done(folder: Path
     with pytest.raises(KeyboardInterrupt):
         answers_of(folder, questions())
     with AnswerStore(folder.parent / "3.sqlite") as store:
-        model = LocalModel(config(folder), store, batch_size=3)
+        model = LocalModel(config(folder), store, EngineConfig(batch_size=3))
         kept = [store.get(question.key(model.identity)) is not None for question in questions()]
     assert sum(kept) == 3
 
@@ -167,7 +170,7 @@ def test_a_model_without_a_chat_template_says_so(folder: Path) -> None:
         AnswerStore(folder.parent / "a.sqlite") as store,
         pytest.raises(ConfigError, match="has no chat template"),
     ):
-        model = LocalModel(ModelConfig(path=str(folder)), store, batch_size=1)
+        model = LocalModel(ModelConfig(path=str(folder)), store, EngineConfig(batch_size=1))
         ask(model, questions(), store, label="test")
 
 
@@ -211,11 +214,11 @@ def test_a_local_model_that_revises_well_makes_edits(tmp_path: Path, folder: Pat
     """The generation is replaced, nothing else: what the model is shown and how its answer is used."""
     shown: list[str] = []
 
-    def generate(self: LocalModel, prompts: list[list[int]], question: Question) -> list[Answer]:
+    def sample(self: LocalModel, engine: Engine, prompts: list[list[int]], question: Question) -> list[Answer]:
         shown.extend(self._tokenizer.decode(ids) for ids in prompts)
         return [Answer("rude\n<|Start Of Modified Response|>\nIt was good, but late.") for _ in prompts]
 
-    monkeypatch.setattr(LocalModel, "_generate", generate)
+    monkeypatch.setattr(LocalModel, "_sample", sample)
     give_room(folder)
     stage(load_config(None, settings(tmp_path, folder, [" It was bad, but late."])), "revisions")
     (made,) = (tmp_path / "run" / "revisions" / "revisions.jsonl").read_text().splitlines()

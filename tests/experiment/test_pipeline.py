@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.experiment.helpers import small_config, write_pairs
 from tlcr.config.dropped import dropped_knobs
 from tlcr.config.loading import dump_config, load_config
-from tlcr.config.schema import Arm, RewardConfig, RewardKind, RunConfig
+from tlcr.config.schema import Arm, EngineName, RewardConfig, RewardKind, RunConfig
 from tlcr.config.trials import Trial
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.evaluation.evaluate import PolicyEvaluation, evaluate_policy
@@ -207,6 +207,25 @@ def test_evaluating_again_finds_what_training_found(finished: RunConfig) -> None
     before = json.loads(path.read_text())
     stage(finished, "evaluate")
     assert json.loads(path.read_text()) == before
+
+
+def test_every_engine_evaluates_a_policy_alike(finished: RunConfig, tmp_path: Path) -> None:
+    """With top-k 1 each takes the most probable token."""
+    shutil.copytree(finished.output_dir, tmp_path / "run")
+    greedy = replace(finished.rollout, top_k=1)
+    few = replace(finished.evaluation, prompts=3)
+    cfg = replace(finished, output_dir=str(tmp_path / "run"), arms=finished.arms[:1], evaluation=few)
+    samples = tmp_path / "run" / "ppo" / "continuous" / "seed-0" / "samples.jsonl"
+
+    def by(engine: EngineName) -> list[dict[str, Any]]:
+        samples.unlink()
+        stage(replace(cfg, rollout=replace(greedy, engine=engine)), "evaluate")
+        return [json.loads(line) for line in samples.read_text().splitlines()]
+
+    expected, found = by("generate"), by("paged")
+    assert len({one["response"] for one in expected}) > 1
+    assert [(one["when"], one["response"]) for one in found] == [(e["when"], e["response"]) for e in expected]
+    assert [one["reward"] for one in found] == [pytest.approx(e["reward"], abs=1e-5) for e in expected]
 
 
 def test_no_policy_is_evaluated_twice(finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

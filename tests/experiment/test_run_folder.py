@@ -205,6 +205,28 @@ def test_a_trial_is_trained_by_its_own_record_with_todays_settings(tmp_path: Pat
     assert not changed.is_trained(changed.trials[0])
 
 
+def test_a_trained_trial_counts_whatever_does_not_decide_its_result(tmp_path: Path) -> None:
+    """Where servers are, for one: a run goes on with other addresses."""
+    cfg = small_config(tmp_path, **{"rollout.engine": "server", "rollout.server": ["http://a"]})
+    run = opened(cfg)
+    trial = run.trials[0]
+    settings, folder = run.trial_settings(trial), run.trial_folder(trial)
+    mark_done(folder, config=settings, metrics={}, seconds=0.0, record="arm.json")
+    free: dict[str, dict[str, Any]] = {
+        "rollout": {"server": ("http://b", "http://c"), "server_timeout": 5.0},
+        "ppo": {"save_every": 7, "save_in_background": True, "keep_checkpoints": 9, "micro_batch_size": 2},
+        "model": {"gradient_checkpointing": True},
+        "sft": {"save_every": 7, "micro_batch_size": 2},
+        "evaluation": {"per": "answer"},
+    }
+    other = opened(replace(cfg, **{name: replace(getattr(cfg, name), **values) for name, values in free.items()}))
+    assert other.is_trained(other.trials[0])
+    assert json.loads((folder / "arm.json").read_text())["config"]["rollout"]["server"] == ["http://a"]
+    elsewhere = opened(replace(cfg, rollout=replace(cfg.rollout, server=("http://b",), top_k=3)))
+    with pytest.raises(ConfigError, match=r"other settings \(rollout.top_k was 0, is 3\): restore them"):
+        elsewhere.once(folder, elsewhere.trial_settings(trial), dict, record="arm.json")
+
+
 # ---- where models lie
 
 

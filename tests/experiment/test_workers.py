@@ -82,6 +82,17 @@ def test_one_at_a_time_is_one_after_another(job: Callable[[str, str], Job], tmp_
     assert read(tmp_path / "order") == "cab"
 
 
+def test_a_job_takes_the_place_of_one_that_ended(job: Callable[[str, str], Job], tmp_path: Path) -> None:
+    """Two of three run at a time; the second waits until the third is there."""
+    write = "(here / ({name!r} + '.place')).write_text(os.environ['TLCR_PLACE'])"
+    waits = "\nwhile not (here / 'c.place').exists(): time.sleep(0.01)"
+    jobs = [job(name, write.format(name=name) + (waits if name == "b" else "")) for name in "abc"]
+    run_side_by_side(jobs, parallel=2, title="test")
+    assert [read(tmp_path / f"{name}.place") for name in "abc"] == ["0/2", "1/2", "0/2"]
+    run_side_by_side([job("alone", write.format(name="alone"))], parallel=2, title="test")
+    assert read(tmp_path / "alone.place") == "0/1"
+
+
 def test_progress_counts_ended_jobs_whole_and_running_ones_by_their_steps(
     job: Callable[[str, str], Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

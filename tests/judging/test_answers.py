@@ -16,6 +16,7 @@ from tlcr.chat.local import LocalModel
 from tlcr.chat.types import Deliver
 from tlcr.cli import main as cli
 from tlcr.config.judging import AnswerConfig
+from tlcr.engines import Engine
 from tlcr.judging.answers import answer_benchmark, answer_command, temperature_of
 from tlcr.judging.formats import Benchmark, BenchmarkQuestion, read_answers
 
@@ -102,18 +103,18 @@ def test_alpaca_eval_s_file(folder: Path, caplog) -> None:
 def test_the_loss_of_a_kill_is_a_batch(folder: Path, monkeypatch) -> None:
     """The process dies in the third batch, within the second turn; the next one generates what is missing."""
     generated: list[int] = []
-    generate = LocalModel._generate
+    generate = LocalModel._sample
 
-    def dying(self: LocalModel, asked: Any, question: Question) -> list[Answer]:
+    def dying(self: LocalModel, engine: Engine, asked: Any, question: Question) -> list[Answer]:
         if len(generated) == 3:
             raise SystemExit("killed")
         generated.append(len(asked))
-        return generate(self, asked, question)
+        return generate(self, engine, asked, question)
 
     asked = prompts(folder.parent, 2)
     settings = ["--temperature", "0", "--batch_size", "2"]
     with monkeypatch.context() as patched:
-        patched.setattr(LocalModel, "_generate", dying)
+        patched.setattr(LocalModel, "_sample", dying)
         with pytest.raises(SystemExit):
             answer(folder, asked, *settings)
     assert generated == [2, 2, 2]
@@ -122,8 +123,8 @@ def test_the_loss_of_a_kill_is_a_batch(folder: Path, monkeypatch) -> None:
     rest: list[int] = []
     monkeypatch.setattr(
         LocalModel,
-        "_generate",
-        lambda self, asked, question: rest.append(len(asked)) or generate(self, asked, question),
+        "_sample",
+        lambda self, engine, asked, question: rest.append(len(asked)) or generate(self, engine, asked, question),
     )
     assert answer(folder, asked, *settings) == 0
     assert rest == [2]

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from tests.ppo.helpers import bigram_lm, known_rollout, known_update, run_ppo, small_config, without_times
 from tlcr import ops
 from tlcr.config.schema import EngineName, RolloutConfig
+from tlcr.engines import Answer, Sampling
+from tlcr.engines.protocol import InProcess
 from tlcr.errors import BackendUnavailable, ConfigError
 from tlcr.models.actor_critic import ActorCritic
 from tlcr.ppo import correction, rollout
 from tlcr.ppo.correction import Correction, importance_weights
-from tlcr.ppo.engines import Answer, Sampling
-from tlcr.ppo.engines.protocol import InProcess
 from tlcr.ppo.scores import score_rollout
 from tlcr.training.metrics import read_metrics
 from tlcr.types import Advantages, PolicyScores, Rollout

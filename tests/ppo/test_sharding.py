@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.launched import Outcomes, launch
-from tests.ppo import sharded, sharded_hybrid, sharded_killed, sharded_lora
+from tests.ppo import sharded, sharded_hybrid, sharded_killed, sharded_lora, sharded_server
 from tests.ppo.helpers import run_ppo
 from tlcr.config.schema import ShardingConfig
 
@@ -39,6 +39,13 @@ def two_with_roles(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Pre
 @pytest.mark.parametrize("name", sharded_lora.checks.names)
 def test_two_processes_with_roles_over_one_backbone(two_with_roles: Outcomes, name: str) -> None:
     two_with_roles.assert_passed(name)
+
+
+@pytest.mark.slow
+def test_a_server_answers_for_two_processes(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (name,) = sharded_server.checks.names
+    launch("tests.ppo.sharded_server", tmp_path, processes=2).assert_passed(name)
 
 
 @pytest.mark.slow

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from tlcr.chat.store import AnswerStore
 from tlcr.chat.types import ChatModel
-from tlcr.config.schema import EndpointConfig, GeneratorConfig
+from tlcr.config.judging import AnswerConfig, JudgeConfig
+from tlcr.config.schema import GeneratorConfig, ReviserConfig
 from tlcr.errors import ConfigError
 
 __all__ = ["ChatConfig", "chat_model", "model_name"]
 
 
-class ChatConfig(Protocol):
-    """A config that names a chat model."""
-
-    @property
-    def backend(self) -> str:
-        """Either "endpoint" or "local"."""
-        ...
-
-    @property
-    def endpoint(self) -> EndpointConfig: ...
-
-    @property
-    def model(self) -> GeneratorConfig: ...
-
-    @property
-    def batch_size(self) -> int:
-        """Answers that a local model generates at a time."""
-        ...
+ChatConfig = AnswerConfig | JudgeConfig | ReviserConfig
+"""The configs that name a chat model."""
 
 
 def chat_model(cfg: ChatConfig, store: AnswerStore) -> ChatModel:
@@ -41,7 +24,7 @@ def chat_model(cfg: ChatConfig, store: AnswerStore) -> ChatModel:
         return Endpoint(cfg.endpoint, store)
     from tlcr.chat.local import LocalModel
 
-    return LocalModel(cfg.model, store, batch_size=cfg.batch_size)
+    return LocalModel(cfg.model, store, cfg)
 
 
 def model_name(cfg: ChatConfig) -> str:

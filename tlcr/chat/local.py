@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from tlcr.chat.store import AnswerStore
 from tlcr.chat.types import Answer, Deliver, NoAnswer, Question
-from tlcr.config.schema import GeneratorConfig
-from tlcr.models.loading import generating_with, load_causal_lm, load_tokenizer, position_limit, stop_ids
-from tlcr.text.padding import pad_left
+from tlcr.config.schema import EngineConfig, GeneratorConfig
+from tlcr.engines import Engine, Sampling, build_engine, resolved
+from tlcr.engines.generate import Generate
+from tlcr.models.loading import load_causal_lm, load_tokenizer, position_limit, stop_ids
 from tlcr.text.tokenization import decode_text, render_question
 from tlcr.training.distributed import process_device
 from tlcr.training.interrupt import StopSignals
 
 __all__ = ["LocalModel"]
 
+BATCHES = 4
+"""Batches that are given at a time to an engine which fills the places of answers that ended. What is under way is lost
+when a run is killed, so not all of them (ours)."""
+
 
 class LocalModel:
     """A ``ChatModel`` of transformers: chat template, batches of similar length, greedy at temperature 0.
 
-    If a question has choices, it can answer only with one of them; it ignores schemas. The model is loaded at the first
-    question.
+    An engine samples. If a question has choices, it can answer only with one of them: then `generate` does, which alone
+    holds a model to them. Schemas are ignored. The model is loaded at the first question.
     """
 
-    def __init__(self, cfg: GeneratorConfig, store: AnswerStore, *, batch_size: int) -> None:
-        self._cfg, self._store, self._batch_size = cfg, store, batch_size
+    def __init__(self, cfg: GeneratorConfig, store: AnswerStore, engine: EngineConfig) -> None:
+        self._cfg, self._store, self._engine = cfg, store, engine
         self._weights = _weights(Path(cfg.path))
         self._loaded = False
 
@@ -57,11 +62,16 @@ class LocalModel:
             if positions is not None and longest > positions:
                 del ids[index]
                 deliver(index, NoAnswer(f"prompt and answer of {longest} tokens, the model reads {positions}", True))
-        with StopSignals() as signals:
+        if not ids:
+            return
+        # Beside the answers: servers may share that disk alone. The store's lock keeps others out.
+        weights = self._store.path.with_name(f"{self._store.path.name}.server_weights")
+        with StopSignals() as signals, closing(build_engine(self._engine, self._model, weights)) as engine:
+            engine.refresh()
             for rows in self._batches(questions, ids):
                 if signals.received():
                     raise KeyboardInterrupt("told to stop; what was answered is kept")
-                answers = self._generate([ids[row] for row in rows], questions[rows[0]])
+                answers = self._sample(engine, [ids[row] for row in rows], questions[rows[0]])
                 for row, answer in zip(rows, answers, strict=True):
                     key = questions[row].key(self.identity)
                     self._store.put(key, answer, template=questions[row].template, model=self._cfg.path)
@@ -82,37 +92,28 @@ class LocalModel:
             question = questions[row]
             settings = (question.temperature, question.top_p, question.max_new_tokens, question.choices)
             groups.setdefault(settings, []).append(row)
+        waits = resolved(self._engine, self._model).engine in ("generate", "static")
+        size = self._engine.batch_size * (1 if waits else BATCHES)
         for rows in groups.values():
-            for start in range(0, len(rows), self._batch_size):
-                yield rows[start : start + self._batch_size]
+            for start in range(0, len(rows), size):
+                yield rows[start : start + size]
 
-    def _generate(self, prompts: Sequence[Sequence[int]], question: Question) -> list[Answer]:
-        sampling = GenerationConfig(
-            do_sample=bool(question.temperature),
-            temperature=question.temperature or None,
-            top_p=question.top_p if question.temperature else None,
-            top_k=0 if question.temperature else None,
+    def _sample(self, engine: Engine, prompts: Sequence[Sequence[int]], question: Question) -> list[Answer]:
+        if question.choices:
+            engine = Generate(self._model, choices=self._ways(question.choices))
+        sampling = Sampling(
             max_new_tokens=question.max_new_tokens,
-            eos_token_id=self._ends,
-            pad_token_id=self._tokenizer.pad_token_id,
-            use_cache=True,
+            temperature=question.temperature or 0.0,
+            top_p=question.top_p,
+            top_k=0,
+            end_ids=tuple(self._ends),
+            pad_id=self._tokenizer.pad_token_id,
+            batch_size=self._engine.batch_size,
         )
-        ids_BP, mask_BP = pad_left(prompts, self._tokenizer.pad_token_id)
-        device = self._model.device
-        devices = [device] if device.type == "cuda" else []
-        with generating_with(self._model, sampling), torch.random.fork_rng(devices=devices):
-            # The seed depends on the first question: a resumed run has other batches, but equal batches get equal
-            # answers.
-            torch.manual_seed(int(question.key(self.identity)[:15], 16))
-            sampled_BL: torch.Tensor = self._model.generate(  # type: ignore[operator]
-                input_ids=ids_BP.to(device),
-                attention_mask=mask_BP.long().to(device),
-                prefix_allowed_tokens_fn=self._holding_to(question.choices, ids_BP.shape[1]),
-            )
-        return [
-            self._answer(prompt, answer)
-            for prompt, answer in zip(prompts, sampled_BL[:, ids_BP.shape[1] :].tolist(), strict=True)
-        ]
+        # The seed depends on the first question: a resumed run has other batches, but equal batches get equal answers.
+        generator = torch.Generator().manual_seed(int(question.key(self.identity)[:15], 16))
+        answers = engine.sample(prompts, sampling, generator)
+        return [self._answer(prompt, found.ids_T.tolist()) for prompt, found in zip(prompts, answers, strict=True)]
 
     def _ways(self, choices: Sequence[str]) -> list[list[int]]:
         """The ids of each choice, with the end of sequence."""
@@ -122,21 +123,6 @@ class LocalModel:
             [*ids, self._tokenizer.eos_token_id]
             for ids in self._tokenizer(list(choices), add_special_tokens=False)["input_ids"]
         ]
-
-    def _holding_to(self, choices: Sequence[str], width: int) -> Callable[[int, torch.Tensor], list[int]] | None:
-        """For ``generate``: the tokens that may follow an answer's first ones, of a row with a prompt of ``width``."""
-        ways = self._ways(choices)
-        if not ways:
-            return None
-
-        def allowed(row: int, ids_L: torch.Tensor) -> list[int]:
-            begun = ids_L[width:].tolist()
-            following = {way[len(begun)] for way in ways if way[: len(begun)] == begun and len(way) > len(begun)}
-            return sorted(following) or [
-                self._tokenizer.eos_token_id
-            ]  # a finished row repeats its end until the others finish
-
-        return allowed
 
     def _answer(self, prompt: Sequence[int], sampled: Sequence[int]) -> Answer:
         end = next((place for place, token in enumerate(sampled) if token in self._ends), None)

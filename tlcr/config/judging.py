@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from tlcr.config.schema import Checked, EndpointConfig, GeneratorConfig, knob
+from tlcr.config.schema import EndpointConfig, EngineConfig, GeneratorConfig, knob
 from tlcr.errors import ConfigError
 
 __all__ = ["AnswerConfig", "JudgeConfig"]
 
 
 @dataclass(frozen=True)
-class AnswerConfig(Checked):
+class AnswerConfig(EngineConfig):
     """How a model answers the prompts of a benchmark (docs/judging.md)."""
 
     prompts: str | None = knob(None, "the benchmark's prompts: AlpacaEval's JSON list or FastChat's question.jsonl")
@@ -31,7 +31,6 @@ class AnswerConfig(Checked):
     max_new_tokens: int | None = knob(
         None, "length limit of an answer; null: 1024 (FastChat) or 2048 (alpaca_eval)", unit="tokens", ge=1
     )
-    batch_size: int = knob(8, "answers that a local model generates at a time", ge=1)
     seed: int = knob(0, "another seed samples other answers", ge=0)
     limit: int | None = knob(None, "answer only the first so many prompts", ge=1)
 
@@ -48,7 +47,7 @@ class AnswerConfig(Checked):
 
 
 @dataclass(frozen=True)
-class JudgeConfig(Checked):
+class JudgeConfig(EngineConfig):
     """The judge of answers, and its settings (docs/judging.md)."""
 
     prompts: str | None = knob(None, "the benchmark's question.jsonl, which FastChat's answer files do not repeat")

@@ -71,7 +71,7 @@ def knobs(cls: type) -> tuple[Knob, ...]:
 
 def _walk(cls: type, defaults: Mapping[str, Any], prefix: str) -> Iterator[Knob]:
     hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
+    for f in sorted(dataclasses.fields(cls), key=lambda f: bool(f.kw_only)):  # a section's own knobs first
         hint = hints[f.name]
         default = defaults.get(f.name, _field_default(f))
         if dataclasses.is_dataclass(hint):

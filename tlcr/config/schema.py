@@ -61,6 +61,7 @@ def knob(
     gt: float | None = None,
     le: float | None = None,
     advanced: bool = False,
+    decides: bool = True,
 ) -> Any:
     """A dataclass field that carries its meaning, its unit, its bounds and the source of its default.
 
@@ -75,14 +76,21 @@ def knob(
         gt: the value is greater than this.
         le: the value is at most this.
         advanced: few runs set it; only ``--help-all`` lists it. Its path and flag work like those of any other knob.
+        decides: whether the result depends on it, but for rounding; else what has ended counts with any value of it.
 
     Returns:
         The field.
     """
-    metadata = {"help": help, "source": source, "unit": unit, "ge": ge, "gt": gt, "le": le, "advanced": advanced}
+    metadata = {"help": help, "source": source, "unit": unit, "ge": ge, "gt": gt, "le": le}
+    metadata |= {"advanced": advanced, "decides": decides}
     if isinstance(default, (list, tuple)):
         return field(default_factory=lambda: tuple(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def undecisive(section: object) -> tuple[str, ...]:
+    """The knobs of a section on which no result depends."""
+    return tuple(f.name for f in dataclasses.fields(section) if not f.metadata.get("decides", True))  # type: ignore[arg-type]
 
 
 LARGEST = 2**63 - 1
@@ -146,7 +154,9 @@ class GeneratorConfig(Checked):
 class ModelConfig(GeneratorConfig):
     """The language model that all training starts from."""
 
-    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
+    gradient_checkpointing: bool = knob(
+        False, "recompute activations in the backward pass: less memory, more time", decides=False
+    )
 
     def saved_in(self, folder: object) -> ModelConfig:
         """These settings for a folder that a stage wrote: the tokenizer in it is complete."""
@@ -328,8 +338,48 @@ class EndpointConfig(Checked):
         return not os.environ.get(self.key_variable) and self.base_url is None and "OPENAI_BASE_URL" not in os.environ
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(Checked):
+    """What samples answers from a model that was loaded here (docs/engines.md). By keyword alone: so the knobs of a
+    section that has these too come first."""
+
+    batch_size: int = knob(8, "answers that a local model generates at a time", ge=1)
+    engine: EngineName = knob(
+        "generate",
+        "what samples: transformers' generate; the same with a static cache and CUDA graphs, for a GPU; or its "
+        "continuous batching, in which the next prompt takes the place of an answer that ended; or vLLM, in this "
+        "process or on servers; auto: the fastest of them that is there, as tlcr doctor says",
+    )
+    server: tuple[str, ...] = knob((), "addresses of the vLLM servers, such as [http://localhost:8000]", decides=False)
+    server_timeout: float = knob(
+        600.0,
+        "a server that takes longer for a request is left out",
+        unit="seconds",
+        gt=0,
+        advanced=True,
+        decides=False,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        for address in self.server:
+            refuse_credentials(f"{name}.server", address, VLLM_KEY_VARIABLE)
+        if self.engine == "server" and not self.server:
+            raise ConfigError(
+                f"{name}.engine is 'server' and server names none; name addresses, such as [http://localhost:8000]"
+            )
+        if len(set(self.server)) < len(self.server):
+            raise ConfigError(f"{name}.server is {list(self.server)}, with an address twice; name each once")
+
+    @property
+    def may_use_servers(self) -> bool:
+        """Whether the engine is, or may turn out to be, vLLM servers."""
+        return self.engine == "server" or (self.engine == "auto" and bool(self.server))
+
+
 @dataclass(frozen=True)
-class ReviserConfig(Checked):
+class ReviserConfig(EngineConfig):
     """The reviser: makes minimal edits to rejected answers where data.edits is not set (docs/reviser.md)."""
 
     backend: Literal["none", "endpoint", "local", "files"] = knob(
@@ -345,7 +395,6 @@ class ReviserConfig(Checked):
     )
     temperature: float | None = knob(0.0, "sampling temperature; null: the server's default", ge=0)
     max_new_tokens: int = knob(1024, "length limit of reasoning and revision together", unit="tokens", ge=1)
-    batch_size: int = knob(8, "answers that a local model generates at a time", ge=1)
     attempts: int = knob(
         1,
         "requests, each paid, until a revision passes the checks; above 1 needs a temperature above 0",
@@ -393,7 +442,7 @@ class ReviserConfig(Checked):
     def decisive(self) -> dict[str, Any]:
         """The settings that decide the revisions; rates, limits and prices are not among them."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("cache", "batch_size", "endpoint"):
+        for name in ("cache", "endpoint", *(f.name for f in dataclasses.fields(EngineConfig))):
             del values[name]
         return {**values, "endpoint": {"model": self.endpoint.model, "extra_body": self.endpoint.extra_body}}
 
@@ -416,7 +465,7 @@ class TrainingConfig(Checked):
     epochs: int = knob(2, "passes over the data", source="released code", ge=1)
     batch_size: int = knob(32, "examples in one optimiser step, over all processes", source="released code", ge=1)
     micro_batch_size: int | None = knob(
-        None, "examples in one forward pass of a process; default: all of its share", ge=1
+        None, "examples in one forward pass of a process; default: all of its share", ge=1, decides=False
     )
     learning_rate: float = knob(1e-5, "peak learning rate", source="released code", gt=0)
     weight_decay: float = knob(0.1, "AdamW weight decay", source="released code", ge=0, advanced=True)
@@ -428,9 +477,11 @@ class TrainingConfig(Checked):
     evaluate_every: int = knob(
         0, "optimiser steps between evaluations; 0: at the end of each epoch", ge=0, advanced=True
     )
-    save_every: int = knob(100, "optimiser steps between checkpoints; 0: none, but when a run is stopped", ge=0)
+    save_every: int = knob(
+        100, "optimiser steps between checkpoints; 0: none, but when a run is stopped", ge=0, decides=False
+    )
     save_in_background: bool = knob(
-        False, "go on while a checkpoint is written, from copies in host memory", advanced=True
+        False, "go on while a checkpoint is written, from copies in host memory", advanced=True, decides=False
     )
 
 
@@ -572,7 +623,7 @@ class KLConfig(Checked):
 
 
 @dataclass(frozen=True)
-class RolloutConfig(Checked):
+class RolloutConfig(EngineConfig):
     """How answers are sampled."""
 
     max_new_tokens: int = knob(256, "length limit of an answer", source="released code", unit="tokens", ge=1)
@@ -580,16 +631,6 @@ class RolloutConfig(Checked):
     top_p: float = knob(1.0, "nucleus sampling; below 1 the other tokens are never tried", gt=0, le=1)
     top_k: int = knob(0, "sample among this many tokens; 0: all", ge=0)
     batch_size: int = knob(64, "answers generated and scored at a time on a process", ge=1)
-    engine: EngineName = knob(
-        "generate",
-        "what samples: transformers' generate; the same with a static cache and CUDA graphs, for a GPU; or its "
-        "continuous batching, in which the next prompt takes the place of an answer that ended; or vLLM, in this "
-        "process or on servers; auto: the fastest of them that is there, as tlcr doctor says",
-    )
-    server: tuple[str, ...] = knob((), "addresses of the vLLM servers, such as [http://localhost:8000]")
-    server_timeout: float = knob(
-        600.0, "a server that takes longer for a request is left out", unit="seconds", gt=0, advanced=True
-    )
     ahead: int = knob(
         0,
         "rounds that answers are sampled ahead of training: with 1 the servers answer the prompts of the next round "
@@ -620,8 +661,6 @@ class RolloutConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for address in self.server:
-            refuse_credentials("RolloutConfig.server", address, VLLM_KEY_VARIABLE)
         if self.ahead and not self.may_use_servers:
             raise ConfigError(
                 f"RolloutConfig.ahead is {self.ahead} with engine {self.engine!r}: an engine in this process computes "
@@ -632,13 +671,6 @@ class RolloutConfig(Checked):
                 f"RolloutConfig.ahead is {self.ahead} with correction 'none': answers come from weights that are one "
                 "update old, and PPO's ratios would be those of the new ones; set correction: truncate, or ahead: 0"
             )
-        if self.engine == "server" and not self.server:
-            raise ConfigError(
-                "RolloutConfig.engine is 'server' and server names none; name addresses, such as "
-                "[http://localhost:8000]"
-            )
-        if len(set(self.server)) < len(self.server):
-            raise ConfigError(f"RolloutConfig.server is {list(self.server)}, with an address twice; name each once")
         if self.correction == "none" and self._truncates:
             raise ConfigError(
                 f"RolloutConfig.correction is 'none' with top_p {self.top_p} and top_k {self.top_k}: answers come from "
@@ -654,11 +686,6 @@ class RolloutConfig(Checked):
     def off_policy(self) -> bool:
         """Whether tokens are drawn from another distribution than the one that the trainer computes."""
         return self._truncates or self.engine not in ("generate", "static")
-
-    @property
-    def may_use_servers(self) -> bool:
-        """Whether the engine is, or may turn out to be, vLLM servers."""
-        return self.engine == "server" or (self.engine == "auto" and bool(self.server))
 
     @property
     def max_response_tokens(self) -> int:
@@ -679,20 +706,20 @@ class PPOConfig(Checked):
     batch_size: int = knob(128, "answers per round, over all processes", ge=1)
     minibatch_size: int = knob(64, "answers per optimiser step, over all processes", ge=1)
     micro_batch_size: int | None = knob(
-        None,
-        "answers per forward pass of a process, at most; default: its whole share",
-        ge=1,
+        None, "answers per forward pass of a process, at most; default: its whole share", ge=1, decides=False
     )
     micro_batch_tokens: int | None = knob(
         None,
         "tokens per forward pass of a process, at most, its padding among them; default: on a CPU 1024, else no limit",
         ge=1,
+        decides=False,
     )
     packing: Literal["auto", "always", "never"] = knob(
         "auto",
         "prompts and answers end to end in one row, without padding; auto: with flash attention on a GPU alone, since "
         "other attention takes time and memory by the square of all tokens",
         advanced=True,
+        decides=False,
     )
     epochs: int = knob(1, "passes over each round's answers", source="released code", ge=1)
     learning_rate: float = knob(1e-6, "policy learning rate", source="released code", gt=0)
@@ -731,13 +758,17 @@ class PPOConfig(Checked):
     )
     value_warmup_updates: int = knob(0, "first updates that train the value model only", ge=0, advanced=True)
     chunk_tokens: int | None = knob(
-        None, "compute logits for this many tokens at a time: less memory, more time", ge=1, advanced=True
+        None,
+        "compute logits for this many tokens at a time: less memory, more time",
+        ge=1,
+        advanced=True,
+        decides=False,
     )
-    save_every: int = knob(50, "updates between checkpoints; 0: none, but when a run is stopped", ge=0)
+    save_every: int = knob(50, "updates between checkpoints; 0: none, but when a run is stopped", ge=0, decides=False)
     save_in_background: bool = knob(
-        False, "go on while a checkpoint is written, from copies in host memory", advanced=True
+        False, "go on while a checkpoint is written, from copies in host memory", advanced=True, decides=False
     )
-    keep_checkpoints: int = knob(2, "older checkpoints are deleted", ge=1, advanced=True)
+    keep_checkpoints: int = knob(2, "older checkpoints are deleted", ge=1, advanced=True, decides=False)
     evaluate_every: int = knob(0, "updates between evaluations; 0: at the start and end only", ge=0)
 
     def size_problem(self, processes: int) -> str | None:
@@ -766,6 +797,7 @@ class EvaluationConfig(Checked):
         "whether arms are compared by gold and KL per token or per answer; default: answer with a scorer, which scores "
         "whole answers, and token on the embedded task, whose gold is a sum over words",
         advanced=True,
+        decides=False,
     )
 
 
@@ -898,16 +930,11 @@ class RunConfig(Checked):
                 f"RunConfig.kl_coefs compares fixed coefficients, but kl.target {self.kl.target} adapts each of them "
                 "to one KL; drop one of the two"
             )
-        if self.rollout.may_use_servers and self.sharding.kind != "none":
+        if self.rollout.may_use_servers and self.parallel > len(self.rollout.server):
             raise ConfigError(
-                f"RunConfig.rollout.engine is {self.rollout.engine!r} with servers and sharding.kind "
-                f"{self.sharding.kind!r}: servers are given whole models; set sharding.kind: none, or rollout.engine: "
-                "generate"
-            )
-        if self.rollout.may_use_servers and self.parallel > 1:
-            raise ConfigError(
-                f"RunConfig.parallel is {self.parallel} and rollout.engine {self.rollout.engine!r} with servers: PPO "
-                "runs at a time would give the same servers different weights; set parallel: 1"
+                f"RunConfig.parallel is {self.parallel} and rollout.server names {len(self.rollout.server)}: PPO runs "
+                "at a time give their servers different weights, so each needs one of its own; set parallel: "
+                f"{len(self.rollout.server)}, or name more servers"
             )
         official = [reward for reward in (self.reward, *(arm.reward for arm in self.arms)) if reward.compat is not None]
         if official and self.kl.placement != "reward":

@@ -21,6 +21,7 @@ from tlcr.config.schema import RewardConfig, RunConfig
 from tlcr.config.stages import TRAINED
 from tlcr.config.trials import Trial
 from tlcr.data import embedded
+from tlcr.engines import build_engine
 from tlcr.evaluation.evaluate import EvaluatedAnswer, PolicyEvaluation, TokenDetail, evaluate_policy, write_evaluation
 from tlcr.experiment.frozen_models import FrozenModels, load_frozen_models, load_reference, load_roles
 from tlcr.experiment.run_folder import RunFolder
@@ -28,7 +29,6 @@ from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.models.adapters import Roles
 from tlcr.models.loading import load_causal_lm
 from tlcr.ppo.advantages import compute_advantages
-from tlcr.ppo.engines import build_engine
 from tlcr.ppo.rollout import generate, seeded_generator
 from tlcr.ppo.run import SERVER_WEIGHTS
 from tlcr.ppo.scores import score_rollout

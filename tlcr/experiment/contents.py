@@ -16,12 +16,14 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tlcr.config.schema import DataConfig, RunConfig
+from tlcr.config.schema import DataConfig, EngineConfig, GeneratorConfig, RunConfig
 from tlcr.data import embedded
 from tlcr.data.readers import ReadResult, read_edits, read_preferences, read_prompts
+from tlcr.engines import choose
+from tlcr.engines.paged import fault_of
 from tlcr.errors import TlcrError
 from tlcr.experiment.memory import Architecture, build_on_meta, checkpoint_of, ppo_roles
-from tlcr.experiment.preflight import Finding, existing, makes_prompts, models_used, records, sources_used
+from tlcr.experiment.preflight import Finding, engines_used, existing, makes_prompts, models_used, records, sources_used
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.classifiers import new_class
 from tlcr.models.faults import AUTO, Role
@@ -35,9 +37,6 @@ from tlcr.models.loading import (
     load_tokenizer,
     other_ends,
 )
-from tlcr.ppo.engines import choose
-from tlcr.ppo.engines.paged import REMEDY as ENGINE_REMEDY
-from tlcr.ppo.engines.paged import fault_of
 from tlcr.rewards.sources.frozen_model import ROLLOUT_LIMITS, same_tokenizer
 from tlcr.rewards.sources.log_ratio import check_same_tokenizer
 from tlcr.text.tokenization import encode_answers
@@ -80,6 +79,12 @@ def _contents(cfg: RunConfig, stages: Collection[str], absent: Collection[str]) 
         for fault in model_faults(named, ROLES.get(knob, "policy")):
             faulty.add(knob)
             yield Finding("blocked", knob, fault.fact, fault.remedy)
+    engines = engines_used(cfg, stages)
+    if "reviser" in engines and cfg.reviser.engine != "generate" and "reviser.model.path" not in faulty:
+        try:
+            yield from _engine("reviser", cfg.reviser, cfg.reviser.model, build_on_meta(cfg.reviser.model))
+        except TlcrError as error:
+            yield Finding.of("reviser.model.path", error)
     if "model.path" in faulty or set(stages) <= {"revisions"}:
         return
     try:
@@ -106,7 +111,8 @@ def _contents(cfg: RunConfig, stages: Collection[str], absent: Collection[str]) 
             examples.append(read)
     yield from _scorer(cfg, stages, examples)
     yield from _positions(cfg, stages, examples, tokenizer, model, faulty)
-    yield from _engine(cfg, stages, model)
+    if "rollout" in engines:
+        yield from _engine("rollout", cfg.rollout, cfg.model, model)
     yield from _disk(cfg, stages, model)
 
 
@@ -296,19 +302,19 @@ def _positions_of_others(
             yield Finding.of(knob, error)
 
 
-def _engine(cfg: RunConfig, stages: Collection[str], model: PreTrainedModel) -> Iterator[Finding]:
-    """Which engine `auto` takes. Continuous batching does not run every architecture: a small model of the policy's
-    tries it."""
-    if not {"ppo", "evaluate"} & set(stages) or cfg.rollout.engine not in ("auto", "paged"):
+def _engine(section: str, cfg: EngineConfig, named: GeneratorConfig, model: PreTrainedModel) -> Iterator[Finding]:
+    """Which engine `auto` takes. Continuous batching does not run every architecture: a small model of this one tries
+    it."""
+    if cfg.engine not in ("auto", "paged"):
         return
+    subject = f"{section}.engine"
     config = deepcopy(model.config)
-    config._attn_implementation = attention_for(cfg.model, type(model), config)
-    if cfg.rollout.engine == "auto":
-        choice = choose(cfg.rollout, model, config)
-        yield Finding("note", "rollout.engine", f"rollout.engine auto takes {choice.engine!r}: {choice.why}")
-        return
-    if (fault := fault_of(config, type(model))) is not None:
-        yield Finding("blocked", "rollout.engine", f"rollout.engine is 'paged', and {fault}", ENGINE_REMEDY)
+    config._attn_implementation = attention_for(named, type(model), config)
+    if cfg.engine == "auto":
+        choice = choose(cfg, model, config)
+        yield Finding("note", subject, f"{subject} auto takes {choice.engine!r}: {choice.why}")
+    elif (fault := fault_of(config, type(model))) is not None:
+        yield Finding("blocked", subject, f"{subject} is 'paged', and {fault}", f"set {subject}: generate")
 
 
 def _disk(cfg: RunConfig, stages: Collection[str], model: PreTrainedModel) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tlcr.config.schema import LoRAConfig, ModelConfig, RunConfig, TrainingConfig
+from tlcr.config.schema import GeneratorConfig, LoRAConfig, RunConfig, TrainingConfig
 from tlcr.config.trials import arms_of
 from tlcr.errors import ConfigError
 
@@ -201,7 +201,7 @@ def shards_of(cfg: RunConfig, machine: Machine) -> tuple[int, ...] | None:
     return (processes,) if groups <= 1 or processes % groups else (groups, processes // groups)
 
 
-def build_on_meta(cfg: ModelConfig) -> PreTrainedModel:
+def build_on_meta(cfg: GeneratorConfig) -> PreTrainedModel:
     """The model on the meta device, which allocates nothing. Raises ConfigError where its config cannot be read."""
     import torch
     from transformers import AutoModelForCausalLM

@@ -7,6 +7,7 @@ stages are skipped.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -26,7 +27,7 @@ from tlcr.errors import ConfigError, TlcrError
 from tlcr.experiment.arm import evaluate_arm, train_arm
 from tlcr.experiment.preflight import for_one_process, require
 from tlcr.experiment.run_folder import RunFolder, open_run, raw_preferences, reopen_run, revision_cache, sole_run
-from tlcr.experiment.workers import Job, run_side_by_side
+from tlcr.experiment.workers import PLACE, Job, run_side_by_side
 from tlcr.models.discriminator import load_discriminator
 from tlcr.models.loading import forget_notes, load_causal_lm
 from tlcr.recipes.analyse_discriminator import DiscriminatorAnalysis, analyse_discriminator
@@ -388,6 +389,7 @@ def _updates_done(folder: Path) -> int:
 def _worker(config: str, stage: str, name: str) -> int:
     """The work of one ``_job``; always resumes, because its parent has checked that it may."""
     opened = open_run(load_config(config, {}), resume=True, whole=False)
+    opened = replace(opened, cfg=_of_this_place(opened.cfg))
     try:
         if stage == "models":
             _models(opened.per_seed[int(name)])
@@ -400,6 +402,12 @@ def _worker(config: str, stage: str, name: str) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _of_this_place(cfg: RunConfig) -> RunConfig:
+    """The config with the servers of this worker alone: PPO runs at a time give their servers different weights."""
+    place, at_a_time = map(int, os.environ[PLACE].split("/"))
+    return replace(cfg, parallel=1, rollout=replace(cfg.rollout, server=cfg.rollout.server[place::at_a_time]))
 
 
 if __name__ == "__main__":

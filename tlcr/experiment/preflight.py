@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from tlcr.config.functions import import_environment, import_reward, import_scorer
-from tlcr.config.schema import GeneratorConfig, RunConfig
+from tlcr.config.schema import EngineConfig, GeneratorConfig, RunConfig
 from tlcr.config.stages import CONFIG, DONE, HOLDER, LOCK, STARTED, TRAINED, stages_of
 from tlcr.config.trials import arms_of, trials_of
 from tlcr.data.places import find_source, looks_like_a_path, nearest_name
@@ -252,14 +252,32 @@ def _packages(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
         yield Finding(
             "blocked", "gguf", "model.gguf_file needs the package gguf, and it is not installed", "pip install gguf"
         )
-    if cfg.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None and {"ppo", "evaluate"} & set(stages):
-        fact = "rollout.engine vllm needs the package vllm, and it is not installed"
-        yield Finding("blocked", "rollout.engine", fact, "install it here, or use servers: rollout.engine: server")
-    if cfg.rollout.may_use_servers and {"ppo", "evaluate"} & set(stages):
-        setting = (
-            "rollout.engine server" if cfg.rollout.engine == "server" else "rollout.engine auto with rollout.server"
-        )
-        yield from _needs_openai(setting, "rollout.engine")
+    for section, engine in engines_used(cfg, stages).items():
+        if engine.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+            fact = f"{section}.engine vllm needs the package vllm, and it is not installed"
+            remedy = f"install it here, or use servers: {section}.engine: server"
+            yield Finding("blocked", f"{section}.engine", fact, remedy)
+        if engine.may_use_servers:
+            by_address = "" if engine.engine == "server" else f" with {section}.server"
+            yield from _needs_openai(f"{section}.engine {engine.engine}{by_address}", f"{section}.engine")
+
+
+def engines_used(cfg: RunConfig, stages: Collection[str]) -> dict[str, EngineConfig]:
+    """The sections of the config by whose engines these stages sample.
+
+    Args:
+        cfg: the whole config.
+        stages: the stages that are to run.
+
+    Returns:
+        Each by its name.
+    """
+    used: dict[str, EngineConfig] = {}
+    if {"ppo", "evaluate"} & set(stages):
+        used["rollout"] = cfg.rollout
+    if "revisions" in stages and cfg.reviser.backend == "local":
+        used["reviser"] = cfg.reviser
+    return used
 
 
 def _needs_openai(setting: str, subject: str) -> Iterator[Finding]:

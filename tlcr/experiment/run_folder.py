@@ -46,7 +46,7 @@ from tlcr.experiment.preflight import holds_a_run, taken, unfinished, unnamed
 from tlcr.models.loading import load_tokenizer
 from tlcr.training.checkpoint import as_plain, atomic_write, reading, unwritable, write_json
 from tlcr.training.distributed import barrier, on_main_process, process_device
-from tlcr.training.done import check_results, done_config, is_done, mark_done, remove_checkpoints
+from tlcr.training.done import check_results, decisive, done_config, is_done, mark_done, remove_checkpoints
 from tlcr.training.sharding import Sharding, plan
 from tlcr.types import EditPair, LabelledPair, PreferencePair
 
@@ -454,7 +454,7 @@ class RunFolder:
             barrier()
             on_main_process((folder / record).unlink)
         elif (folder / record).exists():
-            changed = _differences(done_config(folder, settings, record), as_plain(settings))
+            changed = _differences(done_config(folder, settings, record), decisive(settings))
             raise ConfigError(
                 f"{folder} was made with other settings ({'; '.join(changed[:3])}): restore them, name another "
                 "output_dir, or delete that folder to make it again"

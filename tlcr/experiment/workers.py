@@ -21,6 +21,9 @@ from tlcr.training.progress import Progress
 __all__ = ["Job", "run_side_by_side"]
 
 SECONDS_BETWEEN_LOOKS = 0.5
+PLACE = "TLCR_PLACE"
+"""The variable in which a job finds "k/n": of n jobs that run at a time it has the place k, from 0. A job that takes
+the place of one that ended has its number."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ def run_side_by_side(
     steps: int = 1,
     steps_done: Callable[[Job], int] = lambda job: 0,
 ) -> None:
-    """Runs every job, at most `parallel` at a time, in their order. Each gets its share of this process's threads.
+    """Runs every job, at most `parallel` at a time, in their order. Each gets its share of this process's threads,
+    and is told its place.
 
     title: of the progress bar. steps: number of steps of each job; steps_done: steps that a running job has finished.
 
@@ -57,13 +61,16 @@ def run_side_by_side(
         )
     waiting, shown = list(jobs), 0
     running: dict[Job, subprocess.Popen[bytes]] = {}
+    places: dict[Job, int] = {}
+    at_a_time = min(parallel, len(jobs))
     with StopSignals() as signals, Progress(title, steps * len(jobs)) as progress, _ended(running):
         while waiting or running:
             if signals.received():
                 raise KeyboardInterrupt
             while waiting and len(running) < parallel:
                 job = waiting.pop(0)
-                running[job] = _start(job, parallel)
+                places[job] = min(set(range(at_a_time)) - {places[other] for other in running})
+                running[job] = _start(job, parallel, f"{places[job]}/{at_a_time}")
             for job, worker in list(running.items()):
                 code = worker.poll()
                 if code is None:
@@ -79,11 +86,11 @@ def run_side_by_side(
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def _start(job: Job, parallel: int) -> subprocess.Popen[bytes]:
+def _start(job: Job, parallel: int, place: str) -> subprocess.Popen[bytes]:
     # If each job used all threads, they would wait for one another. torch's number, and not that of the cores: it
     # follows OMP_NUM_THREADS and the cores that this process may use.
     threads = max(1, torch.get_num_threads() // parallel)
-    environment = {**without_launcher(), "OMP_NUM_THREADS": str(threads), "TLCR_PROGRESS": "0"}
+    environment = {**without_launcher(), "OMP_NUM_THREADS": str(threads), "TLCR_PROGRESS": "0", PLACE: place}
     job.folder.mkdir(parents=True, exist_ok=True)
     with _log(job).open("ab") as file:
         return subprocess.Popen(job.command, env=environment, stdout=file, stderr=file)

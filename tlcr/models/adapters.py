@@ -409,7 +409,7 @@ def _dequantised(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str
 
 
 @torch.no_grad()
-def whole_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def whole_weights(model: PreTrainedModel, *, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
     """The weights of a model one after the other, for an engine: whole, and merged where there is an adapter.
 
     They are those of ``merged_weights``, or of the state dictionary of a model without an adapter. One at a time is
@@ -417,6 +417,7 @@ def whole_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
     Args:
         model: any model; of a sharded one that is not inside ``gathered`` each weight is gathered in its turn.
+        merged: False gives the weights that the adapter stands on, without it.
 
     Yields:
         Name and tensor; tied weights once, as they are named first.
@@ -429,7 +430,7 @@ def whole_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             continue
         path, module = key.removesuffix(".base_layer.weight"), model.get_submodule(key.rpartition(".")[0])
         weight = dequantised(module) if is_quantised(module) and key.endswith(".weight") else whole(parameter.detach())
-        if path != key and path in layers:
+        if merged and path != key and path in layers:
             down, up = (whole(parameters[f"{path}.lora_{part}.{adapter}.weight"].detach()) for part in "AB")
             weight = _merged(weight, down, up, layers[path], adapter)
         yield without_adapters(key), weight
@@ -454,22 +455,11 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
         model: a model with an adapter.
         folder: where to write.
     """
-    folder, name = Path(folder), adapter_of(model)
-    assert name is not None
-    body = backbone(model)
-    weights = {key: whole(weight.detach()).cpu().contiguous() for key, weight in _peft_weights(model, name).items()}
-    sha256 = base_digest(model)
+    folder, body = Path(folder), backbone(model)
+    weights, sha256 = adapter_weights(model), base_digest(model)
 
     def write() -> None:
-        config = deepcopy(_peft_configs(body)[name])
-        config.task_type, config.inference_mode = _task(model), True
-        config.base_model_name_or_path = _source(model)
-        config.target_modules = sorted({path.rpartition(".")[2] for path, _ in _layers(model, name)})
-        config.modules_to_save = [name_of_head(model)] if has_linear_head(model) else None
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / PEFT_WEIGHTS) as aside:
-            save_file(weights, aside, metadata={"format": "pt"})
-        config.save_pretrained(str(folder))
+        write_adapter(model, weights, folder)
         dtype = str(body.dtype).removeprefix("torch.")
         about: dict[str, Any] = {"path": _source(model), "dtype": dtype, "sha256": sha256}
         if hasattr(body, "_tlcr_base_digest"):
@@ -480,6 +470,41 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
         write_json(folder / BASE, about)
 
     on_main_process(write)
+
+
+def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A model's adapter, and its classification head, on the CPU, whole, by the names that peft has for them.
+
+    Args:
+        model: a model with an adapter. Where it is sharded every process calls, or has it inside ``gathered``.
+
+    Returns:
+        The weights.
+    """
+    name = adapter_of(model)
+    assert name is not None
+    return {key: whole(weight.detach()).cpu().contiguous() for key, weight in _peft_weights(model, name).items()}
+
+
+def write_adapter(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes an adapter as peft does, on this process.
+
+    Args:
+        model: the model that has it.
+        weights: of ``adapter_weights``.
+        folder: where to write.
+    """
+    name = adapter_of(model)
+    assert name is not None
+    config = deepcopy(_peft_configs(backbone(model))[name])
+    config.task_type, config.inference_mode = _task(model), True
+    config.base_model_name_or_path = _source(model)
+    config.target_modules = sorted({path.rpartition(".")[2] for path, _ in _layers(model, name)})
+    config.modules_to_save = [name_of_head(model)] if has_linear_head(model) else None
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / PEFT_WEIGHTS) as aside:
+        save_file(dict(weights), aside, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:

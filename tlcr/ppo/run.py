@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tlcr.config.schema import PPOConfig, RunConfig
+from tlcr.config.schema import PPOConfig, RunConfig, undecisive
 from tlcr.config.stages import DONE
+from tlcr.engines import build_engine, resolved
 from tlcr.errors import CheckpointError, ConfigError, TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic
 from tlcr.models.adapters import adapter_of, base_parameters, own_parameters, own_part, role_of
 from tlcr.ppo.ahead import Ahead
 from tlcr.ppo.conversation import Environment
 from tlcr.ppo.correction import Correction
-from tlcr.ppo.engines import build_engine, resolved
 from tlcr.ppo.kl import build_kl_controller
 from tlcr.ppo.packing import packs_rows
 from tlcr.ppo.rollout import PromptStream
@@ -45,18 +45,8 @@ from tlcr.types import RewardSignal, Rollout
 Evaluate = Callable[[ActorCritic, int], Mapping[str, float]]
 """(policy and value model, updates done) to figures by name."""
 
-# A resumed run may change these: they do not affect the results of a round.
-FREE_TO_CHANGE = (
-    "updates",
-    "save_every",
-    "save_in_background",
-    "keep_checkpoints",
-    "evaluate_every",
-    "micro_batch_size",
-    "micro_batch_tokens",
-    "packing",
-    "chunk_tokens",
-)
+FREE_TO_CHANGE = ("updates", "evaluate_every", *undecisive(PPOConfig))
+"""What a resumed run may change: the results of a round do not depend on it."""
 SERVER_WEIGHTS = "server_weights"
 """Folder of a PPO run in which servers find the policy's weights; it is there while they read them."""
 SHOWN = ("reward/mean_score", "kl/per_token", "policy/entropy", "length/mean")
@@ -353,7 +343,7 @@ def _identity(cfg: RunConfig, prompts: Sequence[str], seed: int, num_processes: 
     ppo = settings_without(cfg.ppo, FREE_TO_CHANGE)
     # Checkpoints of earlier versions name no engine: they sampled by generate. Nor do they name a correction, which
     # changes nothing where answers are drawn from the policy itself.
-    without = ["server", "server_timeout"]  # which server answers changes nothing but the last bits
+    without = [*undecisive(cfg.rollout)]
     if cfg.rollout.engine == "generate":
         without.append("engine")
     if cfg.rollout.environment is None:

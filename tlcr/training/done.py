@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcr.config.dropped import without_dropped
+from tlcr.config.schema import undecisive
 from tlcr.config.stages import DONE
 from tlcr.errors import CheckpointError
 from tlcr.training import checksums
@@ -100,12 +101,22 @@ def check_results(folder: str | Path, record: str = DONE) -> None:
 
 
 def is_done(folder: str | Path, config: Any, record: str = DONE) -> bool:
-    """Whether the stage in ``folder`` has ended with this very config, so that it need not run again."""
-    return (Path(folder) / record).is_file() and done_config(folder, config, record) == as_plain(config)
+    """Whether the stage in ``folder`` has ended with this config, so that it need not run again."""
+    return (Path(folder) / record).is_file() and done_config(folder, config, record) == decisive(config)
+
+
+def decisive(config: Any) -> Any:
+    """The plain values of a config, without the knobs on which no result depends."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        free = undecisive(config)
+        return {f.name: decisive(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name not in free}
+    if isinstance(config, Mapping):
+        return {str(key): decisive(value) for key, value in config.items()}
+    return as_plain(config)
 
 
 def done_config(folder: str | Path, config: Any, record: str = DONE) -> Any:
-    """The config that the stage in ``folder`` ended with, in plain values, to compare with ``config``.
+    """The config that the stage in ``folder`` ended with, as ``decisive`` gives that of today.
 
     Args:
         folder: the stage's folder.
@@ -127,7 +138,9 @@ def _with_the_knobs_of_today(before: Any, config: Any) -> Any:
     new, now = {}, dict(config) if isinstance(config, Mapping) else {}
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         before = without_dropped(type(config), before)
-        fields = dataclasses.fields(config)
+        free = undecisive(config)
+        before = {name: value for name, value in before.items() if name not in free}
+        fields = [field for field in dataclasses.fields(config) if field.name not in free]
         new = {field.name: as_plain(_default(field)) for field in fields if field.name not in before}
         now = {field.name: getattr(config, field.name) for field in fields}
     return new | {name: _with_the_knobs_of_today(value, now.get(name)) for name, value in before.items()}

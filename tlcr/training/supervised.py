@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
-from tlcr.config.schema import TrainingConfig
+from tlcr.config.schema import TrainingConfig, undecisive
 from tlcr.errors import DataError, TrainingDiverged
 from tlcr.training.accelerator import check_parallelism
 from tlcr.training.callbacks import Callback
@@ -42,7 +42,7 @@ E = TypeVar("E")
 Batch = dict[str, Tensor]
 KEEP_CHECKPOINTS = 2
 SUM, COUNT = "sum of ", "count of "
-FREE_TO_CHANGE = ("enabled", "micro_batch_size", "evaluate_every", "save_every", "save_in_background", "path")
+FREE_TO_CHANGE = ("enabled", "evaluate_every", "path", *undecisive(TrainingConfig))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,17 +24,25 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tlcr.engines.protocol import Answer, InProcess, Sampling, drawing_from
 from tlcr.models.loading import generating_with
-from tlcr.ppo.engines.protocol import Answer, InProcess, Sampling, drawing_from
 from tlcr.text.padding import pad_left
 from tlcr.training.profiling import part
 
 
 class Generate(InProcess):
-    """``generate`` of transformers. static_cache: keep keys and values in tensors of fixed size."""
+    """``generate`` of transformers.
 
-    def __init__(self, policy: PreTrainedModel, *, static_cache: bool = False) -> None:
-        self._policy, self._static_cache = policy, static_cache
+    Args:
+        policy: the model.
+        static_cache: keep keys and values in tensors of fixed size.
+        choices: the only answers, as ids with their end of sequence; empty: any.
+    """
+
+    def __init__(
+        self, policy: PreTrainedModel, *, static_cache: bool = False, choices: Sequence[Sequence[int]] = ()
+    ) -> None:
+        self._policy, self._static_cache, self._choices = policy, static_cache, choices
 
     @torch.no_grad()
     def sample(
@@ -60,16 +70,24 @@ class Generate(InProcess):
         ids_BP, mask_BP = pad_left(prompts, sampling.pad_id)
         device = self._policy.device
         recorder = _LogProbs(sampling)
-        processors = {"logits_processor": LogitsProcessorList([recorder])} if sampling.logprobs else {}
+        options: dict[str, Any] = {"logits_processor": LogitsProcessorList([recorder])} if sampling.logprobs else {}
+        if self._choices:
+            options["prefix_allowed_tokens_fn"] = partial(self._following, ids_BP.shape[1], sampling.pad_id)
         # A part of a sharded model is whole here. transformers would keep step with the other processes, which may have
         # other numbers of batches: without synced_gpus=False it waits for messages that never come.
         sampled_BL: Tensor = self._policy.generate(  # type: ignore[operator]
-            input_ids=ids_BP.to(device), attention_mask=mask_BP.long().to(device), synced_gpus=False, **processors
+            input_ids=ids_BP.to(device), attention_mask=mask_BP.long().to(device), synced_gpus=False, **options
         )
         answers_BT = sampled_BL[:, ids_BP.shape[1] :]
         if not sampling.logprobs:
             return [Answer(ids_T, None) for ids_T in answers_BT]
         return [Answer(*row) for row in zip(answers_BT, recorder.of(answers_BT), strict=True)]
+
+    def _following(self, prompt: int, pad_id: int, row: int, ids_L: Tensor) -> list[int]:
+        """The tokens that may follow an answer's first ones, behind so many columns of its prompt."""
+        begun = ids_L[prompt:].tolist()
+        found = {way[len(begun)] for way in self._choices if way[: len(begun)] == begun and len(way) > len(begun)}
+        return sorted(found) or [pad_id]  # of a row that ended before the others
 
 
 class _LogProbs(LogitsProcessor):

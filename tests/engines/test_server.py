@@ -17,16 +17,16 @@ from tenacity import wait_none
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.chat.chat_server import closed_port
-from tests.ppo.engines.helpers import ENDS, PROMPTS, sampling, worst
-from tests.ppo.engines.vllm_server import COMPLETION, VLLM, Fault, Reply, serving
+from tests.engines.helpers import ENDS, PROMPTS, sampling, worst
+from tests.engines.vllm_server import COMPLETION, VLLM, Fault, Reply, serving
 from tests.ppo.helpers import run_ppo, small_config, without_times
-from tlcr.config.schema import LoRAConfig, RolloutConfig, RunConfig, ShardingConfig
+from tlcr.config.schema import LoRAConfig, RolloutConfig, RunConfig
+from tlcr.engines import Answer, Sampling, build_engine, vllm_client
+from tlcr.engines import server as module
+from tlcr.engines.probe import PROBE_TOKENS
+from tlcr.engines.server import Server
 from tlcr.errors import BackendUnavailable, ConfigError
 from tlcr.models.adapters import Roles, merged_weights
-from tlcr.ppo.engines import Answer, Sampling, build_engine
-from tlcr.ppo.engines import server as module
-from tlcr.ppo.engines.probe import PROBE_TOKENS
-from tlcr.ppo.engines.server import Server
 from tlcr.training.metrics import read_metrics
 
 LM = Callable[..., PreTrainedModel]
@@ -34,7 +34,7 @@ LM = Callable[..., PreTrainedModel]
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BACKOFF", wait_none())
+    monkeypatch.setattr(vllm_client, "BACKOFF", wait_none())
 
 
 def model(seed: int = 4) -> PreTrainedModel:
@@ -162,6 +162,62 @@ def test_servers_get_the_policy_with_its_adapter_merged_and_the_policy_keeps_the
     assert all(torch.equal(served[name], weight) for name, weight in merged.items())
 
 
+def adapted() -> PreTrainedModel:
+    return Roles(model(), LoRAConfig(rank=3), seed=0).policy
+
+
+@torch.no_grad()
+def move(policy: PreTrainedModel) -> None:
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1 * torch.sin(torch.arange(parameter.numel())).reshape(parameter.shape))
+
+
+def test_a_server_that_takes_adapters_gets_what_they_stand_on_once(tmp_path: Path) -> None:
+    """Until another gave it weights of its own. The adapter's name is that of the version, which answers are asked
+    of; the one before is let go."""
+    policy, server = adapted(), VLLM(model(5), lora=True)
+    with engine(policy, server, folder=tmp_path / "weights") as built:
+        for number in (1, 2, 3):
+            move(policy)
+            if number == 3:
+                server.version, server.model = "of-another", model(6)
+            built.refresh()
+            assert worst(policy, sample(built)) < 1e-4 < worst(model(), sample(built))
+            assert list(server.adapters) == [server.version] and server.version.endswith(f"-{number}")
+            assert len(server.loaded) == (2 if number == 3 else 1)
+        assert not (tmp_path / "weights").exists()
+    base = model().state_dict()
+    assert all(torch.equal(weight, base[name]) for name, weight in server.model.state_dict().items())
+    assert {r["model"] for r in server.asked("/v1/completions") if r["prompt"] == PROMPTS[0]} == {
+        f"{server.version.rpartition('-')[0]}-{number}" for number in (1, 2, 3)
+    }
+
+
+@pytest.mark.parametrize("reason", ["no LoRA", "a rank that is too large", "no versions"])
+def test_a_server_that_takes_no_adapters_gets_them_merged(reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    def refuses(server: VLLM, path: str, request: dict[str, Any]) -> Reply | None:
+        if path == "/v1/load_lora_adapter" and reason == "a rank that is too large":
+            return Reply({"error": {"message": "LoRA rank 3 is greater than max_lora_rank 2."}}, 500)
+        return without_versions(server, path, request) if reason == "no versions" else None
+
+    policy = adapted()
+    no_lora, other = VLLM(model(5), refuses, lora=reason != "no LoRA"), VLLM(model(5), lora=True)
+    with engine(policy, no_lora, other) as built:
+        for number in (1, 2):
+            move(policy)
+            built.refresh()
+            assert worst(policy, sample(built)) < 1e-4
+            assert len(other.loaded) == 1 and len(no_lora.loaded) == number + (reason == "no versions")
+    (said,) = warnings_of(caplog)
+    assert ("names no version" if reason == "no versions" else "takes no adapters alone and gets whole") in said
+    assert len(no_lora.asked("/v1/load_lora_adapter")) == 1  # and not five times
+
+
+def without_versions(server: VLLM, path: str, request: dict[str, Any]) -> Reply | None:
+    return Reply({"detail": "Not Found"}, 404) if path in ("/update_weight_version", "/weight_info") else None
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_come_in_files_of_bounded_size(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = model()
@@ -237,7 +293,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "refuses": (in_answers(lambda *_: Reply({"error": {"message": "too long"}}, 400)), "status 400: .*too long"),
     "cut off": (in_answers(lambda *_: Reply({"choices": []}, cut=5)), "cannot be reached"),
     "killed": (in_answers(killed, after=1), "cannot be reached"),
-    "hangs": (in_answers(lambda *_: Reply(hang_s=1.5)), "no answer within rollout.server_timeout = 0.5 s"),
+    "hangs": (in_answers(lambda *_: Reply(hang_s=1.5)), "no answer within server_timeout = 0.5 s"),
     "no JSON": (in_answers(lambda *_: Reply(b"<html>")), "what is no JSON"),
     "no answer": (in_answers(without_answers), "gave 0 answers to one prompt"),
     "other prompt": (changed(prompt_token_ids=[5, 9]), "answered another prompt"),
@@ -368,7 +424,7 @@ def test_what_the_old_weights_left_in_a_cache_is_not_answered_from() -> None:
 
 def test_an_answer_of_vllm_itself_is_read() -> None:
     how = sampling(max_new_tokens=3, end_ids=(2,))
-    ids, logprobs = module._read(json.loads(COMPLETION), [5, 6, 7], how, 512)
+    ids, logprobs = vllm_client._read(json.loads(COMPLETION), [5, 6, 7], how, 512)
     assert ids == [493, 490, 511] and logprobs == [-6.389947891235352, -5.876428604125977, -3.1262786388397217]
 
 
@@ -439,7 +495,5 @@ def test_settings_that_cannot_be_meant_are_refused() -> None:
         RolloutConfig(engine="server")
     with pytest.raises(ConfigError, match=r"with an address twice"):
         RolloutConfig(engine="server", server=("http://a", "http://a"))
-    with pytest.raises(ConfigError, match=r"servers are given whole models; set sharding.kind: none"):
-        RunConfig(rollout=RolloutConfig(engine="server", server=("http://a",)), sharding=ShardingConfig(kind="full"))
-    with pytest.raises(ConfigError, match=r"would give the same servers different weights; set parallel: 1"):
+    with pytest.raises(ConfigError, match=r"parallel is 2 and rollout.server names 1: .* set parallel: 1, or"):
         RunConfig(rollout=RolloutConfig(engine="server", server=("http://a",)), parallel=2)

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tlcr.config.schema import RolloutConfig
+from tlcr.config.schema import EngineConfig
+from tlcr.engines.probe import NotThePolicys, Probe, check_probe, probe_prompt, probe_sampling
+from tlcr.engines.protocol import Answer, Sampling
 from tlcr.errors import BackendUnavailable
 from tlcr.models.adapters import whole_weights
 from tlcr.models.faults import one_line
 from tlcr.models.loading import position_limit
-from tlcr.ppo.engines.probe import NotThePolicys, Probe, check_probe, probe_prompt, probe_sampling
-from tlcr.ppo.engines.protocol import Answer, Sampling
 from tlcr.training.distributed import process_count
 from tlcr.training.profiling import part
 
-REMEDY = "set rollout.engine: generate, or server with vLLM in an environment of its own"
+REMEDY = "set engine: generate, or server with vLLM in an environment of its own"
 
 
 class _Running:
@@ -50,11 +50,9 @@ class VLLM:
         BackendUnavailable: vllm is not installed, does not run the architecture, or several processes train.
     """
 
-    def __init__(self, cfg: RolloutConfig, policy: PreTrainedModel) -> None:
+    def __init__(self, cfg: EngineConfig, policy: PreTrainedModel) -> None:
         if process_count() > 1:
-            raise BackendUnavailable(
-                f"rollout.engine 'vllm' runs in one process, and {process_count()} train here; {REMEDY}"
-            )
+            raise BackendUnavailable(f"engine 'vllm' runs in one process, and {process_count()} train here; {REMEDY}")
         self._cfg, self._policy = cfg, policy
         self._probe: Probe | None = None
         self._there = _start(cfg, policy)
@@ -118,7 +116,7 @@ class VLLM:
         return Answer(torch.tensor(ids, dtype=torch.long, device=device), logprobs_T)
 
 
-def _start(cfg: RolloutConfig, policy: PreTrainedModel) -> _Running:
+def _start(cfg: EngineConfig, policy: PreTrainedModel) -> _Running:
     """The vLLM of this process for the policy's architecture."""
     key = f"{type(policy).__name__} {policy.dtype} {cfg.batch_size} {policy.config.to_json_string()}"
     if key in _running:
@@ -128,7 +126,7 @@ def _start(cfg: RolloutConfig, policy: PreTrainedModel) -> _Running:
     try:
         from vllm import LLM
     except ImportError as error:
-        raise BackendUnavailable(f"rollout.engine 'vllm' needs vllm ({one_line(error)}); {REMEDY}") from error
+        raise BackendUnavailable(f"engine 'vllm' needs vllm ({one_line(error)}); {REMEDY}") from error
     with tempfile.TemporaryDirectory(prefix="tlcr-vllm-") as folder:
         policy.config.save_pretrained(Path(folder))
         try:

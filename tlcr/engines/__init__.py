@@ -9,17 +9,17 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from tlcr.config.schema import RolloutConfig
-from tlcr.ppo.engines.choice import Choice, choose, resolved
-from tlcr.ppo.engines.generate import Generate
-from tlcr.ppo.engines.paged import Paged
-from tlcr.ppo.engines.protocol import Answer, Engine, Sampling
+from tlcr.config.schema import EngineConfig
+from tlcr.engines.choice import Choice, choose, resolved
+from tlcr.engines.generate import Generate
+from tlcr.engines.paged import Paged
+from tlcr.engines.protocol import Answer, Engine, Sampling
 
 __all__ = ["Answer", "Choice", "Engine", "Sampling", "build_engine", "choose", "resolved"]
 
 
-def build_engine(cfg: RolloutConfig, policy: PreTrainedModel, folder: Path | None = None) -> Engine:
-    """The engine that ``rollout.engine`` names, or with "auto" the best that is there (``choose``).
+def build_engine(cfg: EngineConfig, policy: PreTrainedModel, folder: Path | None = None) -> Engine:
+    """The engine that ``engine`` names, or with "auto" the best that is there (``choose``).
 
     Args:
         cfg: names the engine, and where its servers are.
@@ -35,11 +35,11 @@ def build_engine(cfg: RolloutConfig, policy: PreTrainedModel, folder: Path | Non
     """
     cfg = resolved(cfg, policy)
     if cfg.engine == "server":
-        from tlcr.ppo.engines.server import Server  # it needs the extra openai
+        from tlcr.engines.server import Server  # it needs the extra openai
 
         return Server(cfg, policy, folder)
     if cfg.engine == "vllm":
-        from tlcr.ppo.engines.vllm import VLLM  # it starts one, which takes seconds
+        from tlcr.engines.vllm import VLLM  # it starts one, which takes seconds
 
         return VLLM(cfg, policy)
     if cfg.engine == "paged":

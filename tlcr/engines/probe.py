@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tlcr.config.schema import RolloutConfig
-from tlcr.ppo.engines.generate import warpers
-from tlcr.ppo.engines.protocol import Sampling
+from tlcr.config.schema import EngineConfig, RolloutConfig
+from tlcr.engines.generate import warpers
+from tlcr.engines.protocol import Sampling
 
 PROBE_TOKENS = 16
 TOLERANCE = 0.1
@@ -38,9 +38,10 @@ def probe_prompt(policy: PreTrainedModel) -> list[int]:
     return list(range(3, vocabulary, max(1, vocabulary // 8)))[:8]
 
 
-def probe_sampling(cfg: RolloutConfig) -> Sampling:
-    """As the run samples, for a fixed number of tokens."""
-    return Sampling(PROBE_TOKENS, cfg.temperature, cfg.top_p, cfg.top_k, (), 0, batch_size=1, logprobs=True)
+def probe_sampling(cfg: EngineConfig) -> Sampling:
+    """As a rollout samples, for a fixed number of tokens; what asks a chat model differs from question to question."""
+    shape = (cfg.temperature, cfg.top_p, cfg.top_k) if isinstance(cfg, RolloutConfig) else (1.0, 1.0, 0)
+    return Sampling(PROBE_TOKENS, *shape, (), 0, batch_size=1, logprobs=True)
 
 
 def check_probe(

@@ -12,15 +12,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tests.ppo.engines.helpers import ENDS, PROMPTS, sampling, worst
-from tests.ppo.engines.test_server import ids_of, model
-from tests.ppo.engines.vllm_server import VLLM as Served
+from tests.engines.helpers import ENDS, PROMPTS, sampling, worst
+from tests.engines.test_server import ids_of, model
+from tests.engines.vllm_server import VLLM as Served
 from tlcr.config.schema import LoRAConfig, RolloutConfig, RunConfig
+from tlcr.engines import build_engine
+from tlcr.engines import vllm as module
 from tlcr.errors import BackendUnavailable
 from tlcr.experiment.preflight import settings as preflight_settings
 from tlcr.models.adapters import Roles
-from tlcr.ppo.engines import build_engine
-from tlcr.ppo.engines import vllm as module
 
 CFG = RolloutConfig(engine="vllm", batch_size=4)
 
@@ -126,7 +126,7 @@ def test_an_adapter_is_merged_on_its_way() -> None:
 def test_weights_that_were_not_taken_and_answers_that_are_missing_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = build_engine(CFG, model())
     monkeypatch.setattr(LLM, "deaf", True)
-    with pytest.raises(BackendUnavailable, match=r"does not have the policy's weights: .*; set rollout\.engine"):
+    with pytest.raises(BackendUnavailable, match=r"does not have the policy's weights: .*; set engine"):
         engine.refresh()
     monkeypatch.setattr(LLM, "deaf", False)
     engine.refresh()
@@ -144,7 +144,7 @@ def test_where_vllm_is_not_or_cannot_run_the_model_is_one_sentence(monkeypatch: 
         build_engine(CFG, model())
     assert "\n" not in str(caught.value)
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(BackendUnavailable, match=r"'vllm' needs vllm .*; set rollout\.engine: generate"):
+    with pytest.raises(BackendUnavailable, match=r"'vllm' needs vllm .*; set engine: generate"):
         build_engine(CFG, model())
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name == "vllm" else object())
     found = [one for one in preflight_settings(RunConfig(rollout=CFG)) if one.subject == "rollout.engine"]

@@ -1,6 +1,7 @@
 """A real HTTP server that speaks vLLM's routes as version 0.32 does, with a small model behind them; and its faults.
 
 Its responses are those recorded of `vllm serve` 0.32.0 on a CPU with VLLM_SERVER_DEV_MODE=1, with other figures.
+What it says of adapters is taken from its sources.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -49,10 +53,14 @@ Fault = Callable[["VLLM", str, dict[str, Any]], "Reply | None"]
 
 
 class VLLM:
-    """fault: asked before each request. processed: --logprobs-mode processed_logprobs."""
+    """fault: asked before each request. processed: --logprobs-mode processed_logprobs. lora: --enable-lora, and
+    adapters may be loaded while it runs."""
 
-    def __init__(self, model: PreTrainedModel, fault: Fault | None = None, *, processed: bool = True) -> None:
-        self.model, self.fault, self.processed = model, fault, processed
+    def __init__(
+        self, model: PreTrainedModel, fault: Fault | None = None, *, processed: bool = True, lora: bool = False
+    ) -> None:
+        self.model, self.fault, self.processed, self.lora = model, fault, processed, lora
+        self.adapters: dict[str, Any] = {}
         self.version = "default"
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.loaded: list[str] = []
@@ -80,9 +88,12 @@ class VLLM:
         if path == "/collective_rpc":
             assert request["method"] == "reload_weights" and set(request["kwargs"]) == {"weights_path"}
             self.loaded.append(request["kwargs"]["weights_path"])
+            self.adapters.clear()
             with LOADING:
                 self.model = AutoModelForCausalLM.from_pretrained(self.loaded[-1], local_files_only=True).eval()
             return Reply({"results": [None]})
+        if path.endswith("_lora_adapter") and self.lora:
+            return self.adapter(path, request)
         if path == "/reset_prefix_cache":
             return Reply({"success": True})
         if path == "/update_weight_version":
@@ -92,13 +103,24 @@ class VLLM:
             return Reply({"weight_version": self.version})
         return Reply({"detail": "Not Found"}, 404)
 
+    def adapter(self, path: str, request: dict[str, Any]) -> Reply:
+        """Answers in words, of the type JSON all the same."""
+        name = request["lora_name"]
+        if path == "/v1/unload_lora_adapter":
+            del self.adapters[name]
+            return Reply(f"Success: LoRA adapter '{name}' removed successfully.".encode())
+        assert name not in self.adapters
+        self.adapters[name] = _with_adapter(self.model, Path(request["lora_path"]))
+        return Reply(f"Success: LoRA adapter '{name}' added successfully.".encode())
+
     def complete(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert request["model"] == "served" and request["n"] == 1 and request["return_token_ids"]
+        assert request["n"] == 1 and request["return_token_ids"]
+        model = self.model if request["model"] == "served" else self.adapters[request["model"]]
         generator = torch.Generator().manual_seed(request["seed"])
         prompt, ids, logprobs, finish = request["prompt"], [], [], "length"
         while len(ids) < request["max_tokens"]:
             with torch.no_grad():
-                logits_V = self.model(input_ids=torch.tensor([prompt + ids]), use_cache=False).logits[0, -1].float()
+                logits_V = model(input_ids=torch.tensor([prompt + ids]), use_cache=False).logits[0, -1].float()
             kept_V = _shaped(logits_V, request)
             ids.append(int(torch.multinomial(kept_V.softmax(-1), 1, generator=generator)))
             said_V = kept_V if self.processed else logits_V
@@ -124,8 +146,23 @@ class VLLM:
         return found
 
 
+@torch.no_grad()
+def _with_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """A copy, with a folder of peft merged into it: W + B A alpha / r."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    weights, adapted = load_file(folder / "adapter_model.safetensors"), deepcopy(model)
+    for name, down in weights.items():
+        path, found, _ = name.partition(".lora_A.")
+        if found:
+            delta = weights[f"{path}.lora_B.weight"] @ down * config["lora_alpha"] / config["r"]
+            adapted.get_submodule(path.removeprefix("base_model.model.")).weight.add_(delta)
+    return adapted
+
+
 def _shaped(logits_V: Tensor, request: dict[str, Any]) -> Tensor:
-    """Temperature, top-k, top-p, in vLLM's order."""
+    """Temperature, top-k, top-p, in vLLM's order; at temperature 0 the most probable token alone."""
+    if request["temperature"] == 0:
+        return torch.full_like(logits_V, -torch.inf).index_fill(0, logits_V.argmax()[None], 0.0)
     logits_V = logits_V / request["temperature"]
     if request["top_k"] > 0:
         logits_V = logits_V.masked_fill(logits_V < logits_V.topk(request["top_k"]).values[-1], -torch.inf)

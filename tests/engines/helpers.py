@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tlcr.ppo.engines import Answer, Sampling
-from tlcr.ppo.engines.generate import warpers
+from tlcr.engines import Answer, Sampling
+from tlcr.engines.generate import warpers
 
 PROMPTS = [[5, 9, 30], [7, 44, 12, 90, 33], [8], [61, 62], list(range(100, 119)), [5, 9, 31, 7], [99, 3, 14]]
 ENDS = tuple(range(2, 131, 8))

@@ -1,15 +1,15 @@
-"""What ``rollout.engine: auto`` takes, and why. It depends on the config and on the model alone, so that every process
+"""What ``engine: auto`` takes, and why. It depends on the config and on the model alone, so that every process
 takes the same, and the doctor says before a run what the run will take."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tlcr.config.schema import EngineName, RolloutConfig
-from tlcr.ppo.engines.paged import fault_of
+from tlcr.config.schema import EngineConfig, EngineName
+from tlcr.engines.paged import fault_of
 
 PAGED_PARAMETERS = 100_000_000
 """A policy of fewer parameters samples faster by `generate`: a call of continuous batching costs more than its steps.
@@ -19,6 +19,9 @@ PAGED_BATCH = 32
 each (docs/engines.md). A flash attention does not."""
 
 
+C = TypeVar("C", bound=EngineConfig)
+
+
 class Choice(NamedTuple):
     """An engine, and a clause that says why it is taken."""
 
@@ -26,7 +29,7 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose(cfg: RolloutConfig, policy: PreTrainedModel, config: PreTrainedConfig | None = None) -> Choice:
+def choose(cfg: EngineConfig, policy: PreTrainedModel, config: PreTrainedConfig | None = None) -> Choice:
     """The fastest engine that is there for a policy: servers where the config names some, else `paged` where it was
     measured to be faster and can run the policy, else `generate`. `static` is not chosen: where it is faster, on GPUs,
     it has not been measured.
@@ -40,21 +43,21 @@ def choose(cfg: RolloutConfig, policy: PreTrainedModel, config: PreTrainedConfig
         The engine and the reason.
     """
     if cfg.engine != "auto":
-        return Choice(cfg.engine, "rollout.engine names it")
+        return Choice(cfg.engine, "engine names it")
     if cfg.server:
-        return Choice("server", f"rollout.server names {len(cfg.server)} of them")
+        return Choice("server", f"server names {len(cfg.server)} of them")
     config = policy.config if config is None else config
     size, attention = policy.num_parameters(), config._attn_implementation
     if size < PAGED_PARAMETERS:
         return Choice("generate", f"continuous batching is slower for models as small as this one ({size / 1e6:.1f}M)")
     if cfg.batch_size > PAGED_BATCH and "flash" not in attention:
-        why = f"with {attention} continuous batching was measured up to rollout.batch_size {PAGED_BATCH}"
+        why = f"with {attention} continuous batching was measured up to batch_size {PAGED_BATCH}"
         return Choice("generate", f"{why}, and it is {cfg.batch_size}")
     if (fault := fault_of(config, type(policy))) is not None:
         return Choice("generate", fault)
     return Choice("paged", "continuous batching runs this model, and saves the steps of answers that ended")
 
 
-def resolved(cfg: RolloutConfig, policy: PreTrainedModel) -> RolloutConfig:
+def resolved(cfg: C, policy: PreTrainedModel) -> C:
     """The config with the engine that is taken in place of "auto"."""
     return cfg if cfg.engine != "auto" else replace(cfg, engine=choose(cfg, policy).engine)

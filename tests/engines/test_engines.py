@@ -29,11 +29,11 @@ from transformers import (
 
 from tests.ppo.helpers import StopAt, Stopped, run_ppo, small_config
 from tlcr.config.schema import EngineName, RolloutConfig
+from tlcr.engines import Engine, Sampling, build_engine
+from tlcr.engines.paged import Paged, fault_of
 from tlcr.errors import BackendUnavailable, CheckpointError, ConfigError
 from tlcr.models import attention
 from tlcr.models.actor_critic import ActorCritic
-from tlcr.ppo.engines import Engine, Sampling, build_engine
-from tlcr.ppo.engines.paged import Paged, fault_of
 from tlcr.ppo.rollout import generate
 from tlcr.ppo.scores import score_rollout
 from tlcr.text.padding import pad_left, pad_right
@@ -260,7 +260,7 @@ def test_a_model_that_would_be_computed_otherwise_is_refused() -> None:
     with pytest.raises(
         ConfigError,
         match=r"'paged', and transformers' continuous batching computes something else than Backwards does; set "
-        r"rollout\.engine: generate",
+        r"set engine: generate",
     ):
         Paged(Backwards(LlamaConfig(**SIZES)).eval())
 
@@ -273,7 +273,7 @@ def test_prompts_without_an_answer_are_an_error_with_its_reason() -> None:
         raise RuntimeError("out of memory\nin a kernel")
 
     policy.register_forward_pre_hook(fail)
-    said = r"no answer to 7 of 7 prompts \(out of memory.*; set rollout.engine"
+    said = r"no answer to 7 of 7 prompts \(out of memory.*; set engine"
     with pytest.raises(BackendUnavailable, match=said) as caught:
         engine.sample(PROMPTS, sampling())
     assert "\n" not in str(caught.value)

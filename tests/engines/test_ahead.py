@@ -14,13 +14,13 @@ import torch
 from tenacity import wait_none
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.ppo.engines.vllm_server import VLLM, Reply, serving
+from tests.engines.vllm_server import VLLM, Reply, serving
 from tests.ppo.helpers import StopAt, Stopped, run_ppo, small_config, without_times
 from tests.ppo.test_conversation import known_conversation
 from tlcr.config.schema import RolloutConfig, RunConfig
+from tlcr.engines import vllm_client
 from tlcr.errors import BackendUnavailable, ConfigError
 from tlcr.ppo.ahead import _of_json, _to_json
-from tlcr.ppo.engines import server as module
 from tlcr.rewards.sources import CallableSource
 from tlcr.training.metrics import read_metrics
 from tlcr.types import RewardSignal, Rollout
@@ -30,7 +30,7 @@ LM = Callable[..., PreTrainedModel]
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BACKOFF", wait_none())
+    monkeypatch.setattr(vllm_client, "BACKOFF", wait_none())
 
 
 def config(address: str, *, ahead: int = 1, **ppo: Any) -> RunConfig:

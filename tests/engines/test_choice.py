@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from tests.ppo.helpers import run_ppo, small_config
 from tlcr.config.schema import RolloutConfig, RunConfig
+from tlcr.engines import build_engine, choose, resolved
+from tlcr.engines.generate import Generate
 from tlcr.errors import CheckpointError
 from tlcr.experiment.preflight import preflight
-from tlcr.ppo.engines import build_engine, choose, resolved
-from tlcr.ppo.engines.generate import Generate
 
 LM = Callable[..., PreTrainedModel]
 

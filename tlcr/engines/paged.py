@@ -16,12 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
 
+from tlcr.engines.generate import generation_config
+from tlcr.engines.protocol import Answer, InProcess, Sampling, drawing_from
 from tlcr.errors import BackendUnavailable, ConfigError
 from tlcr.models import attention
 from tlcr.models.faults import one_line
 from tlcr.models.loading import generating_with
-from tlcr.ppo.engines.generate import generation_config
-from tlcr.ppo.engines.protocol import Answer, InProcess, Sampling, drawing_from
 from tlcr.training.profiling import part
 
 PAGE = 256
@@ -29,7 +29,7 @@ PAGE = 256
 STEP_TOKENS = 1024
 """Tokens that one step reads at most: prompts beyond it are read in the next one (ours; it bounds the mask)."""
 
-REMEDY = "set rollout.engine: generate"
+REMEDY = "set engine: generate"
 
 
 class Paged(InProcess):
@@ -37,7 +37,7 @@ class Paged(InProcess):
 
     def __init__(self, policy: PreTrainedModel) -> None:
         if (fault := fault_of(policy.config, type(policy))) is not None:
-            raise ConfigError(f"rollout.engine is 'paged', and {fault}; {REMEDY}")
+            raise ConfigError(f"engine is 'paged', and {fault}; {REMEDY}")
         self._policy = policy
 
     @torch.no_grad()
@@ -52,7 +52,7 @@ class Paged(InProcess):
         if lacking:
             reasons = [one_line(output.error) for output in found if output is not None and output.error is not None]
             raise BackendUnavailable(
-                f"rollout.engine 'paged' gave no answer to {len(lacking)} of {len(prompts)} prompts "
+                f"engine 'paged' gave no answer to {len(lacking)} of {len(prompts)} prompts "
                 f"({reasons[0] if reasons else 'its thread ended; the log says why'}); {REMEDY}"
             )
         device = self._policy.device
