@@ -6,7 +6,8 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+
+from markupsafe import Markup
 
 from tlcr.chat import endpoint
 from tlcr.report import page
@@ -52,13 +53,14 @@ def key_in_a_log() -> None:
 
 
 def field_not_escaped() -> None:
-    """The report writes one text as it is."""
-    template = page._template
+    """The report writes one text as it is: the processor's name."""
+    machine = page._machine
+    page._machine = lambda entry: Markup(machine(entry))
 
-    def without_escaping(name: str, *, html: bool) -> Any:
-        return template(name, html=False)
 
-    page._template = without_escaping
+def sync_left_out() -> None:
+    """Files are renamed before their bytes are on the disk."""
+    checkpoint.sync_to_disk = lambda path: None
 
 
 PLANTED: dict[str, Callable[[], None]] = {
@@ -66,4 +68,5 @@ PLANTED: dict[str, Callable[[], None]] = {
     "flush": flush_left_out,
     "key": key_in_a_log,
     "escape": field_not_escaped,
+    "sync": sync_left_out,
 }
