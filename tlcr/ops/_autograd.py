@@ -93,7 +93,8 @@ def autograd(op: Op[Any, Any], gradient: Gradient, operators: Any) -> tuple[Setu
             needed = [ctx.needs_input_grad[place] for place in layout.places]
             got = operator(*layout.order((*incoming, *ctx.saved_tensors, *ctx.options, *needed)))
             gradients = [x if wanted else None for x, wanted in zip(_tuple(got), needed, strict=True)]
-            for place, x in zip(layout.places, differentiable_once(op.name, gradient.plain, gradients), strict=True):
+            once = differentiable_once(op.name, gradient.plain, gradients, (*grads, *ctx.saved_tensors))
+            for place, x in zip(layout.places, once, strict=True):
                 found[place] = x
         return tuple(found)
 
@@ -169,7 +170,7 @@ def recomputing(
             with below_autograd():
                 got = backward_operator(*order((*grads, *saved, *ctx.options, *needed)))
             gradients = [x if wanted else None for x, wanted in zip(_tuple(got), needed, strict=True)]
-            return None, None, *differentiable_once(name, plain, gradients)
+            return None, None, *differentiable_once(name, plain, gradients, (*grads, *saved))
 
     return super(torch.autograd.Function, Recomputing).apply
 
@@ -189,19 +190,21 @@ def scaling(op: Op[Any, Any], gradient: Gradient, operator: Callable[..., Any]) 
             needed = ctx.needs_input_grad[2:]
             with below_autograd():
                 results = operator(*values, *needed)
-            ctx.save_for_backward(*[x if wanted else None for x, wanted in zip(results[number:], needed, strict=True)])
+            scaled = [x if wanted else None for x, wanted in zip(results[number:], needed, strict=True)]
+            ctx.save_for_backward(*scaled, *trained)
             ctx.set_materialize_grads(False)
             found += results[:number]
             return results[0]
 
         @staticmethod
         def backward(ctx: Any, factor: Tensor | None) -> tuple[Tensor | None, ...]:
-            kept = ctx.saved_tensors
+            saved = ctx.saved_tensors
+            kept, trained = saved[: len(saved) // 2], saved[len(saved) // 2 :]
             if factor is None:
                 return (None, None, *[None] * len(kept))
             if graph_is_kept() or torch.is_grad_enabled() or type(factor) is not Tensor or batched(factor) or watched():
                 scaled = [None if x is None else _times(x, factor) for x in kept]
-                return None, None, *differentiable_once(name, plain, scaled)
+                return None, None, *differentiable_once(name, plain, scaled, (factor, *trained))
             value = factor.item()
             if value != 1:
                 times = Tensor.mul_ if math.isfinite(value) else _times  # for the last time, so in place
@@ -220,7 +223,9 @@ def _tuple(results: Any) -> tuple[Tensor, ...]:
     return results if isinstance(results, tuple) else (results,)
 
 
-def differentiable_once(op: str, plain: bool, found: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+def differentiable_once(
+    op: str, plain: bool, found: Sequence[Tensor | None], sources: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
     """The gradients, as functions of which none has a derivative where the backward pass is itself recorded.
 
     Without this they would be constants there, and a second derivative would lack their part without a word. torch's
@@ -230,6 +235,8 @@ def differentiable_once(op: str, plain: bool, found: Sequence[Tensor | None]) ->
         op: the op's name.
         plain: `Gradient.plain` of the op.
         found: its gradients.
+        sources: what they were computed from. Those of them that need a gradient are how a second derivative that is
+            asked of one tensor alone gets here.
 
     Returns:
         the same gradients.
@@ -237,15 +244,18 @@ def differentiable_once(op: str, plain: bool, found: Sequence[Tensor | None]) ->
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return found
     leaves = [None if result is None else result.detach().requires_grad_() for result in found]
-    once: tuple[Tensor | None, ...] = _DifferentiableOnce.apply(op, plain, *leaves)
+    from_ = [source for source in sources if source is not None and source.requires_grad]
+    once: tuple[Tensor | None, ...] = _DifferentiableOnce.apply(op, plain, len(leaves), *leaves, *from_)
     return once
 
 
 class _DifferentiableOnce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, op: str, plain: bool, *found: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(
+        ctx: Any, op: str, plain: bool, count: int, *found_and_sources: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         ctx.error = _no_derivative(op, plain, "no second derivatives (create_graph=True)")
-        return found
+        return found_and_sources[:count]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
