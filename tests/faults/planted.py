@@ -58,15 +58,9 @@ def field_not_escaped() -> None:
     page._machine = lambda entry: Markup(machine(entry))
 
 
-def sync_left_out() -> None:
-    """Files are renamed before their bytes are on the disk."""
-    checkpoint.sync_to_disk = lambda path: None
-
-
 PLANTED: dict[str, Callable[[], None]] = {
     "rename": rename_left_out,
     "flush": flush_left_out,
     "key": key_in_a_log,
     "escape": field_not_escaped,
-    "sync": sync_left_out,
 }

@@ -215,7 +215,7 @@ def test_the_specification_of_scores_says_that_it_cannot_be_mapped(mapped: str) 
         own = {name: value[:1] for name, value in given.items()} | {mapped: one[None]}
         return ops.score_tokens(**own, impl="reference").logprobs
 
-    with pytest.raises(ShapeError, match="score_tokens: impl='reference' cannot be mapped by torch.vmap"):
+    with pytest.raises(ShapeError, match=r"score_tokens: impl='reference' cannot be mapped by torch\.vmap"):
         torch.vmap(score)(given[mapped])
 
 

@@ -172,10 +172,12 @@ def choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def whole_batch(op: str, arguments: Iterable[object]) -> None:
     """Raises where torch.vmap maps over a tensor, which code that writes into results of its own cannot follow."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
     if any(isinstance(one, Tensor) and torch._C._functorch.is_batchedtensor(one) for one in arguments):
         raise ShapeError(
-            f"{op}: impl='reference' cannot be mapped by torch.vmap; call it once with the whole batch, or take another "
-            "implementation"
+            f"{op}: impl='reference' cannot be mapped by torch.vmap; call it once with the whole batch, or take "
+            "another implementation"
         )
 
 
