@@ -172,6 +172,9 @@ def test_what_a_config_needs_and_is_not_installed_blocks(monkeypatch: pytest.Mon
         "pip install tensorboard, or set tracker: none",
     )
     assert (found["gguf"].level, found["gguf"].remedy) == ("blocked", "pip install gguf")
+    reviser = {"backend": "local", "model.path": "owner/name", "model.gguf_file": "model.gguf"}
+    of_reviser = load_config(None, {f"reviser.{name}": value for name, value in reviser.items()})
+    assert by_subject(of_reviser)["gguf"].fact.startswith("reviser.model.gguf_file needs the package gguf")
     assert not {"tensorboard", "wandb", "gguf"} & set(by_subject(RunConfig()))
 
 

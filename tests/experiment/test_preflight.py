@@ -120,6 +120,26 @@ def test_a_config_alone_is_no_run(tmp_path: Path) -> None:
     assert not list(settings(cfg, resume=True))
 
 
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/proc/tlcr", r"/proc/tlcr cannot be made: \w+"),
+        ("a" * 300, r"cannot be made: a{40}\.\.\. is longer than 255 bytes"),
+        ("/".join(["a" * 200] * 19), r"cannot be made: its path has 3\d{3} bytes, which leaves too few"),
+    ],
+)
+def test_a_folder_that_nobody_can_make_is_refused_before_anything_is_trained(
+    path: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for found in (
+        at_once(load_config(None, {"output_dir": path})),
+        at_once(load_config(None, {"output_dir": path}), "sft"),
+    ):
+        assert re.search(reason + ".*; name another output_dir$", found["output_dir"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_finished_run_goes_on_where_its_sources_are_gone(tmp_path: Path, tiny_folder: Path) -> None:
     cfg = arm_config(tmp_path, tiny_folder)
     (tmp_path / "pairs.jsonl").unlink()

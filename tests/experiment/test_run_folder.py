@@ -528,6 +528,16 @@ def test_what_a_kill_left_beside_the_record_of_a_stage_is_deleted(tmp_path: Path
     assert not (tmp_path / "sft" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("record", ['{"checksums": null}', '{"checksums": [1]}', "[]", "null", "1" * 5000, "[" * 10**5])
+def test_a_record_of_another_form_is_named(record: str, tmp_path: Path) -> None:
+    opened = open_run(small_config(tmp_path / "run"), resume=False)
+    folder = tmp_path / "run" / "sft"
+    folder.mkdir()
+    (folder / "done.json").write_text(record, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"sft/done.json cannot be read into this run .*: it is damaged"):
+        _ = opened.policy_source
+
+
 def test_a_model_that_was_damaged_after_its_stage_is_not_trained_from(tmp_path: Path) -> None:
     opened = open_run(small_config(tmp_path / "run"), resume=False)
     folder = tmp_path / "run" / "sft"

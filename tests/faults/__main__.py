@@ -15,15 +15,18 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 KEY = "sk-planted-key-of-the-faults"
 os.environ |= {"ACCELERATE_USE_CPU": "true", "TLCR_PROGRESS": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OPENAI_API_KEY": KEY}
 
-from tests.faults.cases import KINDS, Outcome, attack, can_mount  # noqa: E402
+from tests.faults.case import Outcome  # noqa: E402
+from tests.faults.cases import KINDS, attack  # noqa: E402
+from tests.faults.disks import can_mount  # noqa: E402
 from tests.faults.planted import PLANTED  # noqa: E402
-from tests.faults.runs import Bench, bench, leaks  # noqa: E402
+from tests.faults.runs import ALL, STAGES, Bench, bench, leaks  # noqa: E402
 
 ECHO = "server that repeats its key"
 
@@ -97,7 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not disks:
         sys.stderr.write("no disks of one's own can be mounted here: the kinds that need one are left out\n")
     began, outcomes = time.monotonic(), []
-    with tempfile.TemporaryDirectory(dir=asked.folder) as folder, bench(Path(folder)) as made:
+    attacked = {stage for _, stage, _ in islice(schedule(asked.seed, asked.only, disks), asked.runs)}
+    stages = [stage for stage in STAGES if stage in attacked or stage in ALL]
+    with tempfile.TemporaryDirectory(dir=asked.folder) as folder, bench(Path(folder), stages) as made:
         outcomes.append(_secrets(made))
         if asked.plant is not None:
             PLANTED[asked.plant]()

@@ -25,7 +25,7 @@ from tlcr.cli import main as command
 command.build_parser = functools.cache(command.build_parser)  # type: ignore[attr-defined]
 command.build_parser()
 
-LONGEST = 120.0
+LONGEST = 600.0
 """Seconds after which a child counts as hanging."""
 
 

@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,14 @@ STAGES: dict[str, list[str]] = {
     "discriminator": ["train", "discriminator", "run.yaml", "--resume"],
     "ppo": ["train", "ppo", "run.yaml", "--resume"],
     "evaluation": ["evaluate", "run.yaml"],
+    "analysis": ["analyse", "run"],
+    "report": ["report", "run"],
+    "two policies side by side": ["run", "parallel.yaml", "--resume"],
 }
 """In their order, each with the command that begins it and that goes on with it."""
+WORKERS = ("two policies side by side",)
+"""What starts processes of its own, which takes long."""
+ALL = tuple(stage for stage in STAGES if stage not in WORKERS)
 TRAININGS = ("sft", "reward_model", "dpo", "discriminator", "ppo")
 STEPS = 4
 """Of every training, about."""
@@ -56,8 +62,9 @@ SETTINGS: dict[str, Any] = {
     "evaluation": {"prompts": 3, "samples": 1},
     "arms": [{"name": "continuous"}],
 }
-NOT_COMPARED = {".lock", "log.txt", "report.html", "frontier.svg", "config.yaml", "started.json", "answers.sqlite"}
-"""Locks, logs and times; and pictures, which are drawn from what is compared."""
+PARALLEL: dict[str, Any] = {"seeds": [0, 1, 2], "parallel": 2}
+NOT_COMPARED = {"log.txt", "config.yaml", "started.json"}
+"""Logs and times."""
 VARIES = {"time", "seconds", "saved_at", "versions", "machine", "requests", "cost", "checksums"}
 """Entries of records that differ from one run to the next."""
 
@@ -80,12 +87,12 @@ def _serve(say: Callable[[str], None]) -> None:
 
 
 @contextmanager
-def bench(folder: Path) -> Iterator[Bench]:
-    """A bench in a folder, with its reference; what it started ends with it."""
+def bench(folder: Path, stages: Sequence[str] = ALL) -> Iterator[Bench]:
+    """A bench in a folder, with its reference of these stages; what it started ends with it."""
     pid, address = serve_in_a_process(_serve)
     try:
         made = Bench(folder, address)
-        made.make_reference()
+        made.make_reference(stages)
         yield made
     finally:
         os.kill(pid, signal.SIGKILL)
@@ -104,14 +111,14 @@ class Bench:
         self.said = ""
         self._cases = 0
 
-    def make_reference(self) -> None:
-        """Runs every stage once."""
+    def make_reference(self, stages: Sequence[str]) -> None:
+        """Runs each stage once."""
         whole = self.new_folder("reference")
         self.write_config(whole)
-        for stage, command in STAGES.items():
+        for stage in stages:
             self.before[stage] = self.folder / f"before-{stage}"
             shutil.copytree(whole, self.before[stage])
-            ended = finish(command, whole, _note_modules)
+            ended = finish(STAGES[stage], whole, _note_modules)
             _import_what(whole)
             if not ended.done:
                 raise RuntimeError(f"the uninterrupted {stage} failed: {ended.said}")
@@ -124,7 +131,8 @@ class Bench:
         settings = {**SETTINGS, **changes}
         settings["reviser"] = {**SETTINGS["reviser"]}
         settings["reviser"]["endpoint"] = {**SETTINGS["reviser"]["endpoint"], "base_url": self.address}
-        (folder / "run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+        for name, own in (("run.yaml", settings), ("parallel.yaml", settings | PARALLEL)):
+            (folder / name).write_text(yaml.safe_dump(own), encoding="utf-8")
 
     def new_folder(self, name: str) -> Path:
         path = self.folder / name

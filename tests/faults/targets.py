@@ -4,12 +4,17 @@ and ends in a result or in an error of tlcr's; anything else is a find."""
 from __future__ import annotations
 
 import contextlib
+import email.message
 import io
 import json
+import math
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+import typing
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,209 +22,109 @@ from unittest import mock
 import torch
 from hypothesis import strategies as st
 
-from tlcr import ops
+from tests.faults.drawn import (
+    FILES,
+    GOOD,
+    JSON,
+    MESSAGES,
+    NUMBERS,
+    TEXT,
+    TURNS,
+    UNICODE,
+    WORDS,
+    Draw,
+    corpus,
+    damaged,
+    file_of,
+    from_corpus,
+    json_lines,
+    json_list,
+    one_wrong,
+    packed,
+    records,
+    tokenizer,
+    written,
+)
+from tests.faults.fuzzed_ops import arguments_of_the_ops
 from tlcr.chat.endpoint import _read
 from tlcr.chat.types import Answer
 from tlcr.cli import main as cli
-from tlcr.config.loading import knobs, load_config
+from tlcr.config.loading import Knob, knobs, load_config
 from tlcr.config.schema import DataConfig, ModelConfig, RunConfig
 from tlcr.data.formats import TextPreference
 from tlcr.data.readers import read_edits, read_marked_answers, read_preferences, read_prompts
-from tlcr.errors import TlcrError
+from tlcr.errors import DataError
 from tlcr.hosts import contract
+from tlcr.hosts.client import RewardClient
 from tlcr.judging.formats import read_answers, read_benchmark
 from tlcr.judging.verdicts import read_grade, read_ruling
 from tlcr.models.loading import load_tokenizer
 from tlcr.reviser.checks import check_answer
 from tlcr.serving import protocols
+from tlcr.serving.limits import parse_json
 from tlcr.text import rendering
 from tlcr.text.tokenization import encode_answer, render_prompt
 from tlcr.text.turns import apply_template
-from tlcr.training.checkpoint import latest_checkpoint
-from tlcr.training.done import done_config
+from tlcr.training.checkpoint import MANIFEST, latest_checkpoint, load_checkpoint, save_checkpoint
+from tlcr.training.done import check_results, done_config
 from tlcr.training.metrics import read_metrics
-
-Draw = Callable[[st.SearchStrategy[Any]], Any]
-
-# ---- what is drawn
-
-TEXT = st.text(max_size=30) | st.sampled_from(
-    ["", " ", "\ud83d", "\x00", "Human: a\n\nAssistant: b", "[" * 200, "é\u2028x"]
-)
-UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
-"""Readers refuse half of a surrogate pair before anything is tokenised."""
-NUMBERS = st.integers() | st.floats() | st.sampled_from([2**70, -1, 10**4000, 1e308])
-JSON = st.recursive(
-    st.none() | st.booleans() | NUMBERS | TEXT,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
-    max_leaves=8,
-)
-FIELDS = (
-    *("prompt", "chosen", "rejected", "revised", "response", "messages", "id", "system", "history", "tools", "label"),
-    *(
-        "completion",
-        "question",
-        "answer",
-        "instruction",
-        "output",
-        "conversations",
-        "spans",
-        "errors",
-        "turns",
-        "choices",
-    ),
-    *("role", "content", "from", "value", "question_id", "model_id", "generator", "score", "documents"),
-)
-MESSAGES = st.lists(
-    st.dictionaries(st.sampled_from(["role", "content", "from", "value", "name"]), TEXT | JSON, max_size=3), max_size=4
-)
-RECORDS = st.dictionaries(st.sampled_from(FIELDS), TEXT | MESSAGES | JSON, max_size=6)
-PAIRS = st.fixed_dictionaries(
-    {"prompt": TEXT | MESSAGES, "chosen": TEXT | MESSAGES, "rejected": TEXT | MESSAGES},
-    optional={"revised": TEXT, "id": JSON, "system": TEXT, "history": JSON, "tools": JSON},
-)
-
-
-WORDS = st.sampled_from(["good", "bad food", "Not bad.", "é", " x", "a b c d"])
-GOOD = st.fixed_dictionaries(
-    {"prompt": WORDS, "chosen": WORDS, "rejected": WORDS, "revised": WORDS, "response": WORDS, "spans": st.just([])},
-    optional={"id": TEXT, "system": WORDS, "tools": JSON, "score": NUMBERS},
-)
-"""Records that most readers take, so that a little damage gets past the first check."""
-LINES = st.lists(GOOD, min_size=1, max_size=4) | st.lists(PAIRS | RECORDS | JSON, max_size=4)
-
-
-def written(value: Any) -> bytes:
-    """JSON as programs write it, also that which python's own refuses to write."""
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
-
-
-def damaged(draw: Draw, data: bytes) -> bytes:
-    """The bytes, or the same with a few of them changed, cut or repeated."""
-    changed = bytearray(data)
-    for _ in range(draw(st.integers(0, 3))):
-        at, part = draw(st.integers(0, max(len(changed), 1) - 1)), draw(st.binary(max_size=6))
-        way = draw(st.sampled_from(["insert", "replace", "cut", "repeat"]))
-        if way == "insert":
-            changed[at:at] = part
-        elif way == "replace":
-            changed[at : at + len(part)] = part
-        elif way == "cut":
-            del changed[at:]
-        else:
-            changed[at:at] = changed[at : at + 40] * 3
-    return bytes(changed)
-
-
-@contextmanager
-def file_of(data: bytes, name: str) -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        path.write_bytes(data)
-        yield str(path)
-
-
-@cache
-def tokenizer() -> Any:
-    """A tiny byte-level tokenizer with a chat template."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(["the food was good and bad"], vocab_size=300, special_tokens=["<pad>", "<eos>"])
-    made = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>")
-    made.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"
-    return made
-
 
 # ---- readers of data
 
+READERS: dict[str, Callable[[str, Any], object]] = {
+    "preferences": lambda path, skip: read_preferences(DataConfig(preferences=path, on_malformed=skip), tokenizer()),
+    "edits": lambda path, skip: read_edits(DataConfig(edits=path, on_malformed=skip), tokenizer()),
+    "prompts": lambda path, skip: read_prompts(DataConfig(prompts=path, on_malformed=skip), tokenizer()),
+    "marked answers": lambda path, skip: read_marked_answers(path, DataConfig(on_malformed=skip), tokenizer()),
+}
 
-def _readers(path: str, draw: Draw) -> None:
-    read = draw(st.sampled_from(["preferences", "edits", "prompts", "spans"]))
-    if read == "preferences":
-        read_preferences(DataConfig(preferences=path), tokenizer())
-    elif read == "edits":
-        read_edits(DataConfig(edits=path), tokenizer())
-    elif read == "prompts":
-        read_prompts(DataConfig(prompts=path), tokenizer())
+
+def data(reader: str, kind: str, draw: Draw) -> None:
+    """A file of one kind by one reader: drawn, or damaged from the corpus."""
+    if not draw(st.integers(0, 5)):
+        names = [path.name for path in corpus(reader) if path.suffix == FILES[kind](draw, [])[0]]
+        if names:
+            name, bytes_ = from_corpus(draw, reader)
+            with file_of(damaged(draw, bytes_), name) as path:
+                READERS[reader](path, draw(st.sampled_from(["raise", "skip"])))
+            return
+    ending, bytes_ = packed(draw, *FILES[kind](draw, records(draw, reader)))
+    with file_of(bytes_, f"a{ending}") as path:
+        READERS[reader](path, draw(st.sampled_from(["raise", "skip"])))
+
+
+BENCHMARKS: dict[str, Callable[[str | Path], object]] = {
+    "benchmarks": read_benchmark,
+    "answers to benchmarks": read_answers,
+}
+
+
+def benchmarks(reader: str, draw: Draw) -> None:
+    """AlpacaEval's are lists, FastChat's are lines."""
+    if not draw(st.integers(0, 5)):
+        name, bytes_ = from_corpus(draw, reader)
     else:
-        read_marked_answers(path, DataConfig(), tokenizer())
-
-
-def json_lines(draw: Draw) -> None:
-    lines = draw(LINES)
-    with file_of(damaged(draw, b"\n".join(map(written, lines))), "a.jsonl") as path:
-        _readers(path, draw)
-
-
-def json_list(draw: Draw) -> None:
-    with file_of(damaged(draw, written(draw(LINES | JSON))), "a.json") as path:
-        _readers(path, draw)
-
-
-def tables(draw: Draw) -> None:
-    head = draw(st.just(["prompt", "chosen", "rejected", "revised"]) | st.lists(st.sampled_from(FIELDS), max_size=5))
-    cell = WORDS if draw(st.booleans()) else TEXT
-    rows = draw(st.lists(st.lists(cell, min_size=len(head), max_size=len(head) + draw(st.integers(0, 1))), max_size=4))
-    separator, ending = draw(st.sampled_from([(",", ".csv"), ("\t", ".tsv")]))
-    quoted = (separator.join(f'"{cell}"' for cell in row) for row in [head, *rows])
-    with file_of(damaged(draw, "\n".join(quoted).encode("utf-8", "surrogatepass")), f"a{ending}") as path:
-        _readers(path, draw)
-
-
-@cache
-def _parquet() -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.table({"prompt": ["a", "b"], "chosen": ["c", "d"], "rejected": ["e", "f"], "revised": ["g", "h"]})
-    file = io.BytesIO()
-    pq.write_table(table, file)
-    return file.getvalue()
-
-
-def parquet(draw: Draw) -> None:
-    with file_of(damaged(draw, _parquet()), "a.parquet") as path:
-        _readers(path, draw)
-
-
-def benchmarks(draw: Draw) -> None:
-    lines = draw(st.lists(RECORDS | JSON, max_size=3))
-    listed = draw(st.booleans())
-    data = written(lines) if listed else b"\n".join(map(written, lines))
-    with file_of(damaged(draw, data), draw(st.sampled_from(["a.json", "a.jsonl"]))) as path:
-        draw(st.sampled_from([read_benchmark, read_answers]))(path)
+        listed = draw(st.booleans())
+        ways = (0,) if listed else range(1, len(GOOD[reader]))
+        ending, bytes_ = (json_list if listed else json_lines)(draw, records(draw, reader, ways))
+        name = f"a{ending}"
+    with file_of(damaged(draw, bytes_), name) as path:
+        BENCHMARKS[reader](path)
 
 
 # ---- configs
 
 
 @cache
-def _knobs() -> list[str]:
-    return [knob.path for knob in knobs(RunConfig)]
+def _knobs() -> list[Knob]:
+    return [knob for knob in knobs(RunConfig) if knob.path != "arms"]
 
 
 VALUES = st.sampled_from(
     [
+        *("1", "-1", "0", ".inf", ".nan", "1e400", "null", "true", "[]", "{}", "[1, 2]", "{a: b}", "text", "'"),
         *(
-            "1",
-            "-1",
-            "0",
-            ".inf",
-            ".nan",
-            "1e400",
-            "null",
-            "true",
-            "[]",
-            "{}",
-            "[1, 2]",
-            "{a: b}",
-            "text",
-            "'",
             "!!python/x",
-        ),
-        *(
             "*a",
             "&a [*a]",
             "2026-01-01",
@@ -231,20 +136,42 @@ VALUES = st.sampled_from(
             '"\\ud83d"',
             "~",
             "- 1",
-            "|\n x",
-            "{kind: x}",
         ),
+        *("|\n x", "{kind: x}"),
     ]
 )
 
 
+def _fitting(draw: Draw, hint: Any, facts: Any) -> Any:
+    """A value that a knob of this type takes, unless another knob forbids it."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return draw(st.sampled_from(arguments))
+    if typing.get_origin(hint) is tuple:
+        return [_fitting(draw, arguments[0], facts) for _ in range(draw(st.integers(0, 2)))]
+    if arguments:
+        return _fitting(draw, draw(st.sampled_from(arguments)), facts)
+    low = facts.get("ge") if facts.get("ge") is not None else facts.get("gt")
+    high = facts.get("le")
+    if hint is int:
+        return draw(st.integers(math.floor(low or 0) + 1, int(high) if high else 1000))
+    if hint is float:
+        return draw(st.floats((low or 0.0) + 1e-3, high or 1e3))
+    return {bool: draw(st.booleans()), type(None): None, str: draw(st.sampled_from(["a", "model-b", "runs/é"]))}[hint]
+
+
 def configs(draw: Draw) -> None:
-    lines = []
-    for name in draw(
-        st.lists(st.sampled_from(_knobs()) | st.sampled_from(["arms", "ppo", "seeds", "nothing"]), max_size=5)
-    ):
-        lines.append(f"{name}: {draw(VALUES | JSON.map(lambda v: json.dumps(v, default=str)))}")
-    with file_of(damaged(draw, "\n".join(lines).encode("utf-8", "surrogatepass")), "a.yaml") as path:
+    """Knobs with values that mostly fit, a strange one among them in half of the files, or a file of the corpus."""
+    if draw(st.integers(0, 3)):
+        chosen = draw(st.lists(st.sampled_from(_knobs()), max_size=4, unique_by=lambda knob: knob.path))
+        lines = [f"{k.path}: {json.dumps(_fitting(draw, k.type, k.metadata))}" for k in chosen]
+        if draw(st.booleans()):
+            name = draw(st.sampled_from(_knobs()).map(lambda knob: knob.path) | st.sampled_from(["arms", "ppo", "no"]))
+            lines.append(f"{name}: {draw(VALUES | JSON.map(lambda value: json.dumps(value, default=str)))}")
+        bytes_ = "\n".join(lines).encode("utf-8", "surrogatepass")
+    else:
+        _, bytes_ = from_corpus(draw, "configs")
+    with file_of(damaged(draw, bytes_), "a.yaml") as path:
         load_config(path)
 
 
@@ -252,9 +179,11 @@ _parsers = cache(cli.build_parser)
 
 
 def commands(draw: Draw) -> None:
-    name = draw(st.sampled_from(sorted(cli.HANDLERS)))
-    flags = [f"--{draw(st.sampled_from(_knobs()))}" for _ in range(draw(st.integers(0, 3)))]
-    words = [word for flag in flags for word in (flag, draw(VALUES | TEXT))]
+    name = draw(st.sampled_from(sorted(cli.HANDLERS)) | st.just("run"))
+    words = []
+    for knob in draw(st.lists(st.sampled_from(_knobs()), max_size=3)):
+        fits = written(_fitting(draw, knob.type, knob.metadata)).decode().strip('"')
+        words += [f"--{knob.path}", fits if draw(st.integers(0, 3)) else draw(VALUES | TEXT)]
     silent = (contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()))
     with silent[0], silent[1], mock.patch.object(cli, "build_parser", _parsers):  # it takes a second
         try:
@@ -270,37 +199,23 @@ def commands(draw: Draw) -> None:
 PIECES = st.sampled_from(
     [
         *(
-            "{{ messages[0].content }}",
-            "{% for m in messages %}",
-            "{% endfor %}",
-            "{% if x %}",
-            "{% endif %}",
             "{{ 1/0 }}",
-        ),
-        *(
             "{{ 10 ** 10 ** 9 }}",
             "{{ 'x' * 10 ** 11 }}",
             "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-            "{{ x.y.z }}",
         ),
-        *(
-            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-            "{{ raise_exception('no') }}",
-        ),
-        *("{{ messages | tojson }}", "{{ ''.__class__.__mro__ }}", "{% include 'a' %}", "{% set x = namespace(a=1) %}"),
-        *(
-            "{{ '%0999999999d' | format(1) }}",
-            "{{ 'a' | center(10 ** 10) }}",
-            "{{ strftime_now('%Y') }}",
-            "{% break %}",
-        ),
-        *(
-            "{{ range(99999) | list | string | length }}",
-            "{{ messages | map(attribute='content') | join }}",
-            "{#",
-            "{{",
-        ),
-        *("{{ cycler('a').__init__.__globals__ }}", "{{ lipsum(n=10 ** 6) }}", "{% generation %}a{% endgeneration %}"),
+        *("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ x.y.z }}", "{#", "{{"),
+        *("{{ raise_exception('no') }}", "{{ messages | tojson }}", "{{ ''.__class__.__mro__ }}", "{% include 'a' %}"),
+        *("{% set x = namespace(a=1) %}", "{{ '%0999999999d' | format(1) }}", "{{ 'a' | center(10 ** 10) }}"),
+        *("{{ strftime_now('%Y') }}", "{% break %}", "{{ range(99999) | list | string | length }}"),
+        *("{{ messages | map(attribute='content') | join }}", "{{ cycler('a').__init__.__globals__ }}"),
+        *("{{ lipsum(n=10 ** 6) }}", "{% generation %}a{% endgeneration %}", "{% if x %}", "{% endif %}"),
+    ]
+)
+HARMLESS = st.sampled_from(
+    [
+        *("{{ messages[0].content }}", "{% for m in messages %}{{ m['role'] }}: {{ m.content | trim }}\n{% endfor %}"),
+        *("{% if add_generation_prompt %}assistant:{% endif %}", "{{ eos_token }}", "a", "{{ x | default('') }}"),
     ]
 )
 
@@ -310,13 +225,12 @@ def templates(draw: Draw) -> None:
 
     rendering.SECONDS = 1  # the child that renders is forked after this
     own = copy(tokenizer())
-    own.chat_template = "".join(draw(st.lists(PIECES | st.text(max_size=5), max_size=4)))
-    apply_template(
-        own,
-        draw(MESSAGES),
-        draw(st.dictionaries(st.sampled_from(["x", "tools"]), JSON, max_size=1)),
-        add_generation_prompt=True,
-    )
+    pieces = draw(st.lists(HARMLESS, max_size=4))
+    if draw(st.booleans()):
+        pieces.insert(draw(st.integers(0, len(pieces))), draw(PIECES | st.text(max_size=5)))
+    own.chat_template = "".join(pieces)
+    values = draw(st.dictionaries(st.sampled_from(["x", "tools"]), JSON, max_size=1))
+    apply_template(own, draw(TURNS | MESSAGES), values, add_generation_prompt=draw(st.booleans()))
 
 
 def tokenizers(draw: Draw) -> None:
@@ -335,52 +249,42 @@ def tokenizers(draw: Draw) -> None:
 # ---- what servers and their clients say
 
 
+STRANGE = st.sampled_from(
+    [b"[" * 10**5, b'{"data": 1' + b"0" * 5000 + b"}", b"", b"\xff", b'{"data": "\\ud83d"}', b"NaN"]
+)
+"""What parsers of JSON stumble over."""
+
+
 def server_requests(draw: Draw) -> None:
+    """Bodies of requests, mostly such as their route wants."""
     from tlcr.serving.model import ServedModel
 
-    route = draw(
-        st.sampled_from(
-            [protocols.TokenRewards, protocols.OpenRLHF, protocols.Slime, protocols.LlamaFactory, protocols.Pooling]
-        )
-    )()
-    names = (
-        "items",
-        "prompt",
-        "prompts",
-        "response",
-        "query",
-        "messages",
-        "input",
-        "model",
-        "prompt_ids",
-        "response_ids",
-        "labels",
-    )
-    ids = st.lists(st.integers(-2, 400) | NUMBERS | st.booleans(), max_size=4)
-    part = st.dictionaries(st.sampled_from(names), TEXT | ids | MESSAGES | JSON, max_size=4)
-    body = draw(
-        st.dictionaries(st.sampled_from(names), part | st.lists(part | TEXT | ids, max_size=3) | TEXT | ids, max_size=4)
-    )
+    name = draw(st.sampled_from(sorted(REQUESTS)))
+    body = draw(REQUESTS[name])
+    if draw(st.booleans()):
+        body = one_wrong(draw, body)
     model = ServedModel.__new__(ServedModel)
     vars(model).update(_served())
-    route.rows(model, draw(st.just(body) | REQUESTS), {})
+    query = draw(st.sampled_from([{}, {"answer_after": "A:"}]))
+    bytes_ = damaged(draw, written(body)) if draw(st.integers(0, 19)) else draw(STRANGE)
+    protocols.ROUTES[name].rows(model, parse_json(bytes_), query)
 
 
 SMALL_IDS = st.lists(st.integers(0, 299), min_size=1, max_size=4)
-ITEMS = st.fixed_dictionaries({"prompt": WORDS, "response": WORDS}) | st.fixed_dictionaries(
-    {"prompt_ids": SMALL_IDS, "response_ids": SMALL_IDS}
-)
-REQUESTS = st.fixed_dictionaries(
-    {
-        "items": st.lists(ITEMS | JSON, min_size=1, max_size=3),
-        "prompts": st.lists(WORDS, min_size=1, max_size=2),
-        "query": st.lists(WORDS, min_size=1, max_size=2),
-        "prompt": WORDS,
-        "response": WORDS,
-        "messages": st.lists(WORDS, min_size=1, max_size=2),
-        "input": WORDS | SMALL_IDS | st.lists(WORDS, min_size=1, max_size=2),
-    }
-)
+TEXTS = st.fixed_dictionaries({"prompt": WORDS, "response": WORDS}, optional={"ended": st.booleans()})
+IDS = st.fixed_dictionaries({"prompt_ids": SMALL_IDS, "response_ids": SMALL_IDS})
+ITEMS = TEXTS | IDS | st.fixed_dictionaries({"messages": TURNS, "response": WORDS})
+REQUESTS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
+    "/v1/token_rewards": st.fixed_dictionaries({"items": st.lists(ITEMS, min_size=1, max_size=3)}),
+    "/get_reward": st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=2).map(
+        lambda pairs: {"query": [a + b for a, b in pairs], "prompts": [a for a, _ in pairs]}
+    ),
+    "/remote_rm": st.fixed_dictionaries({"prompt": WORDS | TURNS, "response": WORDS, "label": JSON}),
+    "/score_texts": st.lists(st.tuples(WORDS, WORDS).map("A: ".join), min_size=1, max_size=2).map(
+        lambda texts: {"messages": texts}
+    ),
+    "/pooling": st.fixed_dictionaries({"input": WORDS | SMALL_IDS | st.lists(WORDS, min_size=1, max_size=2)}),
+}
 """What every route finds what it wants in."""
 
 
@@ -397,7 +301,8 @@ def _served() -> dict[str, Any]:
 
 
 def endpoint_answers(draw: Draw) -> None:
-    """A server's JSON by the client's classes, to an answer, and what the reviser and the judge make of it."""
+    """A server's JSON by the client's classes, to an answer, and what the reviser and the judge make of it. Whatever it
+    is, it is one answer or one failed answer, and what was refused of it is counted."""
     from openai._models import construct_type
     from openai.types.chat import ChatCompletion
 
@@ -419,167 +324,148 @@ def endpoint_answers(draw: Draw) -> None:
     }
     try:
         answer = _read(construct_type(value=whole, type_=ChatCompletion))
-    except ValueError:  # which the endpoint counts as one failed answer
-        return
+    except ValueError as error:
+        raise DataError(f"the endpoint counts it as one failed answer: {error!s:.80}") from error
     assert isinstance(answer, Answer)
     check_answer(TextPreference("1", "a", "b c", "b d"), answer, max_changed=0.5)
     read_ruling(answer)
     read_grade(answer)
 
 
+def reward_servers(draw: Draw) -> None:
+    """What tlcr serve or a vLLM might answer to the client inside a trainer."""
+    rewards = draw(st.lists(st.lists(st.floats(-1, 1), max_size=3), min_size=1, max_size=2))
+    logits = [[[1.0, value] for value in row] for row in rewards]
+    answers: dict[str, Any] = {
+        "/v1/info": {"labels": ["negative", "positive"], "limits": {"items": 8, "request_tokens": 99}, "tokenizer": {}},
+        "/v1/token_rewards": {"data": [{"rewards": row, "offsets": [[0, 1]]} for row in rewards if row]},
+        "/v1/models": {"data": [{"id": "m", "root": "m", "max_model_len": 8}]},
+        "/pooling": {"data": [{"index": index, "data": rows} for index, rows in enumerate(filter(None, logits))]},
+    }
+    if vllm := draw(st.booleans()):
+        del answers["/v1/info"]
+    if draw(st.booleans()):
+        name = draw(st.sampled_from(sorted(answers)))
+        answers[name] = one_wrong(draw, answers[name])
+    bodies = {path: damaged(draw, written(answer)) for path, answer in answers.items()}
+    if not draw(st.integers(0, 9)):
+        bodies[draw(st.sampled_from(sorted(bodies)))] = draw(STRANGE)
+
+    def open_(request: urllib.request.Request, timeout: float) -> io.BytesIO:
+        path = urllib.parse.urlsplit(request.full_url).path
+        if path not in bodies:
+            raise urllib.error.HTTPError(path, 404, "no route", email.message.Message(), io.BytesIO(b"{}"))
+        return io.BytesIO(bodies[path])
+
+    client = RewardClient("http://localhost:1", tries=1, temperature=1.0 if vllm else None)
+    with mock.patch.object(urllib.request, "urlopen", open_):
+        client.token_rewards([contract.Item([], [1] * len(row)) for row in rewards])
+
+
 def scorers(draw: Draw) -> None:
-    """What a trainer hands over, and what a scorer gives back."""
-    ids = st.lists(st.integers(-3, 9) | st.booleans() | NUMBERS, max_size=4)
-    items = [contract.Item(draw(ids), draw(ids)) for _ in range(draw(st.integers(0, 3)))]
-    contract.checked(draw(st.lists(st.lists(st.floats() | JSON, max_size=4) | JSON, max_size=3)), items)
+    """What a trainer hands over, and what a scorer gives back: as many numbers as tokens, or something else."""
+    ids = st.lists(st.integers(0, 9), max_size=4)
+    pairs = draw(st.lists(st.tuples(ids, ids), max_size=3))
+    rewards: Any = [draw(st.lists(st.floats(-1, 1), min_size=len(b), max_size=len(b))) for _, b in pairs]
+    wrong = draw(st.sampled_from(["", "", "ids", "row", "rewards"]))
+    if wrong == "ids" and pairs:
+        pairs[0] = (draw(st.lists(st.integers(-3, 9) | st.booleans() | NUMBERS, max_size=4)), pairs[0][1])
+    elif wrong == "row" and rewards:
+        rewards[0] = draw(st.lists(st.floats() | JSON, max_size=4) | JSON)
+    elif wrong == "rewards":
+        rewards = draw(st.lists(JSON, max_size=3))
+    contract.checked(rewards, [contract.Item(*pair) for pair in pairs])
 
 
 # ---- what a run wrote
 
 
-def records(draw: Draw) -> None:
-    """Manifests, records and metrics of another version, of a damaged disk, or of somebody."""
-    manifest = {"format": 1, "layout": "whole", "step": 1, "processes": 1, "versions": {}, "files": {}, "state": {}}
-    value = draw(st.just(manifest) | JSON | st.fixed_dictionaries(dict.fromkeys(manifest, JSON)))
-    data = damaged(draw, written(value))
-    with file_of(data, "done.json") as path:
+def run_records(draw: Draw) -> None:
+    """Records and metrics of another version, of a damaged disk, or of somebody."""
+    record = {"config": {"a": 1}, "metrics": {}, "seconds": 1.0, "versions": {}, "machine": {}, "checksums": {}}
+    value = record if draw(st.booleans()) else one_wrong(draw, record)
+    rows = draw(
+        st.lists(st.fixed_dictionaries({"step": st.integers(0, 9), "loss": st.floats() | st.none()}), max_size=3)
+    )
+    if not draw(st.integers(0, 3)):
+        rows.append(draw(JSON))
+    with file_of(damaged(draw, written(value)), "done.json") as path:
         folder = Path(path).parent
-        (folder / "step-000001").mkdir()
-        (folder / "step-000001" / "checkpoint.json").write_bytes(data)
-        latest_checkpoint(folder)
-        (folder / "metrics.jsonl").write_bytes(data + b"\n")
-        with contextlib.suppress(TlcrError):
-            read_metrics(folder / "metrics.jsonl")
-        if draw(st.booleans()):
-            done_config(folder, {"a": 1})
+        (folder / "metrics.jsonl").write_bytes(damaged(draw, b"".join(written(row) + b"\n" for row in rows)))
+        read_metrics(folder / "metrics.jsonl")
+        done_config(folder, {"a": 1})
+        check_results(folder)
 
 
-# ---- kernels
-
-SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 5, 8]), max_size=4)
-TYPES = st.sampled_from(
-    [
-        torch.float32,
-        torch.float64,
-        torch.bfloat16,
-        torch.float16,
-        torch.int64,
-        torch.int32,
-        torch.bool,
-        torch.float8_e4m3fn,
-    ]
-)
-
-
-def _tensor(draw: Draw, shape: list[int] | None = None, dtype: torch.dtype | None = None) -> Any:
-    if not draw(st.integers(0, 12)):
-        return draw(st.sampled_from([None, 1.0, [1.0], "a", float("nan")]))
-    if shape is None or not draw(st.integers(0, 6)):
-        shape = draw(SHAPES)
-    dtype = draw(TYPES) if dtype is None or not draw(st.integers(0, 6)) else dtype
-    made = torch.rand(shape).mul(9).sub(2).to(dtype)
-    way = draw(st.sampled_from(["", "", "", "", "transposed", "strided", "sparse", "grad", "expanded", "meta"]))
-    if way == "transposed" and made.dim() > 1:
-        made = made.transpose(0, -1).contiguous().transpose(0, -1)
-    elif way == "strided" and made.dim():
-        made = torch.stack([made, made], -1)[..., 0]
-    elif way == "sparse" and dtype == torch.float32:
-        made = made.to_sparse()
-    elif way == "grad" and made.is_floating_point() and dtype != torch.float8_e4m3fn:
-        made.requires_grad_()
-    elif way == "expanded" and made.dim() and made.shape[0]:
-        made = made[:1].expand(made.shape)
-    elif way == "meta":
-        made = made.to("meta")
-    return made
+def checkpoints(draw: Draw) -> None:
+    """A checkpoint of which one file is damaged is refused, or loads what was saved, to the bit."""
+    files = _checkpoint()
+    name = draw(st.sampled_from(sorted(files)))
+    manifest = json.loads(files[MANIFEST])
+    if name == MANIFEST and draw(st.booleans()):
+        changed = written(one_wrong(draw, manifest))
+    else:
+        changed = damaged(draw, files[name])
+    with file_of(b"", "other") as path:
+        folder = Path(path).parent / "step-000001"
+        folder.mkdir()
+        for other, bytes_ in {**files, name: changed}.items():
+            (folder / other).write_bytes(bytes_)
+        if latest_checkpoint(folder.parent) is None:
+            raise DataError("passed over, with a warning")
+        model, optimizer = _model()
+        loaded = load_checkpoint(folder, models={"a": model}, optimizers={"a": optimizer}, schedulers={})
+        if name != MANIFEST:  # its own fields have no checksum, and whoever writes there may write anything
+            assert loaded.state == {"seen": 3} and loaded.step == 1
+        assert all(bool((a == b).all()) for a, b in zip(model.parameters(), _model()[0].parameters(), strict=True))
 
 
-def kernels(draw: Draw) -> None:
-    """Every op by its C++ and by torch's own, forward and backward, with arguments that mostly do not fit."""
-    B, T, V = draw(st.tuples(*(st.sampled_from([0, 1, 2, 3, 7]) for _ in range(3))))
-    f32, bf16, mask, ids = torch.float32, torch.bfloat16, torch.bool, torch.int64
-    pair = lambda: _tensor(draw, [B, T], f32)  # noqa: E731
-    number = lambda: draw(st.sampled_from([0.0, 1.0, 0.5, -1.0, 1e-30, float("nan"), float("inf"), None]))  # noqa: E731
-    impl = draw(st.sampled_from(["cpp", "reference"]))
-    calls: dict[str, Callable[[], Any]] = {
-        "reward": lambda: ops.fused_reward(
-            _tensor(draw, [B, T, 2], f32),
-            _tensor(draw, [B, T], mask),
-            kl=pair(),
-            kl_coef=number(),
-            clip=number(),
-            impl=impl,
-        ),
-        "gae": lambda: ops.fused_gae(
-            pair(),
-            pair(),
-            _tensor(draw, [B, T], mask),
-            gamma=number(),
-            lam=number(),
-            whiten=draw(st.booleans()),
-            impl=impl,
-        ),
-        "ppo": lambda: ops.ppo_loss(
-            pair(),
-            pair(),
-            pair(),
-            _tensor(draw, [B, T], mask),
-            values=pair(),
-            old_values=pair(),
-            returns=pair(),
-            impl=impl,
-        ),
-        "score": lambda: ops.score_tokens(
-            _tensor(draw, [B, T, V], f32),
-            _tensor(draw, [B, T], ids),
-            ref_logits=_tensor(draw, [B, T, V], f32),
-            temperature=number(),
-            impl=impl,
-        ),
-        "hidden": lambda: ops.score_hidden(
-            _tensor(draw, [B, T, 4], f32),
-            _tensor(draw, [V, 4], f32),
-            _tensor(draw, [B, T], ids),
-            temperature=number(),
-            impl=impl,
-        ),
-        "hidden reward": lambda: ops.reward_from_hidden(
-            _tensor(draw, [B, T, 4], f32), _tensor(draw, [2, 4], f32), _tensor(draw, [B, T], mask), impl=impl
-        ),
-        "rms": lambda: ops.rms_norm(_tensor(draw, [B, T], f32), _tensor(draw, [T], f32), eps=number(), impl=impl),
-        "silu": lambda: ops.gated_silu(pair(), pair(), impl=impl),
-        "adamw": lambda: ops.adamw_step(
-            *([_tensor(draw, [T], kind)] * draw(st.integers(0, 2)) for kind in (bf16, bf16, f32, f32, torch.int16)),
-            learning_rate=number(),
-            betas=draw(st.sampled_from([(0.9, 0.99), (0.9,), (0.9, 0.9, 0.9), 0.9, (2.0, None)])),
-            step=draw(st.sampled_from([1, 0, -1, 2**70, 1.5, None])),
-            impl=impl,
-        ),
-        "labels": lambda: ops.token_labels(
-            draw(st.lists(st.integers(-1, 3), max_size=5)), draw(st.lists(st.integers(), max_size=5))
-        ),
-    }
-    found = calls[draw(st.sampled_from(sorted(calls)))]()
-    leaves = [
-        t for t in (found if isinstance(found, tuple) else [found]) if isinstance(t, torch.Tensor) and t.requires_grad
-    ]
-    if leaves:
-        sum(t.float().sum() for t in leaves).backward()
+def _model() -> tuple[Any, Any]:
+    """Always the same, with moments of one step."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+@cache
+def _checkpoint() -> dict[str, bytes]:
+    model, optimizer = _model()
+    with file_of(b"", "other") as path:
+        saved = save_checkpoint(
+            Path(path).parent,
+            1,
+            models={"a": model},
+            optimizers={"a": optimizer},
+            schedulers={},
+            state={"seen": 3},
+            tensors={},
+            config={"a": 1},
+            keep=1,
+        )
+        return {file.name: file.read_bytes() for file in saved.iterdir()}
 
 
 TARGETS: dict[str, Callable[[Draw], None]] = {
-    "JSON lines": json_lines,
-    "JSON": json_list,
-    "CSV and TSV": tables,
-    "Parquet": parquet,
-    "benchmarks and answers to them": benchmarks,
+    **{
+        f"{reader} in {kind}": partial(data, reader, kind)
+        for reader in READERS
+        for kind in FILES
+        if (reader, kind) != ("marked answers", "tables")  # their spans are lists, which no cell holds
+    },
+    **{reader: partial(benchmarks, reader) for reader in BENCHMARKS},
     "configs": configs,
     "command lines": commands,
     "chat templates": templates,
     "tokenizers": tokenizers,
     "requests to the server": server_requests,
     "answers of an endpoint": endpoint_answers,
+    "answers of a reward server": reward_servers,
     "scorers of trainers": scorers,
-    "records and manifests": records,
-    "arguments of the ops": kernels,
+    "records and metrics": run_records,
+    "checkpoints": checkpoints,
+    "arguments of the ops": arguments_of_the_ops,
 }

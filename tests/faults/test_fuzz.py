@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("openai", reason="the answers of an endpoint are read by its client, an extra")
 
-from tests.faults import fuzz, targets
+from tests.faults import drawn, fuzz, targets
 from tlcr.errors import DataError
 
 
@@ -27,9 +29,24 @@ def silent() -> Iterator[None]:
 @pytest.mark.parametrize("name", [name for name in targets.TARGETS if name != "chat templates"])
 def test_whatever_comes_is_read_or_refused_in_a_sentence(name: str) -> None:
     counts: Counter[str] = Counter()
-    found = fuzz.round_of(name, 0, 12, counts)
+    found = fuzz.round_of(name, 1, 30, counts)
     assert found is None, found
-    assert counts[name] >= 12
+    # one that refuses whatever is drawn, or nothing of it, shows nothing
+    assert 0 < counts[f"{name}: accepted"] < counts[name] >= 30
+
+
+FILES = [path for kind in (*targets.READERS, *targets.BENCHMARKS, "configs") for path in drawn.corpus(kind)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}: {path.name}")
+def test_what_was_found_once_is_read_or_refused_in_a_sentence(path: Path) -> None:
+    readers = {
+        **{name: partial(targets.READERS[name], str(path)) for name in targets.READERS},
+        **{name: lambda _, read=read: read(path) for name, read in targets.BENCHMARKS.items()},
+        "configs": lambda _: targets.load_config(path),
+    }
+    for malformed in ("raise", "skip"):
+        fuzz.attempt(lambda _: readers[path.parent.name](malformed), None)  # noqa: B023 - called at once
 
 
 @pytest.mark.parametrize("error", [KeyError("a"), RecursionError(), AssertionError("x"), DataError(" ")])

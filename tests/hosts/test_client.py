@@ -182,6 +182,8 @@ def test_no_server_is_one_sentence() -> None:
         ((500, b"<html>oops</html>", {}), "answers 500: <html>oops</html>"),
         ((401, {"error": "token"}, {}), "answers 401: token"),
         ((200, b"not json", {}), "answers what is not JSON"),
+        ((200, b"[" * 100_000, {}), "answers what is not JSON"),
+        ((200, {"data": [{"rewards": None}]}, {}), "the rewards of answer 0 are a NoneType"),
         ((200, {"data": []}, {}), "was sent 1 answers and has 0 entries under 'data'"),
         ((200, [], {}), "was sent 1 answers and has none under 'data'"),
         ((200, {"data": [{"rewards": [0.1, 0.2]}]}, {}), "answer 0 has 1 tokens and 2 rewards"),
@@ -211,6 +213,25 @@ def test_what_a_vllm_may_answer_wrongly(data: Any, sentence: str) -> None:
     answer = (200, {"data": [{"index": 0, "data": data}]}, {})
     with answering(lambda path, *_: replies.get(path, answer)) as url, pytest.raises(HostError, match=sentence):
         RewardClient(url, temperature=1.0).token_rewards([Item([1], [2])])
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        {"/v1/info": {**INFO, "limits": ["items"]}},
+        {"/v1/info": {**INFO, "limits": {"items": "many"}}},
+        {"/v1/models": {"data": {"id": "d"}}},
+        {"/v1/models": {"data": [{"name": "d"}]}},
+        {"/v1/models": {"data": [{"id": "d"}]}, "/pooling": {"data": [{"data": [[0.1, 0.2], None]}]}},
+    ],
+)
+def test_a_server_of_another_form_is_one_sentence(replies: dict[str, Any]) -> None:
+    def reply(path: str, *_: Any) -> Reply:
+        return (200, replies[path], {}) if path in replies else (404, {}, {})
+
+    with answering(reply) as url, pytest.raises(HostError) as caught:
+        RewardClient(url, temperature=1.0).token_rewards([Item([1], [2])])
+    assert url in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_vllm_is_found_behind_a_router_that_hides_statuses() -> None:

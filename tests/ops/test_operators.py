@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.ops.examples import CALLS, V, call_inputs, samples
 from tests.ops.helpers import Backend, assert_close
 from tlcr import ops
-from tlcr.errors import DataError, NoDerivative
+from tlcr.errors import DataError, NoDerivative, ShapeError
 from tlcr.ops import _extension, _library
 from tlcr.ops._spec import Op
 
@@ -164,6 +164,9 @@ def test_second_derivatives_are_refused(op: str, backend: Backend, incoming: str
         assert torch.equal(gradient.detach(), want)
         with pytest.raises(NoDerivative, match=rf"^{op} has no second derivatives .*; {remedy(op)}"):
             gradient.sum().backward(retain_graph=True)
+        with pytest.raises(NoDerivative, match=rf"^{op} has no second derivatives .*; {remedy(op)}"):
+            # of these tensors alone, where torch leaves out what does not lead to them, and gives None where it may
+            torch.autograd.grad(gradient.sum(), trained, retain_graph=True, allow_unused=True)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch takes them one by one
@@ -221,6 +224,18 @@ def test_derivatives_by_transforms_are_refused(op: str, backend: Backend) -> Non
     inputs = call_inputs(4, backend.device)
     with pytest.raises(NoDerivative, match=rf"^{op} has no derivatives by torch.func, .*; {remedy(op)}"):
         torch.func.grad(lambda x: call(inputs | {name: x}, backend.impl))(inputs[name])
+
+
+@pytest.mark.parametrize("mapped", ["logits", "token_ids"])
+def test_the_specification_of_scores_says_that_it_cannot_be_mapped(mapped: str) -> None:
+    given = {"logits": torch.randn(2, 3, 5), "token_ids": torch.randint(5, (2, 3))}
+
+    def score(one: torch.Tensor) -> torch.Tensor:
+        own = {name: value[:1] for name, value in given.items()} | {mapped: one[None]}
+        return ops.score_tokens(**own, impl="reference").logprobs
+
+    with pytest.raises(ShapeError, match=r"score_tokens: impl='reference' cannot be mapped by torch\.vmap"):
+        torch.vmap(score)(given[mapped])
 
 
 class Recorder(TorchDispatchMode):

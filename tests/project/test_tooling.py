@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import subprocess
@@ -121,7 +122,7 @@ def test_the_workflow_runs_what_a_developer_runs() -> None:
     run = (ROOT / ".ci/run").read_text(encoding="utf-8")
     assert re.findall(r"^make (.+)$", run, re.MULTILINE) == [
         *("test || make test-again", "test-slow || make test-again"),
-        *("fuzz", "lint", "hosts HOST=trl", "gpu-in-small", "wheels"),
+        *("fuzz", "lint", "audit AUDIT=--without-an-answer-too", "hosts HOST=trl", "gpu-in-small", "wheels"),
     ]
 
 
@@ -133,13 +134,47 @@ def test_the_weekly_workflow_runs_both_ends_of_the_versions() -> None:
     assert {entry["end"] for entry in job["strategy"]["matrix"]["include"]} == {"lowest", "newest"}
 
 
-def test_the_weekly_audit_asks_for_the_versions_that_are_tested() -> None:
-    workflow = load_yaml(".github/workflows/audit.yml")
-    (job,) = workflow["jobs"].values()
-    assert [step["run"] for step in job["steps"] if "run" in step] == ["make lock", "make audit"]
+def test_the_weekly_audit_asks_for_the_versions_of_the_day() -> None:
+    (job,) = load_yaml(".github/workflows/audit.yml")["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [
+        *("make lock", "make audit AUDIT=--without-an-answer-too")
+    ]
     rule = re.search(r"^audit:.*\n\t(.+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    assert rule is not None and "--strict" in rule[1] and ".ci/versions/newest.txt" in rule[1]
-    assert (ROOT / ".ci/versions/newest.txt").is_file()
+    assert rule is not None and rule[1] == "$(BIN)/python .ci/audit.py $(AUDIT)"
+
+
+@pytest.fixture
+def audit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """.ci/audit.py, for two versions."""
+    monkeypatch.syspath_prepend(ROOT / ".ci")
+    module = importlib.import_module("audit")
+    (tmp_path / "newest.txt").write_text("# a comment\na==1\nb==2\n", encoding="utf-8")
+    monkeypatch.setattr(module, "VERSIONS", tmp_path / "newest.txt")
+    return module
+
+
+CLEAN = [{"name": "a", "version": "1", "vulns": []}, {"name": "b", "version": "2", "vulns": []}]
+KNOWN = [{"name": "b", "version": "2", "vulns": [{"id": "PYSEC-1", "fix_versions": ["2.1"], "description": "holes"}]}]
+SKIPPED = [{"name": "a", "version": "1", "skip_reason": "not found"}, *CLEAN[1:]]
+
+
+@pytest.mark.parametrize(
+    ("pypi", "osv", "code", "lenient", "sentence"),
+    [
+        ((CLEAN, ""), ([], "no network"), 0, 0, "none of 2 versions has a known vulnerability"),
+        ((SKIPPED, ""), (CLEAN, ""), 0, 0, "pypi answered for 1 of 2 versions: not found"),
+        ((SKIPPED, ""), ([], "no network"), 2, 0, "NOT AUDITED: 1 of 2 versions, such as a==1"),
+        (([], "no network"), ([], "no network"), 2, 0, "osv answered for 0 of 2 versions: no network"),
+        (([], "no network"), (KNOWN, ""), 1, 1, "FOUND PYSEC-1 in b 2, mended in 2.1: holes"),
+    ],
+)
+def test_a_known_vulnerability_fails_and_a_network_that_is_down_does_not(
+    pypi: Any, osv: Any, code: int, lenient: int, sentence: str, audit: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(audit, "asked", lambda service, _: {"pypi": pypi, "osv": osv}[service])
+    assert audit.main([]) == code
+    assert sentence in capsys.readouterr().out
+    assert audit.main(["--without-an-answer-too"]) == lenient
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github/workflows").iterdir()), ids=lambda path: path.name)

@@ -189,6 +189,29 @@ def test_what_is_missing_is_said(tmp_path: Path, missing: str, sentence: str) ->
     assert sentence in text
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("analysis/analysis.json", '{"kinds": [{"side": "left", "kind": "x"}]}'),
+        ("analysis/analysis.json", "[1]"),
+        ("discriminator/evaluation.json", '{"metrics": 3}'),
+        ("discriminator/evaluation.json", '{"metrics": {"f1": "high"}}'),
+        ("sft/done.json", '{"metrics": []}'),
+        ("config.yaml", "arms: 3"),
+        ("config.yaml", "arms: ["),
+    ],
+)
+def test_a_file_of_another_form_is_named(name: str, text: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    write_run(folder, ARMS)
+    add_stages(folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match="as tlcr wrote it") as caught:
+        write_report(folder)
+    assert str(folder) in str(caught.value)
+
+
 def test_an_empty_folder_has_a_report(tmp_path: Path) -> None:
     text = write_report(tmp_path).read_text()
     Page(text)

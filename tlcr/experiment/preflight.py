@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,7 +124,7 @@ def settings(cfg: RunConfig, stages: Collection[str] | None = None, *, resume: b
 
 def holds_a_run(folder: Path) -> bool:
     """Whether a folder holds a run that did something: a config alone was left by one that failed at once."""
-    if not (folder / CONFIG).exists():
+    if not os.path.exists(folder / CONFIG):
         return False
     return any(path.is_file() for path in folder.rglob("*") if path.name not in (CONFIG, STARTED, LOCK, HOLDER))
 
@@ -168,7 +169,7 @@ def unnamed(source: str, what: str) -> ConfigError:
 
 def _pending(cfg: RunConfig, stages: Collection[str]) -> list[str]:
     """The stages that have no record yet: a finished run goes on even where its sources are gone."""
-    return [stage for stage in stages if not all(path.exists() for path in records(cfg, stage))]
+    return [stage for stage in stages if not all(map(os.path.exists, records(cfg, stage)))]
 
 
 def records(cfg: RunConfig, stage: str) -> list[Path]:
@@ -205,7 +206,7 @@ def _earlier_stages(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding
             if getattr(cfg, name).path is None and _rewards_use(cfg, name)
         ]
     for stage in needed:
-        missing = [path.parent for path in records(cfg, stage) if not path.exists()]
+        missing = [path.parent for path in records(cfg, stage) if not os.path.exists(path)]
         if missing and stage not in stages:
             yield Finding.of(stage, unfinished(missing[0], stage))
 
@@ -220,6 +221,8 @@ def _output_dir(cfg: RunConfig, resume: bool | None) -> Iterator[Finding]:
         yield Finding("blocked", "output_dir", f"{there} is a file, not a folder", "name another output_dir")
     elif not os.access(there, os.W_OK | os.X_OK):
         yield Finding("blocked", "output_dir", f"{there} cannot be written to", "name another output_dir")
+    elif (reason := _unmakeable(folder, there)) is not None:
+        yield Finding("blocked", "output_dir", f"{folder} cannot be made: {reason}", "name another output_dir")
     elif resume is not True and holds_a_run(folder):
         found = Finding.of("output_dir", taken(folder))
         yield replace(found, level="note") if resume is None else found
@@ -228,7 +231,30 @@ def _output_dir(cfg: RunConfig, resume: bool | None) -> Iterator[Finding]:
 def existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
     folder = folder.absolute()
-    return next(there for there in (folder, *folder.parents) if there.exists())
+    # not Path.exists, which raises where a name is too long
+    return next(there for there in (folder, *folder.parents) if os.path.exists(there))
+
+
+ROOM = 400
+"""Bytes of the longest path below a run's folder, about."""
+
+
+def _unmakeable(folder: Path, there: Path) -> str | None:
+    """Why a folder cannot be made in the nearest one above it: a name is too long, or the file system lets nobody make
+    folders, as /proc does whatever the permissions say. None where it can, or is there."""
+    new = folder.absolute().relative_to(there).parts
+    if not new:
+        return None
+    try:
+        longest = os.pathconf(there, "PC_NAME_MAX")
+        if long := [part for part in new if len(os.fsencode(part)) > longest]:
+            return f"{long[0][:40]}... is longer than {longest} bytes"
+        if len(os.fsencode(folder)) > os.pathconf(there, "PC_PATH_MAX") - ROOM:
+            return f"its path has {len(os.fsencode(folder))} bytes, which leaves too few for what stands in it"
+        os.rmdir(tempfile.mkdtemp(prefix=".tlcr-", dir=there))
+    except OSError as error:
+        return str(error.strerror)
+    return None
 
 
 # ---- packages, processes, functions
@@ -248,10 +274,13 @@ def _packages(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
 
         if (error := missing_bitsandbytes()) is not None:
             yield Finding.of("bitsandbytes", error)
-    if cfg.model.gguf_file is not None and importlib.util.find_spec("gguf") is None:
-        yield Finding(
-            "blocked", "gguf", "model.gguf_file needs the package gguf, and it is not installed", "pip install gguf"
-        )
+    generators = {"model": cfg.model}
+    if "revisions" in stages and cfg.reviser.backend == "local":
+        generators["reviser.model"] = cfg.reviser.model
+    needing = [f"{section}.gguf_file" for section, model in generators.items() if model.gguf_file is not None]
+    if needing and importlib.util.find_spec("gguf") is None:
+        fact = f"{needing[0]} needs the package gguf, and it is not installed"
+        yield Finding("blocked", "gguf", fact, "pip install gguf")
     for section, engine in engines_used(cfg, stages).items():
         if engine.engine == "vllm" and importlib.util.find_spec("vllm") is None:
             fact = f"{section}.engine vllm needs the package vllm, and it is not installed"

@@ -20,6 +20,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,9 @@ class RewardClient:
         rewards: list[list[float]] = [[] for _ in items]
         sent = [number for number, item in enumerate(items) if len(item.response_ids)]
         for part in _parts(sent, items, server):
-            for number, row in zip(part, server.rewards([items[i] for i in part]), strict=True):
-                rewards[number] = row
+            with _understood(self.url):
+                for number, row in zip(part, server.rewards([items[i] for i in part]), strict=True):
+                    rewards[number] = row
         return checked(rewards, items)
 
     def text_rewards(self, answers: Sequence[Mapping[str, Any]]) -> list[TextRewards]:
@@ -142,8 +144,9 @@ class RewardClient:
         size = server.request_items
         for start in range(0, len(answers), size):
             part = answers[start : start + size]
-            for row in server.score([dict(answer) for answer in part]):
-                found.append(TextRewards(row["rewards"], [(begin, end) for begin, end in row["offsets"]]))
+            with _understood(self.url):
+                for row in server.score([dict(answer) for answer in part]):
+                    found.append(TextRewards(row["rewards"], [(begin, end) for begin, end in row["offsets"]]))
         return found
 
     def info(self) -> Mapping[str, Any]:
@@ -175,7 +178,8 @@ class RewardClient:
         with self._lock:
             if self._server is None:
                 info = self.ask("/v1/info", none_for=NO_ROUTE)
-                self._server = Vllm(self, self._temperature) if info is None else Tlcr(self, info)
+                with _understood(self.url):
+                    self._server = Vllm(self, self._temperature) if info is None else Tlcr(self, info)
             return self._server
 
     def ask(self, path: str, body: Any = None, *, none_for: Collection[int] = ()) -> Any:
@@ -207,7 +211,7 @@ class RewardClient:
             except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
                 reason = getattr(error, "reason", error)
                 problem, wait = f"cannot be reached: {str(reason) or type(reason).__name__}", 0.0
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise HostError(f"{self.url}{path} answers what is not JSON: {error}") from error
             if attempt + 1 < self.tries:
                 # Clients that were refused together do not come again together.
@@ -355,6 +359,20 @@ def _parts(sent: Sequence[int], items: Sequence[Item], server: Tlcr | Vllm) -> I
 def _plain(ids: Sequence[int]) -> list[int]:
     """Python's integers, also of an array or a tensor."""
     return list(map(int, ids))
+
+
+@contextmanager
+def _understood(url: str) -> Iterator[None]:
+    """A server that answers in another form than its kind does is named, whatever reading its answer leads to."""
+    try:
+        yield
+    except HostError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise HostError(
+            f"{url} answers in a form that neither tlcr serve nor vLLM has ({type(error).__name__}: {error}); is this "
+            "the address of a reward server?"
+        ) from error
 
 
 def _data(answer: Any, count: int, name: str, where: str) -> list[dict[str, Any]]:

@@ -93,7 +93,8 @@ def autograd(op: Op[Any, Any], gradient: Gradient, operators: Any) -> tuple[Setu
             needed = [ctx.needs_input_grad[place] for place in layout.places]
             got = operator(*layout.order((*incoming, *ctx.saved_tensors, *ctx.options, *needed)))
             gradients = [x if wanted else None for x, wanted in zip(_tuple(got), needed, strict=True)]
-            for place, x in zip(layout.places, differentiable_once(op.name, gradient.plain, gradients), strict=True):
+            once = differentiable_once(op.name, gradient.plain, gradients, (*grads, *ctx.saved_tensors))
+            for place, x in zip(layout.places, once, strict=True):
                 found[place] = x
         return tuple(found)
 
@@ -176,7 +177,7 @@ def recomputing(
                 of_these = of_many if any(map(batched, grads)) else backward_operator
                 got = of_these(*order((*grads, *saved, *ctx.options, *needed)))
             gradients = [x if wanted else None for x, wanted in zip(_tuple(got), needed, strict=True)]
-            return None, None, *differentiable_once(name, plain, gradients)
+            return None, None, *differentiable_once(name, plain, gradients, (*grads, *saved))
 
     return super(torch.autograd.Function, Recomputing).apply
 
@@ -197,6 +198,7 @@ def scaling(op: Op[Any, Any], gradient: Gradient, operator: Callable[..., Any]) 
                 results = operator(*values, *needed)
             # As saved tensors torch would wrap them here and unwrap them there, which takes as long as the kernel.
             ctx.gradients = [x if wanted else None for x, wanted in zip(results[number:], needed, strict=True)]
+            ctx.trained = trained
             ctx.set_materialize_grads(False)
             found += results[:number]
             return results[0]
@@ -215,8 +217,8 @@ def scaling(op: Op[Any, Any], gradient: Gradient, operator: Callable[..., Any]) 
                 or watched()
             ):
                 scaled = [None if x is None else _times(x, factor) for x in kept]
-                return None, None, *differentiable_once(name, plain, scaled)
-            ctx.gradients = None  # so that a parameter takes its gradient as it is
+                return None, None, *differentiable_once(name, plain, scaled, (factor, *ctx.trained))
+            ctx.gradients = ctx.trained = None  # so that a parameter takes its gradient as it is
             value = factor.item()
             if value != 1:
                 times = Tensor.mul_ if math.isfinite(value) else _times  # for the last time, so in place
@@ -235,7 +237,9 @@ def _tuple(results: Any) -> tuple[Tensor, ...]:
     return results if isinstance(results, tuple) else (results,)
 
 
-def differentiable_once(op: str, plain: bool, found: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+def differentiable_once(
+    op: str, plain: bool, found: Sequence[Tensor | None], sources: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
     """The gradients, as functions of which none has a derivative where the backward pass is itself recorded.
 
     Without this they would be constants there, and a second derivative would lack their part without a word. torch's
@@ -245,6 +249,8 @@ def differentiable_once(op: str, plain: bool, found: Sequence[Tensor | None]) ->
         op: the op's name.
         plain: `Gradient.plain` of the op.
         found: its gradients.
+        sources: what they were computed from. Those of them that need a gradient are how a second derivative that is
+            asked of one tensor alone gets here.
 
     Returns:
         the same gradients.
@@ -252,15 +258,18 @@ def differentiable_once(op: str, plain: bool, found: Sequence[Tensor | None]) ->
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return found
     leaves = [None if result is None else result.detach().requires_grad_() for result in found]
-    once: tuple[Tensor | None, ...] = _DifferentiableOnce.apply(op, plain, *leaves)
+    from_ = [source for source in sources if source is not None and source.requires_grad]
+    once: tuple[Tensor | None, ...] = _DifferentiableOnce.apply(op, plain, len(leaves), *leaves, *from_)
     return once
 
 
 class _DifferentiableOnce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, op: str, plain: bool, *found: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(
+        ctx: Any, op: str, plain: bool, count: int, *found_and_sources: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         ctx.error = _no_derivative(op, plain, "no second derivatives (create_graph=True)")
-        return found
+        return found_and_sources[:count]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:

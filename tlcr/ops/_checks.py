@@ -9,6 +9,7 @@ what is wrong, or bring into form what is merely unusual.
 
 import math
 import numbers
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -167,6 +168,17 @@ def choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
     """`value` must be one of `choices`."""
     if value not in choices:
         raise ConfigError(f"{op}: {name}={value!r} is unknown, choose from {', '.join(map(repr, choices))}")
+
+
+def whole_batch(op: str, arguments: Iterable[object]) -> None:
+    """Raises where torch.vmap maps over a tensor, which code that writes into results of its own cannot follow."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    if any(isinstance(one, Tensor) and torch._C._functorch.is_batchedtensor(one) for one in arguments):
+        raise ShapeError(
+            f"{op}: impl='reference' cannot be mapped by torch.vmap; call it once with the whole batch, or take "
+            "another implementation"
+        )
 
 
 def vocabulary_ids(op: str, token_ids: Tensor, vocabulary: int) -> None:

@@ -169,6 +169,7 @@ def _checked(a: ScoreTokensArguments) -> tuple[torch.device, ScoreTokensArgument
 
 
 def _read_tokens(a: ScoreTokensArguments) -> None:
+    _checks.whole_batch("score_tokens", a)
     _checks.vocabulary_ids("score_tokens", a.token_ids, a.logits.shape[-1])
 
 
@@ -258,6 +259,7 @@ def score_hidden(
 
 
 def _read_hidden(a: ScoreHiddenArguments) -> None:
+    _checks.whole_batch("score_hidden", a)
     _checks.vocabulary_ids("score_hidden", a.token_ids, a.weight.shape[0])
 
 
@@ -346,7 +348,7 @@ class _ScoreTokens(torch.autograd.Function):
             log_q_RV = None if ref_RV is None else _log_softmax(ref_RV, temperature_N1[at], dtype)
             grad_x_RV = _grad_logits(log_p_RV, log_q_RV, ids_N1, entropy_N, kl_N, grads, at)
             grad_RV.copy_(grad_x_RV / temperature_N1[at])
-        (found,) = differentiable_once("score_tokens", False, (grad_logits,))
+        (found,) = differentiable_once("score_tokens", False, (grad_logits,), (*grads, *ctx.saved_tensors))
         return found, None, None, None, None
 
 
@@ -410,7 +412,7 @@ class _ScoreHidden(torch.autograd.Function):
                     grad_bias_V += grad_RV.sum(dim=0)
         grad_weight = None if grad_weight_VH is None else grad_weight_VH.to(weight.dtype)
         grad_bias = None if grad_bias_V is None else grad_bias_V.to(bias.dtype)
-        found = differentiable_once("score_hidden", False, (grad_hidden, grad_weight, grad_bias))
+        found = differentiable_once("score_hidden", False, (grad_hidden, grad_weight, grad_bias), (*grads, *saved))
         return *found, None, None, None, None, None, None, None
 
 

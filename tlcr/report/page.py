@@ -21,7 +21,7 @@ from tlcr.config.schema import LOGIT_KINDS, SHARED_SCORE_KINDS, RewardConfig
 from tlcr.config.stages import CONFIG
 from tlcr.report import analysis as analysis_page
 from tlcr.report import figures, tokens
-from tlcr.report.results import collect_results, models_folder, read_config, read_json, write_results
+from tlcr.report.results import collect_results, models_folder, read_config, read_json, understood, write_results
 from tlcr.report.tokens import number
 from tlcr.training.checkpoint import as_plain, atomic_write
 from tlcr.training.metrics import read_metrics
@@ -71,10 +71,11 @@ def write_report(run_folder: str | Path) -> Path:
     Raises DataError where the folder does not exist or a file in it cannot be read.
     """
     folder = Path(run_folder)
-    results = write_results(folder)
-    texts = {"results.md": render_tables(results), "report.html": render(folder, results)}
-    if results["frontier"] is not None:
-        texts["frontier.svg"] = figures.as_file(_frontier_plot(results))
+    with understood(folder):
+        results = write_results(folder)
+        texts = {"results.md": render_tables(results), "report.html": render(folder, results)}
+        if results["frontier"] is not None:
+            texts["frontier.svg"] = figures.as_file(_frontier_plot(results))
     for name, text in texts.items():
         with atomic_write(folder / name) as aside:
             aside.write_text(text, encoding="utf-8")
@@ -148,7 +149,11 @@ def render(folder: Path, results: Mapping[str, Any]) -> str:
     config = read_config(folder)
     rewards = _rewards(config)
     embedded = (config.get("model") or {}).get("path") == "embedded"
-    analysis = _analysis(models_folder(folder))
+    analysis_path = models_folder(folder) / "analysis" / "analysis.json"
+    analysis = read_json(analysis_path) if analysis_path.exists() else None
+    with understood(analysis_path):
+        analysed = analysis_page.section(analysis)
+        edit = tokens.drawn_edit((analysis or {}).get("example"), embedded_task=embedded)
     curves = _curves(folder, results, arms)
     # a page that has nothing else to begin with begins with the first curve
     begins_with_curve = results["frontier"] is None and (analysis or {}).get("example") is None
@@ -160,13 +165,13 @@ def render(folder: Path, results: Mapping[str, Any]) -> str:
         verdicts=verdicts(results),
         uses_discriminator=any(reward["kind"] in LOGIT_KINDS for reward in rewards),
         others=_other_rewards(rewards),
-        edit=tokens.drawn_edit((analysis or {}).get("example"), embedded_task=embedded),
+        edit=edit,
         frontier_plot=_frontier_plots(results),
         proxy_plot=_proxy_plot(results, arms),
         first_curve=first_curve,
         curves_plot=figures.panels(curves) if curves else None,
         discriminator=_discriminator(models_folder(folder)),
-        analysis=analysis_page.section(analysis),
+        analysis=analysed,
         labels=results["stages"].get("labels"),
         labels_plot=_labels_plot(results["stages"].get("labels")),
         stages={
@@ -221,7 +226,8 @@ def _other_rewards(rewards: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def print_results(run_folder: str | Path, console: Console | None = None) -> None:
     """Print the table of a run: gold, KL, length and ended share of every arm, and what the seeds say."""
-    results = collect_results(run_folder)
+    with understood(Path(run_folder)):
+        results = collect_results(run_folder)
     console = console or Console()
     if not results["arms"]:
         console.print(f"No policy has been evaluated in {run_folder} yet; 'tlcr run' trains and evaluates the arms.")
@@ -356,21 +362,17 @@ def _discriminator(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     evaluation = read_json(path)
-    metrics = evaluation.get("metrics", {})
-    plot = None
-    if evaluation.get("reliability"):
-        plot = Markup(figures.reliability_plot(evaluation["reliability"], "Reliability of the discriminator"))
-    rows = [
-        {"title": title, "hint": hint, "value": metrics[key], "why": evaluation.get("undefined", {}).get(key)}
-        for key, (title, hint) in DISCRIMINATOR_METRICS.items()
-        if key in metrics
-    ]
+    with understood(path):
+        metrics = evaluation.get("metrics", {})
+        plot = None
+        if evaluation.get("reliability"):
+            plot = Markup(figures.reliability_plot(evaluation["reliability"], "Reliability of the discriminator"))
+        rows = [
+            {"title": title, "hint": hint, "value": metrics[key], "why": evaluation.get("undefined", {}).get(key)}
+            for key, (title, hint) in DISCRIMINATOR_METRICS.items()
+            if key in metrics
+        ]
     return {"rows": rows, "plot": plot, "tokens": metrics.get("tokens"), "edited_share": metrics.get("edited_share")}
-
-
-def _analysis(folder: Path) -> dict[str, Any] | None:
-    path = folder / "analysis" / "analysis.json"
-    return read_json(path) if path.exists() else None
 
 
 def write_analysis_page(folder: Path, analysis: Mapping[str, Any], name: str) -> Path:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+import jinja2
 import yaml
 from scipy import stats
 
 from tlcr.config.stages import CONFIG, DONE
 from tlcr.config.trials import folder_of, read_folder
-from tlcr.errors import DataError
+from tlcr.errors import DataError, TlcrError
 from tlcr.evaluation.evaluate import MEASURES
 from tlcr.text.files import parse_json
 from tlcr.training.checkpoint import write_json
@@ -396,6 +398,23 @@ def read_json(path: Path) -> Any:
         return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON ({error}); delete it and run that stage again") from error
+
+
+@contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """A file, or one in a folder, that is JSON and not in the form in which tlcr wrote it is named in a DataError."""
+    try:
+        yield
+    except TlcrError:
+        raise
+    except (
+        *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
+        *(jinja2.TemplateError, yaml.YAMLError),
+    ) as error:
+        raise DataError(
+            f"{path} is not, or holds what is not, as tlcr wrote it ({type(error).__name__}: {error}): damaged, or "
+            "changed; put it back, or delete it and run that stage again"
+        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

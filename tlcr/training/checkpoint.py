@@ -62,6 +62,8 @@ CHECKSUM = "checksum"
 """Of the manifest's other entries."""
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 DIGEST = re.compile(r"[0-9a-f]{64}")
+READING = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError)
+"""What code that expects other contents raises where it meets any."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -685,7 +687,7 @@ def reading(path: Path, remedy: str = RESUME_EARLIER) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise CheckpointError(f"{error.filename or path} is missing: is {path.parent} a checkpoint of tlcr?") from error
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError, TypeError, yaml.YAMLError) as error:
+    except (*READING, SafetensorError, yaml.YAMLError) as error:
         if isinstance(error, CheckpointError):
             raise
         reason = " ".join(str(error).split())
