@@ -503,6 +503,11 @@ def test_a_log_ratio_and_spans_are_built_from_their_models(
         build_reward_source(RewardConfig(kind="dpo"), reference=reference, **options)
     with pytest.raises(ConfigError, match="is a ratio to the reference"):
         build_reward_source(RewardConfig(kind="dpo"), dpo=dpo, **options)
+    scorer = LoadedModel(load_sequence_classifier(reference, ModelConfig()), tiny_tokenizer)
+    values = build_reward_source(RewardConfig(kind="q"), q_model=scorer, q_beta=0.3, **options)
+    assert isinstance(values, QSource) and values.beta == 0.3
+    with pytest.raises(ConfigError, match=r"reward\.kind .q. needs the q_model.*'tlcr train q-model'"):
+        build_reward_source(RewardConfig(kind="q"), **options)
     discriminator = LoadedModel(Rigged({}), tiny_tokenizer)  # type: ignore[arg-type]
     cfg = RewardConfig(kind="spans", span_end="!")
     spanned = build_reward_source(cfg, discriminator=discriminator, **options)
@@ -530,12 +535,14 @@ def test_which_models_a_reward_needs() -> None:
         "attention": "reward_model",
         "uniform": "reward_model",
         "prefix_difference": "reward_model",
+        "q": "q_model",
         "dpo": "dpo",
     }.items():
         reward = RewardConfig(kind=kind)  # type: ignore[arg-type]
         used = {
             "discriminator": cfg.uses_discriminator(reward),
             "reward_model": cfg.uses_reward_model(reward),
+            "q_model": cfg.uses_q_model(reward),
             "dpo": cfg.uses_dpo(reward),
         }
         assert [name for name, uses in used.items() if uses] == [needs], kind
