@@ -79,13 +79,13 @@ def test_the_source_pays_the_removed_token_less_and_no_other(
 ) -> None:
     """The token that the reviser replaced falls, in the source that reads the model; its neighbours hardly move. A
     reward one token off would move them instead."""
-    refresh = make(config(share=0.0, learning_rate=2e-2))
+    refresh = make(config(share=0.0, learning_rate=3e-3))
     rollout = answers(tiny_tokenizer)
     figures = [refresh(rollout, updates) for updates in range(2, 22, 2)]
     paid_BT = rewards(refresh.model, rollout, tiny_tokenizer)
     bad_BT = (rollout.response_ids_BT == ids_of(tiny_tokenizer, " bad")[0]) & rollout.mask_BT
     assert bad_BT.sum() == 16
-    assert paid_BT[bad_BT].max() < -0.5 < paid_BT[~bad_BT & rollout.mask_BT].min()
+    assert paid_BT[bad_BT].max() < -0.7 and paid_BT[~bad_BT & rollout.mask_BT].min() > -0.3
     assert figures[-1]["refresh/auc_after"] == 1 and figures[-1]["refresh/loss"] < figures[0]["refresh/loss"]
     assert figures[0]["refresh/pairs"] == 16 and figures[0]["refresh/revised_share"] == 1
     assert not refresh.model.training

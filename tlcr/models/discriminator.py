@@ -143,8 +143,15 @@ def discriminator_loss(logits_BLC: Tensor, labels_BL: Tensor, weights_BL: Tensor
 
 
 def label_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> LossParts:
-    """``discriminator_loss`` of a batch of ``collate_pairs``; its statistic is the share of edited tokens on the right
-    side of 0."""
+    """``discriminator_loss`` of the model's logits.
+
+    Args:
+        model: the discriminator.
+        batch: what ``collate_pairs`` returns.
+
+    Returns:
+        Its sum and weight. The statistic accuracy_edited is the share of edited tokens on the right side of 0.
+    """
     logits_BLC = classify(model, batch["ids"], batch["attention_mask"])
     total, weight = discriminator_loss(logits_BLC, batch["labels"], batch["weights"])
     edited_BL = (batch["weights"] > 0) & (batch["labels"] != 0)
