@@ -819,12 +819,6 @@ def _check_kl_coefs(coefs: tuple[float, ...], owner: str) -> None:
             raise ConfigError(f"{owner}.kl_coefs has {coef!r} twice; each names the folder of a run of its own")
 
 
-def _dotted(config: object, path: str) -> object:
-    for name in path.split("."):
-        config = getattr(config, name)
-    return config
-
-
 @dataclass(frozen=True)
 class ShardingConfig(Checked):
     """How the weights, gradients and optimiser states of all models are shared out among processes."""
@@ -987,15 +981,15 @@ class RunConfig(Checked):
                 f"RunConfig.reward.refresh compares the policy's answers with chosen ones, which the prompts in "
                 f"data.prompts {self.data.prompts!r} have not; drop data.prompts, or set reward.refresh.every: 0"
             )
-        for name, why in (
-            ("sharding.kind", self.sharding.kind != "none"),
-            ("lora.roles", self.lora.trains("discriminator")),
-            ("rollout.environment", self.rollout.environment is not None),
+        for name, value, refused in (
+            ("sharding.kind", self.sharding.kind, self.sharding.kind != "none"),
+            ("lora.roles", self.lora.roles, self.lora.trains("discriminator")),
+            ("rollout.environment", self.rollout.environment, self.rollout.environment is not None),
         ):
-            if why:
+            if refused:
                 raise ConfigError(
                     f"RunConfig.reward.refresh trains a whole discriminator, on single answers, which {name} "
-                    f"{_dotted(self, name)!r} does not leave; change that setting, or set reward.refresh.every: 0"
+                    f"{value!r} does not leave; change that setting, or set reward.refresh.every: 0"
                 )
 
     @property

@@ -13,7 +13,7 @@ from tlcr.data.readers import read_raw_preferences
 from tlcr.data.splits import read_shares
 from tlcr.errors import ConfigError
 from tlcr.experiment.frozen_models import FrozenModels
-from tlcr.experiment.preflight import no_refresh
+from tlcr.experiment.preflight import makes_prompts, no_refresh
 from tlcr.experiment.run_folder import RunFolder
 from tlcr.recipes.refresh_discriminator import DiscriminatorRefresh, Revise
 from tlcr.reviser.revise import revise
@@ -64,8 +64,7 @@ def refresh_of(
         return labelled[:count]
 
     # the embedded task's prompts have no preferences of their own, and need none: its reviser knows the language
-    makes_prompts = run.embedded and cfg.data.preferences is None and cfg.data.prompts is None
-    reviser = _by_the_embedded_task(seed) if makes_prompts else _by_a_model(run, cfg, folder)
+    reviser = _by_the_embedded_task(seed) if makes_prompts(cfg) else _by_a_model(run, cfg, folder)
     return DiscriminatorRefresh(
         cfg, model=loaded.model, tokenizer=loaded.tokenizer, original=first_pairs, revise=reviser, seed=seed
     )
@@ -87,6 +86,11 @@ def _by_a_model(run: RunFolder, cfg: RunConfig, folder: Path) -> Revise:
     raw = as_texts(read_shares(cfg.data).of("ppo", read_raw_preferences(cfg.data)).records)
     as_text = {pair.id: pair for pair in raw}
     chosen = {pair.prompt: as_text[pair.id] for pair in run.preferences("ppo").train}
+    if unknown := set(run.prompts.train) - set(chosen):
+        raise ConfigError(
+            f"reward.refresh compares the policy's answers with chosen ones, and {len(unknown)} of PPO's prompts have "
+            f"none, such as {min(unknown)[:80]!r}; set reward.refresh.every: 0"
+        )
 
     def edit(answers: Sequence[tuple[str, str]], updates: int) -> list[EditPair]:
         asked, prompts = [], []
