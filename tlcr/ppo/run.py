@@ -47,24 +47,51 @@ Evaluate = Callable[[ActorCritic, int], Mapping[str, float]]
 
 
 class Refresh(Protocol):
-    """Trains the model that a reward source asks, during PPO (``tlcr.recipes.refresh_discriminator``)."""
+    """Trains the model that a reward source asks, during PPO (``tlcr.recipes.refresh_discriminator``).
+
+    Attributes:
+        model: what is trained; a part of PPO's checkpoints.
+    """
 
     model: PreTrainedModel
 
     def due(self, updates: int) -> bool:
-        """Whether it follows after this many updates."""
+        """Whether it follows after this many updates.
+
+        Args:
+            updates: how many updates are done.
+
+        Returns:
+            True where ``__call__`` is to be called.
+        """
         ...
 
     def __call__(self, rollout: Rollout, updates: int) -> dict[str, float]:
-        """Trains the model on the answers of a round, and returns figures by name."""
+        """Trains the model on the answers of a round.
+
+        Args:
+            rollout: the answers.
+            updates: how many updates are done, that of this round included.
+
+        Returns:
+            Figures by name, for the log.
+        """
         ...
 
     def save(self, folder: Path) -> None:
-        """Writes the model into the folder of the run."""
+        """Writes the model.
+
+        Args:
+            folder: of the PPO run.
+        """
         ...
 
     def restore(self, folder: Path) -> None:
-        """Loads the weights that ``save`` wrote."""
+        """Loads the weights that ``save`` wrote.
+
+        Args:
+            folder: of the PPO run.
+        """
         ...
 
 

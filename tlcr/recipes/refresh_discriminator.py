@@ -80,7 +80,14 @@ class DiscriminatorRefresh:
         self._pairs: Sequence[LabelledPair] | None = None
 
     def due(self, updates: int) -> bool:
-        """Whether a refresh follows after this many updates; none follows the last, which no reward would see."""
+        """Whether a refresh follows after this many updates; none follows the last, which no reward would see.
+
+        Args:
+            updates: how many updates are done.
+
+        Returns:
+            True where ``__call__`` is to be called.
+        """
         return updates % self.cfg.reward.refresh.every == 0 and updates < self.cfg.ppo.updates
 
     def __call__(self, rollout: Rollout, updates: int) -> dict[str, float]:
@@ -114,11 +121,19 @@ class DiscriminatorRefresh:
         return {**figures, **self._auc("after", measured)}
 
     def save(self, folder: Path) -> None:
-        """Writes the discriminator as a model folder."""
+        """Writes the discriminator as a model folder.
+
+        Args:
+            folder: of the PPO run.
+        """
         save_trained(self.model, self.tokenizer, folder / FOLDER)
 
     def restore(self, folder: Path) -> None:
-        """Loads the weights that ``save`` wrote."""
+        """Loads the weights that ``save`` wrote.
+
+        Args:
+            folder: of the PPO run.
+        """
         saved, _ = load_discriminator(folder / FOLDER, self.cfg.model, device=self.model.device)
         self.model.load_state_dict(saved.state_dict())
 
