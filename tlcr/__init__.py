@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tlcr.recipes.train_discriminator import train_discriminator
     from tlcr.recipes.train_dpo import train_dpo
     from tlcr.recipes.train_ppo import train_ppo
+    from tlcr.recipes.train_q_model import train_q_model
     from tlcr.recipes.train_reward_model import train_reward_model
     from tlcr.recipes.train_sft import train_sft
     from tlcr.rewards.sources import RewardSource, build_reward_source
@@ -61,6 +62,7 @@ __all__ = [
     "train_discriminator",
     "train_dpo",
     "train_ppo",
+    "train_q_model",
     "train_reward_model",
     "train_sft",
 ]
@@ -76,6 +78,7 @@ _HOME = {
     "train_discriminator": "tlcr.recipes.train_discriminator",
     "train_dpo": "tlcr.recipes.train_dpo",
     "train_ppo": "tlcr.recipes.train_ppo",
+    "train_q_model": "tlcr.recipes.train_q_model",
     "train_reward_model": "tlcr.recipes.train_reward_model",
     "train_sft": "tlcr.recipes.train_sft",
 }

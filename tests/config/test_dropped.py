@@ -33,6 +33,7 @@ def test_they_are_found_in_every_section() -> None:
         "labels.warn_edited_share",
         "reward_model.enabled",
         "discriminator.enabled",
+        "q_model.enabled",
         "dpo.enabled",
     }
     own = {"endpoint.json_schema", "model.gradient_checkpointing"}

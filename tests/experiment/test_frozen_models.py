@@ -30,6 +30,7 @@ ASKED: list[tuple[dict[str, object], set[str]]] = [
     ({"reward.kind": "sequence"}, {"reward_model"}),
     ({"reward.kind": "uniform"}, {"reward_model"}),
     ({"reward.kind": "continuous", "reward.sequence_coef": 0.5}, {"discriminator", "reward_model"}),
+    ({"reward.kind": "q"}, {"q_model"}),
     ({"reward.kind": "dpo"}, {"dpo"}),
     ({"reward.kind": "random"}, set()),
     ({"reward.kind": "random", "ppo.value_init": "reward_model"}, {"reward_model"}),
@@ -41,7 +42,7 @@ ASKED: list[tuple[dict[str, object], set[str]]] = [
 def trained(
     tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast, tiny_causal_lm: LM
 ) -> Path:
-    """policy, discriminator, reward_model and dpo, trained elsewhere; seeds 0 to 3 tell them apart."""
+    """policy, discriminator, reward_model, dpo and q_model, trained elsewhere; seeds 0 to 4 tell them apart."""
     folder = tmp_path_factory.mktemp("trained")
     cfg = arm_run(folder, folder / "unread").cfg.model
     discriminator = load_token_classifier(tiny_causal_lm(seed=1), cfg, id2label=TWO_CLASSES)
@@ -51,13 +52,14 @@ def trained(
         "discriminator": discriminator,
         "reward_model": load_sequence_classifier(tiny_causal_lm(seed=2), cfg),
         "dpo": tiny_causal_lm(seed=3),
+        "q_model": load_sequence_classifier(tiny_causal_lm(seed=4), cfg),
     }.items():
         save_model(model, tiny_tokenizer, folder / name)
     return folder
 
 
 def run_with(trained: Path, tmp_path: Path, **changes: object) -> RunFolder:
-    named = {f"{name}.path": str(trained / name) for name in ("discriminator", "reward_model", "dpo")}
+    named = {f"{name}.path": str(trained / name) for name in ("discriminator", "reward_model", "dpo", "q_model")}
     return arm_run(tmp_path, trained / "policy", **{"reward.callable": None, **named, **changes})
 
 
@@ -71,7 +73,7 @@ def test_a_reward_loads_the_models_that_it_asks_and_no_other(
 ) -> None:
     run = run_with(trained, tmp_path, **changes)
     frozen = load_frozen_models(run, run.cfg)
-    seeds = {"discriminator": 1, "reward_model": 2, "dpo": 3}
+    seeds = {"discriminator": 1, "reward_model": 2, "dpo": 3, "q_model": 4}
     for name, seed in seeds.items():
         loaded = getattr(frozen, name)
         assert (loaded is not None) == (name in asked)

@@ -11,7 +11,16 @@ import torch
 from transformers import GPT2Config, LlamaConfig, PreTrainedModel
 
 from tlcr.config.loading import load_config
-from tlcr.config.schema import Arm, LoRAConfig, ModelConfig, PPOConfig, RewardConfig, RolloutConfig, RunConfig
+from tlcr.config.schema import (
+    Arm,
+    LoRAConfig,
+    ModelConfig,
+    PPOConfig,
+    RefreshConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+)
 from tlcr.data import embedded
 from tlcr.errors import ConfigError
 from tlcr.experiment.memory import (
@@ -164,6 +173,7 @@ def test_a_shared_value_model_is_a_head_in_float32() -> None:
     [
         ([RewardConfig()], {"discriminator"}),
         ([RewardConfig(kind="sequence")], {"reward model"}),
+        ([RewardConfig(kind="q")], {"q model"}),
         ([RewardConfig(kind="random")], set()),
         ([RewardConfig(kind="sign", sequence_coef=0.1)], {"discriminator", "reward model"}),
         ([RewardConfig(kind="random"), RewardConfig(kind="sequence")], {"reward model"}),
@@ -174,9 +184,17 @@ def test_only_the_judges_that_the_rewards_need_are_trained_and_loaded(
 ) -> None:
     cfg = RunConfig(arms=tuple(Arm(f"arm{index}", reward) for index, reward in enumerate(rewards)))
     estimates = estimate_run(cfg, Counted(), CPU)
-    both = {"discriminator", "reward model"}
-    assert {role.name for role in of_stage(estimates, "ppo").roles} & both == judges
-    assert {estimate.stage for estimate in estimates} & both == judges
+    known = {"discriminator", "reward model", "q model"}
+    assert {role.name for role in of_stage(estimates, "ppo").roles} & known == judges
+    assert {estimate.stage for estimate in estimates} & known == judges
+
+
+def test_a_discriminator_that_learns_on_is_held_as_one_that_is_trained() -> None:
+    def held(every: int) -> tuple[int, int]:
+        roles = ppo_roles(RunConfig(reward=RewardConfig(refresh=RefreshConfig(every=every))), Counted())
+        return next((role.gradients, role.optimizer) for role in roles if role.name == "discriminator")
+
+    assert held(0) == (0, 0) and min(held(5)) > 0
 
 
 def test_a_limit_of_tokens_bounds_what_an_update_takes() -> None:

@@ -40,6 +40,7 @@ NAMES = {
     "train_discriminator",
     "train_dpo",
     "train_ppo",
+    "train_q_model",
     "train_reward_model",
     "train_sft",
 }
@@ -63,13 +64,14 @@ SIGNATURES = {
     "build_info": "()",
     "train_sft": f"(cfg, *, model, {ON_PAIRS})",
     "train_reward_model": f"(cfg, *, backbone, {ON_PAIRS})",
+    "train_q_model": f"(cfg, *, backbone, {ON_PAIRS})",
     "train_dpo": f"(cfg, *, model, {ON_PAIRS})",
     "train_discriminator": "(cfg, *, backbone, tokenizer, train, held_out, held_out_preferences=(), folder, "
     "resume=False, callbacks=())",
     "train_ppo": "(cfg, *, actor_critic, reference, tokenizer, reward_source, reward_temperature=1.0, prompts, folder, "
-    "seed, resume=False, callbacks=(), evaluate=None, environment=None)",
-    "build_reward_source": "(cfg, *, policy_tokenizer, discriminator=None, reward_model=None, dpo=None, "
-    "reference=None, dpo_beta=0.1, data, seed, micro_batch_size=None)",
+    "seed, resume=False, callbacks=(), evaluate=None, environment=None, refresh=None)",
+    "build_reward_source": "(cfg, *, policy_tokenizer, discriminator=None, reward_model=None, q_model=None, "
+    "q_beta=0.2, dpo=None, reference=None, dpo_beta=0.1, data, seed, micro_batch_size=None)",
     "ActorCritic.__init__": "(self, policy, value_model, *, chunk_tokens=None)",
     "RewardSource.__call__": "(self, rollout)",
     "RewardSource.state_dict": "(self)",
@@ -116,7 +118,7 @@ def test_the_recipes_name_what_they_share_in_one_order() -> None:
     order = (
         *("cfg", "actor_critic", "model", "backbone", "reference", "tokenizer", "reward_source", "reward_temperature"),
         *("train", "held_out", "held_out_preferences", "prompts", "folder", "seed", "resume", "callbacks", "evaluate"),
-        "environment",
+        *("environment", "refresh"),
     )
     for name in RECIPES:
         parameters = inspect.signature(getattr(tlcr, name)).parameters

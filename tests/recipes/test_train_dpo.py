@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from tests.recipes.test_train_sft import PAIRS
 from tlcr.config.schema import DPOConfig, RunConfig
-from tlcr.models.dpo import collate_referenced, dpo_loss, with_reference
+from tlcr.models.dpo import collate_referenced, dpo_loss, outcome_loss, with_reference
 from tlcr.recipes.train_dpo import train_dpo
 from tlcr.text.tokenization import encode_comparisons
 from tlcr.training.metrics import read_metrics
@@ -62,6 +62,42 @@ def test_the_loss_by_hand(tiny_causal_lm: Callable[..., PreTrainedModel], pad_to
     ]
     shifted = with_reference(reference, late, pad_token_id=pad_token_id, batch_size=2)
     assert all(abs(a.ref_chosen - b.ref_chosen) > 0.5 for a, b in zip(pairs, shifted, strict=True))
+
+
+@pytest.mark.parametrize("pad_token_id", [0, 2])
+def test_the_loss_of_outcomes_by_hand(tiny_causal_lm: Callable[..., PreTrainedModel], pad_token_id: int) -> None:
+    """Each answer by itself: the logit of being good is its log-ratio (implicit process rewards)."""
+    model, reference = tiny_causal_lm(seed=1), tiny_causal_lm(seed=2)
+    for parameter in model.parameters():
+        parameter.data *= 3
+    pairs = with_reference(reference, COMPARISONS, pad_token_id=pad_token_id, batch_size=2)
+    batch = collate_referenced(pairs, pad_token_id=pad_token_id)
+    parts = outcome_loss(model, batch, beta=0.3)
+    total = 0.0
+    for pair in COMPARISONS:
+        good, bad = (
+            0.3 * (log_likelihood(model, a) - log_likelihood(reference, a)) for a in (pair.chosen, pair.rejected)
+        )
+        total += math.log1p(math.exp(-good)) + math.log1p(math.exp(bad))
+    assert parts.total.item() == pytest.approx(total, rel=1e-4) and parts.weight == 4
+    assert parts.statistics.keys() == dpo_loss(model, batch, beta=0.3).statistics.keys()
+
+
+def test_outcomes_move_each_answer_from_where_the_reference_has_it(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, tiny_causal_lm: Callable[..., PreTrainedModel]
+) -> None:
+    """A loss of outcomes starts at log 2 an answer, and ends with good answers above 0 and bad ones below."""
+    dpo = DPOConfig(loss="outcomes", epochs=15, batch_size=3, learning_rate=3e-3, weight_decay=0.0, save_every=0)
+    result = train_dpo(
+        replace(RunConfig(), dpo=dpo),
+        model=tiny_causal_lm(),
+        tokenizer=tiny_tokenizer,
+        train=PAIRS[:5],
+        held_out=PAIRS[:5],
+        folder=tmp_path / "dpo",
+    )
+    assert read_metrics(tmp_path / "dpo" / "metrics.jsonl")[0]["loss"] == pytest.approx(math.log(2), rel=1e-3)
+    assert result.evaluation["reward_chosen"] > 0.3 and result.evaluation["reward_rejected"] < -0.3
 
 
 def test_the_references_likelihoods_come_back_in_their_order(tiny_causal_lm: Callable[..., PreTrainedModel]) -> None:

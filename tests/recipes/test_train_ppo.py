@@ -239,7 +239,8 @@ def test_the_keys_logged_are_the_keys_documented(tiny_causal_lm: LM, tiny_tokeni
     assert before.keys() == {"step", "time", "eval/gold"}
     logged = {"eval/<name>" if key.startswith("eval/") else key for key in after} - {"step", "time"}
     mismatch = {key for key in documented_keys() if key.startswith("mismatch/")}
-    assert logged == documented_keys() - mismatch - {"length/message_tokens"}
+    refresh = {key for key in documented_keys() if key.startswith("refresh/")} | {"time/refresh_s"}
+    assert logged == documented_keys() - mismatch - refresh - {"length/message_tokens"}
     cfg = small_config(updates=1)
     paged = replace(cfg, rollout=replace(cfg.rollout, engine="paged"))
     run_ppo(paged, tiny_causal_lm, tiny_tokenizer, tmp_path / "paged")

@@ -73,7 +73,7 @@ def _credit(config: dict[str, Any]) -> dict[str, Any]:
         "lengths": {16: 12},
         "lams": [0.7],
         "values": {"policy": {}},
-        }
+    }
 
 
 STUDIES = {

@@ -102,7 +102,7 @@ def test_temperature_scale_and_clip_act_in_that_order() -> None:
     torch.testing.assert_close(rewards, (3 * D).clamp(-1.5, 1.5), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["random", "callable"])
+@pytest.mark.parametrize("kind", ["random", "q", "callable"])
 def test_dense_numbers_are_scaled_and_clipped(kind: str) -> None:
     dense = torch.tensor([[1.0, -2.0, 3.0, 0.5, math.nan], [4.0, math.inf, -1.0, 1.0, 0], [math.nan] * 5])
     options = {"kind": kind, "callable": "m:f" if kind == "callable" else None, "scale": 2.0}

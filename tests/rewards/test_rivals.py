@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+import tlcr
 from tests.rewards.rollouts import (
     PADDINGS,
     Rigged,
@@ -22,7 +24,8 @@ from tests.rewards.rollouts import (
     random_rows,
     rollout_of,
 )
-from tlcr.config.schema import DataConfig, DPOConfig, KLConfig, ModelConfig, RewardConfig, RunConfig
+from tlcr.config.schema import Arm, DataConfig, DPOConfig, KLConfig, ModelConfig, RewardConfig, RunConfig
+from tlcr.config.trials import trials_of
 from tlcr.errors import ConfigError
 from tlcr.models.heads import classification_head
 from tlcr.models.loading import load_sequence_classifier
@@ -34,6 +37,7 @@ from tlcr.rewards.sources import (
     LoadedModel,
     LogRatioSource,
     PrefixDifferenceSource,
+    QSource,
     SpanSource,
     UniformSource,
     build_reward_source,
@@ -263,6 +267,57 @@ def test_an_architecture_whose_attention_cannot_be_read_is_refused(scorer: PreTr
     assert scorer.config._attn_implementation != "eager"
 
 
+# ---- values
+
+
+@pytest.mark.parametrize(("left", "right"), PADDINGS)
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+def test_the_value_of_each_action_is_read_at_its_token(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    scorer: PreTrainedModel,
+    left: int,
+    right: int,
+    micro_batch_size: int | None,
+) -> None:
+    rows = rows_of(tiny_tokenizer)
+    rollout = rollout_of(rows, tiny_tokenizer, left=left, right=right, filler=tiny_tokenizer.eos_token_id)
+    of = frozen_model(scorer, tiny_tokenizer, tiny_tokenizer, micro_batch_size=micro_batch_size)
+    truth = []
+    for row in rows:
+        prompt = ids_of(tiny_tokenizer, row.prompt)
+        truth.append([0.2 * score(scorer, prompt + row.ids[:n]) for n in range(1, len(row.ids) + 1)])
+    assert_rewards(dense(QSource(of, beta=0.2)(rollout), rollout), truth)
+
+
+def test_a_value_through_another_tokenizer_is_shared_by_characters(
+    tiny_tokenizer: PreTrainedTokenizerFast, scorer: PreTrainedModel
+) -> None:
+    characters = character_tokenizer()
+    prompt, text = "The food was", " not good at"
+    rollout = rollout_of([Row(prompt, [*ids_of(characters, text), characters.eos_token_id], True)], characters)
+    (got,) = dense(QSource(frozen_model(scorer, tiny_tokenizer, characters), beta=1.0)(rollout), rollout)
+    words = [*ids_of(tiny_tokenizer, text), tiny_tokenizer.eos_token_id]
+    before = ids_of(tiny_tokenizer, prompt)
+    values = [score(scorer, before + words[: n + 1]) for n in range(len(words))]
+    widths = [len(tiny_tokenizer.decode([id])) for id in words[:-1]] + [1]
+    shared = [value / width for value, width in zip(values, widths, strict=True) for _ in range(width)]
+    assert got.tolist() == pytest.approx(shared, rel=1e-3, abs=1e-5)
+
+
+def test_an_arm_may_take_values_for_returns() -> None:
+    """With gamma 0 the return of an action is its own reward: the advantage is beta Z(s, a) - V(s), as in Q-RM."""
+    arm = Arm("q", reward=RewardConfig(kind="q"), gamma=0.0)
+    cfg = replace(RunConfig(), arms=(arm, Arm("continuous")))
+    of_q, other = (trial.config(cfg).ppo.gamma for trial in trials_of(cfg))
+    assert (of_q, other) == (0.0, 1.0)
+    rewards_BT, values_BT = torch.tensor([[0.4, -0.2, 0.7]]), torch.tensor([[0.1, 0.3, -0.1]])
+    advantages, returns = tlcr.fused_gae(
+        rewards_BT, values_BT, torch.ones(1, 3, dtype=torch.bool), gamma=of_q, lam=0.95, whiten=False
+    )
+    torch.testing.assert_close(advantages, rewards_BT - values_BT)
+    torch.testing.assert_close(returns, rewards_BT)
+
+
 # ---- log-ratios
 
 
@@ -448,6 +503,11 @@ def test_a_log_ratio_and_spans_are_built_from_their_models(
         build_reward_source(RewardConfig(kind="dpo"), reference=reference, **options)
     with pytest.raises(ConfigError, match="is a ratio to the reference"):
         build_reward_source(RewardConfig(kind="dpo"), dpo=dpo, **options)
+    scorer = LoadedModel(load_sequence_classifier(reference, ModelConfig()), tiny_tokenizer)
+    values = build_reward_source(RewardConfig(kind="q"), q_model=scorer, q_beta=0.3, **options)
+    assert isinstance(values, QSource) and values.beta == 0.3
+    with pytest.raises(ConfigError, match=r"reward\.kind .q. needs the q_model.*'tlcr train q-model'"):
+        build_reward_source(RewardConfig(kind="q"), **options)
     discriminator = LoadedModel(Rigged({}), tiny_tokenizer)  # type: ignore[arg-type]
     cfg = RewardConfig(kind="spans", span_end="!")
     spanned = build_reward_source(cfg, discriminator=discriminator, **options)
@@ -475,12 +535,14 @@ def test_which_models_a_reward_needs() -> None:
         "attention": "reward_model",
         "uniform": "reward_model",
         "prefix_difference": "reward_model",
+        "q": "q_model",
         "dpo": "dpo",
     }.items():
         reward = RewardConfig(kind=kind)  # type: ignore[arg-type]
         used = {
             "discriminator": cfg.uses_discriminator(reward),
             "reward_model": cfg.uses_reward_model(reward),
+            "q_model": cfg.uses_q_model(reward),
             "dpo": cfg.uses_dpo(reward),
         }
         assert [name for name, uses in used.items() if uses] == [needs], kind

@@ -23,6 +23,7 @@ __all__ = ["OWN_CONFIGS", "STAGES", "build_parser"]
 STAGES = {
     "sft": ("sft", "fine-tune the policy on the preferred answers"),
     "reward-model": ("reward_model", "train the sequence-level reward model (Bradley-Terry)"),
+    "q-model": ("q_model", "train a token-level Q function on preferences (Q-RM)"),
     "dpo": ("dpo", "train a policy by DPO, whose log-ratio is a reward"),
     "discriminator": ("discriminator", "train the token discriminator on edits"),
     "ppo": ("ppo", "train a policy for every arm and seed"),

@@ -2,7 +2,8 @@
 
 The defaults are the vetted setting. Where each comes from is the ``source`` of its knob: "paper" is arXiv 2407.16574,
 "released code" its authors' training scripts, "PPO" Schulman et al. 2017 (arXiv 1707.06347) as practised by Stiennon
-et al. 2020, "DPO" Rafailov et al. 2023 (arXiv 2305.18290), "LoRA" Hu et al. 2021 (arXiv 2106.09685), "Schulman et al.
+et al. 2020, "DPO" Rafailov et al. 2023 (arXiv 2305.18290), "Q-RM" the released code of Chen et al. 2025 (arXiv
+2505.23363), "LoRA" Hu et al. 2021 (arXiv 2106.09685), "Schulman et al.
 2025" their "LoRA Without Regret", "ours" a choice of this project. Nothing here imports torch, so that ``tlcr --help``
 answers at once.
 """
@@ -22,7 +23,7 @@ from tlcr.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16"]
 EngineName = Literal["generate", "static", "paged", "vllm", "server", "auto"]
-Adapted = Literal["sft", "reward_model", "dpo", "discriminator", "policy", "value"]
+Adapted = Literal["sft", "reward_model", "q_model", "dpo", "discriminator", "policy", "value"]
 """What can be trained by adapters: the models before PPO, and the two that PPO trains."""
 RewardKind = Literal[
     "continuous",
@@ -37,6 +38,7 @@ RewardKind = Literal[
     "uniform",
     "attention",
     "prefix_difference",
+    "q",
     "dpo",
     "callable",
 ]
@@ -225,7 +227,7 @@ class LoRAConfig(Checked):
 class DataConfig(Checked):
     """Where preferences, edits and prompts come from. A source is a local file, a folder or a hub dataset's name."""
 
-    preferences: str | None = knob(None, "preference pairs, for SFT, the sequence reward model and DPO")
+    preferences: str | None = knob(None, "preference pairs, for SFT, the reward models and DPO")
     preferences_format: Literal["auto", "preference", "hh", "tlcr"] = knob(
         "auto", "format of the preferences", advanced=True
     )
@@ -244,7 +246,7 @@ class DataConfig(Checked):
     shares: tuple[float, ...] = knob(
         (),
         "proportions in which the prompts of the preferences are divided among SFT, reward learning (reviser, labels, "
-        "discriminator, reward model, DPO) and PPO; [2, 4, 4] in the paper; default: every stage sees all",
+        "discriminator, reward models, DPO) and PPO; [2, 4, 4] in the paper; default: every stage sees all",
     )
     max_prompt_tokens: int = knob(
         256, "longer prompts are cut at the beginning", source="released code", unit="tokens", ge=1
@@ -516,13 +518,50 @@ class RewardModelConfig(TrainingConfig):
 
 
 @dataclass(frozen=True)
-class DPOConfig(TrainingConfig):
-    """A policy trained by direct preference optimisation; its log-ratio is the reward of kind 'dpo'."""
+class QModelConfig(TrainingConfig):
+    """A token-level Q function learned from preferences (Q-RM); beta times it is the reward of kind 'q'."""
 
+    beta: float = knob(
+        0.2, "factor on the difference of the answers' means in the loss, and on a token's reward", source="Q-RM", gt=0
+    )
+    margin: float = knob(
+        2.0, "a pair costs little only where beta times that difference is above this", source="Q-RM", ge=0
+    )
+    path: str | None = knob(None, "use this trained model and skip its training")
+
+
+@dataclass(frozen=True)
+class DPOConfig(TrainingConfig):
+    """A policy trained on preferences as an implicit reward model; its log-ratio is the reward of kind 'dpo'."""
+
+    loss: Literal["pairs", "outcomes"] = knob(
+        "pairs",
+        "pairs: the chosen answer's log-ratio above the rejected one's (DPO); outcomes: each answer by itself, good or "
+        "bad (implicit process reward)",
+        source="DPO",
+    )
     beta: float = knob(
         0.1, "KL coefficient of the objective, and factor on the log-ratio", source="DPO", unit="reward per nat", gt=0
     )
     path: str | None = knob(None, "use this trained policy and skip its training")
+
+
+@dataclass(frozen=True)
+class RefreshConfig(Checked):
+    """The discriminator learns on during PPO, from the policy's own answers, which are revised and labelled."""
+
+    every: int = knob(
+        0,
+        "updates from one refresh to the next, after each of which a round's answers are revised; 0: the discriminator "
+        "stays as it was trained",
+        ge=0,
+    )
+    share: float = knob(
+        0.5, "share of the first training's pairs among those of a refresh, against forgetting", ge=0, le=0.95
+    )
+    learning_rate: float | None = knob(
+        None, "constant rate of a refresh; default: a tenth of discriminator.learning_rate", gt=0
+    )
 
 
 @dataclass(frozen=True)
@@ -560,9 +599,15 @@ class RewardConfig(Checked):
     callable: str | None = knob(
         None, "'package.module:function' or 'file.py:function', for kind 'callable'; the run executes that code"
     )
+    refresh: RefreshConfig = field(default_factory=RefreshConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.refresh.every and self.kind not in LOGIT_KINDS:
+            raise ConfigError(
+                f"RewardConfig.refresh.every is {self.refresh.every}, but kind {self.kind!r} reads no discriminator; "
+                f"set refresh.every: 0, or kind to one of {', '.join(LOGIT_KINDS)}"
+            )
         if self.kind == "callable" and self.callable is None:
             raise ConfigError("RewardConfig.kind is 'callable'; name the function: callable: package.module:function")
         if self.kind != "callable" and self.callable is not None:
@@ -851,6 +896,9 @@ class Arm(Checked):
     name: str
     reward: RewardConfig = field(default_factory=RewardConfig)
     kl_coefs: tuple[float, ...] = knob((), "KL coefficients of this arm; default: those of the run")
+    gamma: float | None = knob(
+        None, "discount of this arm: 0 pays an action its own reward alone; default: ppo.gamma", ge=0, le=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -882,6 +930,7 @@ class RunConfig(Checked):
     sft: SFTConfig = field(default_factory=lambda: SFTConfig(batch_size=16, weight_decay=0.0))
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    q_model: QModelConfig = field(default_factory=lambda: QModelConfig(epochs=1))
     dpo: DPOConfig = field(default_factory=lambda: DPOConfig(epochs=1, learning_rate=1e-6, weight_decay=0.0))
     reward: RewardConfig = field(default_factory=RewardConfig)
     kl: KLConfig = field(default_factory=KLConfig)
@@ -936,12 +985,42 @@ class RunConfig(Checked):
                 "at a time give their servers different weights, so each needs one of its own; set parallel: "
                 f"{len(self.rollout.server)}, or name more servers"
             )
+        if any(reward.refresh.every for reward in (self.reward, *(arm.reward for arm in self.arms))):
+            self._check_refresh()
         official = [reward for reward in (self.reward, *(arm.reward for arm in self.arms)) if reward.compat is not None]
         if official and self.kl.placement != "reward":
             raise ConfigError(
                 f"RunConfig.kl.placement is {self.kl.placement!r}, but reward.compat {official[0].compat!r} pays the "
                 "KL in the reward, as the released code does; set kl.placement: reward"
             )
+
+    def _check_refresh(self) -> None:
+        own_task = self.model.path == "embedded" and self.data.preferences is None and self.data.prompts is None
+        if not own_task and self.reviser.backend not in ("endpoint", "local"):
+            raise ConfigError(
+                f"RunConfig.reward.refresh has the policy's answers revised during PPO, but reviser.backend is "
+                f"{self.reviser.backend!r}; set it to endpoint or local, or reward.refresh.every: 0"
+            )
+        if not own_task and self.data.preferences is None:
+            raise ConfigError(
+                "RunConfig.reward.refresh compares the policy's answers with chosen ones, but data.preferences is not "
+                "set; name preferences, or set reward.refresh.every: 0"
+            )
+        if not own_task and self.data.prompts is not None:
+            raise ConfigError(
+                f"RunConfig.reward.refresh compares the policy's answers with chosen ones, which the prompts in "
+                f"data.prompts {self.data.prompts!r} have not; drop data.prompts, or set reward.refresh.every: 0"
+            )
+        for name, value, refused in (
+            ("sharding.kind", self.sharding.kind, self.sharding.kind != "none"),
+            ("lora.roles", self.lora.roles, self.lora.trains("discriminator")),
+            ("rollout.environment", self.rollout.environment, self.rollout.environment is not None),
+        ):
+            if refused:
+                raise ConfigError(
+                    f"RunConfig.reward.refresh trains a whole discriminator, on single answers, which {name} "
+                    f"{value!r} does not leave; change that setting, or set reward.refresh.every: 0"
+                )
 
     @property
     def kl_estimator(self) -> Literal["k1", "k2", "k3", "full"]:
@@ -956,6 +1035,10 @@ class RunConfig(Checked):
     def uses_discriminator(self, reward: RewardConfig) -> bool:
         """Whether PPO on this reward loads the discriminator."""
         return reward.kind in LOGIT_KINDS or self._value_starts_from("discriminator")
+
+    def uses_q_model(self, reward: RewardConfig) -> bool:
+        """Whether PPO on this reward loads the token-level Q function."""
+        return reward.kind == "q"
 
     def uses_dpo(self, reward: RewardConfig) -> bool:
         """Whether PPO on this reward loads the policy trained by DPO."""

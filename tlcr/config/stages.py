@@ -6,14 +6,18 @@ Nothing here imports torch, so that a config can be refused at once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
-from tlcr.config.schema import DiscriminatorConfig, DPOConfig, RewardConfig, RewardModelConfig, RunConfig
+from tlcr.config.schema import DiscriminatorConfig, DPOConfig, QModelConfig, RewardConfig, RewardModelConfig, RunConfig
 from tlcr.config.trials import arms_of
 
 __all__ = ["CONFIG", "DONE", "HOLDER", "LOCK", "STAGES", "STARTED", "TRAINED", "stages_of", "wants"]
 
-STAGES = ("revisions", "sft", "reward_model", "dpo", "labels", "discriminator", "analysis", "ppo")
+STAGES = ("revisions", "sft", "reward_model", "q_model", "dpo", "labels", "discriminator", "analysis", "ppo")
 """In the order in which a run goes through them."""
+
+Frozen: TypeAlias = RewardModelConfig | QModelConfig | DPOConfig | DiscriminatorConfig
+"""How a model is trained that a reward asks."""
 
 CONFIG = "config.yaml"
 STARTED = "started.json"
@@ -37,8 +41,9 @@ def wants(cfg: RunConfig, stage: str) -> bool:
     """Whether a run of all stages includes this one: a model is trained if an arm needs it and no path is set."""
     rewards = [arm.reward for arm in arms_of(cfg)]
     discriminator = (cfg.discriminator, cfg.uses_discriminator)
-    frozen: dict[str, tuple[RewardModelConfig | DPOConfig | DiscriminatorConfig, Callable[[RewardConfig], bool]]] = {
+    frozen: dict[str, tuple[Frozen, Callable[[RewardConfig], bool]]] = {
         "reward_model": (cfg.reward_model, cfg.uses_reward_model),
+        "q_model": (cfg.q_model, cfg.uses_q_model),
         "dpo": (cfg.dpo, cfg.uses_dpo),
         **dict.fromkeys(("labels", "discriminator", "analysis"), discriminator),
     }

@@ -28,7 +28,8 @@ class Trial:
     def config(self, cfg: RunConfig) -> RunConfig:
         """The config of this trial, from that of the run."""
         kl = replace(cfg.kl, coef=self.kl_coef)
-        return replace(cfg, reward=self.arm.reward, kl=kl, kl_coefs=(), arms=())
+        ppo = cfg.ppo if self.arm.gamma is None else replace(cfg.ppo, gamma=self.arm.gamma)
+        return replace(cfg, reward=self.arm.reward, kl=kl, ppo=ppo, kl_coefs=(), arms=())
 
 
 def arms_of(cfg: RunConfig) -> tuple[Arm, ...]:

@@ -24,6 +24,7 @@ from tlcr.data import embedded
 from tlcr.engines import build_engine
 from tlcr.evaluation.evaluate import EvaluatedAnswer, PolicyEvaluation, TokenDetail, evaluate_policy, write_evaluation
 from tlcr.experiment.frozen_models import FrozenModels, load_frozen_models, load_reference, load_roles
+from tlcr.experiment.refresh import refresh_of
 from tlcr.experiment.run_folder import RunFolder
 from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.models.adapters import Roles
@@ -63,6 +64,8 @@ def evaluate_arm(run: RunFolder, trial: Trial) -> None:
         _shard(cfg, actor_critic)
     else:
         actor_critic.restore(cfg.model.saved_in(folder / "policy"), folder / "value", sharding=plan(cfg.sharding))
+    if (refresh := refresh_of(run, cfg, frozen, trial.seed, folder)) is not None:
+        refresh.restore(folder)
     after = evaluation(actor_critic)
     on_main_process(lambda: write_evaluation(folder, before, after))
 
@@ -99,6 +102,7 @@ def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
         seed=seed,
         resume=run.resume,
         evaluate=evaluate,
+        refresh=refresh_of(run, cfg, frozen, seed, folder),
     )
 
     # 4. evaluation of the trained policy; a run that had already finished was not evaluated above

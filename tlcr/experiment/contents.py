@@ -49,7 +49,11 @@ __all__ = ["FIRST_RECORDS", "contents"]
 FIRST_RECORDS = 200
 """Records of each source that are read before a run."""
 
-ROLES: dict[str, Role] = {"discriminator.path": "discriminator", "reward_model.path": "reward_model"}
+ROLES: dict[str, Role] = {
+    "discriminator.path": "discriminator",
+    "reward_model.path": "reward_model",
+    "q_model.path": "reward_model",
+}
 """What the models are wanted for, by their knob; all others are policies."""
 
 

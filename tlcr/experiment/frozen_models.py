@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
@@ -26,11 +27,13 @@ class FrozenModels:
 
     discriminator: LoadedModel | None = None
     reward_model: LoadedModel | None = None
+    q_model: LoadedModel | None = None
     dpo: LoadedModel | None = None
 
     @property
     def models(self) -> list[PreTrainedModel]:
-        return [loaded.model for loaded in (self.discriminator, self.reward_model, self.dpo) if loaded is not None]
+        asked = self.discriminator, self.reward_model, self.q_model, self.dpo
+        return [loaded.model for loaded in asked if loaded is not None]
 
     @property
     def temperature(self) -> float:
@@ -43,6 +46,8 @@ class FrozenModels:
             policy_tokenizer=run.tokenizer,
             discriminator=self.discriminator,
             reward_model=self.reward_model,
+            q_model=self.q_model,
+            q_beta=cfg.q_model.beta,
             dpo=self.dpo,
             reference=reference,
             dpo_beta=cfg.dpo.beta,
@@ -64,9 +69,9 @@ def load_frozen_models(
     if cfg.uses_discriminator(cfg.reward):
         frozen = replace(frozen, discriminator=_discriminator(run, cfg, roles, sharding))
     if cfg.uses_reward_model(cfg.reward):
-        own = cfg.model.saved_in(run.reward_model_folder)
-        model = load_sequence_classifier(run.reward_model_folder, own, device=run.device, sharding=sharding)
-        frozen = replace(frozen, reward_model=LoadedModel(model, load_tokenizer(own)))
+        frozen = replace(frozen, reward_model=_scorer(run, cfg, run.reward_model_folder, sharding))
+    if cfg.uses_q_model(cfg.reward):
+        frozen = replace(frozen, q_model=_scorer(run, cfg, run.q_model_folder, sharding))
     if cfg.uses_dpo(cfg.reward):
         own = cfg.model.saved_in(run.dpo_folder)
         dpo = load_causal_lm(own, device=run.device, sharding=sharding)
@@ -91,6 +96,13 @@ def load_reference(run: RunFolder, *, sharding: Sharding | None = None) -> PreTr
     sharding: how the caller will cut it; it has no weights before.
     """
     return load_causal_lm(run.policy_source, device=run.device, sharding=sharding)
+
+
+def _scorer(run: RunFolder, cfg: RunConfig, folder: Path, sharding: Sharding | None) -> LoadedModel:
+    """A model with one output: the sequence reward model, or the token-level Q function."""
+    own = cfg.model.saved_in(folder)
+    model = load_sequence_classifier(folder, own, device=run.device, sharding=sharding)
+    return LoadedModel(model, load_tokenizer(own))
 
 
 def _discriminator(run: RunFolder, cfg: RunConfig, roles: Roles | None, sharding: Sharding | None) -> LoadedModel:

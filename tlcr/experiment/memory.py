@@ -240,6 +240,7 @@ def estimate_run(cfg: RunConfig, architecture: Architecture, machine: Machine) -
     trained = {
         "sft": cfg.sft.enabled,
         "reward model": cfg.reward_model.path is None and asked["reward model"],
+        "q model": cfg.q_model.path is None and asked["q model"],
         "dpo": cfg.dpo.path is None and asked["DPO policy"],
         "discriminator": cfg.discriminator.path is None and asked["discriminator"],
         "ppo": True,
@@ -253,6 +254,7 @@ def _asked_models(cfg: RunConfig) -> dict[str, bool]:
     return {
         "discriminator": any(map(cfg.uses_discriminator, rewards)),
         "reward model": any(map(cfg.uses_reward_model, rewards)),
+        "q model": any(map(cfg.uses_q_model, rewards)),
         "DPO policy": any(map(cfg.uses_dpo, rewards)),
     }
 
@@ -304,7 +306,12 @@ def _supervised(stage: str, cfg: RunConfig, architecture: Architecture, machine:
 
     training: TrainingConfig = getattr(cfg, _section(stage))
     pairs = 1 if stage == "sft" else 2
-    kind = {"reward model": "sequence classifier", "discriminator": "token classifier"}.get(stage, "language model")
+    kinds = {
+        "reward model": "sequence classifier",
+        "q model": "sequence classifier",
+        "discriminator": "token classifier",
+    }
+    kind = kinds.get(stage, "language model")
     role = _of_a_process(_supervised_role(stage, cfg, architecture), cfg, machine)
     share = math.ceil(training.batch_size / machine.processes)
     examples = min(training.micro_batch_size or share, share)
@@ -339,7 +346,7 @@ def _section(stage: str) -> Any:
 
 def _outputs(stage: str, cfg: RunConfig) -> int | None:
     """Outputs of the head that a stage trains; None for a language model."""
-    return {"reward model": 1, "discriminator": _classes(cfg)}.get(stage)
+    return {"reward model": 1, "q model": 1, "discriminator": _classes(cfg)}.get(stage)
 
 
 def _training(
@@ -361,12 +368,14 @@ def ppo_roles(cfg: RunConfig, architecture: Architecture) -> tuple[Role, ...]:
     parameters_of = {
         "discriminator": size.with_head(_classes(cfg)),
         "reward model": size.with_head(1),
+        "q model": size.with_head(1),
         "DPO policy": size.parameters,
     }
+    refreshed = any(arm.reward.refresh.every for arm in arms_of(cfg))
     judges = [
         Role(name, (own := architecture.adapter(cfg.lora)), own * 4)
         if name == "discriminator" and adapters and cfg.lora.trains("discriminator")
-        else _frozen(name, parameters_of[name], dtype)
+        else (_trained if name == "discriminator" and refreshed else _frozen)(name, parameters_of[name], dtype)
         for name, needed in _asked_models(cfg).items()
         if needed
     ]

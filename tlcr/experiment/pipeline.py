@@ -33,6 +33,7 @@ from tlcr.models.loading import forget_notes, load_causal_lm
 from tlcr.recipes.analyse_discriminator import DiscriminatorAnalysis, analyse_discriminator
 from tlcr.recipes.train_discriminator import train_discriminator
 from tlcr.recipes.train_dpo import train_dpo
+from tlcr.recipes.train_q_model import train_q_model
 from tlcr.recipes.train_reward_model import train_reward_model
 from tlcr.recipes.train_sft import train_sft
 from tlcr.report.analysis import print_analysis
@@ -213,6 +214,15 @@ def _reward_model(run: RunFolder) -> None:
     _from_preferences(run, "reward_model", train, share="reward", sections=("model", "data", "sft", "reward_model"))
 
 
+def _q_model(run: RunFolder) -> None:
+    """3. A baseline: the value of every token, learned from the same preferences."""
+
+    def train(**given: Any) -> FitResult:
+        return train_q_model(run.cfg, backbone=load_causal_lm(run.policy_source, sharding=run.sharding), **given)
+
+    _from_preferences(run, "q_model", train, share="reward", sections=("model", "data", "sft", "q_model"))
+
+
 def _dpo(run: RunFolder) -> None:
     """4. A baseline reward: a policy trained by DPO on the same preferences."""
 
@@ -318,6 +328,7 @@ def _analyse(
 MODEL_STAGES: dict[str, Callable[[RunFolder], None]] = {
     "sft": _sft,
     "reward_model": _reward_model,
+    "q_model": _q_model,
     "dpo": _dpo,
     "labels": _labels,
     "discriminator": _discriminator,

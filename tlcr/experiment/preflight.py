@@ -46,9 +46,9 @@ logger = logging.getLogger("tlcr")
 
 Level = Literal["ok", "note", "warning", "blocked"]
 
-SHARED = {"sft", "reward_model", "dpo", "discriminator", "analysis", "ppo", "evaluate"}
+SHARED = {"sft", "reward_model", "q_model", "dpo", "discriminator", "analysis", "ppo", "evaluate"}
 """Stages whose models several processes may share out among themselves."""
-FROM_POLICY = {"reward_model", "dpo", "discriminator", "ppo", "evaluate"}
+FROM_POLICY = {"reward_model", "q_model", "dpo", "discriminator", "ppo", "evaluate"}
 """Stages that start from the policy: the result of SFT, or ``model`` where SFT is off."""
 
 
@@ -153,6 +153,14 @@ def for_one_process(processes: int) -> ConfigError:
     )
 
 
+def no_refresh(processes: int) -> ConfigError:
+    """The error for a refresh of the discriminator under a launcher of several processes."""
+    return ConfigError(
+        f"reward.refresh trains the discriminator in one process, and a launcher started {processes}; run without the "
+        "launcher, or set reward.refresh.every: 0"
+    )
+
+
 def unnamed(source: str, what: str) -> ConfigError:
     """The error for a source that is not set, and ``what`` that needs it."""
     if source == "prompts":
@@ -202,7 +210,7 @@ def _earlier_stages(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding
     if {"ppo", "evaluate"} & set(stages):
         needed += [
             name
-            for name in ("reward_model", "dpo", "discriminator")
+            for name in ("reward_model", "q_model", "dpo", "discriminator")
             if getattr(cfg, name).path is None and _rewards_use(cfg, name)
         ]
     for stage in needed:
@@ -347,6 +355,8 @@ def _processes(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
             f"parallel is {cfg.parallel} under a launcher of {processes} processes, and a run takes one or the other",
             "set parallel: 1 to share each policy among the processes",
         )
+    if "ppo" in stages and any(arm.reward.refresh.every for arm in arms_of(cfg)):
+        yield Finding.of("reward.refresh.every", no_refresh(processes))
     if "revisions" in stages and not (Path(cfg.output_dir) / "revisions" / DONE).is_file():
         yield Finding.of("reviser", for_one_process(processes))
 
@@ -403,7 +413,7 @@ def models_used(cfg: RunConfig, stages: Collection[str]) -> dict[str, GeneratorC
     used: dict[str, GeneratorConfig] = {}
     if set(stages) - {"revisions"} and cfg.model.path != "embedded":
         used["model.path"] = cfg.model
-    for name in ("discriminator", "reward_model", "dpo"):
+    for name in ("discriminator", "reward_model", "q_model", "dpo"):
         path = getattr(cfg, name).path
         if path is not None and {"ppo", "evaluate"} & set(stages) and _rewards_use(cfg, name):
             used[f"{name}.path"] = cfg.model.saved_in(path)
@@ -464,7 +474,7 @@ def sources_used(cfg: RunConfig, stages: Collection[str]) -> dict[str, str | Non
     data, wanted = cfg.data, set(stages)
     embedded = cfg.model.path == "embedded"
     reads = {
-        "preferences": wanted & {"sft", "reward_model", "dpo", "revisions"},
+        "preferences": wanted & {"sft", "reward_model", "q_model", "dpo", "revisions"},
         "edits": wanted & {"labels", "discriminator", "analysis"} if cfg.reviser.backend == "none" else set(),
         "prompts": wanted & {"ppo", "evaluate"},
     }

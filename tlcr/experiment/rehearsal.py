@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from tlcr.config.schema import Arm, ReviserConfig, RunConfig, TrainingConfig
+from tlcr.config.schema import Arm, RefreshConfig, ReviserConfig, RunConfig, TrainingConfig
 from tlcr.config.trials import arms_of
 from tlcr.data import embedded
 from tlcr.models.loading import save_model
@@ -23,7 +23,7 @@ __all__ = ["in_small", "processes_in_small"]
 PAIRS = 48
 HELD_OUT = 0.2
 PROMPT, ANSWER, NEW, CHUNK, RANK = 32, 24, 8, 32, 4
-SUPERVISED = ("sft", "reward_model", "dpo", "discriminator")
+SUPERVISED = ("sft", "reward_model", "q_model", "dpo", "discriminator")
 OF_A_GROUP = 2
 """Processes among which a model is cut, and groups of ``hybrid``: the fewest that exchange anything."""
 
@@ -137,8 +137,9 @@ def _arms(cfg: RunConfig) -> tuple[Arm, ...]:
     """One arm for each set of models that the rewards ask."""
     kept: dict[object, Arm] = {}
     for arm in arms_of(cfg):
-        asked = cfg.uses_discriminator, cfg.uses_reward_model, cfg.uses_dpo
-        kept.setdefault((*(uses(arm.reward) for uses in asked), arm.reward.compat), replace(arm, kl_coefs=()))
+        asked = cfg.uses_discriminator, cfg.uses_reward_model, cfg.uses_q_model, cfg.uses_dpo
+        reward = replace(arm.reward, refresh=RefreshConfig())  # which asks a reviser
+        kept.setdefault((*(uses(reward) for uses in asked), reward.compat), replace(arm, reward=reward, kl_coefs=()))
     return tuple(kept.values())
 
 

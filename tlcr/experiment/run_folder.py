@@ -241,6 +241,7 @@ class RunFolder:
             "discriminator": cfg.uses_discriminator(cfg.reward) and cfg.discriminator,
             "reward_model": cfg.uses_reward_model(cfg.reward) and cfg.reward_model,
             "dpo": cfg.uses_dpo(cfg.reward) and cfg.dpo,
+            **({"q_model": cfg.q_model} if cfg.uses_q_model(cfg.reward) else {}),  # earlier versions had none
         }
         used = [name for name, settings in frozen.items() if settings]
         return {**before, **frozen, **own, **self._adapters("sft", *used, "policy", "value"), "ppo_seed": trial.seed}
@@ -267,6 +268,11 @@ class RunFolder:
     def reward_model_folder(self) -> Path:
         path = self.cfg.reward_model.path
         return Path(path) if path else self._written("reward_model")
+
+    @property
+    def q_model_folder(self) -> Path:
+        path = self.cfg.q_model.path
+        return Path(path) if path else self._written("q_model")
 
     @property
     def dpo_folder(self) -> Path:
@@ -314,7 +320,7 @@ class RunFolder:
         """The stages of data.shares that a run of all stages trains in."""
         wanted: dict[Stage, bool] = {
             "sft": self.wants("sft"),
-            "reward": any(map(self.wants, ("reward_model", "dpo", "labels"))),
+            "reward": any(map(self.wants, ("reward_model", "q_model", "dpo", "labels"))),
             "ppo": True,
         }
         return [stage for stage, needed in wanted.items() if needed]

@@ -28,6 +28,7 @@ from tlcr.models.loading import load_token_classifier, load_tokenizer
 from tlcr.text.padding import pad_right
 from tlcr.text.tokenization import encode_answers, token_pieces
 from tlcr.training.sharding import Sharding, as_forward
+from tlcr.training.supervised import LossParts
 from tlcr.types import EncodedAnswer, LabelledAnswer, LabelledPair
 
 __all__ = [
@@ -139,6 +140,24 @@ def discriminator_loss(logits_BLC: Tensor, labels_BL: Tensor, weights_BL: Tensor
     loss_N = -(targets_NC * log_softmax(logits_NC, dim=-1)).sum(dim=-1)
     total = (loss_N * weights_BL[counts_BL]).sum()
     return total, counts_BL.any(dim=1).sum() / 2
+
+
+def label_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> LossParts:
+    """``discriminator_loss`` of the model's logits.
+
+    Args:
+        model: the discriminator.
+        batch: what ``collate_pairs`` returns.
+
+    Returns:
+        Its sum and weight. The statistic accuracy_edited is the share of edited tokens on the right side of 0.
+    """
+    logits_BLC = classify(model, batch["ids"], batch["attention_mask"])
+    total, weight = discriminator_loss(logits_BLC, batch["labels"], batch["weights"])
+    edited_BL = (batch["weights"] > 0) & (batch["labels"] != 0)
+    margin_N = (logits_BLC[..., -1] - logits_BLC[..., 0])[edited_BL]
+    right = (margin_N * batch["labels"][edited_BL] > 0).sum()
+    return LossParts(total, weight, {"accuracy_edited": (right, edited_BL.sum())})
 
 
 # ---- logits

@@ -1,19 +1,22 @@
-"""Direct preference optimisation (Rafailov et al. 2023): a policy whose log-ratio is a reward.
+"""Policies whose log-ratio is a reward: direct preference optimisation (Rafailov et al. 2023) and its relatives.
 
 The policy that maximises a reward under a KL penalty has r(x, a) = beta log pi(a | x) / pi_ref(a | x), up to a term
-that depends on the prompt only; DPO fits that r to comparisons. The log-ratio of each token is a reward for that
-action, which PPO can use (RTO, Zhong et al. 2024, arXiv 2404.18922).
+that depends on the prompt only. DPO fits that r to comparisons; an implicit process reward model (Yuan et al. 2024,
+arXiv 2412.01981) fits it to what each answer is by itself, good or bad. Either way the log-ratio of each token is a
+reward for that action, which PPO can use (RTO, Zhong et al. 2024, arXiv 2404.18922; PRIME, Cui et al. 2025, arXiv
+2502.01456).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
 from tlcr.models.loading import answer_logprobs
@@ -68,14 +71,34 @@ def dpo_loss(model: PreTrainedModel, batch: dict[str, Tensor], *, beta: float) -
         The sums of the loss. Statistics beside those of ``ranking_loss`` are reward_chosen and reward_rejected, the
         means of r. Where both fall while the margin grows, both answers lose probability.
     """
-    rewards_B = beta * (_answer_totals(model, batch) - batch["ref_logprobs"])
-    chosen_B, rejected_B = rewards_B.chunk(2)
-    parts, pairs = ranking_loss(chosen_B - rejected_B), len(chosen_B)
-    rewards = {
-        "reward_chosen": (chosen_B.sum().detach(), pairs),
-        "reward_rejected": (rejected_B.sum().detach(), pairs),
-    }
-    return replace(parts, statistics={**parts.statistics, **rewards})
+    return _ranked(model, batch, beta)[0]
+
+
+def outcome_loss(model: PreTrainedModel, batch: dict[str, Tensor], *, beta: float) -> LossParts:
+    """The cross entropy of each answer by itself, with r = beta (log pi(a | x) - log pi_ref(a | x)) as its logit::
+
+        -log sigmoid(r_chosen) - log sigmoid(-r_rejected)
+
+    Source: Yuan et al. 2024 (arXiv 2412.01981), their cross-entropy loss; a chosen answer is good and a rejected one
+    bad. Unlike the loss of DPO it says where 0 is: a good answer gains probability, whatever the other one does.
+
+    Args:
+        model: the policy that is trained.
+        batch: what ``collate_referenced`` returns.
+        beta: factor on the log-ratio.
+
+    Returns:
+        The sums of the loss over answers, two of a pair, with the statistics of ``dpo_loss``. Accuracy is that of the
+        pairs, so that both losses can be compared.
+    """
+    parts, chosen_B, rejected_B = _ranked(model, batch, beta)
+    return replace(
+        parts, total=softplus(-chosen_B).sum() + softplus(rejected_B).sum(), weight=len(chosen_B) + len(rejected_B)
+    )
+
+
+LOSSES: dict[str, Callable[..., LossParts]] = {"pairs": dpo_loss, "outcomes": outcome_loss}
+"""By the names of ``dpo.loss``."""
 
 
 @torch.no_grad()
@@ -112,6 +135,18 @@ def with_reference(
         ReferencedComparison(comparison, *totals)
         for comparison, totals in zip(comparisons, sum_over_processes(totals_N2).tolist(), strict=True)
     ]
+
+
+def _ranked(model: PreTrainedModel, batch: dict[str, Tensor], beta: float) -> tuple[LossParts, Tensor, Tensor]:
+    """The loss of DPO with its statistics, and r of the chosen and of the rejected answers."""
+    rewards_B = beta * (_answer_totals(model, batch) - batch["ref_logprobs"])
+    chosen_B, rejected_B = rewards_B.chunk(2)
+    parts, pairs = ranking_loss(chosen_B - rejected_B), len(chosen_B)
+    rewards = {
+        "reward_chosen": (chosen_B.sum().detach(), pairs),
+        "reward_rejected": (rejected_B.sum().detach(), pairs),
+    }
+    return replace(parts, statistics={**parts.statistics, **rewards}), chosen_B, rejected_B
 
 
 def _answer_totals(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:

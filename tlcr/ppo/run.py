@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
@@ -44,6 +44,56 @@ from tlcr.types import RewardSignal, Rollout
 
 Evaluate = Callable[[ActorCritic, int], Mapping[str, float]]
 """(policy and value model, updates done) to figures by name."""
+
+
+class Refresh(Protocol):
+    """Trains the model that a reward source asks, during PPO (``tlcr.recipes.refresh_discriminator``).
+
+    Attributes:
+        model: what is trained; a part of PPO's checkpoints.
+    """
+
+    model: PreTrainedModel
+
+    def due(self, updates: int) -> bool:
+        """Whether it follows after this many updates.
+
+        Args:
+            updates: how many updates are done.
+
+        Returns:
+            True where ``__call__`` is to be called.
+        """
+        ...
+
+    def __call__(self, rollout: Rollout, updates: int) -> dict[str, float]:
+        """Trains the model on the answers of a round.
+
+        Args:
+            rollout: the answers.
+            updates: how many updates are done, that of this round included.
+
+        Returns:
+            Figures by name, for the log.
+        """
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes the model.
+
+        Args:
+            folder: of the PPO run.
+        """
+        ...
+
+    def restore(self, folder: Path) -> None:
+        """Loads the weights that ``save`` wrote.
+
+        Args:
+            folder: of the PPO run.
+        """
+        ...
+
 
 FREE_TO_CHANGE = ("updates", "evaluate_every", *undecisive(PPOConfig))
 """What a resumed run may change: the results of a round do not depend on it."""
@@ -87,6 +137,7 @@ class PPORun:
         callbacks: Sequence[Callback],
         evaluate: Evaluate | None,
         environment: Environment | None = None,
+        refresh: Refresh | None = None,
     ) -> None:
         if reference is actor_critic.policy:
             raise ConfigError("the reference is the policy itself, so every KL would be 0; pass a second copy of it")
@@ -110,7 +161,7 @@ class PPORun:
         self.centre = RunningMean(reduce=sum_over_processes) if cfg.reward.centre else None
         self.engine = build_engine(cfg.rollout, self.actor_critic.policy, self.folder / SERVER_WEIGHTS)
         self.correction = Correction(cfg.rollout)
-        self.environment, self.ahead = environment, Ahead()
+        self.environment, self.ahead, self.refresh = environment, Ahead(), refresh
         self.prompts = PromptStream(prompts, seed)
         self._identity = {
             **_identity(cfg, prompts, seed, None if self.sharding else accelerator.num_processes),
@@ -123,7 +174,10 @@ class PPORun:
             save_every=cfg.ppo.save_every,
             keep_checkpoints=cfg.ppo.keep_checkpoints,
             accelerator=accelerator,
-            models={"actor_critic": trained_part(self.actor_critic)},
+            models={
+                "actor_critic": trained_part(self.actor_critic),
+                **({} if refresh is None else {"refreshed": refresh.model}),
+            },
             optimizer=self.optimizer,
             scheduler=build_scheduler(
                 self.optimizer,
@@ -241,6 +295,8 @@ class PPORun:
     def end(self, *, stopped: bool) -> PPOResult:
         """Writes policy and value model for others to load, and marks the run as done."""
         self.actor_critic.save(self.tokenizer, self.folder / "policy", self.folder / "value")
+        if self.refresh is not None:
+            self.refresh.save(self.folder)
         self.loop.end()
         mark_done(self.folder, config=self._done_config, metrics=self.loop.metrics, seconds=self.loop.seconds)
         return self.result(stopped=stopped)
@@ -288,6 +344,8 @@ class PPORun:
             )
         own = self.cfg.model.saved_in(self.folder / "policy")
         self.actor_critic.restore(own, self.folder / "value", sharding=self.sharding)
+        if self.refresh is not None:
+            self.refresh.restore(self.folder)
         done = json.loads((self.folder / DONE).read_text(encoding="utf-8"))
         last = read_metrics(self.loop.log.path)[-1]
         evaluation = {key.removeprefix("eval/"): figure for key, figure in last.items() if key.startswith("eval/")}
@@ -353,8 +411,9 @@ def _identity(cfg: RunConfig, prompts: Sequence[str], seed: int, num_processes: 
     if not cfg.rollout.off_policy:
         without += ["correction", "correction_max", "correction_min"]
     rollout = settings_without(cfg.rollout, without)
+    reward = settings_without(cfg.reward, () if cfg.reward.refresh.every else ("refresh",))
     return {
-        "settings": {"ppo": ppo, "reward": as_plain(cfg.reward), "kl": as_plain(cfg.kl), "rollout": rollout},
+        "settings": {"ppo": ppo, "reward": reward, "kl": as_plain(cfg.kl), "rollout": rollout},
         "prompts": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
         "seed": seed,
         **({} if num_processes is None else {"processes": num_processes}),

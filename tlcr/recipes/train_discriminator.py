@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import DiscriminatorConfig, RunConfig
@@ -25,9 +24,8 @@ from tlcr.evaluation.discriminator_metrics import (
 from tlcr.models.adapters import save_trained
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.discriminator import (
-    classify,
     collate_pairs,
-    discriminator_loss,
+    label_loss,
     labels_of,
     predict_tokens,
     score_answers,
@@ -40,7 +38,7 @@ from tlcr.training.callbacks import Callback
 from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.training.distributed import on_main_process
 from tlcr.training.sharding import plan, shard_model
-from tlcr.training.supervised import FitResult, LossParts
+from tlcr.training.supervised import FitResult
 from tlcr.types import LabelledPair, PreferencePair
 
 __all__ = ["TrainedDiscriminator", "train_discriminator"]
@@ -136,7 +134,7 @@ def train_discriminator(
         model=model,
         examples=train,
         collate=partial(collate_pairs, pad_token_id=tokenizer.pad_token_id, targets=settings.targets),
-        loss=_loss,
+        loss=label_loss,
         length=_length,
         evaluate=held_out_metrics if held_out else None,
         folder=folder,
@@ -189,16 +187,6 @@ def _check(settings: DiscriminatorConfig, train: Sequence[LabelledPair], held_ou
             "discriminator.calibrate is on, but no pair is held out to fit the temperature on; set data.held_out above "
             "0, bring more edits, or set discriminator.calibrate to false"
         )
-
-
-def _loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> LossParts:
-    """The loss of one micro-batch and, as a statistic, the share of edited tokens on the right side of 0."""
-    logits_BLC = classify(model, batch["ids"], batch["attention_mask"])
-    total, weight = discriminator_loss(logits_BLC, batch["labels"], batch["weights"])
-    edited_BL = (batch["weights"] > 0) & (batch["labels"] != 0)
-    margin_N = (logits_BLC[..., -1] - logits_BLC[..., 0])[edited_BL]
-    right = (margin_N * batch["labels"][edited_BL] > 0).sum()
-    return LossParts(total, weight, {"accuracy_edited": (right, edited_BL.sum())})
 
 
 def _preference_accuracy(

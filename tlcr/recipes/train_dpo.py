@@ -1,4 +1,4 @@
-"""Recipe: preference pairs to a policy trained by DPO, whose log-ratio is a baseline reward for each token."""
+"""Recipe: preference pairs to a policy whose log-ratio is a baseline reward for each token: DPO, implicit rewards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import RunConfig
-from tlcr.models.dpo import ReferencedComparison, collate_referenced, dpo_loss, with_reference
+from tlcr.models.dpo import LOSSES, ReferencedComparison, collate_referenced, with_reference
 from tlcr.recipes.fitting import adapt, encode_splits, fit_and_save, micro_batch_size
 from tlcr.text.tokenization import encode_comparisons
 from tlcr.training.callbacks import Callback
@@ -34,12 +34,14 @@ def train_dpo(
     """Trains a causal LM by direct preference optimisation; the reference is the model before training.
 
     The loss of a batch is the mean over its pairs of -log sigmoid(r_chosen - r_rejected), where
-    r = cfg.dpo.beta * (log pi(answer | prompt) - log pi_ref(answer | prompt)), in nats.
-    Source: Rafailov et al. 2023, eq. 7; as a reward for each token: Zhong et al. 2024 (RTO, arXiv 2404.18922).
+    r = cfg.dpo.beta * (log pi(answer | prompt) - log pi_ref(answer | prompt)), in nats. With ``cfg.dpo.loss``
+    "outcomes" it is the mean over its answers of -log sigmoid(r) for a chosen and -log sigmoid(-r) for a rejected one.
+    Source: Rafailov et al. 2023, eq. 7; Yuan et al. 2024 (implicit process rewards, arXiv 2412.01981); as a reward for
+    each token: Zhong et al. 2024 (RTO, arXiv 2404.18922), Cui et al. 2025 (PRIME, arXiv 2502.01456).
 
     Args:
-        cfg: its ``dpo`` section says how long and how fast; ``data`` how texts are cut; ``seed`` orders the pairs;
-            ``sharding`` whether the model is cut into shards.
+        cfg: its ``dpo`` section says by which loss, how long and how fast; ``data`` how texts are cut; ``seed`` orders
+            the pairs; ``sharding`` whether the model is cut into shards.
         model: a causal LM, trained in place; in shards afterwards where it is cut.
         tokenizer: the model's.
         train: pairs of a chosen and a rejected answer to a prompt.
@@ -81,7 +83,7 @@ def train_dpo(
         train=train_pairs,
         held_out=held_out_pairs,
         collate=partial(collate_referenced, pad_token_id=tokenizer.pad_token_id),
-        loss=partial(dpo_loss, beta=cfg.dpo.beta),
+        loss=partial(LOSSES[cfg.dpo.loss], beta=cfg.dpo.beta),
         length=_length,
         folder=folder,
         resume=resume,

@@ -18,7 +18,7 @@ from tlcr.ppo.conversation import Environment
 from tlcr.ppo.kl import kl_of
 from tlcr.ppo.metrics import Stopwatch, rollout_metrics, update_metrics
 from tlcr.ppo.rollout import generate, seeded_generator
-from tlcr.ppo.run import Evaluate, PPOResult, PPORun, ddp_options
+from tlcr.ppo.run import Evaluate, PPOResult, PPORun, Refresh, ddp_options
 from tlcr.ppo.scores import score_rollout
 from tlcr.ppo.update import ppo_update
 from tlcr.rewards.composition import compose_rewards
@@ -46,6 +46,7 @@ def train_ppo(
     callbacks: Sequence[Callback] = (),
     evaluate: Evaluate | None = None,
     environment: Environment | None = None,
+    refresh: Refresh | None = None,
 ) -> PPOResult:
     """Trains a policy and its value model by PPO on a reward for every token.
 
@@ -72,6 +73,8 @@ def train_ppo(
             ``cfg.ppo.evaluate_every`` updates and after the last one; its figures are logged as eval/<name>.
         environment: turns answers into messages, so that each prompt begins a conversation; None: the one that
             ``cfg.rollout.environment`` names, if any.
+        refresh: trains the model of the reward source on the policy's own answers every so many updates; its weights
+            are a part of the checkpoints. None: the model stays frozen.
 
     Returns:
         How the run ended: folders of policy and value model, updates, last metrics, last evaluation, seconds.
@@ -100,6 +103,7 @@ def train_ppo(
             callbacks=callbacks,
             evaluate=evaluate,
             environment=environment,
+            refresh=refresh,
         )
         with closing(run):
             if not run.begin(resume):
@@ -196,13 +200,20 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
         )
         reshard(run.reference)
 
-    # 7. Metrics; the KL coefficient adapts to the measured KL.
+    # 7. With reward.refresh.every, the discriminator learns from these answers, which are revised and labelled.
+    refreshed: dict[str, float] = {}
+    if run.refresh is not None and run.refresh.due(run.update + 1):
+        with watch.phase("refresh"):
+            refreshed = run.refresh(rollout, run.update + 1)
+
+    # 8. Metrics; the KL coefficient adapts to the measured KL.
     metrics = rollout_metrics(rollout, scores, rewards, advantages, cfg.kl_estimator)
     run.kl_controller.update(metrics["kl/per_token"], cfg.ppo.batch_size)
     return {
         **metrics,
         **mismatch,
         **update_metrics(statistics),
+        **refreshed,
         **run.learning_rates(),
         "kl/coef": kl_coef,
         **watch.metrics(metrics["length/tokens"]),

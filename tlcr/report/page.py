@@ -59,6 +59,7 @@ DISCRIMINATOR_METRICS = {
 STAGES = {
     "sft": "SFT",
     "reward_model": "reward model",
+    "q_model": "Q model",
     "dpo": "DPO",
     "discriminator": "discriminator",
     "ppo": "PPO",
@@ -175,7 +176,9 @@ def render(folder: Path, results: Mapping[str, Any]) -> str:
         labels=results["stages"].get("labels"),
         labels_plot=_labels_plot(results["stages"].get("labels")),
         stages={
-            name: held for name in ("reward_model", "dpo", "sft") if (held := _held_out(results["stages"].get(name)))
+            name: held
+            for name in ("reward_model", "q_model", "dpo", "sft")
+            if (held := _held_out(results["stages"].get(name)))
         },
         answers=tokens.answers(folder, results, embedded_task=embedded),
         token_measures=tokens.measures(embedded),
@@ -217,6 +220,8 @@ def _other_rewards(rewards: Sequence[Mapping[str, Any]]) -> list[str]:
             words.append(f"the function {reward['callable']}")
         elif kind == "sequence" or kind in SHARED_SCORE_KINDS or reward["sequence_coef"]:
             words.append("the score that a reward model gives to a whole answer")
+        elif kind == "q":
+            words.append("a token-level Q function learned from preferences")
         elif kind == "dpo":
             words.append("the log-ratio of a policy trained by DPO")
         elif kind == "random":

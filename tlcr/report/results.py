@@ -297,7 +297,7 @@ def collect_results(folder: str | Path) -> dict[str, Any]:
     interval over seeds before and after; the KL is the exact one where it was saved (`with_exact_kl`).
     per: what gold and KL are compared per, `evaluation.per` of the config.
     frontier: see `frontier`; paths: what it compares.
-    stages: the metrics of SFT, reward model, DPO and discriminator (done.json), the statistics of the labels, of the
+    stages: the metrics of SFT, reward models, DPO and discriminator (done.json), the statistics of the labels, of the
     first seed where each has models of its own; what was not run is absent. versions: of the libraries that trained.
     machines: the processors and numbers of threads that trained, each with its stages; see `machine` in
     tlcr/training/checkpoint.py.
@@ -333,7 +333,7 @@ def collect_results(folder: str | Path) -> dict[str, Any]:
     models = models_folder(folder)
     ended = [
         (stage, read_json(done))
-        for stage in ("sft", "reward_model", "dpo", "discriminator")
+        for stage in ("sft", "reward_model", "q_model", "dpo", "discriminator")
         if (done := models / stage / DONE).exists()
     ]
     for stage, record in ended:

@@ -106,7 +106,7 @@ def compose_rewards(
         sum_at_end      what 'continuous' pays for all counted tokens, at the last one
         spans           the mean of d over the counted tokens of the span that holds t
         sequence        nothing; the source's score is paid at the last token
-        uniform, attention, prefix_difference, dpo, random
+        uniform, attention, prefix_difference, q, dpo, random
                         the source's number
         callable        the source's numbers; or d, where it gives logits
 
@@ -378,7 +378,7 @@ def _check_signal(signal: RewardSignal, mask_BT: Tensor, cfg: RewardConfig) -> N
         )
         if tensor is not None
     }
-    dense = dict.fromkeys((*SHARED_SCORE_KINDS, "dpo", "random"), "dense")
+    dense = dict.fromkeys((*SHARED_SCORE_KINDS, "q", "dpo", "random"), "dense")
     needs = {**dict.fromkeys(LOGIT_KINDS, "logits"), **dense, "sequence": "terminal"}.get(cfg.kind)
     if cfg.kind == "spans" and signal.spans_BT is None:
         needs = "spans"

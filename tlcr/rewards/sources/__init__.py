@@ -11,6 +11,7 @@ from tlcr.rewards.sources.discriminator import DiscriminatorSource
 from tlcr.rewards.sources.frozen_model import FrozenModel, same_tokenizer
 from tlcr.rewards.sources.log_ratio import LogRatioSource
 from tlcr.rewards.sources.protocol import RewardSource, models_of
+from tlcr.rewards.sources.q_values import QSource
 from tlcr.rewards.sources.random import RandomSource
 from tlcr.rewards.sources.sequence import (
     AttentionSource,
@@ -29,6 +30,7 @@ __all__ = [
     "LoadedModel",
     "LogRatioSource",
     "PrefixDifferenceSource",
+    "QSource",
     "RandomSource",
     "RewardSource",
     "SequenceRewardSource",

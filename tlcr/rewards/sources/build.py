@@ -8,13 +8,14 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tlcr.config.schema import SHARED_SCORE_KINDS, DataConfig, DPOConfig, RewardConfig
+from tlcr.config.schema import SHARED_SCORE_KINDS, DataConfig, DPOConfig, QModelConfig, RewardConfig
 from tlcr.errors import ConfigError
 from tlcr.rewards.sources.callable import CallableSource
 from tlcr.rewards.sources.discriminator import DiscriminatorSource
 from tlcr.rewards.sources.frozen_model import FrozenModel
 from tlcr.rewards.sources.log_ratio import LogRatioSource
 from tlcr.rewards.sources.protocol import RewardSource, models_of
+from tlcr.rewards.sources.q_values import QSource
 from tlcr.rewards.sources.random import RandomSource
 from tlcr.rewards.sources.sequence import (
     AttentionSource,
@@ -65,6 +66,8 @@ def build_reward_source(
     policy_tokenizer: PreTrainedTokenizerBase,
     discriminator: LoadedModel | None = None,
     reward_model: LoadedModel | None = None,
+    q_model: LoadedModel | None = None,
+    q_beta: float = QModelConfig.beta,
     dpo: LoadedModel | None = None,
     reference: PreTrainedModel | None = None,
     dpo_beta: float = DPOConfig.beta,
@@ -81,6 +84,8 @@ def build_reward_source(
         policy_tokenizer: the tokenizer of the rollouts.
         discriminator: for the kinds that use its logits.
         reward_model: for the kinds that use a sequence score.
+        q_model: the token-level Q function.
+        q_beta: scale of its values.
         dpo: the policy that DPO trained.
         reference: the initial policy of PPO, from which DPO started too.
         dpo_beta: scale of DPO's log-ratio.
@@ -111,6 +116,8 @@ def build_reward_source(
         if cfg.callable is None:
             raise ConfigError(f"{kind} needs reward.callable; write it as 'package.module:function'")
         source = CallableSource(cfg.callable)
+    elif cfg.kind == "q":
+        source = QSource(frozen_model(q_model, "q_model", kind), q_beta)
     elif cfg.kind == "dpo":
         of = frozen_model(dpo, "dpo", kind)
         if reference is None:

@@ -1,0 +1,110 @@
+"""The refresh of an arm's discriminator: who revises the policy's answers, and what its first training saw."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from tlcr.config.schema import RunConfig
+from tlcr.data import embedded
+from tlcr.data.formats import TextPreference, as_texts
+from tlcr.data.readers import read_raw_preferences
+from tlcr.data.splits import read_shares
+from tlcr.errors import ConfigError
+from tlcr.experiment.frozen_models import FrozenModels
+from tlcr.experiment.preflight import makes_prompts, no_refresh
+from tlcr.experiment.run_folder import RunFolder
+from tlcr.recipes.refresh_discriminator import DiscriminatorRefresh, Revise
+from tlcr.reviser.revise import revise
+from tlcr.rewards.sources import same_tokenizer
+from tlcr.training.distributed import process_count
+from tlcr.types import EditPair, LabelledPair
+
+__all__ = ["refresh_of"]
+
+CACHE = Path("refresh") / "answers.sqlite"
+"""In the folder of a PPO run: the answers of its reviser, so that a resumed run pays for none twice."""
+
+
+def refresh_of(
+    run: RunFolder, cfg: RunConfig, frozen: FrozenModels, seed: int, folder: Path
+) -> DiscriminatorRefresh | None:
+    """The refresh that ``cfg.reward`` asks for.
+
+    Args:
+        run: the run, for its tokenizer, edits and preferences.
+        cfg: the config of the trial.
+        frozen: the models of its reward; the discriminator among them is trained in place.
+        seed: of the trial.
+        folder: of the trial.
+
+    Returns:
+        The refresh; None where the discriminator stays frozen.
+
+    Raises:
+        ConfigError: the discriminator has another tokenizer than the policy, or several processes share the run.
+    """
+    if not cfg.reward.refresh.every:
+        return None
+    if process_count() > 1:
+        raise no_refresh(process_count())
+    loaded = frozen.discriminator
+    assert loaded is not None  # kinds that read none are refused with the config
+    if not same_tokenizer(run.tokenizer, loaded.tokenizer):
+        raise ConfigError(
+            "reward.refresh trains the discriminator on the policy's answers token by token, but the discriminator in "
+            "discriminator.path has another tokenizer; name one trained from the policy's model, or set "
+            "reward.refresh.every: 0"
+        )
+
+    def first_pairs() -> Sequence[LabelledPair]:
+        (labelled, _), count = run.labelled, len(run.edits.train)
+        run.release_labels()
+        return labelled[:count]
+
+    # the embedded task's prompts have no preferences of their own, and need none: its reviser knows the language
+    reviser = _by_the_embedded_task(seed) if makes_prompts(cfg) else _by_a_model(run, cfg, folder)
+    return DiscriminatorRefresh(
+        cfg, model=loaded.model, tokenizer=loaded.tokenizer, original=first_pairs, revise=reviser, seed=seed
+    )
+
+
+def _by_the_embedded_task(seed: int) -> Revise:
+    def edit(answers: Sequence[tuple[str, str]], updates: int) -> list[EditPair]:
+        rng = random.Random(f"revisions {seed} {updates}")
+        return [
+            EditPair(f"update-{updates}-{number}", prompt, answer, embedded.revise(prompt, answer, rng))
+            for number, (prompt, answer) in enumerate(answers)
+        ]
+
+    return edit
+
+
+def _by_a_model(run: RunFolder, cfg: RunConfig, folder: Path) -> Revise:
+    """Asks the reviser of the config, which compares an answer with the chosen one to its prompt."""
+    raw = as_texts(read_shares(cfg.data).of("ppo", read_raw_preferences(cfg.data)).records)
+    as_text = {pair.id: pair for pair in raw}
+    chosen = {pair.prompt: as_text[pair.id] for pair in run.preferences("ppo").train}
+    if unknown := set(run.prompts.train) - set(chosen):
+        raise ConfigError(
+            f"reward.refresh compares the policy's answers with chosen ones, and {len(unknown)} of PPO's prompts have "
+            f"none, such as {min(unknown)[:80]!r}; set reward.refresh.every: 0"
+        )
+
+    def edit(answers: Sequence[tuple[str, str]], updates: int) -> list[EditPair]:
+        asked, prompts = [], []
+        for number, (prompt, answer) in enumerate(answers):
+            if answer.strip():  # a blank one has nothing to edit
+                pair = chosen[prompt]
+                name = f"update-{updates}-{number}"
+                asked.append(TextPreference(name, pair.prompt, pair.chosen, answer, pair.template))
+                prompts.append(prompt)
+        checked, _ = revise(asked, cfg.reviser, cfg.data, folder / CACHE)
+        return [
+            EditPair(pair.id, prompt, pair.rejected, found.revised)
+            for pair, prompt, found in zip(asked, prompts, checked, strict=True)
+            if found.outcome in ("revised", "unchanged") and found.revised is not None
+        ]
+
+    return edit
