@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 
-from tlcr.config.schema import KLConfig
+from tlcr.config.schema import KLConfig, PPOConfig
 from tlcr.errors import CheckpointError, ConfigError, ShapeError, TrainingDiverged
 from tlcr.ppo.kl import AdaptiveKLController, FixedKLController, build_kl_controller, estimate_kl
 
@@ -65,6 +66,7 @@ def test_estimators_refuse_what_they_cannot_do() -> None:
 )
 def test_the_adaptive_controller_follows_its_rule(kl: float, answers: int, factor: float) -> None:
     controller = AdaptiveKLController(0.4, target=0.1, horizon=1000)
+    controller.update(0.1, 1000)  # the target is reached, and nothing is wrong with the price
     controller.update(kl, answers)
     assert controller.coef == pytest.approx(0.4 * factor, rel=1e-12)
 
@@ -74,6 +76,47 @@ def test_the_adaptive_controller_settles_at_its_target() -> None:
     for _ in range(2000):
         controller.update(0.02 / controller.coef, 50)  # a policy whose KL falls as its price rises
     assert 0.02 / controller.coef == pytest.approx(0.1, rel=1e-3)
+
+
+def test_the_price_does_not_fall_before_the_target_was_reached_once() -> None:
+    controller = AdaptiveKLController(0.4, target=0.1, horizon=1000)
+    for kl in (-0.01, 0.0, 0.05, 0.0999):
+        controller.update(kl, 1000)
+        assert controller.coef == 0.4
+    controller.update(0.11, 1000)
+    assert controller.coef == pytest.approx(0.4 * 1.1)
+    controller.update(0.0, 1000)  # from then on it moves both ways
+    assert controller.coef == pytest.approx(0.4 * 1.1 * 0.8)
+
+
+@pytest.mark.parametrize(("kl", "moves"), [(0.2, True), (0.05, False)], ids=["reached", "not reached"])
+def test_a_resumed_controller_knows_whether_the_target_was_reached(kl: float, moves: bool) -> None:
+    controller = AdaptiveKLController(0.4, target=0.1, horizon=100)
+    controller.update(kl, 64)
+    resumed = AdaptiveKLController(9.0, target=0.1, horizon=100)
+    resumed.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    before = resumed.coef
+    resumed.update(0.05, 64)
+    assert (resumed.coef < before) == moves
+
+
+def test_what_an_earlier_version_saved_goes_on_adapting() -> None:
+    controller = AdaptiveKLController(9.0, target=0.1, horizon=100)
+    controller.load_state_dict({"coef": 0.4})
+    controller.update(0.05, 100)
+    assert controller.coef == pytest.approx(0.4 * 0.8)
+
+
+@pytest.mark.parametrize(
+    ("updates", "batch", "horizon"), [(40, 32, 64), (200, 128, 1280), (10, 32, 32)], ids=["short", "long", "one batch"]
+)
+def test_the_horizon_is_a_twentieth_of_the_run(updates: int, batch: int, horizon: int) -> None:
+    controller = build_kl_controller(KLConfig(target=0.2), PPOConfig(updates=updates, batch_size=batch))
+    assert isinstance(controller, AdaptiveKLController) and controller.horizon == horizon
+    for _ in range(updates):
+        controller.update(9.0, batch)
+    if updates > 20:  # and a run may move the price as far with few updates as with many
+        assert math.log(controller.coef / 0.1) == pytest.approx(4, abs=0.2)
 
 
 def test_controllers_resume_where_they_stopped() -> None:
@@ -91,14 +134,14 @@ def test_controllers_resume_where_they_stopped() -> None:
 @pytest.mark.parametrize("cfg", [KLConfig(), KLConfig(target=0.1)])
 def test_no_controller_takes_nan_for_a_kl(cfg: KLConfig) -> None:
     with pytest.raises(TrainingDiverged, match=r"nan nats per token over 8 answers"):
-        build_kl_controller(cfg).update(math.nan, 8)
+        build_kl_controller(cfg, PPOConfig()).update(math.nan, 8)
 
 
 def test_the_config_chooses_the_controller() -> None:
-    fixed = build_kl_controller(KLConfig(coef=0.3))
+    fixed = build_kl_controller(KLConfig(coef=0.3), PPOConfig())
     fixed.update(100.0, 1000)
     assert isinstance(fixed, FixedKLController) and fixed.coef == 0.3
-    adaptive = build_kl_controller(KLConfig(coef=0.3, target=0.2, horizon=7))
+    adaptive = build_kl_controller(KLConfig(coef=0.3, target=0.2, horizon=7), PPOConfig())
     assert isinstance(adaptive, AdaptiveKLController)
     assert (adaptive.coef, adaptive.target, adaptive.horizon) == (0.3, 0.2, 7)
     with pytest.raises(ConfigError, match="coef > 0"):

@@ -74,7 +74,7 @@ def a_round(run: PPORun) -> dict[str, float]:
     run.take_prompts()
     run.kl_controller.update(1.0 + run.update, run.cfg.ppo.batch_size)
     if run.centre is not None:
-        run.centre.total, run.centre.count = 2.0 * run.update, 4.0
+        run.centre.sums = {"total": 2.0 * run.update, "count": 4.0}
     run.reward_source.load_state_dict({"rollouts": run.update + 1})
     for parameter in run.actor_critic.parameters():
         parameter.grad = torch.full_like(parameter, 0.1)
@@ -221,7 +221,7 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(make: Make, tmp_path: Pat
     run = make()
     assert run.begin(resume=True)
     found = state_of(run)
-    assert (found["update"], found["cursor"], found["kl"]) == (2, 16, {"coef": 0.0484128})
+    assert (found["update"], found["cursor"], found["kl"]) == (2, 16, {"coef": 0.0484128, "reached": True})
     assert (found["centre"], found["source"]) == ({"total": 0.14094370743259788, "count": 71.5}, {"rollouts": 2})
     assert found["metrics"] == {"policy/loss": -0.03, "eval/gold": 2.25} and found["evaluation"] == {"gold": 2.25}
     assert 1000.5 <= run.loop.seconds < 1100
@@ -336,7 +336,23 @@ def test_the_rates_follow_the_schedule_round_by_round(make: Make, tmp_path: Path
     train(run)
     rows = read_metrics(tmp_path / "metrics.jsonl")[1:]
     assert [row["policy/learning_rate"] for row in rows] == pytest.approx([0.5 / 3, 1 / 3, 0.5, 0.25])
-    assert [row["value/learning_rate"] for row in rows] == pytest.approx([0.25 / 3, 0.5 / 3, 0.25, 0.125])
+    assert [row["value/learning_rate"] for row in rows] == pytest.approx([0.25, 0.1875, 0.125, 0.0625])
+
+
+def test_the_policy_warms_up_from_its_own_first_round(make: Make, tmp_path: Path) -> None:
+    cfg = small_config(
+        updates=6, warmup_updates=2, value_warmup_updates=2, learning_rate=0.3, value_learning_rate=0.25, save_every=3
+    )
+    run = make(cfg)
+    run.begin(resume=False)
+    with pytest.raises(OSError, match="power"):
+        train(run, rounds=3)
+    resumed = make(cfg)
+    assert resumed.begin(resume=True)
+    train(resumed)
+    rows = read_metrics(tmp_path / "metrics.jsonl")[1:]
+    assert [row["policy/learning_rate"] for row in rows] == pytest.approx([0.1, 0.1, 0.1, 0.2, 0.3, 0.3])
+    assert [row["value/learning_rate"] for row in rows] == pytest.approx([0.25] * 6)
 
 
 def test_the_policy_is_evaluated_as_it_comes_and_when_due(make: Make, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from tlcr.config.schema import KLConfig
+from tlcr.config.schema import KLConfig, PPOConfig
 from tlcr.errors import CheckpointError, ConfigError, ShapeError, TrainingDiverged
 from tlcr.types import PolicyScores
 
@@ -17,6 +17,8 @@ __all__ = ["AdaptiveKLController", "FixedKLController", "KLController", "build_k
 
 # Ziegler et al. 2019, section 2.2: the error that the controller reacts to is clipped to this.
 MAX_ERROR = 0.2
+# Of all answers of a run, the share over which the coefficient adapts (ours; docs/results/instruments.md).
+HORIZON_SHARE = 1 / 20
 
 
 def estimate_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
@@ -79,9 +81,9 @@ class KLController(Protocol):
 
     def update(self, kl_per_token: float, answers: int) -> None: ...
 
-    def state_dict(self) -> dict[str, float]: ...
+    def state_dict(self) -> dict[str, float | bool]: ...
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, float | bool]) -> None: ...
 
 
 class FixedKLController:
@@ -94,10 +96,10 @@ class FixedKLController:
         """Keeps the coefficient; raises TrainingDiverged where the KL is not finite."""
         _check_finite(kl_per_token, answers)
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float | bool]:
         return {"coef": self.coef}
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, float | bool]) -> None:
         """Takes the coefficient of a saved run; raises CheckpointError where the state holds none."""
         self.coef = _saved_coef(state)
 
@@ -107,12 +109,15 @@ class AdaptiveKLController:
 
         coef <- coef * (1 + clip(kl / target - 1, -0.2, 0.2) * min(answers / horizon, 1))
 
+    and, until the KL has reached the target once, coef does not fall (ours): training starts at a KL of 0, far below
+    any target, and a coefficient that fell all that way would have to climb back while the policy runs past the target.
+
     `kl` and `target` are in nats per token, `horizon` in answers. Source: Ziegler et al. 2019 (arXiv 1909.08593),
     section 2.2. Theirs has no min(..., 1); without it a batch of more than 5 horizons could make the coefficient
     negative and pay the policy for leaving the reference.
     """
 
-    def __init__(self, coef: float, *, target: float, horizon: int) -> None:
+    def __init__(self, coef: float, *, target: float, horizon: float) -> None:
         if coef <= 0 or target <= 0 or horizon < 1:
             raise ConfigError(
                 f"AdaptiveKLController: coef={coef!r}, target={target!r}, horizon={horizon!r}; wanted coef > 0, "
@@ -121,6 +126,7 @@ class AdaptiveKLController:
         self.coef = coef
         self.target = target
         self.horizon = horizon
+        self.reached = False
 
     def update(self, kl_per_token: float, answers: int) -> None:
         """Adapts the coefficient to the KL of one round.
@@ -133,22 +139,32 @@ class AdaptiveKLController:
             TrainingDiverged: the KL is not finite.
         """
         _check_finite(kl_per_token, answers)
-        error = min(max(kl_per_token / self.target - 1, -MAX_ERROR), MAX_ERROR)
-        self.coef *= 1 + error * min(answers / self.horizon, 1)
+        self.reached = self.reached or kl_per_token >= self.target
+        if self.reached:
+            error = min(max(kl_per_token / self.target - 1, -MAX_ERROR), MAX_ERROR)
+            self.coef *= 1 + error * min(answers / self.horizon, 1)
 
-    def state_dict(self) -> dict[str, float]:
-        return {"coef": self.coef}
+    def state_dict(self) -> dict[str, float | bool]:
+        return {"coef": self.coef, "reached": self.reached}
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Takes the coefficient of a saved run; raises CheckpointError where the state holds none."""
+    def load_state_dict(self, state: Mapping[str, float | bool]) -> None:
+        """Takes the coefficient of a saved run, and whether its KL reached the target; raises CheckpointError where the
+        state holds no coefficient. Earlier versions adapted from the start and saved the coefficient alone: such a run
+        goes on adapting."""
         self.coef = _saved_coef(state)
+        self.reached = bool(state.get("reached", True))
 
 
-def build_kl_controller(cfg: KLConfig) -> KLController:
-    """The controller that `cfg` describes: adaptive where it names a target, else fixed."""
+def build_kl_controller(cfg: KLConfig, ppo: PPOConfig) -> KLController:
+    """The controller that `cfg` describes: adaptive where it names a target, else fixed.
+
+    Without `cfg.horizon` a run may move the coefficient as far with few updates as with many: the horizon is the
+    answers of HORIZON_SHARE of the run, and at least one batch.
+    """
     if cfg.target is None:
         return FixedKLController(cfg.coef)
-    return AdaptiveKLController(cfg.coef, target=cfg.target, horizon=cfg.horizon)
+    horizon = cfg.horizon or ppo.batch_size * max(ppo.updates * HORIZON_SHARE, 1)
+    return AdaptiveKLController(cfg.coef, target=cfg.target, horizon=horizon)
 
 
 def _check_finite(kl_per_token: float, answers: int) -> None:
@@ -159,7 +175,7 @@ def _check_finite(kl_per_token: float, answers: int) -> None:
         )
 
 
-def _saved_coef(state: Mapping[str, float]) -> float:
+def _saved_coef(state: Mapping[str, float | bool]) -> float:
     coef = state.get("coef")
     if not isinstance(coef, (int, float)) or not math.isfinite(coef) or coef < 0:
         raise CheckpointError(

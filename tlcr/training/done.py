@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tlcr.config.dropped import without_dropped
+from tlcr.config.dropped import IDLE, without_dropped
 from tlcr.config.stages import DONE
 from tlcr.errors import CheckpointError
 from tlcr.training import checksums
@@ -114,7 +114,8 @@ def done_config(folder: str | Path, config: Any, record: str = DONE) -> Any:
 
     Returns:
         The old config. Knobs that are newer than it are added with their defaults. Knobs that were removed since are
-        left out where they had their defaults. So a new version of tlcr alone does not require new training.
+        left out where they had their defaults, and those that did nothing then and now are taken as they are now. So a
+        new version of tlcr alone does not require new training.
     """
     path = Path(folder) / record
     with reading(path, AGAIN):
@@ -127,6 +128,9 @@ def _with_the_knobs_of_today(before: Any, config: Any) -> Any:
     new, now = {}, dict(config) if isinstance(config, Mapping) else {}
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         before = without_dropped(type(config), before)
+        for name, needed in IDLE.get(type(config), {}).items():
+            if before.get(needed) is None and getattr(config, needed) is None:
+                before[name] = as_plain(getattr(config, name))
         fields = dataclasses.fields(config)
         new = {field.name: as_plain(_default(field)) for field in fields if field.name not in before}
         now = {field.name: getattr(config, field.name) for field in fields}
