@@ -47,18 +47,24 @@ def compose(
     kl_coef: float = 0.0,
     temperature: float = 1.0,
     centre: Centre | None = None,
+    max_tokens: int | None = None,
     **options: object,
 ) -> Rewards:
-    """`compose_rewards` with its defaults; centring is on where a running mean is given."""
+    """`compose_rewards` with its defaults; centring is on where a centre is given."""
+    cfg = RewardConfig(
+        centre="position" if isinstance(centre, RunningLine) else centre is not None,
+        **options,  # type: ignore[arg-type]
+    )
     return compose_rewards(
         signal,
         mask,
         ended_B=ended,
         kl_BT=kl,
         kl_coef=kl_coef,
-        cfg=RewardConfig(centre="position" if isinstance(centre, RunningLine) else centre is not None, **options),  # type: ignore[arg-type]
+        cfg=cfg,
         temperature=temperature,
         centre=centre,
+        max_tokens=max_tokens,
     )
 
 
@@ -251,6 +257,39 @@ def test_float64_stays_float64() -> None:
     signal = RewardSignal(logits_BTC=logits_of(P.double()))
     rewards = compose(signal, kl=KL, kl_coef=0.1, length_penalty=0.1)
     assert {part.dtype for part in (rewards.rewards_BT, *rewards.parts.values())} == {torch.float64}
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "buffer", "paid"),
+    [
+        (4, 2, (1.0, 0.5)),  # 4 and 3 counted tokens of 4, of which 2 are free
+        (4, 1, (1.0, 0.0)),
+        (5, 4, (0.75, 0.5)),
+        (9, 3, (0.0, 0.0)),  # neither comes near the limit
+    ],
+)
+def test_an_answer_pays_for_coming_near_the_limit(max_tokens: int, buffer: int, paid: tuple[float, float]) -> None:
+    """DAPO's eq. 13 in the tokens of an answer that count: ((limit - buffer) - n) / buffer, at the last of them; the
+    second answer's third column is no token of its own. An answer without tokens pays nothing."""
+    rewards = compose(LOGITS, max_tokens=max_tokens, overlong_buffer=buffer, overlong_penalty=3.0)
+    wanted = torch.zeros(3, 5)
+    wanted[0, 3], wanted[1, 3] = -3 * paid[0], -3 * paid[1]
+    torch.testing.assert_close(rewards.parts["length"], wanted)
+    torch.testing.assert_close(rewards.rewards_BT, wanted + torch.where(MASK, D, 0.0))
+
+
+def test_the_penalties_at_the_end_add_up() -> None:
+    options = {"length_penalty": 0.1, "missing_eos_penalty": 0.5, "overlong_buffer": 2, "max_tokens": 4}
+    rewards = compose(LOGITS, **options)  # type: ignore[arg-type]
+    wanted = torch.where(MASK, -0.1, 0.0)
+    wanted[0, 3] -= 1.0
+    wanted[1, 3] -= 0.5 + 0.5
+    torch.testing.assert_close(rewards.parts["length"], wanted)
+
+
+def test_the_overlong_penalty_needs_the_limit() -> None:
+    with pytest.raises(ConfigError, match="pass the length limit"):
+        compose(LOGITS, overlong_buffer=2)
 
 
 # ---- centring

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tlcr.config.schema import PPOConfig, RunConfig
+from tlcr.config.schema import SHARED_SCORE_KINDS, WHOLE_ANSWER_KINDS, PPOConfig, RunConfig
 from tlcr.config.stages import DONE
 from tlcr.errors import CheckpointError, ConfigError, TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic
@@ -64,6 +64,8 @@ FREE_TO_CHANGE = (
     "packing",
     "chunk_tokens",
 )
+PAYS_FOR_LENGTH = 0.2
+"""Of the mean size of a token's reward: a mean beyond this share of it pays for length, or for its lack (ours)."""
 SERVER_WEIGHTS = "server_weights"
 """Folder of a PPO run in which servers find the policy's weights; it is there while they read them."""
 SHOWN = ("reward/mean_score", "kl/per_token", "policy/entropy", "length/mean")
@@ -128,6 +130,7 @@ class PPORun:
         self.centre = build_centre(cfg.reward, reduce=sum_over_processes)
         self.engine = build_engine(cfg.rollout, self.actor_critic.policy, self.folder / SERVER_WEIGHTS)
         self.correction = Correction(cfg.rollout)
+        self._warned_of_length = False
         self.environment, self.ahead = environment, Ahead()
         self.best = BestPolicy(self.folder / BEST, max_kl=cfg.ppo.best_max_kl) if cfg.ppo.keep_best else None
         self.prompts = PromptStream(prompts, seed)
@@ -193,6 +196,34 @@ class PPORun:
                 self.engine.refresh()
             self.ahead.begin(lambda: sample(following, update), cursor=cursor)
         return rollout
+
+    def note_pay_for_length(self, metrics: Mapping[str, float]) -> None:
+        """Warns, once in a sitting, where tokens earn on average what only length decides.
+
+        A centred reward earns nothing on average; one that is paid for a whole answer, or shared out from it, is not
+        earned by writing more.
+
+        Args:
+            metrics: those of the round.
+        """
+        reward = self.cfg.reward
+        mean, size = metrics["reward/mean_token"], metrics["reward/mean_abs_token"]
+        by_the_token = (
+            reward.kind not in (*WHOLE_ANSWER_KINDS, *SHARED_SCORE_KINDS) and metrics["reward/share_dense"] > 0
+        )
+        if self._warned_of_length or reward.centre or not by_the_token or abs(mean) <= PAYS_FOR_LENGTH * size:
+            return
+        self._warned_of_length = True
+        if self.accelerator.is_main_process:
+            logger.warning(
+                "update %d: a token earns %+.3f on average, KL included, and the mean size of a reward is %.3f: every "
+                "further token %s, whatever it says, and answers may %s; set reward.centre: true, or watch length/mean",
+                self.update + 1,
+                mean,
+                size,
+                "pays" if mean > 0 else "costs",
+                "grow to the length limit" if mean > 0 else "shrink to nothing",
+            )
 
     def close(self) -> None:
         """Lets go of what is held outside of this process."""

@@ -199,6 +199,7 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
 
     # 7. Metrics; the KL coefficient adapts to the measured KL.
     metrics = rollout_metrics(rollout, scores, rewards, advantages, cfg.kl_estimator, gamma=cfg.ppo.gamma)
+    run.note_pay_for_length(metrics)
     run.kl_controller.update(metrics["kl/per_token"], cfg.ppo.batch_size)
     return {
         **metrics,
