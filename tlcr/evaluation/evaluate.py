@@ -176,9 +176,9 @@ def evaluate_policy(
         score: log-probabilities of policy and reference, values and entropies of a rollout, with the exact KL where it
             is wanted.
         scorer: gives whole answers their gold; None where there is none.
+        batch_size: prompts given to ``generate`` at a time.
         word_gold: gives the words of an answer their gold, to hold a discriminator's confidence against; None where
             words have none.
-        batch_size: prompts given to ``generate`` at a time.
         samples: answers kept with per-token detail, the first ones.
         detail: the arm's reward and advantages. Without it those of the samples are empty, and there is no proxy.
         share: the number of this process, and of processes that share the prompts. Each answers every such-and-such
@@ -328,8 +328,9 @@ def _answers(
 ) -> list[EvaluatedAnswer]:
     mask_BT = rollout.mask_BT
     if detail is not None:
-        for name in ("proxy_BT", "rewards_BT", "advantages_BT"):
-            shape = getattr(detail, name).shape
+        for name in ("proxy_BT", "rewards_BT", "advantages_BT", "confidence_BT"):
+            values_BT = getattr(detail, name)
+            shape = mask_BT.shape if values_BT is None else values_BT.shape
             if shape != mask_BT.shape:
                 raise ShapeError(
                     f"{name} has shape {tuple(shape)}, the rollout {tuple(mask_BT.shape)}; give one value an action"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ __all__ = ["AdaptiveKLController", "FixedKLController", "KLController", "build_k
 
 # Ziegler et al. 2019, section 2.2: the error that the controller reacts to is clipped to this.
 MAX_ERROR = 0.2
+# How many rounds ahead the coefficient looks, and the weight of the newest round in the growth that it expects (ours;
+# docs/results/instruments.md).
+LOOK_AHEAD = 5
+GROWTH_WEIGHT = 0.2
 # Of all answers of a run, the share over which the coefficient adapts (ours; docs/results/instruments.md).
 HORIZON_SHARE = 1 / 20
 
@@ -77,13 +81,14 @@ def kl_of(scores: PolicyScores, estimator: Literal["k1", "k2", "k3", "full"]) ->
 class KLController(Protocol):
     """Holds the KL coefficient, and may adapt it to the KL of each round."""
 
-    coef: float
+    @property
+    def coef(self) -> float: ...
 
     def update(self, kl_per_token: float, answers: int) -> None: ...
 
-    def state_dict(self) -> dict[str, float | bool]: ...
+    def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: Mapping[str, float | bool]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class FixedKLController:
@@ -96,25 +101,31 @@ class FixedKLController:
         """Keeps the coefficient; raises TrainingDiverged where the KL is not finite."""
         _check_finite(kl_per_token, answers)
 
-    def state_dict(self) -> dict[str, float | bool]:
+    def state_dict(self) -> dict[str, Any]:
         return {"coef": self.coef}
 
-    def load_state_dict(self, state: Mapping[str, float | bool]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the coefficient of a saved run; raises CheckpointError where the state holds none."""
         self.coef = _saved_coef(state)
 
 
 class AdaptiveKLController:
-    """Moves the coefficient so that the KL settles at a target.
+    """Moves the coefficient so that the KL settles at a target::
 
-        coef <- coef * (1 + clip(kl / target - 1, -0.2, 0.2) * min(answers / horizon, 1))
+        base <- base * (1 + clip(kl / target - 1, -0.2, 0.2) * min(answers / horizon, 1))
+        coef  = base * max(1, (kl + 5 * growth) / target)^2
 
-    and, until the KL has reached the target once, coef does not fall (ours): training starts at a KL of 0, far below
-    any target, and a coefficient that fell all that way would have to climb back while the policy runs past the target.
+    `kl` and `target` are in nats per token, `horizon` in answers; `growth` is the running mean of what the KL grew by
+    in a round, 0 where it fell. The base is Ziegler et al. 2019 (arXiv 1909.08593), section 2.2. Theirs has no
+    min(..., 1); without it a batch of more than 5 horizons could make the coefficient negative and pay the policy for
+    leaving the reference.
 
-    `kl` and `target` are in nats per token, `horizon` in answers. Source: Ziegler et al. 2019 (arXiv 1909.08593),
-    section 2.2. Theirs has no min(..., 1); without it a batch of more than 5 horizons could make the coefficient
-    negative and pay the policy for leaving the reference.
+    Two additions are ours, because training starts at a KL of 0, far below any target, and passes it at full speed:
+
+    - Until the KL has reached the target once, the base does not fall. A coefficient that fell all that way would have
+      to climb back while the policy runs past the target.
+    - The second line is a brake that looks five rounds ahead. The base moves by a fifth in a round at most, and a policy
+      that is told to stop goes on for some rounds.
     """
 
     def __init__(self, coef: float, *, target: float, horizon: float) -> None:
@@ -123,10 +134,19 @@ class AdaptiveKLController:
                 f"AdaptiveKLController: coef={coef!r}, target={target!r}, horizon={horizon!r}; wanted coef > 0, "
                 "target > 0 and horizon >= 1: a factor cannot move a coefficient away from 0"
             )
-        self.coef = coef
         self.target = target
         self.horizon = horizon
+        self.base = coef
         self.reached = False
+        self.kl: float | None = None
+        """Of the last round; None before the first."""
+        self.growth = 0.0
+
+    @property
+    def coef(self) -> float:
+        """The coefficient of the next round."""
+        ahead = (self.kl or 0.0) + LOOK_AHEAD * max(self.growth, 0.0)
+        return self.base * max(1.0, ahead / self.target) ** 2
 
     def update(self, kl_per_token: float, answers: int) -> None:
         """Adapts the coefficient to the KL of one round.
@@ -142,17 +162,23 @@ class AdaptiveKLController:
         self.reached = self.reached or kl_per_token >= self.target
         if self.reached:
             error = min(max(kl_per_token / self.target - 1, -MAX_ERROR), MAX_ERROR)
-            self.coef *= 1 + error * min(answers / self.horizon, 1)
+            self.base *= 1 + error * min(answers / self.horizon, 1)
+        if self.kl is not None:
+            self.growth += GROWTH_WEIGHT * (kl_per_token - self.kl - self.growth)
+        self.kl = kl_per_token
 
-    def state_dict(self) -> dict[str, float | bool]:
-        return {"coef": self.coef, "reached": self.reached}
+    def state_dict(self) -> dict[str, Any]:
+        return {"coef": self.base, "reached": self.reached, "kl": self.kl, "growth": self.growth}
 
-    def load_state_dict(self, state: Mapping[str, float | bool]) -> None:
-        """Takes the coefficient of a saved run, and whether its KL reached the target; raises CheckpointError where the
-        state holds no coefficient. Earlier versions adapted from the start and saved the coefficient alone: such a run
-        goes on adapting."""
-        self.coef = _saved_coef(state)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the state of a saved run; raises CheckpointError where it holds no coefficient.
+
+        Earlier versions adapted from the start and saved the coefficient alone: such a run goes on adapting.
+        """
+        self.base = _saved_coef(state)
         self.reached = bool(state.get("reached", True))
+        self.kl = state.get("kl")
+        self.growth = float(state.get("growth", 0.0))
 
 
 def build_kl_controller(cfg: KLConfig, ppo: PPOConfig) -> KLController:
@@ -175,7 +201,7 @@ def _check_finite(kl_per_token: float, answers: int) -> None:
         )
 
 
-def _saved_coef(state: Mapping[str, float | bool]) -> float:
+def _saved_coef(state: Mapping[str, Any]) -> float:
     coef = state.get("coef")
     if not isinstance(coef, (int, float)) or not math.isfinite(coef) or coef < 0:
         raise CheckpointError(
