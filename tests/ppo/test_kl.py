@@ -139,6 +139,14 @@ def test_a_resumed_controller_knows_whether_the_target_was_reached(kl: float, mo
     assert (resumed.base < before) == moves
 
 
+def test_a_run_that_is_resumed_with_more_updates_keeps_its_horizon() -> None:
+    first, longer = (build_kl_controller(KLConfig(target=0.2), PPOConfig(updates=n, batch_size=8)) for n in (200, 400))
+    assert isinstance(first, AdaptiveKLController) and isinstance(longer, AdaptiveKLController)
+    assert longer.horizon == 2 * first.horizon
+    longer.load_state_dict(first.state_dict())
+    assert longer.horizon == first.horizon == 80
+
+
 def test_what_an_earlier_version_saved_goes_on_adapting() -> None:
     controller = AdaptiveKLController(9.0, target=0.1, horizon=100)
     controller.load_state_dict({"coef": 0.4})

@@ -207,7 +207,7 @@ STATE_OF_AN_EARLIER_VERSION = {
 """What version 0.1.0 wrote after two updates of `small_config(reward={"centre": True})`, seed 3, on `PROMPTS`."""
 
 
-FROM_ONE_NUMBER = {"coef": 0.0484128, "reached": True, "kl": None, "growth": 0.0}
+FROM_ONE_NUMBER = {"coef": 0.0484128, "reached": True, "kl": None, "growth": 0.0, "horizon": 100.0}
 """The KL controller of that state: it adapts from the start, as then."""
 
 

@@ -222,7 +222,6 @@ def test_every_stage_is_given_what_the_stages_before_it_made(
         assert row["kl/estimate"] == pytest.approx(
             float(kl_of(scores, kl.estimator)[rollout.mask_BT].double().mean()), abs=1e-9
         )
-    assert rows[0]["kl/coef"] != rows[1]["kl/coef"]
 
 
 # ---- it says what it does
@@ -239,7 +238,8 @@ def test_the_keys_logged_are_the_keys_documented(tiny_causal_lm: LM, tiny_tokeni
     assert before.keys() == {"step", "time", "eval/gold"}
     logged = {"eval/<name>" if key.startswith("eval/") else key for key in after} - {"step", "time"}
     mismatch = {key for key in documented_keys() if key.startswith("mismatch/")}
-    assert logged == documented_keys() - mismatch - {"length/message_tokens"}
+    some_evaluations = {key for key in documented_keys() if key.startswith("eval/")} - {"eval/<name>"}
+    assert logged == documented_keys() - mismatch - some_evaluations - {"length/message_tokens"}
     cfg = small_config(updates=1)
     paged = replace(cfg, rollout=replace(cfg.rollout, engine="paged"))
     run_ppo(paged, tiny_causal_lm, tiny_tokenizer, tmp_path / "paged")

@@ -124,8 +124,8 @@ class AdaptiveKLController:
 
     - Until the KL has reached the target once, the base does not fall. A coefficient that fell all that way would have
       to climb back while the policy runs past the target.
-    - The second line is a brake that looks five rounds ahead. The base moves by a fifth in a round at most, and a policy
-      that is told to stop goes on for some rounds.
+    - The second line is a brake that looks five rounds ahead. The base moves by a fifth in a round at most, and a
+      policy that is told to stop goes on for some rounds.
     """
 
     def __init__(self, coef: float, *, target: float, horizon: float) -> None:
@@ -168,17 +168,25 @@ class AdaptiveKLController:
         self.kl = kl_per_token
 
     def state_dict(self) -> dict[str, Any]:
-        return {"coef": self.base, "reached": self.reached, "kl": self.kl, "growth": self.growth}
+        return {
+            "coef": self.base,
+            "reached": self.reached,
+            "kl": self.kl,
+            "growth": self.growth,
+            "horizon": self.horizon,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the state of a saved run; raises CheckpointError where it holds no coefficient.
 
-        Earlier versions adapted from the start and saved the coefficient alone: such a run goes on adapting.
+        The horizon is that of the run as it began: a run that is resumed with more updates keeps it. Earlier versions
+        adapted from the start and saved the coefficient alone: such a run goes on adapting.
         """
         self.base = _saved_coef(state)
         self.reached = bool(state.get("reached", True))
         self.kl = state.get("kl")
         self.growth = float(state.get("growth", 0.0))
+        self.horizon = float(state.get("horizon", self.horizon))
 
 
 def build_kl_controller(cfg: KLConfig, ppo: PPOConfig) -> KLController:
