@@ -19,7 +19,7 @@ __all__ = ["AdaptiveKLController", "FixedKLController", "KLController", "build_k
 MAX_ERROR = 0.2
 # How many rounds ahead the coefficient looks, and the weight of the newest round in the growth that it expects (ours;
 # docs/results/instruments.md).
-LOOK_AHEAD = 5
+LOOK_AHEAD = 24
 GROWTH_WEIGHT = 0.2
 # Of all answers of a run, the share over which the coefficient adapts (ours; docs/results/instruments.md).
 HORIZON_SHARE = 1 / 20
@@ -113,7 +113,7 @@ class AdaptiveKLController:
     """Moves the coefficient so that the KL settles at a target::
 
         base <- base * (1 + clip(kl / target - 1, -0.2, 0.2) * min(answers / horizon, 1))
-        coef  = base * max(1, (kl + 5 * growth) / target)^2
+        coef  = base * max(1, (kl + 24 * growth) / target)^2
 
     `kl` and `target` are in nats per token, `horizon` in answers; `growth` is the running mean of what the KL grew by
     in a round, 0 where it fell. The base is Ziegler et al. 2019 (arXiv 1909.08593), section 2.2. Theirs has no
@@ -124,8 +124,8 @@ class AdaptiveKLController:
 
     - Until the KL has reached the target once, the base does not fall. A coefficient that fell all that way would have
       to climb back while the policy runs past the target.
-    - The second line is a brake that looks five rounds ahead. The base moves by a fifth in a round at most, and a
-      policy that is told to stop goes on for some rounds.
+    - The second line is a brake that looks ahead. The base moves by a fifth in a round at most, and a policy that is
+      told to stop goes on for some rounds. Once the KL no longer grows, the brake is loose at any KL below the target.
     """
 
     def __init__(self, coef: float, *, target: float, horizon: float) -> None:
