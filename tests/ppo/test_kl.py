@@ -66,35 +66,33 @@ def test_estimators_refuse_what_they_cannot_do() -> None:
 )
 def test_the_adaptive_controller_follows_its_rule(kl: float, answers: int, factor: float) -> None:
     controller = AdaptiveKLController(0.4, target=0.1, horizon=1000)
-    controller.update(0.1, 1000)  # the target is reached, and nothing is wrong with the price
-    assert controller.coef == 0.4
+    controller.load_state_dict({"coef": 16.0})  # well above its start, so that this rule alone moves it
     controller.update(kl, answers)
-    assert controller.base == pytest.approx(0.4 * factor, rel=1e-12)
+    assert controller.coef == pytest.approx(16.0 * factor, rel=1e-12)
 
 
-def test_the_price_rises_before_the_target_where_the_kl_grows_and_at_once_above_it() -> None:
-    """0.01, 0.02 and 0.03: a round adds 0.01, of which the mean is 0.2 * 0.01 = 0.002 and then 0.002 + 0.2 * (0.01 -
-    0.002) = 0.0036. 24 rounds more are 0.068 and 0.1164 nats, the second above 0.1. A KL that falls is not looked ahead
-    of: the mean becomes 0.0036 + 0.2 * (-0.03 - 0.0036), which is below 0."""
+def test_the_price_rises_at_once_where_the_kl_will_soon_be_above_the_target_and_falls_slowly() -> None:
+    """0.02, 0.05 and 0.08: a round adds 0.03, of which the mean is 0.2 * 0.03 = 0.006 and then 0.006 + 0.2 * (0.03 -
+    0.006) = 0.0108. 8 rounds more are 0.098 and 0.1664 nats, the second above 0.1: 1.664^2 of the start. A KL of 0
+    after it takes away a fifth."""
     controller = AdaptiveKLController(0.4, target=0.1, horizon=1000)
     coefs = []
-    for kl in (0.01, 0.02, 0.03, 0.0, 0.0):
+    for kl in (0.02, 0.05, 0.08, 0.0):
         controller.update(kl, 1000)
         coefs.append(controller.coef)
-    assert coefs == pytest.approx([0.4, 0.4, 0.4 * 1.164**2, 0.4, 0.4])
-    assert controller.base == 0.4 and not controller.reached
-    steady = AdaptiveKLController(0.4, target=0.1, horizon=1e12)
-    steady.update(0.3, 1)
-    assert steady.coef == pytest.approx(0.4 * 9)
+    assert coefs == pytest.approx([0.4, 0.4, 0.4 * 1.664**2, 0.4 * 1.664**2 * 0.8])
+    assert not controller.reached
+    above = AdaptiveKLController(0.4, target=0.1, horizon=1e12)
+    above.update(0.3, 1)
+    assert above.coef == pytest.approx(0.4 * 9)
 
 
 def test_the_adaptive_controller_settles_at_its_target() -> None:
     controller, kl = AdaptiveKLController(0.01, target=0.1, horizon=1000), 0.0
-    for _ in range(2000):
+    for _ in range(4000):
         kl += 0.1 * (0.02 / controller.coef - kl)  # a policy whose KL falls, in some rounds, as its price rises
         controller.update(kl, 50)
-    assert kl == pytest.approx(0.1, rel=1e-3)
-    assert controller.coef == pytest.approx(controller.base, rel=1e-3)
+    assert kl == pytest.approx(0.1, rel=1e-2)
 
 
 def run_away(controller: KLController, rounds: int) -> list[float]:
@@ -114,29 +112,29 @@ def test_the_kl_does_not_run_past_its_target() -> None:
     assert max(run_away(FixedKLController(0.1), 40)) > 0.85
     adaptive = build_kl_controller(KLConfig(target=0.5), PPOConfig(updates=40, batch_size=32))
     kls = run_away(adaptive, 40)
-    assert max(kls) < 0.62 and all(0.35 < kl < 0.6 for kl in kls[-10:])
+    assert max(kls) < 0.62 and all(0.35 < kl < 0.6 for kl in kls[-15:])
 
 
-def test_the_price_does_not_fall_before_the_target_was_reached_once() -> None:
+def test_the_price_does_not_fall_below_its_start_before_the_target_was_reached_once() -> None:
     controller = AdaptiveKLController(0.4, target=0.1, horizon=1000)
     for kl in (-0.001, 0.0, 0.001, 0.002):
         controller.update(kl, 1000)
         assert controller.coef == 0.4
-    controller.update(0.11, 1000)
-    assert controller.base == pytest.approx(0.4 * 1.1)
-    controller.update(0.0, 1000)  # from then on it moves both ways
-    assert controller.coef == controller.base == pytest.approx(0.4 * 1.1 * 0.8)
+    controller.update(0.1, 1000)
+    assert controller.reached
+    while controller.coef > 0.4:
+        controller.update(0.0, 1000)
+    assert controller.coef < 0.4  # from then on it moves both ways
 
 
-@pytest.mark.parametrize(("kl", "moves"), [(0.2, True), (0.05, False)], ids=["reached", "not reached"])
-def test_a_resumed_controller_knows_whether_the_target_was_reached(kl: float, moves: bool) -> None:
+@pytest.mark.parametrize(("kl", "falls"), [(0.1, True), (0.05, False)], ids=["reached", "not reached"])
+def test_a_resumed_controller_knows_whether_the_target_was_reached(kl: float, falls: bool) -> None:
     controller = AdaptiveKLController(0.4, target=0.1, horizon=100)
     controller.update(kl, 64)
-    resumed = AdaptiveKLController(9.0, target=0.1, horizon=100)
+    resumed = AdaptiveKLController(0.4, target=0.1, horizon=100)
     resumed.load_state_dict(json.loads(json.dumps(controller.state_dict())))
-    before = resumed.base
-    resumed.update(0.05, 64)
-    assert (resumed.base < before) == moves
+    resumed.update(0.0, 64)
+    assert (resumed.coef < 0.4) == falls
 
 
 def test_a_run_that_is_resumed_with_more_updates_keeps_its_horizon() -> None:
@@ -160,10 +158,11 @@ def test_what_an_earlier_version_saved_goes_on_adapting() -> None:
 def test_the_horizon_is_a_twentieth_of_the_run(updates: int, batch: int, horizon: int) -> None:
     controller = build_kl_controller(KLConfig(target=0.2), PPOConfig(updates=updates, batch_size=batch))
     assert isinstance(controller, AdaptiveKLController) and controller.horizon == horizon
+    controller.load_state_dict(controller.state_dict() | {"coef": 1e6})
     for _ in range(updates):
         controller.update(9.0, batch)
-    if updates > 20:  # and a run may move the base as far with few updates as with many
-        assert math.log(controller.base / 0.1) == pytest.approx(4, abs=0.2)
+    if updates > 20:  # and a run may move the price as far with few updates as with many
+        assert math.log(controller.coef / 1e6) == pytest.approx(4, abs=0.2)
 
 
 def test_controllers_resume_where_they_stopped() -> None:

@@ -86,7 +86,13 @@ def calibration_error(tokens: Sequence[JudgedToken]) -> float | None:
     """Expected calibration error of the confidence as a probability that the token is good, in 15 bins.
 
     A discriminator is calibrated on edits, of which some are mistakes, so that this is not 0 before training either.
-    What tells of drift is how it changes. None without tokens.
+    What tells of drift is how it changes.
+
+    Args:
+        tokens: the judged tokens of all answers.
+
+    Returns:
+        The error, in [0, 1]; None without tokens.
     """
     confidence_N = torch.tensor([token.confidence for token in tokens], dtype=torch.float64)
     good_N = torch.tensor([float(token.good) for token in tokens], dtype=torch.float64)

@@ -19,7 +19,7 @@ __all__ = ["AdaptiveKLController", "FixedKLController", "KLController", "build_k
 MAX_ERROR = 0.2
 # How many rounds ahead the coefficient looks, and the weight of the newest round in the growth that it expects (ours;
 # docs/results/instruments.md).
-LOOK_AHEAD = 24
+LOOK_AHEAD = 8
 GROWTH_WEIGHT = 0.2
 # Of all answers of a run, the share over which the coefficient adapts (ours; docs/results/instruments.md).
 HORIZON_SHARE = 1 / 20
@@ -81,8 +81,7 @@ def kl_of(scores: PolicyScores, estimator: Literal["k1", "k2", "k3", "full"]) ->
 class KLController(Protocol):
     """Holds the KL coefficient, and may adapt it to the KL of each round."""
 
-    @property
-    def coef(self) -> float: ...
+    coef: float
 
     def update(self, kl_per_token: float, answers: int) -> None: ...
 
@@ -112,20 +111,19 @@ class FixedKLController:
 class AdaptiveKLController:
     """Moves the coefficient so that the KL settles at a target::
 
-        base <- base * (1 + clip(kl / target - 1, -0.2, 0.2) * min(answers / horizon, 1))
-        coef  = base * max(1, (kl + 24 * growth) / target)^2
+        coef <- coef * (1 + clip(kl / target - 1, -0.2, 0.2) * min(answers / horizon, 1))
+        coef <- max(coef, start)                                    until the KL has reached the target once
+        coef <- max(coef, start * ((kl + 8 * growth) / target)^2)   where kl + 8 * growth is above the target
 
-    `kl` and `target` are in nats per token, `horizon` in answers; `growth` is the running mean of what the KL grew by
-    in a round, 0 where it fell. The base is Ziegler et al. 2019 (arXiv 1909.08593), section 2.2. Theirs has no
-    min(..., 1); without it a batch of more than 5 horizons could make the coefficient negative and pay the policy for
-    leaving the reference.
+    `kl` and `target` are in nats per token, `horizon` in answers; `start` is the coefficient that training began with,
+    and `growth` the running mean of what the KL grew by in a round, 0 where it fell. The first line is Ziegler et al.
+    2019 (arXiv 1909.08593), section 2.2. Theirs has no min(..., 1); without it a batch of more than 5 horizons could
+    make the coefficient negative and pay the policy for leaving the reference.
 
-    Two additions are ours, because training starts at a KL of 0, far below any target, and passes it at full speed:
-
-    - Until the KL has reached the target once, the base does not fall. A coefficient that fell all that way would have
-      to climb back while the policy runs past the target.
-    - The second line is a brake that looks ahead. The base moves by a fifth in a round at most, and a policy that is
-      told to stop goes on for some rounds. Once the KL no longer grows, the brake is loose at any KL below the target.
+    The others are ours, because training starts at a KL of 0, far below any target, and passes it at full speed. A
+    coefficient that fell all that way would have to climb back while the policy runs past the target. And one that may
+    rise by a fifth in a round at most rises too late: the policy goes on for some rounds. So the third line looks
+    ahead, raises the coefficient at once, and leaves it to the first to bring it down again, slowly.
     """
 
     def __init__(self, coef: float, *, target: float, horizon: float) -> None:
@@ -134,19 +132,14 @@ class AdaptiveKLController:
                 f"AdaptiveKLController: coef={coef!r}, target={target!r}, horizon={horizon!r}; wanted coef > 0, "
                 "target > 0 and horizon >= 1: a factor cannot move a coefficient away from 0"
             )
+        self.coef = coef
+        self.start = coef
         self.target = target
         self.horizon = horizon
-        self.base = coef
         self.reached = False
         self.kl: float | None = None
         """Of the last round; None before the first."""
         self.growth = 0.0
-
-    @property
-    def coef(self) -> float:
-        """The coefficient of the next round."""
-        ahead = (self.kl or 0.0) + LOOK_AHEAD * max(self.growth, 0.0)
-        return self.base * max(1.0, ahead / self.target) ** 2
 
     def update(self, kl_per_token: float, answers: int) -> None:
         """Adapts the coefficient to the KL of one round.
@@ -159,22 +152,21 @@ class AdaptiveKLController:
             TrainingDiverged: the KL is not finite.
         """
         _check_finite(kl_per_token, answers)
-        self.reached = self.reached or kl_per_token >= self.target
-        if self.reached:
-            error = min(max(kl_per_token / self.target - 1, -MAX_ERROR), MAX_ERROR)
-            self.base *= 1 + error * min(answers / self.horizon, 1)
         if self.kl is not None:
             self.growth += GROWTH_WEIGHT * (kl_per_token - self.kl - self.growth)
         self.kl = kl_per_token
+        self.reached = self.reached or kl_per_token >= self.target
+        error = min(max(kl_per_token / self.target - 1, -MAX_ERROR), MAX_ERROR)
+        self.coef *= 1 + error * min(answers / self.horizon, 1)
+        if not self.reached:
+            self.coef = max(self.coef, self.start)
+        ahead = kl_per_token + LOOK_AHEAD * max(self.growth, 0.0)
+        if ahead > self.target:
+            self.coef = max(self.coef, self.start * (ahead / self.target) ** 2)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "coef": self.base,
-            "reached": self.reached,
-            "kl": self.kl,
-            "growth": self.growth,
-            "horizon": self.horizon,
-        }
+        names = ("coef", "reached", "kl", "growth", "horizon")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the state of a saved run; raises CheckpointError where it holds no coefficient.
@@ -182,7 +174,7 @@ class AdaptiveKLController:
         The horizon is that of the run as it began: a run that is resumed with more updates keeps it. Earlier versions
         adapted from the start and saved the coefficient alone: such a run goes on adapting.
         """
-        self.base = _saved_coef(state)
+        self.coef = _saved_coef(state)
         self.reached = bool(state.get("reached", True))
         self.kl = state.get("kl")
         self.growth = float(state.get("growth", 0.0))
