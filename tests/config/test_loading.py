@@ -180,3 +180,27 @@ def test_a_whole_number_that_nothing_holds_is_named(knob: str, number: int, tmp_
 def test_so_is_one_in_a_list(text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"must fit 64 bits|that fits 64 bits"):
         load_config(write(tmp_path, text % 10**4000))
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("false", False), ("position", "position")])
+def test_a_reward_is_centred_in_two_ways_or_not(tmp_path: Path, text: str, value: object) -> None:
+    cfg = load_config(write(tmp_path, f"reward: {{centre: {text}}}\n"))
+    assert cfg.reward.centre is value or cfg.reward.centre == value != "true"
+    assert load_config(write(tmp_path, dump_config(cfg))) == cfg
+    assert load_config(None, {"reward.centre": text}) == cfg
+    with pytest.raises(ConfigError, match="true or false or one of position"):
+        load_config(write(tmp_path, "reward: {centre: median}\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("reward: {overlong_buffer: 300}", "overlong_buffer is 300, more than rollout.max_new_tokens, 256"),
+        ("arms: [{name: a, reward: {overlong_buffer: 300}}]", "overlong_buffer is 300"),
+        ("reward: {overlong_buffer: 30}\nrollout: {environment: 'a:b'}", "makes conversations of several"),
+        ("ppo: {keep_best: true}", "set evaluate_every"),
+    ],
+)
+def test_settings_that_cannot_be_meant_together_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(write(tmp_path, text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,8 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from tlcr.errors import DataError, ShapeError
+from tlcr.evaluation.drift import WordGold
 from tlcr.evaluation.evaluate import (
+    Detailer,
     EvaluatedAnswer,
+    PolicyEvaluation,
     TokenDetail,
     evaluate_policy,
     mean_of,
@@ -25,6 +29,7 @@ from tlcr.evaluation.evaluate import (
     write_evaluation,
 )
 from tlcr.text.padding import pad_left
+from tlcr.text.tokenization import character_spans
 from tlcr.types import PolicyScores, Rollout
 
 PROMPTS = ("Human: bread?", "Human: soup, please?")
@@ -157,6 +162,53 @@ def test_samples_hold_each_counted_action(tiny_tokenizer: PreTrainedTokenizerFas
         assert sum(answer.token_kl) == pytest.approx(answer.kl)
     assert result.gold_per_token is None and cut.gold is None
     assert "gold_per_token" not in result.metrics() and "entropy" in result.metrics()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_discriminator_is_held_against_the_gold_of_words(
+    tiny_tokenizer: PreTrainedTokenizerFast, batch_size: int
+) -> None:
+    """The word "good" is good, "never" and "recommend" are bad, and "it" is worth nothing. Whoever looks one token late
+    sees another word's confidence."""
+    sure = {" good": 0.9, " never": 0.2, " recommend": 0.3, " it": 0.8}
+
+    def words(prompt: str, response: str) -> list[tuple[int, int, float]]:
+        golds = {"good": 2.0, "never": -1.0, "recommend": -0.5, "it": 0.0}
+        return [(m.start(), m.end(), golds[m.group()]) for m in re.finditer(r"\w+", response)]
+
+    def detail(rollout: Rollout, scores: PolicyScores) -> TokenDetail:
+        confidence_BT = torch.full(rollout.mask_BT.shape, NAN)
+        for row, response in enumerate(rollout.responses):
+            spans = character_spans(tiny_tokenizer, rollout.response_ids_BT[row][rollout.mask_BT[row]].tolist())
+            for t, (start, _) in enumerate(spans):
+                here = [
+                    c for word, c in sure.items() if 0 <= start - response.find(word) < len(word) and word in response
+                ]
+                confidence_BT[row, t] = here[0] if here else 0.05
+        return replace(_detail(rollout, scores), confidence_BT=confidence_BT)
+
+    def run(detail: Detailer, word_gold: WordGold | None) -> PolicyEvaluation:
+        sampler = Sampler(tiny_tokenizer)
+        options = {"score": sampler.score, "scorer": None, "batch_size": batch_size, "detail": detail}
+        return evaluate_policy(
+            PROMPTS, tokenizer=tiny_tokenizer, generate=sampler.generate, word_gold=word_gold, **options
+        )
+
+    found = run(detail, words)
+    assert found.discriminator_auc == 1.0
+    ids = {word: len(tiny_tokenizer(word)["input_ids"]) for word in sure}
+    errors = ids[" good"] * 0.1 + ids[" never"] * 0.2 + ids[" recommend"] * 0.3
+    assert found.discriminator_ece == pytest.approx(errors / (ids[" good"] + ids[" never"] + ids[" recommend"]))
+    assert found.metrics()["discriminator_auc"] == found.to_json()["discriminator_auc"] == 1.0
+
+    def late(rollout: Rollout, scores: PolicyScores) -> TokenDetail:
+        given = detail(rollout, scores)
+        assert given.confidence_BT is not None
+        return replace(given, confidence_BT=given.confidence_BT.roll(1, dims=1).nan_to_num(0.5))
+
+    assert (run(late, words).discriminator_auc or 0.0) < 1.0
+    for without in (run(_detail, words), run(detail, None)):
+        assert without.discriminator_auc is None and "discriminator_ece" not in without.metrics()
 
 
 def test_only_so_many_samples_are_kept(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -32,7 +32,8 @@ from tlcr.ppo.advantages import compute_advantages
 from tlcr.ppo.rollout import generate
 from tlcr.ppo.scores import score_rollout
 from tlcr.ppo.update import ppo_update
-from tlcr.rewards.composition import RunningMean, compose_rewards
+from tlcr.rewards.centre import RunningMean
+from tlcr.rewards.composition import compose_rewards
 from tlcr.rewards.sources import DiscriminatorSource, FrozenModel
 from tlcr.text.padding import collate_completions
 from tlcr.text.tokenization import encode_answers

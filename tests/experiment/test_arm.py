@@ -86,6 +86,11 @@ def test_the_proxy_is_not_centred_though_what_ppo_gets_is(policy_folder: Path, t
     torch.testing.assert_close(detail.advantages_BT.float(), advantages_BT, rtol=1e-5, atol=1e-5)
 
 
+def test_a_reward_that_no_discriminator_gives_has_no_confidence(policy_folder: Path, tmp_path: Path) -> None:
+    detail, _ = detail_of(arm_run(tmp_path, policy_folder))
+    assert detail.confidence_BT is None
+
+
 def test_an_evaluation_starts_its_mean_afresh(policy_folder: Path, tmp_path: Path) -> None:
     """Two evaluations of one rollout say the same: no mean of an earlier one, nor of training, lives on in it."""
     run = arm_run(tmp_path, policy_folder, **{"reward.centre": True})
@@ -130,6 +135,8 @@ def test_the_proxy_is_at_the_discriminators_calibrated_temperature(
     logits_BTC = token_logits(discriminator, rollout.ids_BL, rollout.attention_mask_BL, slice(P, L))
     p_BT = (logits_BTC / 3.0).softmax(-1)[..., 1]
     torch.testing.assert_close(detail.proxy_BT, torch.where(mask_BT, 2 * p_BT - 1, 0.0))
+    assert detail.confidence_BT is not None
+    torch.testing.assert_close(detail.confidence_BT[mask_BT], p_BT[mask_BT])
 
 
 # ---- an evaluation

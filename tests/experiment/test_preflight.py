@@ -222,6 +222,8 @@ def test_the_disk_needs_room_for_the_checkpoints_of_the_runs_at_a_time(
     stopped = {"ppo.save_every": 0}  # one checkpoint, should the run be stopped
     assert needed(**stopped) == pytest.approx(checkpoints_of_one / 3 + one / 10, rel=0.1)
     assert needed(**{"ppo.save_every": 201}) == needed(**stopped)
+    best = {"ppo.keep_best": True, "ppo.evaluate_every": 9}  # a policy more, and another while a better one is written
+    assert needed(**stopped, **best) == pytest.approx(needed(**stopped) + 2 * one / 10, rel=0.1)
 
 
 def test_the_defaults_run(tmp_path: Path) -> None:

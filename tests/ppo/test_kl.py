@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 
-from tlcr.config.schema import KLConfig
+from tlcr.config.schema import KLConfig, PPOConfig
 from tlcr.errors import CheckpointError, ConfigError, ShapeError, TrainingDiverged
-from tlcr.ppo.kl import AdaptiveKLController, FixedKLController, build_kl_controller, estimate_kl
+from tlcr.ppo.kl import AdaptiveKLController, FixedKLController, KLController, build_kl_controller, estimate_kl
 
 P = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 Q = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64)
@@ -65,24 +66,114 @@ def test_estimators_refuse_what_they_cannot_do() -> None:
 )
 def test_the_adaptive_controller_follows_its_rule(kl: float, answers: int, factor: float) -> None:
     controller = AdaptiveKLController(0.4, target=0.1, horizon=1000)
+    controller.load_state_dict({"coef": 16.0})  # well above its start, so that this rule alone moves it
     controller.update(kl, answers)
-    assert controller.coef == pytest.approx(0.4 * factor, rel=1e-12)
+    assert controller.coef == pytest.approx(16.0 * factor, rel=1e-12)
+
+
+def test_the_price_rises_at_once_where_the_kl_will_soon_be_above_the_target_and_falls_slowly() -> None:
+    """0.02, 0.05 and 0.08: a round adds 0.03, of which the mean is 0.2 * 0.03 = 0.006 and then 0.006 + 0.2 * (0.03 -
+    0.006) = 0.0108. 8 rounds more are 0.098 and 0.1664 nats, the second above 0.1: 1.664^2 of the start. A KL of 0
+    after it takes away a fifth."""
+    controller = AdaptiveKLController(0.4, target=0.1, horizon=1000)
+    coefs = []
+    for kl in (0.02, 0.05, 0.08, 0.0):
+        controller.update(kl, 1000)
+        coefs.append(controller.coef)
+    assert coefs == pytest.approx([0.4, 0.4, 0.4 * 1.664**2, 0.4 * 1.664**2 * 0.8])
+    assert not controller.reached
+    above = AdaptiveKLController(0.4, target=0.1, horizon=1e12)
+    above.update(0.3, 1)
+    assert above.coef == pytest.approx(0.4 * 9)
 
 
 def test_the_adaptive_controller_settles_at_its_target() -> None:
-    controller = AdaptiveKLController(0.01, target=0.1, horizon=1000)
-    for _ in range(2000):
-        controller.update(0.02 / controller.coef, 50)  # a policy whose KL falls as its price rises
-    assert 0.02 / controller.coef == pytest.approx(0.1, rel=1e-3)
+    controller, kl = AdaptiveKLController(0.01, target=0.1, horizon=1000), 0.0
+    for _ in range(4000):
+        kl += 0.1 * (0.02 / controller.coef - kl)  # a policy whose KL falls, in some rounds, as its price rises
+        controller.update(kl, 50)
+    assert kl == pytest.approx(0.1, rel=1e-2)
+
+
+def run_away(controller: KLController, rounds: int) -> list[float]:
+    """A policy that moves on with momentum, towards a distance that falls with the price: what PPO does on the embedded
+    task, where a price of 0.1 leads to some 1.3 nats and half of that is passed at full speed."""
+    distance, speed, kls = 0.0, 0.0, []
+    for _ in range(rounds):
+        kls.append(distance**2)
+        end = 1.15 * (controller.coef / 0.1) ** -0.7
+        controller.update(kls[-1], 32)
+        speed = 0.5 * speed + 0.5 * 0.032 * max(-1.0, min(1.0, (end - distance) / 0.3))
+        distance += speed
+    return kls
+
+
+def test_the_kl_does_not_run_past_its_target() -> None:
+    assert max(run_away(FixedKLController(0.1), 40)) > 0.85
+    adaptive = build_kl_controller(KLConfig(target=0.5), PPOConfig(updates=40, batch_size=32))
+    kls = run_away(adaptive, 40)
+    assert max(kls) < 0.62 and all(0.35 < kl < 0.6 for kl in kls[-15:])
+
+
+def test_the_price_does_not_fall_below_its_start_before_the_target_was_reached_once() -> None:
+    controller = AdaptiveKLController(0.4, target=0.1, horizon=1000)
+    for kl in (-0.001, 0.0, 0.001, 0.002):
+        controller.update(kl, 1000)
+        assert controller.coef == 0.4
+    controller.update(0.1, 1000)
+    assert controller.reached
+    while controller.coef > 0.4:
+        controller.update(0.0, 1000)
+    assert controller.coef < 0.4  # from then on it moves both ways
+
+
+@pytest.mark.parametrize(("kl", "falls"), [(0.1, True), (0.05, False)], ids=["reached", "not reached"])
+def test_a_resumed_controller_knows_whether_the_target_was_reached(kl: float, falls: bool) -> None:
+    controller = AdaptiveKLController(0.4, target=0.1, horizon=100)
+    controller.update(kl, 64)
+    resumed = AdaptiveKLController(0.4, target=0.1, horizon=100)
+    resumed.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    resumed.update(0.0, 64)
+    assert (resumed.coef < 0.4) == falls
+
+
+def test_a_run_that_is_resumed_with_more_updates_keeps_its_horizon() -> None:
+    first, longer = (build_kl_controller(KLConfig(target=0.2), PPOConfig(updates=n, batch_size=8)) for n in (200, 400))
+    assert isinstance(first, AdaptiveKLController) and isinstance(longer, AdaptiveKLController)
+    assert longer.horizon == 2 * first.horizon
+    longer.load_state_dict(first.state_dict())
+    assert longer.horizon == first.horizon == 80
+
+
+def test_what_an_earlier_version_saved_goes_on_adapting() -> None:
+    controller = AdaptiveKLController(9.0, target=0.1, horizon=100)
+    controller.load_state_dict({"coef": 0.4})
+    controller.update(0.05, 100)
+    assert controller.coef == pytest.approx(0.4 * 0.8)
+
+
+@pytest.mark.parametrize(
+    ("updates", "batch", "horizon"), [(40, 32, 64), (200, 128, 1280), (10, 32, 32)], ids=["short", "long", "one batch"]
+)
+def test_the_horizon_is_a_twentieth_of_the_run(updates: int, batch: int, horizon: int) -> None:
+    controller = build_kl_controller(KLConfig(target=0.2), PPOConfig(updates=updates, batch_size=batch))
+    assert isinstance(controller, AdaptiveKLController) and controller.horizon == horizon
+    controller.load_state_dict(controller.state_dict() | {"coef": 1e6})
+    for _ in range(updates):
+        controller.update(9.0, batch)
+    if updates > 20:  # and a run may move the price as far with few updates as with many
+        assert math.log(controller.coef / 1e6) == pytest.approx(4, abs=0.2)
 
 
 def test_controllers_resume_where_they_stopped() -> None:
     controller = AdaptiveKLController(0.4, target=0.1, horizon=100)
-    controller.update(0.2, 64)
+    for kl in (0.05, 0.2):
+        controller.update(kl, 64)
     resumed = AdaptiveKLController(0.4, target=0.1, horizon=100)
-    resumed.load_state_dict(controller.state_dict())
-    controller.update(0.05, 64)
-    resumed.update(0.05, 64)
+    resumed.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    assert resumed.coef == controller.coef
+    controller.update(0.25, 64)
+    resumed.update(0.25, 64)
     assert resumed.coef == controller.coef != 0.4
     with pytest.raises(CheckpointError, match="wanted a 'coef' of at least 0"):
         resumed.load_state_dict({})
@@ -91,14 +182,14 @@ def test_controllers_resume_where_they_stopped() -> None:
 @pytest.mark.parametrize("cfg", [KLConfig(), KLConfig(target=0.1)])
 def test_no_controller_takes_nan_for_a_kl(cfg: KLConfig) -> None:
     with pytest.raises(TrainingDiverged, match=r"nan nats per token over 8 answers"):
-        build_kl_controller(cfg).update(math.nan, 8)
+        build_kl_controller(cfg, PPOConfig()).update(math.nan, 8)
 
 
 def test_the_config_chooses_the_controller() -> None:
-    fixed = build_kl_controller(KLConfig(coef=0.3))
+    fixed = build_kl_controller(KLConfig(coef=0.3), PPOConfig())
     fixed.update(100.0, 1000)
     assert isinstance(fixed, FixedKLController) and fixed.coef == 0.3
-    adaptive = build_kl_controller(KLConfig(coef=0.3, target=0.2, horizon=7))
+    adaptive = build_kl_controller(KLConfig(coef=0.3, target=0.2, horizon=7), PPOConfig())
     assert isinstance(adaptive, AdaptiveKLController)
     assert (adaptive.coef, adaptive.target, adaptive.horizon) == (0.3, 0.2, 7)
     with pytest.raises(ConfigError, match="coef > 0"):

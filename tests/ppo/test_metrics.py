@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import fields
 from typing import Any
 
@@ -42,7 +43,7 @@ def figures_of(estimator: Any, exact_kl: Tensor | None = None) -> dict[str, floa
     )
     rewards = Rewards(torch.where(MASK, at_tokens(1.0, 0.0, 3.0, -2.0), 0.0), {})
     advantages = Advantages(at_tokens(9.0, 9.0, 9.0, 9.0), at_tokens(5.0, 1.0, 1.0, 1.0))
-    return rollout_metrics(rollout(), scores, rewards, advantages, estimator)
+    return rollout_metrics(rollout(), scores, rewards, advantages, estimator, gamma=0.5)
 
 
 def test_figures_are_sums_over_tokens_or_answers_and_never_of_padding() -> None:
@@ -61,6 +62,28 @@ def test_figures_are_sums_over_tokens_or_answers_and_never_of_padding() -> None:
         "reward/mean_return": 2 / 2,
     }
     assert {name: found[name] for name in wanted} == pytest.approx(wanted)
+
+
+def test_the_values_are_held_against_what_they_regress_to_and_against_what_was_paid() -> None:
+    """Values 1, 2, 3 and 6. Returns of 5, 1, 1, 1 leave 4, -1, -2, -5. With a discount of a half the rewards 1, 0, 3
+    and -2, of an answer that ended and one that was cut, are worth 1.75, 1.5, 3 and -2, and leave 0.75, -0.5, 0, -8."""
+    found = figures_of("k1")
+    against = {"": ([5, 1, 1, 1], [4, -1, -2, -5]), "_mc": ([1.75, 1.5, 3, -2], [0.75, -0.5, 0, -8])}
+    for ending, (returns, residuals) in against.items():
+        wanted = 1 - statistics.pvariance(residuals) / statistics.pvariance(returns)
+        assert found[f"value/explained_variance{ending}"] == pytest.approx(wanted)
+
+
+def test_perfect_values_explain_all_and_equal_returns_leave_nothing_to_explain() -> None:
+    paid = Rewards(torch.where(MASK, at_tokens(1.0, 0.0, 3.0, -2.0), 0.0), {})
+    returns_BT = metrics.monte_carlo_returns(paid, MASK, gamma=1.0)
+    torch.testing.assert_close(returns_BT, torch.where(MASK, at_tokens(4.0, 3.0, 3.0, -2.0), 0.0))
+    assert metrics.explained_variance(returns_BT, returns_BT, MASK) == 1.0
+    shifted_BT = torch.where(MASK, returns_BT + 7, torch.nan)  # a constant is no error, and padding is nothing
+    assert metrics.explained_variance(shifted_BT, returns_BT, MASK) == pytest.approx(1.0)
+    one_late_BT = returns_BT.roll(1, dims=1)
+    assert metrics.explained_variance(one_late_BT, returns_BT, MASK) < 0.9
+    assert metrics.explained_variance(returns_BT, torch.ones(MASK.shape), MASK) == 0.0
 
 
 def test_the_exact_kl_is_measured_where_it_was_computed_and_the_estimate_stays_the_one_paid_for() -> None:
@@ -91,7 +114,6 @@ def test_every_statistic_of_the_update_is_logged_under_its_own_name() -> None:
         "policy/grad_norm": "policy_grad_norm",
         "value/loss": "value_loss",
         "value/clip_fraction": "value_clip_fraction",
-        "value/explained_variance": "explained_variance",
         "value/grad_norm": "value_grad_norm",
         "kl/loss": "kl",
         "update/loss": "loss",

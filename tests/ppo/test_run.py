@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.ppo.helpers import PROMPTS, run_ppo, small_config, without_times
-from tlcr.config.schema import ModelConfig, RunConfig
+from tlcr.config.schema import ModelConfig, RewardConfig, RunConfig
 from tlcr.errors import CheckpointError, ConfigError, TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.ppo.run import PPORun, check_sizes
@@ -74,7 +75,7 @@ def a_round(run: PPORun) -> dict[str, float]:
     run.take_prompts()
     run.kl_controller.update(1.0 + run.update, run.cfg.ppo.batch_size)
     if run.centre is not None:
-        run.centre.total, run.centre.count = 2.0 * run.update, 4.0
+        run.centre.sums = {"total": 2.0 * run.update, "count": 4.0}
     run.reward_source.load_state_dict({"rollouts": run.update + 1})
     for parameter in run.actor_critic.parameters():
         parameter.grad = torch.full_like(parameter, 0.1)
@@ -206,6 +207,10 @@ STATE_OF_AN_EARLIER_VERSION = {
 """What version 0.1.0 wrote after two updates of `small_config(reward={"centre": True})`, seed 3, on `PROMPTS`."""
 
 
+FROM_ONE_NUMBER = {"coef": 0.0484128, "reached": True, "kl": None, "growth": 0.0, "horizon": 100.0}
+"""The KL controller of that state: it adapts from the start, as then."""
+
+
 def test_a_checkpoint_of_an_earlier_version_is_resumed(make: Make, tmp_path: Path) -> None:
     first = make()
     first.begin(resume=False)
@@ -221,7 +226,7 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(make: Make, tmp_path: Pat
     run = make()
     assert run.begin(resume=True)
     found = state_of(run)
-    assert (found["update"], found["cursor"], found["kl"]) == (2, 16, {"coef": 0.0484128})
+    assert (found["update"], found["cursor"], found["kl"]) == (2, 16, FROM_ONE_NUMBER)
     assert (found["centre"], found["source"]) == ({"total": 0.14094370743259788, "count": 71.5}, {"rollouts": 2})
     assert found["metrics"] == {"policy/loss": -0.03, "eval/gold": 2.25} and found["evaluation"] == {"gold": 2.25}
     assert 1000.5 <= run.loop.seconds < 1100
@@ -336,7 +341,23 @@ def test_the_rates_follow_the_schedule_round_by_round(make: Make, tmp_path: Path
     train(run)
     rows = read_metrics(tmp_path / "metrics.jsonl")[1:]
     assert [row["policy/learning_rate"] for row in rows] == pytest.approx([0.5 / 3, 1 / 3, 0.5, 0.25])
-    assert [row["value/learning_rate"] for row in rows] == pytest.approx([0.25 / 3, 0.5 / 3, 0.25, 0.125])
+    assert [row["value/learning_rate"] for row in rows] == pytest.approx([0.25, 0.1875, 0.125, 0.0625])
+
+
+def test_the_policy_warms_up_from_its_own_first_round(make: Make, tmp_path: Path) -> None:
+    cfg = small_config(
+        updates=6, warmup_updates=2, value_warmup_updates=2, learning_rate=0.3, value_learning_rate=0.25, save_every=3
+    )
+    run = make(cfg)
+    run.begin(resume=False)
+    with pytest.raises(OSError, match="power"):
+        train(run, rounds=3)
+    resumed = make(cfg)
+    assert resumed.begin(resume=True)
+    train(resumed)
+    rows = read_metrics(tmp_path / "metrics.jsonl")[1:]
+    assert [row["policy/learning_rate"] for row in rows] == pytest.approx([0.1, 0.1, 0.1, 0.2, 0.3, 0.3])
+    assert [row["value/learning_rate"] for row in rows] == pytest.approx([0.25] * 6)
 
 
 def test_the_policy_is_evaluated_as_it_comes_and_when_due(make: Make, tmp_path: Path) -> None:
@@ -367,6 +388,70 @@ def test_the_value_model_warms_up_for_as_many_rounds_as_asked(make: Make) -> Non
 
     run.train(take_round)
     assert warm == [True, True, False]
+
+
+def test_the_best_policy_is_kept_and_the_log_says_of_which_update(make: Make, tmp_path: Path) -> None:
+    """Own rewards of 0, 3, 2 and 9 after 0, 2, 4 and 5 updates; the last is beyond the ceiling. A run that is stopped
+    after the fourth and goes on keeps the second's."""
+    figures = {0: (0.0, 0.0), 2: (3.0, 0.2), 4: (2.0, 0.3), 5: (9.0, 0.9)}
+
+    def evaluate(_: ActorCritic, update: int) -> dict[str, float]:
+        own_reward, kl = figures[update]
+        return {"proxy_per_token": own_reward, "kl_per_token": kl}
+
+    cfg = small_config(updates=5, evaluate_every=2, save_every=2, keep_best=True, best_max_kl=0.5)
+    first = make(cfg, evaluate=evaluate)
+    first.begin(resume=False)
+    with pytest.raises(OSError, match="power"):
+        train(first, rounds=2)
+    kept = {name: p.clone() for name, p in first.actor_critic.policy.named_parameters()}
+    run = make(cfg, evaluate=evaluate)
+    assert run.begin(resume=True)
+    train(run)
+    run.end(stopped=False)
+    rows = {row["step"]: row.get("eval/best_update") for row in read_metrics(tmp_path / "metrics.jsonl")}
+    assert rows == {0: None, 1: None, 2: 2.0, 3: None, 4: 2.0, 5: 2.0}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "best" / "policy")
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, kept[name]), name
+    last = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    assert any(not torch.equal(p, kept[name]) for name, p in last.named_parameters())
+
+
+def test_a_run_that_starts_anew_forgets_the_best_of_the_one_before(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "best" / "policy").mkdir(parents=True)
+    (tmp_path / "best" / "best.json").write_text('{"update": 9, "own_reward_per_token": 9, "kl_per_token": 0}')
+    run = make(small_config(updates=4, evaluate_every=2, keep_best=True), evaluate=None)
+    run.begin(resume=True)  # there is no checkpoint to go on from
+    assert run.best is not None and run.best.kept is None and not (tmp_path / "best").exists()
+
+
+@pytest.mark.parametrize(
+    ("mean", "reward", "said"),
+    [
+        (0.3, {}, "every further token pays"),
+        (-0.3, {}, "every further token costs"),
+        (0.19, {}, None),
+        (0.3, {"centre": True}, None),
+    ],
+)
+def test_a_reward_that_pays_for_length_is_told_once(
+    make: Make, caplog: pytest.LogCaptureFixture, mean: float, reward: dict[str, Any], said: str | None
+) -> None:
+    run = make(small_config(reward=reward))
+    metrics = {"reward/mean_token": mean, "reward/mean_abs_token": 1.0, "reward/share_dense": 0.9}
+    for _ in range(2):
+        run.note_pay_for_length(metrics)
+    assert caplog.text.count("on average, KL included") == (said is not None)
+    assert said is None or (said in caplog.text and "set reward.centre: true" in caplog.text)
+
+
+def test_a_score_of_whole_answers_pays_for_no_length(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    run = make()
+    for reward, dense in ((RewardConfig(), 0.0), (RewardConfig(kind="uniform"), 1.0)):
+        run.cfg = replace(run.cfg, reward=reward)
+        run.note_pay_for_length({"reward/mean_token": 1.0, "reward/mean_abs_token": 1.0, "reward/share_dense": dense})
+    assert not caplog.text
 
 
 def test_the_processes_share_each_round_of_prompts(make: Make) -> None:

@@ -381,19 +381,6 @@ def test_while_values_warm_up_the_loss_is_theirs_alone(tiny_gpt2: LM) -> None:
         assert statistics.loss == pytest.approx(statistics.policy_loss + 0.7 * statistics.value_loss)
 
 
-def test_explained_variance_by_hand(tiny_gpt2: LM) -> None:
-    actor_critic = double_actor_critic(tiny_gpt2)
-    scores, advantages = known_update(known_rollout())
-    mask_BT = known_rollout().mask_BT
-    returns_N = advantages.returns_BT[mask_BT]
-    residual_N = returns_N - scores.values_BT[mask_BT]
-    expected = 1 - residual_N.var(correction=0) / returns_N.var(correction=0)
-    recorder = GradientRecorder(actor_critic)
-    assert update(actor_critic, recorder, scores, advantages).explained_variance == pytest.approx(expected.item())
-    perfect = replace(scores, values_BT=advantages.returns_BT)
-    assert update(actor_critic, recorder, perfect, advantages).explained_variance == pytest.approx(1.0)
-
-
 # ---- guards
 
 

@@ -222,7 +222,6 @@ def test_every_stage_is_given_what_the_stages_before_it_made(
         assert row["kl/estimate"] == pytest.approx(
             float(kl_of(scores, kl.estimator)[rollout.mask_BT].double().mean()), abs=1e-9
         )
-    assert rows[0]["kl/coef"] != rows[1]["kl/coef"]
 
 
 # ---- it says what it does
@@ -239,8 +238,9 @@ def test_the_keys_logged_are_the_keys_documented(tiny_causal_lm: LM, tiny_tokeni
     assert before.keys() == {"step", "time", "eval/gold"}
     logged = {"eval/<name>" if key.startswith("eval/") else key for key in after} - {"step", "time"}
     mismatch = {key for key in documented_keys() if key.startswith("mismatch/")}
+    some_evaluations = {key for key in documented_keys() if key.startswith("eval/")} - {"eval/<name>"}
     refresh = {key for key in documented_keys() if key.startswith("refresh/")} | {"time/refresh_s"}
-    assert logged == documented_keys() - mismatch - refresh - {"length/message_tokens"}
+    assert logged == documented_keys() - mismatch - refresh - some_evaluations - {"length/message_tokens"}
     cfg = small_config(updates=1)
     paged = replace(cfg, rollout=replace(cfg.rollout, engine="paged"))
     run_ppo(paged, tiny_causal_lm, tiny_tokenizer, tmp_path / "paged")
@@ -309,8 +309,8 @@ def test_the_price_of_a_nat_follows_the_measured_kl_and_not_the_estimate_that_is
 ) -> None:
     """kl/per_token is the sampled log-ratio (k1), kl/estimate is k2, its square. At a price of 1e-30 neither moves the
     policy, so a first run tells the KL of round 2, and the second one has a target for which that KL is 10 % too much:
-    8 answers of a horizon of 16 make the price 1 + 0.1 / 2 of what it was. Round 1 is at distance 0, which is clipped:
-    1 - 0.2 / 2."""
+    Round 1 is at distance 0, before the target was reached. Then the KL grew by all that it is, of which 8 rounds at a
+    fifth are 1.6 times as much: 1.1 * 2.6 of the target."""
 
     def run(target: float, folder: Path) -> list[dict[str, Any]]:
         kl = KLConfig(coef=1e-30, placement="loss", estimator="k2", target=target, horizon=16)
@@ -324,7 +324,7 @@ def test_the_price_of_a_nat_follows_the_measured_kl_and_not_the_estimate_that_is
     rows = run(target, tmp_path / "second")
     assert rows[1]["kl/per_token"] == measured["kl/per_token"]
     coefs = [row["kl/coef"] for row in rows]
-    assert coefs == pytest.approx([1e-30, 0.9e-30, 0.9e-30 * 1.05], rel=1e-6, abs=0)
+    assert coefs == pytest.approx([1e-30, 1e-30, 1e-30 * (1.1 * 2.6) ** 2], rel=1e-6, abs=0)
 
 
 # ---- every setting runs

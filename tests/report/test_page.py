@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from tests.report.run_folders import MACHINE, NASTY, add_stages, write_run
+from tests.report.run_folders import MACHINE, NASTY, add_stages, evaluation, write_run
 from tlcr.errors import DataError
 from tlcr.report.figures import ARM_COLOURS, STEPS, _linear, arm_colour, arm_marker, curve_panels, mean_curve
 from tlcr.report.page import print_results, verdicts, write_report
@@ -279,6 +279,55 @@ def test_an_engines_mismatch_is_drawn_where_a_run_has_one(tmp_path: Path) -> Non
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     log.write_text("".join(json.dumps(row | {"mismatch/effective_share": 0.9}) + "\n" for row in rows))
     assert title in write_report(folder).read_text(encoding="utf-8")
+
+
+def test_the_discriminators_drift_is_drawn_where_words_have_a_gold(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"a": 0.3, "b": 0.2}, seeds=(0, 1))
+    label = "AUC and calibration error of the discriminator on the policy's own answers"
+    assert label not in write_report(folder).read_text(encoding="utf-8")
+    for log in folder.glob("ppo/a/*/metrics.jsonl"):
+        rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        for row in rows:
+            if "eval/length" in row:
+                row |= {"eval/discriminator_auc": 0.9, "eval/discriminator_ece": 0.1}
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert f"{label}: a" in text and f"{label}: b" not in text  # b pays what no discriminator says
+    curve = json.loads((folder / "results.json").read_text())["arms"][0]["seeds"][0]["curve"]
+    assert [p["update"] for p in curve if p.get("discriminator_auc") == 0.9] == [
+        10,
+        20,
+        30,
+        40,
+        50,
+    ]  # the ends are in evaluation.json
+
+
+def test_page_and_tables_say_which_policy_was_kept_and_why(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"a": 0.3, "b": 0.2}, seeds=(0, 1))
+    assert "The policy that was kept" not in write_report(folder).read_text(encoding="utf-8")
+    for seed, update in ((0, 20), (1, 40)):
+        best = folder / "ppo" / "a" / f"seed-{seed}" / "best" / "best.json"
+        best.parent.mkdir()
+        judged = evaluation(0.5 + 0.1 * seed, 0.25)
+        best.write_text(json.dumps({"update": update, "max_kl": 0.5, "evaluation": judged}))
+    text = write_report(folder).read_text(encoding="utf-8")
+    (_, row) = Page(text).rows["best"]
+    results = json.loads((folder / "results.json").read_text())
+    last = results["arms"][0]["after"]["gold_per_token"]
+    assert row[:2] == ["a", "20, 40"] and row[2].startswith(number(0.55)) and row[3].startswith(number(last["mean"]))
+    assert row[4].startswith(number(0.5)) and row[6].startswith(number(0.25))  # own reward and KL of the kept ones
+    assert "a KL of at most 0.5 nats per token" in text
+    assert results["arms"][1]["best"] is None and results["arms"][0]["seeds"][1]["best"]["update"] == 40
+    line = next(row for row in (folder / "results.md").read_text().splitlines() if "| 20, 40 |" in row)
+    assert line.startswith(f"| a | 20, 40 | {number(0.55)} [")
+
+
+def test_that_no_policy_was_near_enough_to_be_kept_is_said(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"a": 0.3}, seeds=(0,))
+    config = folder / "config.yaml"
+    config.write_text(config.read_text() + "ppo:\n  keep_best: true\n")
+    assert "No policy was kept" in write_report(folder).read_text(encoding="utf-8")
 
 
 def test_updates_are_whole_numbers() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +18,8 @@ from tlcr import ops
 from tlcr.config.schema import RewardConfig
 from tlcr.errors import CheckpointError, ConfigError, DataError, ShapeError, TrainingDiverged
 from tlcr.rewards import composition
-from tlcr.rewards.composition import PARTS, RunningMean, compose_rewards, reward_accounting
+from tlcr.rewards.centre import Centre, RunningLine, RunningMean, build_centre
+from tlcr.rewards.composition import PARTS, compose_rewards, reward_accounting
 from tlcr.types import Rewards, RewardSignal
 
 # Three answers: 4 tokens that end, 3 tokens with a masked one inside and cut off, none at all. False: not counted.
@@ -42,19 +46,25 @@ def compose(
     kl: Tensor | None = None,
     kl_coef: float = 0.0,
     temperature: float = 1.0,
-    centre: RunningMean | None = None,
+    centre: Centre | None = None,
+    max_tokens: int | None = None,
     **options: object,
 ) -> Rewards:
-    """`compose_rewards` with its defaults; centring is on where a running mean is given."""
+    """`compose_rewards` with its defaults; centring is on where a centre is given."""
+    cfg = RewardConfig(
+        centre="position" if isinstance(centre, RunningLine) else centre is not None,
+        **options,  # type: ignore[arg-type]
+    )
     return compose_rewards(
         signal,
         mask,
         ended_B=ended,
         kl_BT=kl,
         kl_coef=kl_coef,
-        cfg=RewardConfig(centre=centre is not None, **options),  # type: ignore[arg-type]
+        cfg=cfg,
         temperature=temperature,
         centre=centre,
+        max_tokens=max_tokens,
     )
 
 
@@ -249,6 +259,39 @@ def test_float64_stays_float64() -> None:
     assert {part.dtype for part in (rewards.rewards_BT, *rewards.parts.values())} == {torch.float64}
 
 
+@pytest.mark.parametrize(
+    ("max_tokens", "buffer", "paid"),
+    [
+        (4, 2, (1.0, 0.5)),  # 4 and 3 counted tokens of 4, of which 2 are free
+        (4, 1, (1.0, 0.0)),
+        (5, 4, (0.75, 0.5)),
+        (9, 3, (0.0, 0.0)),  # neither comes near the limit
+    ],
+)
+def test_an_answer_pays_for_coming_near_the_limit(max_tokens: int, buffer: int, paid: tuple[float, float]) -> None:
+    """DAPO's eq. 13 in the tokens of an answer that count: ((limit - buffer) - n) / buffer, at the last of them; the
+    second answer's third column is no token of its own. An answer without tokens pays nothing."""
+    rewards = compose(LOGITS, max_tokens=max_tokens, overlong_buffer=buffer, overlong_penalty=3.0)
+    wanted = torch.zeros(3, 5)
+    wanted[0, 3], wanted[1, 3] = -3 * paid[0], -3 * paid[1]
+    torch.testing.assert_close(rewards.parts["length"], wanted)
+    torch.testing.assert_close(rewards.rewards_BT, wanted + torch.where(MASK, D, 0.0))
+
+
+def test_the_penalties_at_the_end_add_up() -> None:
+    options = {"length_penalty": 0.1, "missing_eos_penalty": 0.5, "overlong_buffer": 2, "max_tokens": 4}
+    rewards = compose(LOGITS, **options)  # type: ignore[arg-type]
+    wanted = torch.where(MASK, -0.1, 0.0)
+    wanted[0, 3] -= 1.0
+    wanted[1, 3] -= 0.5 + 0.5
+    torch.testing.assert_close(rewards.parts["length"], wanted)
+
+
+def test_the_overlong_penalty_needs_the_limit() -> None:
+    with pytest.raises(ConfigError, match="pass the length limit"):
+        compose(LOGITS, overlong_buffer=2)
+
+
 # ---- centring
 
 
@@ -277,6 +320,92 @@ def test_the_centre_is_subtracted_after_scale_and_clip() -> None:
     before.update(torch.tensor([[-2.0, -2.0]]), mask)
     later = compose(signal, mask, centre=before, **options)  # type: ignore[arg-type]
     torch.testing.assert_close(later.rewards_BT, torch.tensor([[1.2, 0.6]]))
+
+
+# Three answers of 3, 0 and 4 counted tokens, the last with one before them that does not count (a message).
+PLACES = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0], [0, 1, 1, 1, 1]], dtype=torch.bool)
+LOGS = torch.tensor([1.0, 2, 3, 1, 2, 3, 4], dtype=torch.float64).log()
+
+
+def at_places(values: Tensor) -> Tensor:
+    """(3, 5) with these at the seven tokens, and NaN where nothing counts."""
+    return torch.full(PLACES.shape, torch.nan, dtype=torch.float64).masked_scatter(PLACES, values.double())
+
+
+def test_a_line_in_the_logarithm_of_the_place_is_found_and_taken_away() -> None:
+    line = RunningLine()
+    assert torch.equal(line.at(PLACES), torch.zeros(3, 5))
+    line.update(at_places(0.5 - 0.3 * LOGS), PLACES)
+    assert (line.intercept, line.slope) == pytest.approx((0.5, -0.3))
+    torch.testing.assert_close(line.at(PLACES), at_places(0.5 - 0.3 * LOGS).nan_to_num())
+
+
+def test_the_line_is_that_of_least_squares_and_earlier_rounds_weigh_less() -> None:
+    values = torch.tensor([0.3, -0.7, 0.2, 0.9, -0.4, 0.1, 0.6])
+    line = RunningLine(decay=0.5)
+    line.update(at_places(values), PLACES)
+    line.update(at_places(2 * values + 1), PLACES)
+    weights = np.sqrt([0.5] * 7 + [1.0] * 7)
+    rewards = torch.cat([values, 2 * values + 1]).double().numpy()
+    slope, intercept = np.polyfit(torch.cat([LOGS, LOGS]).numpy(), rewards, 1, w=weights)
+    assert (line.slope, line.intercept) == pytest.approx((slope, intercept))
+    late = RunningLine(decay=0.5)  # one place later, and the line is another
+    late.update(at_places(values.roll(1)), PLACES)
+    assert abs(late.slope - line.slope) > 0.05
+
+
+def test_at_a_single_place_the_line_is_the_mean() -> None:
+    first = torch.zeros(3, 5, dtype=torch.bool)
+    first[:, 2] = True
+    line, mean = RunningLine(), RunningMean()
+    for centre in (line, mean):
+        centre.update(torch.tensor([0.1, 0.7, 0.1, 0.2, 0.3]).repeat(3, 1).double(), first)
+    assert (line.slope, line.intercept) == (0.0, pytest.approx(mean.mean))
+    torch.testing.assert_close(line.at(first), mean.at(first))
+
+
+def test_centring_by_position_pays_late_tokens_as_early_ones() -> None:
+    """Rewards that fall by the place alone, with their KL, leave nothing; and centred by the mean they do not."""
+    signal = RewardSignal(dense_BT=at_places(1 - 0.5 * LOGS).nan_to_num().float())
+    kl = at_places(0.2 + 0.1 * LOGS).nan_to_num().float()
+    options = {"kind": "callable", "callable": "m:f", "ended": torch.ones(3, dtype=torch.bool), "kl": kl}
+    found = compose(signal, PLACES, centre=RunningLine(), kl_coef=2.0, **options)  # type: ignore[arg-type]
+    torch.testing.assert_close(found.rewards_BT, torch.zeros(3, 5), atol=1e-6, rtol=0)
+    by_mean = compose(signal, PLACES, centre=RunningMean(), kl_coef=2.0, **options)  # type: ignore[arg-type]
+    assert by_mean.rewards_BT.abs().max() > 0.4
+
+
+def test_a_line_over_several_processes_is_that_of_all_their_tokens() -> None:
+    values = torch.tensor([0.3, -0.7, 0.2, 0.9, -0.4, 0.1, 0.6])
+    alone = RunningLine()
+    alone.update(at_places(values), PLACES)
+    theirs: list[Tensor] = []
+    other = RunningLine(reduce=lambda sums: theirs.append(sums) or sums)  # type: ignore[func-returns-value]
+    other.update(at_places(values)[2:], PLACES[2:])
+    mine = RunningLine(reduce=lambda sums: sums + theirs[0])
+    mine.update(at_places(values)[:2], PLACES[:2])
+    assert mine.sums == pytest.approx(alone.sums)
+    reduced: list[Tensor] = []
+    empty = RunningLine(reduce=lambda sums: reduced.append(sums) or sums)  # type: ignore[func-returns-value]
+    empty.update(at_places(values), torch.zeros(3, 5, dtype=torch.bool))
+    assert len(reduced) == 1 and set(empty.sums.values()) == {0.0}
+
+
+def test_a_line_resumes_and_refuses_the_state_of_a_mean() -> None:
+    line = RunningLine()
+    line.update(at_places(0.5 - 0.3 * LOGS), PLACES)
+    resumed = RunningLine()
+    resumed.load_state_dict(json.loads(json.dumps(line.state_dict())))
+    for each in (line, resumed):
+        each.update(at_places(LOGS), PLACES)
+    assert (resumed.slope, resumed.intercept) == (line.slope, line.intercept)
+    with pytest.raises(CheckpointError, match="wanted a finite 'x'"):
+        resumed.load_state_dict({"total": 1.0, "count": 2.0})
+
+
+@pytest.mark.parametrize(("centre", "kind"), [(True, RunningMean), (False, type(None)), ("position", RunningLine)])
+def test_the_config_chooses_the_centre(centre: Any, kind: type) -> None:
+    assert type(build_centre(RewardConfig(centre=centre))) is kind
 
 
 def test_the_formula_is_told_in_one_way() -> None:
@@ -478,7 +607,7 @@ def test_a_kind_whose_signal_is_missing_is_refused(signal: RewardSignal, options
 
 
 def test_centring_needs_a_mean_that_outlives_the_call() -> None:
-    with pytest.raises(ConfigError, match="pass a RunningMean that outlives it"):
+    with pytest.raises(ConfigError, match="pass one of build_centre that outlives it"):
         compose_rewards(
             LOGITS,
             MASK,

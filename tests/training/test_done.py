@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tlcr.config.schema import RunConfig
+from tlcr.config.schema import KLConfig, RunConfig
 from tlcr.errors import CheckpointError
 from tlcr.training.checkpoint import as_plain
 from tlcr.training.done import done_config, is_done, mark_done
@@ -61,3 +61,14 @@ def test_a_knob_that_was_dropped_is_no_reason_to_train_again_where_it_had_its_de
     record["config"]["labels"]["warn_edited_share"] = 0.7
     (tmp_path / "done.json").write_text(json.dumps(record))
     assert not is_done(tmp_path, settings)
+
+
+@pytest.mark.parametrize(("target", "done"), [(None, True), (0.5, False)])
+def test_an_old_default_is_no_reason_to_train_again_where_it_did_nothing(tmp_path, target, done):
+    settings = {"kl": KLConfig(target=target)}
+    mark_done(tmp_path, config=settings, metrics={}, seconds=1.0)
+    record = json.loads((tmp_path / "done.json").read_text())
+    record["config"]["kl"]["horizon"] = 10_000
+    (tmp_path / "done.json").write_text(json.dumps(record))
+    assert is_done(tmp_path, settings) == done
+    assert not is_done(tmp_path, {"kl": KLConfig(target=target, coef=0.7)})

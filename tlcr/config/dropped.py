@@ -14,9 +14,9 @@ from functools import cache
 from typing import Any
 
 from tlcr.config.judging import JudgeConfig
-from tlcr.config.schema import EndpointConfig, GeneratorConfig, LabelConfig, TrainingConfig
+from tlcr.config.schema import EndpointConfig, GeneratorConfig, KLConfig, LabelConfig, TrainingConfig
 
-__all__ = ["DROPPED", "Dropped", "dropped_knobs", "dropped_paths", "without_dropped"]
+__all__ = ["DROPPED", "IDLE", "Dropped", "dropped_knobs", "dropped_paths", "without_dropped"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,10 @@ DROPPED: Mapping[type, Mapping[str, Dropped]] = {
     },
 }
 """By the class that had them. A subclass that still has a knob of the name keeps it: ModelConfig, SFTConfig."""
+
+IDLE: Mapping[type, Mapping[str, str]] = {KLConfig: {"horizon": "target"}}
+"""Knobs that do nothing while the one that they name is null, and whose default was another once: then what a run noted
+of them says nothing about it."""
 
 
 @cache

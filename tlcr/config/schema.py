@@ -3,8 +3,8 @@
 The defaults are the vetted setting. Where each comes from is the ``source`` of its knob: "paper" is arXiv 2407.16574,
 "released code" its authors' training scripts, "PPO" Schulman et al. 2017 (arXiv 1707.06347) as practised by Stiennon
 et al. 2020, "DPO" Rafailov et al. 2023 (arXiv 2305.18290), "Q-RM" the released code of Chen et al. 2025 (arXiv
-2505.23363), "LoRA" Hu et al. 2021 (arXiv 2106.09685), "Schulman et al.
-2025" their "LoRA Without Regret", "ours" a choice of this project. Nothing here imports torch, so that ``tlcr --help``
+2505.23363), "DAPO" Yu et al. 2025 (arXiv 2503.14476), "LoRA" Hu et al. 2021 (arXiv 2106.09685), "Schulman et al. 2025"
+their "LoRA Without Regret", "ours" a choice of this project. Nothing here imports torch, so that ``tlcr --help``
 answers at once.
 """
 
@@ -574,11 +574,23 @@ class RewardConfig(Checked):
     )
     scale: float = knob(1.0, "factor on the token or sequence reward", ge=0)
     clip: float | None = knob(5.0, "bound on |scaled token reward|", source="released code", gt=0)
-    centre: bool = knob(
-        False, "subtract the running mean of a token's reward, KL included, so that length earns nothing"
+    centre: bool | Literal["position"] = knob(
+        False,
+        "subtract the running mean of a token's reward, KL included, so that length earns nothing; position: the "
+        "running mean at the token's place in its answer, a line in the logarithm of the place",
     )
     length_penalty: float = knob(0.0, "cost of every token", ge=0, advanced=True)
     missing_eos_penalty: float = knob(0.0, "cost, at the last token, of an answer cut off by the length limit", ge=0)
+    overlong_buffer: int | None = knob(
+        None,
+        "an answer that comes within so many tokens of the length limit pays at its last token, from nothing where the "
+        "buffer begins to overlong_penalty at the limit",
+        source="DAPO",
+        unit="tokens",
+        ge=1,
+        advanced=True,
+    )
+    overlong_penalty: float = knob(1.0, "cost of an answer of full length", source="DAPO", gt=0, advanced=True)
     sequence_coef: float = knob(0.0, "adds the sequence reward model's score, times this, at the last token", ge=0)
     terminal_clip: float | None = knob(
         None,
@@ -647,8 +659,12 @@ class KLConfig(Checked):
         "in the loss: in the reward it does not depend on the action",
     )
     target: float | None = knob(None, "adapt the coefficient to hold this KL", unit="nats per token", gt=0)
-    horizon: int = knob(
-        10_000, "answers over which the coefficient adapts", source="Ziegler et al. 2019", ge=1, advanced=True
+    horizon: int | None = knob(
+        None,
+        "answers over which the coefficient adapts; default: a twentieth of all that the run samples, one batch at "
+        "least",
+        ge=1,
+        advanced=True,
     )
 
     def __post_init__(self) -> None:
@@ -773,7 +789,12 @@ class PPOConfig(Checked):
     schedule: Literal["cosine", "linear", "constant"] = knob(
         "constant", "learning-rate decay over the updates", advanced=True
     )
-    warmup_updates: int = knob(0, "updates in which the learning rates rise linearly", ge=0, advanced=True)
+    warmup_updates: int = knob(
+        0,
+        "updates in which the policy's learning rate rises linearly, from the first that trains the policy",
+        ge=0,
+        advanced=True,
+    )
     max_grad_norm: float = knob(1.0, "gradients are clipped to this norm", gt=0, advanced=True)
     gamma: float = knob(1.0, "discount", source="released code", ge=0, le=1)
     lam: float = knob(0.95, "lambda of the advantage estimate", source="released code", ge=0, le=1)
@@ -815,6 +836,22 @@ class PPOConfig(Checked):
     )
     keep_checkpoints: int = knob(2, "older checkpoints are deleted", ge=1, advanced=True, decides=False)
     evaluate_every: int = knob(0, "updates between evaluations; 0: at the start and end only", ge=0)
+    keep_best: bool = knob(
+        False,
+        "keep, in best/, the policy whose own reward on held-out prompts was highest, of those with a KL of at most "
+        "best_max_kl",
+    )
+    best_max_kl: float | None = knob(
+        1.0, "no policy further from the reference is the best one; null: any", unit="nats per token", gt=0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep_best and not self.evaluate_every:
+            raise ConfigError(
+                "PPOConfig.keep_best chooses among the evaluations of a run, and evaluate_every is 0, so that the only "
+                "one is at the end; set evaluate_every, such as a tenth of updates, or keep_best: false"
+            )
 
     def size_problem(self, processes: int) -> str | None:
         """Why the batches cannot be cut and shared evenly among so many processes; None where they can."""
@@ -987,6 +1024,7 @@ class RunConfig(Checked):
             )
         if any(reward.refresh.every for reward in (self.reward, *(arm.reward for arm in self.arms))):
             self._check_refresh()
+        self._check_overlong()
         official = [reward for reward in (self.reward, *(arm.reward for arm in self.arms)) if reward.compat is not None]
         if official and self.kl.placement != "reward":
             raise ConfigError(
@@ -1020,6 +1058,21 @@ class RunConfig(Checked):
                 raise ConfigError(
                     f"RunConfig.reward.refresh trains a whole discriminator, on single answers, which {name} "
                     f"{value!r} does not leave; change that setting, or set reward.refresh.every: 0"
+                )
+
+    def _check_overlong(self) -> None:
+        for reward in (self.reward, *(arm.reward for arm in self.arms)):
+            if reward.overlong_buffer is None:
+                continue
+            if reward.overlong_buffer > self.rollout.max_new_tokens:
+                raise ConfigError(
+                    f"RunConfig.reward.overlong_buffer is {reward.overlong_buffer}, more than rollout.max_new_tokens, "
+                    f"{self.rollout.max_new_tokens}: every answer would pay; set it to a share of them, such as a fifth"
+                )
+            if self.rollout.environment is not None:
+                raise ConfigError(
+                    "RunConfig.reward.overlong_buffer is the end of one answer's length, but rollout.environment makes "
+                    "conversations of several; drop one of the two"
                 )
 
     @property

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tlcr.config.functions import failure
 from tlcr.errors import DataError, ShapeError
+from tlcr.evaluation.drift import JudgedToken, WordGold, calibration_error, judge, ranking
 from tlcr.text.tokenization import token_pieces
 from tlcr.text.truncation import cut_beginning
 from tlcr.training.checkpoint import atomic_write, write_json
@@ -39,6 +40,8 @@ MEASURES = (
     "entropy",
     "length",
     "ended_share",
+    "discriminator_auc",
+    "discriminator_ece",
 )
 """The measures of an evaluation, in the order of its JSON."""
 
@@ -48,12 +51,14 @@ class TokenDetail:
     """The arm's reward of every action of a rollout, (B, T), all without KL.
 
     proxy_BT: the reward as its source and `reward.scale` make it. rewards_BT: the same, centred where the arm's is.
-    advantages_BT: the advantage under the latter.
+    advantages_BT: the advantage under the latter. confidence_BT: the discriminator's in each token, in [0, 1]; None
+    where the reward is not read off one.
     """
 
     proxy_BT: Tensor
     rewards_BT: Tensor
     advantages_BT: Tensor
+    confidence_BT: Tensor | None = None
 
 
 class Detailer(Protocol):
@@ -85,6 +90,9 @@ class EvaluatedAnswer:
     value: tuple[float, ...] = ()
     token_kl: tuple[float, ...] = ()
     prompt_cut: str = ""
+    judged: tuple[JudgedToken, ...] = ()
+    """The tokens whose word has a gold, as the discriminator judged them; none without a discriminator, or where words
+    have no gold."""
 
     def to_json(self, when: Literal["before", "after"]) -> dict[str, Any]:
         """A line of samples.jsonl."""
@@ -125,9 +133,13 @@ class PolicyEvaluation:
     length: float
     """Tokens per answer."""
     ended_share: float
+    discriminator_auc: float | None
+    """Of the discriminator's confidence in the policy's tokens against the gold of their words: `drift.ranking`."""
+    discriminator_ece: float | None
+    """The calibration error of the same: `drift.calibration_error`."""
     answers: int
     standard_errors: dict[str, float | None]
-    """One for each measure; the answer is the independent unit. None below two answers."""
+    """One for each measure that is a mean; the answer is the independent unit. None below two answers."""
     samples: tuple[EvaluatedAnswer, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -148,6 +160,7 @@ def evaluate_policy(
     score: Callable[[Rollout], PolicyScores],
     scorer: Scorer | None,
     batch_size: int = 64,
+    word_gold: WordGold | None = None,
     samples: int = 0,
     detail: Detailer | None = None,
     share: tuple[int, int] = (0, 1),
@@ -164,6 +177,8 @@ def evaluate_policy(
             is wanted.
         scorer: gives whole answers their gold; None where there is none.
         batch_size: prompts given to ``generate`` at a time.
+        word_gold: gives the words of an answer their gold, to hold a discriminator's confidence against; None where
+            words have none.
         samples: answers kept with per-token detail, the first ones.
         detail: the arm's reward and advantages. Without it those of the samples are empty, and there is no proxy.
         share: the number of this process, and of processes that share the prompts. Each answers every such-and-such
@@ -188,7 +203,7 @@ def evaluate_policy(
         details = detail(rollout, scores) if detail is not None else None
         if batch:
             kept = min(max(samples - start, 0), len(batch))
-            answers.extend(_answers(rollout, scores, _gold(scorer, rollout), tokenizer, kept, details))
+            answers.extend(_answers(rollout, scores, _gold(scorer, rollout), tokenizer, kept, details, word_gold))
     return summarise(gather(answers) if gather is not None else answers, samples=samples)
 
 
@@ -201,6 +216,7 @@ def summarise(answers: Sequence[EvaluatedAnswer], *, samples: int) -> PolicyEval
     gold = [a.gold for a in answers if a.gold is not None]
     proxy = [a.proxy for a in answers if a.proxy is not None]
     exact = [a.exact_kl for a in answers if a.exact_kl is not None]
+    judged = [token for a in answers for token in a.judged]
     estimates = {
         "gold_per_token": ratio_of_sums(gold, lengths) if gold else (None, None),
         "gold_per_answer": mean_of(gold) if gold else (None, None),
@@ -212,6 +228,8 @@ def summarise(answers: Sequence[EvaluatedAnswer], *, samples: int) -> PolicyEval
         "entropy": ratio_of_sums([a.entropy for a in answers], lengths),
         "length": mean_of(lengths),
         "ended_share": mean_of([float(a.ended) for a in answers]),
+        "discriminator_auc": (ranking(judged), None) if judged else (None, None),
+        "discriminator_ece": (calibration_error(judged), None),
     }
     return PolicyEvaluation(
         **{name: estimates[name][0] for name in MEASURES},  # type: ignore[arg-type]
@@ -306,11 +324,13 @@ def _answers(
     tokenizer: PreTrainedTokenizerBase,
     kept: int,
     detail: TokenDetail | None,
+    word_gold: WordGold | None,
 ) -> list[EvaluatedAnswer]:
     mask_BT = rollout.mask_BT
     if detail is not None:
-        for name in ("proxy_BT", "rewards_BT", "advantages_BT"):
-            shape = getattr(detail, name).shape
+        for name in ("proxy_BT", "rewards_BT", "advantages_BT", "confidence_BT"):
+            values_BT = getattr(detail, name)
+            shape = mask_BT.shape if values_BT is None else values_BT.shape
             if shape != mask_BT.shape:
                 raise ShapeError(
                     f"{name} has shape {tuple(shape)}, the rollout {tuple(mask_BT.shape)}; give one value an action"
@@ -323,6 +343,7 @@ def _answers(
     entropy, values = rows(scores.entropy_BT), rows(scores.values_BT)
     exact = rows(scores.kl_BT) if scores.kl_BT is not None else None
     proxy = rows(detail.proxy_BT) if detail is not None else None
+    confidence = None if detail is None or detail.confidence_BT is None else rows(detail.confidence_BT)
     answers = []
     for b, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
         answer = EvaluatedAnswer(
@@ -336,10 +357,20 @@ def _answers(
             entropy=math.fsum(entropy[b]),
             ended=bool(rollout.ended_B[b]),
         )
+        context = rollout.prompt_ids_BP[b][rollout.prompt_mask_BP[b]].tolist()
+        if word_gold is not None and confidence is not None and rollout.messages_BT is None:
+            judged = judge(
+                word_gold(prompt, response),
+                response,
+                rollout.response_ids_BT[b][mask_BT[b]].tolist(),
+                confidence[b],
+                context=context,
+                tokenizer=tokenizer,
+            )
+            answer = dataclasses.replace(answer, judged=judged)
         if b < kept:
             read_T = rollout.read_BT[b]
             ids, acted = rollout.response_ids_BT[b][read_T].tolist(), mask_BT[b][read_T].tolist()
-            context = rollout.prompt_ids_BP[b][rollout.prompt_mask_BP[b]].tolist()
             answer = dataclasses.replace(
                 answer,
                 tokens=tuple(compress(token_pieces(tokenizer, ids, context=context), acted)),

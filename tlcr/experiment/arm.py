@@ -16,12 +16,14 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel
 
+from tlcr import ops
 from tlcr.config.functions import import_scorer
 from tlcr.config.schema import RewardConfig, RunConfig
 from tlcr.config.stages import TRAINED
 from tlcr.config.trials import Trial
 from tlcr.data import embedded
 from tlcr.engines import build_engine
+from tlcr.errors import DataError
 from tlcr.evaluation.evaluate import EvaluatedAnswer, PolicyEvaluation, TokenDetail, evaluate_policy, write_evaluation
 from tlcr.experiment.frozen_models import FrozenModels, load_frozen_models, load_reference, load_roles
 from tlcr.experiment.refresh import refresh_of
@@ -34,7 +36,8 @@ from tlcr.ppo.rollout import generate, seeded_generator
 from tlcr.ppo.run import SERVER_WEIGHTS
 from tlcr.ppo.scores import score_rollout
 from tlcr.recipes.train_ppo import train_ppo
-from tlcr.rewards.composition import RunningMean, compose_rewards
+from tlcr.rewards.centre import build_centre
+from tlcr.rewards.composition import compose_rewards
 from tlcr.rewards.sources import models_of
 from tlcr.text.truncation import note_cut_prompts
 from tlcr.training.distributed import on_main_process, process_count, process_index
@@ -178,6 +181,8 @@ class _Evaluation:
             self._scorer = import_scorer(cfg.evaluation.scorer)
         elif run.embedded:
             self._scorer = embedded.score
+        # words have a gold in the embedded task alone
+        self._word_gold = _words_of_the_embedded_task if run.embedded else None
 
     def __call__(self, actor_critic: ActorCritic) -> PolicyEvaluation:
         run, cfg = self._run, self._cfg
@@ -219,6 +224,7 @@ class _Evaluation:
                 generate=sample,
                 score=score,
                 scorer=self._scorer,
+                word_gold=self._word_gold,
                 batch_size=cfg.rollout.batch_size,
                 samples=cfg.evaluation.samples,
                 detail=self._detail,
@@ -240,7 +246,8 @@ class _Evaluation:
                 kl_coef=0.0,
                 cfg=reward,
                 temperature=self._frozen.temperature,
-                centre=RunningMean() if reward.centre else None,
+                centre=build_centre(reward),
+                max_tokens=self._cfg.rollout.max_new_tokens,
             )
 
         ppo, reward = self._cfg.ppo, self._cfg.reward
@@ -249,4 +256,17 @@ class _Evaluation:
             rewards, scores, rollout.mask_BT, gamma=ppo.gamma, lam=ppo.lam, whiten=ppo.whiten, accelerator=None
         )
         proxy = composed(replace(reward, centre=False)) if reward.centre else rewards
-        return TokenDetail(proxy.rewards_BT, rewards.rewards_BT, advantages.advantages_BT)
+        confidence_BT = None
+        if signal.logits_BTC is not None:
+            paid_BT = ops.fused_reward(signal.logits_BTC, rollout.mask_BT, temperature=self._frozen.temperature)
+            confidence_BT = (paid_BT + 1) / 2
+        return TokenDetail(proxy.rewards_BT, rewards.rewards_BT, advantages.advantages_BT, confidence_BT)
+
+
+def _words_of_the_embedded_task(prompt: str, response: str) -> list[tuple[int, int, float]]:
+    """The characters of each word, and the gold that it adds; none where a user's own prompt names no topic."""
+    try:
+        words = embedded.gold(prompt, response).words
+    except DataError:
+        return []
+    return [(word.start, word.end, word.gold) for word in words]

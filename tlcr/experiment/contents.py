@@ -338,7 +338,9 @@ def _disk(cfg: RunConfig, stages: Collection[str], model: PreTrainedModel) -> It
     checkpoints = checkpoints_at_a_time(
         total_steps=cfg.ppo.updates, save_every=cfg.ppo.save_every, keep=cfg.ppo.keep_checkpoints
     )
-    need = at_a_time * checkpoints * checkpoint + runs * models
+    # with ppo.keep_best a policy more for each run, and two while a better one is written
+    kept = (runs + at_a_time) * roles["reference"].weights if cfg.ppo.keep_best else 0
+    need = at_a_time * checkpoints * checkpoint + runs * models + kept
     free = shutil.disk_usage(existing(Path(cfg.output_dir))).free
     if need > free:
         fact = (

@@ -160,7 +160,7 @@ def token_rewards(run: RunFolder, cfg: RunConfig, rows: Sequence[MarkedRow], *, 
     if cfg.reward.kind in WHOLE_ANSWER_KINDS:
         return None
     # No value model is needed, nor a frozen model from which only the value model starts, nor the score at the end.
-    reward = replace(cfg.reward, sequence_coef=0.0, centre=False)
+    reward = replace(cfg.reward, sequence_coef=0.0, centre=False, overlong_buffer=None)
     cfg = replace(cfg, reward=reward, ppo=replace(cfg.ppo, value_model="shared"))
     frozen = load_frozen_models(run, cfg)
     source = frozen.source(run, cfg, load_reference(run) if cfg.uses_dpo(reward) else None, cfg.seed)

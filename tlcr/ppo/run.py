@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,19 +17,21 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tlcr.config.schema import PPOConfig, RunConfig, undecisive
+from tlcr.config.schema import SHARED_SCORE_KINDS, WHOLE_ANSWER_KINDS, PPOConfig, RunConfig, undecisive
 from tlcr.config.stages import DONE
 from tlcr.engines import build_engine, resolved
 from tlcr.errors import CheckpointError, ConfigError, TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic
-from tlcr.models.adapters import adapter_of, base_parameters, own_parameters, own_part, role_of
+from tlcr.models.adapters import adapter_of, base_parameters, own_parameters, own_part, role_of, save_trained
 from tlcr.ppo.ahead import Ahead
+from tlcr.ppo.best import BEST, BestPolicy
 from tlcr.ppo.conversation import Environment
 from tlcr.ppo.correction import Correction
 from tlcr.ppo.kl import build_kl_controller
 from tlcr.ppo.packing import packs_rows
 from tlcr.ppo.rollout import PromptStream
-from tlcr.rewards.composition import RunningMean, check_kl
+from tlcr.rewards.centre import build_centre
+from tlcr.rewards.composition import check_kl
 from tlcr.rewards.sources import RewardSource, models_of
 from tlcr.text.truncation import note_cut_prompts
 from tlcr.training.callbacks import Callback
@@ -41,6 +44,8 @@ from tlcr.training.optim import build_optimizer, build_scheduler, parameter_grou
 from tlcr.training.sharding import gathered, plan, shard_all
 from tlcr.training.trained_part import digest, trained_part
 from tlcr.types import RewardSignal, Rollout
+
+logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[ActorCritic, int], Mapping[str, float]]
 """(policy and value model, updates done) to figures by name."""
@@ -95,8 +100,10 @@ class Refresh(Protocol):
         ...
 
 
-FREE_TO_CHANGE = ("updates", "evaluate_every", *undecisive(PPOConfig))
+FREE_TO_CHANGE = ("updates", "evaluate_every", "keep_best", "best_max_kl", *undecisive(PPOConfig))
 """What a resumed run may change: the results of a round do not depend on it."""
+PAYS_FOR_LENGTH = 0.2
+"""Of the mean size of a token's reward: a mean beyond this share of it pays for length, or for its lack (ours)."""
 SERVER_WEIGHTS = "server_weights"
 """Folder of a PPO run in which servers find the policy's weights; it is there while they read them."""
 SHOWN = ("reward/mean_score", "kl/per_token", "policy/entropy", "length/mean")
@@ -155,13 +162,16 @@ class PPORun:
         # a judge that is a role shares their layers
         shard_all([self.reference, self.actor_critic, *filter(role_of, models_of(reward_source))], self.sharding)
         self.packed = packs_rows(cfg.ppo.packing, self.actor_critic, self.reference)
-        self.optimizer = build_optimizer(_parameter_groups(self.actor_critic, cfg))
+        of_policy, of_values = _parameter_groups(self.actor_critic, cfg.ppo)
+        self.optimizer = build_optimizer([*of_policy, *of_values])
         self.parallel = self.actor_critic if self.sharding else _data_parallel(self.actor_critic, accelerator)
-        self.kl_controller = build_kl_controller(cfg.kl)
-        self.centre = RunningMean(reduce=sum_over_processes) if cfg.reward.centre else None
+        self.kl_controller = build_kl_controller(cfg.kl, cfg.ppo)
+        self.centre = build_centre(cfg.reward, reduce=sum_over_processes)
         self.engine = build_engine(cfg.rollout, self.actor_critic.policy, self.folder / SERVER_WEIGHTS)
         self.correction = Correction(cfg.rollout)
+        self._warned_of_length = False
         self.environment, self.ahead, self.refresh = environment, Ahead(), refresh
+        self.best = BestPolicy(self.folder / BEST, max_kl=cfg.ppo.best_max_kl) if cfg.ppo.keep_best else None
         self.prompts = PromptStream(prompts, seed)
         self._identity = {
             **_identity(cfg, prompts, seed, None if self.sharding else accelerator.num_processes),
@@ -184,6 +194,8 @@ class PPORun:
                 schedule=cfg.ppo.schedule,
                 total_steps=cfg.ppo.updates,
                 warmup_steps=cfg.ppo.warmup_updates,
+                first_step=cfg.ppo.value_warmup_updates,
+                warming_groups=len(of_policy),
             ),
             identity=self._identity,
             config=cfg,
@@ -227,6 +239,34 @@ class PPORun:
             self.ahead.begin(lambda: sample(following, update), cursor=cursor)
         return rollout
 
+    def note_pay_for_length(self, metrics: Mapping[str, float]) -> None:
+        """Warns, once in a sitting, where tokens earn on average what only length decides.
+
+        A centred reward earns nothing on average; one that is paid for a whole answer, or shared out from it, is not
+        earned by writing more.
+
+        Args:
+            metrics: those of the round.
+        """
+        reward = self.cfg.reward
+        mean, size = metrics["reward/mean_token"], metrics["reward/mean_abs_token"]
+        by_the_token = (
+            reward.kind not in (*WHOLE_ANSWER_KINDS, *SHARED_SCORE_KINDS) and metrics["reward/share_dense"] > 0
+        )
+        if self._warned_of_length or reward.centre or not by_the_token or abs(mean) <= PAYS_FOR_LENGTH * size:
+            return
+        self._warned_of_length = True
+        if self.accelerator.is_main_process:
+            logger.warning(
+                "update %d: a token earns %+.3f on average, KL included, and the mean size of a reward is %.3f: every "
+                "further token %s, whatever it says, and answers may %s; set reward.centre: true, or watch length/mean",
+                self.update + 1,
+                mean,
+                size,
+                "pays" if mean > 0 else "costs",
+                "grow to the length limit" if mean > 0 else "shrink to nothing",
+            )
+
     def close(self) -> None:
         """Lets go of what is held outside of this process."""
         self.ahead.close()
@@ -265,6 +305,8 @@ class PPORun:
             return False
         note_cut_prompts(self.tokenizer, self.prompts.texts, self.cfg.data, stage="PPO")
         state = self.loop.start(resume=resume)
+        if self.best is not None:
+            self.best.begin(resumed=state is not None)
         if state is not None:
             self._load_own_state(state)
         else:
@@ -297,6 +339,8 @@ class PPORun:
         self.actor_critic.save(self.tokenizer, self.folder / "policy", self.folder / "value")
         if self.refresh is not None:
             self.refresh.save(self.folder)
+        if self.best is not None:
+            logger.info("%s", self.best)
         self.loop.end()
         mark_done(self.folder, config=self._done_config, metrics=self.loop.metrics, seconds=self.loop.seconds)
         return self.result(stopped=stopped)
@@ -315,7 +359,12 @@ class PPORun:
 
     def _evaluate(self, evaluate: Evaluate) -> dict[str, float]:
         self.ahead.settle()  # an evaluation may give the servers weights of its own
-        return dict(evaluate(self.actor_critic, self.update))
+        figures = dict(evaluate(self.actor_critic, self.update))
+        if self.best is None or not self.update:  # the untrained policy is there already
+            return figures
+        policy = self.actor_critic.policy
+        self.best.consider(self.update, figures, lambda folder: save_trained(policy, self.tokenizer, folder))
+        return figures | self.best.metrics()
 
     # ---- states
 
@@ -385,12 +434,13 @@ def check_sizes(ppo: PPOConfig, num_processes: int) -> None:
         raise ConfigError(problem)
 
 
-def _parameter_groups(actor_critic: ActorCritic, cfg: RunConfig) -> list[dict[str, Any]]:
-    policy, decay = own_part(actor_critic.policy), cfg.ppo.weight_decay
-    return [
-        *parameter_groups(policy, learning_rate=cfg.ppo.learning_rate, weight_decay=decay),
-        *parameter_groups(actor_critic.critic, learning_rate=cfg.ppo.value_learning_rate, weight_decay=decay),
-    ]
+def _parameter_groups(actor_critic: ActorCritic, ppo: PPOConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Those of the policy, and those of the values."""
+    policy, decay = own_part(actor_critic.policy), ppo.weight_decay
+    return (
+        parameter_groups(policy, learning_rate=ppo.learning_rate, weight_decay=decay),
+        parameter_groups(actor_critic.critic, learning_rate=ppo.value_learning_rate, weight_decay=decay),
+    )
 
 
 def _identity(cfg: RunConfig, prompts: Sequence[str], seed: int, num_processes: int | None) -> dict[str, Any]:
@@ -411,9 +461,13 @@ def _identity(cfg: RunConfig, prompts: Sequence[str], seed: int, num_processes: 
     if not cfg.rollout.off_policy:
         without += ["correction", "correction_max", "correction_min"]
     rollout = settings_without(cfg.rollout, without)
-    reward = settings_without(cfg.reward, () if cfg.reward.refresh.every else ("refresh",))
+    kl = as_plain(cfg.kl)
+    if cfg.kl.target is None:
+        kl["horizon"] = 10_000  # what earlier versions wrote; without a target it has no effect
+    unused = () if cfg.reward.overlong_buffer else ("overlong_buffer", "overlong_penalty")
+    reward = settings_without(cfg.reward, unused if cfg.reward.refresh.every else (*unused, "refresh"))
     return {
-        "settings": {"ppo": ppo, "reward": reward, "kl": as_plain(cfg.kl), "rollout": rollout},
+        "settings": {"ppo": ppo, "reward": reward, "kl": kl, "rollout": rollout},
         "prompts": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
         "seed": seed,
         **({} if num_processes is None else {"processes": num_processes}),

@@ -31,8 +31,8 @@ from tlcr.types import Advantages, PolicyScores, Rollout
 class UpdateStatistics:
     """What happened in one update: means over its optimiser steps, over all processes.
 
-    Losses, fractions and KL follow PPOConfig.aggregate; `ratio_max` is the largest ratio, `explained_variance`
-    1 - Var(returns - values) / Var(returns) of the values before the update. Gradient norms are those before clipping.
+    Losses, fractions and KL follow PPOConfig.aggregate; `ratio_max` is the largest ratio. Gradient norms are those
+    before clipping.
     """
 
     loss: float
@@ -46,7 +46,6 @@ class UpdateStatistics:
     ratio_max: float
     policy_grad_norm: float
     value_grad_norm: float
-    explained_variance: float
     optimizer_steps: int
     stopped_early: bool
 
@@ -104,7 +103,6 @@ def ppo_update(
     model: ActorCritic = accelerator.unwrap_model(actor_critic)
     batches = MicroBatches(rollout, rows=cfg.micro_batch_size, tokens=cfg.micro_batch_tokens, packed=packed)
     counts_B = _weights(rollout.mask_BT, cfg)
-    explained_variance = _explained_variance(scores.values_BT, advantages.returns_BT, rollout.mask_BT, accelerator)
     steps: list[_Step] = []
     stopped_early = False
     actor_critic.train()
@@ -143,7 +141,7 @@ def ppo_update(
             break
     optimizer.zero_grad(set_to_none=True)
     actor_critic.eval()
-    return _summary(steps, explained_variance, stopped_early)
+    return _summary(steps, stopped_early)
 
 
 def _passes(rows: int, cfg: PPOConfig, num_processes: int, generator: torch.Generator) -> Iterator[list[list[int]]]:
@@ -290,20 +288,7 @@ def _finish(statistics: Sequence[ops.PPOLoss], model: ActorCritic, cfg: PPOConfi
     return step
 
 
-def _explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, accelerator: Accelerator) -> Tensor:
-    """1 - Var(R - V) / Var(R) over the counted tokens of all processes; 0 where all returns are equal."""
-
-    def variance(x_BT: Tensor) -> Tensor:
-        counted_BT = torch.where(mask_BT, x_BT.double(), 0.0)
-        total, count = accelerator.reduce(torch.stack([counted_BT.sum(), mask_BT.sum().double()]), "sum").unbind()
-        centred_BT = torch.where(mask_BT, counted_BT - total / count, 0.0)
-        return accelerator.reduce(centred_BT.square().sum(), "sum") / count
-
-    of_returns = variance(returns_BT)
-    return torch.where(of_returns > 0, 1 - variance(returns_BT - values_BT) / of_returns, 0.0)
-
-
-def _summary(steps: Sequence[_Step], explained_variance: Tensor, stopped_early: bool) -> UpdateStatistics:
+def _summary(steps: Sequence[_Step], stopped_early: bool) -> UpdateStatistics:
     loss, policy, value, entropy, kl, clip_fraction, value_clip_fraction, approx_kl = (
         sum(column) / len(steps) for column in zip(*(step.summed for step in steps), strict=True)
     )
@@ -319,7 +304,6 @@ def _summary(steps: Sequence[_Step], explained_variance: Tensor, stopped_early: 
         ratio_max=max(step.ratio_max for step in steps),
         policy_grad_norm=sum(step.policy_grad_norm for step in steps) / len(steps),
         value_grad_norm=sum(step.value_grad_norm for step in steps) / len(steps),
-        explained_variance=explained_variance.item(),
         optimizer_steps=len(steps) - stopped_early,
         stopped_early=stopped_early,
     )

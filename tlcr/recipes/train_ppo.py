@@ -164,6 +164,7 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
             cfg=cfg.reward,
             temperature=reward_temperature,
             centre=run.centre,
+            max_tokens=cfg.rollout.max_new_tokens,
         )
 
     # 5. Advantages of each action over V, by generalised advantage estimation; those of answers that were drawn from
@@ -207,7 +208,8 @@ def _round(run: PPORun, reward_temperature: float) -> dict[str, float]:
             refreshed = run.refresh(rollout, run.update + 1)
 
     # 8. Metrics; the KL coefficient adapts to the measured KL.
-    metrics = rollout_metrics(rollout, scores, rewards, advantages, cfg.kl_estimator)
+    metrics = rollout_metrics(rollout, scores, rewards, advantages, cfg.kl_estimator, gamma=cfg.ppo.gamma)
+    run.note_pay_for_length(metrics)
     run.kl_controller.update(metrics["kl/per_token"], cfg.ppo.batch_size)
     return {
         **metrics,

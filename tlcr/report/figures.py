@@ -202,23 +202,36 @@ def _signed_root(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.sign(x) * np.sqrt(np.abs(x))
 
 
-def proxy_panels(by_arm: Mapping[str, tuple[Curve, Curve]], arm_order: Sequence[str], per: str) -> list[str]:
-    """For each arm a plot: the mean gold (solid, left) and the arm's own reward (dotted, right) against KL."""
+def paired_panels(
+    by_arm: Mapping[str, tuple[Curve, Curve]], arm_order: Sequence[str], against: str, label: str
+) -> list[str]:
+    """For each arm a plot of two curves on scales of their own: the first solid, its scale at the left; the second
+    dotted, its scale at the right.
+
+    Args:
+        by_arm: the two curves of each arm.
+        arm_order: all arms of the report, which decides the colours.
+        against: what is on the x axis.
+        label: what the plot shows, for those who cannot see it; the arm's name comes behind it.
+
+    Returns:
+        The plots as SVG.
+    """
     drawn = []
     with style():
-        for name, (gold, proxy) in by_arm.items():
+        for name, (left, right) in by_arm.items():
             figure = Figure(figsize=(NARROW, 2.5), layout="constrained")
             axes = figure.add_subplot()
             colour, marker = arm_colour(arm_order.index(name)), arm_marker(arm_order.index(name))
-            axes.plot(*zip(*gold, strict=True), color=colour, marker=marker, markersize=4)
+            axes.plot(*zip(*left, strict=True), color=colour, marker=marker, markersize=4)
             own = axes.twinx()
-            own.plot(*zip(*proxy, strict=True), color=INK, linestyle=":", alpha=0.7)
+            own.plot(*zip(*right, strict=True), color=INK, linestyle=":", alpha=0.7)
             own.grid(False)
             for side in (axes, own):
                 side.locator_params(axis="y", nbins=4)
             axes.set_title(name, loc="left")
-            axes.set_xlabel(f"KL, nats per {per}")
-            drawn.append(svg_text(figure, f"Gold and the arm's own reward against KL: {name}"))
+            axes.set_xlabel(against)
+            drawn.append(svg_text(figure, f"{label}: {name}"))
     return drawn
 
 

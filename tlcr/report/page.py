@@ -33,7 +33,8 @@ CURVES = {
     "length/mean": "Length, tokens per answer",
     "policy/entropy": "Entropy, nats per token",
     "length/ended_share": "Share of answers that end by themselves",
-    "value/explained_variance": "Explained variance of the value model",
+    "value/explained_variance": "Explained variance of the value model, against lambda-returns",
+    "value/explained_variance_mc": "Explained variance of the value model, against Monte-Carlo returns",
     "policy/clip_fraction": "Share of tokens whose update was clipped",
     "mismatch/effective_share": "Effective sample size of the engine's tokens, as a share of them",
     "mismatch/kl": "KL of the engine to the policy, nats per token",
@@ -98,8 +99,9 @@ def _template(name: str, *, html: bool) -> jinja2.Template:
 def _tables(results: Mapping[str, Any]) -> dict[str, Any]:
     """What the tables of page and Markdown show."""
     arms = list(dict.fromkeys(arm["name"] for arm in results["arms"]))
+    rows = [{**arm, "colour": figures.arm_colour(arms.index(arm["name"]))} for arm in results["arms"]]
     return {
-        "rows": [{**arm, "colour": figures.arm_colour(arms.index(arm["name"]))} for arm in results["arms"]],
+        "rows": rows,
         "arms": [{"name": arm, "colour": figures.arm_colour(index)} for index, arm in enumerate(arms)],
         "compares_kl": any(arm["kl_coef"] is not None for arm in results["arms"]),
         "seeds": sorted({seed["seed"] for arm in results["arms"] for seed in arm["seeds"]}),
@@ -107,6 +109,7 @@ def _tables(results: Mapping[str, Any]) -> dict[str, Any]:
         "measure": _measure(results),
         "per": results["per"],
         "other_per": "token" if results["per"] == "answer" else "answer",
+        "best": [{**row, **row["best"]} for row in rows if row["best"] is not None],
         "machines": [_machine(entry) for entry in results["machines"]],
     }
 
@@ -164,6 +167,7 @@ def render(folder: Path, results: Mapping[str, Any]) -> str:
         **_tables(results),
         name=name,
         verdicts=verdicts(results),
+        keeps_best=bool((config.get("ppo") or {}).get("keep_best")),
         uses_discriminator=any(reward["kind"] in LOGIT_KINDS for reward in rewards),
         others=_other_rewards(rewards),
         edit=edit,
@@ -172,6 +176,7 @@ def render(folder: Path, results: Mapping[str, Any]) -> str:
         first_curve=first_curve,
         curves_plot=figures.panels(curves) if curves else None,
         discriminator=_discriminator(models_folder(folder)),
+        drift_plot=_drift_plot(results, arms),
         analysis=analysed,
         labels=results["stages"].get("labels"),
         labels_plot=_labels_plot(results["stages"].get("labels")),
@@ -326,7 +331,25 @@ def _proxy_plot(results: Mapping[str, Any], arms: Sequence[str]) -> Markup | Non
     both = {arm: (gold[arm][1], proxy[arm][1]) for arm in gold if arm in proxy}
     if not both:
         return None
-    return figures.panels(figures.proxy_panels(both, arms, results["per"]))
+    against = f"KL, nats per {results['per']}"
+    return figures.panels(figures.paired_panels(both, arms, against, "Gold and the arm's own reward against KL"))
+
+
+def _drift_plot(results: Mapping[str, Any], arms: Sequence[str]) -> Markup | None:
+    """How the discriminator judges the policy's own answers as training goes on; None where words have no gold."""
+    by_arm: dict[str, tuple[figures.Curve, figures.Curve]] = {}
+    for name in arms:
+        ways = [seed["curve"] for arm in results["arms"] if arm["name"] == name for seed in arm["seeds"]]
+        auc, ece = (
+            figures.mean_curve([[(p["update"], p[measure]) for p in way if p.get(measure) is not None] for way in ways])
+            for measure in ("discriminator_auc", "discriminator_ece")
+        )
+        if len(auc) > 1 and len(ece) > 1:
+            by_arm[name] = auc, ece
+    if not by_arm:
+        return None
+    label = "AUC and calibration error of the discriminator on the policy's own answers"
+    return figures.panels(figures.paired_panels(by_arm, arms, "PPO update", label))
 
 
 def _curves(folder: Path, results: Mapping[str, Any], arms: Sequence[str]) -> list[str]:

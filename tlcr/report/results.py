@@ -23,6 +23,7 @@ from tlcr.config.stages import CONFIG, DONE
 from tlcr.config.trials import folder_of, read_folder
 from tlcr.errors import DataError, TlcrError
 from tlcr.evaluation.evaluate import MEASURES
+from tlcr.ppo.best import BEST, RECORD
 from tlcr.text.files import parse_json
 from tlcr.training.checkpoint import write_json
 from tlcr.training.metrics import read_metrics
@@ -52,6 +53,8 @@ class SeedRun:
     after: Mapping[str, Any]
     curve: tuple[Mapping[str, float], ...]
     """Evaluations in the order of training, {"update": k, measure: value, ...}, the first and the last included."""
+    best: Mapping[str, Any] | None = None
+    """The record of the policy that ``ppo.keep_best`` kept (best.json); None where there is none."""
 
     @property
     def folder(self) -> PurePosixPath:
@@ -253,7 +256,9 @@ def read_runs(folder: Path) -> list[SeedRun]:
         metrics = path.with_name("metrics.jsonl")
         rows = read_metrics(metrics) if metrics.exists() else []
         ends = {when: with_exact_kl(evaluation[when]) for when in ("before", "after")}
-        found.append(SeedRun(arm, kl_coef, seed, ends["before"], ends["after"], _curve(rows, ends)))
+        record = path.parent / BEST / RECORD
+        best = read_json(record) if record.exists() else None
+        found.append(SeedRun(arm, kl_coef, seed, ends["before"], ends["after"], _curve(rows, ends), best))
     order = {name: place for place, name in enumerate(_arm_order(folder))}
     return sorted(found, key=lambda run: (order.get(run.arm, len(order)), run.arm, run.kl_coef or 0.0, run.seed))
 
@@ -294,7 +299,8 @@ def collect_results(folder: str | Path) -> dict[str, Any]:
     """Everything that results.json holds, from the files of a run.
 
     arms: for each, and each KL coefficient that it was tried at, its seeds' evaluations and curves, and mean, sd and
-    interval over seeds before and after; the KL is the exact one where it was saved (`with_exact_kl`).
+    interval over seeds before and after; the KL is the exact one where it was saved (`with_exact_kl`). best: the same
+    of the policies that ``ppo.keep_best`` kept.
     per: what gold and KL are compared per, `evaluation.per` of the config.
     frontier: see `frontier`; paths: what it compares.
     stages: the metrics of SFT, reward models, DPO and discriminator (done.json), the statistics of the labels, of the
@@ -325,10 +331,11 @@ def collect_results(folder: str | Path) -> dict[str, Any]:
                 "before": dict(r.before),
                 "after": dict(r.after),
                 "curve": [dict(p) for p in r.curve],
+                "best": r.best,
             }
             for r in own
         ]
-        arms.append({"name": name, "kl_coef": kl_coef, **summary, "seeds": seeds})
+        arms.append({"name": name, "kl_coef": kl_coef, **summary, "best": _best(own), "seeds": seeds})
     stages: dict[str, Any] = {}
     models = models_folder(folder)
     ended = [
@@ -354,6 +361,26 @@ def collect_results(folder: str | Path) -> dict[str, Any]:
         "stages": stages,
         "versions": versions,
         "machines": _machines(ended),
+    }
+
+
+def _best(runs: Sequence[SeedRun]) -> dict[str, Any] | None:
+    """The kept policies of an arm's seeds: their updates, the ceiling, and each measure over them and over the last
+    policies of the same seeds. None where no policy was kept."""
+    kept = [(with_exact_kl(run.best["evaluation"]), run) for run in runs if run.best is not None]
+    if not kept:
+        return None
+
+    def over_seeds(evaluations: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        taken = list(evaluations)
+        return {name: _plain_mean([v for e in taken if (v := e.get(name)) is not None]) for name in MEASURES}
+
+    records = [run.best for _, run in kept if run.best is not None]
+    return {
+        "kept": over_seeds(evaluation for evaluation, _ in kept),
+        "last": over_seeds(run.after for _, run in kept),
+        "updates": [record["update"] for record in records],
+        "max_kl": records[0]["max_kl"],
     }
 
 

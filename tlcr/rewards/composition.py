@@ -10,8 +10,7 @@ and clipped; it is not scaled or clipped again.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,67 +18,16 @@ from torch.nn.functional import pad
 
 from tlcr import ops
 from tlcr.config.schema import LOGIT_KINDS, SHARED_SCORE_KINDS, RewardConfig
-from tlcr.errors import CheckpointError, ConfigError, DataError, ShapeError, TrainingDiverged
+from tlcr.errors import ConfigError, DataError, ShapeError, TrainingDiverged
+from tlcr.rewards.centre import Centre
 from tlcr.types import Rewards, RewardSignal
 
-__all__ = ["PARTS", "RunningMean", "check_kl", "compose_rewards", "reward_accounting"]
+__all__ = ["PARTS", "check_kl", "compose_rewards", "reward_accounting"]
 
 PARTS = ("dense", "terminal", "kl", "length")
 
 # A part with more than this share of the return dominates the other parts, which then have no effect.
 DOMINANT_SHARE = 0.95
-
-
-CENTRE_DECAY = 0.5
-"""Weight of a round relative to the next one (ours). The mean must follow a policy that improves: otherwise every token
-is paid the difference, and answers grow to the length limit (docs/embedded_task.md)."""
-
-
-class RunningMean:
-    """A running mean in which every update reduces the weight of earlier values.
-
-        total <- decay * total + sum of the counted values        mean = total / count
-        count <- decay * count + number of counted values
-
-    decay 1 is the plain mean of all values. `reduce` sums a tensor over all processes, so that every process holds the
-    same mean; it is called once for every update, even if nothing counts. The mean is 0 until a value counts.
-    """
-
-    def __init__(self, decay: float = CENTRE_DECAY, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        if not 0 < decay <= 1:
-            raise ConfigError(f"RunningMean: decay is {decay!r}; it must be greater than 0 and at most 1")
-        self.decay = decay
-        self.reduce = reduce
-        self.total = 0.0
-        self.count = 0.0
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.count if self.count else 0.0
-
-    def update(self, values_BT: Tensor, mask_BT: Tensor) -> None:
-        """Adds the values, of any float dtype, where the mask is True. Both (B, T)."""
-        counted_BT = torch.where(mask_BT, values_BT.double(), 0.0)
-        sums = torch.stack([counted_BT.sum(), mask_BT.sum().double()])
-        if self.reduce is not None:
-            sums = self.reduce(sums)
-        total, count = sums.tolist()
-        self.total = self.decay * self.total + total
-        self.count = self.decay * self.count + count
-
-    def state_dict(self) -> dict[str, float]:
-        return {"total": self.total, "count": self.count}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Takes the sums of a saved run; raises CheckpointError where they are missing or not finite."""
-        for name in ("total", "count"):
-            if not isinstance(state.get(name), (int, float)) or not math.isfinite(state[name]):
-                raise CheckpointError(
-                    f"the saved running mean holds {dict(state)!r}, wanted a finite '{name}'; "
-                    "resume from another checkpoint"
-                )
-        self.total = float(state["total"])
-        self.count = float(state["count"])
 
 
 @torch.no_grad()
@@ -92,7 +40,8 @@ def compose_rewards(
     kl_coef: float,
     cfg: RewardConfig,
     temperature: float,
-    centre: RunningMean | None,
+    centre: Centre | None,
+    max_tokens: int | None = None,
 ) -> Rewards:
     """The reward of every action: the source's signal minus KL and penalties.
 
@@ -117,11 +66,13 @@ def compose_rewards(
     The parts of the result, each (B, T) and 0 where nothing counts, sum to the rewards; a part that is not used is
     absent::
 
-        dense       clamp(scale * c_t, -clip, clip) - centre.mean at every counted token
+        dense       clamp(scale * c_t, -clip, clip) - centre.at(t) at every counted token
         terminal    at the last counted token: scale * terminal_B + sequence_coef * sequence_B; for 'sum_at_end' the sum
                     of what would have been dense; then within +-terminal_clip
         kl          -kl_coef * kl_BT at every counted token
-        length      -length_penalty at every counted token; -missing_eos_penalty at the last one where not ended_B
+        length      -length_penalty at every counted token; at the last one -missing_eos_penalty where not ended_B, and
+                    -overlong_penalty * clamp((n - (max_tokens - overlong_buffer)) / overlong_buffer, 0, 1) for an
+                    answer of n counted tokens (DAPO, arXiv 2503.14476, eq. 13, with a penalty of 1)
 
     Values at positions that do not count have no effect; a row without counted positions gets no reward.
 
@@ -133,9 +84,10 @@ def compose_rewards(
         kl_coef: reward subtracted per nat.
         cfg: kind, scale, clips and penalties.
         temperature: the discriminator's, which divides its logits.
-        centre: with ``cfg.centre``, is updated with the sum of this batch's dense and kl parts, then its mean is
+        centre: with ``cfg.centre``, is updated with the sum of this batch's dense and kl parts, then what it gives is
             subtracted. A token of average reward and average KL then earns 0, so that neither longer nor shorter
             answers gain by their length (ours).
+        max_tokens: the length limit of an answer, where ``cfg.overlong_buffer`` needs it.
 
     Returns:
         Rewards and parts, float32, or float64 where the signal is; no gradient.
@@ -170,9 +122,10 @@ def compose_rewards(
         terminal_B = terminal_B.clamp(-cfg.terminal_clip, cfg.terminal_clip)
     if pays_at_end:
         parts["terminal"] = torch.where(last_BT, terminal_B.to(dtype).unsqueeze(-1), 0.0)
-    if cfg.length_penalty != 0 or cfg.missing_eos_penalty != 0:
-        cut_BT = last_BT & ~ended_B.unsqueeze(-1)
-        parts["length"] = -(cfg.length_penalty * mask_BT.to(dtype) + cfg.missing_eos_penalty * cut_BT.to(dtype))
+    if cfg.length_penalty != 0 or cfg.missing_eos_penalty != 0 or cfg.overlong_buffer is not None:
+        at_end_B = cfg.missing_eos_penalty * (~ended_B).to(dtype) + _overlong(mask_BT, cfg, max_tokens).to(dtype)
+        at_end_BT = torch.where(last_BT, at_end_B.unsqueeze(-1), 0.0)
+        parts["length"] = -(cfg.length_penalty * mask_BT.to(dtype) + at_end_BT)
 
     rewards_BT = torch.zeros(mask_BT.shape, dtype=dtype, device=mask_BT.device)
     for part_BT in parts.values():
@@ -258,14 +211,14 @@ def _token_rewards(
     kl_part_BT: Tensor | None,
     cfg: RewardConfig,
     temperature: float,
-    centre: RunningMean | None,
+    centre: Centre | None,
 ) -> Tensor | None:
     """clamp(scale * c_t, -clip, clip) - centre, 0 where not counted; None for a signal without token rewards."""
     if signal.logits_BTC is None and signal.dense_BT is None:
         return None
     if cfg.centre and centre is None:
         raise ConfigError(
-            "reward.centre is on, but compose_rewards got centre=None; pass a RunningMean that outlives it"
+            "reward.centre is on, but compose_rewards got centre=None; pass one of build_centre that outlives it"
         )
     # Scaling and clipping commute with the one-sided kinds, so one call is enough.
     in_one_call = signal.dense_BT is None and cfg.kind != "spans"
@@ -299,8 +252,21 @@ def _token_rewards(
         token_BT = _one_action_late(token_BT, mask_BT)
     if cfg.centre and centre is not None:
         centre.update(token_BT if kl_part_BT is None else token_BT + kl_part_BT, mask_BT)
-        token_BT = torch.where(mask_BT, token_BT - centre.mean, 0.0)
+        token_BT = torch.where(mask_BT, token_BT - centre.at(mask_BT).to(token_BT.dtype), 0.0)
     return token_BT
+
+
+def _overlong(mask_BT: Tensor, cfg: RewardConfig, max_tokens: int | None) -> Tensor:
+    """What each answer pays for coming near the length limit, float64 (B,)."""
+    tokens_B = mask_BT.sum(-1).double()
+    if cfg.overlong_buffer is None:
+        return torch.zeros_like(tokens_B)
+    if max_tokens is None:
+        raise ConfigError(
+            "reward.overlong_buffer is set, but compose_rewards got max_tokens=None; pass the length limit"
+        )
+    free = max_tokens - cfg.overlong_buffer
+    return cfg.overlong_penalty * ((tokens_B - free) / cfg.overlong_buffer).clamp(0, 1)
 
 
 def _span_means(token_BT: Tensor, spans_BT: Tensor | None, mask_BT: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tlcr.config.dropped import without_dropped
+from tlcr.config.dropped import IDLE, without_dropped
 from tlcr.config.schema import undecisive
 from tlcr.config.stages import DONE
 from tlcr.errors import CheckpointError
@@ -125,7 +125,8 @@ def done_config(folder: str | Path, config: Any, record: str = DONE) -> Any:
 
     Returns:
         The old config. Knobs that are newer than it are added with their defaults. Knobs that were removed since are
-        left out where they had their defaults. So a new version of tlcr alone does not require new training.
+        left out where they had their defaults, and those that did nothing then and now are taken as they are now. So a
+        new version of tlcr alone does not require new training.
     """
     path = Path(folder) / record
     with reading(path, AGAIN):
@@ -138,6 +139,9 @@ def _with_the_knobs_of_today(before: Any, config: Any) -> Any:
     new, now = {}, dict(config) if isinstance(config, Mapping) else {}
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         before = without_dropped(type(config), before)
+        for name, needed in IDLE.get(type(config), {}).items():
+            if before.get(needed) is None and getattr(config, needed) is None:
+                before[name] = as_plain(getattr(config, name))
         free = undecisive(config)
         before = {name: value for name, value in before.items() if name not in free}
         fields = [field for field in dataclasses.fields(config) if field.name not in free]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -305,11 +306,14 @@ def build_scheduler(
     schedule: Literal["cosine", "linear", "constant"],
     total_steps: int,
     warmup_steps: int,
+    first_step: int = 0,
+    warming_groups: int | None = None,
 ) -> LambdaLR:
     """The learning rate of each group is its own, times a factor that depends on the step s = 0 .. total_steps - 1.
 
-    For s < warmup_steps the factor is (s + 1) / (warmup_steps + 1). Then, with
-    x = (s - warmup_steps) / (total_steps - warmup_steps): cosine (1 + cos(pi x)) / 2, linear 1 - x, constant 1.
+    For s < first_step + warmup_steps the factor is (max(s - first_step, 0) + 1) / (warmup_steps + 1). Then, with
+    w = first_step + warmup_steps (0 without a warm-up) and x = (s - w) / (total_steps - w): cosine
+    (1 + cos(pi x)) / 2, linear 1 - x, constant 1.
     No step is taken at rate 0 (ours; transformers' schedules start there, which wastes the only step of a short run).
 
     Args:
@@ -317,15 +321,20 @@ def build_scheduler(
         schedule: "cosine", "linear" or "constant".
         total_steps: steps of the whole training.
         warmup_steps: steps until the full rate.
+        first_step: the first step that trains the groups that warm up.
+        warming_groups: how many groups warm up, the first ones; the others have their full rate at once. None: all.
 
     Returns:
         The schedule.
     """
 
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        x = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+    def factor(step: int, warmup: int) -> float:
+        began = first_step + warmup if warmup else 0
+        if step < began:
+            return (max(step - first_step, 0) + 1) / (warmup + 1)
+        x = min((step - began) / max(total_steps - began, 1), 1.0)
         return {"cosine": 0.5 * (1.0 + math.cos(math.pi * x)), "linear": 1.0 - x, "constant": 1.0}[schedule]
 
-    return LambdaLR(optimizer, factor)
+    groups = len(optimizer.param_groups)
+    warming = groups if warming_groups is None else warming_groups
+    return LambdaLR(optimizer, [partial(factor, warmup=warmup_steps if g < warming else 0) for g in range(groups)])
