@@ -260,7 +260,7 @@ def test_a_model_that_would_be_computed_otherwise_is_refused() -> None:
     with pytest.raises(
         ConfigError,
         match=r"'paged', and transformers' continuous batching computes something else than Backwards does; set "
-        r"set engine: generate",
+        r"engine: generate",
     ):
         Paged(Backwards(LlamaConfig(**SIZES)).eval())
 
