@@ -282,7 +282,7 @@ def _packages(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
 
         if (error := missing_bitsandbytes()) is not None:
             yield Finding.of("bitsandbytes", error)
-    generators = {"model": cfg.model}
+    generators: dict[str, GeneratorConfig] = {"model": cfg.model}
     if "revisions" in stages and cfg.reviser.backend == "local":
         generators["reviser.model"] = cfg.reviser.model
     needing = [f"{section}.gguf_file" for section, model in generators.items() if model.gguf_file is not None]
