@@ -33,7 +33,7 @@ faults: $(INSTALLED)
 
 # Random inputs to every reader, the same each time, in a minute. Others: make fuzz MINUTES=60 SEED=7
 fuzz: $(INSTALLED)
-	$(BIN)/python -m tests.faults.fuzz $(if $(MINUTES),--minutes $(MINUTES),--rounds 3) --seed $(or $(SEED),0)
+	$(BIN)/python -m tests.faults.fuzz $(if $(MINUTES),--minutes $(MINUTES),--rounds 2) --seed $(or $(SEED),0)
 
 # The arguments of the ops under the sanitizers of the compiler, which builds them in build/sanitized.
 fuzz-sanitized: $(INSTALLED)

@@ -91,9 +91,10 @@ def autograd(op: Op[Any, Any], gradient: Gradient, operators: Any) -> tuple[Setu
         incoming = [grads[at] for at in layout.incoming]
         if all(incoming[at] is not None for at in layout.required):
             needed = [ctx.needs_input_grad[place] for place in layout.places]
-            got = operator(*layout.order((*incoming, *ctx.saved_tensors, *ctx.options, *needed)))
+            saved = ctx.saved_tensors  # once: under torch's checkpointing this computes them again
+            got = operator(*layout.order((*incoming, *saved, *ctx.options, *needed)))
             gradients = [x if wanted else None for x, wanted in zip(_tuple(got), needed, strict=True)]
-            once = differentiable_once(op.name, gradient.plain, gradients, (*grads, *ctx.saved_tensors))
+            once = differentiable_once(op.name, gradient.plain, gradients, (*grads, *saved))
             for place, x in zip(layout.places, once, strict=True):
                 found[place] = x
         return tuple(found)

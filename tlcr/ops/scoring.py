@@ -336,7 +336,8 @@ class _ScoreTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_batched("score_tokens", grads)
-        logits, ids_N1, ref_logits, temperature_N1, entropy_N, kl_N = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: under torch's checkpointing this computes them again
+        logits, ids_N1, ref_logits, temperature_N1, entropy_N, kl_N = saved
         grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         dtype = temperature_N1.dtype
         # The reference is used only if the KL has a gradient.
@@ -348,7 +349,7 @@ class _ScoreTokens(torch.autograd.Function):
             log_q_RV = None if ref_RV is None else _log_softmax(ref_RV, temperature_N1[at], dtype)
             grad_x_RV = _grad_logits(log_p_RV, log_q_RV, ids_N1, entropy_N, kl_N, grads, at)
             grad_RV.copy_(grad_x_RV / temperature_N1[at])
-        (found,) = differentiable_once("score_tokens", False, (grad_logits,), (*grads, *ctx.saved_tensors))
+        (found,) = differentiable_once("score_tokens", False, (grad_logits,), (*grads, *saved))
         return found, None, None, None, None
 
 
