@@ -173,6 +173,9 @@ class AdaptiveKLController:
 
         The horizon is that of the run as it began: a run that is resumed with more updates keeps it. Earlier versions
         adapted from the start and saved the coefficient alone: such a run goes on adapting.
+
+        Args:
+            state: what ``state_dict`` gave.
         """
         self.coef = _saved_coef(state)
         self.reached = bool(state.get("reached", True))
@@ -186,6 +189,13 @@ def build_kl_controller(cfg: KLConfig, ppo: PPOConfig) -> KLController:
 
     Without `cfg.horizon` a run may move the coefficient as far with few updates as with many: the horizon is the
     answers of HORIZON_SHARE of the run, and at least one batch.
+
+    Args:
+        cfg: coefficient, target and horizon.
+        ppo: its updates and batches say how many answers the run has.
+
+    Returns:
+        A controller that has seen no round yet.
     """
     if cfg.target is None:
         return FixedKLController(cfg.coef)
