@@ -2,7 +2,8 @@
 
 The commands are those of the pages and so is the code; only data, updates, prompts, coefficients and seeds are few.
 What each writes must have the tables of its page's file: the same columns, and where rows are arms at least its rows (a
-config may have got arms since). Then the figures of the pages are held against their files. Exit code 1 where something differs.
+config may have got arms since). Then the figures of the pages are held against their files. Exit code 1 where something
+differs.
 """
 
 from __future__ import annotations
