@@ -34,7 +34,8 @@ from tlcr.ppo.rollout import generate, seeded_generator
 from tlcr.ppo.scores import score_rollout
 from tlcr.report.page import number
 from tlcr.report.results import mean_over_seeds
-from tlcr.rewards.composition import RunningMean, compose_rewards
+from tlcr.rewards.centre import build_centre
+from tlcr.rewards.composition import compose_rewards
 from tlcr.training.checkpoint import atomic_write, write_json
 
 PLACEMENTS = ("continuous", "sum-at-end")
@@ -80,7 +81,7 @@ def of_cell(run: RunFolder, cell: Cell, dense: Cell) -> dict[str, Any]:
             kl_coef=cell.kl_coef,
             cfg=reward,
             temperature=frozen.temperature,
-            centre=RunningMean() if reward.centre else None,
+            centre=build_centre(reward),
         )
 
     rewards = rewards_of(cell)

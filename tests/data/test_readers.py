@@ -154,6 +154,19 @@ class TestFiles:
             edits(str(folder), tokenizer, split="valid")
         assert "data.split" in str(error.value)
 
+    def test_a_folder_of_two_kinds_says_what_it_leaves_out(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        folder = tmp_path / "set"
+        folder.mkdir()
+        for name in ("a.jsonl", "b.jsonl"):
+            (folder / name).write_text(json.dumps({**EDIT, "id": name}) + "\n")
+        (folder / "dataset_infos.json").write_text("{}")
+        assert len(edits(str(folder), tokenizer).records) == 2 and "left out" not in caplog.text
+        (folder / "c.csv").write_text("prompt,rejected,revised\na,b,c\n")
+        assert len(edits(str(folder), tokenizer).records) == 2
+        assert "is read as files of one kind (.jsonl), and 1 others are left out, such as c.csv" in caplog.text
+
     def test_hub_dataset(self, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
         """The hub itself is not reached in tests; what it is asked for, and what becomes of the answer, is."""
         asked = []

@@ -157,7 +157,8 @@ def test_an_evaluation_asks_the_held_out_prompts_and_scores_the_answers(policy_f
         assert len(sample.tokens) == sample.length == len(sample.reward) == len(sample.advantage) == len(sample.value)
         assert sum(sample.reward) == pytest.approx(sample.proxy)
     assert found.exact_kl_per_token == pytest.approx(0.0, abs=1e-6)  # of a policy that has not moved, and computed
-    assert all(getattr(found, measure) is not None for measure in MEASURES)
+    taken = {measure for measure in MEASURES if getattr(found, measure) is not None}
+    assert taken == set(MEASURES) - {"discriminator_auc", "discriminator_ece"}  # of a task whose words have a gold
 
 
 def test_there_is_no_gold_without_a_scorer(policy_folder: Path, tmp_path: Path) -> None:

@@ -353,6 +353,23 @@ def test_a_new_run_began_today_and_a_folder_that_does_not_say_begins_now(
     assert "was begun by an earlier version, which held out other prompts" in caplog.text
 
 
+def test_other_weights_under_the_same_path_are_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, cfg = tmp_path / "model", arm_config(tmp_path, tmp_path / "model")
+    model.mkdir(exist_ok=True)
+    weights = model / "model.safetensors"
+    weights.write_bytes(b"weights" * 100_000)
+    open_run(cfg, resume=False)
+    open_run(cfg, resume=True)
+    assert "is not what it was" not in caplog.text
+    weights.write_bytes(b"wEights" * 100_000)
+    open_run(cfg, resume=True)
+    assert f"{model} is not what it was when the run in {cfg.output_dir} began (model.safetensors)" in caplog.text
+    caplog.clear()
+    weights.unlink()
+    open_run(cfg, resume=True)
+    assert "(model.safetensors)" in caplog.text
+
+
 def test_what_is_held_out_depends_on_the_prompt_alone(tmp_path: Path) -> None:
     """Not on the order, the file's name or what else is there; and it is held out from every stage."""
 

@@ -122,7 +122,15 @@ def test_the_workflow_runs_what_a_developer_runs() -> None:
     run = (ROOT / ".ci/run").read_text(encoding="utf-8")
     assert re.findall(r"^make (.+)$", run, re.MULTILINE) == [
         *("test || make test-again", "test-slow || make test-again"),
-        *("fuzz", "lint", "audit AUDIT=--without-an-answer-too", "hosts HOST=trl", "gpu-in-small", "wheels"),
+        *(
+            "fuzz",
+            "results-check",
+            "lint",
+            "audit AUDIT=--without-an-answer-too",
+            "hosts HOST=trl",
+            "gpu-in-small",
+            "wheels",
+        ),
     ]
 
 

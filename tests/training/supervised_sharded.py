@@ -22,13 +22,13 @@ from tlcr.errors import CheckpointError, TrainingDiverged
 from tlcr.models.adapters import add_adapter
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.discriminator import collate_pairs, predict_tokens
+from tlcr.models.discriminator import label_loss as discriminator_loss
 from tlcr.models.dpo import ReferencedComparison, collate_referenced, dpo_loss, with_reference
 from tlcr.models.heads import classification_head
 from tlcr.models.inspection import TWO_CLASSES
 from tlcr.models.loading import load_sequence_classifier, load_token_classifier
 from tlcr.models.reward_model import bradley_terry_loss, collate_comparisons
 from tlcr.models.sft import completion_loss
-from tlcr.recipes.train_discriminator import _loss as discriminator_loss
 from tlcr.text.padding import collate_completions
 from tlcr.training.callbacks import Callback
 from tlcr.training.checkpoint import latest_checkpoint

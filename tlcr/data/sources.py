@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,12 +22,16 @@ from typing import IO, Any
 import datasets
 import pyarrow
 
-from tlcr.data.places import BUILDERS, JSON_SUFFIXES, SEPARATORS, find_source, kind_of_file, nearest_name
+from tlcr.data.places import BUILDERS, JSON_SUFFIXES, SEPARATORS, SUFFIXES, find_source, kind_of_file, nearest_name
 from tlcr.errors import DataError
 from tlcr.text.files import open_text, parse_json
 
 __all__ = ["Row", "read_rows"]
 
+logger = logging.getLogger("tlcr")
+
+NO_DATA = {"dataset_infos.json", "dataset_info.json", "config.json"}
+"""JSON about data."""
 LONGEST_CELL = 2**31 - 1
 """Characters; the largest number that the csv module takes on every platform."""
 
@@ -194,7 +199,29 @@ def _open_folder(path: Path, split: str, cache: str) -> Any:
         return parts[split]
     if (path / "state.json").is_file():
         return datasets.load_from_disk(str(path))
-    return datasets.load_dataset(str(path), split=split, streaming=True, cache_dir=cache)
+    builder = datasets.load_dataset_builder(str(path), cache_dir=cache)
+    _note_files_left_out(path, {Path(file) for files in builder.config.data_files.values() for file in files})
+    return builder.as_streaming_dataset(split=split)
+
+
+def _note_files_left_out(folder: Path, read: set[Path]) -> None:
+    """``datasets`` reads a folder as files of one kind, the most frequent one, and says nothing of the others."""
+    read = {path.resolve() for path in read}
+    left = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and path.name not in NO_DATA and path.resolve() not in read
+    )
+    if left:
+        kinds = ", ".join(sorted({path.suffix for path in read}))
+        logger.warning(
+            "%s is read as files of one kind (%s), and %d others are left out, such as %s: put each kind into a folder "
+            "of its own, or write them as one kind",
+            folder,
+            kinds,
+            len(left),
+            left[0].name,
+        )
 
 
 @contextmanager

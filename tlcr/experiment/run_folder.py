@@ -44,6 +44,7 @@ from tlcr.data.splits import Shares, ShareStatistics, Split, Stage, in_order_of_
 from tlcr.errors import ConfigError
 from tlcr.experiment.preflight import holds_a_run, taken, unfinished, unnamed
 from tlcr.models.loading import load_tokenizer
+from tlcr.training import checksums
 from tlcr.training.checkpoint import as_plain, atomic_write, reading, unwritable, write_json
 from tlcr.training.distributed import barrier, on_main_process, process_device
 from tlcr.training.done import check_results, decisive, done_config, is_done, mark_done, remove_checkpoints
@@ -67,7 +68,7 @@ def open_run(cfg: RunConfig, *, resume: bool, whole: bool = True) -> RunFolder:
     if whole and not resume and holds_a_run(path):
         raise taken(path)
     barrier()
-    on_main_process(lambda: _write_start(path, anew=whole and not resume))
+    on_main_process(lambda: _write_start(cfg, path, anew=whole and not resume))
     on_main_process(lambda: _write_config(cfg, path))
     return RunFolder(cfg, resume, path, path)
 
@@ -148,8 +149,10 @@ def _write_config(cfg: RunConfig, folder: Path) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
-def _write_start(folder: Path, *, anew: bool) -> None:
+def _write_start(cfg: RunConfig, folder: Path, *, anew: bool) -> None:
+    weights = _weights(cfg)
     if (folder / STARTED).exists() and not anew:
+        _compare_weights(cfg, folder / STARTED, weights)
         return
     if holds_a_run(folder):
         logger.warning(
@@ -158,7 +161,30 @@ def _write_start(folder: Path, *, anew: bool) -> None:
             folder,
         )
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / STARTED, {"started": datetime.now().isoformat(timespec="seconds")})
+    write_json(folder / STARTED, {"started": datetime.now().isoformat(timespec="seconds"), "weights": weights})
+
+
+def _weights(cfg: RunConfig) -> dict[str, str]:
+    """A checksum of some of each file of weights under ``model.path``, where that is a folder."""
+    files = (path for kind in ("*.safetensors", "*.gguf") for path in Path(cfg.model.path).glob(kind))
+    return {path.name: checksums.of_samples(path) for path in sorted(files)}
+
+
+def _compare_weights(cfg: RunConfig, record: Path, weights: Mapping[str, str]) -> None:
+    """Warns where a run goes on from other weights than it began with, which no setting shows."""
+    with reading(record, "delete it, and the run's chat template shows the time of the next start"):
+        before = json.loads(record.read_text(encoding="utf-8")).get("weights")
+        if before is None or dict(before) == weights:  # earlier versions recorded none
+            return
+        changed = sorted(name for name in {*before, *weights} if before.get(name) != weights.get(name))
+    logger.warning(
+        "%s is not what it was when the run in %s began (%s): stages that are done keep what they learnt from the old "
+        "weights, and the others would start from the new ones; put the old ones back, or begin a run in another "
+        "output_dir",
+        cfg.model.path,
+        record.parent,
+        ", ".join(changed),
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["of_file", "of_record"]
+__all__ = ["of_file", "of_record", "of_samples"]
 
 BLOCK = 1 << 22
 """Bytes that are read at a time."""
+SAMPLES, SAMPLE = 64, 1 << 16
+"""Places in a file, and the bytes that are read at each."""
 
 
 def of_file(path: Path) -> str:
@@ -20,6 +22,20 @@ def of_file(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(BLOCK):
             value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+def of_samples(path: Path) -> str:
+    """The CRC-32 of a file's size and of 64 places in it, in hexadecimal.
+
+    It tells other weights from the same ones without reading all of them, and overlooks a change of some bytes.
+    """
+    size = path.stat().st_size
+    value = zlib.crc32(str(size).encode())
+    with path.open("rb") as file:
+        for place in range(SAMPLES):
+            file.seek(place * max(size - SAMPLE, 0) // (SAMPLES - 1))
+            value = zlib.crc32(file.read(SAMPLE), value)
     return f"{value:08x}"
 
 
