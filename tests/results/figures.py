@@ -3,6 +3,7 @@
 A figure of a page may be followed, on its line or the next, by a comment with a file of docs/results and a path in it::
 
     0.400 (0.341 to 0.459)<!-- = reward_comparison/results.md [continuous, 0.1, *] gold per token -->
+    0.585 ± 0.051<!-- = discriminator_study/results.json [cell=as-configured].measures.gold_content -->
     0.018 (0.013 to 0.023)<!-- = length/results.json gaps[length=16, lam=0.7, other=sum-at-end].at_kl -->
 
 In JSON a path is a row of keys; brackets choose from a list the only entry that has these values. It ends at a number,
@@ -24,7 +25,7 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results"
 MINUS = "\u2212"
 NUMBER = rf"[{MINUS}-]?[\d,]*\.?\d+"
 STATED = re.compile(
-    rf"(?P<mean>{NUMBER})(?: \((?P<low>{NUMBER}) to (?P<high>{NUMBER})\))?\s*<!-- = (?P<file>\S+) (?P<path>[^>]+?) -->"
+    rf"(?P<mean>{NUMBER})(?: \((?P<low>{NUMBER}) to (?P<high>{NUMBER})\)| ± (?P<half>{NUMBER}))?\s*<!-- = (?P<file>\S+) (?P<path>[^>]+?) -->"
 )
 ROWS = re.compile(r"<!-- rows = (?P<file>\S+) -->\n\n?(?P<table>(?:\|.*\n)+)")
 ANY_MARK = re.compile(r"<!-- (?:=|rows =) ")
@@ -53,8 +54,10 @@ def unfounded(text: str, folder: Path = RESULTS) -> Iterator[str]:
         except (Unfounded, OSError, ValueError) as error:
             yield f"{match[0]}: {error}"
             continue
-        stated = [match["mean"], match["low"], match["high"]]
-        wanted = [found.mean, *(found.interval or (None, None))]
+        stated = [match["mean"], match["low"], match["high"], match["half"]]
+        low, high = found.interval or (None, None)
+        half = None if low is None or high is None else (high - low) / 2
+        wanted = [found.mean, low, high, half]
         for said, figure in zip(stated, wanted, strict=True):
             if said is not None and (figure is None or said != as_said(figure, like=said)):
                 yield f"{match[0]}: says {said}, the file has {figure}"

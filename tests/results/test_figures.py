@@ -18,7 +18,7 @@ def test_what_a_page_says_its_file_has(page: Path) -> None:
 
 
 def test_the_short_page_names_files() -> None:
-    assert RESULTS.with_suffix(".md").read_text(encoding="utf-8").count("<!-- = ") >= 7
+    assert RESULTS.with_suffix(".md").read_text(encoding="utf-8").count("<!-- = ") >= 9
 
 
 @pytest.fixture
@@ -43,6 +43,7 @@ def folder(tmp_path: Path) -> Path:
         "1,234.5<!-- = r.json gaps[lam=0.95].gap --> and 7<!-- = r.json gaps[lam=0.95].cost -->",
         "0.40 (0.35 to \u22120.10)<!-- = t.md [a, 0.1] gold --> and 0.3<!-- = t.md [*, 0.2] gold -->",
         "2.0<!-- = t.md [a] KL -->",
+        "0.018 ± 0.022<!-- = r.json gaps[lam=0.7].gap -->",
         "<!-- rows = t.md -->\n\n| a | 0.2 | 0.3 |\n| a | 2 |\n",
     ],
 )
@@ -56,6 +57,7 @@ def test_what_is_right_passes(folder: Path, text: str) -> None:
         ("0.019 (\u22120.003 to 0.040)<!-- = r.json gaps[lam=0.7].gap -->", "says 0.019"),
         ("0.018 (0.003 to 0.040)<!-- = r.json gaps[lam=0.7].gap -->", "says 0.003"),
         ("\u22120.018<!-- = r.json gaps[lam=0.7].gap -->", "says \u22120.018"),
+        ("0.018 ± 0.023<!-- = r.json gaps[lam=0.7].gap -->", "says 0.023"),
         ("1234 (1 to 2)<!-- = r.json gaps[lam=0.95].gap -->", "the file has None"),
         ("7<!-- = r.json gaps[other=sum].cost -->", "2 entries have"),
         ("7<!-- = r.json gaps[lam=0.7].cost -->", "there is no .cost"),
