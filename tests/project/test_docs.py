@@ -28,6 +28,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 OF_TLCR = [
     *sorted(ROOT.glob("*.md")),
     *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "results").glob("*.md")),
     *sorted((ROOT / "examples").rglob("README.md")),
 ]
 OF_TRAINERS = sorted((ROOT / "docs" / "hosts").glob("*.md"))
