@@ -25,7 +25,8 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results"
 MINUS = "\u2212"
 NUMBER = rf"[{MINUS}-]?[\d,]*\.?\d+"
 STATED = re.compile(
-    rf"(?P<mean>{NUMBER})(?: \((?P<low>{NUMBER}) to (?P<high>{NUMBER})\)| ± (?P<half>{NUMBER}))?\s*<!-- = (?P<file>\S+) (?P<path>[^>]+?) -->"
+    rf"(?P<mean>{NUMBER})(?: \((?P<low>{NUMBER}) to (?P<high>{NUMBER})\)| ± (?P<half>{NUMBER}))?"
+    r"\s*<!-- = (?P<file>\S+) (?P<path>[^>]+?) -->"
 )
 ROWS = re.compile(r"<!-- rows = (?P<file>\S+) -->\n\n?(?P<table>(?:\|.*\n)+)")
 ANY_MARK = re.compile(r"<!-- (?:=|rows =) ")

@@ -19,7 +19,7 @@ PAGED_BATCH = 32
 each (docs/engines.md). A flash attention does not."""
 
 
-C = TypeVar("C", bound=EngineConfig)
+ConfigT = TypeVar("ConfigT", bound=EngineConfig)
 
 
 class Choice(NamedTuple):
@@ -58,6 +58,6 @@ def choose(cfg: EngineConfig, policy: PreTrainedModel, config: PreTrainedConfig 
     return Choice("paged", "continuous batching runs this model, and saves the steps of answers that ended")
 
 
-def resolved(cfg: C, policy: PreTrainedModel) -> C:
+def resolved(cfg: ConfigT, policy: PreTrainedModel) -> ConfigT:
     """The config with the engine that is taken in place of "auto"."""
     return cfg if cfg.engine != "auto" else replace(cfg, engine=choose(cfg, policy).engine)
