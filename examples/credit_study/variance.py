@@ -140,10 +140,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("study", type=Path, help="the YAML file of the study, some of whose runs have finished")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    torch.set_grad_enabled(False)
     try:
         study = read_study(options.study)
-        rows = collect(study)
+        with torch.no_grad():
+            rows = collect(study)
     except TlcrError as error:
         sys.stderr.write(f"variance: {error}\n")
         return 2

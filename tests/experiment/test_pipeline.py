@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_type_hints
@@ -324,10 +324,12 @@ class InThisProcess:
 
     started: ClassVar[list[tuple[str, str]]] = []
 
-    def __init__(self, command: tuple[str, ...], **_: object) -> None:
+    def __init__(self, command: tuple[str, ...], *, env: Mapping[str, str], **_: object) -> None:
         assert command[:3] == (sys.executable, "-m", "tlcr.experiment.pipeline")
         self.started.append((command[4], command[5]))
-        self.code = pipeline._worker(*command[3:])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(workers.PLACE, env[workers.PLACE])
+            self.code = pipeline._worker(*command[3:])
 
     def poll(self) -> int:
         return self.code
