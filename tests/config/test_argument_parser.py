@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import yaml
 
 from tlcr.config import argument_parser
-from tlcr.config.argument_parser import ArgumentParser, Unparsable, flags_of, parse_arguments, parse_values, read_yaml
+from tlcr.config.argument_parser import ArgumentParser, Unparsable, flags_of, parse_arguments, parse_values
 
 TYPES: dict[str, Any] = {
     "count": int,
@@ -55,7 +56,7 @@ def test_a_wrong_value_is_named_with_its_argument(name: str, typed: str, value: 
     with pytest.raises(Unparsable) as of_a_flag:
         parse_arguments(command(), ["one", "x", "y", f"--{name}", typed], defaults=False)
     with pytest.raises(Unparsable) as of_a_file:
-        parse_values(TYPES, {name: read_yaml(typed)})
+        parse_values(TYPES, {name: yaml.safe_load(typed)})
     for caught in (of_a_flag, of_a_file):
         assert (caught.value.name, caught.value.value, caught.value.missing) == (name, value, ())
 
@@ -114,10 +115,6 @@ def test_values_are_typed_whether_written_or_not() -> None:
     assert parse_values(TYPES, typed) == typed
     assert parse_values(TYPES, {"ppo.clip_high": 1}) == {"ppo.clip_high": 1.0}
     assert parse_values(TYPES, {}) == {}
-
-
-def test_yaml_is_read_as_jsonargparse_reads_it() -> None:
-    assert read_yaml("a: 1e-5\nb: [1, no]\nc: {d: null}") == {"a": 1e-5, "b": [1, False], "c": {"d": None}}
 
 
 def test_the_flags_of_a_parser_are_known() -> None:

@@ -130,6 +130,7 @@ def test_the_defaults_survive_dumping(tmp_path: Path) -> None:
         ("a: [\n", "is not YAML"),
         ("a: !!python/object/apply:os.getcwd []\n", "is not YAML"),
         ("- 1\n", "holds list, not a mapping"),
+        ("no: null\n", "unknown key False"),
     ],
 )
 def test_a_wrong_file_is_refused_in_one_line_that_names_the_place(tmp_path: Path, text: str, message: str) -> None:
@@ -138,6 +139,18 @@ def test_a_wrong_file_is_refused_in_one_line_that_names_the_place(tmp_path: Path
     assert message in str(caught.value)
     assert "my-password" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_sections_without_settings_have_the_defaults(tmp_path: Path) -> None:
+    """A file in which all settings are comments."""
+    for text in ("ppo:\n", "ppo:\nkl:\n", "{ppo, kl}\n", "# nothing\n"):
+        assert load_config(write(tmp_path, text)) == RunConfig()
+
+
+def test_numbers_of_yaml_1_2_are_read(tmp_path: Path) -> None:
+    """YAML 1.1, which PyYAML reads, takes 1e-5 for text."""
+    cfg = load_config(write(tmp_path, "kl_coefs: [1e-2]\nppo: {learning_rate: 1e-5}\nreward: {clip: 2E1}\n"))
+    assert (cfg.kl_coefs, cfg.ppo.learning_rate, cfg.reward.clip) == ((0.01,), 1e-5, 20.0)
 
 
 def test_a_missing_file_and_a_binary_file_are_config_errors(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace, get_loader
+from jsonargparse import ArgumentParser, Namespace
 
-__all__ = ["ArgumentParser", "Namespace", "Unparsable", "flags_of", "parse_arguments", "parse_values", "read_yaml"]
+__all__ = ["ArgumentParser", "Namespace", "Unparsable", "flags_of", "parse_arguments", "parse_values"]
 
 MISSING = re.compile(r"^the following arguments are required: (.*)$", re.DOTALL)
 VALUE = re.compile(r'^Parser key "([^"]+)":(.*)$', re.DOTALL)
@@ -78,8 +78,3 @@ def parse_values(types: Mapping[str, Any], values: Mapping[str, Any]) -> dict[st
     except OverflowError as error:
         raise Unparsable(TOO_LARGE) from error
     return {name: typed[name] for name in values}
-
-
-def read_yaml(text: str) -> Any:
-    """Plain values of YAML, numbers such as 1e-5 included, which YAML 1.1 takes for text. Raises yaml.YAMLError."""
-    return get_loader("yaml")(text)

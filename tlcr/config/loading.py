@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
-from tlcr.config.argument_parser import Unparsable, parse_values, read_yaml
+from tlcr.config.argument_parser import Unparsable, parse_values
 from tlcr.config.dropped import dropped_paths
 from tlcr.config.schema import LARGEST, Arm, Checked, RewardConfig, RunConfig, in_short
 from tlcr.errors import ConfigError
@@ -222,7 +222,7 @@ def _parse_yaml(text: str, where: str) -> tuple[Any, yaml.Node | None]:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is not None and _size(node, where, "", {}) > MOST_VALUES:
             raise ConfigError(f"{where} stands for more than {MOST_VALUES:,} values; write out what its aliases repeat")
-        return read_yaml(text), node
+        return yaml.safe_load(text), node
     except ConfigError:
         raise
     except yaml.YAMLError as error:
