@@ -14,20 +14,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
-from transformers.utils import logging as transformers_logging
-
 from examples.credit_study import results
+from examples.study import command, values_of
 from tlcr.config.loading import load_config
 from tlcr.config.schema import Arm, RewardConfig, RunConfig
 from tlcr.config.trials import Trial
-from tlcr.errors import ConfigError, TlcrError
+from tlcr.errors import ConfigError
 from tlcr.experiment import pipeline
 from tlcr.experiment.arm import train_arm
 from tlcr.experiment.run_folder import open_run
@@ -91,14 +88,7 @@ class Study:
 
 def read_study(path: Path) -> Study:
     """Read the YAML file. Raises ConfigError with what is missing or unknown."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    names = [field.name for field in fields(Study)]
-    if not isinstance(values, dict) or sorted(values) != sorted(names):
-        keys = ", ".join(sorted(map(str, values))) if isinstance(values, dict) else "of no mapping"
-        raise ConfigError(f"{path} has the keys {keys}; wanted {', '.join(names)}")
+    values = values_of(path, Study)
     for name in ("lengths", "lams", "values", "seeds", "placements"):
         if not values[name]:
             raise ConfigError(f"{path}: {name} is empty; name at least one")
@@ -131,20 +121,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--only", nargs="+", default=(), help="work on these PPO runs only, by the name of their folder"
     )
     options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("tlcr").setLevel(logging.INFO)
-    transformers_logging.disable_progress_bar()
-    try:
+
+    def work() -> None:
         study = read_study(options.study)
         unknown = set(options.lengths or ()) - set(study.lengths)
         if unknown:
             raise ConfigError(f"--lengths names {sorted(unknown)}; the study has {', '.join(map(str, study.lengths))}")
         work_on(study, options.lengths or list(study.lengths), options.seeds, options.only)
         results.write(Path(study.output_dir), list(study.lengths))
-    except TlcrError as error:
-        sys.stderr.write(f"study: {error}\n")
-        return 2
-    return 0
+
+    return command(work)
 
 
 if __name__ == "__main__":

@@ -20,20 +20,19 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from matplotlib.figure import Figure
-from transformers.utils import logging as transformers_logging
 
 from examples.discriminator_study import measures
+from examples.study import command, values_of
 from tlcr.config.loading import load_config
 from tlcr.config.schema import RunConfig
 from tlcr.data.labels import label_pair, label_pairs
-from tlcr.errors import ConfigError, TlcrError
+from tlcr.errors import ConfigError
 from tlcr.experiment import pipeline
 from tlcr.experiment.run_folder import RunFolder, open_run
 from tlcr.models.discriminator import load_discriminator
@@ -103,7 +102,7 @@ class Study:
     config: str
     seeds: tuple[int, ...]
     grids: tuple[Mapping[str, Sequence[Any]], ...]
-    overrides: Mapping[str, Any]
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def run_config(self, seed: int, more: Mapping[str, Any] | None = None) -> RunConfig:
         """The config of one seed's folder, with a cell's knobs on top."""
@@ -135,16 +134,7 @@ def _value(cfg: RunConfig, knob: str) -> Any:
 
 def read_study(path: Path) -> Study:
     """Read the YAML file. Raises ConfigError with what is missing, unknown or cannot be varied."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    names = [field.name for field in fields(Study)]
-    values = {"overrides": {}, **values} if isinstance(values, dict) else {}
-    if sorted(values) != sorted(names):
-        raise ConfigError(
-            f"{path} has the keys {', '.join(sorted(values)) or 'of no mapping'}; wanted {', '.join(names)}"
-        )
+    values = values_of(path, Study)
     for grid in values["grids"]:
         for name, listed in grid.items():
             if name != PAIRS and not name.startswith(VARIED):
@@ -364,17 +354,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("study", type=Path, help="a YAML file such as the one beside this script")
     parser.add_argument("--seeds", type=int, nargs="+", help="work on these seeds of the study only")
     options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("tlcr").setLevel(logging.INFO)
-    transformers_logging.disable_progress_bar()
-    try:
+
+    def work() -> None:
         study = read_study(options.study)
         work_on(study, options.seeds or study.seeds)
         write_results(study)
-    except TlcrError as error:
-        sys.stderr.write(f"study: {error}\n")
-        return 2
-    return 0
+
+    return command(work)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,61 @@
+"""What the studies here share: a YAML file that says all of one, and a command that works on it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.utils import logging as transformers_logging
+
+from tlcr.errors import ConfigError, TlcrError
+
+
+def values_of(path: Path, study: type) -> dict[str, Any]:
+    """What the YAML file at ``path`` says of a study.
+
+    Args:
+        path: the file.
+        study: a dataclass with a field for each key; one with a default may be left out.
+
+    Returns:
+        A value for each key that the file names.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key is missing or unknown.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    names = {field.name: field.default is MISSING and field.default_factory is MISSING for field in fields(study)}
+    keys = {str(key) for key in values} if isinstance(values, Mapping) else set()
+    if not keys <= set(names) or any(needed and name not in keys for name, needed in names.items()):
+        raise ConfigError(
+            f"{path} has the keys {', '.join(sorted(keys)) or 'of no mapping'}; wanted {', '.join(names)}"
+        )
+    return dict(values)
+
+
+def command(work: Callable[[], None]) -> int:
+    """Works with tlcr's messages on stderr, and without the progress bars of others.
+
+    Args:
+        work: the study.
+
+    Returns:
+        The exit code: 2 where tlcr refused, with its sentence.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("tlcr").setLevel(logging.INFO)
+    transformers_logging.disable_progress_bar()
+    try:
+        work()
+    except TlcrError as error:
+        sys.stderr.write(f"study: {error}\n")
+        return 2
+    return 0
