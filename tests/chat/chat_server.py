@@ -6,29 +6,12 @@ import json
 import re
 import socket
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Reply:
-    """What the server does with one request.
-
-    body: what it sends, as JSON unless it is bytes. cut: bytes that it promises and does not send. hold: an event that
-    it waits for before it answers. dribble_s: seconds that it lets pass after each byte.
-    """
-
-    body: Any
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-    cut: int = 0
-    hold: threading.Event | None = None
-    dribble_s: float = 0.0
+from tests.http_server import Reply, listening
 
 
 def completion(text: str | None, **changes: Any) -> dict[str, Any]:
@@ -77,78 +60,33 @@ class ChatServer:
         self._lock = threading.Lock()
         self.address = ""
 
-    def handle(self, request: dict[str, Any], key: str | None) -> Reply:
+    def handle(self, path: str, request: dict[str, Any], headers: Mapping[str, str]) -> Reply:
+        assert path == "/v1/chat/completions"
         with self._lock:
             self.requests.append(request)
-            self.keys.add(key)
+            self.keys.add(headers.get("Authorization"))
             self.under_way += 1
             self.most_under_way = max(self.most_under_way, self.under_way)
             scripted = self.script.pop(0) if self.script else self.behave
         reply = scripted if isinstance(scripted, Reply) else scripted(request)
-        if reply.hold is not None:
-            reply.hold.wait(30)
-        return reply
-
-    def finished(self, request: dict[str, Any], reply: Reply) -> None:
         with self._lock:
             self.under_way -= 1
             if reply.status == 200 and not reply.cut:
                 self.answered[request["messages"][-1]["content"]] += 1
+        return reply
 
 
 @contextmanager
 def serving(server: ChatServer) -> Iterator[ChatServer]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            assert self.path == "/v1/chat/completions"
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            reply = server.handle(request, self.headers.get("Authorization"))
-            body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
-            server.finished(request, reply)
-            try:
-                self.send_response(reply.status)
-                for name, value in {"Content-Type": "application/json", **reply.headers}.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                for piece in _pieces(body[: len(body) - reply.cut], reply.dribble_s):
-                    self.wfile.write(piece)
-            except OSError:  # the client has hung up, as it should on time-outs
-                self.close_connection = True
-            if reply.cut:
-                self.close_connection = True
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    class Listener(ThreadingHTTPServer):
-        daemon_threads = True
-        request_queue_size = 128
-
-        def handle_error(self, request: object, client_address: object) -> None:
-            pass  # a client that was killed resets its connections
-
-    listener = Listener(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    server.address = f"http://127.0.0.1:{listener.server_address[1]}/v1"
-    try:
+    with listening(server.handle) as address:
+        server.address = f"{address}/v1"
         yield server
-    finally:
-        listener.shutdown()
-        listener.server_close()
-        thread.join()
 
 
-def _pieces(body: bytes, dribble_s: float) -> Iterator[bytes]:
-    if not dribble_s:
-        yield body
-        return
-    for place in range(len(body)):
-        yield body[place : place + 1]
-        time.sleep(dribble_s)
+def held(reply: Reply, until: threading.Event) -> Reply:
+    """The reply, once the event has come; half a minute later at most."""
+    until.wait(30)
+    return reply
 
 
 def closed_port() -> int:

@@ -21,7 +21,8 @@ import pytest
 
 pytest.importorskip("openai", reason="the endpoint is an extra")
 
-from tests.chat.chat_server import ChatServer, Reply, closed_port, completion, mended, rejected_of, revision, serving
+from tests.chat.chat_server import ChatServer, closed_port, completion, held, mended, rejected_of, revision, serving
+from tests.http_server import Reply
 from tlcr.chat import Answer, AnswerStore, Message, NoAnswer, Question, ask, stored
 from tlcr.chat import endpoint as endpoint_module
 from tlcr.chat.endpoint import Endpoint
@@ -172,7 +173,7 @@ def test_a_password_in_the_address_of_the_environment_is_refused(
 
 def test_a_server_that_hangs_is_given_up(store: AnswerStore) -> None:
     release = threading.Event()
-    with serving(ChatServer(script=[Reply(completion("late"), hold=release)])) as server:
+    with serving(ChatServer(script=[lambda _: held(Reply(completion("late")), release)])) as server:
         answer = ask_one(server, store, timeout=1.5)
         release.set()
     assert isinstance(answer, Answer) and answer.text == revision("good soup")
@@ -454,7 +455,7 @@ def test_a_killed_run_has_lost_nothing_and_pays_for_nothing_twice(number: signal
 
     def behave(request: dict[str, Any]) -> Reply:
         reply = mended(request)
-        return reply if len(server.requests) <= 4 else Reply(reply.body, hold=hold)
+        return reply if len(server.requests) <= 4 else held(reply, hold)
 
     with serving(ChatServer(behave)) as server:
         asking = start_asking(path, server)

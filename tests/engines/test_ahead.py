@@ -14,7 +14,8 @@ import torch
 from tenacity import wait_none
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.engines.vllm_server import VLLM, Reply, serving
+from tests.engines.vllm_server import VLLM, serving
+from tests.http_server import Reply
 from tests.ppo.helpers import StopAt, Stopped, run_ppo, small_config, without_times
 from tests.ppo.test_conversation import known_conversation
 from tlcr.config.schema import RolloutConfig, RunConfig

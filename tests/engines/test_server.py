@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from tests.chat.chat_server import closed_port
 from tests.engines.helpers import ENDS, PROMPTS, sampling, worst
-from tests.engines.vllm_server import COMPLETION, VLLM, Fault, Reply, serving
+from tests.engines.vllm_server import COMPLETION, VLLM, Fault, serving
+from tests.http_server import Reply
 from tests.ppo.helpers import run_ppo, small_config, without_times
 from tlcr.config.schema import LoRAConfig, RolloutConfig, RunConfig
 from tlcr.engines import Answer, Sampling, build_engine, vllm_client

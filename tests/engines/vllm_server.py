@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tests.http_server import HttpServer, Reply
 
 COMPLETION = (
     '{"id":"cmpl-bf3db9b2765727f0","object":"text_completion","created":1795881889,"model":"served","choices":[{"index":'
@@ -33,16 +32,6 @@ COMPLETION = (
     '"metrics":null}'
 )
 """What it answered to [5, 6, 7] with max_tokens 3, byte for byte but for the name of the model."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """body: JSON, unless it is bytes. cut: bytes that are promised and not sent. hang_s: seconds before it is sent."""
-
-    body: Any = b""
-    status: int = 200
-    cut: int = 0
-    hang_s: float = 0.0
 
 
 LOADING = threading.Lock()
@@ -72,7 +61,7 @@ class VLLM:
     def asked(self, path: str) -> list[dict[str, Any]]:
         return [request for where, request in self.requests if where == path]
 
-    def handle(self, path: str, request: dict[str, Any]) -> Reply:
+    def handle(self, path: str, request: dict[str, Any], headers: Mapping[str, str]) -> Reply:
         with self.lock:
             self.requests.append((path, request))
         if self.fault is not None and (reply := self.fault(self, path, request)) is not None:
@@ -177,61 +166,12 @@ def _shaped(logits_V: Tensor, request: dict[str, Any]) -> Tensor:
 @contextmanager
 def serving(*servers: VLLM) -> Iterator[list[str]]:
     """Their addresses."""
-    listeners = [_listen(server) for server in servers]
+    listeners = [HttpServer(server.handle) for server in servers]
+    for server, listener in zip(servers, listeners, strict=True):
+        server.address, server.kill = listener.address, listener.kill
     try:
-        yield [server.address for server in servers]
+        yield [listener.address for listener in listeners]
     finally:
-        for listener, thread in listeners:
-            listener.shutdown()
-            listener.server_close()
-            thread.join()
-
-
-def _listen(server: VLLM) -> tuple[ThreadingHTTPServer, threading.Thread]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            self.answer({})
-
-        def do_POST(self) -> None:
-            raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            self.answer(json.loads(raw) if raw else {})
-
-        def answer(self, request: dict[str, Any]) -> None:
-            reply = server.handle(self.path, request)
-            time.sleep(reply.hang_s)
-            body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
-            try:
-                self.send_response(reply.status)
-                if body:
-                    self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body[: len(body) - reply.cut])
-            except OSError:  # the client has hung up, as it should on time-outs
-                self.close_connection = True
-            if reply.cut:
-                self.close_connection = True
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    class Listener(ThreadingHTTPServer):
-        daemon_threads = True
-        request_queue_size = 128
-
-        def handle_error(self, request: object, client_address: object) -> None:
-            pass  # a client that hung up resets its connection
-
-    listener = Listener(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-
-    def kill() -> None:
-        listener.shutdown()
-        listener.server_close()
-
-    server.kill = kill
-    server.address = f"http://127.0.0.1:{listener.server_address[1]}"
-    return listener, thread
+        for listener in listeners:
+            listener.kill()
+            listener.join()

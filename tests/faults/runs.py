@@ -21,8 +21,9 @@ from typing import Any
 
 import yaml
 
-from tests.chat.chat_server import ChatServer, Reply, completion, rejected_of, revision, serving
+from tests.chat.chat_server import ChatServer, completion, rejected_of, revision, serving
 from tests.faults.children import finish, serve_in_a_process
+from tests.http_server import Reply
 
 STAGES: dict[str, list[str]] = {
     "revisions": ["revise", "run.yaml"],
@@ -73,10 +74,11 @@ class Server(ChatServer):
     """Its revisions depend on the request alone: one word less. Some questions it declines, and then it repeats the key
     that it was sent, as some servers do."""
 
-    def handle(self, request: dict[str, Any], key: str | None) -> Reply:
+    def handle(self, path: str, request: dict[str, Any], headers: Mapping[str, str]) -> Reply:
         words = rejected_of(request).split()
         if len(words) % 5 == 0:
-            return Reply({"error": {"message": f"no: {request['model']} may not be asked with {key}"}}, 400)
+            message = f"no: {request['model']} may not be asked with {headers.get('Authorization')}"
+            return Reply({"error": {"message": message}}, 400)
         return Reply(completion(revision(" ".join([*words[:-2], *words[-1:]]))))
 
 

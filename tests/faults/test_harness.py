@@ -48,6 +48,8 @@ def test_nothing_is_lost_by_any_kind_of_fault(tmp_path: Path) -> None:
         # this seed strikes in the middle of done.json
         ("rename", ("--only", "a sync", "--stage", "labels", "--seed", "290", "--runs", "1"), "cannot be read"),
         ("flush", ("--only", "torn line", "--stage", "sft", "--runs", "1"), "metrics.jsonl differs"),
+        # this seed cuts the power right after done.json has its name
+        ("sync", ("--only", "power cut", "--stage", "labels", "--seed", "3", "--runs", "1"), "cannot be read"),
         # this seed plants the script where the processor is named
         ("escape", ("--only", "scripts", "--seed", "13", "--runs", "1"), "a script came into the report"),
         ("key", ("--runs", "0"), "the key stands in"),

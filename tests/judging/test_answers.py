@@ -232,7 +232,8 @@ def test_a_turn_without_an_answer_ends_its_question_and_is_counted(tmp_path: Pat
 
 def test_answers_of_an_endpoint_that_fails_are_asked_for_again(tmp_path: Path, monkeypatch, capsys) -> None:
     pytest.importorskip("openai", reason="the endpoint is an extra")
-    from tests.chat.chat_server import ChatServer, Reply, completion, serving
+    from tests.chat.chat_server import ChatServer, completion, serving
+    from tests.http_server import Reply
     from tlcr.chat import endpoint as endpoint_module
 
     monkeypatch.setattr(endpoint_module, "BACKOFF", lambda state: 0.01)

@@ -13,7 +13,8 @@ import pytest
 
 pytest.importorskip("openai", reason="the endpoint is an extra")
 
-from tests.chat.chat_server import ChatServer, Reply, completion, serving
+from tests.chat.chat_server import ChatServer, completion, serving
+from tests.http_server import Reply
 from tlcr.chat import endpoint as endpoint_module
 from tlcr.cli import main as cli
 from tlcr.judging.formats import BenchmarkQuestion, write_alpaca_eval, write_fastchat

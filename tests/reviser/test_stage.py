@@ -19,7 +19,8 @@ import pytest
 
 pytest.importorskip("openai", reason="the endpoint is an extra")
 
-from tests.chat.chat_server import ChatServer, Reply, completion, mended, rejected_of, revision, serving
+from tests.chat.chat_server import ChatServer, completion, held, mended, rejected_of, revision, serving
+from tests.http_server import Reply
 from tlcr.chat import endpoint as endpoint_module
 from tlcr.cli import main as cli
 from tlcr.config.loading import load_config
@@ -423,15 +424,14 @@ def test_a_command_that_is_killed_and_called_again_asks_for_the_rest_only(tmp_pa
     hold = threading.Event()
 
     def behave(request: dict[str, Any]) -> Reply:
-        return Reply(mended(request).body, hold=hold) if len(server.requests) == 6 else mended(request)
+        return held(mended(request), hold) if len(server.requests) == 6 else mended(request)
 
     server.behave = behave
     command = [sys.executable, "-m", "tlcr", "revise", *flags(settings(tmp_path, server))]
     environment = {**os.environ, "TLCR_PROGRESS": "1"}
     killed = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    for _ in range(3000):
-        if len(server.requests) == 6:
-            break
+    began = time.monotonic()
+    while len(server.requests) < 6 and killed.poll() is None and time.monotonic() - began < 300:  # imports take longest
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.wait(30)
