@@ -1,10 +1,13 @@
 """Figures of the documents that name where they come from, held against the files.
 
-A figure of a page may be followed, on its line or the next, by a comment with a file of docs/results and a path in it::
+Under a paragraph or an item of a list, a comment may name figures of it, each with a file of docs/results and a path
+in it::
 
-    0.400 (0.341 to 0.459)<!-- = reward_comparison/results.md [continuous, 0.1, *] gold per token -->
-    0.585 ± 0.051<!-- = discriminator_study/results.json [cell=as-configured].measures.gold_content -->
-    0.018 (0.013 to 0.023)<!-- = length/results.json gaps[length=16, lam=0.7, other=sum-at-end].at_kl -->
+    <!-- from
+    0.400 (0.341 to 0.459) = reward_comparison/results.md [continuous, 0.1, *] gold per token
+    0.585 ± 0.051 = discriminator_study/results.json [cell=as-configured].measures.gold_content
+    0.018 (0.013 to 0.023) = length/results.json gaps[length=16, lam=0.7, other=sum-at-end].at_kl
+    -->
 
 In JSON a path is a row of keys; brackets choose from a list the only entry that has these values. It ends at a number,
 or at a mean over seeds: an object with "mean" or "difference", and "interval". In Markdown the brackets hold the first
@@ -26,10 +29,11 @@ MINUS = "\u2212"
 NUMBER = rf"[{MINUS}-]?[\d,]*\.?\d+"
 STATED = re.compile(
     rf"(?P<mean>{NUMBER})(?: \((?P<low>{NUMBER}) to (?P<high>{NUMBER})\)| ± (?P<half>{NUMBER}))?"
-    r"\s*<!-- = (?P<file>\S+) (?P<path>[^>]+?) -->"
+    r" = (?P<file>\S+) (?P<path>.+)"
 )
+FROM = re.compile(r"<!-- from\n(?P<lines>(?:.*\n)*?) *-->")
 ROWS = re.compile(r"<!-- rows = (?P<file>\S+) -->\n\n?(?P<table>(?:\|.*\n)+)")
-ANY_MARK = re.compile(r"<!-- (?:=|rows =) ")
+ANY_MARK = re.compile(r"<!-- (?:from|rows|=)")
 STEP = re.compile(r"\.?([\w-]+)|\[([^\]]+)\]")
 
 
@@ -48,27 +52,38 @@ class Figure:
 def unfounded(text: str, folder: Path = RESULTS) -> Iterator[str]:
     """What of the marked figures and tables of a page is not as its file has it, a sentence for each."""
     read = 0
-    for match in STATED.finditer(text):
+    for comment in FROM.finditer(text):
         read += 1
-        try:
-            found = look_up(folder / match["file"], match["path"])
-        except (Unfounded, OSError, ValueError) as error:
-            yield f"{match[0]}: {error}"
-            continue
-        stated = [match["mean"], match["low"], match["high"], match["half"]]
-        low, high = found.interval or (None, None)
-        half = None if low is None or high is None else (high - low) / 2
-        wanted = [found.mean, low, high, half]
-        for said, figure in zip(stated, wanted, strict=True):
-            if said is not None and (figure is None or said != as_said(figure, like=said)):
-                yield f"{match[0]}: says {said}, the file has {figure}"
+        above = " ".join(re.split(r"\n\n|-->", text[: comment.start()])[-1].split())
+        for line in comment["lines"].splitlines():
+            yield from _unfounded_line(line.strip(), above, folder)
     for match in ROWS.finditer(text):
         read += 1
         lines = set((folder / match["file"]).read_text(encoding="utf-8").splitlines())
         yield from (f"{match['file']} has no row {row}" for row in match["table"].splitlines() if row not in lines)
     marks = len(ANY_MARK.findall(text))
     if marks != read:
-        yield f"{marks - read} of {marks} marks follow no figure, or stand over no table"
+        yield f"{marks - read} of {marks} marks have no lines with figures, or stand over no table"
+
+
+def _unfounded_line(line: str, above: str, folder: Path) -> Iterator[str]:
+    match = STATED.fullmatch(line)
+    if match is None:
+        yield f"{line!r} is no figure with a file and a path"
+        return
+    if line.partition(" = ")[0] not in above:
+        yield f"{line}: the text above does not say so"
+    try:
+        found = look_up(folder / match["file"], match["path"])
+    except (Unfounded, OSError, ValueError) as error:
+        yield f"{line}: {error}"
+        return
+    low, high = found.interval or (None, None)
+    half = None if low is None or high is None else (high - low) / 2
+    stated = [match["mean"], match["low"], match["high"], match["half"]]
+    for said, figure in zip(stated, [found.mean, low, high, half], strict=True):
+        if said is not None and (figure is None or said != as_said(figure, like=said)):
+            yield f"{line}: says {said}, the file has {figure}"
 
 
 def as_said(figure: float, *, like: str) -> str:
