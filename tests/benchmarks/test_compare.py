@@ -272,6 +272,7 @@ def test_a_commit_without_ops_ends_the_run(installed: Path) -> None:
         rounds.one_round(installed, command.arguments(["HEAD", "--only", "fused_gae"]))
 
 
+@pytest.mark.slow
 def test_a_commit_without_the_trainer_s_modules_lacks_its_rounds(installed: Path) -> None:
     found = rounds.one_round(installed, command.arguments(["HEAD", "--only", rounds.PPO]))
     assert set(found) == {rounds.PPO} and "ModuleNotFoundError: No module named 'tlcr." in found[rounds.PPO]["reason"]

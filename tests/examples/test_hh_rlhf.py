@@ -211,6 +211,7 @@ def test_transcripts_are_cut_where_the_paper_cuts_them(finished: RunConfig) -> N
             )
 
 
+@pytest.mark.slow
 def test_the_commands_and_knobs_of_the_recipe_exist() -> None:
     text = (RECIPE / "README.md").read_text(encoding="utf-8")
     found = [words for words in commands(text) if words[0] not in ("cp", "git")]

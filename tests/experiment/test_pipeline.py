@@ -86,6 +86,7 @@ def test_the_discriminator_is_analysed_on_what_it_has_not_seen(finished: RunConf
     assert page == tmp_path / "out" / "analysis.html" and "edits.jsonl" in page.read_text()
 
 
+@pytest.mark.slow
 def test_a_run_says_once_what_it_found_and_wrote(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "tlcr")
     cfg = small_config(tmp_path / "run")
@@ -166,6 +167,7 @@ def with_dropped_knobs(values: dict[str, Any], cls: type) -> dict[str, Any]:
     return {**values, **{name: gone.default for name, gone in dropped_knobs(cls).items()}, **inner}
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_goes_on_and_is_reported(finished: RunConfig, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(finished.output_dir, tmp_path / "run"))
     config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -209,6 +211,7 @@ def test_evaluating_again_finds_what_training_found(finished: RunConfig) -> None
     assert json.loads(path.read_text()) == before
 
 
+@pytest.mark.slow
 def test_every_engine_evaluates_a_policy_alike(finished: RunConfig, tmp_path: Path) -> None:
     """With top-k 1 each takes the most probable token."""
     shutil.copytree(finished.output_dir, tmp_path / "run")

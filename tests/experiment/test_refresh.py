@@ -55,6 +55,7 @@ def test_the_discriminator_moves_in_ppo_and_the_first_one_stays(finished: RunCon
     assert ["time/refresh_s" in row for row in rows if row["step"]] == [True, True, True, False]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(
     finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

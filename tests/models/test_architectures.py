@@ -68,6 +68,7 @@ def test_both_classifiers_of_a_decoder_load_with_equal_outputs(model_type: str, 
     assert made.startswith("token: ours" if model_type in OURS else "token: transformers, sequence: transformers")
 
 
+@pytest.mark.slow
 def test_a_process_without_tlcr_loads_the_folder(tmp_path: Path) -> None:
     """One OPT whose last hidden states are narrower than its layers, with a head in float32 on bfloat16."""
     source = tiny_model(config_class("opt"), word_embed_proj_dim=16).bfloat16()

@@ -83,6 +83,7 @@ def figures(url: str) -> dict[str, float]:
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
+@pytest.mark.slow
 def test_a_signal_to_stop_lets_accepted_requests_end(discriminator: Path) -> None:
     """The request waits for company when the signal comes; the command ends when it is answered."""
     with served(discriminator, "--window-ms", "2000") as (process, url):

@@ -436,6 +436,7 @@ print([saved for saved, killed in before_changes if killed], within_files)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_of_a_save_the_previous_checkpoint_still_loads(tmp_path):
     """Before each change of the disk, one after the other, and amid the writing of a file, small or large."""
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=False)
