@@ -7,6 +7,7 @@ import gzip
 import json
 import logging
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tlcr.data.readers import (
     read_marked_answers,
     read_preferences,
     read_prompts,
+    read_raw_preferences,
 )
 from tlcr.errors import ConfigError, DataError
 from tlcr.types import EditPair, PreferencePair
@@ -444,6 +446,20 @@ class TestPreferences:
         datasets.Dataset.from_list([record]).to_parquet(str(source))
         datasets.enable_progress_bars()
         assert self.only(preferences(str(source), tokenizer)) == ("<user>a<assistant>", "d", "e")
+
+    def test_fields_of_messages_that_json_cannot_hold_are_left_out(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        """As such columns are; and what is compared and written of messages is JSON."""
+        source = tmp_path / "a.parquet"
+        odd = {"at": datetime(2026, 7, 4), "raw": b"\x01", "name": "n"}
+        record = {"chosen": [user("a") | odd, assistant("d")], "rejected": [user("a") | odd, assistant("e")]}
+        datasets.disable_progress_bars()
+        datasets.Dataset.from_list([record]).to_parquet(str(source))
+        datasets.enable_progress_bars()
+        assert self.only(preferences(str(source), tokenizer)) == ("<user>a<assistant>", "d", "e")
+        (raw,) = read_raw_preferences(DataConfig(preferences=str(source))).records
+        assert raw.prompt == [user("a") | {"name": "n"}]
 
     def test_text_prompt_and_messages_for_answers(self, jsonl: Callable, tokenizer: PreTrainedTokenizerFast) -> None:
         record = {"prompt": "a", "chosen": [assistant("d")], "rejected": [assistant("e")]}

@@ -593,19 +593,24 @@ def _conversation(prompt: object, answer: object, name: str) -> list[Message]:
 
 
 def _messages(value: object, name: str) -> list[Message]:
-    """The messages with all fields that are not null: Parquet gives every message the fields of all messages."""
+    """The messages with all fields that JSON can hold and that are not null: Parquet gives every message the fields of
+    all messages, and has bytes, dates and decimals too."""
     if not isinstance(value, list) or not value:
         raise Malformed(f"field {name!r} is not a list of messages")
     messages: list[Message] = []
     for number, message in enumerate(value, start=1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise Malformed(f"message {number} of {name!r} has no 'role'")
-        held = {key: field for key, field in message.items() if field not in (None, [], {})}
+        held = {key: field for key, field in message.items() if field not in (None, [], {}) and _is_kept(key, field)}
         if not (set(held) - {"role", "content"}) or held.get("content"):
             _text(held.get("content"), f"the content of message {number} of {name!r}")
         _require_unicode(held, f"message {number} of {name!r}")
         messages.append(held)
     return messages
+
+
+def _is_kept(key: str, field: object) -> bool:
+    return key in ("role", "content") or _is_plain(field)
 
 
 def _require_open(prompt: Context) -> None:
