@@ -5,8 +5,11 @@
 // Everything goes through torch's stable ABI (docs/kernels.md, "One library"), whose functions serve every torch from
 // TORCH_TARGET_VERSION on.
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <limits>
+#include <tuple>
+#include <utility>
 
 #include "facts.h"
 #include "run.h"
@@ -175,24 +178,21 @@ struct PPOInputs {
 // Numbers of the arithmetic's dtype for the time of a call: cheaper than a tensor, and wide enough for either dtype.
 using Scratch = std::vector<double>;
 
-// The forward pass: loss and statistics. `run` fills row_sums and row_weights.
+// The forward pass: the loss and the statistics, kPPOStats numbers. `run` fills row_sums and row_weights.
 template <typename Run>
-std::tuple<Tensor, Tensor> ppo_forward(void* row_weights, const Tensor& logprobs, const Tensor& old_logprobs,
-                                       const Tensor& advantages, const Tensor& mask, double clip, double clip_high,
-                                       std::optional<double> dual_clip, const MaybeTensor& values,
-                                       const MaybeTensor& old_values, const MaybeTensor& returns,
-                                       std::optional<double> value_clip, double value_coef, const MaybeTensor& entropy,
-                                       double entropy_coef, const MaybeTensor& kl, double kl_coef, bool per_sequence,
-                                       std::optional<double> denominator, const MaybeTensor& denominator_tensor,
-                                       const Run& run) {
-  const Dtype real = real_dtype(logprobs, old_logprobs, advantages, values, old_values, returns, entropy, kl);
+void ppo_forward(Dtype real, void* row_weights, void* stats, const Tensor& logprobs, const Tensor& old_logprobs,
+                 const Tensor& advantages, const Tensor& mask, double clip, double clip_high,
+                 std::optional<double> dual_clip, const MaybeTensor& values, const MaybeTensor& old_values,
+                 const MaybeTensor& returns, std::optional<double> value_clip, double value_coef,
+                 const MaybeTensor& entropy, double entropy_coef, const MaybeTensor& kl, double kl_coef,
+                 bool per_sequence, std::optional<double> denominator, const MaybeTensor& denominator_tensor,
+                 const Run& run) {
   const PPOOptions options{
       clip,    clip_high,    dual_clip.value_or(kInfinity), value_clip.value_or(kInfinity), value_coef, entropy_coef,
       kl_coef, per_sequence, denominator.value_or(0)};
   const PPOInputs inputs(real, logprobs, old_logprobs, advantages, mask, values, old_values, returns, options);
   const MaybeTensor entropy_BT = dense(entropy, real), kl_BT = dense(kl, real), count = dense(denominator_tensor, real);
   Scratch row_sums(mask.size(0) * (kPPOStats + 1));
-  const Tensor stats = empty({kPPOStats}, real, logprobs), loss = empty({}, real, logprobs);
   PPOArguments arguments{};
   inputs.fill(arguments);
   arguments.entropy = pointer(entropy_BT);
@@ -200,11 +200,16 @@ std::tuple<Tensor, Tensor> ppo_forward(void* row_weights, const Tensor& logprobs
   arguments.denominator = pointer(count);
   arguments.row_sums = row_sums.data();
   arguments.row_weights = row_weights;
-  arguments.stats = pointer(stats);
+  arguments.stats = stats;
   run(inputs, arguments);
   cpu::kernels().ppo_finish(arguments);
-  std::memcpy(pointer(loss), advanced(pointer(stats), kLoss, real), static_cast<std::size_t>(element_size(real)));
-  return {loss, stats};
+}
+
+// One of the numbers, as a tensor of its own.
+Tensor scalar(const void* numbers, int at, Dtype real, const Tensor& like) {
+  Tensor number = empty({}, real, like);
+  std::memcpy(pointer(number), advanced(numbers, at, real), static_cast<std::size_t>(element_size(real)));
+  return number;
 }
 
 std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor& logprobs, const Tensor& old_logprobs,
@@ -216,16 +221,15 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor& logprobs, const Tensor
                                             double kl_coef, bool per_sequence, std::optional<double> denominator,
                                             const MaybeTensor& denominator_tensor) {
   const Dtype real = real_dtype(logprobs, old_logprobs, advantages, values, old_values, returns, entropy, kl);
-  const Tensor row_weights = empty({mask.size(0)}, real, logprobs);
+  const Tensor row_weights = empty({mask.size(0)}, real, logprobs), stats = empty({kPPOStats}, real, logprobs);
   const auto run = [](const PPOInputs&, const PPOArguments& arguments) {
     on_threads(cpu::kernels().ppo, arguments, arguments.batch, arguments.length);
     cpu::kernels().ppo_weigh(arguments);
   };
-  const auto [loss, stats] =
-      ppo_forward(pointer(row_weights), logprobs, old_logprobs, advantages, mask, clip, clip_high, dual_clip, values,
-                  old_values, returns, value_clip, value_coef, entropy, entropy_coef, kl, kl_coef, per_sequence,
-                  denominator, denominator_tensor, run);
-  return {loss, stats, row_weights};
+  ppo_forward(real, pointer(row_weights), pointer(stats), logprobs, old_logprobs, advantages, mask, clip, clip_high,
+              dual_clip, values, old_values, returns, value_clip, value_coef, entropy, entropy_coef, kl, kl_coef,
+              per_sequence, denominator, denominator_tensor, run);
+  return {scalar(pointer(stats), kLoss, real, logprobs), stats, row_weights};
 }
 
 // For the gradient of a (B, T) tensor; one that is not wanted has no elements.
@@ -233,17 +237,22 @@ Tensor gradient(bool wanted, const Tensor& mask, Dtype real) {
   return wanted ? empty(mask.sizes(), real, mask) : empty({0}, real, mask);
 }
 
-// With the gradients of the loss. The weights come first, so that a row's sums and its gradients are computed one after
-// the other, while the row is near.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_with_gradients(
+using PPOScalars = std::array<Tensor, kPPOStats>;
+using PPOGradients = std::array<Tensor, 4>;
+using PPOWithGradients = decltype(std::tuple_cat(std::declval<PPOScalars>(), std::declval<PPOGradients>()));
+
+// The fields of tlcr.ops.PPOLoss, and the gradients of the loss. Each statistic is a tensor of its own, because taking
+// one tensor apart in Python costs the host more. The weights come first, so that a row's sums and its gradients are
+// computed one after the other, while the row is near.
+PPOWithGradients ppo_loss_with_gradients(
     const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages, const Tensor& mask, double clip,
     double clip_high, std::optional<double> dual_clip, const MaybeTensor& values, const MaybeTensor& old_values,
     const MaybeTensor& returns, std::optional<double> value_clip, double value_coef, const MaybeTensor& entropy,
     double entropy_coef, const MaybeTensor& kl, double kl_coef, bool per_sequence, std::optional<double> denominator,
     const MaybeTensor& denominator_tensor, bool wants_logprobs, bool wants_values, bool wants_entropy, bool wants_kl) {
   const Dtype real = real_dtype(logprobs, old_logprobs, advantages, values, old_values, returns, entropy, kl);
-  const Tensor g_logprobs = gradient(wants_logprobs, mask, real), g_values = gradient(wants_values, mask, real);
-  const Tensor g_entropy = gradient(wants_entropy, mask, real), g_kl = gradient(wants_kl, mask, real);
+  const auto wanted = [&](bool wants) { return gradient(wants, mask, real); };
+  PPOGradients gradients{wanted(wants_logprobs), wanted(wants_values), wanted(wants_entropy), wanted(wants_kl)};
   const double one = 1;
   const float float_one = 1;
   const auto run = [&](const PPOInputs& inputs, const PPOArguments& arguments) {
@@ -251,10 +260,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_with_gradien
     inputs.fill(backward);
     backward.row_weights = arguments.row_weights;
     backward.g_loss = real == kDouble ? static_cast<const void*>(&one) : &float_one;
-    backward.g_logprobs = pointer(g_logprobs);
-    backward.g_values = pointer(g_values);
-    backward.g_entropy = pointer(g_entropy);
-    backward.g_kl = pointer(g_kl);
+    backward.g_logprobs = pointer(gradients[0]);
+    backward.g_values = pointer(gradients[1]);
+    backward.g_entropy = pointer(gradients[2]);
+    backward.g_kl = pointer(gradients[3]);
     const cpu::Kernels& kernels = cpu::kernels();
     on_threads(kernels.ppo_count, arguments, arguments.batch, arguments.length);
     kernels.ppo_weigh(arguments);
@@ -266,11 +275,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_with_gradien
     };
     on_threads(both, arguments.batch, arguments.length);
   };
-  Scratch row_weights(mask.size(0));
-  const auto [loss, stats] = ppo_forward(row_weights.data(), logprobs, old_logprobs, advantages, mask, clip, clip_high,
-                                         dual_clip, values, old_values, returns, value_clip, value_coef, entropy,
-                                         entropy_coef, kl, kl_coef, per_sequence, denominator, denominator_tensor, run);
-  return {loss, stats, g_logprobs, g_values, g_entropy, g_kl};
+  Scratch row_weights(mask.size(0)), stats(kPPOStats);
+  ppo_forward(real, row_weights.data(), stats.data(), logprobs, old_logprobs, advantages, mask, clip, clip_high,
+              dual_clip, values, old_values, returns, value_clip, value_coef, entropy, entropy_coef, kl, kl_coef,
+              per_sequence, denominator, denominator_tensor, run);
+  const auto of = [&](int stat) { return scalar(stats.data(), stat, real, logprobs); };
+  PPOScalars scalars{
+      of(kLoss),     of(kPolicy),  of(kValue), of(kEntropy), of(kKL), of(kClipFraction), of(kValueClipFraction),
+      of(kApproxKL), of(kRatioMax)};
+  return std::tuple_cat(std::move(scalars), std::move(gradients));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss_backward(

@@ -546,6 +546,19 @@ def test_every_pass_over_a_graph_that_is_kept_gives_gradients_of_its_own(backend
         loss.backward()
 
 
+@backends("ppo_loss")
+@pytest.mark.parametrize("first", ["plain", "recorded", "batched"])
+def test_a_graph_that_is_not_kept_gives_gradients_once(backend: Backend, first: str) -> None:
+    inputs = to_device(example(4, 37), backend.device)
+    leaves = [inputs[name].requires_grad_() for name in TRAINED]
+    loss = ops.ppo_loss(**inputs, **COEFFICIENTS, impl=backend.impl).loss
+    one = torch.ones(2 if first == "batched" else (), device=backend.device)
+    how = {"create_graph": first == "recorded", "is_grads_batched": first == "batched", "retain_graph": False}
+    torch.autograd.grad(loss, leaves, one, **how)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, leaves)
+
+
 @pytest.mark.skipif(_extension.unavailable("cpu") is not None, reason="no C++ kernels here")
 def test_many_incoming_gradients_at_once() -> None:
     """The factor of the gradients that C++ keeps is then no number that could be read."""
@@ -567,8 +580,9 @@ def test_gradients_with_the_results_are_those_of_the_backward_pass(aggregate: st
     arguments: list[Any] = [a["logprobs"], a["old_logprobs"], a["advantages"], a["mask"], 0.2, 0.3, 3.0]
     arguments += [a["values"], a["old_values"], a["returns"], 0.2, 0.5, a["entropy"], 0.01, a["kl"], 0.1]
     of_all = [aggregate == "sequence", denominator, None]
-    results = torch.ops.tlcr.ppo_loss(*arguments, *of_all)
-    wanted = torch.ops.tlcr.ppo_loss_backward(torch.tensor(1.0), results[-1], *arguments, *[True] * 4)
+    loss, stats, row_weights = torch.ops.tlcr.ppo_loss(*arguments, *of_all)
+    wanted = torch.ops.tlcr.ppo_loss_backward(torch.tensor(1.0), row_weights, *arguments, *[True] * 4)
     got = torch.ops.tlcr.ppo_loss_with_gradients(*arguments, *of_all, *[True] * 4)
-    for one, other in zip(got, (*results[:-1], *wanted), strict=True):
+    assert torch.equal(loss, got[0])
+    for one, other in zip(got, (*stats, *wanted), strict=True):
         assert torch.equal(one, other)

@@ -19,8 +19,9 @@ from tlcr.ops._spec import Gradient, Op, fields, names
 SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
 Backward = Callable[..., tuple[Tensor | None, ...]]
 Pick = Callable[[Sequence[Any]], tuple[Any, ...]]
-Recorded = Callable[..., Any]
-"""Calls the operator and records it for autograd: `recomputing` or `scaling`, with `values`, `found` and `trained`."""
+Recorded = Callable[[Any, list[Any], Sequence[Tensor | None]], Any]
+"""Calls the operator, records it for autograd and makes what users get: `recomputing` or `scaling`, of the checked
+arguments, their values one by one, and those of them that are trained."""
 
 
 class _Layout(NamedTuple):
@@ -104,34 +105,32 @@ def autograd(op: Op[Any, Any], gradient: Gradient, operators: Any) -> tuple[Setu
 
 def eager_function(
     op: Op[Any, Any], gradient: Gradient, operator: Callable[..., Any], recorded: Recorded
-) -> Callable[[list[Any]], Any]:
-    """The operator with the same gradient, as a function of its values: where nothing traces it, that costs the host
-    far less than the gradient that is registered with torch.library."""
-    name, plain, single = op.name, gradient.plain, len(op.results) == 1
-    places = _layout(op, gradient).places
+) -> Callable[[Any, list[Any]], Any]:
+    """The op with the same gradient, as a function of the checked arguments and of their values one by one: where
+    nothing traces it, that costs the host far less than the gradient that is registered with torch.library."""
+    name, plain, result = op.name, gradient.plain, op.result
+    trained_of = _pick(_layout(op, gradient).places)
 
-    def call(values: list[Any]) -> Any:
-        trained = [values[at] for at in places]
+    def call(given: Any, values: list[Any]) -> Any:
+        trained = trained_of(values)
         if forward_ad._current_level >= 0:
             refuse_forward_mode(name, plain, trained)
-        for tensor in trained if torch.is_grad_enabled() else ():
-            if tensor is not None and tensor.requires_grad:
-                break
-        else:
-            with below_autograd():
-                return operator(*values)
-        refuse_transforms(name, plain)
-        results: list[Tensor] = []
-        recorded(values, results, *trained)  # makes the results' graph: they are the same objects as what it returns
-        return results[0] if single else results
+        if torch.is_grad_enabled():
+            for tensor in trained:
+                if tensor is not None and tensor.requires_grad:
+                    refuse_transforms(name, plain)
+                    return recorded(given, values, trained)
+        with below_autograd():
+            results = operator(*values)
+        return result(given, results)
 
     return call
 
 
 # What torch does with each argument and each result of an autograd.Function takes longer than what we do. So of the two
-# below only what is trained is an argument of its own, and only what has a gradient is returned; `found` gets all
-# results. The `apply` that torch wraps around the one we take serves torch.func and defaults of arguments, which we
-# have not.
+# below only what is trained is an argument of its own, and only what has a gradient is returned. `found` gets all
+# results, which are the same objects as what torch returns and makes part of the graph. The `apply` that torch wraps
+# around the one we take serves torch.func and defaults of arguments, which we have not.
 
 
 def recomputing(
@@ -180,7 +179,14 @@ def recomputing(
             gradients = [x if wanted else None for x, wanted in zip(_tuple(got), needed, strict=True)]
             return None, None, *differentiable_once(name, plain, gradients, (*grads, *saved))
 
-    return super(torch.autograd.Function, Recomputing).apply
+    result, apply = op.result, super(torch.autograd.Function, Recomputing).apply
+
+    def recorded(given: Any, values: list[Any], trained: Sequence[Tensor | None]) -> Any:
+        found: list[Tensor] = []
+        apply(values, found, *trained)
+        return result(given, found[0] if single else found)
+
+    return recorded
 
 
 def scaling(op: Op[Any, Any], gradient: Gradient, operator: Callable[..., Any]) -> Recorded:
@@ -188,45 +194,55 @@ def scaling(op: Op[Any, Any], gradient: Gradient, operator: Callable[..., Any]) 
 
     On the CPU alone, where the factor can be read without a wait: it is 1 where the result is the loss itself.
     """
-    name, plain, number = op.name, gradient.plain, len(gradient.results(op.results))
+    name, plain, made, number = op.name, gradient.plain, op.result_type._make, len(op.result_type._fields)
     graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
     class Scaling(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, values: list[Any], found: list[Tensor], *trained: Tensor | None) -> Any:
             needed = ctx.needs_input_grad[2:]
-            with below_autograd():
-                results = operator(*values, *needed)
+            # Autograd need not be passed over, which takes its time: torch knows no gradient of this operator.
+            results = operator(*values, *needed)
+            gradients = [x if wanted else None for x, wanted in zip(results[number:], needed, strict=True)]
             # As saved tensors torch would wrap them here and unwrap them there, which takes as long as the kernel.
-            ctx.gradients = [x if wanted else None for x, wanted in zip(results[number:], needed, strict=True)]
-            ctx.trained = trained
+            ctx.kept = gradients, trained
             ctx.set_materialize_grads(False)
             found += results[:number]
-            return results[0]
+            return found[0]
 
         @staticmethod
         def backward(ctx: Any, factor: Tensor | None) -> tuple[Tensor | None, ...]:
-            _ = ctx.saved_tensors  # none, but torch raises here what it says to a second backward pass
-            kept = ctx.gradients
+            if ctx.kept is None:
+                _ = ctx.saved_tensors  # none, but torch raises here what it says to a second backward pass
+            gradients, trained = ctx.kept
+            is_last = not graph_is_kept()
+            if is_last:
+                ctx.kept = None  # so that a parameter takes its gradient as it is
             if factor is None:
-                return (None, None, *[None] * len(kept))
+                return (None, None, *[None] * len(gradients))
             if (
-                graph_is_kept()
+                not is_last
                 or torch.is_grad_enabled()
                 or type(factor) is not Tensor
                 or is_batched_tensor(factor)
                 or watched()
             ):
-                scaled = [None if x is None else _times(x, factor) for x in kept]
-                return None, None, *differentiable_once(name, plain, scaled, (factor, *ctx.trained))
-            ctx.gradients = ctx.trained = None  # so that a parameter takes its gradient as it is
+                scaled = [None if x is None else _times(x, factor) for x in gradients]
+                return None, None, *differentiable_once(name, plain, scaled, (factor, *trained))
             value = factor.item()
             if value != 1:
                 times = Tensor.mul_ if math.isfinite(value) else _times  # for the last time, so in place
-                kept = [None if x is None else times(x, factor) for x in kept]
-            return None, None, *kept
+                gradients = [None if x is None else times(x, factor) for x in gradients]
+            return None, None, *gradients
 
-    return super(torch.autograd.Function, Scaling).apply
+    apply = super(torch.autograd.Function, Scaling).apply
+
+    def recorded(given: Any, values: list[Any], trained: Sequence[Tensor | None]) -> Any:
+        found: list[Tensor] = []
+        apply(values, found, *trained)
+        return made(found)
+
+    return recorded
 
 
 def _times(gradient: Tensor, factor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tlcr.errors import ConfigError, DataError, ShapeError
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+STRIDED = torch.strided
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -28,7 +29,7 @@ def alike(shape: torch.Size, device: torch.device, *tensors: Tensor | None) -> b
             or tensor.dtype not in FLOATS
             or tensor.shape != shape
             or tensor.device != device
-            or tensor.layout is not torch.strided
+            or tensor.layout is not STRIDED
         ):
             return False
     return True
@@ -41,7 +42,7 @@ def is_mask(shape: torch.Size, device: torch.device, mask: Tensor) -> bool:
         and mask.dtype is torch.bool
         and mask.shape == shape
         and mask.device == device
-        and mask.layout is torch.strided
+        and mask.layout is STRIDED
     )
 
 

@@ -140,10 +140,9 @@ def implementation(op: Op[ArgumentsT, ResultT], namespace: str, impl: str) -> Ca
             return op.result(given, traced(values))
         try:
             if function is not None:
-                results = function(values)
-            else:
-                with below_autograd():
-                    results = forward(*values)
+                return function(given, values)
+            with below_autograd():
+                results = forward(*values)
         except Exception:
             if op.read is not None:
                 op.read(given)  # says it better

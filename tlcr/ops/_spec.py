@@ -24,6 +24,8 @@ IMPLS = ("reference", "cpp", "triton", "cuda")
 OTHER_DEVICE = "other devices"
 DEVICES = ("cpu", "cuda", OTHER_DEVICE)
 
+CPU = torch.device("cpu")
+
 ArgumentsT = TypeVar("ArgumentsT", bound=tuple[Any, ...])
 ResultT = TypeVar("ResultT")
 
@@ -48,9 +50,9 @@ class Gradient:
     plain: bool = True
     """Whether the reference is plain torch, which has all other derivatives too."""
     with_results: type[tuple[Any, ...]] | None = None
-    """Of a C++ operator ``<op>_with_gradients``, which takes the op's arguments and ``wants_<argument>``. After those
-    results that are not there for the backward operator come the gradients of the first, a single number and the only
-    one that has any, in its dtype. The backward pass then only scales them."""
+    """Of a C++ operator ``<op>_with_gradients``, which takes the op's arguments and ``wants_<argument>``. It returns
+    the fields of what users get, and then the gradients of the first: a single number and the only one that has any, in
+    its dtype. The backward pass then only scales them."""
 
     def fake(self, arguments: tuple[Any, ...]) -> Any:
         """What the operator returns, in shapes and dtypes."""
@@ -61,15 +63,10 @@ class Gradient:
             gradients.append(like.new_empty(like.shape if values.get(f"wants_{name}", True) else (0,)))
         return gradients[0] if len(gradients) == 1 else tuple(gradients)
 
-    def results(self, of_op: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of the op's results that are not there for the backward operator."""
-        return tuple(name for name in of_op if name not in names(self.arguments))
-
     def fake_with_results(self, op: "Op[Any, Any]", arguments: tuple[Any, ...]) -> Any:
         """As `fake`, of `with_results`."""
         forward, *wants = arguments
-        known = dict(zip(op.results, op.fake(forward), strict=True))
-        results = [known[name] for name in self.results(op.results)]
+        results = [one.new_empty(one.shape) for one in op.result(forward, op.fake(forward))]
         values = dict(zip(names(type(forward)), flattening(type(forward))(forward), strict=True))
         shapes = [values[name].shape if wanted else (0,) for name, wanted in zip(self.of, wants, strict=True)]
         return (*results, *(results[0].new_empty(shape) for shape in shapes))
@@ -122,6 +119,11 @@ class Op(Generic[ArgumentsT, ResultT]):
     def name(self) -> str:
         return self.door.__name__
 
+    @functools.cached_property
+    def result_type(self) -> Any:
+        """Of what users get."""
+        return get_type_hints(self.door)["return"]
+
     @property
     def on_gpu(self) -> str:
         """The one implementation for GPUs, beside the reference if there is another."""
@@ -143,7 +145,7 @@ class Op(Generic[ArgumentsT, ResultT]):
         if self.gradient is None or self.gradient.with_results is None:
             return self.operators
         gradient, arguments = self.gradient, self.gradient.with_results
-        results = (*gradient.results(self.results), *(f"g_{name}" for name in gradient.of))
+        results = (*self.result_type._fields, *(f"g_{name}" for name in gradient.of))
         fake = functools.partial(gradient.fake_with_results, self)
         schema = f"{_schema(arguments)} -> {_returns(results)}"
         return *self.operators, Operator(f"{self.name}_with_gradients", schema, arguments, fake)
@@ -163,8 +165,8 @@ class Op(Generic[ArgumentsT, ResultT]):
             ConfigError: no implementation has this name.
             BackendUnavailable: it has one that cannot run here.
         """
-        # A call only looks this up, because torch.compile traces this function.
-        implementation = self.implementations.get((impl, device.type))
+        # A call only looks this up, because torch.compile traces this function. torch makes `type` anew at each look.
+        implementation = self.implementations.get((impl, "cpu" if device == CPU else device.type))
         if implementation is not None:
             return implementation(arguments)
         key = impl, device.type if device.type in DEVICES else OTHER_DEVICE
@@ -235,6 +237,8 @@ def _runs(arguments: type[tuple[Any, ...]]) -> tuple[_Run, ...]:
 def flattening(arguments: type[tuple[Any, ...]]) -> Callable[[tuple[Any, ...]], list[Any]]:
     """The function that lists the values of such arguments one by one, as torch operators take them."""
     runs = [(run.at, run.at + run.length, flattening(run.group) if run.group else None) for run in _runs(arguments)]
+    if all(members is None for _, _, members in runs):
+        return list
 
     def flat(values: tuple[Any, ...]) -> list[Any]:
         found: list[Any] = []

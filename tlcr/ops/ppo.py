@@ -184,11 +184,9 @@ def _device_if_ready(arguments: PPOArguments) -> torch.device | None:
         and _checks.alike(shape, device, logprobs, old_logprobs, advantages, values, old_values, returns, entropy, kl)
         and _checks.is_mask(shape, device, mask)
         and type(clip) is type(clip_high) is type(value_coef) is type(entropy_coef) is type(kl_coef) is float
-        and 0.0 <= clip < math.inf
-        and 0.0 <= clip_high < math.inf
-        and -math.inf < value_coef < math.inf
-        and -math.inf < entropy_coef < math.inf
-        and -math.inf < kl_coef < math.inf
+        and clip >= 0.0
+        and clip_high >= 0.0
+        and math.isfinite(clip + clip_high + value_coef + entropy_coef + kl_coef)  # as it is only where each of them is
         and (dual_clip is None or (type(dual_clip) is float and 1.0 < dual_clip < math.inf))
         and (value_clip is None or (type(value_clip) is float and value_clip > 0.0))
         and (
