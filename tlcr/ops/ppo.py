@@ -186,7 +186,8 @@ def _device_if_ready(arguments: PPOArguments) -> torch.device | None:
         and type(clip) is type(clip_high) is type(value_coef) is type(entropy_coef) is type(kl_coef) is float
         and clip >= 0.0
         and clip_high >= 0.0
-        and math.isfinite(clip + clip_high + value_coef + entropy_coef + kl_coef)  # as it is only where each of them is
+        # A sum is finite only where each of its terms is. torch.compile cannot trace math.isfinite.
+        and -math.inf < clip + clip_high + value_coef + entropy_coef + kl_coef < math.inf
         and (dual_clip is None or (type(dual_clip) is float and 1.0 < dual_clip < math.inf))
         and (value_clip is None or (type(value_clip) is float and value_clip > 0.0))
         and (
