@@ -49,8 +49,8 @@ python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
 
 # Adaptors import the trainer that they are for, and ask whether its version will do. Here no trainer is installed.
-with mock(["loguru", "openrlhf", "ray", "skyrl", "swift", "verl"]), patch("tlcr.hosts.guard.require"):
-    for adaptor in ("openrlhf", "openrlhf_agent", "skyrl", "swift", "verl"):
+with mock(["loguru", "openrlhf", "ray", "skyrl", "swift", "verl", "vllm"]), patch("tlcr.hosts.guard.require"):
+    for adaptor in ("openrlhf", "openrlhf_agent", "skyrl", "swift", "verl", "vllm_weights"):
         module = importlib.import_module(f"tlcr.hosts.{adaptor}")
         for public in module.__all__:  # what a trainer's decorator would return is a mock too
             setattr(module, public, undecorate(getattr(module, public)))
@@ -61,7 +61,7 @@ elsewhere = "|".join(
     (
         *("accelerate", "argparse", "collections", "contextlib", "datasets", "datetime", "importlib", "jsonargparse"),
         *("asyncio", "logging", "np", "numpy", "packaging", "pathlib", "skyrl", "starlette", "torch", "transformers"),
-        *("typing", "uvicorn"),
+        *("concurrent", "typing", "uvicorn"),
     )
 )
 nitpick_ignore_regex = [

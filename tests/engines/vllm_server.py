@@ -34,6 +34,16 @@ COMPLETION = (
 """What it answered to [5, 6, 7] with max_tokens 3, byte for byte but for the name of the model."""
 
 
+TRANSFER = {
+    "/get_world_size": "",
+    "/init_weight_transfer_engine": "Weight transfer initialized",
+    "/start_weight_update": "Weight update started",
+    "/update_weights": "Weights updated",
+    "/finish_weight_update": "Weight update finished",
+}
+"""The routes of weight transfer, and what it answers."""
+
+
 LOADING = threading.Lock()
 """transformers patches itself while it loads a model: two threads that do so at a time leave it patched."""
 
@@ -51,6 +61,8 @@ class VLLM:
         self.model, self.fault, self.processed, self.lora = model, fault, processed, lora
         self.adapters: dict[str, Any] = {}
         self.version = "default"
+        self.receiver: Any = None
+        """What takes weights over the network, where it was started with a backend of that."""
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.loaded: list[str] = []
         self.address = ""
@@ -83,6 +95,8 @@ class VLLM:
             return Reply({"results": [None]})
         if path.endswith("_lora_adapter") and self.lora:
             return self.adapter(path, request)
+        if self.receiver is not None and path in TRANSFER:
+            return self.transfer(path, request)
         if path == "/reset_prefix_cache":
             return Reply({"success": True})
         if path == "/update_weight_version":
@@ -91,6 +105,20 @@ class VLLM:
         if path == "/weight_info":
             return Reply({"weight_version": self.version})
         return Reply({"detail": "Not Found"}, 404)
+
+    def transfer(self, path: str, request: dict[str, Any]) -> Reply:
+        if path == "/get_world_size":
+            return Reply({"world_size": 1})
+        if path == "/init_weight_transfer_engine":
+            self.receiver.init_transfer_engine(self.receiver.parse_init_info(request["init_info"]))
+        elif path == "/start_weight_update":
+            self.adapters.clear()
+            self.receiver.start_weight_update()
+        elif path == "/update_weights":
+            self.receiver.update_weights(request["update_info"])
+        else:
+            self.receiver.finish_weight_update()
+        return Reply({"message": TRANSFER[path]})
 
     def adapter(self, path: str, request: dict[str, Any]) -> Reply:
         """Answers in words, of the type JSON all the same."""

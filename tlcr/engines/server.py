@@ -1,4 +1,5 @@
-"""vLLM behind HTTP, one server or many: token ids in, token ids and log-probabilities out, weights by files.
+"""vLLM behind HTTP, one server or many: token ids in, token ids and log-probabilities out, weights by files, or over
+the network where a server takes them so.
 
 What a server says is checked: a short answer to a fixed prompt is scored by the policy itself after each change of the
 weights, each answer must be one to its prompt, and the version of the weights must be the same after a rollout as
@@ -13,8 +14,9 @@ import shutil
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from tlcr.training.profiling import part
 logger = logging.getLogger(__name__)
 
 FILE_BYTES = 2**30
-"""Weights in one file; as many are in memory at a time (ours)."""
+"""Weights in one file, or one message; as many are in memory at a time (ours)."""
 
 
 class Server:
@@ -82,13 +84,12 @@ class Server:
         folder = Path(tempfile.mkdtemp(prefix="tlcr-weights-")) if self._folder is None else self._folder.resolve()
         try:
             shutil.rmtree(folder, ignore_errors=True)  # what a run left that was killed
+            if self._version == 1 and self._cfg.server_weights == "network":
+                self._each(lambda client: client.connect())
             if adapter_of(self._policy) is not None:
                 self._send_adapter(folder)
             whole = [client for client in self._alive if client.state.given != self._label]
-            if whole:
-                with atomic_write(folder / self._label) as aside:
-                    _write_weights(self._policy, aside)
-                self._each(lambda client: client.take_weights(folder / self._label, self._label), whole)
+            self._send_whole(whole, folder / self._label)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         self._each(self._check_weights, at_a_time=1)
@@ -101,12 +102,27 @@ class Server:
         self._each(lambda client: None if client.has_base_of(self._before) else bare.append(client), takers)
         self._each(lambda client: client.tries_adapters(folder / "adapter", f"{self._label}-trial"), bare)
         bare = [client for client in bare if client in self._alive and client.state.may_take_adapters]
-        if bare:
-            with atomic_write(folder / "base") as aside:
-                _write_weights(self._policy, aside, merged=False)
-            self._each(lambda client: client.take_weights(folder / "base", self._label), bare)
+        self._send_whole(bare, folder / "base", merged=False)
         takers = [client for client in takers if client in self._alive and client.state.may_take_adapters]
         self._each(lambda client: client.take_adapter(folder / "adapter", self._label), takers)
+
+    def _send_whole(self, clients: Sequence[Client], folder: Path, *, merged: bool = True) -> None:
+        """folder: where files are written, if they are. merged: see ``whole_weights``."""
+        if not clients:
+            return
+        if self._cfg.server_weights == "files":
+            with atomic_write(folder) as aside:
+                _write_weights(self._policy, aside, merged=merged)
+            self._each(lambda client: client.take_weights(folder, self._label), clients)
+            return
+
+        def everyone(action: Callable[[Client], object]) -> None:
+            self._each(action, [client for client in clients if client in self._alive])
+
+        everyone(lambda client: client.begin_weights())
+        for some in _in_chunks(self._policy, merged=merged):
+            everyone(partial(Client.take, weights=some))
+        everyone(lambda client: client.end_weights(self._label))
 
     @property
     def _before(self) -> str:
@@ -219,23 +235,24 @@ class Server:
 
 
 def _write_weights(policy: PreTrainedModel, folder: Path, *, merged: bool = True) -> None:
-    """The whole policy as files of safetensors, gathered and merged one weight after the other. merged: see
-    ``whole_weights``."""
+    """The whole policy as files of safetensors. merged: see ``whole_weights``."""
     folder.mkdir()
     policy.config.save_pretrained(folder)
     files: dict[str, str] = {}
+    for number, some in enumerate(_in_chunks(policy, merged=merged), 1):
+        name = f"model-{number:05}.safetensors"
+        save_file(dict(some), folder / name, metadata={"format": "pt"})
+        files.update(dict.fromkeys(some, name))
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
+
+
+def _in_chunks(policy: PreTrainedModel, *, merged: bool) -> Iterator[Mapping[str, Tensor]]:
+    """The whole policy on the CPU, gathered and merged one weight after the other."""
     held: dict[str, Tensor] = {}
-
-    def write() -> None:
-        name = f"model-{len(set(files.values())) + 1:05}.safetensors"
-        save_file(held, folder / name, metadata={"format": "pt"})
-        files.update(dict.fromkeys(held, name))
-        held.clear()
-
     for name, weight in whole_weights(policy, merged=merged):
         held[name] = weight.detach().cpu().contiguous()
         if sum(tensor.nbytes for tensor in held.values()) > FILE_BYTES:
-            write()
+            yield held
+            held = {}
     if held:
-        write()
-    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
+        yield held

@@ -4,7 +4,8 @@ Nothing outside this module speaks them. Answers come from ``/v1/completions``, 
 are read from a folder: ``/collective_rpc`` has the server do it, a route of its development mode, which servers have
 that were started with ``VLLM_SERVER_DEV_MODE=1``, on a network that is trusted. Then ``/reset_prefix_cache`` drops what
 the old weights made, and ``/update_weight_version`` names the new ones. ``/v1/load_lora_adapter`` takes an adapter,
-of servers that were started with ``--enable-lora`` and ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=1``.
+of servers that were started with ``--enable-lora`` and ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=1``. Servers that were
+started with the backend of ``tlcr.hosts.vllm_weights`` take weights over the network, by the routes of weight transfer.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from tlcr.credentials import VLLM_KEY_VARIABLE, without_secrets
 from tlcr.distribution import install_command
+from tlcr.engines.line import Line, chunk
 from tlcr.engines.probe import Probe
 from tlcr.engines.protocol import Sampling
 from tlcr.errors import BackendUnavailable
@@ -35,6 +40,12 @@ ATTEMPTS = 5
 """Times that a request is sent where the server refuses it for now (429, 5xx) or the connection breaks."""
 BACKOFF = wait_random_exponential(multiplier=0.5, max=8)
 """Seconds between them: random, below 0.5, 1, 2, 4."""
+
+
+WITHOUT_LINE = (
+    'takes no weights over the network; start it with --weight-transfer-config \'{"backend": "tlcr"}\' and '
+    "--worker-extension-cls tlcr.hosts.vllm_weights.Worker, or set server_weights: files"
+)
 
 
 class Fault(Exception):
@@ -84,20 +95,66 @@ class Client:
         self.state = State()
         self.under_way = self.asked = 0
         self.probe: Probe | None = None
+        self.line: Line | None = None
 
     def close(self) -> None:
         self._http.close()
+        if self.line is not None:
+            self.line.close()
+            self.line = None
+
+    def connect(self) -> None:
+        """Opens a line to it, over which it takes weights."""
+        try:
+            found = self._request("GET", "/get_world_size")
+            line = Line(self.address, int(found["world_size"]), self._timeout)
+            self._meanwhile("/init_weight_transfer_engine", {"init_info": line.info}, line.join)
+        except (Busy, OSError, RuntimeError, TypeError, KeyError) as error:
+            raise Fault(f"{WITHOUT_LINE}: {one_line(error)[:300]}") from error
+        self.line = line
+
+    def begin_weights(self) -> None:
+        """Is told that whole weights come over the line, in place of all that it had."""
+        base = self.state.base or self._name_of_model()
+        self.state = self.state._replace(base=base, model=base, given=None)
+        self._request("POST", "/start_weight_update")
+
+    def take(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes some of them: on the CPU, contiguous."""
+        assert self.line is not None
+        line = self.line
+        try:
+            self._meanwhile("/update_weights", {"update_info": chunk(weights)}, lambda told: line.send(weights, told))
+        except (Busy, RuntimeError) as error:
+            raise Fault(f"did not take weights over the network: {one_line(error)}") from error
+
+    def end_weights(self, version: str) -> None:
+        """Is told that it has them all."""
+        self._request("POST", "/finish_weight_update")
+        self._drop_cache()
+        self._name_weights(version)
 
     def take_weights(self, folder: Path, version: str) -> None:
-        """Takes whole weights, in place of all that it had."""
+        """Takes whole weights from files, in place of all that it had."""
         base = self.state.base or self._name_of_model()
         self.state = self.state._replace(base=base, model=base, given=None)
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         self._request("POST", "/collective_rpc", body)
+        self._drop_cache()
+        self._name_weights(version)
+
+    def _meanwhile(self, path: str, body: Mapping[str, Any], action: Callable[[Future[Any]], None]) -> None:
+        """Sends a request, once, that the server answers when the action is done."""
+        pool = ThreadPoolExecutor(1, "server")
+        try:
+            action(pool.submit(self._attempt, "POST", path, body))
+        finally:
+            pool.shutdown(wait=False)  # where the action failed, the server may take its time to notice
+
+    def _drop_cache(self) -> None:
         dropped = self._request("POST", "/reset_prefix_cache")  # earlier versions answer nothing
         if isinstance(dropped, Mapping) and dropped.get("success") is False:
             raise Fault("did not drop what the old weights left in its prefix cache: it has other requests under way")
-        self._name_weights(version)
 
     def has_base_of(self, version: str) -> bool:
         """Whether it still has what the adapter of a version stands on."""

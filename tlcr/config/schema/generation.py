@@ -105,6 +105,13 @@ class EngineConfig(Checked):
         advanced=True,
         decides=False,
     )
+    server_weights: Literal["files", "network"] = knob(
+        "files",
+        "how servers get the weights: in files on a disk that they share with the trainer, or over the network, if "
+        "they were started with tlcr.hosts.vllm_weights",
+        advanced=True,
+        decides=False,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
