@@ -218,13 +218,14 @@ def table(draw: Draw, rows: Sequence[Any]) -> tuple[str, bytes]:
     separator, ending = draw(st.sampled_from([(",", ".csv"), ("\t", ".tsv")]))
     usable = [row for row in rows if isinstance(row, dict)]
     head = list(dict.fromkeys(name for row in usable for name in row)) or ["prompt"]
-    file = io.StringIO(newline="")
-    writer = csv.writer(file, delimiter=separator)
-    writer.writerow([*head, *draw(st.sampled_from([[], [], [], [], head[:1]]))])
+    lines = [[*head, *draw(st.sampled_from([[], [], [], [], head[:1]]))]]
     for row in usable:
         cells = [row.get(name, "") for name in head]
-        writer.writerow([cell if isinstance(cell, str) else written(cell).decode("utf-8", "replace") for cell in cells])
-    return ending, file.getvalue().encode("utf-8", "surrogatepass")
+        lines.append([cell if isinstance(cell, str) else written(cell).decode("utf-8", "replace") for cell in cells])
+    file = io.StringIO(newline="")
+    # Python 3.10 writes no NUL: another character stands for it meanwhile.
+    csv.writer(file, delimiter=separator).writerows([[cell.replace("\0", "\ue000") for cell in line] for line in lines])
+    return ending, file.getvalue().replace("\ue000", "\0").encode("utf-8", "surrogatepass")
 
 
 def parquet(draw: Draw, rows: Sequence[Any]) -> tuple[str, bytes]:
