@@ -120,7 +120,7 @@ def table(output: Path, ways: list[str], seeds: list[int]) -> None:
         cells += [spread(own["kl_per_token"], 3), spread(own["length"], 1)]
         for clock in ("wall", "trainer", "server"):
             taken = [row[clock] for row in costs if row["way"] == way and row["seed"] in seeds]
-            cells.append(f"{statistics.mean(taken):.0f} s" if clock != "server" or way in BY_SERVER else "")
+            cells.append(f"{statistics.median(taken):.0f} s" if clock != "server" or way in BY_SERVER else "")
         say(f"| {way} | {' | '.join(cells)} |")
 
 

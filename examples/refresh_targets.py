@@ -1,6 +1,6 @@
 """What edits say of a word, as the policy that wrote it gets better: why self-training makes rewards smaller.
 
-    python examples/refresh_targets.py runs/reward_comparison --arm continuous
+    python -m examples.refresh_targets runs/reward_comparison --arm continuous
 
 A reviser's edits say what to change. A good word is positive where the reviser puts it, and neutral where it stood
 already, so its mean target is 1/2 plus half the share of such words that the reviser put there, less half the share
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from examples.measures import figure, markdown
+from examples.study import command
 from tlcr.config.schema import ModelConfig
 from tlcr.data import embedded
 from tlcr.data.labels import label_pair
@@ -100,31 +101,34 @@ def row(name: str, kls: Sequence[float], said: Iterable[Said]) -> list[str]:
     return [name, *(figure(mean_over_seeds(values)) for values in [kls, *columns])]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the output_dir of a run of the embedded task")
-    parser.add_argument("--arm", default="continuous", help="the arm whose policies are looked at")
-    options = parser.parse_args(arguments)
-    whole = reopen_run(options.run)
+def look(folder: Path, arm: str) -> None:
+    """Prints the table of a run's arm. Raises DataError where there is none."""
+    whole = reopen_run(folder)
     if not whole.embedded:
-        raise DataError(f"{options.run} is no run of the embedded task, the only one that knows each word's value")
+        raise DataError(f"{folder} is no run of the embedded task, the only one that knows each word's value")
     runs = whole.per_seed
-    ends = [end for end in read_runs(options.run) if end.arm == options.arm]
+    ends = [end for end in read_runs(folder) if end.arm == arm]
     if not ends:
-        raise DataError(f"{options.run} has no trained policy of an arm {options.arm!r}; name one with --arm")
+        raise DataError(f"{folder} has no trained policy of an arm {arm!r}; name one with --arm")
     rows = [row("edits of the data", [], [said_by(run.edits.train[:ANSWERS], run) for run in runs.values()])]
     rows.append(row("SFT model", [0.0] * len(runs), [of_policy(run.policy_source, run) for run in runs.values()]))
     for coef in sorted({end.kl_coef for end in ends}, key=lambda coef: -(coef or 0.0)):
         own = [end for end in ends if end.kl_coef == coef]
         said = [
-            of_policy(whole.cfg.model.saved_in(options.run / "ppo" / end.folder / "policy"), runs[end.seed])
-            for end in own
+            of_policy(whole.cfg.model.saved_in(folder / "ppo" / end.folder / "policy"), runs[end.seed]) for end in own
         ]
-        name = f"{options.arm}, {coef or 'its'} coefficient"
+        name = f"{arm}, {coef or 'its'} coefficient"
         rows.append(row(name, [end.after["kl_per_token"] for end in own], said))
     head = ["answers of", "KL, nats per token", "edited", "good words' target", "bad words'", "twice the distance"]
     sys.stdout.write(markdown(head, rows) + "\n")
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the output_dir of a run of the embedded task")
+    parser.add_argument("--arm", default="continuous", help="the arm whose policies are looked at")
+    options = parser.parse_args(arguments)
+    return command(lambda: look(options.run, options.arm))
 
 
 if __name__ == "__main__":

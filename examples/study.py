@@ -1,4 +1,4 @@
-"""What the studies here share: a YAML file that says all of one, and a command that works on it."""
+"""What studies share: a YAML file that says all of one, and a command that works on it."""
 
 from __future__ import annotations
 

@@ -63,6 +63,7 @@ class VLLM:
         self.version = "default"
         self.receiver: Any = None
         """What takes weights over the network, where it was started with a backend of that."""
+        self.updating = False
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.loaded: list[str] = []
         self.address = ""
@@ -111,13 +112,17 @@ class VLLM:
             return Reply({"world_size": 1})
         if path == "/init_weight_transfer_engine":
             self.receiver.init_transfer_engine(self.receiver.parse_init_info(request["init_info"]))
+        elif self.updating == (path == "/start_weight_update"):
+            return Reply({"error": {"message": f"Weight update {'already' if self.updating else 'not'} active"}}, 500)
         elif path == "/start_weight_update":
+            self.updating = True
             self.adapters.clear()
             self.receiver.start_weight_update()
         elif path == "/update_weights":
             self.receiver.update_weights(request["update_info"])
         else:
             self.receiver.finish_weight_update()
+            self.updating = False
         return Reply({"message": TRANSFER[path]})
 
     def adapter(self, path: str, request: dict[str, Any]) -> Reply:

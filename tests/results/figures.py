@@ -71,7 +71,8 @@ def _unfounded_line(line: str, above: str, folder: Path) -> Iterator[str]:
     if match is None:
         yield f"{line!r} is no figure with a file and a path"
         return
-    if line.partition(" = ")[0] not in above:
+    said = re.escape(line.partition(" = ")[0])
+    if re.search(rf"(?<![\d.,{MINUS}-]){said}(?!\d|\.\d)", above) is None:
         yield f"{line}: the text above does not say so"
     try:
         found = look_up(folder / match["file"], match["path"])

@@ -2,12 +2,11 @@
 
 A gloo group of the trainer, rank 0, and the workers of the server, whose end is ``tlcr.hosts.vllm_weights``. What the
 server is told meanwhile over HTTP ends only when it has taken everything, and what it says of a failure is raised here:
-nobody waits for a server that has given up.
+while weights are sent, nobody waits for a server that has given up.
 """
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +17,9 @@ from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
-from torch.distributed import BroadcastOptions, ProcessGroupGloo, TCPStore
+from torch.distributed import BroadcastOptions, TCPStore
+
+from tlcr.gloo import address_towards, joined
 
 POLL = 0.002
 """Seconds between two looks at what the server says (ours)."""
@@ -41,7 +42,9 @@ class Line:
     def __init__(self, address: str, workers: int, seconds: float) -> None:
         self._limit, self._workers = timedelta(seconds=seconds), workers
         self._groups: list[Any] = []  # the ProcessGroupGloo, once it is joined
-        host = _own_address(address, seconds)
+        parts = urlsplit(address)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        host = address_towards(parts.hostname or "", port, seconds)
         self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=self._limit)
         self.info: dict[str, Any] = {
             "host": host,
@@ -63,7 +66,7 @@ class Line:
         """
         there = [f"there/{rank}" for rank in range(1, self._workers + 1)]
         _wait(lambda: self._store.check(there), told, self._limit)
-        self._groups.append(ProcessGroupGloo(self._store, 0, self._workers + 1, self._limit))
+        self._groups.append(joined(self._store, self.info["host"], 0, self._workers + 1, self._limit))
         told.result()
 
     def send(self, weights: Mapping[str, Tensor], told: Future[Any]) -> None:
@@ -114,12 +117,3 @@ def _wait(done: Callable[[], bool], told: Future[Any], limit: timedelta) -> None
         if time.monotonic() - began > limit.total_seconds():
             raise RuntimeError(f"nothing came within {limit.total_seconds():g} s")
         time.sleep(POLL)
-
-
-def _own_address(address: str, seconds: float) -> str:
-    """This machine's, as the server sees it."""
-    parts = urlsplit(address)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    with socket.create_connection((parts.hostname or "", port), timeout=seconds) as connection:
-        host: str = connection.getsockname()[0]
-    return host

@@ -84,8 +84,6 @@ class Server:
         folder = Path(tempfile.mkdtemp(prefix="tlcr-weights-")) if self._folder is None else self._folder.resolve()
         try:
             shutil.rmtree(folder, ignore_errors=True)  # what a run left that was killed
-            if self._version == 1 and self._cfg.server_weights == "network":
-                self._each(lambda client: client.connect())
             if adapter_of(self._policy) is not None:
                 self._send_adapter(folder)
             whole = [client for client in self._alive if client.state.given != self._label]
@@ -116,13 +114,14 @@ class Server:
             self._each(lambda client: client.take_weights(folder, self._label), clients)
             return
 
-        def everyone(action: Callable[[Client], object]) -> None:
+        def those_left(action: Callable[[Client], object]) -> None:
             self._each(action, [client for client in clients if client in self._alive])
 
-        everyone(lambda client: client.begin_weights())
+        # A line for each time: meanwhile an evaluation, or another run, may have had the servers join its own.
+        those_left(lambda client: client.begin_weights())
         for some in _in_chunks(self._policy, merged=merged):
-            everyone(partial(Client.take, weights=some))
-        everyone(lambda client: client.end_weights(self._label))
+            those_left(partial(Client.take, weights=some))
+        those_left(lambda client: client.end_weights(self._label))
 
     @property
     def _before(self) -> str:
@@ -216,6 +215,7 @@ class Server:
             if client not in self._alive:
                 return
             self._alive.remove(client)
+            client.hang_up()
             self._reason = f"{client.address} {fault}"
             logger.warning(
                 "the server at %s is left out from now on: it %s; %d are left", client.address, fault, len(self._alive)

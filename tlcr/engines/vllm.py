@@ -47,6 +47,8 @@ class _Running:
 
 
 _running: dict[str, _Running] = {}
+_refused: set[str] = set()
+"""What vLLM could not be started for with adapters."""
 _adapter_numbers = itertools.count(1)
 
 
@@ -183,6 +185,8 @@ def _start(cfg: EngineConfig, policy: PreTrainedModel, rank: int | None) -> _Run
     key = f"{type(policy).__name__} {policy.dtype} {cfg.batch_size} {rank} {policy.config.to_json_string()}"
     if key in _running:
         return _running[key]
+    if key in _refused:
+        raise BackendUnavailable("it could not be started for adapters before")
     # In a process of its own it could not be given tensors. vLLM reads this when it is imported.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     try:
@@ -207,6 +211,8 @@ def _start(cfg: EngineConfig, policy: PreTrainedModel, rank: int | None) -> _Run
                 **adapters,
             )
         except Exception as error:
+            if rank is not None:
+                _refused.add(key)
             raise BackendUnavailable(
                 f"the vLLM in this process cannot run {type(policy).__name__} ({one_line(error)[:200]}); {REMEDY}"
             ) from error

@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,24 +100,27 @@ class Client:
 
     def close(self) -> None:
         self._http.close()
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """Closes the line, if there is one."""
         if self.line is not None:
             self.line.close()
             self.line = None
 
-    def connect(self) -> None:
-        """Opens a line to it, over which it takes weights."""
-        try:
-            found = self._request("GET", "/get_world_size")
-            line = Line(self.address, int(found["world_size"]), self._timeout)
-            self._meanwhile("/init_weight_transfer_engine", {"init_info": line.info}, line.join)
-        except (Busy, OSError, RuntimeError, TypeError, KeyError) as error:
-            raise Fault(f"{WITHOUT_LINE}: {one_line(error)[:300]}") from error
-        self.line = line
-
     def begin_weights(self) -> None:
-        """Is told that whole weights come over the line, in place of all that it had."""
+        """Joins a line, and is told that whole weights come over it, in place of all that it had."""
         base = self.state.base or self._name_of_model()
         self.state = self.state._replace(base=base, model=base, given=None)
+        try:
+            found = self._request("GET", "/get_world_size")
+            self.line = Line(self.address, int(found["world_size"]), self._timeout)
+            self._meanwhile("/init_weight_transfer_engine", {"init_info": self.line.info}, self.line.join)
+        except (Fault, Busy, OSError, RuntimeError, TypeError, KeyError, ValueError) as error:
+            raise Fault(f"{WITHOUT_LINE}: {one_line(error)[:300]}") from error
+        # A trainer that ended in the midst of an update left it open, and vLLM begins no second one.
+        with suppress(Busy, Fault):
+            self._attempt("POST", "/finish_weight_update", None)
         self._request("POST", "/start_weight_update")
 
     def take(self, weights: Mapping[str, Tensor]) -> None:
@@ -131,6 +135,7 @@ class Client:
     def end_weights(self, version: str) -> None:
         """Is told that it has them all."""
         self._request("POST", "/finish_weight_update")
+        self.hang_up()
         self._drop_cache()
         self._name_weights(version)
 

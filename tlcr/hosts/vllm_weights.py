@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import BroadcastOptions, ProcessGroupGloo, TCPStore
+from torch.distributed import BroadcastOptions, TCPStore
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+from tlcr.gloo import address_towards, joined
 
 __all__ = ["BACKEND", "Chunk", "Line", "Receiver", "Worker"]
 
@@ -66,12 +68,15 @@ class Receiver(WeightTransferEngine[Line, Chunk]):
         rank = 1 + replica + self.parallel_config.rank
         store = TCPStore(init_info.host, init_info.port, is_master=False, timeout=limit)
         store.set(f"there/{rank}", "")
-        self.group = ProcessGroupGloo(store, rank, init_info.size, limit)
+        own = address_towards(init_info.host, init_info.port, init_info.seconds)
+        self.group = joined(store, own, rank, init_info.size, limit)
 
     def start_weight_update(self) -> None:
         """Before the first chunk."""
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+        # An update that failed leaves layers half loaded, and they would count on.
+        finalize_layerwise_reload(self.model, self.model_config)
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
