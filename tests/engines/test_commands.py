@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def flags(engine: dict[str, Any]) -> list[str]:
 
 def stored(cache: Path) -> dict[str, tuple[str, str, int]]:
     """Text, end and length of each answer, by what was asked of which model."""
-    with sqlite3.connect(cache) as database:
+    with closing(sqlite3.connect(cache)) as database:
         return {key: rest for key, *rest in database.execute("SELECT key, text, finish, answer_tokens FROM answers")}
 
 
