@@ -199,7 +199,7 @@ def test_a_server_that_stops_taking_weights_is_left_out_at_once(
     wanted = {
         "refuses": "out of memory",
         "breaks off": "no such weight",
-        "does not join": "start it with --weight-transfer-config .* Weight transfer not configured",
+        "does not join": "start it with --weight-transfer-config .*Weight transfer not configured",
         "is too old": "has no route /get_world_size",
         "says nonsense": "takes no weights over the network; start it with .* 'many'",
     }

@@ -102,8 +102,10 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setattr(LLM, "started", [])
     module._running.clear()
+    module._refused.clear()
     yield
     module._running.clear()
+    module._refused.clear()
 
 
 def moved(policy: PreTrainedModel) -> PreTrainedModel:
@@ -193,6 +195,9 @@ def test_an_adapter_that_vllm_does_not_take_is_merged_on_its_way(
         moved(policy)
     assert len([one for one in caplog.messages if "takes no adapter alone" in one]) == (refused != "rank")
     assert "adapter" not in vllm_of(engine).given
+    started = len(LLM.started)
+    build_engine(CFG, policy).refresh()  # such as that of an evaluation: what was refused is not tried again
+    assert len(LLM.started) == started
 
 
 def test_an_adapter_that_was_not_taken_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
