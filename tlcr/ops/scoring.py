@@ -138,10 +138,12 @@ def _device_if_ready(a: ScoreTokensArguments) -> torch.device | None:
         len(shape) > 0
         and shape[-1] > 0
         and shape[:-1] == token_ids.shape
-        and _checks.alike(shape, device, logits, ref_logits)
+        and logits.dtype in _checks.FLOATS
+        and logits.layout is _checks.STRIDED
+        and (ref_logits is None or _checks.alike(shape, device, ref_logits))
         and token_ids.dtype in _checks.INTEGERS
         and token_ids.device == device
-        and token_ids.layout is torch.strided
+        and token_ids.layout is _checks.STRIDED
         and 0.0 < temperature < math.inf
         and temperatures is None
     )
