@@ -85,7 +85,8 @@ def _handler(handle: Handle) -> type[BaseHTTPRequestHandler]:
         def _answer(self) -> None:
             raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             reply = handle(self.path, json.loads(raw) if raw else {}, self.headers)
-            time.sleep(reply.hang_s)
+            if reply.hang_s:
+                time.sleep(reply.hang_s)
             body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
             self.close_connection = self.close_connection or reply.cut > 0
             try:

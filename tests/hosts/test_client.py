@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import http_server
 from tlcr.errors import HostError
 from tlcr.hosts import client as module
 from tlcr.hosts.client import RewardClient, rewards_of_logits, vocabulary_fingerprint
@@ -25,37 +24,16 @@ Reply = tuple[int, Any, dict[str, str]]
 
 @contextmanager
 def answering(reply: Callable[[str, Any, dict[str, str]], Reply]) -> Iterator[str]:
-    """A server in a thread that answers what ``reply`` says of path, body and heads."""
+    """A server that answers what ``reply`` says of path, body and heads; status 0: it is gone in mid-request."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            length = int(self.headers.get("content-length") or 0)
-            body = json.loads(self.rfile.read(length)) if length else None
-            status, answer, heads = reply(self.path, body, {k.lower(): v for k, v in self.headers.items()})
-            if status == 0:
-                self.connection.close()  # gone in mid-request
-                return
-            raw = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-            self.send_response(status)
-            for name, value in {"content-length": str(len(raw)), **heads}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(raw)
+    def handle(path: str, body: Any, headers: Mapping[str, str]) -> http_server.Reply:
+        status, answer, heads = reply(path, body or None, {name.lower(): value for name, value in headers.items()})
+        if status == 0:
+            raise ConnectionError(path)
+        return http_server.Reply(answer, status, heads)
 
-        do_POST = do_GET
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with http_server.listening(handle) as url:
+        yield url
 
 
 INFO = {

@@ -110,8 +110,7 @@ class Client:
 
     def begin_weights(self) -> None:
         """Joins a line, and is told that whole weights come over it, in place of all that it had."""
-        base = self.state.base or self._name_of_model()
-        self.state = self.state._replace(base=base, model=base, given=None)
+        self._forget()
         try:
             found = self._request("GET", "/get_world_size")
             self.line = Line(self.address, int(found["world_size"]), self._timeout)
@@ -136,17 +135,14 @@ class Client:
         """Is told that it has them all."""
         self._request("POST", "/finish_weight_update")
         self.hang_up()
-        self._drop_cache()
-        self._name_weights(version)
+        self._has_other(version)
 
     def take_weights(self, folder: Path, version: str) -> None:
         """Takes whole weights from files, in place of all that it had."""
-        base = self.state.base or self._name_of_model()
-        self.state = self.state._replace(base=base, model=base, given=None)
+        self._forget()
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         self._request("POST", "/collective_rpc", body)
-        self._drop_cache()
-        self._name_weights(version)
+        self._has_other(version)
 
     def _meanwhile(self, path: str, body: Mapping[str, Any], action: Callable[[Future[Any]], None]) -> None:
         """Sends a request, once, that the server answers when the action is done."""
@@ -156,10 +152,17 @@ class Client:
         finally:
             pool.shutdown(wait=False)  # where the action failed, the server may take its time to notice
 
-    def _drop_cache(self) -> None:
+    def _forget(self) -> None:
+        """All that it was given is about to go."""
+        base = self.state.base or self._name_of_model()
+        self.state = self.state._replace(base=base, model=base, given=None)
+
+    def _has_other(self, version: str) -> None:
+        """What the old weights left goes too, and the new ones get their name."""
         dropped = self._request("POST", "/reset_prefix_cache")  # earlier versions answer nothing
         if isinstance(dropped, Mapping) and dropped.get("success") is False:
             raise Fault("did not drop what the old weights left in its prefix cache: it has other requests under way")
+        self._name_weights(version)
 
     def has_base_of(self, version: str) -> bool:
         """Whether it still has what the adapter of a version stands on."""
