@@ -16,31 +16,31 @@ namespace {
 // one.
 constexpr int64_t kProductTile = 128;
 
-// The shape of a tensor that does not exist in a call.
+// The shapes of tensors that do not exist in a call.
 constexpr std::array<int64_t, 1> kNone{0};
+constexpr std::array<int64_t, 2> kNoPair{0, 2};
 
 struct Results {
   Tensor logprobs, entropy, ref_logprobs, kl, stats, ref_stats;
 
   Results(const Tensor& token_ids, Dtype real, bool with_reference)
-      : Results(token_ids, real, token_ids.sizes().vec(), with_reference ? token_ids.sizes().vec() : Shape{0}) {}
+      : Results(token_ids, real, token_ids.sizes(), pairs(token_ids.sizes()), with_reference) {}
 
   Scores scores() const { return {logprobs, entropy, ref_logprobs, kl, stats, ref_stats}; }
 
  private:
-  using Shape = std::vector<int64_t>;
-
-  Results(const Tensor& like, Dtype real, const Shape& shape, const Shape& ref_shape)
+  Results(const Tensor& like, Dtype real, Sizes shape, const std::vector<int64_t>& shape_of_pairs, bool with_reference)
       : logprobs(empty(shape, real, like)),
         entropy(empty(shape, real, like)),
-        ref_logprobs(empty(ref_shape, real, like)),
-        kl(empty(ref_shape, real, like)),
-        stats(empty(pairs(shape), real, like)),
-        ref_stats(empty(pairs(ref_shape), real, like)) {}
+        ref_logprobs(empty(with_reference ? shape : Sizes(kNone), real, like)),
+        kl(empty(with_reference ? shape : Sizes(kNone), real, like)),
+        stats(empty(shape_of_pairs, real, like)),
+        ref_stats(empty(with_reference ? Sizes(shape_of_pairs) : Sizes(kNoPair), real, like)) {}
 
-  static Shape pairs(Shape shape) {
-    shape.push_back(2);
-    return shape;
+  static std::vector<int64_t> pairs(Sizes shape) {
+    std::vector<int64_t> longer(shape.begin(), shape.end());
+    longer.push_back(2);
+    return longer;
   }
 };
 

@@ -86,7 +86,11 @@ Dtype real_dtype(const Tensors&... tensors) {
 
 // Contiguous and not initialised, on the device of `like`.
 inline Tensor empty(Sizes sizes, Dtype dtype, const Tensor& like) {
-  std::vector<int64_t> strides(sizes.size());
+  // A small call of an op makes several tensors: nearly all have few axes, which need no memory from the heap.
+  constexpr std::size_t kFew = 8;
+  std::array<int64_t, kFew> few{};
+  std::vector<int64_t> many(sizes.size() > kFew ? sizes.size() : 0);
+  int64_t* const strides = many.empty() ? few.data() : many.data();
   int64_t stride = 1;
   for (std::size_t axis = sizes.size(); axis-- > 0;) {
     strides[axis] = stride;
@@ -96,7 +100,7 @@ inline Tensor empty(Sizes sizes, Dtype dtype, const Tensor& like) {
   check(aoti_torch_get_device_type(like.get(), &device));
   check(aoti_torch_get_device_index(like.get(), &index));
   AtenTensorHandle handle = nullptr;
-  check(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device, index,
+  check(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, dtype, device, index,
                                  &handle));
   return Tensor(handle);
 }

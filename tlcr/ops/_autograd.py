@@ -70,7 +70,10 @@ def _pick(indices: Sequence[int]) -> Pick:
     """The function that takes these elements, in this order."""
     if len(indices) > 1:
         return itemgetter(*indices)
-    return lambda values: tuple(values[at] for at in indices)
+    if not indices:
+        return lambda values: ()
+    only = indices[0]
+    return lambda values: (values[only],)
 
 
 def autograd(op: Op[Any, Any], gradient: Gradient, operators: Any) -> tuple[SetupContext, Backward]:

@@ -18,7 +18,7 @@ from tlcr.errors import ConfigError, DataError, ShapeError
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STRIDED = torch.strided
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # the usual first: it is looked for
 
 
 def alike(shape: torch.Size, device: torch.device, *tensors: Tensor | None) -> bool:

@@ -137,7 +137,7 @@ def _device_if_ready(a: ScoreTokensArguments) -> torch.device | None:
     ready = (
         len(shape) > 0
         and shape[-1] > 0
-        and shape[:-1] == token_ids.shape
+        and shape == (*token_ids.shape, shape[-1])
         and logits.dtype in _checks.FLOATS
         and logits.layout is _checks.STRIDED
         and (ref_logits is None or _checks.alike(shape, device, ref_logits))
@@ -565,8 +565,7 @@ def _fake_hidden(a: ScoreHiddenArguments) -> tuple[Tensor, ...]:
 
 
 def _result(results: tuple[Tensor, ...], *, with_reference: bool) -> TokenScores:
-    logprobs, entropy, ref_logprobs, kl, _, _ = results
-    return TokenScores(logprobs, entropy, *((ref_logprobs, kl) if with_reference else ()))
+    return TokenScores(*results[:4]) if with_reference else TokenScores(results[0], results[1])
 
 
 _RESULTS = ("logprobs", "entropy", "ref_logprobs", "kl", "stats", "ref_stats")

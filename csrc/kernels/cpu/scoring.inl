@@ -222,14 +222,14 @@ TLCR_INLINE void score_row(const ScoreArguments& args, int64_t row) {
     out(logprobs, logprob > 0 ? 0 : logprob);  // the rounding of an offset may put it above
     return log_sum;
   };
-  const double total = policy.total.total(), log_sum = finish(policy, logits, args.logprobs);
-  out(args.entropy, log_sum - weighted.total() / total);
-  Stats<Real>::of(args.stats, row) = {policy.shift.offset, Real(1 / total)};
+  const double inverse_total = 1 / policy.total.total(), log_sum = finish(policy, logits, args.logprobs);
+  out(args.entropy, log_sum - weighted.total() * inverse_total);
+  Stats<Real>::of(args.stats, row) = {policy.shift.offset, Real(inverse_total)};
   if (kReference) {
     const double ref_log_sum = finish(reference, ref_logits, args.ref_logprobs);
-    double mean = difference.total() / total;
+    double mean = difference.total() * inverse_total;
     if (!__builtin_isfinite(mean)) {
-      mean = difference_sum(logits, ref_logits, args.vocabulary, policy.shift, reference.shift) / total;
+      mean = difference_sum(logits, ref_logits, args.vocabulary, policy.shift, reference.shift) * inverse_total;
     }
     out(args.kl, mean - log_sum + ref_log_sum);
     Stats<Real>::of(args.ref_stats, row) = {reference.shift.offset, Real(mean)};
