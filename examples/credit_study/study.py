@@ -80,10 +80,17 @@ class Study:
         """Every PPO run of a length, seed by seed, so that early results can be compared."""
         grid = itertools.product(seeds or self.seeds, self.lams, self.values.items(), self.placements.items())
         for seed, lam, (value_name, value), (name, placement) in grid:
-            coef = placement["kl_coef"] * (USUAL_TOKENS / tokens if placement["per_answer"] else 1)
+            coef = _from_length(placement["kl_coef"], tokens) * (
+                USUAL_TOKENS / tokens if placement["per_answer"] else 1
+            )
             reward = RewardConfig(**placement["reward"])
             folder = PurePosixPath(results.name_of(name, lam, value_name)) / f"seed-{seed}"
             yield Cell(Arm(name=name, reward=reward), coef, seed, folder, lam, value)
+
+
+def _from_length(by_length: Mapping[int, float], tokens: int) -> float:
+    """The entry of the greatest length that is not above `tokens`."""
+    return by_length[max(length for length in by_length if length <= tokens)]
 
 
 def read_study(path: Path) -> Study:
@@ -92,6 +99,12 @@ def read_study(path: Path) -> Study:
     for name in ("lengths", "lams", "values", "seeds", "placements"):
         if not values[name]:
             raise ConfigError(f"{path}: {name} is empty; name at least one")
+    for name, placement in values["placements"].items():
+        if min(placement["kl_coef"]) > min(values["lengths"]):
+            raise ConfigError(
+                f"{path}: placements.{name}.kl_coef begins with {min(placement['kl_coef'])} tokens, but lengths with "
+                f"{min(values['lengths'])}; give a coefficient from there on"
+            )
     study = Study(**{**values, "lams": tuple(values["lams"]), "seeds": tuple(values["seeds"])})
     for tokens in study.lengths:
         cfg = study.run_config(tokens)

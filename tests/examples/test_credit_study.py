@@ -108,8 +108,12 @@ SMALL: dict[str, Any] = {
     "values": {"policy": {}, "fast": {"ppo.value_learning_rate": 1.0e-3}},
     "seeds": [0],
     "placements": {
-        "continuous": {"kl_coef": 0.15, "per_answer": False, "reward": {"kind": "continuous", "centre": True}},
-        "sum-at-end": {"kl_coef": 0.1, "per_answer": True, "reward": {"kind": "sum_at_end", "centre": True}},
+        "continuous": {
+            "kl_coef": {16: 0.15, 64: 0.3},
+            "per_answer": False,
+            "reward": {"kind": "continuous", "centre": True},
+        },
+        "sum-at-end": {"kl_coef": {16: 0.1}, "per_answer": True, "reward": {"kind": "sum_at_end", "centre": True}},
     },
 }
 
@@ -147,10 +151,10 @@ def test_a_small_study_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFix
     assert "| 16 | sum-at-end | 0.7 | fast |" in capsys.readouterr().out
 
 
-def test_coefficients_of_whole_answers_follow_their_length(tmp_path: Path) -> None:
+def test_coefficients_follow_the_length(tmp_path: Path) -> None:
     read = study.read_study(write(tmp_path, lengths={16: 12, 64: 50}))
     coefs = {(tokens, cell.arm.name): cell.kl_coef for tokens in (16, 64) for cell in read.cells(tokens)}
-    assert coefs[16, "continuous"] == coefs[64, "continuous"] == 0.15
+    assert (coefs[16, "continuous"], coefs[64, "continuous"]) == (0.15, 0.3)
     assert coefs[64, "sum-at-end"] == pytest.approx(0.1 * 27 / 64)
     assert read.run_config(64).rollout.max_new_tokens == 152 and read.run_config(64).data.embedded_words == 50
 
@@ -170,6 +174,7 @@ def test_gaps_are_taken_within_a_seed_at_the_kl_that_both_reached() -> None:
     [
         ({"lams": []}, "lams is empty"),
         ({"values": {"odd": {"ppo.value_learning_rate": -1.0}}}, "value_learning_rate"),
+        ({"lengths": {8: 6, 16: 12}}, "kl_coef begins with 16 tokens"),
         ({"more": 1}, "has the keys"),
     ],
 )
