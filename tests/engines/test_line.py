@@ -26,7 +26,8 @@ from tests.http_server import Reply
 from tlcr.engines import line
 from tlcr.engines import server as module
 from tlcr.engines.line import Line, _wait
-from tlcr.errors import BackendUnavailable
+from tlcr.errors import BackendUnavailable, HostError
+from tlcr.hosts import guard
 
 S, U = TypeVar("S"), TypeVar("U")
 
@@ -51,15 +52,18 @@ class Base(Generic[S, U]):
 class Registry:
     _registry: dict[str, Any]
 
-    def register_engine(self, name: str, engine: Any) -> None:
-        self._registry[name] = engine
+    def register_engine(self, name: str, module_path_or_cls: Any, class_name: str | None = None) -> None:
+        self._registry[name] = module_path_or_cls
 
 
-@pytest.fixture
-def weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The worker's module, as a worker imports it."""
+def stand_in_for_vllm(monkeypatch: pytest.MonkeyPatch, version: str = "0.32.0") -> tuple[Registry, list[str]]:
+    """What the worker's module imports: it is not imported yet. Its backends, and the calls of its reloading."""
     registry, calls = Registry(), []
     registry._registry = {}
+
+    def initialize_layerwise_reload(model: Any) -> None:
+        calls.append("begin")
+
     contents: dict[str, dict[str, Any]] = {
         "vllm.distributed.weight_transfer.base": {
             "WeightTransferEngine": Base,
@@ -68,7 +72,7 @@ def weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         },
         "vllm.distributed.weight_transfer.factory": {"WeightTransferEngineFactory": registry},
         "vllm.model_executor.model_loader.reload": {
-            "initialize_layerwise_reload": lambda _: calls.append("begin"),
+            "initialize_layerwise_reload": initialize_layerwise_reload,
             "finalize_layerwise_reload": lambda *_: calls.append("end"),
         },
     }
@@ -76,12 +80,33 @@ def weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         stand_in = ModuleType(name)
         vars(stand_in).update(names)
         monkeypatch.setitem(sys.modules, name, stand_in)
+    monkeypatch.setattr(guard, "version", {"vllm": version}.__getitem__)
     monkeypatch.delitem(sys.modules, "tlcr.hosts.vllm_weights", raising=False)
+    return registry, calls
+
+
+@pytest.fixture
+def weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The worker's module, as a worker imports it."""
+    registry, calls = stand_in_for_vllm(monkeypatch)
     found = importlib.import_module("tlcr.hosts.vllm_weights")
     assert registry._registry == {"tlcr": found.Receiver}
     vars(found)["calls"] = calls
     yield found
     monkeypatch.delitem(sys.modules, "tlcr.hosts.vllm_weights")
+
+
+def test_a_vllm_that_it_was_not_run_with_is_refused_as_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_for_vllm(monkeypatch, "0.31.0")
+    with pytest.raises(HostError, match=r"tlcr works with vLLM >=0\.32\.0,<=0\.32\.0 and 0\.31\.0 is installed"):
+        importlib.import_module("tlcr.hosts.vllm_weights")
+
+
+def test_a_newer_vllm_that_lacks_a_name_is_refused_as_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_for_vllm(monkeypatch, "0.40.0")
+    monkeypatch.delattr(sys.modules["vllm.model_executor.model_loader.reload"], "initialize_layerwise_reload")
+    with pytest.raises(HostError, match=r"in vLLM 0\.40\.0 .*initialize_layerwise_reload is not there"):
+        importlib.import_module("tlcr.hosts.vllm_weights")
 
 
 class Loading:

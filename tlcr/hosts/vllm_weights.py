@@ -18,16 +18,36 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import BroadcastOptions, TCPStore
-from vllm.distributed.weight_transfer.base import (
+
+from tlcr.gloo import address_towards, joined
+from tlcr.hosts.guard import require
+
+TESTED = ">=0.32.0,<=0.32.0"
+"""The one vLLM that took weights so."""
+
+_TRANSFER, _RELOAD = "vllm.distributed.weight_transfer", "vllm.model_executor.model_loader.reload"
+NAMES = {
+    f"{_TRANSFER}.base:WeightTransferEngine.parse_update_info": None,
+    f"{_TRANSFER}.base:WeightTransferInitInfo": None,
+    f"{_TRANSFER}.base:WeightTransferUpdateInfo": None,
+    f"{_TRANSFER}.factory:WeightTransferEngineFactory._registry": None,
+    f"{_TRANSFER}.factory:WeightTransferEngineFactory.register_engine": "name, module_path_or_cls",
+    f"{_RELOAD}:initialize_layerwise_reload": "model",
+    f"{_RELOAD}:finalize_layerwise_reload": None,
+}
+"""What this module overrides or calls."""
+
+# Before they are imported: a server that lacks one of them is then refused in a sentence as it starts.
+require("vLLM", "vllm", TESTED, NAMES)
+
+from vllm.distributed.weight_transfer.base import (  # noqa: E402
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory  # noqa: E402
 
-from tlcr.gloo import address_towards, joined
-
-__all__ = ["BACKEND", "Chunk", "Line", "Receiver", "Worker"]
+__all__ = ["BACKEND", "NAMES", "TESTED", "Chunk", "Line", "Receiver", "Worker"]
 
 BACKEND = "tlcr"
 
