@@ -13,6 +13,10 @@ lexical             logistic regression on which word it belongs to and whether 
 lexical and length  on both
 surprise            logistic regression on -log p of the token by the language model before any training
 probe               logistic regression on what that model's last layer holds at the token, nothing of it trained
+saliency            logistic regression on gradient times input: how the discriminator's mean log-odds over the answer
+                    change with the token's embedding, times that embedding
+attention           logistic regression on the attention that the answer's last token pays to the token in the
+                    discriminator's last layer, the mean over heads
 corrections         the answers' own corrections: a token is an error if the annotator removed it. Not a method, but
                     the agreement of edits and marked errors, which come from the same people
 
@@ -40,6 +44,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import MaxAbsScaler, StandardScaler
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tlcr.config.loading import load_config
@@ -56,6 +61,7 @@ from tlcr.experiment.token_evaluation import (
     print_evaluations,
     token_rewards,
 )
+from tlcr.models.discriminator import load_discriminator
 from tlcr.models.heads import backbone
 from tlcr.models.loading import answer_logprobs
 from tlcr.text.padding import pad_right
@@ -70,7 +76,8 @@ OfAnswer = Sequence[Features] | Floats
 
 WORD = re.compile(r"\w+|[^\w\s]")
 ENOUGH_FOR_A_SIGN = 60
-"""Answers that `surprise` is fitted on: of its one coefficient only the sign matters to the ranking (ours)."""
+"""Answers that a regression on one number is fitted on: of its coefficient only the sign matters to the ranking (ours).
+"""
 PENALTIES = (0.0003, 0.003, 0.03, 0.3)
 
 
@@ -90,6 +97,11 @@ def read_sources(folder: Path) -> dict[str, Source]:
             record = json.loads(line)
             sources[record["id"]] = Source(record["question"], record["passages"])
     return sources
+
+
+def places(row: MarkedRow) -> list[int]:
+    """Where the evaluated tokens stand in the row's ids."""
+    return [row.encoded.answer_start + k for k, is_counted in enumerate(row.is_counted) if is_counted]
 
 
 def words_of(text: str) -> set[str]:
@@ -145,9 +157,64 @@ def hidden_states(rows: Sequence[MarkedRow], model: PreTrainedModel, pad_token_i
                 input_ids=ids_BL.to(model.device), attention_mask=mask_BL.to(model.device).long(), use_cache=False
             ).last_hidden_state
         for row, states_LH in zip(batch, states_BLH.float().cpu(), strict=True):
-            own_TH = states_LH[row.encoded.answer_start :][: len(row.characters)]
-            found.append(own_TH[torch.tensor(row.is_counted)].double().numpy())
+            found.append(states_LH[places(row)].double().numpy())
     return found
+
+
+def saliency_features(rows: Sequence[MarkedRow], model: PreTrainedModel, pad_token_id: int) -> list[list[Features]]:
+    """For each evaluated token of each row: gradient times input, of the answer's mean log-odds of being positive.
+
+    model: a discriminator; its first class is negative and its last one positive.
+    """
+    embeddings: list[Tensor] = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, given, output: embeddings.append(output.detach().requires_grad_()) or embeddings[-1]
+    )
+    found = []
+    try:
+        for first in range(0, len(rows), 4):
+            batch = rows[first : first + 4]
+            ids_BL, mask_BL = pad_right([row.encoded.ids for row in batch], pad_token_id)
+            logits_BLC = model(input_ids=ids_BL.to(model.device), attention_mask=mask_BL.to(model.device).long()).logits
+            odds_BL = logits_BLC[..., -1] - logits_BLC[..., 0]
+            means = [odds_L[places(row)].mean() for row, odds_L in zip(batch, odds_BL, strict=True)]
+            embedding_BLH = embeddings.pop()
+            (gradient_BLH,) = torch.autograd.grad(torch.stack(means).sum(), embedding_BLH)
+            saliency_BL = (gradient_BLH.float() * embedding_BLH.detach().float()).sum(-1).cpu()
+            found += _at_tokens("saliency", batch, saliency_BL)
+    finally:
+        hook.remove()
+    return found
+
+
+def attention_features(rows: Sequence[MarkedRow], model: PreTrainedModel, pad_token_id: int) -> list[list[Features]]:
+    """For each evaluated token of each row: the attention that it gets from the row's last token in the last layer."""
+    found = []
+    own = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the only one that forms these weights
+    try:
+        for first in range(0, len(rows), 8):
+            batch = rows[first : first + 8]
+            ids_BL, mask_BL = pad_right([row.encoded.ids for row in batch], pad_token_id)
+            with torch.no_grad():
+                attention_BhLL = backbone(model)(
+                    input_ids=ids_BL.to(model.device),
+                    attention_mask=mask_BL.to(model.device).long(),
+                    use_cache=False,
+                    output_attentions=True,
+                ).attentions[-1]
+            last_B = mask_BL.sum(-1) - 1
+            found += _at_tokens(
+                "attention", batch, attention_BhLL.float().mean(1).cpu()[torch.arange(len(batch)), last_B]
+            )
+    finally:
+        model.set_attn_implementation(own)
+    return found
+
+
+def _at_tokens(name: str, rows: Sequence[MarkedRow], values_BL: Tensor) -> list[list[Features]]:
+    """The values at the evaluated tokens of each row."""
+    return [[{name: x} for x in of_row[places(row)].tolist()] for row, of_row in zip(rows, values_BL, strict=True)]
 
 
 def taken_out(pairs: Sequence[EditPair], run: RunFolder) -> tuple[list[MarkedRow], Bools]:
@@ -194,6 +261,7 @@ def baselines(run: RunFolder, sources: Mapping[str, Source]) -> dict[str, Scorer
     rows, is_error_N = taken_out(run.edits.train, run)
     share = is_error_N.mean()
     language_model = load_reference(run)
+    discriminator, _ = load_discriminator(run.discriminator_folder, run.cfg.model, device=run.device)
 
     def length(rows: Sequence[MarkedRow]) -> list[list[Features]]:
         return [length_features(row) for row in rows]
@@ -211,6 +279,12 @@ def baselines(run: RunFolder, sources: Mapping[str, Source]) -> dict[str, Scorer
     def probe(rows: Sequence[MarkedRow]) -> list[Floats]:
         return hidden_states(rows, language_model, run.tokenizer.pad_token_id)
 
+    def saliency(rows: Sequence[MarkedRow]) -> list[list[Features]]:
+        return saliency_features(rows, discriminator, run.tokenizer.pad_token_id)
+
+    def attention(rows: Sequence[MarkedRow]) -> list[list[Features]]:
+        return attention_features(rows, discriminator, run.tokenizer.pad_token_id)
+
     def scorer(features: Callable[[Sequence[MarkedRow]], Sequence[OfAnswer]], answers: int = len(rows)) -> Scorer:
         own = rows[:answers]
         model = fitted(features(own), is_error_N[: sum(sum(row.is_counted) for row in own)])
@@ -223,6 +297,8 @@ def baselines(run: RunFolder, sources: Mapping[str, Source]) -> dict[str, Scorer
         "lexical and length": scorer(both),
         "surprise": scorer(surprise, ENOUGH_FOR_A_SIGN),
         "probe": scorer(probe),
+        "saliency": scorer(saliency, ENOUGH_FOR_A_SIGN),
+        "attention": scorer(attention, ENOUGH_FOR_A_SIGN),
     }
 
 

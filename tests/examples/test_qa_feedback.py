@@ -19,6 +19,7 @@ from tlcr.data.readers import read_edits, read_marked_answers
 from tlcr.data.splits import Shares
 from tlcr.errors import DataError
 from tlcr.experiment.token_evaluation import MarkedRow, mark
+from tlcr.models.heads import backbone
 from tlcr.models.loading import TWO_CLASSES, load_token_classifier, save_model
 from tlcr.types import MarkedAnswer
 
@@ -187,6 +188,40 @@ def test_a_probe_sees_the_state_that_has_read_the_token_itself(
     assert roc_auc_score(_above(found), scores) > 0.9
 
 
+def test_saliency_is_the_gradient_times_the_embedding_of_the_token_itself(
+    row: MarkedRow, tiny_causal_lm: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = load_token_classifier(tiny_causal_lm(), ModelConfig(), id2label=TWO_CLASSES)
+    longer = mark([MarkedAnswer("two", "Q: Why? ", "The waiter was rude, and cold.", ())], tiny_tokenizer, DataConfig())
+    found = baselines.saliency_features([row, *longer], model, tiny_tokenizer.pad_token_id)
+    for own, of_row in zip(found, (row, *longer), strict=True):
+        places = baselines.places(of_row)
+        embedding_LH = model.get_input_embeddings()(torch.tensor(of_row.encoded.ids)).detach().requires_grad_()
+        logits_LC = model(inputs_embeds=embedding_LH[None]).logits[0]
+        (logits_LC[places, 1] - logits_LC[places, 0]).mean().backward()
+        assert embedding_LH.grad is not None
+        expected = (embedding_LH.grad * embedding_LH).sum(-1)[places].tolist()
+        assert [token["saliency"] for token in own] == pytest.approx(expected, abs=1e-6)
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_attention_is_what_the_last_token_pays(
+    row: MarkedRow, tiny_causal_lm: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = load_token_classifier(tiny_causal_lm(), ModelConfig(), id2label=TWO_CLASSES)
+    before = model.config._attn_implementation
+    longer = mark([MarkedAnswer("two", "Q: Why? ", "The waiter was rude, and cold.", ())], tiny_tokenizer, DataConfig())
+    found = baselines.attention_features([row, *longer], model, tiny_tokenizer.pad_token_id)
+    assert model.config._attn_implementation == before
+    model.set_attn_implementation("eager")
+    for own, of_row in zip(found, (row, *longer), strict=True):
+        with torch.no_grad():
+            output = backbone(model)(torch.tensor([of_row.encoded.ids]), output_attentions=True, use_cache=False)
+        from_last_L = output.attentions[-1][0].mean(0)[-1]
+        expected = from_last_L[baselines.places(of_row)].tolist()
+        assert [token["attention"] for token in own] == pytest.approx(expected, abs=1e-6)
+
+
 def _above(states: list[np.ndarray]) -> np.ndarray:
     """Tokens whose first state is above the median: what a linear regression can tell."""
     first_N = np.concatenate(states)[:, 0]
@@ -232,7 +267,7 @@ def test_all_methods_are_judged_on_the_same_tokens(
     written = json.loads((tmp_path / "run" / "baselines.json").read_text())
     methods = written["methods"]
     names = ["discriminator", "constant", "length", "lexical", "lexical and length", "surprise", "probe"]
-    names.append("corrections")
+    names += ["saliency", "attention", "corrections"]
     assert list(methods) == names
     assert len({json.dumps(method["counts"]) for method in methods.values()}) == 1
     auc = {name: method["figures"]["auc"]["value"] for name, method in methods.items()}
