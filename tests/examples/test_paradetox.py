@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from examples.paradetox import prepare
+from examples.paradetox import marks, prepare
 from tlcr.config.schema import DataConfig
-from tlcr.data.readers import read_edits, read_preferences, read_prompts
+from tlcr.data.readers import read_edits, read_marked_answers, read_preferences, read_prompts
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "paradetox.tsv"
 
@@ -117,3 +117,41 @@ def test_another_model_tells_civil_from_toxic() -> None:
     toxic, civil = civility(["he is"] * 2, [" a complete idiot", " a complete stranger"])
     assert 0 <= toxic < 0.1
     assert 0.9 < civil <= 1
+
+
+# ---- marks
+
+
+def test_words_are_marked_that_two_others_took_out(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    table = tmp_path / "table.tsv"
+    rows = [
+        # the second takes out "damn" and "fools", the third "all" and "damn fools"
+        ("you are all damn fools , he said .", "You are wrong", "you are all wrong, he said", "you are, he said"),
+        ("what a load of crap", "what a lie", "what a load", "that is a load"),
+        ("what a load of it", "what a lie", "", ""),  # begins as a marked one does
+        ("this is dumb", "this is wrong", "This is wrong.", ""),  # two of one text: not three
+    ]
+    columns = ("toxic", "neutral1", "neutral2", "neutral3")
+    table.write_text("\n".join("\t".join(row) for row in (columns, *rows)) + "\n", encoding="utf-8")
+    marks.main(["--table", str(table), "--output", str(tmp_path / "out"), "--marked", "1", "--threshold", "1"])
+    both = {
+        record["response"]: [record["response"][span["start"] : span["end"]] for span in record["spans"]]
+        for name in ("spans", "spans_threshold")
+        for record in lines(tmp_path / "out" / f"{name}.jsonl")
+    }
+    assert both == {"you are all damn fools, he said": ["damn fools,"], "what a load of crap": ["of crap"]}
+    (edit,) = lines(tmp_path / "out" / "edits.jsonl")
+    assert (edit["rejected"], edit["revised"]) == ("this is dumb", "this is wrong")
+    (held_out,) = lines(tmp_path / "out" / "edits_held_out.jsonl")
+    (judged,) = lines(tmp_path / "out" / "spans.jsonl")
+    assert held_out["id"] == judged["id"] and held_out["rejected"] == judged["response"]
+    assert held_out["revised"] in ("you are wrong", "what a lie")
+    assert read_marked_answers(str(tmp_path / "out" / "spans.jsonl"), DataConfig(), tiny_tokenizer).records[0].spans
+
+
+def test_too_few_comments_with_three_rewrites_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "table.tsv"
+    table.write_text(TABLE)
+    with pytest.raises(SystemExit):
+        marks.main(["--table", str(table), "--output", str(tmp_path / "out")])
+    assert "has 0 sentences with three rewrites, wanted 500" in capsys.readouterr().err
