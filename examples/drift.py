@@ -1,0 +1,59 @@
+"""How a discriminator judges a policy's own answers as PPO goes on, on the embedded task: a table over seeds.
+
+    python -m examples.drift RUN [RUN ...]
+
+For each arm and KL coefficient, at each evaluation on the way (`ppo.evaluate_every`): the gold of the answers to
+held-out prompts, and how the discriminator of that update judges their tokens against the gold of their words, above 0
+or below: ROC-AUC and calibration error. Means and 95 % intervals (Student's t) over seeds. The report of a run draws
+the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tlcr.errors import DataError
+from tlcr.report.page import number
+from tlcr.report.results import SeedRun, mean_over_seeds, read_runs
+
+MEASURES = {"gold_per_token": "gold per token", "discriminator_auc": "AUC", "discriminator_ece": "calibration error"}
+
+
+def table(runs: Iterable[SeedRun]) -> list[str]:
+    """The rows, as Markdown. Raises DataError where no run has what the table shows."""
+    found: dict[tuple[str, float | None, int], list[dict[str, float]]] = {}
+    for run in runs:
+        for point in run.curve:
+            if all(point.get(name) is not None for name in MEASURES):
+                found.setdefault((run.arm, run.kl_coef, point["update"]), []).append(point)
+    if not found:
+        raise DataError(
+            "no evaluation has an AUC of the discriminator; it is measured on the embedded task, for arms that read it"
+        )
+    lines = [f"| arm | KL coefficient | update | seeds | {' | '.join(MEASURES.values())} |", "|---" * 7 + "|"]
+    for (arm, coef, update), points in found.items():
+        cells = [_cell([point[name] for point in points]) for name in MEASURES]
+        lines.append(f"| {arm} | {'' if coef is None else coef} | {update} | {len(points)} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(values: Sequence[float]) -> str:
+    mean = mean_over_seeds(values)
+    assert mean is not None  # a row has a run
+    ends = "" if mean.interval is None else f" ({number(mean.interval[0])} to {number(mean.interval[1])})"
+    return number(mean.mean) + ends
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of `tlcr run`")
+    options = parser.parse_args(arguments)
+    lines = table(run for folder in options.runs for run in read_runs(folder))
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
