@@ -50,6 +50,7 @@ from transformers import PreTrainedModel
 from tlcr.config.loading import load_config
 from tlcr.data.labels import label_pairs
 from tlcr.data.readers import read_marked_answers
+from tlcr.errors import DataError
 from tlcr.evaluation.span_metrics import best_threshold, difference, evaluate_spans
 from tlcr.experiment.frozen_models import load_reference
 from tlcr.experiment.run_folder import RunFolder, open_run
@@ -140,6 +141,10 @@ def surprise_features(rows: Sequence[MarkedRow], model: PreTrainedModel, pad_tok
         for row, logprobs_K in zip(batch, logprobs_BK, strict=True):
             # nothing predicts the first token of all, which is a prompt's: column j is number j - 1 here
             start = row.encoded.answer_start - 1
+            if start < 0:
+                raise DataError(
+                    f"answer {row.answer.id!r} has no prompt, and nothing predicts its first token: give its record one"
+                )
             own = logprobs_K[start : start + len(row.characters)].tolist()
             counted = [value for value, is_counted in zip(own, row.is_counted, strict=True) if is_counted]
             found.append([{"surprise": -value} for value in counted])

@@ -1,4 +1,4 @@
-"""The table of how a discriminator judges a policy's own answers: over the seeds of each arm, coefficient and update."""
+"""The table of how a discriminator judges a policy's own answers: over the seeds of an arm, coefficient and update."""
 
 from __future__ import annotations
 

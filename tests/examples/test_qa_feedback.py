@@ -174,6 +174,15 @@ def test_surprise_is_what_the_language_model_says_of_the_token_itself(
         assert [token["surprise"] for token in own] == pytest.approx(expected, abs=1e-4)
 
 
+def test_surprise_refuses_an_answer_whose_first_token_nothing_predicts(
+    tiny_causal_lm: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    (bare,) = mark([MarkedAnswer("bare", "", "The soup was cold!", ())], tiny_tokenizer, DataConfig())
+    assert bare.encoded.answer_start == 0
+    with pytest.raises(DataError, match="answer 'bare' has no prompt"):
+        baselines.surprise_features([bare], tiny_causal_lm(), tiny_tokenizer.pad_token_id)
+
+
 def test_a_probe_sees_the_state_that_has_read_the_token_itself(
     row: MarkedRow, tiny_causal_lm: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:

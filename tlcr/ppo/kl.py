@@ -15,8 +15,10 @@ from tlcr.types import PolicyScores
 
 __all__ = ["AdaptiveKLController", "FixedKLController", "KLController", "build_kl_controller", "estimate_kl", "kl_of"]
 
-# Ziegler et al. 2019, section 2.2: the error that the controller reacts to is clipped to this.
+# Ziegler et al. 2019, section 2.2: the error that the controller reacts to is clipped to this. Downwards to half of it
+# (ours): a coefficient that falls while the policy rests below the target is what it runs past the target with later.
 MAX_ERROR = 0.2
+MAX_FALL = 0.1
 # How many rounds ahead the coefficient looks, and the weight of the newest round in the growth that it expects (ours;
 # docs/results/instruments.md).
 LOOK_AHEAD = 8
@@ -111,14 +113,14 @@ class FixedKLController:
 class AdaptiveKLController:
     """Moves the coefficient so that the KL settles at a target::
 
-        coef <- coef * (1 + clip(kl / target - 1, -0.2, 0.2) * min(answers / horizon, 1))
+        coef <- coef * (1 + clip(kl / target - 1, -0.1, 0.2) * min(answers / horizon, 1))
         coef <- max(coef, start)                                    until the KL has reached the target once
         coef <- max(coef, start * ((kl + 8 * growth) / target)^2)   where kl + 8 * growth is above the target
 
     `kl` and `target` are in nats per token, `horizon` in answers; `start` is the coefficient that training began with,
     and `growth` the running mean of what the KL grew by in a round, 0 where it fell. The first line is Ziegler et al.
-    2019 (arXiv 1909.08593), section 2.2. Theirs has no min(..., 1); without it a batch of more than 5 horizons could
-    make the coefficient negative and pay the policy for leaving the reference.
+    2019 (arXiv 1909.08593), section 2.2. Theirs has -0.2, and no min(..., 1); without it a batch of more than 5
+    horizons could make the coefficient negative and pay the policy for leaving the reference.
 
     The others are ours, because training starts at a KL of 0, far below any target, and passes it at full speed. A
     coefficient that fell all that way would have to climb back while the policy runs past the target. And one that may
@@ -156,7 +158,7 @@ class AdaptiveKLController:
             self.growth += GROWTH_WEIGHT * (kl_per_token - self.kl - self.growth)
         self.kl = kl_per_token
         self.reached = self.reached or kl_per_token >= self.target
-        error = min(max(kl_per_token / self.target - 1, -MAX_ERROR), MAX_ERROR)
+        error = min(max(kl_per_token / self.target - 1, -MAX_FALL), MAX_ERROR)
         self.coef *= 1 + error * min(answers / self.horizon, 1)
         if not self.reached:
             self.coef = max(self.coef, self.start)
