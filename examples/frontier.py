@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tlcr.errors import DataError
+from tlcr.files import atomic_write
 from tlcr.report import figures
-from tlcr.training.checkpoint import atomic_write
 
 COLUMNS = ("arm", "KL coefficient", "gold per token", "KL, nats per token")
 MINUS = "\N{MINUS SIGN}"

@@ -16,7 +16,7 @@ import jinja2
 
 from benchmarks.report import figures, tables
 from benchmarks.report.rows import AXES, ResultFile
-from tlcr.training.checkpoint import atomic_write
+from tlcr.files import atomic_write
 
 HERE = Path(__file__).resolve().parent
 

@@ -10,10 +10,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from examples.credit_study import theory
+from tlcr.files import atomic_write, write_json
 from tlcr.report import figures
 from tlcr.report.page import number
 from tlcr.report.results import SeedRun, gold_at_matched_kl, mean_over_seeds, paired_difference, reached_kl, read_runs
-from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.training.metrics import read_metrics
 
 SEPARATOR = "+"

@@ -27,6 +27,7 @@ from examples.credit_study.study import Cell, Study, read_study
 from tlcr.errors import TlcrError
 from tlcr.experiment.frozen_models import load_frozen_models, load_reference
 from tlcr.experiment.run_folder import RunFolder, open_run
+from tlcr.files import atomic_write, write_json
 from tlcr.models.actor_critic import ActorCritic
 from tlcr.ppo.advantages import compute_advantages
 from tlcr.ppo.kl import kl_of
@@ -36,7 +37,6 @@ from tlcr.report.page import number
 from tlcr.report.results import mean_over_seeds
 from tlcr.rewards.centre import build_centre
 from tlcr.rewards.composition import compose_rewards
-from tlcr.training.checkpoint import atomic_write, write_json
 
 PLACEMENTS = ("continuous", "sum-at-end")
 """Those of which the theory speaks: the same reward, at every token or as a sum."""

@@ -35,13 +35,13 @@ from tlcr.data.labels import label_pair, label_pairs
 from tlcr.errors import ConfigError
 from tlcr.experiment import pipeline
 from tlcr.experiment.run_folder import RunFolder, open_run
+from tlcr.files import atomic_write, write_json
 from tlcr.models.discriminator import load_discriminator
 from tlcr.models.loading import load_causal_lm
 from tlcr.recipes.train_discriminator import train_discriminator
 from tlcr.report import figures
 from tlcr.report.page import number
 from tlcr.report.results import mean_over_seeds, paired_difference, read_json
-from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.types import LabelledPair
 
 logger = logging.getLogger("tlcr.study")

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tlcr.data.openings import edit_record
-from tlcr.training.checkpoint import write_json_lines
+from tlcr.files import write_json_lines
 
 logger = logging.getLogger("prepare")
 

@@ -30,7 +30,7 @@ from typing import Any
 from rapidfuzz.distance import Levenshtein
 
 from examples.paradetox.prepare import closest, plain
-from tlcr.training.checkpoint import write_json_lines
+from tlcr.files import write_json_lines
 
 logger = logging.getLogger("marks")
 

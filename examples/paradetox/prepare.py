@@ -30,7 +30,7 @@ from pathlib import Path
 from rapidfuzz.distance import Levenshtein
 
 from tlcr.data.openings import edit_record
-from tlcr.training.checkpoint import write_json_lines
+from tlcr.files import write_json_lines
 
 logger = logging.getLogger("prepare")
 

@@ -62,11 +62,11 @@ from tlcr.experiment.token_evaluation import (
     print_evaluations,
     token_rewards,
 )
+from tlcr.files import write_json
 from tlcr.models.discriminator import load_discriminator
 from tlcr.models.heads import backbone
 from tlcr.models.loading import answer_logprobs
 from tlcr.text.padding import pad_right
-from tlcr.training.checkpoint import write_json
 from tlcr.types import EditPair, MarkedAnswer
 
 Floats = NDArray[np.float64]

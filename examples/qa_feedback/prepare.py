@@ -36,7 +36,7 @@ from tlcr.config.schema import DataConfig
 from tlcr.data.formats import prompt_key
 from tlcr.data.splits import split_held_out
 from tlcr.errors import DataError
-from tlcr.training.checkpoint import write_json_lines
+from tlcr.files import write_json_lines
 
 logger = logging.getLogger("prepare")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tlcr.data.openings import edit_record, shared_opening
-from tlcr.training.checkpoint import write_json_lines
+from tlcr.files import write_json_lines
 
 
 @pytest.mark.parametrize(

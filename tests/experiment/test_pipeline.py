@@ -30,7 +30,8 @@ from tlcr.evaluation.evaluate import PolicyEvaluation, evaluate_policy
 from tlcr.experiment import pipeline, workers
 from tlcr.experiment.pipeline import analyse, analyse_edits, run, stage
 from tlcr.experiment.run_folder import RunFolder, _differences, open_run, reopen_run
-from tlcr.training.checkpoint import as_plain, write_json
+from tlcr.files import write_json
+from tlcr.training.checkpoint import as_plain
 from tlcr.training.metrics import read_metrics
 
 

@@ -29,7 +29,7 @@ from tlcr.experiment.run_folder import (
     revision_cache,
     sole_run,
 )
-from tlcr.training.checkpoint import write_json
+from tlcr.files import write_json
 from tlcr.training.done import mark_done
 
 STAGES = ("revisions", "sft", "reward_model", "dpo", "labels", "discriminator", "analysis")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from tlcr import files
 from tlcr.chat import endpoint
 from tlcr.report import page
 from tlcr.training import checkpoint, metrics
@@ -19,7 +20,7 @@ def rename_left_out() -> None:
 
     def write_in_place(aside: Path, path: Path) -> None:
         if aside.is_dir():
-            _take_place(aside, path)
+            take_place(aside, path)
             return
         data = aside.read_bytes()
         with path.open("wb") as file:
@@ -29,8 +30,8 @@ def rename_left_out() -> None:
             file.write(data[len(data) // 2 :])
         aside.unlink()
 
-    _take_place = checkpoint._take_place
-    checkpoint._take_place = write_in_place
+    take_place = files.take_place
+    files.take_place = write_in_place
 
 
 def flush_left_out() -> None:
@@ -49,7 +50,7 @@ def flush_left_out() -> None:
 
 def sync_left_out() -> None:
     """Files are renamed before the disk has them."""
-    checkpoint.sync_to_disk = lambda path: None
+    files.sync_to_disk = checkpoint.sync_to_disk = lambda path: None
 
 
 def key_in_a_log() -> None:

@@ -162,7 +162,7 @@ def test_a_model_that_cannot_be_saved_leaves_the_old_one(tmp_path, tiny_tokenize
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tlcr.training.checkpoint.os.fsync", full)
+    monkeypatch.setattr("tlcr.files.os.fsync", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         save_model(make(seed=2), tiny_tokenizer, tmp_path)
     assert torch.equal(load_causal_lm(config(tmp_path))(IDS).logits, model(IDS).logits)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import errno
 import json
 import os
 import random
 import re
-import resource
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,19 +18,18 @@ import pytest
 import torch
 from torch import nn
 
+from tests.test_files import files_limited_to
 from tlcr.config.schema import RunConfig
 from tlcr.errors import CheckpointError
 from tlcr.training import checkpoint, checksums, metrics
 from tlcr.training import loop as loop_module
 from tlcr.training.checkpoint import (
     as_plain,
-    atomic_write,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
     start_or_resume,
     versions,
-    write_json,
 )
 from tlcr.training.loop import TrainingLoop
 from tlcr.training.metrics import MetricsLog
@@ -165,7 +160,7 @@ def test_older_checkpoints_go_once_the_new_one_is_complete(tmp_path, monkeypatch
         training.save(tmp_path, step, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_take_place", fail_with(errno.ENOSPC))
+        patch.setattr(checkpoint, "take_place", fail_with(errno.ENOSPC))
         with pytest.raises(CheckpointError):
             training.save(tmp_path, 4, keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
@@ -336,17 +331,6 @@ def fail_with(number: int):
     return fail
 
 
-@contextlib.contextmanager
-def files_limited_to(size: int) -> Iterator[None]:
-    """A real failure of the operating system: no file of this process may grow beyond ``size`` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("limit", [0, 300, 1500, 3000])
 def test_no_room_left_keeps_the_previous_checkpoint_and_leaves_nothing(tmp_path, limit):
     training = Training(seed=1)
@@ -445,75 +429,6 @@ def test_killed_at_any_point_of_a_save_the_previous_checkpoint_still_loads(tmp_p
     # A save is complete at one of its changes, and stays so: what comes behind deletes the older checkpoint.
     assert saved == sorted(saved) and saved.count(False) > 15 and saved.count(True) > 3
     assert within_files == [(False, True)] * 4
-
-
-# ---- single files and folders
-
-
-def test_write_aside_replaces_files_and_folders_whole(tmp_path):
-    for version in ("old", "new"):
-        with atomic_write(tmp_path / "file.txt") as aside:
-            aside.write_text(version)
-        with atomic_write(tmp_path / "folder") as aside:
-            aside.mkdir()
-            (aside / version).touch()
-    assert (tmp_path / "file.txt").read_text() == "new"
-    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.txt", "folder"]
-
-
-def test_what_fails_half_way_changes_nothing(tmp_path):
-    (tmp_path / "file.txt").write_text("old")
-    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "file.txt") as aside:
-        aside.write_text("half")
-        raise ZeroDivisionError
-    assert (tmp_path / "file.txt").read_text() == "old"
-    assert len(list(tmp_path.iterdir())) == 1
-    with (
-        files_limited_to(10),
-        pytest.raises(CheckpointError, match="File too large"),
-        atomic_write(tmp_path / "file.txt") as aside,
-    ):
-        aside.write_text("x" * 100)
-    assert (tmp_path / "file.txt").read_text() == "old"
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_json_keeps_floats_and_writes_null_for_nan(tmp_path):
-    write_json(tmp_path / "a.json", {"x": 0.1 + 0.2, "nan": float("nan"), "list": [float("inf"), 1]})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 0.1 + 0.2, "nan": None, "list": [None, 1]}
-
-
-def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path: Path, monkeypatch) -> None:
-    """As on a network file system, where the second of two renames fails."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "weights").write_text("old")
-    real = os.replace
-
-    def replace(source, target):
-        if ".partial-" in str(source):
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
-    untouched = pytest.raises(CheckpointError, match="Stale file handle; what was there before is untouched")
-    with untouched, atomic_write(tmp_path / "model") as aside:
-        aside.mkdir()
-    assert (tmp_path / "model" / "weights").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_what_cannot_be_deleted_is_said_and_costs_nothing(tmp_path: Path, monkeypatch, caplog) -> None:
-    def rmtree(path, **_):
-        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
-
-    (tmp_path / "model").mkdir()
-    monkeypatch.setattr(shutil, "rmtree", rmtree)
-    with atomic_write(tmp_path / "model") as aside:
-        aside.mkdir()
-        (aside / "weights").write_text("new")
-    assert (tmp_path / "model" / "weights").read_text() == "new"
-    assert ".old-model cannot be deleted (Directory not empty)" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/hostname", "a/../../b"])

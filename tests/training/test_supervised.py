@@ -490,7 +490,7 @@ def test_a_full_disk_while_saving_ends_the_run_with_the_remedy(tmp_path, tiny_ca
     class FillDisk(Callback):
         def on_step(self, step, metrics):
             if step == 2:
-                monkeypatch.setattr("tlcr.training.checkpoint.os.fsync", full)
+                monkeypatch.setattr("tlcr.files.os.fsync", full)
 
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")

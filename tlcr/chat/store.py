@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from tlcr.chat.types import Answer
 from tlcr.errors import ConfigError, DataError
-from tlcr.training.checkpoint import unwritable
+from tlcr.files import unwritable
 
 __all__ = ["AnswerStore"]
 

@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from tlcr import ops
 from tlcr.config.schema import DataConfig, LabelConfig
+from tlcr.files import write_json_lines
 from tlcr.ops import TokenLabel
 from tlcr.text.tokenization import cut_answer, encode_answers, token_pieces
 from tlcr.text.truncation import note_cuts
-from tlcr.training.checkpoint import write_json_lines
 from tlcr.types import EditPair, EncodedAnswer, LabelledAnswer, LabelledPair
 
 __all__ = ["LabelStatistics", "label_pair", "label_pairs", "write_labels"]

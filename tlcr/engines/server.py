@@ -31,8 +31,8 @@ from tlcr.engines.probe import NotThePolicys, check_probe, probe_prompt, probe_s
 from tlcr.engines.protocol import Answer, Sampling
 from tlcr.engines.vllm_client import Client, Fault
 from tlcr.errors import BackendUnavailable
+from tlcr.files import atomic_write, write_json
 from tlcr.models.adapters import adapter_of, adapter_weights, whole_weights, write_adapter
-from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.training.distributed import on_main_process, process_count
 from tlcr.training.profiling import part
 

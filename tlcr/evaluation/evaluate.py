@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from tlcr.config.functions import failure
 from tlcr.errors import DataError, ShapeError
 from tlcr.evaluation.drift import JudgedToken, WordGold, calibration_error, judge, ranking
+from tlcr.files import atomic_write, write_json
 from tlcr.text.tokenization import token_pieces
 from tlcr.text.truncation import cut_beginning
-from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.types import PolicyScores, Rollout
 
 Scorer = Callable[[Sequence[str], Sequence[str]], Sequence[float]]

@@ -28,6 +28,7 @@ from tlcr.experiment.arm import evaluate_arm, train_arm
 from tlcr.experiment.preflight import for_one_process, require
 from tlcr.experiment.run_folder import RunFolder, open_run, raw_preferences, reopen_run, revision_cache, sole_run
 from tlcr.experiment.workers import PLACE, Job, run_side_by_side
+from tlcr.files import write_json
 from tlcr.models.discriminator import load_discriminator
 from tlcr.models.loading import forget_notes, load_causal_lm
 from tlcr.recipes.analyse_discriminator import DiscriminatorAnalysis, analyse_discriminator
@@ -42,7 +43,6 @@ from tlcr.report.results import read_json
 from tlcr.reviser.dry_run import dry_run
 from tlcr.reviser.prompt import VERSION
 from tlcr.reviser.revise import revise, write_revisions
-from tlcr.training.checkpoint import write_json
 from tlcr.training.distributed import on_main_process, process_count
 from tlcr.training.metrics import read_metrics
 from tlcr.training.sharding import shard_model

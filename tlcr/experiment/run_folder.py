@@ -43,9 +43,10 @@ from tlcr.data.readers import (
 from tlcr.data.splits import Shares, ShareStatistics, Split, Stage, in_order_of_hashes, nothing_left, read_shares
 from tlcr.errors import ConfigError
 from tlcr.experiment.preflight import holds_a_run, taken, unfinished, unnamed
+from tlcr.files import atomic_write, unwritable, write_json
 from tlcr.models.loading import load_tokenizer
 from tlcr.training import checksums
-from tlcr.training.checkpoint import as_plain, atomic_write, reading, unwritable, write_json
+from tlcr.training.checkpoint import as_plain, reading
 from tlcr.training.distributed import barrier, on_main_process, process_device
 from tlcr.training.done import check_results, decisive, done_config, is_done, mark_done, remove_checkpoints
 from tlcr.training.sharding import Sharding, plan

@@ -36,12 +36,12 @@ from tlcr.evaluation.span_metrics import (
 )
 from tlcr.experiment.frozen_models import load_frozen_models, load_reference
 from tlcr.experiment.run_folder import RunFolder, open_run
+from tlcr.files import write_json, write_json_lines
 from tlcr.report.colours import coloured
 from tlcr.rewards.composition import compose_rewards
 from tlcr.text.padding import pad_left, pad_right
 from tlcr.text.tokenization import character_spans, decode_text, encode_answers, token_pieces
 from tlcr.text.truncation import cut_beginning, note_cuts
-from tlcr.training.checkpoint import write_json, write_json_lines
 from tlcr.training.distributed import on_main_process
 from tlcr.training.progress import Progress
 from tlcr.types import EncodedAnswer, ErrorSpan, MarkedAnswer, Rollout

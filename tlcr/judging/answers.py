@@ -12,6 +12,7 @@ from tlcr.chat import Answer, AnswerStore, ChatModel, Message, NoAnswer, Questio
 from tlcr.chat.build import chat_model, model_name
 from tlcr.config.judging import AnswerConfig
 from tlcr.errors import ConfigError, EndpointError
+from tlcr.files import write_json
 from tlcr.judging.formats import (
     Benchmark,
     BenchmarkName,
@@ -20,7 +21,6 @@ from tlcr.judging.formats import (
     write_alpaca_eval,
     write_fastchat,
 )
-from tlcr.training.checkpoint import write_json
 
 __all__ = ["AnswerStatistics", "answer_benchmark", "answer_command", "temperature_of"]
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from tlcr.errors import DataError
+from tlcr.files import atomic_write, write_json
 from tlcr.text.files import parse_json, read_text, unicode_problem
-from tlcr.training.checkpoint import atomic_write, write_json
 
 __all__ = [
     "AnswerFile",

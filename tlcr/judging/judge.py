@@ -15,11 +15,11 @@ from tlcr.chat.estimate import estimate, rehearsal
 from tlcr.config.judging import JudgeConfig
 from tlcr.errors import ConfigError, DataError, EndpointError
 from tlcr.evaluation.bootstrap import CONFIDENCE
+from tlcr.files import atomic_write, finite, write_json, write_json_lines
 from tlcr.judging.formats import AnswerFile, BenchmarkQuestion, read_answers, read_benchmark, read_lines
 from tlcr.judging.prompt import AnswerFormat, comparison_question, grade_question
 from tlcr.judging.results import Label, comparison_results, grade_results, render
 from tlcr.judging.verdicts import Comparison, Grade, read_grade, read_ruling
-from tlcr.training.checkpoint import atomic_write, finite, write_json, write_json_lines
 
 __all__ = ["Reply", "compare", "grade", "judge_command", "rehearse_judge"]
 

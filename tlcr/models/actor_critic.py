@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tlcr import ops
 from tlcr.config.schema import ModelConfig, PPOConfig
 from tlcr.errors import CheckpointError, ConfigError
+from tlcr.files import atomic_write, write_json
 from tlcr.models.adapters import (
     FOLDER,
     adapter_of,
@@ -38,7 +39,6 @@ from tlcr.models.packing import Packing, packed_inputs, takes_positions
 from tlcr.models.probes import is_causal
 from tlcr.models.stored import is_unread, when_read
 from tlcr.ops.types import TokenScores
-from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.training.distributed import on_main_process, process_device
 from tlcr.training.sharding import Sharding, as_forward, fill, has_shards, shard, whole_state
 

@@ -34,12 +34,12 @@ from transformers.pytorch_utils import Conv1D
 
 from tlcr.config.schema import LoRAConfig
 from tlcr.errors import CheckpointError, ConfigError
+from tlcr.files import atomic_write, write_json
 from tlcr.models import classifiers
 from tlcr.models.four_bits import BITS, dequantised, is_quantised, quantise
 from tlcr.models.heads import backbone, classification_head, has_linear_head, name_of_head, use_float32_head
 from tlcr.models.loading import enable_gradient_checkpointing, save_model
 from tlcr.models.stored import is_unread, stored_parameters, without_adapters
-from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.training.distributed import is_main_process, on_main_process, process_device
 from tlcr.training.sharding import fill_tensor, forget_when_cut, has_shards, whole, whole_state
 from tlcr.training.trained_part import TrainedPart, digest

@@ -30,6 +30,7 @@ from transformers.utils import CONFIG_NAME
 from tlcr import ops
 from tlcr.config.schema import GeneratorConfig, ModelConfig
 from tlcr.errors import ConfigError, DataError
+from tlcr.files import atomic_write, sync_folder
 from tlcr.models import classifiers, inspection, probes
 from tlcr.models.faults import AUTO, LOADABLE, WHAT, Role, one_line, raise_first, some
 from tlcr.models.heads import backbone, classification_head, name_of_head, name_of_last_layer, use_float32_head
@@ -48,7 +49,6 @@ from tlcr.models.weight_files import read_weights, weight_files
 from tlcr.models.weight_names import report_faults, unused
 from tlcr.text.files import read_text
 from tlcr.text.turns import turn_end, turn_notes
-from tlcr.training.checkpoint import atomic_write, sync_folder
 from tlcr.training.distributed import on_main_process, process_device
 from tlcr.training.sharding import Sharding, has_shards, whole_state
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tlcr.errors import ConfigError
+from tlcr.files import remove, write_json
 from tlcr.text.files import parse_json
-from tlcr.training.checkpoint import reading, remove, write_json
+from tlcr.training.checkpoint import reading
 from tlcr.training.distributed import on_main_process
 
 logger = logging.getLogger(__name__)

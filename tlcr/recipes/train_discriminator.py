@@ -21,6 +21,7 @@ from tlcr.evaluation.discriminator_metrics import (
     pairwise_accuracy,
     plot_reliability,
 )
+from tlcr.files import atomic_write, write_json
 from tlcr.models.adapters import save_trained
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.discriminator import (
@@ -35,7 +36,6 @@ from tlcr.models.loading import load_token_classifier
 from tlcr.recipes.fitting import adapt, check_lengths, fit_tracked, micro_batch_size
 from tlcr.text.truncation import note_cuts
 from tlcr.training.callbacks import Callback
-from tlcr.training.checkpoint import atomic_write, write_json
 from tlcr.training.distributed import on_main_process
 from tlcr.training.sharding import plan, shard_model
 from tlcr.training.supervised import FitResult

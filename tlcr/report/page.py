@@ -19,11 +19,12 @@ from rich.table import Table
 
 from tlcr.config.schema import LOGIT_KINDS, SHARED_SCORE_KINDS, RewardConfig
 from tlcr.config.stages import CONFIG
+from tlcr.files import atomic_write
 from tlcr.report import analysis as analysis_page
 from tlcr.report import figures, tokens
 from tlcr.report.results import collect_results, models_folder, read_config, read_json, understood, write_results
 from tlcr.report.tokens import number
-from tlcr.training.checkpoint import as_plain, atomic_write
+from tlcr.training.checkpoint import as_plain
 from tlcr.training.metrics import read_metrics
 
 CURVES = {

@@ -23,9 +23,9 @@ from tlcr.config.stages import CONFIG, DONE
 from tlcr.config.trials import folder_of, read_folder
 from tlcr.errors import DataError, TlcrError
 from tlcr.evaluation.evaluate import MEASURES
+from tlcr.files import write_json
 from tlcr.ppo.best import BEST, RECORD
 from tlcr.text.files import parse_json
-from tlcr.training.checkpoint import write_json
 from tlcr.training.metrics import read_metrics
 
 Curve = Sequence[Mapping[str, Any]]

@@ -17,10 +17,10 @@ from tlcr.chat.build import chat_model
 from tlcr.config.schema import DataConfig, ReviserConfig
 from tlcr.data.formats import TextPreference
 from tlcr.errors import ConfigError, DataError, EndpointError
+from tlcr.files import atomic_write
 from tlcr.reviser.checks import OUTCOMES, CheckedRevision, Outcome, check_answer
 from tlcr.reviser.files import match_files
 from tlcr.reviser.prompt import VERSION, AnswerFormat, revision_question
-from tlcr.training.checkpoint import atomic_write
 
 __all__ = ["ReviserStatistics", "questions_of", "revise", "write_revisions"]
 

@@ -19,9 +19,9 @@ from transformers.utils import CONFIG_NAME
 
 from tlcr.config.schema import ModelConfig
 from tlcr.errors import ConfigError
+from tlcr.files import atomic_write
 from tlcr.models.faults import raise_first
 from tlcr.models.inspection import THREE_CLASSES, TWO_CLASSES, label_faults, model_faults, read_config
-from tlcr.training.checkpoint import atomic_write
 
 __all__ = ["COMMAND_FILE", "TRIED", "export_for_vllm", "vllm_command"]
 

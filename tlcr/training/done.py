@@ -12,8 +12,9 @@ from tlcr.config.dropped import IDLE, without_dropped
 from tlcr.config.schema import undecisive
 from tlcr.config.stages import DONE
 from tlcr.errors import CheckpointError
+from tlcr.files import remove, write_json
 from tlcr.training import checksums
-from tlcr.training.checkpoint import as_plain, machine, reading, remove, versions, write_json
+from tlcr.training.checkpoint import as_plain, machine, reading, versions
 from tlcr.training.distributed import is_main_process, on_main_process
 
 RESULTS = {

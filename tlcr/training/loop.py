@@ -18,14 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tlcr.training.background import BackgroundSave
 from tlcr.training.callbacks import Callback, asks_to_stop
-from tlcr.training.checkpoint import (
-    Contents,
-    as_plain,
-    contents,
-    load_checkpoint,
-    start_or_resume,
-    write_checkpoint,
-)
+from tlcr.training.checkpoint import Contents, as_plain, contents, load_checkpoint, start_or_resume, write_checkpoint
 from tlcr.training.disk import checkpoint_bytes, checkpoints_at_a_time, require_room
 from tlcr.training.distributed import any_process, on_all_processes, on_main_process
 from tlcr.training.interrupt import StopSignals

@@ -13,8 +13,8 @@ from typing import Any
 from accelerate import Accelerator
 
 from tlcr.errors import CheckpointError
+from tlcr.files import atomic_write, sync_to_disk, unwritable
 from tlcr.text.files import parse_json
-from tlcr.training.checkpoint import atomic_write, sync_to_disk, unwritable
 from tlcr.training.distributed import is_main_process, on_main_process
 
 logger = logging.getLogger(__name__)
