@@ -72,20 +72,43 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON, atomically. Floats keep every bit; NaN and infinity become null."""
+    """Writes ``value`` as indented JSON, atomically. Floats keep every bit; NaN and infinity become null.
+
+    Args:
+        path: the file.
+        value: what JSON can hold.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     with atomic_write(path) as aside:
         aside.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_json_lines(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes each record as a line of JSON, all of them or none; non-ASCII text is not escaped."""
+    """Writes each record as a line of JSON, all of them or none; non-ASCII text is not escaped.
+
+    Args:
+        path: the file.
+        records: what JSON can hold.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     with atomic_write(path) as aside, aside.open("w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def finite(value: Any) -> Any:
-    """``value`` with None in place of every float that is not finite: not every JSON reader accepts NaN."""
+    """``value`` with None in place of every float that is not finite: not every JSON reader accepts NaN.
+
+    Args:
+        value: numbers, texts, and mappings and lists of them.
+
+    Returns:
+        The same, tuples as lists.
+    """
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -94,7 +117,14 @@ def finite(value: Any) -> Any:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Syncs a file, or a folder with everything in it, to disk."""
+    """Syncs a file, or a folder with everything in it, to disk.
+
+    Args:
+        path: the file or folder.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     if path.is_dir():
         for child in path.iterdir():
             sync_to_disk(child)
@@ -106,7 +136,15 @@ def sync_to_disk(path: Path) -> None:
 
 
 def take_place(aside: Path, path: Path) -> None:
-    """Renames what was written aside, a file or a folder, over ``path``; the folder that was there is deleted after."""
+    """Renames what was written aside over ``path``; a folder that was there is deleted after.
+
+    Args:
+        aside: a file or a folder, on the same disk.
+        path: its place.
+
+    Raises:
+        OSError: it cannot be renamed; what was there is there again.
+    """
     if path.is_dir():  # a folder cannot be renamed over another
         old = path.with_name(f".old-{path.name}")
         remove(old)
@@ -125,7 +163,11 @@ def take_place(aside: Path, path: Path) -> None:
 
 def clean_up(path: Path) -> None:
     """Deletes what nothing needs any more. That it cannot be deleted, as on a network file system where somebody has it
-    open, costs room and nothing else."""
+    open, costs room and nothing else: it is said in the log.
+
+    Args:
+        path: a file or a folder.
+    """
     try:
         remove(path)
     except OSError as error:
@@ -133,7 +175,14 @@ def clean_up(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Syncs a folder's list of names to disk, without its files."""
+    """Syncs a folder's list of names to disk, without its files.
+
+    Args:
+        folder: the folder.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -142,7 +191,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file, or a folder with everything in it; nothing where there is none."""
+    """Deletes a file, or a folder with everything in it; nothing where there is none.
+
+    Args:
+        path: the file or folder.
+
+    Raises:
+        OSError: it cannot be deleted.
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -150,7 +206,15 @@ def remove(path: Path) -> None:
 
 
 def unwritable(path: Path, error: Exception) -> CheckpointError:
-    """The error to raise where writing ``path`` failed: the cause and the remedy."""
+    """The error to raise where writing ``path`` failed: the cause and the remedy.
+
+    Args:
+        path: what was to be written.
+        error: what the operating system or safetensors said.
+
+    Returns:
+        The error, which is not raised here.
+    """
     number = getattr(error, "errno", None)
     reason = os.strerror(number) if number is not None else " ".join(str(error).split())
     full = number in DISK_FULL or any(os.strerror(n) in str(error) for n in DISK_FULL)

@@ -100,10 +100,12 @@ def read_study(path: Path) -> Study:
         if not values[name]:
             raise ConfigError(f"{path}: {name} is empty; name at least one")
     for name, placement in values["placements"].items():
-        if min(placement["kl_coef"]) > min(values["lengths"]):
+        by_length = placement.get("kl_coef")
+        if not isinstance(by_length, Mapping) or not by_length or min(by_length) > min(values["lengths"]):
+            shortest = min(values["lengths"])
             raise ConfigError(
-                f"{path}: placements.{name}.kl_coef begins with {min(placement['kl_coef'])} tokens, but lengths with "
-                f"{min(values['lengths'])}; give a coefficient from there on"
+                f"{path}: placements.{name}.kl_coef is {by_length!r}, and the shortest length {shortest}; give a "
+                f"coefficient from there on, as {{{shortest}: 0.15}}"
             )
     study = Study(**{**values, "lams": tuple(values["lams"]), "seeds": tuple(values["seeds"])})
     for tokens in study.lengths:

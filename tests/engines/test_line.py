@@ -26,7 +26,7 @@ from tests.http_server import Reply
 from tlcr.engines import line
 from tlcr.engines import server as module
 from tlcr.engines.line import Line, _wait
-from tlcr.errors import BackendUnavailable, HostError
+from tlcr.errors import BackendUnavailable, HostError, HostWarning
 from tlcr.hosts import guard
 
 S, U = TypeVar("S"), TypeVar("U")
@@ -42,11 +42,23 @@ class Base(Generic[S, U]):
         self.model, self.model_config, self.device = model, None, torch.device("cpu")
         self.parallel_config = SimpleNamespace(data_parallel_index=0, world_size=1, rank=0)
 
-    def parse_init_info(self, info: dict[str, Any]) -> Any:
-        return self.init_info_cls(**info)
+    def parse_init_info(self, init_dict: dict[str, Any]) -> Any:
+        return self.init_info_cls(**init_dict)
 
-    def parse_update_info(self, info: dict[str, Any]) -> Any:
-        return self.update_info_cls(**info)
+    def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
+        return self.update_info_cls(**update_dict)
+
+    def init_transfer_engine(self, init_info: S) -> None: ...
+
+    def start_weight_update(self) -> None: ...
+
+    def update_weights(self, update_info: dict[str, Any]) -> None: ...
+
+    def receive_weights(self, update_info: U) -> None: ...
+
+    def finish_weight_update(self) -> None: ...
+
+    def shutdown(self) -> None: ...
 
 
 class Registry:
@@ -96,16 +108,42 @@ def weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.delitem(sys.modules, "tlcr.hosts.vllm_weights")
 
 
-def test_a_vllm_that_it_was_not_run_with_is_refused_as_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_vllm_is_refused_as_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in_for_vllm(monkeypatch, "0.31.0")
     with pytest.raises(HostError, match=r"tlcr works with vLLM >=0\.32\.0,<=0\.32\.0 and 0\.31\.0 is installed"):
         importlib.import_module("tlcr.hosts.vllm_weights")
 
 
-def test_a_newer_vllm_that_lacks_a_name_is_refused_as_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "name", "instead", "problem"),
+    [
+        ("vllm.model_executor.model_loader.reload", "initialize_layerwise_reload", None, "is not there"),
+        ("vllm.distributed.weight_transfer.base", "WeightTransferEngine.receive_weights", None, "is not there"),
+        (
+            "vllm.distributed.weight_transfer.base",
+            "WeightTransferEngine.finish_weight_update",
+            lambda self, version: None,
+            r"takes \(self, version\) and not \(self\)",
+        ),
+    ],
+)
+def test_a_newer_vllm_that_lacks_a_name_is_refused_as_it_starts(
+    module: str, name: str, instead: Any, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stand_in_for_vllm(monkeypatch, "0.40.0")
-    monkeypatch.delattr(sys.modules["vllm.model_executor.model_loader.reload"], "initialize_layerwise_reload")
-    with pytest.raises(HostError, match=r"in vLLM 0\.40\.0 .*initialize_layerwise_reload is not there"):
+    place, _, last = name.rpartition(".")
+    holder = getattr(sys.modules[module], place) if place else sys.modules[module]
+    if instead is None:
+        monkeypatch.delattr(holder, last)
+    else:
+        monkeypatch.setattr(holder, last, instead)
+    with pytest.raises(HostError, match=rf"in vLLM 0\.40\.0 .*{last} {problem}"):
+        importlib.import_module("tlcr.hosts.vllm_weights")
+
+
+def test_a_newer_vllm_that_has_every_name_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_for_vllm(monkeypatch, "0.40.0")
+    with pytest.warns(HostWarning, match=r"0\.40\.0 is newer"):
         importlib.import_module("tlcr.hosts.vllm_weights")
 
 

@@ -174,13 +174,20 @@ def test_gaps_are_taken_within_a_seed_at_the_kl_that_both_reached() -> None:
     [
         ({"lams": []}, "lams is empty"),
         ({"values": {"odd": {"ppo.value_learning_rate": -1.0}}}, "value_learning_rate"),
-        ({"lengths": {8: 6, 16: 12}}, "kl_coef begins with 16 tokens"),
+        ({"lengths": {8: 6, 16: 12}}, "coefficient from there on, as {8: 0.15}"),
+        ({"placements": {"x": {"kl_coef": 0.15, "per_answer": False, "reward": {}}}}, "kl_coef is 0.15"),
+        ({"placements": {"x": {"kl_coef": {}, "per_answer": False, "reward": {}}}}, "kl_coef is {}"),
         ({"more": 1}, "has the keys"),
     ],
 )
 def test_a_wrong_study_is_refused_before_hours_of_work(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         study.read_study(write(tmp_path, **changes))
+
+
+def test_the_study_that_comes_with_the_examples_is_read() -> None:
+    shipped = study.read_study(Path(study.__file__).with_name("study.yaml"))
+    assert {cell.kl_coef for cell in shipped.cells(16) if cell.arm.name == "continuous"} == {0.15}
 
 
 def test_a_length_that_the_study_lacks_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,8 +26,15 @@ TESTED = ">=0.32.0,<=0.32.0"
 """The one vLLM that took weights so."""
 
 _TRANSFER, _RELOAD = "vllm.distributed.weight_transfer", "vllm.model_executor.model_loader.reload"
+_ENGINE = f"{_TRANSFER}.base:WeightTransferEngine"
 NAMES = {
-    f"{_TRANSFER}.base:WeightTransferEngine.parse_update_info": None,
+    f"{_ENGINE}.init_transfer_engine": "self, init_info",
+    f"{_ENGINE}.start_weight_update": "self",
+    f"{_ENGINE}.update_weights": "self, update_info",
+    f"{_ENGINE}.receive_weights": "self, update_info",
+    f"{_ENGINE}.finish_weight_update": "self",
+    f"{_ENGINE}.shutdown": "self",
+    f"{_ENGINE}.parse_update_info": "self, update_dict",
     f"{_TRANSFER}.base:WeightTransferInitInfo": None,
     f"{_TRANSFER}.base:WeightTransferUpdateInfo": None,
     f"{_TRANSFER}.factory:WeightTransferEngineFactory._registry": None,

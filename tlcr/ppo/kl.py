@@ -16,7 +16,7 @@ from tlcr.types import PolicyScores
 __all__ = ["AdaptiveKLController", "FixedKLController", "KLController", "build_kl_controller", "estimate_kl", "kl_of"]
 
 # Ziegler et al. 2019, section 2.2: the error that the controller reacts to is clipped to this. Downwards to half of it
-# (ours): a coefficient that falls while the policy rests below the target is what it runs past the target with later.
+# (ours): a coefficient that fell while the policy rested below the target is too small when it moves on.
 MAX_ERROR = 0.2
 MAX_FALL = 0.1
 # How many rounds ahead the coefficient looks, and the weight of the newest round in the growth that it expects (ours;
