@@ -93,7 +93,7 @@ class Source:
 def read_sources(folder: Path) -> dict[str, Source]:
     """The question and the passages of every record that prepare.py wrote, by the record's id."""
     sources = {}
-    for name in ("edits.jsonl", "spans.jsonl"):
+    for name in ("edits.jsonl", "spans.jsonl", "spans_threshold.jsonl"):
         for line in (folder / name).read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             sources[record["id"]] = Source(record["question"], record["passages"])

@@ -265,6 +265,19 @@ def write_task(folder: Path, tiny_tokenizer: PreTrainedTokenizerFast, lm: PreTra
     return str(path)
 
 
+def test_the_sources_are_those_of_every_record(tmp_path: Path) -> None:
+    """Also of those to choose thresholds on, which need not be among the edits."""
+    for name in ("edits", "spans", "spans_threshold"):
+        record = {"id": name, "question": f"{name}?", "passages": [name]}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    sources = baselines.read_sources(tmp_path)
+    assert {key: source.question for key, source in sources.items()} == {
+        "edits": "edits?",
+        "spans": "spans?",
+        "spans_threshold": "spans_threshold?",
+    }
+
+
 def test_all_methods_are_judged_on_the_same_tokens(
     tmp_path: Path,
     tiny_tokenizer: PreTrainedTokenizerFast,
