@@ -15,8 +15,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from examples.study import with_interval
 from tlcr.errors import DataError
-from tlcr.report.page import number
 from tlcr.report.results import SeedRun, mean_over_seeds, read_runs
 
 MEASURES = {"gold_per_token": "gold per token", "discriminator_auc": "AUC", "discriminator_ece": "calibration error"}
@@ -48,8 +48,7 @@ def table(runs: Iterable[SeedRun]) -> list[str]:
 def _cell(values: Sequence[float]) -> str:
     mean = mean_over_seeds(values)
     assert mean is not None  # a row has a run
-    ends = "" if mean.interval is None else f" ({number(mean.interval[0])} to {number(mean.interval[1])})"
-    return number(mean.mean) + ends
+    return with_interval(mean.mean, mean.interval)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import yaml
 from transformers.utils import logging as transformers_logging
 
 from tlcr.errors import ConfigError, TlcrError
+from tlcr.report.page import number
 
 
 def values_of(path: Path, study: type) -> dict[str, Any]:
@@ -39,6 +40,19 @@ def values_of(path: Path, study: type) -> dict[str, Any]:
             f"{path} has the keys {', '.join(sorted(keys)) or 'of no mapping'}; wanted {', '.join(names)}"
         )
     return dict(values)
+
+
+def with_interval(mean: float, interval: Sequence[float] | None) -> str:
+    """How tables write a mean over seeds: ``0.400 (0.341 to 0.459)``.
+
+    Args:
+        mean: the mean.
+        interval: its two ends; None where there is one seed.
+
+    Returns:
+        The text.
+    """
+    return number(mean) + ("" if interval is None else f" ({number(interval[0])} to {number(interval[1])})")
 
 
 def command(work: Callable[[], None]) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from examples.credit_study import theory
+from examples.study import with_interval
 from tlcr.files import atomic_write, write_json
 from tlcr.report import figures
 from tlcr.report.page import number
@@ -137,8 +138,7 @@ def as_markdown(found: Mapping[str, Any]) -> str:
 
 
 def _cell(mean: Mapping[str, Any]) -> str:
-    interval = "" if mean["interval"] is None else f" ({number(mean['interval'][0])} to {number(mean['interval'][1])})"
-    return number(mean["mean"]) + interval
+    return with_interval(mean["mean"], mean["interval"])
 
 
 def _difference(found: Mapping[str, Any] | None) -> str:

@@ -19,7 +19,6 @@ beside, which are the prompt and none here).
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
 import random
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
-from examples.paradetox.prepare import closest, plain
+from examples.paradetox.prepare import closest, read_rewrites
 from tlcr.files import write_json_lines
 
 logger = logging.getLogger("marks")
@@ -43,14 +42,9 @@ OPENING = 3
 def read(path: Path) -> dict[str, list[str]]:
     """The rewrites of each toxic sentence that differ from it and from each other, all `plain`, in their order."""
     rewrites: dict[str, list[str]] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file, dialect="excel-tab", strict=True):
-            toxic = plain(row["toxic"])
-            own = rewrites.setdefault(toxic, [])
-            for number in (1, 2, 3):
-                rewrite = plain(row[f"neutral{number}"] or "")
-                if rewrite not in ("", toxic, *own):
-                    own.append(rewrite)
+    for toxic, of_row in read_rewrites(path):
+        own = rewrites.setdefault(toxic, [])
+        own += [rewrite for rewrite in dict.fromkeys(of_row) if rewrite not in ("", toxic, *own)]
     return rewrites
 
 

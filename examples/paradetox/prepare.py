@@ -48,12 +48,17 @@ def closest(toxic: str, rewrites: Iterable[str]) -> str | None:
     return min(others, key=lambda other: Levenshtein.distance(toxic.split(), other.split()), default=None)
 
 
-def read_pairs(path: Path) -> Iterator[tuple[str, str | None]]:
-    """(toxic sentence, its rewrite or None), both `plain`."""
+def read_rewrites(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """(toxic sentence, its three rewrites in their order, "" where there is none), all `plain`."""
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, dialect="excel-tab", strict=True):
-            toxic = plain(row["toxic"])
-            yield toxic, closest(toxic, (plain(row[f"neutral{number}"] or "") for number in (1, 2, 3)))
+            yield plain(row["toxic"]), [plain(row[f"neutral{number}"] or "") for number in (1, 2, 3)]
+
+
+def read_pairs(path: Path) -> Iterator[tuple[str, str | None]]:
+    """(toxic sentence, its closest rewrite or None), both `plain`."""
+    for toxic, rewrites in read_rewrites(path):
+        yield toxic, closest(toxic, rewrites)
 
 
 def edit_records(pairs: Iterable[tuple[str, str | None]], *, at_most: int, at_least: int) -> list[dict[str, str]]:

@@ -172,9 +172,12 @@ def saliency_features(rows: Sequence[MarkedRow], model: PreTrainedModel, pad_tok
     model: a discriminator; its first class is negative and its last one positive.
     """
     embeddings: list[Tensor] = []
-    hook = model.get_input_embeddings().register_forward_hook(
-        lambda module, given, output: embeddings.append(output.detach().requires_grad_()) or embeddings[-1]
-    )
+
+    def keep(module: torch.nn.Module, given: object, output: Tensor) -> Tensor:
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(keep)
     found = []
     try:
         for first in range(0, len(rows), 4):

@@ -18,7 +18,13 @@ from tlcr.errors import ConfigError, DataError, ShapeError
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STRIDED = torch.strided
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # the usual first: it is looked for
+INTEGERS = (
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+)  # every call looks for its own: the usual first
 
 
 def alike(shape: torch.Size, device: torch.device, *tensors: Tensor | None) -> bool:
