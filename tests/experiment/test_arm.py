@@ -28,8 +28,11 @@ from tlcr.models.discriminator import token_logits
 from tlcr.models.heads import classification_head
 from tlcr.models.loading import TWO_CLASSES, load_sequence_classifier, load_token_classifier, save_model
 from tlcr.ppo.run import PPOResult
+from tlcr.ppo.scores import score_rollout
 from tlcr.rewards.sources.build import LoadedModel
 from tlcr.rewards.sources.discriminator import DiscriminatorSource
+from tlcr.training.done import mark_done
+from tlcr.types import PolicyScores
 
 LM = Callable[..., PreTrainedModel]
 LETTERS = "tests.experiment.helpers:count_letters"
@@ -270,6 +273,7 @@ def test_training_is_given_what_the_trial_says(
     assert given["prompts"] == run.prompts.train and not set(given["prompts"]) & set(run.prompts.held_out)
     assert given["reward_temperature"] == 3.0 and given["resume"] is False
     assert isinstance(given["reward_source"], DiscriminatorSource) and given["tokenizer"] is run.tokenizer
+    assert given["origin"] == run.origin(trial)
     policy, reference = given["actor_critic"].policy, given["reference"]
     assert policy is not reference
     assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), reference.parameters(), strict=True))
@@ -288,6 +292,52 @@ def test_a_random_reward_follows_the_trials_seed(
     assert recorded.given["reward_source"].seed == 8
     # the evaluation has a source of its own: asking it moves no number of the training's
     assert recorded.given["reward_source"].rollouts == 0
+
+
+def test_the_origin_of_a_run_names_the_weights_that_its_checkpoints_lack(policy_folder: Path, tmp_path: Path) -> None:
+    """By their checksums where a stage wrote them: a judge that was trained again makes another run."""
+    options = {"reward.kind": "continuous", "reward.callable": None}
+    run = arm_run(tmp_path, policy_folder, **options)
+    discriminator = run.models / "discriminator"
+    origins = []
+    for weights in (b"first", b"second"):
+        discriminator.mkdir(exist_ok=True)
+        (discriminator / "model.safetensors").write_bytes(weights)
+        mark_done(discriminator, config={}, metrics={}, seconds=1.0)
+        origins.append(replace(run).origin(run.trials[0]))
+    first, second = origins
+    assert first["discriminator"] != second["discriminator"]
+    assert {**first, "discriminator": ""} == {**second, "discriminator": ""}
+    assert (first["policy"], first["max_prompt_tokens"], first["dtype"]) == (str(policy_folder), 32, "float32")
+    assert first.keys() == {"policy", "discriminator", "dtype", "max_prompt_tokens"}
+    elsewhere = arm_run(
+        tmp_path, policy_folder, output_dir=str(tmp_path / "b"), **{**options, "discriminator.path": "d"}
+    )
+    assert elsewhere.origin(elsewhere.trials[0])["discriminator"] == "d"
+
+
+def test_random_rewards_are_the_same_in_every_evaluation(policy_folder: Path, tmp_path: Path) -> None:
+    """However many there were before, as a resumed run has made fewer of them."""
+    run = arm_run(tmp_path, policy_folder, **{"reward.kind": "random", "reward.callable": None})
+    evaluation, actor_critic = evaluation_of(run), actor_critic_of(run)
+    first, second = evaluation(actor_critic), evaluation(actor_critic)
+    assert first.proxy_per_token == second.proxy_per_token
+    assert [sample.reward for sample in first.samples] == [sample.reward for sample in second.samples]
+
+
+def test_an_evaluation_scores_no_more_tokens_at_a_time_than_ppo_does(
+    policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = arm_run(tmp_path, policy_folder, **{"ppo.micro_batch_tokens": 40})
+    given = {}
+
+    def score(*arguments: Any, **options: Any) -> PolicyScores:
+        given.update(options)
+        return score_rollout(*arguments, **options)
+
+    monkeypatch.setattr(arm, "score_rollout", score)
+    evaluation_of(run)(actor_critic_of(run))
+    assert (given["micro_batch_tokens"], given["micro_batch_size"]) == (40, run.cfg.rollout.batch_size)
 
 
 def test_the_last_evaluation_of_training_is_the_one_after(
@@ -330,6 +380,9 @@ def test_an_arm_is_trained_once_and_evaluated_again_by_todays_settings(
     evaluate_arm(today, trial)
     again = json.loads((folder / "evaluation.json").read_text())
     assert again["before"]["gold_per_answer"] > 0 and len((folder / "samples.jsonl").read_text().splitlines()) == 2
+    # the record is of today's evaluation, so that the whole run may go on with it, and with it alone
+    assert json.loads((folder / "arm.json").read_text())["metrics"] == again
+    assert today.is_trained(trial) and not run.is_trained(trial)
     for when in ("before", "after"):
         for measure in ("kl_per_token", "proxy_per_token", "length"):
             assert again[when][measure] == pytest.approx(evaluation[when][measure], rel=1e-6, abs=1e-9)

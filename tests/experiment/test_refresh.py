@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests.experiment.helpers import small_config
 from tlcr.config.loading import load_config
 from tlcr.config.schema import Arm, RefreshConfig, RewardConfig, RunConfig
-from tlcr.errors import ConfigError
+from tlcr.errors import ConfigError, EndpointError
 from tlcr.experiment import refresh as module
 from tlcr.experiment.frozen_models import FrozenModels
 from tlcr.experiment.pipeline import run, stage
@@ -127,6 +127,32 @@ def test_a_model_is_asked_with_the_chosen_answer_to_the_prompt_and_never_twice(s
     assert sent == 1 and f"I liked the {word} very much." in json.dumps(server.requests[0])
     assert revise(asked, 5) == [edit] and len(server.requests) == sent
     assert (tmp_path / "trial" / "refresh" / "answers.sqlite").is_file()
+
+
+def test_answers_that_got_no_revision_stop_the_run_unless_it_is_told_to_skip_them(server: Any, tmp_path: Path) -> None:
+    from tests.chat.chat_server import Reply
+
+    pair = {"prompt": "How was the tea?", "chosen": " I liked the tea.", "rejected": " It was cold."}
+    (tmp_path / "pairs.jsonl").write_text(
+        json.dumps(pair) + "\n" + json.dumps({**pair, "prompt": "And the soup?"}) + "\n"
+    )
+    values = {
+        "output_dir": str(tmp_path / "run"),
+        "data.preferences": str(tmp_path / "pairs.jsonl"),
+        "data.held_out": 0.0,
+        "reward.refresh.every": 1,
+        "reviser.backend": "endpoint",
+        "reviser.endpoint.model": "m",
+        "reviser.endpoint.base_url": server.address,
+        "reviser.endpoint.retries": 0,
+    }
+    server.behave = lambda *_: Reply({"error": {"message": "oops"}}, 500)
+    opened = open_run(load_config(None, values), resume=False)
+    asked = [(opened.prompts.train[0], " The tea was bad.")]
+    with pytest.raises(EndpointError, match=r"1 of 1 pairs got no answer.*oops"):
+        module._by_a_model(opened, opened.cfg, tmp_path / "trial")(asked, 5)
+    skipping = replace(opened.cfg, reviser=replace(opened.cfg.reviser, on_unanswered="skip"))
+    assert module._by_a_model(opened, skipping, tmp_path / "trial")(asked, 5) == []
 
 
 # ---- what is refused

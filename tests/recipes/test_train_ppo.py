@@ -488,6 +488,26 @@ def test_an_earlier_run_is_neither_overwritten_nor_continued_as_another(
     run_ppo(small_config(updates=5, micro_batch_size=1), tiny_causal_lm, tiny_tokenizer, tmp_path, resume=True)
 
 
+def test_a_run_goes_on_from_the_models_that_it_began_with(
+    tiny_causal_lm: LM, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Its checkpoints hold no reference and no judge: with other ones it would be another run from there on."""
+    cfg, arguments = small_config(), (tiny_causal_lm, tiny_tokenizer, tmp_path)
+    ours, other = {"origin": {"discriminator": "d"}}, {"origin": {"discriminator": "e"}}
+    with pytest.raises(KeyboardInterrupt):
+        run_ppo(cfg, *arguments, callbacks=[Interruption("signal")], **ours)
+    with pytest.raises(CheckpointError, match=r"other origin \(origin\.discriminator was d and is e\): restore them"):
+        run_ppo(cfg, *arguments, resume=True, **other)
+    run_ppo(cfg, *arguments, resume=True, **ours)
+    run_ppo(cfg, *arguments, resume=True, **ours)
+    with pytest.raises(CheckpointError, match="holds a finished run of other settings"):
+        run_ppo(cfg, *arguments, resume=True, **other)
+    done = json.loads((tmp_path / "done.json").read_text())
+    del done["config"]["origin"]  # as earlier versions wrote it
+    (tmp_path / "done.json").write_text(json.dumps(done))
+    run_ppo(cfg, *arguments, resume=True, **other)
+
+
 def test_a_finished_run_is_loaded_and_not_repeated(
     tiny_causal_lm: LM, tiny_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

@@ -287,6 +287,8 @@ def test_a_checkpoint_without_the_identity_asked_for_is_refused(tmp_path):
     ):
         load_checkpoint(path, **NOTHING, identity={"settings": {"a": 1}, "seed": 3})
     foreign = Training(seed=1).save(tmp_path, 2)
+    # earlier versions did not record what a run stands on
+    load_checkpoint(path, **NOTHING, identity={"settings": {"a": 1}, "seed": 2, "origin": {"policy": "p"}})
     with pytest.raises(CheckpointError, match=r"checkpoint.json cannot be read into this run \(KeyError: 'identity'\)"):
         load_checkpoint(foreign, **NOTHING, identity={"settings": {"a": 1}, "seed": 2})
 

@@ -41,7 +41,7 @@ from tlcr.rewards.composition import compose_rewards
 from tlcr.rewards.sources import models_of
 from tlcr.text.truncation import note_cut_prompts
 from tlcr.training.distributed import on_main_process, process_count, process_index
-from tlcr.training.done import check_results
+from tlcr.training.done import amend_done, check_results
 from tlcr.training.sharding import gathered, plan, reshard, shard_all
 from tlcr.types import PolicyScores, Rewards, Rollout
 
@@ -71,6 +71,8 @@ def evaluate_arm(run: RunFolder, trial: Trial) -> None:
         refresh.restore(folder)
     after = evaluation(actor_critic)
     on_main_process(lambda: write_evaluation(folder, before, after))
+    metrics = {"before": before.to_json(), "after": after.to_json()}
+    amend_done(folder, config={"evaluation": cfg.evaluation}, metrics=metrics, record=TRAINED)
 
 
 def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
@@ -106,6 +108,7 @@ def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
         resume=run.resume,
         evaluate=evaluate,
         refresh=refresh_of(run, cfg, frozen, seed, folder),
+        origin=run.origin(trial),
     )
 
     # 4. evaluation of the trained policy; a run that had already finished was not evaluated above
@@ -174,7 +177,8 @@ class _Evaluation:
         folder: Path,
     ) -> None:
         self._run, self._cfg, self._frozen, self._reference, self._folder = run, cfg, frozen, reference, folder
-        self._source = frozen.source(run, cfg, reference, seed)
+        self._new_source = lambda: frozen.source(run, cfg, reference, seed)
+        self._source = self._new_source()
         note_cut_prompts(run.tokenizer, run.prompts.held_out, cfg.data, stage="evaluation")
         self._scorer = None
         if cfg.evaluation.scorer is not None:
@@ -207,6 +211,7 @@ class _Evaluation:
                 rollout,
                 temperature=cfg.rollout.temperature,
                 micro_batch_size=cfg.rollout.batch_size,
+                micro_batch_tokens=cfg.ppo.micro_batch_tokens,
                 exact_kl=True,
             )
             reshard(actor_critic, self._reference)
@@ -214,6 +219,8 @@ class _Evaluation:
 
         def gather(answers: list[EvaluatedAnswer]) -> list[EvaluatedAnswer]:
             return list(gather_object(answers)) if process_count() > 1 else answers
+
+        self._source = self._new_source()  # one with a state, such as random numbers, gives all evaluations the same
 
         with closing(build_engine(cfg.rollout, actor_critic.policy, self._folder / SERVER_WEIGHTS)) as engine:
             with gathered(actor_critic, only=actor_critic.policy):

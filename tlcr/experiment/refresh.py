@@ -16,7 +16,7 @@ from tlcr.experiment.frozen_models import FrozenModels
 from tlcr.experiment.preflight import makes_prompts, no_refresh
 from tlcr.experiment.run_folder import RunFolder
 from tlcr.recipes.refresh_discriminator import DiscriminatorRefresh, Revise
-from tlcr.reviser.revise import revise
+from tlcr.reviser.revise import check_answered, revise
 from tlcr.rewards.sources import same_tokenizer
 from tlcr.training.distributed import process_count
 from tlcr.types import EditPair, LabelledPair
@@ -101,6 +101,7 @@ def _by_a_model(run: RunFolder, cfg: RunConfig, folder: Path) -> Revise:
                 asked.append(TextPreference(name, pair.prompt, pair.chosen, answer, pair.template))
                 prompts.append(prompt)
         checked, _ = revise(asked, cfg.reviser, cfg.data, folder / CACHE)
+        check_answered(checked, cfg.reviser)
         return [
             EditPair(pair.id, prompt, pair.rejected, found.revised)
             for pair, prompt, found in zip(asked, prompts, checked, strict=True)

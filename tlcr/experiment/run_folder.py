@@ -48,7 +48,15 @@ from tlcr.models.loading import load_tokenizer
 from tlcr.training import checksums
 from tlcr.training.checkpoint import as_plain, reading
 from tlcr.training.distributed import barrier, on_main_process, process_device
-from tlcr.training.done import check_results, decisive, done_config, is_done, mark_done, remove_checkpoints
+from tlcr.training.done import (
+    check_results,
+    decisive,
+    done_config,
+    is_done,
+    mark_done,
+    origin_of,
+    remove_checkpoints,
+)
 from tlcr.training.sharding import Sharding, plan
 from tlcr.types import EditPair, LabelledPair, PreferencePair
 
@@ -272,6 +280,26 @@ class RunFolder:
         }
         used = [name for name, settings in frozen.items() if settings]
         return {**before, **frozen, **own, **self._adapters("sft", *used, "policy", "value"), "ppo_seed": trial.seed}
+
+    def origin(self, trial: Trial) -> dict[str, Any]:
+        """What a PPO run stands on that its checkpoints do not hold: the models that it starts from and is paid by, as
+        ``origin_of`` names them, and the settings with which these are read."""
+        cfg = trial.config(self.cfg)
+        reward, model = cfg.reward, self.policy_source
+        judges = {
+            "discriminator": cfg.uses_discriminator(reward) and self.discriminator_folder,
+            "reward_model": cfg.uses_reward_model(reward) and self.reward_model_folder,
+            "q_model": cfg.uses_q_model(reward) and self.q_model_folder,
+            "dpo": cfg.uses_dpo(reward) and self.dpo_folder,
+        }
+        return {
+            "policy": f"embedded, seed {cfg.seed}" if model.path == "embedded" else origin_of(model.path),
+            **{name: origin_of(folder) for name, folder in judges.items() if folder},
+            **({"q_beta": cfg.q_model.beta} if judges["q_model"] else {}),
+            **({"dpo_beta": cfg.dpo.beta} if judges["dpo"] else {}),
+            "dtype": model.dtype,
+            "max_prompt_tokens": cfg.data.max_prompt_tokens,
+        }
 
     # ---- what is trained, and in which folder
 

@@ -145,6 +145,7 @@ class PPORun:
         evaluate: Evaluate | None,
         environment: Environment | None = None,
         refresh: Refresh | None = None,
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
         if reference is actor_critic.policy:
             raise ConfigError("the reference is the policy itself, so every KL would be 0; pass a second copy of it")
@@ -176,6 +177,7 @@ class PPORun:
         self._identity = {
             **_identity(cfg, prompts, seed, None if self.sharding else accelerator.num_processes),
             **_identity_of_frozen(self.actor_critic, cfg),
+            **({} if origin is None else {"origin": as_plain(origin)}),
         }
         self.loop = TrainingLoop(
             self.folder,
@@ -401,8 +403,10 @@ class PPORun:
         self.loop.take_up(last["step"], metrics=done["metrics"], evaluation=evaluation, seconds=done["seconds"])
 
     def _is_what_ended(self) -> bool:
-        ended = done_config(self.folder, self._done_config)
-        return _without_processes(ended) == as_plain(self._done_config)
+        ended, now = _without_processes(done_config(self.folder, self._done_config)), as_plain(self._done_config)
+        if "origin" not in ended:  # earlier versions did not record it
+            now.pop("origin", None)
+        return ended == now
 
     @property
     def _done_config(self) -> dict[str, Any]:

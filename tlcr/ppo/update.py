@@ -29,10 +29,10 @@ from tlcr.types import Advantages, PolicyScores, Rollout
 
 @dataclass(frozen=True)
 class UpdateStatistics:
-    """What happened in one update: means over its optimiser steps, over all processes.
+    """What happened in one update: means over its minibatches, over all processes.
 
-    Losses, fractions and KL follow PPOConfig.aggregate; `ratio_max` is the largest ratio. Gradient norms are those
-    before clipping.
+    The minibatch at which ``target_kl`` ended the update is among them, though it took no step. Losses, fractions and
+    KL follow PPOConfig.aggregate; `ratio_max` is the largest ratio. Gradient norms are those before clipping.
     """
 
     loss: float
@@ -94,7 +94,7 @@ def ppo_update(
         packed: the models read rows end to end, without padding (``tlcr.ppo.packing``); ``cfg.packing`` is not read.
 
     Returns:
-        Means over the optimiser steps and all processes.
+        Means over the minibatches and all processes.
 
     Raises:
         TrainingDiverged: a loss or gradient is not finite, or a probability ratio is above ``cfg.max_ratio``. It is

@@ -5,9 +5,10 @@ prompts -> [ answers -> scores -> rewards -> advantages -> update ]*
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -47,6 +48,7 @@ def train_ppo(
     evaluate: Evaluate | None = None,
     environment: Environment | None = None,
     refresh: Refresh | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> PPOResult:
     """Trains a policy and its value model by PPO on a reward for every token.
 
@@ -75,6 +77,8 @@ def train_ppo(
             ``cfg.rollout.environment`` names, if any.
         refresh: trains the model of the reward source on the policy's own answers every so many updates; its weights
             are a part of the checkpoints. None: the model stays frozen.
+        origin: names what the run stands on and its checkpoints do not hold, such as the weights of the models that
+            are passed here: a checkpoint of another origin is refused. None: it is not compared.
 
     Returns:
         How the run ended: folders of policy and value model, updates, last metrics, last evaluation, seconds.
@@ -104,6 +108,7 @@ def train_ppo(
             evaluate=evaluate,
             environment=environment,
             refresh=refresh,
+            origin=origin,
         )
         with closing(run):
             if not run.begin(resume):

@@ -22,7 +22,7 @@ from tlcr.reviser.checks import OUTCOMES, CheckedRevision, Outcome, check_answer
 from tlcr.reviser.files import match_files
 from tlcr.reviser.prompt import VERSION, AnswerFormat, revision_question
 
-__all__ = ["ReviserStatistics", "questions_of", "revise", "write_revisions"]
+__all__ = ["ReviserStatistics", "check_answered", "questions_of", "revise", "write_revisions"]
 
 logger = logging.getLogger("tlcr")
 
@@ -115,6 +115,16 @@ def questions_of(pairs: Sequence[TextPreference], cfg: ReviserConfig, *, attempt
     ]
 
 
+def check_answered(checked: Sequence[CheckedRevision], cfg: ReviserConfig) -> None:
+    """Raises EndpointError where pairs are unanswered and ``on_unanswered`` is "raise"."""
+    unanswered = [found for found in checked if found.outcome == "unanswered"]
+    if unanswered and cfg.on_unanswered == "raise":
+        raise EndpointError(
+            f"{len(unanswered)} of {len(checked)} pairs got no answer, the first because: {unanswered[0].detail}. Run "
+            "the same command again to ask for these alone, or set reviser.on_unanswered=skip to go on without them"
+        )
+
+
 def write_revisions(
     folder: Path, pairs: Sequence[TextPreference], checked: Sequence[CheckedRevision], cfg: ReviserConfig
 ) -> Path:
@@ -132,12 +142,7 @@ def write_revisions(
             record = {name: value for name, value in asdict(pair).items() if name != "template"}
             file.write(json.dumps({**record, **pair.template, **asdict(found)}, ensure_ascii=False) + "\n")
     counts = Counter(found.outcome for found in checked)
-    if counts["unanswered"] and cfg.on_unanswered == "raise":
-        first = next(found for found in checked if found.outcome == "unanswered")
-        raise EndpointError(
-            f"{counts['unanswered']} of {len(checked)} pairs got no answer, the first because: {first.detail}. Run the "
-            "same command again to ask for these alone, or set reviser.on_unanswered=skip to go on without them"
-        )
+    check_answered(checked, cfg)
     if not any(counts[name] for name in kept):
         raise DataError(
             f"none of the {len(checked)} answers is a usable revision "

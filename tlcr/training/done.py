@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,6 +59,41 @@ def mark_done(
         remove_checkpoints(folder)
 
     on_main_process(write)
+
+
+def amend_done(folder: str | Path, *, config: Mapping[str, Any], metrics: Mapping[str, Any], record: str) -> None:
+    """Takes up in the record of a stage that has ended what was measured of its result again.
+
+    Every process calls it. Without a record, as the stage has not ended, nothing happens.
+
+    Args:
+        folder: the stage's folder.
+        config: the sections that it was measured with, in place of those of the record.
+        metrics: the new figures.
+        record: name of the file.
+    """
+    path = Path(folder) / record
+
+    def write() -> None:
+        if not path.is_file():
+            return
+        with reading(path, AGAIN):
+            ended = json.loads(path.read_text(encoding="utf-8"))
+            ended["config"] |= as_plain(config)
+        write_json(path, ended | {"metrics": metrics})
+
+    on_main_process(write)
+
+
+def origin_of(folder: str | Path) -> str:
+    """A name for the model in ``folder`` that changes with its weights, where a stage of tlcr wrote them: the SHA-256
+    of the checksums in its record. Elsewhere the path itself."""
+    path = Path(folder) / DONE
+    if not path.is_file():
+        return str(folder)
+    with reading(path, AGAIN):
+        sums = json.loads(path.read_text(encoding="utf-8")).get("checksums")
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest() if sums else str(folder)
 
 
 def remove_checkpoints(folder: str | Path) -> None:
