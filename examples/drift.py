@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from examples.study import with_interval
+from examples.study import command, with_interval
 from tlcr.errors import DataError
 from tlcr.report.results import SeedRun, mean_over_seeds, read_runs
 
@@ -51,13 +51,17 @@ def _cell(values: Sequence[float]) -> str:
     return with_interval(mean.mean, mean.interval)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of `tlcr run`")
     options = parser.parse_args(arguments)
-    lines = table(run for folder in options.runs for run in read_runs(folder))
-    sys.stdout.write("\n".join(lines) + "\n")
+
+    def work() -> None:
+        lines = table(run for folder in options.runs for run in read_runs(folder))
+        sys.stdout.write("\n".join(lines) + "\n")
+
+    return command(work)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from examples.study import command
 from tlcr.errors import DataError
 from tlcr.files import atomic_write
 from tlcr.report import figures
@@ -55,18 +56,22 @@ def plot(arms: dict[str, list[tuple[float, float]]]) -> str:
     return figures.as_file(figures.frontier_plot(dict.fromkeys(arms, ()), ways, list(arms), [], "token", label))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="the figure to write")
     parser.add_argument("tables", type=Path, nargs="+", help="results.md of runs")
     options = parser.parse_args(arguments)
-    arms: dict[str, list[tuple[float, float]]] = {}
-    for table in options.tables:
-        for arm, points in ends(table.read_text(encoding="utf-8")).items():
-            arms.setdefault(arm, points)
-    with atomic_write(options.output) as aside:
-        aside.write_text(plot(arms), encoding="utf-8")
+
+    def work() -> None:
+        arms: dict[str, list[tuple[float, float]]] = {}
+        for table in options.tables:
+            for arm, points in ends(table.read_text(encoding="utf-8")).items():
+                arms.setdefault(arm, points)
+        with atomic_write(options.output) as aside:
+            aside.write_text(plot(arms), encoding="utf-8")
+
+    return command(work)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

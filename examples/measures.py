@@ -1,9 +1,10 @@
 """Further measures of a comparison, from its stored answers: other scorers, and repetition and diversity of the text.
 
-    python examples/measures.py runs/imdb_comparison --scorer examples/imdb_reviews/classifier.py:positive
+    python -m examples.measures runs/imdb_comparison --scorer examples/imdb_reviews/classifier.py:positive
 
-prints Markdown: each arm's held-out answers before and after PPO. Gold at matched KL is in the run's own report and
-results.md. Needs a run with `evaluation.samples` at least as large as `evaluation.prompts`.
+prints Markdown: each arm's held-out answers before and after PPO, and each further scorer at matched KL. Gold at
+matched KL is in the run's own report and results.md. Needs a run with `evaluation.samples` at least as large as
+`evaluation.prompts`. With `--figures FOLDER` a line of each further scorer against KL is drawn, in FOLDER/NAME.svg.
 """
 
 from __future__ import annotations
@@ -12,24 +13,29 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+from examples.study import command
 from tlcr.errors import DataError
-from tlcr.report.page import number
-from tlcr.report.results import Mean, SeedRun, mean_over_seeds, read_runs
+from tlcr.files import atomic_write
+from tlcr.report import figures
+from tlcr.report.page import frontier_figure, number
+from tlcr.report.results import Mean, SeedRun, frontier, mean_over_seeds, paths, read_runs
 from tlcr.rewards.sources import import_function
 
 Measure = Callable[[Sequence[str], Sequence[str]], float]
 """(prompts, responses) of one policy to one figure."""
 
 
-def figure(mean: Mean | None, digits: int = 3) -> str:
+def figure(mean: Mean | None) -> str:
     """Mean [interval]; a dash where there is none."""
-    if mean is None:
-        return number(None)
-    bounds = f" [{number(mean.interval[0], digits)}, {number(mean.interval[1], digits)}]" if mean.interval else ""
-    return number(mean.mean, digits) + bounds
+    return number(None) if mean is None else _figure(mean.mean, mean.interval)
+
+
+def _figure(mean: float | None, interval: Sequence[float] | None) -> str:
+    return number(mean) + (f" [{number(interval[0])}, {number(interval[1])}]" if interval else "")
 
 
 def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -103,25 +109,94 @@ def measured(folder: Path, runs: Sequence[SeedRun], measures: Mapping[str, Measu
     return markdown(["arm", "gold", "KL, nats", *measures], rows)
 
 
-def tables(folder: Path, scorers: Sequence[str]) -> str:
-    """What the command prints. DataError where the folder holds no evaluated run."""
+def judged(folder: Path, runs: Sequence[SeedRun], measure: Measure) -> list[SeedRun]:
+    """The runs with this measure of their answers in place of gold. Only the ends of a run have their answers kept, so
+    its curve is these two."""
+
+    def ends(run: SeedRun) -> SeedRun:
+        before, after = (
+            {**evaluation, "gold_per_answer": measure(*kept_answers(folder, run, when))}
+            for when, evaluation in (("before", run.before), ("after", run.after))
+        )
+        return replace(run, before=before, after=after, curve=({**before, "update": 0}, {**after, "update": 1}))
+
+    return [ends(run) for run in runs]
+
+
+def at_matched_kl(name: str, runs: Sequence[SeedRun]) -> str:
+    """Gold per answer of these runs at the KL that arms have in common, as their report compares gold. Empty where no
+    run moved."""
+    found = frontier(runs, per="answer")
+    if found is None:
+        return ""
+    levels = [
+        [
+            arm,
+            *(
+                _figure(None, None) if (m := level["arms"][arm]) is None else _figure(m["mean"], m["interval"])
+                for level in found["levels"]
+            ),
+        ]
+        for arm in found["reached"]
+    ]
+    pairs = [
+        [
+            pair["other"],
+            number(pair["kl"]),
+            number(pair["arm_gold"]["mean"]),
+            number(pair["other_gold"]["mean"]),
+            _figure(pair["difference"], pair["interval"]),
+        ]
+        for pair in found["comparisons"]
+    ]
+    text = f"{name} at matched KL (nats per answer); a dash where not every seed got there:\n\n"
+    text += markdown(["arm", *(number(level["kl"]) for level in found["levels"])], levels)
+    if pairs:
+        first = found["comparisons"][0]["arm"]
+        text += f"\n\n{name} of {first} and of each other arm at the largest KL that all runs of both reached:\n\n"
+        text += markdown(["against", "KL", first, "the other", "difference"], pairs)
+    return text
+
+
+def plot(name: str, runs: Sequence[SeedRun]) -> str | None:
+    """Gold per answer of these runs against KL, as the frontier of their report; None where no run moved."""
+    found = frontier(runs, per="answer")
+    if found is None:
+        return None
+    arms = [{"name": arm} for arm in found["reached"]]
+    return figures.as_file(
+        frontier_figure({"arms": arms, "per": "answer", "frontier": found, "paths": paths(runs)}, measure=name)
+    )
+
+
+def print_measures(folder: Path, scorers: Sequence[str], pictures: Path | None = None) -> None:
+    """Prints the tables; the figures of the scorers go to `pictures`. DataError where the folder holds no evaluated
+    run."""
     runs = read_runs(folder)
     if not runs:
         raise DataError(f"{folder} holds no evaluated PPO run; name the output_dir of 'tlcr run'")
     own = {path.rpartition(":")[2]: mean_of(import_function(path, "--scorer")) for path in scorers}
     head = f"Answers to {runs[0].before['answers']} held-out prompts; mean [95 % interval of Student's t] over seeds."
-    return "\n\n".join([head, measured(folder, runs, {**own, **TEXT_MEASURES})])
+    parts = [head, measured(folder, runs, {**own, **TEXT_MEASURES})]
+    for name, measure in own.items():
+        by_scorer = judged(folder, runs, measure)
+        parts.append(at_matched_kl(name, by_scorer))
+        if pictures is not None and (picture := plot(name, by_scorer)) is not None:
+            with atomic_write(pictures / f"{name}.svg") as aside:
+                aside.write_text(picture, encoding="utf-8")
+    sys.stdout.write("\n\n".join(filter(None, parts)) + "\n")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="output_dir of a run")
     parser.add_argument(
         "--scorer", action="append", default=[], help="'file.py:function', as for evaluation.scorer; may be repeated"
     )
+    parser.add_argument("--figures", type=Path, help="folder for a figure of each scorer against KL")
     options = parser.parse_args(arguments)
-    sys.stdout.write(tables(options.run, options.scorer) + "\n")
+    return command(lambda: print_measures(options.run, options.scorer, options.figures))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,6 +1,6 @@
 """TLCR in a loop of one's own: the whole method, small, with tlcr's functions and a transformers model.
 
-    python examples/ppo_loop.py
+    python -m examples.ppo_loop
 
 Read it from top to bottom; its numbers are sections of the paper (arXiv 2407.16574). No network, no GPU. The same with
 checkpoints, calibration, other rewards to compare with and a report: tlcr run examples/quickstart.yaml

@@ -110,8 +110,9 @@ def look(folder: Path, arm: str) -> None:
     ends = [end for end in read_runs(folder) if end.arm == arm]
     if not ends:
         raise DataError(f"{folder} has no trained policy of an arm {arm!r}; name one with --arm")
-    rows = [row("edits of the data", [], [said_by(run.edits.train[:ANSWERS], run) for run in runs.values()])]
-    rows.append(row("SFT model", [0.0] * len(runs), [of_policy(run.policy_source, run) for run in runs.values()]))
+    models = whole.model_folders  # one where seeds share their models
+    rows = [row("edits of the data", [], [said_by(run.edits.train[:ANSWERS], run) for run in models])]
+    rows.append(row("SFT model", [0.0] * len(models), [of_policy(run.policy_source, run) for run in models]))
     for coef in sorted({end.kl_coef for end in ends}, key=lambda coef: -(coef or 0.0)):
         own = [end for end in ends if end.kl_coef == coef]
         said = [

@@ -107,7 +107,7 @@ def read_study(path: Path) -> Study:
                 f"{path}: placements.{name}.kl_coef is {by_length!r}, and the shortest length {shortest}; give a "
                 f"coefficient from there on, as {{{shortest}: 0.15}}"
             )
-    study = Study(**{**values, "lams": tuple(values["lams"]), "seeds": tuple(values["seeds"])})
+    study = Study(**{**values, "lams": tuple(float(lam) for lam in values["lams"]), "seeds": tuple(values["seeds"])})
     for tokens in study.lengths:
         cfg = study.run_config(tokens)
         for cell in study.cells(tokens):

@@ -13,7 +13,6 @@ and this share, with a value model that errs in nothing else. Writes variance.js
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 
 from examples.credit_study import results, theory
 from examples.credit_study.study import Cell, Study, read_study
-from tlcr.errors import TlcrError
+from examples.study import command
 from tlcr.experiment.frozen_models import load_frozen_models, load_reference
 from tlcr.experiment.run_folder import RunFolder, open_run
 from tlcr.files import atomic_write, write_json
@@ -139,19 +138,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="the YAML file of the study, some of whose runs have finished")
     options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
+
+    def work() -> None:
         study = read_study(options.study)
         with torch.no_grad():
             rows = collect(study)
-    except TlcrError as error:
-        sys.stderr.write(f"variance: {error}\n")
-        return 2
-    write_json(Path(study.output_dir) / "variance.json", rows)
-    with atomic_write(Path(study.output_dir) / "variance.md") as aside:
-        aside.write_text(as_markdown(rows), encoding="utf-8")
-    sys.stdout.write(as_markdown(rows))
-    return 0
+        write_json(Path(study.output_dir) / "variance.json", rows)
+        with atomic_write(Path(study.output_dir) / "variance.md") as aside:
+            aside.write_text(as_markdown(rows), encoding="utf-8")
+        sys.stdout.write(as_markdown(rows))
+
+    return command(work)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The memory of the recipes in this folder, by the estimates of ``tlcr doctor``: writes the files memory_*.txt.
 
-    python examples/hh_rlhf/memory.py                        # every file; minutes for each
-    python examples/hh_rlhf/memory.py one_gpu two_nodes      # some of them
+    python -m examples.hh_rlhf.memory                        # every file; minutes for each
+    python -m examples.hh_rlhf.memory one_gpu two_nodes      # some of them
 
 Nothing is downloaded, and no GPU is needed. Each file ends with the same estimates for a model of two layers, which a
 test computes again: after a change to a recipe, or to what tlcr takes of the memory, it wants the files made anew.

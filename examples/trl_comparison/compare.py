@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,10 +26,10 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from examples.study import command
 from tlcr.config.schema import RunConfig
 from tlcr.config.stages import TRAINED
 from tlcr.data import embedded
-from tlcr.errors import TlcrError
 from tlcr.evaluation.evaluate import PolicyEvaluation, evaluate_policy, write_evaluation
 from tlcr.experiment.frozen_models import load_reference
 from tlcr.experiment.run_folder import RunFolder, reopen_run
@@ -42,6 +41,8 @@ from tlcr.ppo.rollout import generate, seeded_generator
 from tlcr.ppo.scores import score_rollout
 from tlcr.training.checkpoint import as_plain
 from tlcr.types import PolicyScores, Rollout
+
+logger = logging.getLogger("tlcr.study")
 
 ARMS: dict[str, dict[str, Any]] = {
     "grpo-scalar": {},
@@ -71,7 +72,8 @@ class Evaluations(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         update, rest = divmod(state.global_step, self.steps_per_round)
-        if rest == 0 and (update % self.every == 0 or state.global_step == state.max_steps):
+        due = self.every > 0 and update % self.every == 0
+        if rest == 0 and (due or state.global_step == state.max_steps):
             self.evaluate(model, update)
 
     def evaluate(self, policy: Any, update: int) -> None:
@@ -173,16 +175,16 @@ def train(run: RunFolder, arm: str, seed: int, beta: float) -> Mapping[str, Any]
     return {"before": before.to_json(), "after": after.to_json()}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Trains every arm with every seed of the run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="the folder of a finished run of tlcr with PPO")
     parser.add_argument("--arms", nargs="+", default=["grpo-scalar", "grpo-tokens"], choices=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the run")
     parser.add_argument("--beta", type=float, default=0.05, help="TRL's coefficient of the KL in the loss")
-    given = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    given = parser.parse_args(arguments)
+
+    def work() -> None:
         run = reopen_run(Path(given.run))
         for seed in given.seeds or run.cfg.seeds:
             for arm in given.arms:
@@ -190,10 +192,10 @@ def main() -> None:
                 folder.mkdir(parents=True, exist_ok=True)
                 settings = {"arm": ARMS[arm], "beta": given.beta, "ppo": as_plain(run.cfg.ppo)}
                 run.once(folder, settings, partial(train, run, arm, seed, given.beta), record=TRAINED)
-                logging.info("%s, seed %s: done", arm, seed)
-    except TlcrError as error:
-        sys.exit(f"error: {error}")
+                logger.info("%s, seed %s: done", arm, seed)
+
+    return command(work)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -159,6 +159,13 @@ def test_coefficients_follow_the_length(tmp_path: Path) -> None:
     assert read.run_config(64).rollout.max_new_tokens == 152 and read.run_config(64).data.embedded_words == 50
 
 
+def test_a_whole_lambda_names_its_runs_as_they_are_read(tmp_path: Path) -> None:
+    read = study.read_study(write(tmp_path, lams=[1]))
+    for cell in read.cells(16):
+        placement, lam, value = results.read_name(cell.folder.parts[0])
+        assert results.name_of(placement, lam, value) == cell.folder.parts[0] and lam == 1.0
+
+
 def test_gaps_are_taken_within_a_seed_at_the_kl_that_both_reached() -> None:
     def run(seed: int, kl: float, gold: float) -> results.SeedRun:
         ends = {"gold_per_token": 0.0, "kl_per_token": 0.0}, {"gold_per_token": gold, "kl_per_token": kl}

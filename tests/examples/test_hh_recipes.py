@@ -62,7 +62,7 @@ def test_the_method_is_that_of_the_paper(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", memory.GPUS)
 def test_the_tables_are_those_of_today(name: str) -> None:
-    """Made anew by ``python examples/hh_rlhf/memory.py``: those of two layers wholly, which takes seconds."""
+    """Made anew by ``python -m examples.hh_rlhf.memory``: those of two layers wholly, which takes seconds."""
     assert text(FILES[name]).endswith(memory.recipe(name, memory.LAYERS))
 
 

@@ -63,12 +63,32 @@ def test_the_table_holds_every_measure_over_seeds(tmp_path: Path, capsys: pytest
     assert [cell.split(" ")[0] for cell in rows[place + 4][2:]] == ["2.000", "0.000", "0.000", "0.500", "3.000"]
 
 
+def test_a_further_scorer_is_compared_at_matched_kl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half of "ours" shouts at 4 nats, so a quarter at 2; all of "theirs" at 2 nats, and half of it at 1."""
+    (tmp_path / "config.yaml").write_text("arms: [{name: ours}, {name: theirs}]")
+    (tmp_path / "scorer.py").write_text(SCORER)
+    for seed in (0, 1):
+        write_run(tmp_path, "ours", seed, gold=0.0, kl=4.0, after=["A A", "b c"])
+        write_run(tmp_path, "theirs", seed, gold=0.0, kl=2.0, after=["X", "Y"])
+    figures = tmp_path / "figures"
+    measures.main([str(tmp_path), "--scorer", f"{tmp_path / 'scorer.py'}:shouting", "--figures", str(figures)])
+    assert "shouting per answer" in (figures / "shouting.svg").read_text(encoding="utf-8")
+    _, matched = capsys.readouterr().out.split("shouting at matched KL", 1)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in matched.splitlines()]
+    assert ["arm", "0.500", "1.000", "2.000"] in rows  # shares of the KL that half of the arms reached
+    assert ["ours", "0.062 [0.062, 0.062]", "0.125 [0.125, 0.125]", "0.250 [0.250, 0.250]"] in rows
+    assert ["theirs", "0.250 [0.250, 0.250]", "0.500 [0.500, 0.500]", "1.000 [1.000, 1.000]"] in rows
+    assert ["theirs", "2.000", "0.250", "1.000", "\u22120.750 [\u22120.750, \u22120.750]"] in rows
+
+
 def test_answers_that_were_not_kept_are_missed(tmp_path: Path) -> None:
     write_run(tmp_path, "ours", 0, gold=1.0, kl=1.0, after=["a", "b"], kept=1)
     with pytest.raises(DataError, match=r"has 1 answers of 2; set evaluation\.samples"):
-        measures.tables(tmp_path, [])
+        measures.print_measures(tmp_path, [])
 
 
-def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_runs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DataError, match="holds no evaluated PPO run"):
-        measures.tables(tmp_path, [])
+        measures.print_measures(tmp_path, [])
+    assert measures.main([str(tmp_path)]) == 2
+    assert "holds no evaluated PPO run" in capsys.readouterr().err

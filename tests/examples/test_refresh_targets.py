@@ -73,6 +73,7 @@ def test_the_table_has_the_data_the_sft_model_and_every_policy(
         "ppo.minibatch_size": 8,
         "evaluation.prompts": 4,
         "kl_coefs": [0.1, 0.4],
+        "seeds": [0, 1],
     }
     pipeline.run(load_config(None, small))
     capsys.readouterr()
@@ -82,3 +83,5 @@ def test_the_table_has_the_data_the_sft_model_and_every_policy(
     names = [line.split("|")[1].strip() for line in rows]
     assert names == ["edits of the data", "SFT model", "continuous, 0.4 coefficient", "continuous, 0.1 coefficient"]
     assert {line.count("|") for line in [head, *rows]} == {7}
+    # both seeds share their models, so that two rows are of one of them, without an interval
+    assert ["[" in line for line in rows] == [False, False, True, True]

@@ -164,11 +164,12 @@ def frontier_plot(
     per: str,
     label: str,
     *,
+    measure: str = "gold",
     narrow: bool = False,
 ) -> str:
-    """Gold against KL, both per token or per answer: each arm's path away from the reference, with the matched levels
-    as dashed lines. KL on a square-root scale, on which gold rises nearly straight at first (Gao et al. 2023, arXiv
-    2210.10760), and an arm that ran far away leaves room for the others."""
+    """Gold, under the name of ``measure``, against KL, both per token or per answer: each arm's path away from the
+    reference, with the matched levels as dashed lines. KL on a square-root scale, on which gold rises nearly straight
+    at first (Gao et al. 2023, arXiv 2210.10760), and an arm that ran far away leaves room for the others."""
     with style():
         figure = Figure(figsize=(NARROW if narrow else WIDE, 4.6), layout="constrained")
         axes = figure.add_subplot()
@@ -180,7 +181,7 @@ def frontier_plot(
         axes.set_xscale("function", functions=(_signed_root, lambda x: np.sign(x) * np.square(x)))
         far = "" if narrow else ", on a square-root scale: how far the policy has moved"
         axes.set_xlabel(f"KL to the reference, nats per {per}{far}")
-        axes.set_ylabel(f"gold per {per}")
+        axes.set_ylabel(f"{measure} per {per}")
         if len(by_arm) > len(ARM_COLOURS) and not narrow:
             figure.legend(loc="outside right upper", fontsize=9)
         else:

@@ -78,7 +78,7 @@ def write_report(run_folder: str | Path) -> Path:
         results = write_results(folder)
         texts = {"results.md": render_tables(results), "report.html": render(folder, results)}
         if results["frontier"] is not None:
-            texts["frontier.svg"] = figures.as_file(_frontier_plot(results))
+            texts["frontier.svg"] = figures.as_file(frontier_figure(results))
     for name, text in texts.items():
         with atomic_write(folder / name) as aside:
             aside.write_text(text, encoding="utf-8")
@@ -313,18 +313,28 @@ def _along(results: Mapping[str, Any], measure: str) -> dict[str, tuple[list[fig
 def _frontier_plots(results: Mapping[str, Any]) -> Markup | None:
     if results["frontier"] is None:
         return None
-    return figures.wide_and_narrow(_frontier_plot(results), _frontier_plot(results, narrow=True))
+    return figures.wide_and_narrow(frontier_figure(results), frontier_figure(results, narrow=True))
 
 
-def _frontier_plot(results: Mapping[str, Any], *, narrow: bool = False) -> str:
+def frontier_figure(results: Mapping[str, Any], *, measure: str = "gold", narrow: bool = False) -> str:
+    """Gold against KL for every arm, as an SVG picture.
+
+    Args:
+        results: `frontier`, `paths`, `per` and the names of `arms`, as ``collect_results`` has them.
+        measure: what the gold is called.
+        narrow: for a narrow screen.
+
+    Returns:
+        The picture.
+    """
     arms = list(dict.fromkeys(arm["name"] for arm in results["arms"]))
     along = _along(results, "gold")
     by_arm = {arm: seeds for arm, (seeds, _) in along.items()}
     means = {arm: mean for arm, (_, mean) in along.items()}
     levels = [level["kl"] for level in results["frontier"]["levels"]]
     per = results["per"]
-    label = f"Gold per {per} against KL for every arm"
-    return figures.frontier_plot(by_arm, means, arms, levels, per, label, narrow=narrow)
+    label = f"{measure.capitalize()} per {per} against KL for every arm"
+    return figures.frontier_plot(by_arm, means, arms, levels, per, label, measure=measure, narrow=narrow)
 
 
 def _proxy_plot(results: Mapping[str, Any], arms: Sequence[str]) -> Markup | None:
