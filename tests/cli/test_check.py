@@ -155,6 +155,26 @@ def test_a_miniature_has_the_architecture(
     assert sum(parameter.numel() for parameter in small.parameters()) < 10**6
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ppo.keep_best": True, "ppo.evaluate_every": 10},
+        {"reward.overlong_buffer": 50, "reward.overlong_penalty": 1.0},
+        {"arms": [{"name": "one", "reward": {"overlong_buffer": 50, "overlong_penalty": 1.0}}]},
+        {"reward.refresh.every": 5},
+    ],
+)
+def test_what_holds_for_long_answers_and_many_updates_is_cut_to_size(
+    changes: dict[str, object], tmp_path: Path
+) -> None:
+    cfg = load_config(None, {"rollout.max_new_tokens": 64, **changes})
+    small = in_small(cfg, AutoConfig.from_pretrained(SHAPES), tmp_path, processes=1)
+    rewards = [small.reward, *(arm.reward for arm in small.arms)]
+    assert {reward.overlong_buffer for reward in rewards} <= {None, small.rollout.max_new_tokens}
+    assert not any(reward.refresh.every for reward in rewards)
+    assert small.ppo.keep_best == cfg.ppo.keep_best
+
+
 def test_what_decides_the_code_stays(tmp_path: Path) -> None:
     cfg = load_config(RECIPES / "llama_8b_two_nodes.yaml", {"model.path": str(SHAPES), "ppo.packing": "always"})
     assert processes_in_small(cfg, 16) == (4, 2)

@@ -108,6 +108,7 @@ def test_the_defaults_survive_dumping(tmp_path: Path) -> None:
         ("ppo.updates: 3\nppo: {updates: 1}\n", ":2: ppo.updates stands twice, with dots and in its section"),
         ("ppo: {learning_rate: .inf}\n", "ppo.learning_rate is inf; it must be a finite number"),
         ("kl: {coef: .nan}\n", "kl.coef is nan; it must be a finite number"),
+        ("kl_coefs: [0.1, .nan]\n", "kl_coefs holds nan; it must be a finite number"),
         ('output_dir: "a\\0b"\n', "output_dir holds the character NUL"),
         ("ppo: {updates: " + "9" * 5000 + "}\n", "holds a value that cannot be read: Exceeds the limit"),
         ("model: " + "[" * 2000 + "]" * 2000 + "\n", "is nested too deeply to be read"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from dataclasses import replace
@@ -60,6 +61,23 @@ def every_stage_before_ppo_gives_what_it_gives_with_whole_models(folder: Path) -
     if is_main_process():
         AutoModelForCausalLM.from_pretrained(cut / "dpo")
         AutoModelForTokenClassification.from_pretrained(cut / "discriminator")
+
+
+@checks
+def dpo_learns_by_an_adapter_in_shards(folder: Path) -> None:
+    """The adapter stands on the model before it is cut, as in the other stages."""
+    lora = {"lora.rank": 4, "lora.roles": ["dpo"]}
+    places = {kind: folder / f"dpo-{kind}" for kind in ("none", "full")}
+    if is_main_process():
+        for place in places.values():
+            shutil.copytree(folder / "whole", place, ignore=shutil.ignore_patterns("dpo"))
+    barrier()
+    for kind, place in places.items():
+        pipeline.stage(config(place, **{"sharding.kind": kind, **lora}), "dpo", resume=True)
+    ours, theirs = (figures(place, "dpo") for place in places.values())
+    assert ours[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    for row, truth in zip(ours, theirs, strict=True):
+        assert row["loss"] == pytest.approx(truth["loss"], rel=1e-4)
 
 
 @checks

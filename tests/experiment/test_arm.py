@@ -391,3 +391,18 @@ def test_an_arm_is_trained_once_and_evaluated_again_by_todays_settings(
     weights = load_file(folder / "value" / "model.safetensors")
     assert trained.value_model is not None
     assert torch.equal(trained.value_model.state_dict()["score.weight"], weights["score.weight"])
+
+
+def test_what_was_trained_at_a_single_coefficient_is_kept_when_there_are_more(
+    policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = arm_run(tmp_path, policy_folder)  # at 0.5
+    train_arm(once, once.trials[0])
+    more = replace(once, cfg=replace(once.cfg, kl_coefs=(0.5, 0.9)))
+    assert [more.is_trained(trial) for trial in more.trials] == [False, False]
+    more.name_by_coefficient()
+    assert [more.is_trained(trial) for trial in more.trials] == [True, False]
+    assert not once.trial_folder(once.trials[0]).exists()
+    monkeypatch.setattr(arm, "train_ppo", lambda *_, **__: pytest.fail("it is done"))
+    train_arm(more, more.trials[0])
+    more.name_by_coefficient()  # a second time there is nothing to do

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,6 +160,37 @@ def test_an_evaluation_may_be_the_peak_of_scoring() -> None:
     )
     (scoring,) = (p for p in of_stage(estimate_run(cfg, Counted(), CPU), "ppo").phases if p.name == "scoring")
     assert scoring.allocated == 2 * 6 * (3 + 5)
+
+
+def test_a_refresh_trains_the_discriminator_by_its_own_batches_within_ppo() -> None:
+    cfg = load_config(None, {"reward.refresh.every": 5, "discriminator.batch_size": 6, "ppo.minibatch_size": 2})
+    cfg = dataclasses.replace(
+        cfg,
+        data=dataclasses.replace(cfg.data, max_prompt_tokens=3, max_answer_tokens=9),
+        rollout=dataclasses.replace(cfg.rollout, max_new_tokens=5),
+    )
+    ppo = of_stage(estimate_run(cfg, Counted(), CPU), "ppo")
+    refresh = next(phase for phase in ppo.phases if phase.name == "refresh")
+    (discriminator,) = (role for role in ppo.roles if role.name == "discriminator")
+    # both answers of six edits; the first step since gradients were freed makes its own
+    assert refresh.allocated == max(0, 2 * 6 * (3 + 5) - discriminator.gradients) and refresh.with_gradients
+    update = next(phase for phase in ppo.phases if phase.name == "update")
+    others = sum(role.gradients for role in ppo.roles if role is not discriminator)
+    assert update.allocated == max(0, 2 * (3 + 5) - others)
+
+
+def test_the_log_ratio_of_dpo_has_all_logits_of_the_answers() -> None:
+    class ByKind(Counted):
+        def peak(self, step: Step, cfg: RunConfig, machine: Machine) -> int:
+            return {"language model": 700, "token classifier": 300}.get(step.kind, 1)
+
+    def rewards(**reward: Any) -> int:
+        cfg = RunConfig(reward=RewardConfig(**reward))
+        ppo = of_stage(estimate_run(cfg, ByKind(), CPU), "ppo")
+        return next(phase for phase in ppo.phases if phase.name == "rewards").allocated
+
+    assert (rewards(kind="dpo"), rewards(kind="continuous")) == (700, 300)
+    assert rewards(kind="dpo", sequence_coef=1.0) == 700
 
 
 def test_gradients_that_a_single_micro_batch_makes_are_counted_once() -> None:

@@ -196,6 +196,13 @@ def test_a_token_classifier_cannot_be_calibrated_on_nothing(tmp_path: Path) -> N
     assert at_once(cfg, "sft") == {}
 
 
+def test_a_policy_that_is_never_trained_is_a_warning(tmp_path: Path) -> None:
+    values = {"output_dir": str(tmp_path / "run"), "ppo.updates": 5}
+    (finding,) = (f for f in preflight(load_config(None, {**values, "ppo.value_warmup_updates": 5})) if f.level != "ok")
+    assert finding.level == "warning" and "the policy is never trained" in str(finding)
+    assert not [f for f in preflight(load_config(None, {**values, "ppo.value_warmup_updates": 4})) if f.level != "ok"]
+
+
 def test_more_prompts_than_the_embedded_language_has(tmp_path: Path) -> None:
     cfg = load_config(None, {"output_dir": str(tmp_path), "evaluation.prompts": 1_000_000})
     assert "ask for at most" in blocked(preflight(cfg))["evaluation.prompts"]

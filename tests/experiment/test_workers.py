@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -166,6 +167,41 @@ def test_a_signal_that_ends_this_process_ends_its_jobs_first(job: Callable[[str,
         signal.signal(signal.SIGTERM, before)
     with pytest.raises(ProcessLookupError):
         os.kill(int(read(tmp_path / "pid")), 0)
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from tlcr.experiment import workers
+workers.SECONDS_BETWEEN_LOOKS = 0.02
+workers.run_side_by_side([workers.Job("saving", (sys.executable, "-S", "-c", sys.argv[1]), Path(sys.argv[2]))],
+                         parallel=2, title="test")
+"""
+SAVES_ON_THE_FIRST_SIGNAL = """
+import pathlib, signal, sys, time
+told = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    # as training does: the first is remembered, a second one ends the process in the middle of what it does
+    signal.signal(number, lambda *_: sys.exit(9) if told else told.append(1))
+here = pathlib.Path({folder!r})
+(here / "ready").touch()
+while not told:
+    time.sleep(0.01)
+time.sleep(0.5)
+(here / "saved").touch()
+"""
+
+
+def test_ctrl_c_in_a_terminal_leaves_workers_time_to_save(tmp_path: Path) -> None:
+    """A terminal sends it to all processes of the group. Workers got it, and their parent's SIGTERM after it."""
+    code = SAVES_ON_THE_FIRST_SIGNAL.format(folder=str(tmp_path))
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, code, str(tmp_path / "job")], start_new_session=True)
+    while not (tmp_path / "ready").exists():
+        assert parent.poll() is None
+        time.sleep(0.01)
+    os.killpg(parent.pid, signal.SIGINT)
+    assert parent.wait(timeout=60) != 0
+    assert (tmp_path / "saved").exists()
 
 
 def test_a_job_that_says_nothing_and_a_log_that_goes_on(job: Callable[[str, str], Job], tmp_path: Path) -> None:

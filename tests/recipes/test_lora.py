@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,17 @@ def test_a_model_alone_learns_by_its_adapter_and_is_saved_whole(
         adapter["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"],
     )
     torch.testing.assert_close(saved["model.layers.1.mlp.up_proj.weight"], W + 32 / 4 * B @ A)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_dpo_in_four_bits_begins_at_its_reference(
+    tiny_causal_lm: LM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Both stand on the rounded weights, so that the first loss is log 2."""
+    cfg = config("dpo")
+    cfg = replace(cfg, lora=replace(cfg.lora, base_bits=4))
+    train("dpo", cfg, tiny_causal_lm(hidden_size=64, intermediate_size=192), tiny_tokenizer, tmp_path)
+    assert read_metrics(tmp_path / "dpo" / "metrics.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ALONE)

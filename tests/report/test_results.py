@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,17 @@ def test_a_grid_is_read_from_its_folders(tmp_path: Path) -> None:
     kls = [point["kl_per_token"] for point in results["paths"]["zeta"][0]]
     assert kls == sorted(kls) and len(kls) == 3
     assert results["frontier"]["comparisons"][0]["other"] == "alpha"
+
+
+def test_a_run_of_an_arms_single_coefficient_does_not_stand_for_those_of_several(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its way would be training's, and that of the others from end to end."""
+    folder = write_run(tmp_path / "run", {"zeta": 0.6, "alpha": 0.3}, seeds=(0, 1), kl_coefs=(0.2, 0.05))
+    wanted = collect_results(folder)
+    shutil.copytree(folder / "ppo" / "zeta" / "kl-0.2" / "seed-0", folder / "ppo" / "zeta" / "seed-0")
+    assert collect_results(folder) == wanted
+    assert "seed-0 is left out of the report" in caplog.text
 
 
 def test_models_of_each_seed_are_those_of_the_first(tmp_path: Path) -> None:

@@ -166,6 +166,17 @@ def test_older_checkpoints_go_once_the_new_one_is_complete(tmp_path, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
 
 
+def test_a_new_checkpoint_outlives_damaged_ones_of_later_steps(tmp_path):
+    """A run that passed over them goes on from before, and its next checkpoint is the only one that can be read."""
+    training = Training(seed=1)
+    for step in (100, 200):
+        (training.save(tmp_path, step, keep=9) / "model-model.safetensors").unlink()
+    saved = training.save(tmp_path, 25, keep=1)
+    assert latest_checkpoint(tmp_path) == saved
+    training.save(tmp_path, 50, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000050", "step-000100", "step-000200"]
+
+
 def test_the_newest_step_is_the_latest_whatever_the_names_sort_like(tmp_path):
     training = Training(seed=1)
     for step in (999_999, 1_000_000):

@@ -12,7 +12,7 @@ import pytest
 from tlcr.training.interrupt import StopSignals
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_remembered_and_the_second_acts(number):
     before = signal.getsignal(number)
     acted = []
@@ -31,6 +31,18 @@ def test_the_first_signal_is_remembered_and_the_second_acts(number):
         assert acted == [number, number]  # afterwards everything is as it was
     finally:
         signal.signal(number, before)
+
+
+def test_a_closed_terminal_that_is_ignored_stays_ignored():
+    """As under ``nohup``."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not signals.received()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_message_says_how_to_go_on():

@@ -446,16 +446,49 @@ def _ppo(cfg: RunConfig, architecture: Architecture, machine: Machine) -> Estima
     prompt = Step("prompt", rows=sampled, columns=cfg.data.max_prompt_tokens, trains=False)
     token = Step("next token", rows=sampled, columns=columns, trains=False)
     judge = Step("token classifier", rows=sampled, columns=columns, outputs=_classes(cfg), trains=False)
-    trained = tuple(role for role in roles if role.gradients)
+    # a policy trained by DPO, and then the reference, give all logits of the answers
+    ratio = Step(
+        "language model",
+        rows=sampled,
+        columns=columns,
+        answer=cfg.rollout.max_response_tokens,
+        stage="dpo",
+        trains=False,
+    )
+    asked = _asked_models(cfg)
+    refreshed = tuple(role for role in roles if role.gradients and role.name == "discriminator")
+    trained = tuple(role for role in roles if role.gradients and role not in refreshed)
     phases = [
         Phase("generation", max(architecture.peak(step, cfg, machine) for step in (prompt, token))),
         Phase("scoring", max(architecture.peak(step, cfg, machine) for step in (score, evaluate))),
-        _training("update", update, trained, cfg, architecture, machine),
     ]
-    if any(_asked_models(cfg).values()):
-        phases.insert(2, Phase("rewards", architecture.peak(judge, cfg, machine)))
+    if any(asked.values()):
+        judges = [judge] * any(needed for name, needed in asked.items() if name != "DPO policy")
+        judges += [ratio] * asked["DPO policy"]
+        phases.append(Phase("rewards", max(architecture.peak(step, cfg, machine) for step in judges)))
+    phases.append(_training("update", update, trained, cfg, architecture, machine))
+    if refreshed:
+        phases.append(_training("refresh", _refresh_step(cfg), refreshed, cfg, architecture, machine))
     reading = _reading(cfg, architecture) if cfg.lora.trains("policy") else []
     return Estimate("ppo", roles, (*reading, *phases))
+
+
+def _refresh_step(cfg: RunConfig) -> Step:
+    """The discriminator's training on the policy's answers within PPO, by its own batches."""
+    from tlcr.experiment.simulation import Step
+
+    training = cfg.discriminator
+    examples = min(training.micro_batch_size or training.batch_size, training.batch_size)
+    answer = min(cfg.data.max_answer_tokens, cfg.rollout.max_response_tokens)
+    return Step(
+        "token classifier",
+        rows=2 * examples,
+        columns=cfg.data.max_prompt_tokens + answer,
+        answer=answer,
+        outputs=_classes(cfg),
+        stage="discriminator",
+        again=examples < training.batch_size,
+    )
 
 
 @dataclass(frozen=True)

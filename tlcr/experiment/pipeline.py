@@ -355,6 +355,7 @@ def _models_of_all_seeds(run: RunFolder) -> None:
 
 def _ppo(run: RunFolder) -> None:
     """8. PPO on the reward of every token: one policy for each trial, compared before and after."""
+    on_main_process(run.name_by_coefficient)
     if run.cfg.parallel == 1 or len(run.trials) == 1:
         for number, trial in enumerate(run.trials, 1):
             if len(run.trials) > 1 and not run.per_seed[trial.seed].is_trained(trial):

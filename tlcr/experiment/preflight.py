@@ -117,7 +117,7 @@ def refuse(found: Iterable[Finding]) -> None:
 def settings(cfg: RunConfig, stages: Collection[str] | None = None, *, resume: bool | None = None) -> Iterator[Finding]:
     """The findings that need neither torch nor what a file holds; arguments as for ``preflight``."""
     wanted = _pending(cfg, stages_of(cfg) if stages is None else stages)
-    for look in (_packages, _reviser, _processes, _earlier_stages, _models, _sources, _held_out, _functions):
+    for look in (_packages, _reviser, _processes, _earlier_stages, _models, _sources, _held_out, _functions, _ppo):
         yield from look(cfg, wanted)
     yield from _output_dir(cfg, resume)
 
@@ -395,6 +395,17 @@ def _functions(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
             load(path)
         except ConfigError as error:
             yield Finding.of(knob, error)
+
+
+def _ppo(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
+    warm, updates = cfg.ppo.value_warmup_updates, cfg.ppo.updates
+    if "ppo" in stages and warm >= updates > 0:
+        yield Finding(
+            "warning",
+            "ppo.value_warmup_updates",
+            f"the first {warm} of ppo.updates {updates} train the value model alone, so the policy is never trained",
+            "lower it, or raise ppo.updates",
+        )
 
 
 # ---- models and sources

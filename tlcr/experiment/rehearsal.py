@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from tlcr.config.schema import Arm, RefreshConfig, ReviserConfig, RunConfig, TrainingConfig
+from tlcr.config.schema import Arm, RefreshConfig, ReviserConfig, RewardConfig, RunConfig, TrainingConfig
 from tlcr.config.trials import arms_of
 from tlcr.data import embedded
 from tlcr.models.loading import save_model
@@ -58,7 +58,7 @@ def in_small(cfg: RunConfig, model: PreTrainedConfig, folder: Path, *, processes
     _write(folder / "preferences.jsonl", pairs)
     _write(folder / "edits.jsonl", [{"prompt": e.prompt, "rejected": e.rejected, "revised": e.revised} for e in edits])
     ppo, rollout = cfg.ppo, cfg.rollout
-    minibatch = 2 * processes
+    minibatch, new_tokens = 2 * processes, min(rollout.max_new_tokens, NEW)
     small: dict[str, Any] = {
         "output_dir": str(folder / "run"),
         "seeds": cfg.seeds[:1],
@@ -66,7 +66,8 @@ def in_small(cfg: RunConfig, model: PreTrainedConfig, folder: Path, *, processes
         "kl_coefs": (),
         "tracker": "none",
         "parallel": 1,
-        "arms": _arms(cfg),
+        "reward": _small_reward(cfg.reward, new_tokens),
+        "arms": _arms(cfg, new_tokens),
         "model": replace(
             cfg.model.saved_in(folder / "model"),
             attn_implementation="eager" if cfg.model.attn_implementation == "eager" else "auto",
@@ -94,7 +95,7 @@ def in_small(cfg: RunConfig, model: PreTrainedConfig, folder: Path, *, processes
             server=(),
             ahead=0,
             environment=None,
-            max_new_tokens=min(rollout.max_new_tokens, NEW),
+            max_new_tokens=new_tokens,
             batch_size=min(rollout.batch_size, minibatch),
         ),
         "ppo": replace(
@@ -108,7 +109,7 @@ def in_small(cfg: RunConfig, model: PreTrainedConfig, folder: Path, *, processes
             micro_batch_size=None if ppo.micro_batch_size is None else 1,
             chunk_tokens=None if ppo.chunk_tokens is None else min(ppo.chunk_tokens, CHUNK),
             save_every=min(ppo.save_every, 1),
-            evaluate_every=0,
+            evaluate_every=1 if ppo.keep_best else 0,
         ),
         "evaluation": replace(cfg.evaluation, prompts=minibatch, samples=1, scorer=None),
         **{name: _one_step(getattr(cfg, name)) for name in SUPERVISED},
@@ -133,12 +134,18 @@ def _one_step(cfg: TrainingConfig) -> TrainingConfig:
     )
 
 
-def _arms(cfg: RunConfig) -> tuple[Arm, ...]:
+def _small_reward(reward: RewardConfig, new_tokens: int) -> RewardConfig:
+    """Without a refresh, which asks a reviser, and for answers of at most so many tokens."""
+    buffer = None if reward.overlong_buffer is None else min(reward.overlong_buffer, new_tokens)
+    return replace(reward, refresh=RefreshConfig(), overlong_buffer=buffer)
+
+
+def _arms(cfg: RunConfig, new_tokens: int) -> tuple[Arm, ...]:
     """One arm for each set of models that the rewards ask."""
     kept: dict[object, Arm] = {}
     for arm in arms_of(cfg):
         asked = cfg.uses_discriminator, cfg.uses_reward_model, cfg.uses_q_model, cfg.uses_dpo
-        reward = replace(arm.reward, refresh=RefreshConfig())  # which asks a reviser
+        reward = _small_reward(arm.reward, new_tokens)
         kept.setdefault((*(uses(reward) for uses in asked), reward.compat), replace(arm, reward=reward, kl_coefs=()))
     return tuple(kept.values())
 

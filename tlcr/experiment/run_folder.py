@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from tlcr.config.loading import dump_config, load_config
 from tlcr.config.schema import ModelConfig, RunConfig, ShardingConfig
 from tlcr.config.stages import CONFIG, DONE, HOLDER, LOCK, STARTED, TRAINED, wants
-from tlcr.config.trials import Trial, trials_of
+from tlcr.config.trials import Trial, folder_of, read_folder, trials_of
 from tlcr.data import embedded
 from tlcr.data.formats import TextPreference, as_texts, prompt_key
 from tlcr.data.labels import LabelStatistics, label_pairs
@@ -49,6 +49,7 @@ from tlcr.training import checksums
 from tlcr.training.checkpoint import as_plain, reading
 from tlcr.training.distributed import barrier, on_main_process, process_device
 from tlcr.training.done import (
+    AGAIN,
     check_results,
     decisive,
     done_config,
@@ -259,6 +260,20 @@ class RunFolder:
     @cached_property
     def trials(self) -> list[Trial]:
         return trials_of(self.cfg)
+
+    def name_by_coefficient(self) -> None:
+        """Gives trials that were trained when their arm had a single KL coefficient the folders that name it, where the
+        arm has several now. The main process alone calls it."""
+        for arm in {trial.arm.name for trial in self.trials if read_folder(trial.folder)[1] is not None}:
+            for record in sorted((self.path / "ppo" / arm).glob(f"seed-*/{TRAINED}")):
+                with reading(record, AGAIN):
+                    coef = json.loads(record.read_text(encoding="utf-8"))["config"]["kl"]["coef"]
+                    seed = int(record.parent.name.removeprefix("seed-"))
+                place = self.path / "ppo" / folder_of(arm, float(coef), seed)
+                if not place.exists():
+                    place.parent.mkdir(exist_ok=True)
+                    record.parent.rename(place)
+                    logger.info("%s is now %s: its arm has several KL coefficients", record.parent, place)
 
     def trial_folder(self, trial: Trial) -> Path:
         return self.path / "ppo" / trial.folder

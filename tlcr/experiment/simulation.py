@@ -59,7 +59,7 @@ class Step:
     classifier", "policy and values" (of the last ``answer`` tokens); in sampling "prompt", which fills the cache, and
         "next token", the last one of the answers.
     rows, columns: the rectangle of tokens.
-    stage: whose language model it is, "sft" or "dpo".
+    stage: who trains it, a role of lora.roles; of a token classifier always the discriminator.
     trains: with the backward pass.
     again: gradients of an earlier micro-batch are there, so a parameter's gradient exists twice for a moment.
     reference: also the exact KL to a reference.
@@ -126,7 +126,7 @@ class Simulator:
         """What runs the step, and a reference. Of sharded models the policy is sampled from as a part of its root."""
         if step.kind in ("token classifier", "sequence classifier"):
             classifier = self._classifier(step.outputs)
-            return [self._adapted(classifier, "discriminator" if step.kind == "token classifier" else "reward_model")]
+            return [self._adapted(classifier, "discriminator" if step.kind == "token classifier" else step.stage)]
         policy = self._as_trained(self._model)
         if step.kind == "language model":
             return [self._adapted(policy, step.stage)]

@@ -93,7 +93,9 @@ def _start(job: Job, parallel: int, place: str) -> subprocess.Popen[bytes]:
     environment = {**without_launcher(), "OMP_NUM_THREADS": str(threads), "TLCR_PROGRESS": "0", PLACE: place}
     job.folder.mkdir(parents=True, exist_ok=True)
     with _log(job).open("ab") as file:
-        return subprocess.Popen(job.command, env=environment, stdout=file, stderr=file)
+        # in a session of its own, so that a terminal's Ctrl-C reaches this process alone, which then tells its workers
+        # once: a second signal would end them before their state is saved
+        return subprocess.Popen(job.command, env=environment, stdout=file, stderr=file, start_new_session=True)
 
 
 def _log(job: Job) -> Path:

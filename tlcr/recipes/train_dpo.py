@@ -64,8 +64,9 @@ def train_dpo(
     encode = partial(encode_comparisons, tokenizer, data=cfg.data)
     splits = encode_splits(encode, train, held_out, model=model, length=_length, limits=cfg.data, stage="DPO")
 
-    # 2. in shards where the config asks for them, and both answers' log-probabilities under the reference, before the
-    # first step (a resumed run loads its weights later)
+    # 2. with an adapter, which changes nothing before the first step, and in shards where the config asks for them; and
+    # both answers' log-probabilities under this reference (a resumed run loads its weights later)
+    adapt(cfg, model, "dpo")
     shard_model(model, plan(cfg.sharding))
     train_pairs, held_out_pairs = (
         with_reference(model, pairs, pad_token_id=tokenizer.pad_token_id, batch_size=micro_batch_size(cfg.dpo))
@@ -74,7 +75,6 @@ def train_dpo(
 
     # 3. maximise the likelihood of the preferences under the log-ratio, evaluate on the held-out pairs, and 4. write a
     # standard model folder
-    adapt(cfg, model, "dpo")
     return fit_and_save(
         cfg,
         cfg.dpo,

@@ -244,7 +244,8 @@ def print_results(run_folder: str | Path, console: Console | None = None) -> Non
         console.print(f"No policy has been evaluated in {run_folder} yet; 'tlcr run' trains and evaluates the arms.")
         return
     counts = sorted({len(arm["seeds"]) for arm in results["arms"]})
-    seeds = "one seed" if counts == [1] else f"mean ± sd over {' to '.join(map(str, counts))} seeds"
+    several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    seeds = "one seed" if counts == [1] else f"mean ± sd over {several} seeds"
     per, measure = results["per"], _measure(results)
     judged = "gold" if measure == "gold" else "own reward"
     compares_kl = any(arm["kl_coef"] is not None for arm in results["arms"])

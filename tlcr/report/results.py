@@ -7,6 +7,7 @@ at any time. Gold is compared at matched KL, because at the same coefficient a r
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from tlcr.files import write_json
 from tlcr.ppo.best import BEST, RECORD
 from tlcr.text.files import parse_json
 from tlcr.training.metrics import read_metrics
+
+logger = logging.getLogger(__name__)
 
 Curve = Sequence[Mapping[str, Any]]
 """Evaluations, measure to value, in the order of training or of KL coefficients."""
@@ -248,8 +251,10 @@ def _plain_mean(values: Sequence[float]) -> dict[str, Any] | None:
 
 def read_runs(folder: Path) -> list[SeedRun]:
     """The PPO runs of a folder that have been evaluated: arms in the order of the config, coefficients from the
-    smallest, seeds in theirs."""
-    found = []
+    smallest, seeds in theirs.
+
+    Of an arm that was tried at several coefficients, a run in a folder that names none is left out, and said so."""
+    found: list[SeedRun] = []
     for path in (folder / "ppo").glob("**/seed-*/evaluation.json"):
         evaluation = read_json(path)
         arm, kl_coef, seed = read_folder(PurePosixPath(path.parent.relative_to(folder / "ppo")))
@@ -259,6 +264,15 @@ def read_runs(folder: Path) -> list[SeedRun]:
         record = path.parent / BEST / RECORD
         best = read_json(record) if record.exists() else None
         found.append(SeedRun(arm, kl_coef, seed, ends["before"], ends["after"], _curve(rows, ends), best))
+    several = {run.arm for run in found if run.kl_coef is not None}
+    for run in found:
+        if run.arm in several and run.kl_coef is None:
+            logger.warning(
+                "%s is left out of the report: it was made when its arm had a single KL coefficient, and now there are "
+                "several; 'tlcr run --resume' takes it up under its own",
+                folder / "ppo" / run.folder,
+            )
+    found = [run for run in found if run.kl_coef is not None or run.arm not in several]
     order = {name: place for place, name in enumerate(_arm_order(folder))}
     return sorted(found, key=lambda run: (order.get(run.arm, len(order)), run.arm, run.kl_coef or 0.0, run.seed))
 

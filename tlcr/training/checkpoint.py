@@ -240,7 +240,9 @@ def write_checkpoint(
         (aside / MANIFEST).write_text(text, encoding="utf-8")
         sync_to_disk(aside)
         take_place(aside, path)
-        for old in _checkpoints(folder)[:-keep]:
+        # those of later steps are damaged ones, which this run passed over and will write again
+        earlier = [old for old in _checkpoints(folder) if _step_of(old) < what.step]
+        for old in earlier[: max(len(earlier) + 1 - keep, 0)]:
             doomed = folder / f".old-{old.name}"
             try:
                 os.replace(old, doomed)  # one atomic step: a half-deleted checkpoint never looks complete
@@ -481,8 +483,11 @@ def _checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders, oldest step first."""
     if not folder.is_dir():
         return []
-    found = [(int(m.group(1)), path) for path in folder.iterdir() if (m := STEP_FOLDER.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _manifest(path: Path) -> dict[str, Any]:

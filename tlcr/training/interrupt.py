@@ -1,4 +1,4 @@
-"""Handles Ctrl-C and SIGTERM between steps, never within one, so that a complete step is saved."""
+"""Handles Ctrl-C, SIGTERM and a closed terminal between steps, never within one, so that a complete step is saved."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from types import FrameType, TracebackType
 
 from tlcr.training.distributed import any_process
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class StopSignals:
     """``with StopSignals() as signals``: the first Ctrl-C or SIGTERM is recorded, the second has its usual effect.
 
-    The loop calls ``signals.received()`` between steps, saves, and raises ``signals.stopped(...)``. Outside the main
-    thread, where python allows no handlers, signals keep their usual effect.
+    So is the end of the terminal (SIGHUP), unless it is ignored, as under ``nohup``. The loop calls
+    ``signals.received()`` between steps, saves, and raises ``signals.stopped(...)``. Outside the main thread, where
+    python allows no handlers, signals keep their usual effect.
     """
 
     def __init__(self) -> None:
@@ -23,8 +26,9 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._remember)
+            for number in STOPS:
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

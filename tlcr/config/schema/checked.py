@@ -75,10 +75,11 @@ class Checked:
                     raise ConfigError(
                         f"{type(self).__name__}.{f.name} is {in_short(number)}; it must be a number that fits 64 bits"
                     )
+                if isinstance(number, float) and not math.isfinite(number):
+                    holds = "is" if number is value else "holds"
+                    raise ConfigError(f"{type(self).__name__}.{f.name} {holds} {number!r}; it must be a finite number")
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
-            if not math.isfinite(value):
-                raise ConfigError(f"{type(self).__name__}.{f.name} is {value!r}; it must be a finite number")
             for name, holds, word in (
                 ("ge", lambda v, b: v >= b, "at least"),
                 ("gt", lambda v, b: v > b, "greater than"),
