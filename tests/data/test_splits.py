@@ -16,9 +16,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tlcr.config.loading import load_config
-from tlcr.config.schema import Arm, RewardConfig, RunConfig
+from tlcr.config.schema import Arm, DataConfig, RewardConfig, RunConfig
 from tlcr.data.formats import prompt_key
-from tlcr.data.readers import ReadResult
+from tlcr.data.readers import ReadResult, read_preferences
 from tlcr.data.splits import STAGES, Shares, Split, in_order_of_hashes, split_held_out
 from tlcr.errors import ConfigError
 from tlcr.experiment.pipeline import _shares, run, stage
@@ -152,6 +152,35 @@ def test_a_prompt_is_known_by_its_words() -> None:
     assert prompt_key([{"role": role, "content": text} for role, text in turns]) == words
     assert prompt_key(transcript.lstrip()) == words
     assert prompt_key("The Human: a study") == "The Human: a study"
+    assert prompt_key([{"role": role, "content": text, "id": text[:3], "toxic": 0.1} for role, text in turns]) == words
+
+
+def test_messages_without_a_content_are_known_by_what_they_hold() -> None:
+    first, second = ([{"role": "assistant", "tool_calls": [{"name": name}]}] for name in ("search", "read"))
+    assert prompt_key(first) == '{"tool_calls": [{"name": "search"}]}' != prompt_key(second)
+
+
+@pytest.mark.parametrize("prompts", [5, 1])
+def test_fields_that_no_template_renders_put_no_text_on_both_sides(
+    prompts: int, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many prompts their words decide, of one prompt those of the answers."""
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"Question {number % prompts}", "id": f"m{number}"}],
+            "chosen": [{"role": "assistant", "content": "Yes.", "id": f"c{number}"}],
+            "rejected": [{"role": "assistant", "content": f"No {number % 5}.", "id": f"r{number}"}],
+        }
+        for number in range(40)
+    ]
+    source = tmp_path / "preferences.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    read = read_preferences(DataConfig(preferences=str(source)), tiny_tokenizer)
+    split = Shares().split("reward", read, 0.1)
+    train, held_out = ({(pair.prompt, pair.rejected) for pair in side} for side in (split.train, split.held_out))
+    assert held_out and not train & held_out and len(split.train) + len(split.held_out) == 40
 
 
 # ---- a run's data

@@ -243,6 +243,7 @@ def test_a_content_key_sees_the_words_and_not_the_white_space() -> None:
     key = content_key("a b", "c d")
     assert key == content_key(" a  b\n", "\nc d ")
     assert key == content_key([{"role": "user", "content": "a b"}], "c d")
+    assert key == content_key([{"role": "user", "content": "a b", "id": "m17"}], "c d")
     others = [content_key("a", "b c d"), content_key("a b c", "d"), content_key("a b", "c e"), content_key("ab", "c d")]
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert len({key, content_key(turns, "c d"), *others}) == 6

@@ -46,6 +46,7 @@ __all__ = [
     "hh_preference",
     "marked_answer",
     "message_text",
+    "message_words",
     "preference",
     "prompt",
     "prompt_key",
@@ -197,6 +198,20 @@ def message_text(message: Message) -> str:
     more = {name: value for name, value in message.items() if name not in ("role", "content")}
     parts = [str(message.get("content") or "").strip(), json.dumps(more, ensure_ascii=False) if more else ""]
     return " ".join(part for part in parts if part)
+
+
+def message_words(message: Message) -> str:
+    """What a message is known by: its content, or its other fields where it has none (tool calls).
+
+    Fields beside a content, such as an id, are seldom rendered: two messages that differ in them may be one text.
+
+    Args:
+        message: the message.
+
+    Returns:
+        The text.
+    """
+    return str(message.get("content") or "").strip() or message_text(message)
 
 
 def rendered_prompt(raw: RawPrompt, tokenizer: PreTrainedTokenizerBase, rendered_at: datetime | None = None) -> str:
@@ -411,10 +426,10 @@ def prompt_key(prompt: Context) -> str:
         prompt: text or messages.
 
     Returns:
-        The text without white space, roles, or a transcript's marks of turns.
+        The text without white space, roles, or a transcript's marks of turns; of messages, the `message_words`.
     """
     if not isinstance(prompt, str):
-        return " ".join(" ".join(map(message_text, prompt)).split())
+        return " ".join(" ".join(map(message_words, prompt)).split())
     return " ".join(_TURN.sub(" ", "\n\n" + prompt.lstrip()).split())
 
 
@@ -428,7 +443,7 @@ def answer_key(raw: RawPrompt | RawPreference | RawEdit | RawMarkedAnswer) -> st
         The answer's text without white space.
     """
     answer = getattr(raw, "rejected", getattr(raw, "response", ""))
-    return " ".join((answer if isinstance(answer, str) else message_text(answer)).split())
+    return " ".join((answer if isinstance(answer, str) else message_words(answer)).split())
 
 
 def text_field(values: Values, name: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from tlcr.config.schema import DataConfig
-from tlcr.data.formats import Context, TextPreference, message_text
+from tlcr.data.formats import Context, TextPreference, message_words
 from tlcr.data.readers import read_raw_edits
 from tlcr.errors import DataError
 from tlcr.reviser.checks import CheckedRevision, check_revision
@@ -21,9 +21,9 @@ def content_key(prompt: Context, rejected: str) -> str:
     """SHA-256 of a prompt and its rejected answer, both without regard to white space.
 
     The chosen answer is not in it, since files of edits need not have it; nor are roles, since files name them
-    differently.
+    differently, and fields beside a message's content, such as an id, since files need not keep them.
     """
-    turns = [prompt] if isinstance(prompt, str) else [message_text(message) for message in prompt]
+    turns = [prompt] if isinstance(prompt, str) else [message_words(message) for message in prompt]
     content = json.dumps([text.split() for text in (*turns, rejected)], ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()
 
