@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
+import time
 import warnings
 from datetime import datetime
 from typing import NamedTuple
@@ -195,6 +197,33 @@ def test_a_template_without_end_ends_in_one_sentence_and_the_next_one_is_rendere
         apply_template(tokenizer_with(body), ASK, {}, add_generation_prompt=False)
     assert render_prompt(tokenizer_with(R1), ASK).startswith("[Hi?]")
     rendering._SERVANT.close()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError])
+def test_after_an_interruption_the_next_request_gets_its_own_answer(error: type[BaseException]) -> None:
+    """What a signal's handler raises comes between a request and its answer."""
+
+    def work(asked: bytes) -> str:
+        time.sleep(0.5 if asked == b"one" else 0)
+        return asked.decode()
+
+    def interrupt(*_: object) -> None:
+        raise error
+
+    servant = rendering._Servant(work)
+    assert servant.ask(b"zero") == "zero"
+    first, before = servant._pid, signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(error):
+            servant.ask(b"one")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert servant.ask(b"two") == "two" and servant.ask(b"three") == "three"
+    with pytest.raises(ChildProcessError):
+        os.waitpid(first, os.WNOHANG)  # it has ended, and was waited for
+    servant.close()
 
 
 def test_a_process_that_was_forked_renders_with_a_child_of_its_own() -> None:

@@ -106,8 +106,11 @@ class _Servant:
             try:
                 _write(self._to, asked)
                 done, text = json.loads(_read(self._from))
-            except (OSError, EOFError):
+            except (BrokenPipeError, EOFError):
                 raise DataError(f"the tokenizer's chat template {self._how_it_ended()}") from None
+            except BaseException:  # a signal's, such as Ctrl-C: the next request would read the answer to this one
+                self._abandon()
+                raise
         if not done:
             raise DataError(f"the tokenizer's chat template refuses this conversation: {text}")
         return str(text)
@@ -115,10 +118,20 @@ class _Servant:
     def close(self) -> None:
         """Ends the child, which reads the end of its requests."""
         if self._owner == os.getpid():
-            os.close(self._to)
-            os.close(self._from)
+            self._hang_up()
             os.waitpid(self._pid, 0)
         self._owner = 0
+
+    def _hang_up(self) -> None:
+        self._owner = 0  # first, so that nobody uses the pipes of a child that is given up, whatever interrupts this
+        os.close(self._to)
+        os.close(self._from)
+
+    def _abandon(self) -> None:
+        """Ends the child in the midst of its work."""
+        self._hang_up()
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
 
     def _start(self) -> None:
         requests, self._to = os.pipe()
@@ -159,9 +172,7 @@ class _Servant:
 
     def _how_it_ended(self) -> str:
         """Why there is no answer, as what the template did."""
-        os.close(self._to)
-        os.close(self._from)
-        self._owner = 0
+        self._hang_up()
         code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
         if code == -signal.SIGXCPU:
             return f"computes for more than {SECONDS} s; give model.chat_template another one"
