@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import logging
+import re
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -674,6 +675,21 @@ class TestTextWithoutAPrompt:
         source = jsonl({"prompt": "", "response": "It was bad.", "spans": [{"start": 7, "end": 10}]})
         (marked,) = read_marked_answers(source, DataConfig(), tokenizer).records
         assert marked.prompt == "<bos>" and marked.response[marked.spans[0].start : marked.spans[0].end] == "bad"
+
+    def test_an_answer_that_holds_more_than_text_is_malformed(
+        self, jsonl: Callable, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        """No chat template renders it, which alone could write the rest."""
+        named = {"prompt": "", "chosen": [{**assistant("Hi"), "name": "Bot"}], "rejected": [assistant("Ho")]}
+        called = {"prompt": "", "rejected": "No.", "revised": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]}
+        for read, record, told in (
+            (preferences, named, "field 'chosen' holds more than a text (name)"),
+            (edits, called, "field 'revised' holds more than a text (tool_calls)"),
+        ):
+            with pytest.raises(DataError, match=f"{re.escape(told)}.*; give a prompt, or leave these fields out"):
+                read(jsonl(record), tokenizer)
+        kept = preferences(jsonl(named, {**PREFERENCE, "prompt": ""}), tokenizer, on_malformed="skip")
+        assert len(kept.records) == len(kept.malformed) == 1
 
     def test_a_system_message_is_a_prompt(self, jsonl: Callable, tokenizer: PreTrainedTokenizerFast) -> None:
         read = preferences(jsonl({**PREFERENCE, "prompt": "", "system": "Write."}), tokenizer)

@@ -507,6 +507,8 @@ def _answers(values: Values, names: Sequence[str]) -> tuple[Context, list[Answer
         answers = [_answer(conversation[-1]) for conversation in conversations]
         if not context and prompt in ("", []):
             context = ""  # text without a prompt, whose answers are written as messages
+            for name, answer in zip(names, answers, strict=True):
+                _require_text(answer, name)
     elif isinstance(prompt, list):
         context = _after(earlier, _messages(prompt, "prompt"))
         answers = [text_field(values, name) for name in names]
@@ -558,6 +560,16 @@ def _after(earlier: list[Message], context: Context) -> Context:
 def _answer(message: Message) -> Answer:
     """The text of an answer's message, or the message itself if it holds more than text."""
     return message if set(message) - {"role", "content"} else str(message["content"])
+
+
+def _require_text(answer: Answer, name: str) -> None:
+    """Refuses an answer that only a chat template can write, where there are no messages for one to render."""
+    if not isinstance(answer, str):
+        more = ", ".join(sorted(set(answer) - {"role", "content"}))
+        raise Malformed(
+            f"field {name!r} holds more than a text ({more}), which only a chat template writes, and it writes nothing "
+            "where there is no prompt; give a prompt, or leave these fields out"
+        )
 
 
 def _template(values: Values) -> dict[str, Any]:
