@@ -307,6 +307,7 @@ def test_the_token_is_wanted_everywhere_but_for_health(served: ServedModel, capl
             {"authorization": "Bearer wrong"},
             {"authorization": "s3cret-token"},
             {"authorization": "Basic ?"},
+            {"authorization": "Basic é"},
         ):
             for path in ("/v1/info", "/metrics", "/nothing"):
                 status, body, answer = server.ask(path, **heads)
