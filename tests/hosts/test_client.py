@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -244,6 +246,9 @@ def test_servers_that_are_none() -> None:
     ("arguments", "sentence"),
     [
         ({"url": "localhost:8765"}, "wanted http://HOST:PORT"),
+        ({"url": "http://a:port"}, "wanted http://HOST:PORT"),
+        ({"url": "http://["}, "wanted http://HOST:PORT"),
+        ({"url": "http://a", "token": "of a file\n"}, "a line break or another character"),
         ({"url": "http://a", "tries": 0}, "wanted at least 1"),
         ({"url": "http://a", "temperature": 0.0}, "wanted a finite number above 0"),
     ],
@@ -265,6 +270,58 @@ def test_the_token_is_sent_and_never_shown() -> None:
         with pytest.raises(HostError) as caught:
             client.token_rewards([Item([1], [2])])
     assert seen == {"Bearer s3cret"} and "s3cret" not in f"{client!r}{caught.value}"
+
+
+def test_an_address_may_hold_the_token() -> None:
+    """As URLs alone are given to trainers; a token that is given beside it comes first."""
+    seen = []
+
+    def reply(path: str, body: Any, heads: dict[str, str]) -> Reply:
+        seen.append(heads.get("authorization"))
+        return echo(path, body, heads)
+
+    with answering(reply) as url:
+        held = url.replace("http://", "http://any:s3c%2Fret@")
+        for client in (
+            RewardClient(held),
+            RewardClient(held, token="other!"),
+            RewardClient(held.replace("s3c%2Fret", "")),
+        ):
+            assert client.url == url and client.token_rewards([Item([1], [2])]) == [[0.02]]
+            assert repr(client) == f"RewardClient({url!r})"
+    assert seen == ["Bearer s3c/ret"] * 2 + ["Bearer other!"] * 2 + [None] * 2
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("ftp://any:s3cret@host", "'ftp://[hidden]@host'"),
+        ("any:s3cret@host:8765", "'[hidden]@host:8765'"),
+        ("http://any:s3cret@host:port", "'http://[hidden]@host:port'"),
+        ("http://any:s3/cret@host", "'http://[hidden]@host'"),
+        ("http://any:s3cret\u2100@host", "'http://[hidden]@host'"),
+    ],
+)
+def test_a_wrong_address_is_told_without_its_token(url: str, shown: str) -> None:
+    with pytest.raises(HostError, match=re.escape(f"address is {shown}; wanted http://HOST:PORT, with %2F")) as caught:
+        RewardClient(url)
+    assert "s3" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (401, {"error": "no such key: s3cret"}, {}),
+        (401, {"error": " ".join(["no"] * 166) + " s3cret"}, {}),  # of which 500 characters are shown
+        (503, b"Bearer s3cret", {}),
+        (200, {**INFO, "labels": ["s3cret"]}, {}),
+        (200, {**INFO, "tokenizer": {"fingerprint": "s3cret"}}, {}),
+    ],
+)
+def test_what_a_server_says_is_shown_without_the_token(answer: Reply, tiny_tokenizer: Any) -> None:
+    with answering(lambda *_: answer) as url, pytest.raises(HostError) as caught:
+        RewardClient(url, token="s3cret", tries=1).check_tokenizer(tiny_tokenizer)
+    assert "s3" not in str(caught.value) and url in str(caught.value)
 
 
 def test_a_policy_with_another_tokenizer_is_refused(tiny_tokenizer: Any) -> None:

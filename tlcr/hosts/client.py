@@ -14,6 +14,7 @@ import http.client
 import json
 import math
 import random
+import re
 import threading
 import time
 import urllib.error
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tlcr.credentials import HIDDEN, without_secrets
 from tlcr.errors import HostError
 from tlcr.hosts.contract import Item, Span, checked
 
@@ -77,24 +79,27 @@ class RewardClient:
         """Asks nothing yet: a server may start after its clients.
 
         Args:
-            url: the server's, such as ``http://localhost:8765``.
-            token: what ``tlcr serve`` or vLLM (``--api-key``) wants to be sent.
+            url: the server's, such as ``http://localhost:8765``; ``http://any:TOKEN@localhost:8765`` has its token too.
+            token: what ``tlcr serve`` or vLLM (``--api-key``) wants to be sent; None: that of the address, if any.
             timeout: seconds that one try may take.
             tries: how often a request is sent before it is given up; with pauses, 8 tries last some two minutes.
             temperature: the discriminator's, for vLLM; None: that of the folder which vLLM names, on this machine.
 
         Raises:
-            HostError: the address is none of HTTP, or a number is out of its bounds.
+            HostError: the address is none of HTTP, no header can hold the token, or a number is out of its bounds.
         """
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise HostError(f"the reward server's address is {url!r}; wanted http://HOST:PORT")
+        self.url, password = _address(url)
+        self._token = password if token is None else token
+        if self._token is not None and not (self._token.isprintable() and all(ord(c) < 256 for c in self._token)):
+            raise HostError(
+                "the reward server's token has a line break or another character that a header of HTTP cannot hold; "
+                "give it without, as tlcr serve reads it"
+            )
         if tries < 1 or timeout <= 0:
             raise HostError(f"tries is {tries} and timeout {timeout}; wanted at least 1 and more than 0 seconds")
         if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
             raise HostError(f"temperature is {temperature}; wanted a finite number above 0")
-        self.url, self.timeout, self.tries = url.rstrip("/"), timeout, tries
-        self._token, self._temperature = token, temperature
+        self.timeout, self.tries, self._temperature = timeout, tries, temperature
         self._server: Tlcr | Vllm | None = None
         self._lock = threading.Lock()
 
@@ -117,7 +122,7 @@ class RewardClient:
         rewards: list[list[float]] = [[] for _ in items]
         sent = [number for number, item in enumerate(items) if len(item.response_ids)]
         for part in _parts(sent, items, server):
-            with _understood(self.url):
+            with self._understood():
                 for number, row in zip(part, server.rewards([items[i] for i in part]), strict=True):
                     rewards[number] = row
         return checked(rewards, items)
@@ -144,7 +149,7 @@ class RewardClient:
         size = server.request_items
         for start in range(0, len(answers), size):
             part = answers[start : start + size]
-            with _understood(self.url):
+            with self._understood():
                 for row in server.score([dict(answer) for answer in part]):
                     found.append(TextRewards(row["rewards"], [(begin, end) for begin, end in row["offsets"]]))
         return found
@@ -162,14 +167,15 @@ class RewardClient:
         Raises:
             HostError: vocabularies or ends of sequence differ. A vLLM says nothing of its tokenizer and passes.
         """
-        theirs = self._known().info.get("tokenizer", {}).get("fingerprint")
-        ours = vocabulary_fingerprint(tokenizer)
-        if theirs is not None and theirs != ours:
-            raise HostError(
-                f"the policy's tokenizer ({ours}) is not that of the discriminator behind {self.url} ({theirs}), so "
-                "that its ids mean other tokens; send text by text_rewards and project the rewards, or train a "
-                "discriminator with this tokenizer"
-            )
+        info, ours = self._known().info, vocabulary_fingerprint(tokenizer)
+        with self._understood():
+            theirs = info.get("tokenizer", {}).get("fingerprint")
+            if theirs is not None and theirs != ours:
+                raise HostError(
+                    f"the policy's tokenizer ({ours}) is not that of the discriminator behind {self.url} ({theirs}), "
+                    "so that its ids mean other tokens; send text by text_rewards and project the rewards, or train a "
+                    "discriminator with this tokenizer"
+                )
 
     # ---- requests
 
@@ -178,7 +184,7 @@ class RewardClient:
         with self._lock:
             if self._server is None:
                 info = self.ask("/v1/info", none_for=NO_ROUTE)
-                with _understood(self.url):
+                with self._understood():
                     self._server = Vllm(self, self._temperature) if info is None else Tlcr(self, info)
             return self._server
 
@@ -204,13 +210,14 @@ class RewardClient:
             except urllib.error.HTTPError as error:
                 if error.code in none_for:
                     return None
-                problem, wait = _sentence(error), _seconds(error.headers.get("retry-after"))
+                problem, wait = _sentence(error, self._token), _seconds(error.headers.get("retry-after"))
                 if error.code not in COMES_BACK:
                     raise HostError(f"{self.url}{path} answers {error.code}: {problem}") from error
                 problem = f"answers {error.code}: {problem}"
             except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
                 reason = getattr(error, "reason", error)
-                problem, wait = f"cannot be reached: {str(reason) or type(reason).__name__}", 0.0
+                said = without_secrets(str(reason), self._token)
+                problem, wait = f"cannot be reached: {said or type(reason).__name__}", 0.0
             except (ValueError, RecursionError) as error:
                 raise HostError(f"{self.url}{path} answers what is not JSON: {error}") from error
             if attempt + 1 < self.tries:
@@ -218,6 +225,23 @@ class RewardClient:
                 pause = max(wait, min(2.0**attempt / 2, LONGEST_WAIT / 2)) * random.uniform(1, 1.5)
                 time.sleep(min(pause, LONGEST_WAIT))
         raise HostError(f"{self.url}{path} {problem}; given up after {self.tries} tries. Is the reward server running?")
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """A server that answers in another form than its kind does is named, whatever reading its answer leads to.
+
+        Errors that repeat what it said are without the token.
+        """
+        try:
+            yield
+        except HostError as error:
+            error.args = (without_secrets(str(error), self._token),)
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            raise HostError(
+                f"{self.url} answers in a form that neither tlcr serve nor vLLM has ({type(error).__name__}: {error}); "
+                "is this the address of a reward server?"
+            ) from error
 
     def _once(self, path: str, data: bytes | None) -> Any:
         request = urllib.request.Request(self.url + path, data=data)
@@ -338,6 +362,24 @@ def vocabulary_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
 
 
+# ---- addresses
+
+
+def _address(url: str) -> tuple[str, str | None]:
+    """The address without user and password, which urllib would take for the host's name, and the password."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        wanted = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a host or a port that is none; the error repeats what stands before it too
+        wanted = False
+    if not wanted:
+        shown = re.sub(r"^(\w+://)?.*@", rf"\1{HIDDEN}@", url, flags=re.DOTALL)
+        encoded = ", with %2F for a / in the password and the like" if shown != url else ""
+        raise HostError(f"the reward server's address is {shown!r}; wanted http://HOST:PORT{encoded}")
+    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
+    return bare, urllib.parse.unquote(parts.password) if parts.password else None
+
+
 # ---- reading answers
 
 
@@ -359,20 +401,6 @@ def _parts(sent: Sequence[int], items: Sequence[Item], server: Tlcr | Vllm) -> I
 def _plain(ids: Sequence[int]) -> list[int]:
     """Python's integers, also of an array or a tensor."""
     return list(map(int, ids))
-
-
-@contextmanager
-def _understood(url: str) -> Iterator[None]:
-    """A server that answers in another form than its kind does is named, whatever reading its answer leads to."""
-    try:
-        yield
-    except HostError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise HostError(
-            f"{url} answers in a form that neither tlcr serve nor vLLM has ({type(error).__name__}: {error}); is this "
-            "the address of a reward server?"
-        ) from error
 
 
 def _data(answer: Any, count: int, name: str, where: str) -> list[dict[str, Any]]:
@@ -400,8 +428,8 @@ def _temperature(folder: Path, url: str) -> float:
     return float(config.get("tlcr_temperature", 1.0))
 
 
-def _sentence(error: urllib.error.HTTPError) -> str:
-    """What the server says of a refusal."""
+def _sentence(error: urllib.error.HTTPError, token: str | None) -> str:
+    """What the server says of a refusal, without the token that it was sent."""
     try:
         text = error.read().decode(errors="replace")
     except (OSError, http.client.HTTPException):
@@ -411,7 +439,7 @@ def _sentence(error: urllib.error.HTTPError) -> str:
         found = found["message"] if isinstance(found, dict) else found  # vLLM's
     except (ValueError, KeyError, TypeError):
         found = text or error.reason
-    return " ".join(str(found).split())[:500]
+    return " ".join(without_secrets(str(found), token).split())[:500]
 
 
 def _seconds(retry_after: str | None) -> float:
