@@ -82,6 +82,70 @@ def test_requests_are_split_and_put_together_in_order() -> None:
     assert seen == [[[2, 3], [4]], [[5]], [[6, 7, 8]], [[9]]]  # two items, and twelve tokens, at the most
 
 
+@pytest.mark.parametrize(
+    ("limits", "sent"),
+    [
+        ({"items": 2}, ["ab", "cd", "e"]),
+        ({"items": 9, "request_tokens": 200}, ["ab", "c", "de"]),
+        ({"items": 9, "body_bytes": 200}, ["ab", "c", "de"]),
+        ({"items": 9, "body_bytes": 60}, ["a", "b", "c", "d", "e"]),
+        ({"body_bytes": 10**9}, ["abcde"]),
+        ({}, ["abcde"]),
+    ],
+)
+def test_texts_are_split_by_their_length_and_put_together_in_order(limits: dict[str, int], sent: list[str]) -> None:
+    """By bytes, of which a text has no fewer than tokens; one that is longer by itself goes alone."""
+    seen: list[str] = []
+    bodies: list[int] = []
+
+    def reply(path: str, body: Any, heads: dict[str, str]) -> Reply:
+        if path == "/v1/info":
+            return 200, {**INFO, "limits": limits}, {}
+        seen.append("".join(item["response"] for item in body["items"]))
+        bodies.append(int(heads["content-length"]))
+        data = [{"rewards": [ord(item["response"]) / 1000], "offsets": [[0, 1]]} for item in body["items"]]
+        return 200, {"data": data}, {}
+
+    answers = [
+        {"prompt": "x" * 30, "response": "a"},
+        {"messages": [{"role": "user", "content": "x" * 30}], "response": "b"},
+        {"prompt": "é" * 40, "response": "c"},
+        {"prompt": "", "response": "d", "ended": False},
+        {"prompt": "x", "response": "e"},
+    ]
+    with answering(reply) as url:
+        found = RewardClient(url).text_rewards(answers)
+    assert seen == sent
+    assert [one.rewards for one in found] == [[0.097], [0.098], [0.099], [0.1], [0.101]]
+    assert all(size <= limits.get("body_bytes", size) for size, part in zip(bodies, seen, strict=True) if len(part) > 1)
+
+
+def test_many_long_texts_are_no_request_that_a_server_refuses() -> None:
+    """``tlcr serve`` as it starts by default answers 413 to more bytes or tokens than it can hold."""
+    limits = {"items": 1024, "body_bytes": 16 << 20, "request_tokens": 524288}
+
+    def reply(path: str, body: Any, heads: dict[str, str]) -> Reply:
+        if path == "/v1/info":
+            return 200, {**INFO, "limits": limits}, {}
+        tokens = sum(len(item["prompt"] + item["response"]) for item in body["items"])
+        if tokens > limits["request_tokens"] or int(heads["content-length"]) > limits["body_bytes"]:
+            return 413, {"error": "split it"}, {}
+        return 200, {"data": [{"rewards": [0.5], "offsets": [[0, 1]]} for _ in body["items"]]}, {}
+
+    with answering(reply) as url:
+        found = RewardClient(url).text_rewards([{"prompt": "x" * 9000, "response": "y"}] * 100)
+    assert len(found) == 100
+
+
+@pytest.mark.parametrize("answer", [{"prompt": b"bytes", "response": ""}, "a text"])
+def test_an_answer_that_cannot_be_sent_is_named(answer: Any) -> None:
+    with (
+        answering(echo) as url,
+        pytest.raises(HostError, match=r"answers\[1\] cannot be sent as JSON .*; wanted texts"),
+    ):
+        RewardClient(url).text_rewards([{"prompt": "", "response": ""}, answer])
+
+
 @pytest.mark.parametrize("case", GOLDEN["items"], ids=range(len(GOLDEN["items"])))
 def test_vllm_gives_the_golden_rewards(case: dict[str, Any]) -> None:
     """vLLM's rows of logits stand for prompt and answer; the answer's are the last."""
@@ -200,6 +264,7 @@ def test_what_a_vllm_may_answer_wrongly(data: Any, sentence: str) -> None:
     [
         {"/v1/info": {**INFO, "limits": ["items"]}},
         {"/v1/info": {**INFO, "limits": {"items": "many"}}},
+        {"/v1/info": {**INFO, "limits": {"body_bytes": "many"}}},
         {"/v1/models": {"data": {"id": "d"}}},
         {"/v1/models": {"data": [{"name": "d"}]}},
         {"/v1/models": {"data": [{"id": "d"}]}, "/pooling": {"data": [{"data": [[0.1, 0.2], None]}]}},

@@ -121,7 +121,8 @@ class RewardClient:
         server = self._known()
         rewards: list[list[float]] = [[] for _ in items]
         sent = [number for number, item in enumerate(items) if len(item.response_ids)]
-        for part in _parts(sent, items, server):
+        lengths = {number: len(items[number].prompt_ids) + len(items[number].response_ids) for number in sent}
+        for part in _parts(lengths, server.request_items, server.request_tokens):
             with self._understood():
                 for number, row in zip(part, server.rewards([items[i] for i in part]), strict=True):
                     rewards[number] = row
@@ -138,7 +139,7 @@ class RewardClient:
             One for each answer, in their order.
 
         Raises:
-            HostError: as for ``token_rewards``, or the server is vLLM.
+            HostError: as for ``token_rewards``, the server is vLLM, or JSON cannot hold an answer.
         """
         server = self._known()
         if not isinstance(server, Tlcr):
@@ -146,11 +147,10 @@ class RewardClient:
                 f"{self.url} is a vLLM, which reads ids only with the discriminator's tokenizer; serve it by tlcr serve"
             )
         found: list[TextRewards] = []
-        size = server.request_items
-        for start in range(0, len(answers), size):
-            part = answers[start : start + size]
+        lengths = {number: _json_length(number, answer) + len(",") for number, answer in enumerate(answers)}
+        for part in _parts(lengths, server.request_items, server.text_bytes):
             with self._understood():
-                for row in server.score([dict(answer) for answer in part]):
+                for row in server.score([dict(answers[number]) for number in part]):
                     found.append(TextRewards(row["rewards"], [(begin, end) for begin, end in row["offsets"]]))
         return found
 
@@ -202,7 +202,7 @@ class RewardClient:
         Raises:
             HostError: the server is not reached within all tries, or refuses.
         """
-        data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+        data = None if body is None else _json(body)
         problem = ""
         for attempt in range(self.tries):
             try:
@@ -273,6 +273,8 @@ class Tlcr:
         limits = info.get("limits", {})
         self.request_items = min(REQUEST_ITEMS, limits.get("items", REQUEST_ITEMS))
         self.request_tokens = min(REQUEST_TOKENS, limits.get("request_tokens", REQUEST_TOKENS))
+        # A text's tokens are known to the server alone: no more than the bytes of its JSON, which the body holds too.
+        self.text_bytes = min(self.request_tokens, limits.get("body_bytes", math.inf) - len('{"items":[]}'))
 
     def rewards(self, items: Sequence[Item]) -> list[list[float]]:
         """One list for each item."""
@@ -383,19 +385,41 @@ def _address(url: str) -> tuple[str, str | None]:
 # ---- reading answers
 
 
-def _parts(sent: Sequence[int], items: Sequence[Item], server: Tlcr | Vllm) -> Iterator[list[int]]:
-    """Indices of items in requests that the server takes; one longer item goes alone, for the server to refuse."""
+def _parts(lengths: Mapping[int, int], most_items: int, most: int) -> Iterator[list[int]]:
+    """Indices of items in requests that the server takes; one longer item goes alone, for the server to refuse.
+
+    Args:
+        lengths: what each item takes, by its index.
+        most_items: how many items a request has at the most.
+        most: what the items of a request take together at the most.
+
+    Yields:
+        The indices of a request.
+    """
     part: list[int] = []
-    tokens = 0
-    for number in sent:
-        length = len(items[number].prompt_ids) + len(items[number].response_ids)
-        if part and (len(part) == server.request_items or tokens + length > server.request_tokens):
+    taken = 0
+    for number, length in lengths.items():
+        if part and (len(part) == most_items or taken + length > most):
             yield part
-            part, tokens = [], 0
+            part, taken = [], 0
         part.append(number)
-        tokens += length
+        taken += length
     if part:
         yield part
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _json_length(number: int, answer: Mapping[str, Any]) -> int:
+    try:
+        return len(_json(dict(answer)))
+    except (TypeError, ValueError) as error:
+        raise HostError(
+            f"answers[{number}] cannot be sent as JSON ({error}); wanted texts under 'prompt' or 'messages' and "
+            "'response'"
+        ) from error
 
 
 def _plain(ids: Sequence[int]) -> list[int]:
