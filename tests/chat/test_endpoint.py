@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import email.utils
 import json
@@ -25,6 +26,7 @@ from tests.chat.chat_server import ChatServer, closed_port, completion, held, me
 from tests.http_server import Reply
 from tlcr.chat import Answer, AnswerStore, Message, NoAnswer, Question, ask, stored
 from tlcr.chat import endpoint as endpoint_module
+from tlcr.chat.budget import Budget
 from tlcr.chat.endpoint import Endpoint
 from tlcr.config.schema import EndpointConfig
 from tlcr.errors import BudgetExhausted, CheckpointError, ConfigError, DataError, EndpointError
@@ -388,6 +390,43 @@ def test_the_cap_on_money_stops_before_it_is_crossed_and_a_higher_one_goes_on(
         assert all(isinstance(answer, Answer) for answer in ask(free, questions, store, label="test"))
     assert len(server.requests) == 20
     assert set(server.answered.values()) == {1}
+
+
+@pytest.mark.parametrize("fails", ["settle_request", "drop_request"])
+def test_who_waits_for_a_request_that_the_store_cannot_record_gets_on(
+    fails: str, store: AnswerStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*values: Any, **named: Any) -> None:
+        raise ConfigError("the disk is full")
+
+    async def two_requests() -> None:
+        budget = Budget(EndpointConfig(model="m", max_cost=bound_of(question()), **PRICES), store)
+        first = await budget.reserve("a", question())
+        second = asyncio.create_task(budget.reserve("b", question()))
+        await asyncio.sleep(0)
+        assert not second.done(), "there is room for one"
+        monkeypatch.setattr(store, fails, full)
+        with pytest.raises(ConfigError, match="full"):
+            await (budget.settle(first, billed=False) if fails == "settle_request" else budget.give_back(first))
+        await asyncio.wait_for(second, 1)
+
+    asyncio.run(two_requests())
+
+
+def test_a_request_that_the_store_cannot_open_is_not_under_way(
+    store: AnswerStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(key: str, cost: float) -> int:
+        raise ConfigError("the disk is full")
+
+    async def one_request() -> None:
+        budget = Budget(EndpointConfig(model="m", max_cost=bound_of(question()), max_requests=1, **PRICES), store)
+        with monkeypatch.context() as patched, pytest.raises(ConfigError, match="full"):
+            patched.setattr(store, "open_request", full)
+            await budget.reserve("a", question())
+        await asyncio.wait_for(budget.reserve("a", question()), 1)
+
+    asyncio.run(one_request())
 
 
 def test_the_cap_on_requests_counts_every_one_that_is_sent(store: AnswerStore) -> None:

@@ -84,16 +84,19 @@ class Budget:
                         f"{self._max_cost:g}; what was answered is kept: raise the cap and start again to go on"
                     )
                 await self._change.wait()
+            number = self._store.open_request(key, bound)  # first: what raises here must not count as under way
             self.requests += 1
             self._under_way += 1
             self._reserved += bound
-            return Reservation(self._store.open_request(key, bound), bound, key, question)
+            return Reservation(number, bound, key, question)
 
     async def give_back(self, reservation: Reservation) -> None:
         """Cancels a request that was not sent."""
-        self._store.drop_request(reservation.number)
-        self.requests -= 1
-        await self._settle(reservation, 0.0)
+        try:
+            self._store.drop_request(reservation.number)
+            self.requests -= 1
+        finally:  # a store that cannot be written must not leave others waiting for this request
+            await self._settle(reservation, 0.0)
 
     async def settle(self, reservation: Reservation, *, billed: bool, answer: Answer | None = None) -> None:
         """Finishes the request. ``answer``, if there is one, is stored in the same transaction.
@@ -104,15 +107,17 @@ class Budget:
         cost = reservation.bound if billed else 0.0
         if answer is not None and answer.prompt_tokens is not None and answer.answer_tokens is not None:
             cost = self._cost(answer.prompt_tokens, answer.answer_tokens)
-        self._store.settle_request(
-            reservation.number,
-            cost,
-            key=reservation.key,
-            answer=answer,
-            template=reservation.question.template,
-            model=self._model,
-        )
-        await self._settle(reservation, cost)
+        try:
+            self._store.settle_request(
+                reservation.number,
+                cost,
+                key=reservation.key,
+                answer=answer,
+                template=reservation.question.template,
+                model=self._model,
+            )
+        finally:  # as in give_back
+            await self._settle(reservation, cost)
 
     async def _settle(self, reservation: Reservation, cost: float) -> None:
         async with self._change:
