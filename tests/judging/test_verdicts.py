@@ -18,6 +18,12 @@ ORDER = ("first", "second", "tie")
         ('{"comparison": "first is longer", "winner": "second"}', "second"),
         ('Here:\n```json\n{"comparison": "a {b}", "winner": "Tie"}\n```', "tie"),
         ('<think>{"winner": "second"}\nVerdict: second</think>\n{"winner": "first"}', "first"),
+        # thoughts that the chat template began
+        ("Let me think.\n</think>\n\nfirst", "first"),
+        ("Maybe\nVerdict: first\nNo.</think>\n\nIt lies.\nVerdict: second", "second"),
+        ('Maybe {"winner": "first"}\n</think>\n{"winner": "second"}', "second"),
+        ('{"comparison": "the second shows its </think>", "winner": "first"}', "first"),
+        ("Verdict: first\nThe second shows its <think> and </think>.", "first"),
         ("Both are fine.\n**Verdict:** first.", "first"),
         ("It fails.\nFinal verdict: Second", "second"),
         ("VERDICT - tie", "tie"),
@@ -74,6 +80,8 @@ def test_a_grade_is_read_where_there_is_one(text: str, grade: Any) -> None:
         (Answer("Verdict: first", finish="refusal"), "refusal"),
         (Answer("The first is", finish="length"), "truncated"),
         (Answer('{"winner": "fir', finish="length"), "truncated"),
+        (Answer("<think>\nVerdict: first\nGrade: 5\nBut wait", finish="length"), "truncated"),
+        (Answer("Verdict: first\nGrade: 5\nOr\n</think>\n\nThe", finish="length"), "truncated"),
     ],
 )
 def test_why_there_is_no_verdict(answer: Answer | NoAnswer, failure: str) -> None:

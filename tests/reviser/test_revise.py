@@ -86,6 +86,15 @@ def test_the_schema_is_one_that_strict_servers_take_and_that_the_reader_reads() 
         (as_json(GOOD), Revision(GOOD, "kinder", "rude")),
         (f"Here it is:\n```json\n{as_json(GOOD)}\n```\nHope it helps {{}}!", Revision(GOOD, "kinder", "rude")),
         (f"<think>maybe {as_json('no')}</think>{as_json(GOOD)}", Revision(GOOD, "kinder", "rude")),
+        (f"It is rude.\n</think>\n\n{REVISION_MARKER}{GOOD}", Revision("\n" + GOOD)),  # the template opened <think>
+        (f"maybe {as_json('no')}\n</think>\n{as_json(GOOD)}", Revision(GOOD, "kinder", "rude")),
+        (f"maybe {as_json('no')}\n</think>\nNo.", None),
+        (f"<think>maybe {as_json('no')}", None),
+        # quotations
+        (as_json("a </think> b"), Revision("a </think> b", "kinder", "rude")),
+        (as_json("b", note="</think>"), Revision("b", "kinder", "rude")),
+        (f"Bad.\n{REVISION_MARKER}a\n</think>\nb", Revision("\na\n</think>\nb", reason="Bad.")),
+        (f"No <think> </think>.\n{REVISION_MARKER}{GOOD}", Revision("\n" + GOOD, reason="No <think> </think>.")),
         (f"draft {as_json('first')} final {as_json(GOOD)}", Revision(GOOD, "kinder", "rude")),
         ('{"revised": "two\nlines"}', Revision("two\nlines")),  # raw line breaks are not JSON, and models write them
         ('{"revised": "a {brace} and \\"quotes\\"", "reason": 3}', Revision('a {brace} and "quotes"')),

@@ -9,8 +9,8 @@ from typing import Any
 
 __all__ = ["is_refusal", "objects_in", "without_thoughts"]
 
-_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
-"""The reasoning that some models write before their answer, if the server does not remove it."""
+_THINK, _THOUGHT = "<think>", "</think>"
+"""Around the reasoning that some models write before their answer, if the server does not remove it."""
 _REFUSAL = re.compile(
     r"(i'm |i am )?(very |so |really )?(sorry|afraid)\b|i (can't|cannot|can not|won't|will not|am unable|decline)\b",
     re.IGNORECASE,
@@ -19,13 +19,37 @@ _DECODER = json.JSONDecoder(strict=False)
 """Not strict: models write raw line breaks into JSON strings."""
 
 
-def without_thoughts(text: str) -> str:
-    """The answer without a ``<think>`` ... ``</think>`` part at its beginning."""
-    return _THOUGHTS.sub("", text)
+def without_thoughts(text: str, *, marker: str | None = None) -> str:
+    """The answer without the thoughts before it.
+
+    Thoughts end with ``</think>``, and begin with ``<think>``, unless the chat template or the server has written that.
+    Then a ``</think>`` may as well be one that the answer quotes. It is taken for a quotation inside of a JSON object,
+    after ``marker`` and after a ``<think>``.
+
+    Args:
+        text: what the model wrote.
+        marker: what thoughts without their beginning do not hold, because the answer proper follows it.
+
+    Returns:
+        What follows the thoughts: nothing where they never end.
+    """
+    before, end, after = text.partition(_THOUGHT)
+    if text.lstrip().startswith(_THINK):
+        return after
+    is_quoted = _THINK in before or (marker is not None and marker in before)
+    if not end or is_quoted or any(start < len(before) < stop for start, stop, _ in _objects(text)):
+        return text
+    return after
 
 
 def objects_in(text: str) -> Iterator[Mapping[str, Any]]:
     """Every complete JSON object in the text, with any text around it (a code fence, say); no nested objects."""
+    for _, _, value in _objects(text):
+        yield value
+
+
+def _objects(text: str) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
+    """Where each object begins and ends, and the object."""
     start = text.find("{")
     while start >= 0:
         try:
@@ -34,7 +58,7 @@ def objects_in(text: str) -> Iterator[Mapping[str, Any]]:
             end = start + 1
         else:
             if isinstance(value, dict):
-                yield value
+                yield start, end, value
         start = text.find("{", end)
 
 

@@ -26,12 +26,15 @@ def read_revision(text: str) -> Revision | None:
     Otherwise the marker: what follows its last occurrence, as the reader of the published data takes it, and as reason
     what stands before. An object without its closing brace is none: half a revision would be labelled as deletions.
     """
-    text = without_thoughts(text)
+    marker = REVISION_MARKER.rstrip()
+    text = without_thoughts(text, marker=marker)
     found = [value for value in objects_in(text) if isinstance(value.get("revised"), str)]
     if found:
         return Revision(found[-1]["revised"], *(_text(found[-1].get(name)) for name in ("comparison", "reason")))
-    before, marker, after = text.rpartition(REVISION_MARKER.rstrip())
-    return Revision(revised=after, reason=before.strip()) if marker else None
+    if marker not in text:
+        return None
+    before, _, after = text.rpartition(marker)
+    return Revision(revised=after, reason=before.strip())
 
 
 def _text(value: object) -> str:
