@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import string
 from datetime import datetime
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from tlcr.text.template_dates import DIRECTIVES, PADDED, another_day, shown_at
+from tlcr.text.template_dates import DIRECTIVES, FLAGS, another_day, shown_at
 from tlcr.text.tokenization import render_answer, render_prompt
 
 MOMENT = datetime(2026, 7, 4, 9, 5, 3)
@@ -38,14 +39,45 @@ def test_prompt_and_answer_show_the_given_day(
 
 @pytest.mark.parametrize(
     "form",
-    ["%Y-%m-%d", "%-d.%-m.%y", "100%%", "%%d", "%A, %B %d, %H:%M", *(f"%{d}" for d in DIRECTIVES)]
-    + [f"%-{d}" for d in PADDED],
+    [
+        "%Y-%m-%d",
+        "%-d.%-m.%y",
+        "100%%",
+        "%%d",
+        "%A, %B %d, %H:%M",
+        "%F %T",
+        "%D",
+        "%B %e, %Y",
+        "%k:%M",
+        "%l %P",
+        "%G-W%V-%u",
+    ]
+    + [f"%{flag}{d}" for d in DIRECTIVES for flag in FLAGS],
 )
 def test_formats_mean_what_they_mean_in_python(
     tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     tokenizer = of(tiny_tokenizer, f"{{{{ strftime_now({form!r}) }}}}", monkeypatch)
-    assert render_prompt(tokenizer, ASK, rendered_at=MOMENT) == MOMENT.strftime(form)
+    for moment in (MOMENT, datetime(2007, 12, 31, 23, 59, 58), datetime(2001, 1, 1)):
+        assert render_prompt(tokenizer, ASK, rendered_at=moment) == moment.strftime(form)
+
+
+@pytest.mark.parametrize("letter", string.ascii_letters)
+def test_no_directive_that_the_system_knows_is_left_in_the_text(letter: str) -> None:
+    if MOMENT.strftime(f"%{letter}") not in (f"%{letter}", letter):
+        assert letter in DIRECTIVES
+
+
+@pytest.mark.parametrize(
+    "beginning", ["\n", "\n\n", "  ", "  {% set a = 1 %}\n", "\n  {% if true %}\n", "{%- if true %}"]
+)
+def test_a_template_begins_as_without_a_clock_that_stands_still(
+    tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, beginning: str
+) -> None:
+    end = "{% endif %}" if "if" in beginning else ""
+    tokenizer = of(tiny_tokenizer, f"{beginning}{{{{ strftime_now('%Y') }}}}.{end}", monkeypatch)
+    running = tokenizer.apply_chat_template(ASK, tokenize=False)
+    assert render_prompt(tokenizer, ASK, rendered_at=MOMENT) == running.replace(f"{datetime.now():%Y}", "2026")
 
 
 def test_the_date_is_a_text_that_templates_may_compute_with(

@@ -15,18 +15,20 @@ CLOCK = "strftime_now"
 """The only clock that transformers gives to chat templates: a function of a format, as of ``datetime.strftime``."""
 
 DATE = "tlcr_date"
-DIRECTIVES = "aAbBcdfHIjmMpSUwWxXyYzZ"
-"""Those that Python documents for every platform."""
-PADDED = "dmHIMSjUW"
-"""Directives with leading zeros, which a format may leave away ("%-d")."""
+DIRECTIVES = "aAbBcCdDeFfgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
+"""Those that Python documents for every platform, and those of the C library of Linux."""
+FLAGS = ("", "-", "_")
+"""Before a directive: leading zeros are left away ("%-d"), or spaces in their place."""
 PERCENT = "\x00"
 
 # Not a function among the arguments: transformers gives templates plain values only.
 MACRO = (
     f"{{% macro {CLOCK}(format) %}}{{% set shown = namespace(text=format) %}}"
     f"{{% for directive, value in {DATE}.items() %}}{{% set shown.text = shown.text | replace(directive, value) %}}"
-    "{% endfor %}{{ shown.text }}{% endmacro %}"
+    "{% endfor %}{{ shown.text }}{% endmacro %}\n"
 )
+"""Before a template, whose first line stays one: transformers drops a line end after a block (``trim_blocks``), and
+the spaces before a block that begins its line (``lstrip_blocks``)."""
 
 
 def asks_the_clock(template: str) -> bool:
@@ -47,7 +49,7 @@ def shown_at(template: str, moment: datetime) -> tuple[str, dict[str, Any]]:
     """
     if not asks_the_clock(template):
         return template, {}
-    directives = [f"%{letter}" for letter in DIRECTIVES] + [f"%-{letter}" for letter in PADDED]
+    directives = [f"%{flag}{letter}" for letter in DIRECTIVES for flag in FLAGS]
     values = {directive: moment.strftime(directive) for directive in directives}
     return MACRO + template, {DATE: {"%%": PERCENT, **values, PERCENT: "%"}}
 
