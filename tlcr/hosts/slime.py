@@ -39,7 +39,8 @@ _DATA = ("rewards", "kl", "loss_masks", "response_lengths")
 async def reward(args: Any, sample: Any, **unused: Any) -> dict[str, Any]:
     """Scores one answer: ``--custom-rm-path``.
 
-    Where ``--rm-type`` is set, slime's own reward is asked as well and added at the last token.
+    Where ``--rm-type`` is set, slime's own reward is asked as well and added at the last token that counts:
+    advantages skip the others, such as what a tool put out.
 
     Args:
         args: slime's.
@@ -62,8 +63,10 @@ async def reward(args: Any, sample: Any, **unused: Any) -> dict[str, Any]:
     (rewards,) = await rewards_of(scorer_at(), [item])
     figures = Account().add([rewards], [mask]).figures()
     outcome = await _outcome(args, sample)
-    if rewards and outcome:
-        rewards = [*rewards[:-1], rewards[-1] + outcome]
+    counted = [place for place, counts in enumerate(mask) if counts]
+    if counted and outcome:
+        rewards = [*rewards]
+        rewards[counted[-1]] += outcome
     return {"score": figures["reward/mean_token"] + outcome, "outcome": outcome, REWARDS: rewards, **figures}
 
 

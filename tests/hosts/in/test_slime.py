@@ -157,6 +157,23 @@ def test_an_answer_without_tokens_is_paid_nothing() -> None:
     assert found["score"] == 0 and found["token_rewards"] == []
 
 
+def test_slimes_own_reward_is_paid_at_the_last_token_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an answer that ends in what a tool put out, the last token is in no advantage."""
+
+    async def outcome(args: Any, sample: Any) -> float:
+        return 2.0
+
+    monkeypatch.setattr(slime, "_outcome", outcome)
+    for mask, paid_at in ((None, 6), ([1, 1, 1, 1, 1, 0, 0], 4), ([0] * 7, None)):
+        sample = samples()[1]
+        sample.loss_mask = mask
+        found = asyncio.run(slime.reward(arguments(), sample))
+        more = [a - b for a, b in zip(found["token_rewards"], REWARDS[1], strict=True)]
+        counted = [place for place in range(7) if mask is None or mask[place]]
+        assert [round(more[place], 6) for place in counted] == [2.0 * (place == paid_at) for place in counted]
+        assert found["outcome"] == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
