@@ -308,8 +308,8 @@ def test_agreement_with_people_and_with_another_judge(tmp_path: Path, server: Ch
     people = [
         {"question_id": 0, "turn": 1, "winner": "model_a", "judge": "author_1", **sides},
         {"question_id": 1, "turn": 1, "winner": "model_a", **swapped},
-        {"question_id": 2, "turn": 1, "winner": "model_b", **swapped},
-        {"question_id": 2, "turn": 1, "winner": "tie", **sides},
+        {"question_id": 2.0, "turn": None, "winner": "model_b", **swapped},
+        {"question_id": 2, "turn": 1.0, "winner": "tie", **sides},
         {"question_id": 9, "turn": 1, "winner": "tie", **sides},
         {"question_id": 0, "turn": 1, "winner": "model_b", "model_a": "ours", "model_b": "others"},
     ]
@@ -391,6 +391,9 @@ def test_a_model_run_here_judges_when_it_is_held_to_a_word(tmp_path: Path, tiny_
         (["ours"], ["--labels", '["people.jsonl"]'], "drop --labels"),
         (["ours", "theirs"], ["--labels", '["people.jsonl"]'], "'winner' is 'a'; it must be model_a, model_b or tie"),
         (["ours", "theirs"], ["--labels", '["empty.jsonl"]'], "no verdict between ours and theirs"),
+        (["ours", "theirs"], ["--labels", '["list.jsonl"]'], "list.jsonl:1: 'question_id' is [0]; it must be a number"),
+        (["ours", "theirs"], ["--labels", '["word.jsonl"]'], "word.jsonl:2: 'turn' is 'first'; it must be a whole"),
+        (["ours", "theirs"], ["--labels", '["half.jsonl"]'], "half.jsonl:1: 'turn' is 1.5; it must be a whole"),
         (["ours", "theirs"], ["--backend", "local"], "name a model that follows instructions: model.path"),
         (["ours", "theirs"], ["--show", "1"], "--show is about what a dry run shows"),
         (["ours", "theirs"], ["--resamples", "1"], "resamples is 1; it must be at least 100"),
@@ -407,6 +410,10 @@ def test_what_cannot_be_judged_is_named(
     label = {"question_id": 0, "model_a": "ours", "model_b": "theirs"}
     (tmp_path / "people.jsonl").write_text(json.dumps({**label, "winner": "a"}))
     (tmp_path / "empty.jsonl").write_text(json.dumps({**label, "winner": None}))
+    label["winner"] = "tie"
+    (tmp_path / "list.jsonl").write_text(json.dumps({**label, "question_id": [0]}))
+    (tmp_path / "word.jsonl").write_text(f"{json.dumps(label)}\n{json.dumps({**label, 'turn': 'first'})}")
+    (tmp_path / "half.jsonl").write_text(json.dumps({**label, "turn": 1.5}))
     prompts = [] if "--prompts" in more else ["--prompts", "question.jsonl"]
     more = [word for word in more if word not in ("--prompts", "none")]
     assert judge(tmp_path, server, [f"{name}.jsonl" for name in files], *prompts, *more) == 2

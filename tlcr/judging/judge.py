@@ -16,7 +16,7 @@ from tlcr.config.judging import JudgeConfig
 from tlcr.errors import ConfigError, DataError, EndpointError
 from tlcr.evaluation.bootstrap import CONFIDENCE
 from tlcr.files import atomic_write, finite, write_json, write_json_lines
-from tlcr.judging.formats import AnswerFile, BenchmarkQuestion, read_answers, read_benchmark, read_lines
+from tlcr.judging.formats import AnswerFile, BenchmarkQuestion, QuestionId, read_answers, read_benchmark, read_lines
 from tlcr.judging.prompt import AnswerFormat, comparison_question, grade_question
 from tlcr.judging.results import Label, comparison_results, grade_results, render
 from tlcr.judging.verdicts import Comparison, Grade, read_grade, read_ruling
@@ -219,10 +219,27 @@ def _read_labels(source: str, answers: Sequence[AnswerFile]) -> list[Label]:
             continue
         if sides != pair and winner != "tie":
             winner = "model_a" if winner == "model_b" else "model_b"
-        labels.append((record["question_id"], int(record.get("turn", 1)), winner))
+        labels.append((_question_id(record, where), _turn(record, where), winner))
     if not labels:
         raise DataError(f"{source} has no verdict between {' and '.join(pair)}; check its model_a and model_b")
     return labels
+
+
+def _question_id(record: Mapping[str, Any], where: str) -> QuestionId:
+    found: Any = record["question_id"]
+    if isinstance(found, bool) or not isinstance(found, (int, float, str)):
+        raise DataError(f"{where}: 'question_id' is {found!r:.80}; it must be a number or a text")
+    return found  # 81.0, as tables write whole numbers beside gaps, equals 81
+
+
+def _turn(record: Mapping[str, Any], where: str) -> int:
+    """From 1, which is also that of a record without one."""
+    found = record.get("turn")
+    if found is None:
+        return 1
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or found != found // 1:
+        raise DataError(f"{where}: 'turn' is {found!r:.80}; it must be a whole number, 1 for the first turn")
+    return int(found)
 
 
 def _write_verdicts(
