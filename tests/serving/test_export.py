@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,14 +53,13 @@ def test_every_token_is_what_a_real_vllm_said(
 
 
 def test_the_folder_is_complete_and_loads(
-    discriminator: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    discriminator: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (discriminator / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
     output = tmp_path / "for vllm"
-    assert cli.main(["export", str(discriminator), str(output), "--for", "vllm"]) == 0
-    command = f"vllm serve '{output}' --dtype float32 --max-model-len 256"
-    assert capsys.readouterr().out == command + "\n"
-    assert (output / COMMAND_FILE).read_text(encoding="utf-8") == f'#!/bin/sh\nexec {command} "$@"\n'
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["export", str(discriminator), "for vllm", "--for", "vllm"]) == 0
+    assert capsys.readouterr().out == f"vllm serve '{output}' --dtype float32 --max-model-len 256\n"
     config = json.loads((output / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["LlamaForTokenClassification"] and "auto_map" not in config
     assert not (output / "metrics.jsonl").exists()
@@ -65,6 +67,27 @@ def test_the_folder_is_complete_and_loads(
     assert LocalScorer(output).token_rewards([item]) == LocalScorer(discriminator).token_rewards([item])
     assert cli.main(["export", str(discriminator), str(output)]) == 2
     assert "is there already, and is not empty" in capsys.readouterr().err
+
+
+def test_the_command_serves_the_folder_that_it_lies_in_from_anywhere(
+    discriminator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the folder was written under a relative name, and copied."""
+    monkeypatch.chdir(tmp_path)
+    export_for_vllm(discriminator, Path("for vllm"))
+    copied, elsewhere, programs = tmp_path / "a copy", tmp_path / "elsewhere", tmp_path / "bin"
+    shutil.copytree("for vllm", copied)
+    elsewhere.mkdir()
+    programs.mkdir()
+    (programs / "vllm").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n', encoding="utf-8")
+    (programs / "vllm").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    monkeypatch.setenv("CDPATH", str(tmp_path))  # of which cd tells where it went
+    options = ["--dtype", "float32", "--max-model-len", "256", "--port", "8001"]
+    for folder, where in ((tmp_path / "for vllm", tmp_path), (tmp_path / "for vllm", elsewhere), (copied, elsewhere)):
+        script = os.path.relpath(folder / COMMAND_FILE, where)
+        said = subprocess.run([script, "--port", "8001"], cwd=where, capture_output=True, text=True, check=True).stdout
+        assert said.splitlines() == ["serve", str(folder), *options]
 
 
 def test_a_class_of_ours_is_exported_under_the_name_that_vllm_knows(

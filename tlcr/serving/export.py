@@ -23,7 +23,7 @@ from tlcr.files import atomic_write
 from tlcr.models.faults import raise_first
 from tlcr.models.inspection import THREE_CLASSES, TWO_CLASSES, label_faults, model_faults, read_config
 
-__all__ = ["COMMAND_FILE", "TRIED", "export_for_vllm", "vllm_command"]
+__all__ = ["COMMAND_FILE", "TRIED", "export_for_vllm"]
 
 logger = logging.getLogger("tlcr")
 
@@ -31,6 +31,12 @@ TRIED = ("llama", "qwen2", "qwen3")
 """The kinds of model whose every token was compared with vLLM's (``make vllm``)."""
 
 COMMAND_FILE = "serve_with_vllm.sh"
+SCRIPT = """\
+#!/bin/sh
+folder=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd) || exit
+exec vllm serve "$folder" {options} "$@"
+"""
+"""It finds the folder beside itself, so that the folder may be copied elsewhere."""
 TOKEN, CAUSAL = "ForTokenClassification", "ForCausalLM"
 
 PARTS = (
@@ -56,7 +62,7 @@ def export_for_vllm(discriminator: Path, output: Path) -> str:
         output: a folder that is not there yet, or empty.
 
     Returns:
-        The command that serves it.
+        The command that serves it, from any folder.
 
     Raises:
         ConfigError: the folder holds no discriminator, or one that vLLM would serve with other numbers or not at all;
@@ -79,33 +85,24 @@ def export_for_vllm(discriminator: Path, output: Path) -> str:
     written = json.loads((discriminator / CONFIG_NAME).read_text(encoding="utf-8"))
     written["architectures"] = [stem + TOKEN]
     written.pop("auto_map", None)  # vLLM has the class; the folder's own would be asked for
-    command = vllm_command(output, written)
     with atomic_write(output) as aside:
         aside.mkdir(parents=True, exist_ok=True)
         for pattern in PARTS:
             for part in sorted(discriminator.glob(pattern)):
                 shutil.copyfile(part, aside / part.name)
-        (aside / COMMAND_FILE).write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
+        script = SCRIPT.format(options=shlex.join(_options(written)))
+        (aside / COMMAND_FILE).write_text(script, encoding="utf-8")
         (aside / COMMAND_FILE).chmod(0o755)
         (aside / CONFIG_NAME).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    return command
+    return shlex.join(["vllm", "serve", str(output.absolute()), *_options(written)])
 
 
-def vllm_command(folder: Path, config: dict[str, Any]) -> str:
-    """The command that serves a folder: its dtype and its positions, which vLLM would guess otherwise or not at all.
-
-    Args:
-        folder: what is served.
-        config: its config.json.
-
-    Returns:
-        The command, for a shell.
-    """
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    words = ["vllm", "serve", str(folder), "--dtype", str(dtype)]
+def _options(config: dict[str, Any]) -> list[str]:
+    """What vLLM would guess otherwise or not at all: the dtype and the positions of a config.json."""
+    options = ["--dtype", str(config.get("dtype") or config.get("torch_dtype") or "float32")]
     if positions := config.get("max_position_embeddings"):
-        words += ["--max-model-len", str(positions)]
-    return shlex.join(words)
+        options += ["--max-model-len", str(positions)]
+    return options
 
 
 def _stem(config: Any, discriminator: Path) -> str:
