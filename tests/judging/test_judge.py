@@ -391,7 +391,7 @@ def test_a_model_run_here_judges_when_it_is_held_to_a_word(tmp_path: Path, tiny_
         (["ours"], ["--labels", '["people.jsonl"]'], "drop --labels"),
         (["ours", "theirs"], ["--labels", '["people.jsonl"]'], "'winner' is 'a'; it must be model_a, model_b or tie"),
         (["ours", "theirs"], ["--labels", '["empty.jsonl"]'], "no verdict between ours and theirs"),
-        (["ours", "theirs"], ["--labels", '["list.jsonl"]'], "list.jsonl:1: 'question_id' is [0]; it must be a number"),
+        (["ours", "theirs"], ["--labels", '["list.jsonl"]'], "list.jsonl:1: 'question_id' is [0]; it must be a whole"),
         (["ours", "theirs"], ["--labels", '["word.jsonl"]'], "word.jsonl:2: 'turn' is 'first'; it must be a whole"),
         (["ours", "theirs"], ["--labels", '["half.jsonl"]'], "half.jsonl:1: 'turn' is 1.5; it must be a whole"),
         (["ours", "theirs"], ["--backend", "local"], "name a model that follows instructions: model.path"),

@@ -226,10 +226,12 @@ def _read_labels(source: str, answers: Sequence[AnswerFile]) -> list[Label]:
 
 
 def _question_id(record: Mapping[str, Any], where: str) -> QuestionId:
-    found: Any = record["question_id"]
-    if isinstance(found, bool) or not isinstance(found, (int, float, str)):
-        raise DataError(f"{where}: 'question_id' is {found!r:.80}; it must be a number or a text")
-    return found  # 81.0, as tables write whole numbers beside gaps, equals 81
+    found = record["question_id"]
+    if isinstance(found, float) and found.is_integer():
+        return int(found)  # as tables write whole numbers in a column with gaps
+    if isinstance(found, bool) or not isinstance(found, (int, str)):
+        raise DataError(f"{where}: 'question_id' is {found!r:.80}; it must be a whole number or a text")
+    return found
 
 
 def _turn(record: Mapping[str, Any], where: str) -> int:
