@@ -69,7 +69,7 @@ SIGNATURES = {
     "train_discriminator": "(cfg, *, backbone, tokenizer, train, held_out, held_out_preferences=(), folder, "
     "resume=False, callbacks=())",
     "train_ppo": "(cfg, *, actor_critic, reference, tokenizer, reward_source, reward_temperature=1.0, prompts, folder, "
-    "seed, resume=False, callbacks=(), evaluate=None, environment=None, refresh=None)",
+    "seed, resume=False, callbacks=(), evaluate=None, environment=None, refresh=None, origin=None)",
     "build_reward_source": "(cfg, *, policy_tokenizer, discriminator=None, reward_model=None, q_model=None, "
     "q_beta=0.2, dpo=None, reference=None, dpo_beta=0.1, data, seed, micro_batch_size=None)",
     "ActorCritic.__init__": "(self, policy, value_model, *, chunk_tokens=None)",
@@ -118,7 +118,7 @@ def test_the_recipes_name_what_they_share_in_one_order() -> None:
     order = (
         *("cfg", "actor_critic", "model", "backbone", "reference", "tokenizer", "reward_source", "reward_temperature"),
         *("train", "held_out", "held_out_preferences", "prompts", "folder", "seed", "resume", "callbacks", "evaluate"),
-        *("environment", "refresh"),
+        *("environment", "refresh", "origin"),
     )
     for name in RECIPES:
         parameters = inspect.signature(getattr(tlcr, name)).parameters

@@ -86,8 +86,14 @@ def amend_done(folder: str | Path, *, config: Mapping[str, Any], metrics: Mappin
 
 
 def origin_of(folder: str | Path) -> str:
-    """A name for the model in ``folder`` that changes with its weights, where a stage of tlcr wrote them: the SHA-256
-    of the checksums in its record. Elsewhere the path itself."""
+    """A name for a model that changes with its weights, where a stage of tlcr wrote them.
+
+    Args:
+        folder: the model's folder, or its name on the hub.
+
+    Returns:
+        The SHA-256 of the checksums in the stage's record; where there is none, the folder or name itself.
+    """
     path = Path(folder) / DONE
     if not path.is_file():
         return str(folder)
