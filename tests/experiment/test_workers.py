@@ -174,32 +174,33 @@ import sys
 from pathlib import Path
 from tlcr.experiment import workers
 workers.SECONDS_BETWEEN_LOOKS = 0.02
-workers.run_side_by_side([workers.Job("saving", (sys.executable, "-S", "-c", sys.argv[1]), Path(sys.argv[2]))],
+workers.run_side_by_side([workers.Job("saving", (sys.executable, "-c", sys.argv[1]), Path(sys.argv[2]))],
                          parallel=2, title="test")
 """
-SAVES_ON_THE_FIRST_SIGNAL = """
-import pathlib, signal, sys, time
-told = []
-for number in (signal.SIGINT, signal.SIGTERM):
-    # as training does: the first is remembered, a second one ends the process in the middle of what it does
-    signal.signal(number, lambda *_: sys.exit(9) if told else told.append(1))
+TRAINS = """
+import pathlib, time
+from tlcr.training.interrupt import StopSignals, leave_the_terminal_to_the_parent
+leave_the_terminal_to_the_parent()
 here = pathlib.Path({folder!r})
-(here / "ready").touch()
-while not told:
-    time.sleep(0.01)
-time.sleep(0.5)
-(here / "saved").touch()
+with StopSignals() as signals:
+    (here / "ready").touch()
+    while not signals.received():
+        time.sleep(0.01)
+    time.sleep(0.5)  # the end of its step, and the writing of its state
+    (here / "saved").touch()
 """
 
 
-def test_ctrl_c_in_a_terminal_leaves_workers_time_to_save(tmp_path: Path) -> None:
-    """A terminal sends it to all processes of the group. Workers got it, and their parent's SIGTERM after it."""
-    code = SAVES_ON_THE_FIRST_SIGNAL.format(folder=str(tmp_path))
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, code, str(tmp_path / "job")], start_new_session=True)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_what_a_terminal_sends_to_all_leaves_workers_time_to_save(number: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C, or its end. Workers got it, and their parent's SIGTERM after it, which ended them in mid-step."""
+    code = TRAINS.format(folder=str(tmp_path))
+    arguments = [sys.executable, "-c", PARENT, code, str(tmp_path / "job")]
+    parent = subprocess.Popen(arguments, start_new_session=True, stderr=subprocess.DEVNULL)
     while not (tmp_path / "ready").exists():
         assert parent.poll() is None
         time.sleep(0.01)
-    os.killpg(parent.pid, signal.SIGINT)
+    os.killpg(parent.pid, number)
     assert parent.wait(timeout=60) != 0
     assert (tmp_path / "saved").exists()
 

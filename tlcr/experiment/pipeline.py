@@ -44,6 +44,7 @@ from tlcr.reviser.dry_run import dry_run
 from tlcr.reviser.prompt import VERSION
 from tlcr.reviser.revise import revise, write_revisions
 from tlcr.training.distributed import on_main_process, process_count
+from tlcr.training.interrupt import leave_the_terminal_to_the_parent
 from tlcr.training.metrics import read_metrics
 from tlcr.training.sharding import shard_model
 from tlcr.training.supervised import FitResult
@@ -423,4 +424,5 @@ def _of_this_place(cfg: RunConfig) -> RunConfig:
 
 
 if __name__ == "__main__":
+    leave_the_terminal_to_the_parent()
     raise SystemExit(_worker(*sys.argv[1:]))

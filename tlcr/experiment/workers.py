@@ -48,6 +48,8 @@ def run_side_by_side(
 
     title: of the progress bar. steps: number of steps of each job; steps_done: steps that a running job has finished.
 
+    A job that saves its state when it is told to stop calls ``leave_the_terminal_to_the_parent`` first.
+
     If a job ends with a code other than 0, raises TlcrError with the last line of its log. Then, as on any other
     exception, the other jobs get SIGTERM and are waited for. SIGTERM and Ctrl-C here raise KeyboardInterrupt. Raises
     ConfigError under a launcher of several processes, each of which would start all jobs.
@@ -93,9 +95,7 @@ def _start(job: Job, parallel: int, place: str) -> subprocess.Popen[bytes]:
     environment = {**without_launcher(), "OMP_NUM_THREADS": str(threads), "TLCR_PROGRESS": "0", PLACE: place}
     job.folder.mkdir(parents=True, exist_ok=True)
     with _log(job).open("ab") as file:
-        # in a session of its own, so that a terminal's Ctrl-C reaches this process alone, which then tells its workers
-        # once: a second signal would end them before their state is saved
-        return subprocess.Popen(job.command, env=environment, stdout=file, stderr=file, start_new_session=True)
+        return subprocess.Popen(job.command, env=environment, stdout=file, stderr=file)
 
 
 def _log(job: Job) -> Path:

@@ -9,7 +9,18 @@ from types import FrameType, TracebackType
 
 from tlcr.training.distributed import any_process
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+def leave_the_terminal_to_the_parent() -> None:
+    """For a process whose parent ends it by SIGTERM: it ignores Ctrl-C and the end of the terminal from now on.
+
+    A terminal sends these to all its processes. Then the parent's SIGTERM would be the second signal, which ends this
+    process before its state is saved.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+        STOPS.remove(number)
 
 
 class StopSignals:
