@@ -4,7 +4,8 @@
 
 prints Markdown: each arm's held-out answers before and after PPO, and each further scorer at matched KL. Gold at
 matched KL is in the run's own report and results.md. Needs a run with `evaluation.samples` at least as large as
-`evaluation.prompts`. With `--figures FOLDER` a line of each further scorer against KL is drawn, in FOLDER/NAME.svg.
+`evaluation.prompts`. With `--figures FOLDER` a line of each further scorer against KL is drawn, in FOLDER/NAME.svg,
+and one of gold with `--along-training`.
 """
 
 from __future__ import annotations
@@ -158,6 +159,21 @@ def at_matched_kl(name: str, runs: Sequence[SeedRun]) -> str:
     return text
 
 
+def along_training(runs: Sequence[SeedRun], place: int) -> list[SeedRun]:
+    """The runs of one coefficient of each arm, the `place`-th from the smallest, as if it were the only one: so that
+    they are compared along their training, and not by where it ended under each coefficient.
+
+    DataError where an arm has fewer.
+    """
+    coefs: dict[str, list[float]] = {}
+    for run in runs:
+        coefs.setdefault(run.arm, []).append(run.kl_coef or 0.0)
+    ordered = {arm: sorted(set(own)) for arm, own in coefs.items()}
+    if few := [arm for arm, own in ordered.items() if not 1 <= place <= len(own)]:
+        raise DataError(f"--along-training is {place}, and the arms {', '.join(few)} have no coefficient of that place")
+    return [replace(run, kl_coef=None) for run in runs if (run.kl_coef or 0.0) == ordered[run.arm][place - 1]]
+
+
 def plot(name: str, runs: Sequence[SeedRun]) -> str | None:
     """Gold per answer of these runs against KL, as the frontier of their report; None where no run moved."""
     found = frontier(runs, per="answer")
@@ -169,21 +185,31 @@ def plot(name: str, runs: Sequence[SeedRun]) -> str | None:
     )
 
 
-def print_measures(folder: Path, scorers: Sequence[str], pictures: Path | None = None) -> None:
-    """Prints the tables; the figures of the scorers go to `pictures`. DataError where the folder holds no evaluated
-    run."""
+def print_measures(
+    folder: Path, scorers: Sequence[str], pictures: Path | None = None, along: int | None = None
+) -> None:
+    """Prints the tables; the figures of the scorers go to `pictures`. along: see `along_training`. DataError where the
+    folder holds no evaluated run."""
     runs = read_runs(folder)
     if not runs:
         raise DataError(f"{folder} holds no evaluated PPO run; name the output_dir of 'tlcr run'")
     own = {path.rpartition(":")[2]: mean_of(import_function(path, "--scorer")) for path in scorers}
+
+    def draw(name: str, of: Sequence[SeedRun]) -> None:
+        if pictures is not None and (picture := plot(name, of)) is not None:
+            with atomic_write(pictures / f"{name}.svg") as aside:
+                aside.write_text(picture, encoding="utf-8")
+
     head = f"Answers to {runs[0].before['answers']} held-out prompts; mean [95 % interval of Student's t] over seeds."
     parts = [head, measured(folder, runs, {**own, **TEXT_MEASURES})]
+    if along is not None:
+        found = along_training(runs, along)
+        parts += [f"Gold along training, with coefficient {along} of each arm:", at_matched_kl("gold", found)]
+        draw("gold", found)
     for name, measure in own.items():
         by_scorer = judged(folder, runs, measure)
         parts.append(at_matched_kl(name, by_scorer))
-        if pictures is not None and (picture := plot(name, by_scorer)) is not None:
-            with atomic_write(pictures / f"{name}.svg") as aside:
-                aside.write_text(picture, encoding="utf-8")
+        draw(name, by_scorer)
     sys.stdout.write("\n\n".join(filter(None, parts)) + "\n")
 
 
@@ -194,8 +220,14 @@ def main(arguments: list[str] | None = None) -> int:
         "--scorer", action="append", default=[], help="'file.py:function', as for evaluation.scorer; may be repeated"
     )
     parser.add_argument("--figures", type=Path, help="folder for a figure of each scorer against KL")
+    parser.add_argument(
+        "--along-training",
+        type=int,
+        metavar="N",
+        help="compare gold along the training of the runs with each arm's N-th coefficient too, 1 the smallest",
+    )
     options = parser.parse_args(arguments)
-    return command(lambda: print_measures(options.run, options.scorer, options.figures))
+    return command(lambda: print_measures(options.run, options.scorer, options.figures, options.along_training))
 
 
 if __name__ == "__main__":

@@ -81,6 +81,23 @@ def test_a_further_scorer_is_compared_at_matched_kl(tmp_path: Path, capsys: pyte
     assert ["theirs", "2.000", "0.250", "1.000", "\u22120.750 [\u22120.750, \u22120.750]"] in rows
 
 
+def test_gold_is_compared_along_training_with_one_coefficient_of_each_arm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two coefficients the larger, whose run ends at gold 0.4 and 2 nats; at 1 nat it was half way."""
+    (tmp_path / "config.yaml").write_text("arms: [{name: ours}, {name: theirs}]")
+    for arm, gold in (("ours", 0.4), ("theirs", 0.2)):
+        write_run(tmp_path, f"{arm}/kl-0.1", 0, gold=9.0, kl=8.0, after=["a", "b"])
+        write_run(tmp_path, f"{arm}/kl-0.2", 0, gold=gold, kl=2.0, after=["a", "b"])
+    assert measures.main([str(tmp_path), "--along-training", "2", "--figures", str(tmp_path / "figures")]) == 0
+    assert (tmp_path / "figures" / "gold.svg").is_file()
+    _, along = capsys.readouterr().out.split("Gold along training", 1)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in along.splitlines()]
+    assert ["ours", "0.100", "0.200", "0.400"] in rows and ["theirs", "2.000", "0.400", "0.200", "0.200"] in rows
+    assert measures.main([str(tmp_path), "--along-training", "3"]) == 2
+    assert "ours, theirs have no coefficient of that place" in capsys.readouterr().err
+
+
 def test_answers_that_were_not_kept_are_missed(tmp_path: Path) -> None:
     write_run(tmp_path, "ours", 0, gold=1.0, kl=1.0, after=["a", "b"], kept=1)
     with pytest.raises(DataError, match=r"has 1 answers of 2; set evaluation\.samples"):
