@@ -232,7 +232,8 @@ def test_only_so_many_samples_are_kept(tiny_tokenizer: PreTrainedTokenizerFast) 
 
 
 def test_shares_of_several_processes_are_one_evaluation(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    """Of three prompts in batches of one, the second process has one, and asks as often as the first."""
+    """Of three prompts in batches of one, the second process has one, and asks as often as the first. The samples are
+    those of the first prompts, though they were answered in different processes."""
     prompts = [*PROMPTS, PROMPTS[0]]
     others: list[EvaluatedAnswer] = []
 
@@ -241,7 +242,7 @@ def test_shares_of_several_processes_are_one_evaluation(tiny_tokenizer: PreTrain
 
         def gather(mine: list[EvaluatedAnswer]) -> list[EvaluatedAnswer]:
             others.extend(mine)
-            return sorted(others, key=lambda answer: answer.prompt)
+            return list(others)  # one process after the other
 
         found = evaluate_policy(
             prompts,
@@ -250,7 +251,7 @@ def test_shares_of_several_processes_are_one_evaluation(tiny_tokenizer: PreTrain
             score=sampler.score,
             scorer=_gold,
             batch_size=1,
-            samples=1,
+            samples=2,
             share=share,
             gather=gather,
         )
@@ -262,6 +263,7 @@ def test_shares_of_several_processes_are_one_evaluation(tiny_tokenizer: PreTrain
     evaluate((0, 2), [(PROMPTS[0],), (PROMPTS[0],)])
     assert evaluate((1, 2), [(PROMPTS[1],), (PROMPTS[0],)]) == alone
     assert alone.answers == 3
+    assert [sample.prompt for sample in alone.samples] == prompts[:2]
 
 
 def test_a_bad_scorer_is_named(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

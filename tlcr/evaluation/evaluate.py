@@ -196,15 +196,28 @@ def evaluate_policy(
     answers: list[EvaluatedAnswer] = []
     process, processes = share
     own = prompts[process::processes]
+    in_detail = len(range(process, samples, processes))
     for start in range(0, len(prompts[::processes]), batch_size):
         batch = own[start : start + batch_size]
         rollout = generate(batch or prompts[:1])
         scores = score(rollout)
         details = detail(rollout, scores) if detail is not None else None
         if batch:
-            kept = min(max(samples - start, 0), len(batch))
+            kept = min(max(in_detail - start, 0), len(batch))
             answers.extend(_answers(rollout, scores, _gold(scorer, rollout), tokenizer, kept, details, word_gold))
-    return summarise(gather(answers) if gather is not None else answers, samples=samples)
+    if gather is not None:
+        answers = _in_order_of_prompts(gather(answers), processes)
+    return summarise(answers, samples=samples)
+
+
+def _in_order_of_prompts(answers: Sequence[EvaluatedAnswer], processes: int) -> list[EvaluatedAnswer]:
+    """The answers of all processes, which came one process after the other."""
+    ordered, taken = list(answers), 0
+    for process in range(processes):
+        count = len(ordered[process::processes])
+        ordered[process::processes] = answers[taken : taken + count]
+        taken += count
+    return ordered
 
 
 def summarise(answers: Sequence[EvaluatedAnswer], *, samples: int) -> PolicyEvaluation:
