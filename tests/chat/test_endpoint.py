@@ -408,7 +408,7 @@ def test_who_waits_for_a_request_that_the_store_cannot_record_gets_on(
         monkeypatch.setattr(store, fails, full)
         with pytest.raises(ConfigError, match="full"):
             await (budget.settle(first, billed=False) if fails == "settle_request" else budget.give_back(first))
-        await asyncio.wait_for(second, 1)
+        await asyncio.wait_for(second, 30)
 
     asyncio.run(two_requests())
 
@@ -424,7 +424,7 @@ def test_a_request_that_the_store_cannot_open_is_not_under_way(
         with monkeypatch.context() as patched, pytest.raises(ConfigError, match="full"):
             patched.setattr(store, "open_request", full)
             await budget.reserve("a", question())
-        await asyncio.wait_for(budget.reserve("a", question()), 1)
+        await asyncio.wait_for(budget.reserve("a", question()), 30)
 
     asyncio.run(one_request())
 

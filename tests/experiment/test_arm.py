@@ -18,6 +18,7 @@ from tests.experiment.helpers import arm_run
 from tests.ppo.helpers import ANSWER_IDS, known_rollout, known_update
 from tlcr import ops
 from tlcr.config.schema import RunConfig
+from tlcr.errors import ConfigError
 from tlcr.evaluation.evaluate import MEASURES, PolicyEvaluation, TokenDetail, evaluate_policy
 from tlcr.experiment import arm
 from tlcr.experiment.arm import _Evaluation, _start, _trained, evaluate_arm, train_arm
@@ -380,9 +381,21 @@ def test_an_arm_is_trained_once_and_evaluated_again_by_todays_settings(
     evaluate_arm(today, trial)
     again = json.loads((folder / "evaluation.json").read_text())
     assert again["before"]["gold_per_answer"] > 0 and len((folder / "samples.jsonl").read_text().splitlines()) == 2
-    # the record is of today's evaluation, so that the whole run may go on with it, and with it alone
+    # the record is of today's evaluation, so that the whole run goes on with it
     assert json.loads((folder / "arm.json").read_text())["metrics"] == again
     assert today.is_trained(trial) and not run.is_trained(trial)
+    # and with the settings of before the policy is evaluated again, not trained
+    train_arm(run, trial)
+    assert run.is_trained(trial) and not today.is_trained(trial)
+    before = json.loads((folder / "evaluation.json").read_text())
+    assert before["after"]["gold_per_answer"] is None
+    train_arm(today, trial)
+    # other settings of training are refused still
+    other = replace(today, cfg=replace(today.cfg, ppo=replace(today.cfg.ppo, gamma=0.5)))
+    with pytest.raises(ConfigError, match="was made with other settings"):
+        train_arm(other, trial)
+    evaluate_arm(other, trial)
+    assert today.is_trained(trial)  # an evaluation by others leaves the record
     for when in ("before", "after"):
         for measure in ("kl_per_token", "proxy_per_token", "length"):
             assert again[when][measure] == pytest.approx(evaluation[when][measure], rel=1e-6, abs=1e-9)
@@ -403,6 +416,12 @@ def test_what_was_trained_at_a_single_coefficient_is_kept_when_there_are_more(
     more.name_by_coefficient()
     assert [more.is_trained(trial) for trial in more.trials] == [True, False]
     assert not once.trial_folder(once.trials[0]).exists()
+    # what this run could not use stays where it is
+    other = arm_run(tmp_path, policy_folder, **{"output_dir": str(tmp_path / "other"), "ppo.gamma": 0.9})
+    train_arm(other, other.trials[0])
+    replace(other, cfg=replace(other.cfg, kl_coefs=(0.4, 0.9))).name_by_coefficient()
+    replace(other, cfg=replace(other.cfg, kl_coefs=(0.5, 0.9), ppo=once.cfg.ppo)).name_by_coefficient()
+    assert other.trial_folder(other.trials[0]).exists()
     monkeypatch.setattr(arm, "train_ppo", lambda *_, **__: pytest.fail("it is done"))
     train_arm(more, more.trials[0])
     more.name_by_coefficient()  # a second time there is nothing to do

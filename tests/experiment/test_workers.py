@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -170,39 +171,68 @@ def test_a_signal_that_ends_this_process_ends_its_jobs_first(job: Callable[[str,
 
 
 PARENT = """
-import sys
+import signal, sys
 from pathlib import Path
 from tlcr.experiment import workers
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
 workers.SECONDS_BETWEEN_LOOKS = 0.02
 workers.run_side_by_side([workers.Job("saving", (sys.executable, "-c", sys.argv[1]), Path(sys.argv[2]))],
                          parallel=2, title="test")
 """
 TRAINS = """
-import pathlib, time
+import os, pathlib, time
 from tlcr.training.interrupt import StopSignals, leave_the_terminal_to_the_parent
 leave_the_terminal_to_the_parent()
 here = pathlib.Path({folder!r})
 with StopSignals() as signals:
-    (here / "ready").touch()
+    (here / "p").write_text(str(os.getpid()))
+    (here / "p").rename(here / "pid")
     while not signals.received():
         time.sleep(0.01)
-    time.sleep(0.5)  # the end of its step, and the writing of its state
+    time.sleep({step})  # the end of its step, and the writing of its state
     (here / "saved").touch()
 """
+
+
+@contextmanager
+def parent_of_a_worker(folder: Path, *, step: float) -> Iterator[subprocess.Popen[bytes]]:
+    """A process whose worker is in a step of so many seconds, both in a group of their own."""
+    code = TRAINS.format(folder=str(folder), step=step)
+    arguments = [sys.executable, "-c", PARENT, code, str(folder / "job")]
+    parent = subprocess.Popen(arguments, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        while not (folder / "pid").exists():
+            assert parent.poll() is None
+            time.sleep(0.01)
+        yield parent
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_what_a_terminal_sends_to_all_leaves_workers_time_to_save(number: signal.Signals, tmp_path: Path) -> None:
     """Ctrl-C, or its end. Workers got it, and their parent's SIGTERM after it, which ended them in mid-step."""
-    code = TRAINS.format(folder=str(tmp_path))
-    arguments = [sys.executable, "-c", PARENT, code, str(tmp_path / "job")]
-    parent = subprocess.Popen(arguments, start_new_session=True, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "ready").exists():
-        assert parent.poll() is None
-        time.sleep(0.01)
-    os.killpg(parent.pid, number)
-    assert parent.wait(timeout=60) != 0
-    assert (tmp_path / "saved").exists()
+    with parent_of_a_worker(tmp_path, step=0.5) as parent:
+        os.killpg(parent.pid, number)
+        assert parent.wait(timeout=60) != 0
+        assert (tmp_path / "saved").exists()
+
+
+def test_a_second_ctrl_c_ends_the_workers_too(tmp_path: Path) -> None:
+    with parent_of_a_worker(tmp_path, step=600) as parent:
+        os.killpg(parent.pid, signal.SIGINT)
+        while parent.poll() is None:  # from the second on it has its usual effect
+            time.sleep(0.2)
+            os.killpg(parent.pid, signal.SIGINT)
+        worker = int(read(tmp_path / "pid"))
+        for _ in range(500):
+            if not Path(f"/proc/{worker}").exists() or " Z " in Path(f"/proc/{worker}/stat").read_text():
+                break
+            time.sleep(0.02)
+        else:
+            pytest.fail("the worker goes on alone")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_a_job_that_says_nothing_and_a_log_that_goes_on(job: Callable[[str, str], Job], tmp_path: Path) -> None:

@@ -500,6 +500,7 @@ def test_a_run_goes_on_from_the_models_that_it_began_with(
         run_ppo(cfg, *arguments, resume=True, **other)
     run_ppo(cfg, *arguments, resume=True, **ours)
     run_ppo(cfg, *arguments, resume=True, **ours)
+    run_ppo(cfg, *arguments, resume=True)  # it is not compared
     with pytest.raises(CheckpointError, match="holds a finished run of other settings"):
         run_ppo(cfg, *arguments, resume=True, **other)
     done = json.loads((tmp_path / "done.json").read_text())
@@ -522,7 +523,9 @@ def test_a_finished_run_is_loaded_and_not_repeated(
         assert loaded.metrics == result.metrics and loaded.evaluation == {"gold": 0.5} and loaded.updates == 2
         with pytest.raises(CheckpointError, match="holds a finished run; pass --resume"):
             run_ppo(cfg, tiny_causal_lm, tiny_tokenizer, folder)
-        with pytest.raises(CheckpointError, match=r"finished run of other settings, prompts or seed; restore them"):
+        with pytest.raises(
+            CheckpointError, match=r"settings, prompts, seed or origin; restore them"
+        ):
             run_ppo(small_config(updates=3), tiny_causal_lm, tiny_tokenizer, folder, resume=True)
 
 

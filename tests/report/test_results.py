@@ -189,15 +189,22 @@ def test_a_grid_is_read_from_its_folders(tmp_path: Path) -> None:
     assert results["frontier"]["comparisons"][0]["other"] == "alpha"
 
 
-def test_a_run_of_an_arms_single_coefficient_does_not_stand_for_those_of_several(
+def test_a_run_of_an_arms_single_coefficient_stands_under_it_when_there_are_more(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its way would be training's, and that of the others from end to end."""
     folder = write_run(tmp_path / "run", {"zeta": 0.6, "alpha": 0.3}, seeds=(0, 1), kl_coefs=(0.2, 0.05))
     wanted = collect_results(folder)
-    shutil.copytree(folder / "ppo" / "zeta" / "kl-0.2" / "seed-0", folder / "ppo" / "zeta" / "seed-0")
+    named, alone = (folder / "ppo" / "zeta" / place for place in ("kl-0.2/seed-0", "seed-0"))
+    shutil.copytree(named, alone)
+    (alone / "arm.json").write_text(json.dumps({"config": {"kl": {"coef": 0.2}}}))
     assert collect_results(folder) == wanted
-    assert "seed-0 is left out of the report" in caplog.text
+    assert "seed-0 is left out of the report: its KL coefficient has a folder of its own" in caplog.text
+    shutil.rmtree(named)
+    found = collect_results(folder)
+    assert found["frontier"] == wanted["frontier"] and found["paths"] == wanted["paths"]
+    (row,) = (row for row in found["arms"] if (row["name"], row["kl_coef"]) == ("zeta", 0.2))
+    assert [seed["folder"] for seed in row["seeds"]] == ["zeta/seed-0", "zeta/kl-0.2/seed-1"]
 
 
 def test_models_of_each_seed_are_those_of_the_first(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ the results differ only because of the reward.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -45,10 +46,16 @@ from tlcr.training.done import amend_done, check_results
 from tlcr.training.sharding import gathered, plan, reshard, shard_all
 from tlcr.types import PolicyScores, Rewards, Rollout
 
+logger = logging.getLogger(__name__)
+
 
 def train_arm(run: RunFolder, trial: Trial) -> None:
     """Trains and evaluates one policy; writes policy/, value/, metrics.jsonl, evaluation.json and samples.jsonl."""
     folder = run.trial_folder(trial)
+    if run.needs_evaluation_alone(trial):
+        logger.info("%s was evaluated with other settings, and is evaluated again", folder)
+        evaluate_arm(run, trial)
+        return
     run.once(folder, run.trial_settings(trial), lambda: _train(run, trial, folder), record=TRAINED)
 
 
@@ -71,8 +78,9 @@ def evaluate_arm(run: RunFolder, trial: Trial) -> None:
         refresh.restore(folder)
     after = evaluation(actor_critic)
     on_main_process(lambda: write_evaluation(folder, before, after))
-    metrics = {"before": before.to_json(), "after": after.to_json()}
-    amend_done(folder, config={"evaluation": cfg.evaluation}, metrics=metrics, record=TRAINED)
+    if run.is_trained(trial) or run.needs_evaluation_alone(trial):
+        metrics = {"before": before.to_json(), "after": after.to_json()}
+        amend_done(folder, config={"evaluation": cfg.evaluation}, metrics=metrics, record=TRAINED)
 
 
 def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:

@@ -463,8 +463,9 @@ def _ppo(cfg: RunConfig, architecture: Architecture, machine: Machine) -> Estima
         Phase("scoring", max(architecture.peak(step, cfg, machine) for step in (score, evaluate))),
     ]
     if any(asked.values()):
-        judges = [judge] * any(needed for name, needed in asked.items() if name != "DPO policy")
-        judges += [ratio] * asked["DPO policy"]
+        judges = [judge] if any(needed for name, needed in asked.items() if name != "DPO policy") else []
+        if asked["DPO policy"]:
+            judges.append(ratio)
         phases.append(Phase("rewards", max(architecture.peak(step, cfg, machine) for step in judges)))
     phases.append(_training("update", update, trained, cfg, architecture, machine))
     if refreshed:

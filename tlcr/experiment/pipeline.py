@@ -99,6 +99,7 @@ def stage(cfg: RunConfig, name: str, *, resume: bool = False) -> Path:
     opened = open_run(cfg, resume=resume, whole=False)
     _shares(opened)
     if name == "evaluate":
+        on_main_process(opened.name_by_coefficient)
         for trial in opened.trials:
             evaluate_arm(opened.per_seed[trial.seed], trial)
         on_main_process(lambda: report(opened.path))

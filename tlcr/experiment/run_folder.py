@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from tlcr.config.loading import dump_config, load_config
 from tlcr.config.schema import ModelConfig, RunConfig, ShardingConfig
 from tlcr.config.stages import CONFIG, DONE, HOLDER, LOCK, STARTED, TRAINED, wants
-from tlcr.config.trials import Trial, folder_of, read_folder, trials_of
+from tlcr.config.trials import Trial, folder_of, trials_of
 from tlcr.data import embedded
 from tlcr.data.formats import TextPreference, as_texts, prompt_key
 from tlcr.data.labels import LabelStatistics, label_pairs
@@ -49,7 +49,6 @@ from tlcr.training import checksums
 from tlcr.training.checkpoint import as_plain, reading
 from tlcr.training.distributed import barrier, on_main_process, process_device
 from tlcr.training.done import (
-    AGAIN,
     check_results,
     decisive,
     done_config,
@@ -262,18 +261,24 @@ class RunFolder:
         return trials_of(self.cfg)
 
     def name_by_coefficient(self) -> None:
-        """Gives trials that were trained when their arm had a single KL coefficient the folders that name it, where the
-        arm has several now. The main process alone calls it."""
-        for arm in {trial.arm.name for trial in self.trials if read_folder(trial.folder)[1] is not None}:
-            for record in sorted((self.path / "ppo" / arm).glob(f"seed-*/{TRAINED}")):
-                with reading(record, AGAIN):
-                    coef = json.loads(record.read_text(encoding="utf-8"))["config"]["kl"]["coef"]
-                    seed = int(record.parent.name.removeprefix("seed-"))
-                place = self.path / "ppo" / folder_of(arm, float(coef), seed)
-                if not place.exists():
-                    place.parent.mkdir(exist_ok=True)
-                    record.parent.rename(place)
-                    logger.info("%s is now %s: its arm has several KL coefficients", record.parent, place)
+        """Gives trials that ended when their arm had a single KL coefficient the folders that name it, where there are
+        several now. The main process alone calls it."""
+        for trial in self.trials:
+            place = self.trial_folder(trial)
+            alone = self.path / "ppo" / folder_of(trial.arm.name, None, trial.seed)
+            settings = self.per_seed[trial.seed].trial_settings(trial)
+            if place != alone and not place.exists() and is_done(alone, settings, TRAINED):
+                place.parent.mkdir(exist_ok=True)
+                alone.rename(place)
+                logger.info("%s is now %s: its arm has several KL coefficients", alone, place)
+
+    def needs_evaluation_alone(self, trial: Trial) -> bool:
+        """Whether the trial finished with the current settings but for those of its evaluation."""
+        folder, settings = self.trial_folder(trial), self.trial_settings(trial)
+        if not (folder / TRAINED).is_file():
+            return False
+        then, now = done_config(folder, settings, TRAINED), decisive(settings)
+        return then != now and {**then, "evaluation": None} == {**now, "evaluation": None}
 
     def trial_folder(self, trial: Trial) -> Path:
         return self.path / "ppo" / trial.folder

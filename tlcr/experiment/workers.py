@@ -123,5 +123,10 @@ def _ended(running: Mapping[Job, subprocess.Popen[bytes]]) -> Iterator[None]:
     finally:
         for worker in running.values():
             worker.terminate()
-        for worker in running.values():
-            worker.wait()
+        try:
+            for worker in running.values():
+                worker.wait()
+        except BaseException:  # a second Ctrl-C: nobody waits any longer
+            for worker in running.values():
+                worker.kill()
+            raise

@@ -238,9 +238,10 @@ class RewardClient:
             error.args = (without_secrets(str(error), self._token),)
             raise
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            said = without_secrets(f"{type(error).__name__}: {error}", self._token)
             raise HostError(
-                f"{self.url} answers in a form that neither tlcr serve nor vLLM has ({type(error).__name__}: {error}); "
-                "is this the address of a reward server?"
+                f"{self.url} answers in a form that neither tlcr serve nor vLLM has ({said}); is this the address of a "
+                "reward server?"
             ) from error
 
     def _once(self, path: str, data: bytes | None) -> Any:
@@ -378,6 +379,8 @@ def _address(url: str) -> tuple[str, str | None]:
         shown = re.sub(r"^(\w+://)?.*@", rf"\1{HIDDEN}@", url, flags=re.DOTALL)
         encoded = ", with %2F for a / in the password and the like" if shown != url else ""
         raise HostError(f"the reward server's address is {shown!r}; wanted http://HOST:PORT{encoded}")
+    if parts.username and parts.password is None:
+        raise HostError("the reward server's address has a user without a password; wanted http://any:TOKEN@HOST:PORT")
     bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
     return bare, urllib.parse.unquote(parts.password) if parts.password else None
 

@@ -239,6 +239,8 @@ def _turn(record: Mapping[str, Any], where: str) -> int:
     found = record.get("turn")
     if found is None:
         return 1
+    if isinstance(found, str) and found.strip().isdecimal():
+        return int(found)  # as from a table of texts
     if isinstance(found, bool) or not isinstance(found, (int, float)) or found != found // 1:
         raise DataError(f"{where}: 'turn' is {found!r:.80}; it must be a whole number, 1 for the first turn")
     return int(found)

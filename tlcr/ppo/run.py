@@ -388,7 +388,7 @@ class PPORun:
 
     def _load_finished(self, resume: bool) -> None:
         if not resume or not self._is_what_ended():
-            found = " of other settings, prompts or seed; restore them" if resume else "; pass --resume"
+            found = " of other settings, prompts, seed or origin; restore them" if resume else "; pass --resume"
             raise CheckpointError(
                 f"{self.folder} holds a finished run{found} to load what it trained, name another output_dir, or "
                 "delete that folder to train again"
@@ -404,7 +404,8 @@ class PPORun:
 
     def _is_what_ended(self) -> bool:
         ended, now = _without_processes(done_config(self.folder, self._done_config)), as_plain(self._done_config)
-        if "origin" not in ended:  # earlier versions did not record it
+        if "origin" not in ended or "origin" not in now:  # earlier versions did not record it
+            ended.pop("origin", None)
             now.pop("origin", None)
         return ended == now
 

@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ import jinja2
 import yaml
 from scipy import stats
 
-from tlcr.config.stages import CONFIG, DONE
+from tlcr.config.stages import CONFIG, DONE, TRAINED
 from tlcr.config.trials import folder_of, read_folder
 from tlcr.errors import DataError, TlcrError
 from tlcr.evaluation.evaluate import MEASURES
@@ -58,11 +58,13 @@ class SeedRun:
     """Evaluations in the order of training, {"update": k, measure: value, ...}, the first and the last included."""
     best: Mapping[str, Any] | None = None
     """The record of the policy that ``ppo.keep_best`` kept (best.json); None where there is none."""
+    place: PurePosixPath | None = None
+    """Where it lies below ppo/; None: where its arm, coefficient and seed say."""
 
     @property
     def folder(self) -> PurePosixPath:
         """Where it lies below ppo/."""
-        return folder_of(self.arm, self.kl_coef, self.seed)
+        return self.place or folder_of(self.arm, self.kl_coef, self.seed)
 
 
 @dataclass(frozen=True)
@@ -253,28 +255,41 @@ def read_runs(folder: Path) -> list[SeedRun]:
     """The PPO runs of a folder that have been evaluated: arms in the order of the config, coefficients from the
     smallest, seeds in theirs.
 
-    Of an arm that was tried at several coefficients, a run in a folder that names none is left out, and said so."""
+    Of an arm that was tried at several coefficients, a run in a folder that names none has the coefficient of its
+    record; where that has a folder of its own, it is left out, and said so.
+    """
     found: list[SeedRun] = []
     for path in (folder / "ppo").glob("**/seed-*/evaluation.json"):
         evaluation = read_json(path)
-        arm, kl_coef, seed = read_folder(PurePosixPath(path.parent.relative_to(folder / "ppo")))
+        place = PurePosixPath(path.parent.relative_to(folder / "ppo"))
+        arm, kl_coef, seed = read_folder(place)
         metrics = path.with_name("metrics.jsonl")
         rows = read_metrics(metrics) if metrics.exists() else []
         ends = {when: with_exact_kl(evaluation[when]) for when in ("before", "after")}
         record = path.parent / BEST / RECORD
         best = read_json(record) if record.exists() else None
-        found.append(SeedRun(arm, kl_coef, seed, ends["before"], ends["after"], _curve(rows, ends), best))
-    several = {run.arm for run in found if run.kl_coef is not None}
-    for run in found:
-        if run.arm in several and run.kl_coef is None:
-            logger.warning(
-                "%s is left out of the report: it was made when its arm had a single KL coefficient, and now there are "
-                "several; 'tlcr run --resume' takes it up under its own",
-                folder / "ppo" / run.folder,
-            )
-    found = [run for run in found if run.kl_coef is not None or run.arm not in several]
+        found.append(SeedRun(arm, kl_coef, seed, ends["before"], ends["after"], _curve(rows, ends), best, place))
+    found = _with_coefficients(found, folder / "ppo")
     order = {name: place for place, name in enumerate(_arm_order(folder))}
     return sorted(found, key=lambda run: (order.get(run.arm, len(order)), run.arm, run.kl_coef or 0.0, run.seed))
+
+
+def _with_coefficients(runs: Sequence[SeedRun], folder: Path) -> list[SeedRun]:
+    """Names the coefficient of a run that was its arm's only one, where the arm has others too."""
+    named = [run for run in runs if run.kl_coef is not None]
+    several, taken = {run.arm for run in named}, {(run.arm, run.kl_coef, run.seed) for run in named}
+    found = []
+    for run in runs:
+        if run.kl_coef is not None or run.arm not in several:
+            found.append(run)
+            continue
+        record = folder / run.folder / TRAINED
+        coef = float(read_json(record)["config"]["kl"]["coef"]) if record.exists() else None
+        if coef is not None and (run.arm, coef, run.seed) not in taken:
+            found.append(replace(run, kl_coef=coef))
+        else:
+            logger.warning("%s is left out of the report: its KL coefficient has a folder of its own", record.parent)
+    return found
 
 
 def with_exact_kl(evaluation: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,7 +121,8 @@ def check_answered(checked: Sequence[CheckedRevision], cfg: ReviserConfig) -> No
     if unanswered and cfg.on_unanswered == "raise":
         raise EndpointError(
             f"{len(unanswered)} of {len(checked)} pairs got no answer, the first because: {unanswered[0].detail}. Run "
-            "the same command again to ask for these alone, or set reviser.on_unanswered=skip to go on without them"
+            "the same command again ('tlcr run' with --resume) to ask for these alone, or set "
+            "reviser.on_unanswered=skip to go on without them"
         )
 
 

@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 
 from tlcr.training.distributed import any_process
 
-STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+_stops = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 def leave_the_terminal_to_the_parent() -> None:
@@ -20,13 +20,14 @@ def leave_the_terminal_to_the_parent() -> None:
     """
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-        STOPS.remove(number)
+        _stops.discard(number)
 
 
 class StopSignals:
-    """``with StopSignals() as signals``: the first Ctrl-C or SIGTERM is recorded, the second has its usual effect.
+    """``with StopSignals() as signals``: the first Ctrl-C, SIGTERM or end of the terminal is recorded, the second has
+    its usual effect.
 
-    So is the end of the terminal (SIGHUP), unless it is ignored, as under ``nohup``. The loop calls
+    The end of the terminal (SIGHUP) that is ignored, as under ``nohup``, stays so. The loop calls
     ``signals.received()`` between steps, saves, and raises ``signals.stopped(...)``. Outside the main thread, where
     python allows no handlers, signals keep their usual effect.
     """
@@ -37,7 +38,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in STOPS:
+            for number in _stops:
                 if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._remember)
         return self

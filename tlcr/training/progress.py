@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
 
 from rich.console import Console
@@ -54,7 +55,8 @@ class Progress(Callback):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):  # of a terminal that is closed: what ends the training is to be said, and not this
+                self._bar.stop()
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._silent:
