@@ -523,9 +523,7 @@ def test_a_finished_run_is_loaded_and_not_repeated(
         assert loaded.metrics == result.metrics and loaded.evaluation == {"gold": 0.5} and loaded.updates == 2
         with pytest.raises(CheckpointError, match="holds a finished run; pass --resume"):
             run_ppo(cfg, tiny_causal_lm, tiny_tokenizer, folder)
-        with pytest.raises(
-            CheckpointError, match=r"settings, prompts, seed or origin; restore them"
-        ):
+        with pytest.raises(CheckpointError, match=r"settings, prompts, seed or origin; restore them"):
             run_ppo(small_config(updates=3), tiny_causal_lm, tiny_tokenizer, folder, resume=True)
 
 
