@@ -174,7 +174,8 @@ PARENT = """
 import signal, sys
 from pathlib import Path
 from tlcr.experiment import workers
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup, or in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)
 workers.SECONDS_BETWEEN_LOOKS = 0.02
 workers.run_side_by_side([workers.Job("saving", (sys.executable, "-c", sys.argv[1]), Path(sys.argv[2]))],
                          parallel=2, title="test")
@@ -222,9 +223,12 @@ def test_what_a_terminal_sends_to_all_leaves_workers_time_to_save(number: signal
 def test_a_second_ctrl_c_ends_the_workers_too(tmp_path: Path) -> None:
     with parent_of_a_worker(tmp_path, step=600) as parent:
         os.killpg(parent.pid, signal.SIGINT)
-        while parent.poll() is None:  # from the second on it has its usual effect
+        for _ in range(300):  # from the second on it has its usual effect
+            if parent.poll() is not None:
+                break
             time.sleep(0.2)
             os.killpg(parent.pid, signal.SIGINT)
+        assert parent.poll() is not None
         worker = int(read(tmp_path / "pid"))
         for _ in range(500):
             if not Path(f"/proc/{worker}").exists() or " Z " in Path(f"/proc/{worker}/stat").read_text():

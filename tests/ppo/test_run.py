@@ -291,7 +291,11 @@ def test_a_finished_run_is_loaded_and_no_round_is_done_again(make: Make, tmp_pat
     assert read_metrics(tmp_path / "metrics.jsonl") == rows  # nor evaluated
     for cfg, resume, message in (
         (None, False, r"holds a finished run; pass --resume to load what it trained"),
-        (small_config(reward={"centre": True}, updates=5), True, "finished run of other settings, prompts or seed"),
+        (
+            small_config(reward={"centre": True}, updates=5),
+            True,
+            "finished run of other settings, prompts, seed or origin",
+        ),
     ):
         with pytest.raises(CheckpointError, match=message):
             make(cfg).begin(resume=resume)
