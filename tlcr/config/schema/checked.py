@@ -76,8 +76,8 @@ class Checked:
                         f"{type(self).__name__}.{f.name} is {in_short(number)}; it must be a number that fits 64 bits"
                     )
                 if isinstance(number, float) and not math.isfinite(number):
-                    holds = "is" if number is value else "holds"
-                    raise ConfigError(f"{type(self).__name__}.{f.name} {holds} {number!r}; it must be a finite number")
+                    verb = "is" if number is value else "holds"
+                    raise ConfigError(f"{type(self).__name__}.{f.name} {verb} {number!r}; it must be a finite number")
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
             for name, holds, word in (
