@@ -141,25 +141,12 @@ def test_ppo_at_its_peak_as_by_hand() -> None:
     assert {role.name for role in ppo.roles} == {"policy", "value model", "reference", "discriminator"}
     assert {phase.name: phase.allocated for phase in ppo.phases} == {
         "generation": 1000,
-        "scoring": 2 * 7 * (3 + 5),  # of an evaluation, which asks for the exact KL
+        "scoring": 7 * (3 + 5),
         "rewards": 7 * (3 + 5),
         "update": 2 * (3 + 5),
     }
     assert {phase.name: ppo.at(phase) for phase in ppo.phases}["generation"] == kept + frozen + 1000
     assert ppo.peak.name == "update" and ppo.total == kept + frozen + gradients + 2 * (3 + 5)
-
-
-def test_an_evaluation_may_be_the_peak_of_scoring() -> None:
-    """It asks for more answers at a time than a round of PPO has, and for the KL over the vocabulary."""
-    ppo = PPOConfig(minibatch_size=4, batch_size=4, micro_batch_tokens=10**6)
-    cfg = RunConfig(
-        data=dataclasses.replace(RunConfig().data, max_prompt_tokens=3),
-        rollout=RolloutConfig(max_new_tokens=5, batch_size=7),
-        evaluation=dataclasses.replace(RunConfig().evaluation, prompts=6),
-        ppo=ppo,
-    )
-    (scoring,) = (p for p in of_stage(estimate_run(cfg, Counted(), CPU), "ppo").phases if p.name == "scoring")
-    assert scoring.allocated == 2 * 6 * (3 + 5)
 
 
 def test_a_refresh_trains_the_discriminator_by_its_own_batches_within_ppo() -> None:

@@ -440,9 +440,6 @@ def _ppo(cfg: RunConfig, architecture: Architecture, machine: Machine) -> Estima
     sampled = min(cfg.rollout.batch_size, math.ceil(ppo.batch_size / processes))
     exact = cfg.kl_estimator == "full"
     score = replace(update, rows=rows(sampled), trains=False, again=False, reference=exact)
-    evaluated = min(cfg.rollout.batch_size, math.ceil(cfg.evaluation.prompts / processes))
-    evaluate = replace(score, rows=rows(evaluated), reference=True, packed=False)
-    sampled = max(sampled, evaluated)
     prompt = Step("prompt", rows=sampled, columns=cfg.data.max_prompt_tokens, trains=False)
     token = Step("next token", rows=sampled, columns=columns, trains=False)
     judge = Step("token classifier", rows=sampled, columns=columns, outputs=_classes(cfg), trains=False)
@@ -460,7 +457,7 @@ def _ppo(cfg: RunConfig, architecture: Architecture, machine: Machine) -> Estima
     trained = tuple(role for role in roles if role.gradients and role not in refreshed)
     phases = [
         Phase("generation", max(architecture.peak(step, cfg, machine) for step in (prompt, token))),
-        Phase("scoring", max(architecture.peak(step, cfg, machine) for step in (score, evaluate))),
+        Phase("scoring", architecture.peak(score, cfg, machine)),
     ]
     if any(asked.values()):
         judges = [judge] if any(needed for name, needed in asked.items() if name != "DPO policy") else []
