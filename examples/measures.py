@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from examples.study import command
 from tlcr.errors import DataError
@@ -124,12 +125,8 @@ def judged(folder: Path, runs: Sequence[SeedRun], measure: Measure) -> list[Seed
     return [ends(run) for run in runs]
 
 
-def at_matched_kl(name: str, runs: Sequence[SeedRun]) -> str:
-    """Gold per answer of these runs at the KL that arms have in common, as their report compares gold. Empty where no
-    run moved."""
-    found = frontier(runs, per="answer")
-    if found is None:
-        return ""
+def at_matched_kl(name: str, found: Mapping[str, Any]) -> str:
+    """The tables of a `frontier`: gold per answer, under this name, at the KL that arms have in common."""
     levels = [
         [
             arm,
@@ -174,11 +171,8 @@ def along_training(runs: Sequence[SeedRun], place: int) -> list[SeedRun]:
     return [replace(run, kl_coef=None) for run in runs if (run.kl_coef or 0.0) == ordered[run.arm][place - 1]]
 
 
-def plot(name: str, runs: Sequence[SeedRun]) -> str | None:
-    """Gold per answer of these runs against KL, as the frontier of their report; None where no run moved."""
-    found = frontier(runs, per="answer")
-    if found is None:
-        return None
+def plot(name: str, runs: Sequence[SeedRun], found: Mapping[str, Any]) -> str:
+    """Gold per answer of these runs, whose `frontier` is given, against KL, as their report draws it."""
     arms = [{"name": arm} for arm in found["reached"]]
     return figures.as_file(
         frontier_figure({"arms": arms, "per": "answer", "frontier": found, "paths": paths(runs)}, measure=name)
@@ -195,22 +189,23 @@ def print_measures(
         raise DataError(f"{folder} holds no evaluated PPO run; name the output_dir of 'tlcr run'")
     own = {path.rpartition(":")[2]: mean_of(import_function(path, "--scorer")) for path in scorers}
 
-    def draw(name: str, of: Sequence[SeedRun]) -> None:
-        if pictures is not None and (picture := plot(name, of)) is not None:
+    def compare(name: str, of: Sequence[SeedRun]) -> None:
+        found = frontier(of, per="answer")
+        if found is None:  # no run moved
+            return
+        parts.append(at_matched_kl(name, found))
+        if pictures is not None:
             with atomic_write(pictures / f"{name}.svg") as aside:
-                aside.write_text(picture, encoding="utf-8")
+                aside.write_text(plot(name, of, found), encoding="utf-8")
 
     head = f"Answers to {runs[0].before['answers']} held-out prompts; mean [95 % interval of Student's t] over seeds."
     parts = [head, measured(folder, runs, {**own, **TEXT_MEASURES})]
     if along is not None:
-        found = along_training(runs, along)
-        parts += [f"Gold along training, with coefficient {along} of each arm:", at_matched_kl("gold", found)]
-        draw("gold", found)
+        parts.append(f"Gold along training, with coefficient {along} of each arm:")
+        compare("gold", along_training(runs, along))
     for name, measure in own.items():
-        by_scorer = judged(folder, runs, measure)
-        parts.append(at_matched_kl(name, by_scorer))
-        draw(name, by_scorer)
-    sys.stdout.write("\n\n".join(filter(None, parts)) + "\n")
+        compare(name, judged(folder, runs, measure))
+    sys.stdout.write("\n\n".join(parts) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
