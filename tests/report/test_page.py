@@ -9,13 +9,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from tests.report.run_folders import MACHINE, NASTY, add_stages, evaluation, write_run
 from tlcr.errors import DataError
-from tlcr.report.figures import ARM_COLOURS, STEPS, _linear, arm_colour, arm_marker, curve_panels, mean_curve
+from tlcr.report.figures import ARM_COLOURS, _signed_root, arm_colour, arm_marker, curve_panels, mean_curve
 from tlcr.report.page import print_results, verdicts, write_report
+from tlcr.report.results import root_of_kl
 from tlcr.report.tokens import number
 
 ARMS = {"continuous": 0.6, "sum-at-end": 0.35, "sequence": 0.2}
@@ -377,13 +379,9 @@ def test_the_frontier_is_a_picture_of_its_own(folder: str, request: pytest.Fixtu
     assert "(frontier.svg)" in (path / "results.md").read_text(encoding="utf-8")
 
 
-def test_a_line_of_the_frontier_is_straight_in_kl() -> None:
-    """As the tables read it: on the square-root scale that is no straight line, so points between are drawn."""
-    way = _linear([(0.0, 0.0), (1.0, 2.0), (9.0, 0.0)])
-    assert len(way) == 2 * STEPS + 1
-    assert [way[place] for place in (0, STEPS, 2 * STEPS)] == [(0.0, 0.0), (1.0, 2.0), (9.0, 0.0)]
-    assert way[STEPS // 2] == (0.5, 1.0) and way[STEPS + STEPS // 4] == (3.0, 1.5)
-    assert list(_linear([(0.5, 1.0)])) == [(0.5, 1.0)] and list(_linear([])) == []
+def test_the_frontier_is_drawn_on_the_scale_on_which_the_tables_are_straight() -> None:
+    kl = np.array([-0.04, 0.0, 0.25, 9.0])
+    assert _signed_root(kl) == pytest.approx([root_of_kl(each) for each in kl])
 
 
 def test_arms_of_one_colour_differ_in_marker() -> None:

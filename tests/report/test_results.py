@@ -31,31 +31,44 @@ def curve(*points: tuple[float, float]) -> list[dict[str, float]]:
 
 
 def test_gold_at_a_kl_by_hand() -> None:
-    path = curve((0.0, 0.1), (0.2, 0.3), (0.6, 0.5))
+    """Roots of KL of 0, 0.2 and 0.6."""
+    path = curve((0.0, 0.1), (0.04, 0.3), (0.36, 0.5))
     assert gold_at_kl(path, 0.0) == pytest.approx(0.1)
-    assert gold_at_kl(path, 0.1) == pytest.approx(0.2)
-    assert gold_at_kl(path, 0.2) == pytest.approx(0.3)
-    assert gold_at_kl(path, 0.5) == pytest.approx(0.45)
-    assert gold_at_kl(path, 0.6) == pytest.approx(0.5)
-    assert gold_at_kl(path, 0.61) is None
+    assert gold_at_kl(path, 0.01) == pytest.approx(0.2)
+    assert gold_at_kl(path, 0.04) == pytest.approx(0.3)
+    assert gold_at_kl(path, 0.25) == pytest.approx(0.45)
+    assert gold_at_kl(path, 0.36) == pytest.approx(0.5)
+    assert gold_at_kl(path, 0.37) is None
     assert gold_at_kl([], 0.1) is None
 
 
+def test_a_kl_that_was_estimated_may_be_negative() -> None:
+    """Roots of -0.1 and 0.3."""
+    assert gold_at_kl(curve((-0.01, 0.1), (0.09, 0.5)), 0.01) == pytest.approx(0.3)
+
+
+def test_arms_that_gain_the_same_for_their_distance_are_equal_however_far_their_ends_are() -> None:
+    """Gold of the root of KL: a line that is straight in KL would put the arm with the farther end below the other."""
+    near, far = curve((0.0, 0.0), (0.25, 0.5), (1.0, 1.0)), curve((0.0, 0.0), (4.0, 2.0))
+    for kl in (0.1, 0.25, 0.7):
+        assert gold_at_kl(near, kl) == pytest.approx(math.sqrt(kl)) == gold_at_kl(far, kl)
+
+
 def test_a_run_that_comes_back_counts_as_it_first_passed() -> None:
-    path = curve((0.0, 0.0), (0.4, 0.4), (0.2, 0.9), (0.8, 0.1))
-    assert gold_at_kl(path, 0.3) == pytest.approx(0.3)
-    assert gold_at_kl(path, 0.5) == pytest.approx(0.9 - 0.8 * (0.5 - 0.2) / 0.6)
+    path = curve((0.0, 0.0), (0.16, 0.4), (0.04, 0.9), (0.64, 0.1))
+    assert gold_at_kl(path, 0.09) == pytest.approx(0.3)
+    assert gold_at_kl(path, 0.25) == pytest.approx(0.9 - 0.8 * (0.5 - 0.2) / 0.6)
 
 
 def test_evaluations_without_gold_are_passed_over() -> None:
-    path: list[dict[str, Any]] = [*curve((0.0, 0.0)), {"update": 1, "kl_per_token": 0.1}, *curve((0.2, 0.4))]
-    assert gold_at_kl(path, 0.1) == pytest.approx(0.2)
+    path: list[dict[str, Any]] = [*curve((0.0, 0.0)), {"update": 1, "kl_per_token": 0.1}, *curve((0.16, 0.4))]
+    assert gold_at_kl(path, 0.04) == pytest.approx(0.2)
 
 
 def test_seeds_that_did_not_get_there_are_left_out() -> None:
-    curves = {0: curve((0, 0), (1, 1)), 1: curve((0, 0), (0.4, 1))}
-    assert gold_at_matched_kl(curves, 0.5) == {0: pytest.approx(0.5)}
-    assert gold_at_matched_kl(curves, 0.2) == {0: pytest.approx(0.2), 1: pytest.approx(0.5)}
+    curves = {0: curve((0, 0), (1, 1)), 1: curve((0, 0), (0.36, 1.2))}
+    assert gold_at_matched_kl(curves, 0.49) == {0: pytest.approx(0.7)}
+    assert gold_at_matched_kl(curves, 0.09) == {0: pytest.approx(0.3), 1: pytest.approx(0.6)}
 
 
 def test_differences_are_taken_within_a_seed() -> None:
@@ -84,8 +97,8 @@ def runs(**arms: list[list[dict[str, float]]]) -> list[SeedRun]:
 def test_the_frontier_compares_where_both_have_been() -> None:
     found = frontier(
         runs(
-            continuous=[curve((0, 0), (1.0, 1.0)), curve((0, 0), (0.8, 1.2))],
-            discrete=[curve((0, 0), (0.9, 0.45)), curve((0, 0), (0.6, 0.3))],
+            continuous=[curve((0, 0), (0.6, 0.6), (1.0, 1.0)), curve((0, 0), (0.6, 0.9), (0.8, 1.2))],
+            discrete=[curve((0, 0), (0.6, 0.3), (0.9, 0.45)), curve((0, 0), (0.6, 0.3))],
             sequence=[curve((0, 0), (0.2, 0.02)), curve((0, 0), (0.1, 0.02))],
         )
     )
@@ -147,24 +160,24 @@ def trial(arm: str, kl_coef: float | None, seed: int, kl: float, gold: float) ->
 def test_over_several_coefficients_the_way_is_from_end_to_end() -> None:
     """From the reference to where training ended under the largest coefficient, then the next: not through training."""
     grid = [
-        *(trial("a", coef, seed, kl, kl * (1 + seed)) for coef, kl in ((0.1, 0.4), (0.02, 1.0)) for seed in (0, 1)),
-        *(trial("b", coef, seed, kl, kl / 2) for coef, kl in ((0.02, 0.8), (0.1, 0.2)) for seed in (0, 1)),
+        *(trial("a", coef, seed, kl, kl * (1 + seed)) for coef, kl in ((0.1, 0.36), (0.02, 1.0)) for seed in (0, 1)),
+        *(trial("b", coef, seed, kl, kl / 2) for coef, kl in ((0.02, 0.64), (0.1, 0.16)) for seed in (0, 1)),
         trial("c", None, 0, 0.5, 0.7),
     ]
     found = paths(grid)
     assert [(p["stop"], p["kl_per_token"], p["gold_per_token"]) for p in found["a"][1]] == [
         (0, 0.0, 0.1),
-        (1, 0.4, 0.8),
+        (1, 0.36, 0.72),
         (2, 1.0, 2.0),
     ]
-    assert [p["kl_per_token"] for p in found["b"][0]] == [0.0, 0.2, 0.8]
+    assert [p["kl_per_token"] for p in found["b"][0]] == [0.0, 0.16, 0.64]
     assert [p["kl_per_token"] for p in found["c"][0]] == [0.0, 9.0, 0.5]  # a single coefficient: its training
     front = frontier(grid[:-1])
-    assert front is not None and front["reached"] == {"a": 1.0, "b": 0.8}
+    assert front is not None and front["reached"] == {"a": 1.0, "b": 0.64}
     (against,) = front["comparisons"]
-    assert (against["kl"], against["seeds"]) == (0.8, [0, 1])
-    assert against["arm_gold"]["mean"] == pytest.approx((0.8 + 1.6) / 2)
-    assert against["other_gold"]["mean"] == pytest.approx(0.4)
+    assert (against["kl"], against["seeds"]) == (0.64, [0, 1])
+    assert against["arm_gold"]["mean"] == pytest.approx((0.68 + 1.36) / 2)  # half way in the root
+    assert against["other_gold"]["mean"] == pytest.approx(0.32)
 
 
 def test_the_interval_of_a_mean_is_students() -> None:

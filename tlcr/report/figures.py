@@ -21,8 +21,6 @@ ARM_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00",
 ARM_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINE_STYLES = ("-", "--", ":", "-.")
 """The second, third and fourth seven of many arms."""
-STEPS = 8
-"""Points drawn for each of a frontier's."""
 INK = "#123456"
 """Stands for the page's text colour until the SVG is finished."""
 
@@ -126,17 +124,13 @@ def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float]]:
     return [(x, math.fsum(points[x] for points in by_x) / len(by_x)) for x in shared]
 
 
-def _draw_arm(
-    axes: Axes, index: int, name: str, seeds: Sequence[Curve], mean: Curve, *, marker: bool, every: int = 1
-) -> None:
-    """every: how many points of a curve there are for one marker."""
+def _draw_arm(axes: Axes, index: int, name: str, seeds: Sequence[Curve], mean: Curve, *, marker: bool) -> None:
     colour, shape, line = arm_colour(index), arm_marker(index) if marker else None, _arm_line(index)
     if len(seeds) > 1:
         for curve in seeds:
             axes.plot(*zip(*curve, strict=True), color=colour, linewidth=0.8, alpha=0.4)
     if mean:
         style: dict[str, Any] = {"linewidth": 2.2, "linestyle": line, "markersize": 4.5, "marker": shape}
-        style["markevery"] = every
         axes.plot(*zip(*mean, strict=True), label=name, color=colour, **style)
 
 
@@ -168,16 +162,15 @@ def frontier_plot(
     narrow: bool = False,
 ) -> str:
     """Gold, under the name of ``measure``, against KL, both per token or per answer: each arm's path away from the
-    reference, with the matched levels as dashed lines. KL on a square-root scale, on which gold rises nearly straight
-    at first (Gao et al. 2023, arXiv 2210.10760), and an arm that ran far away leaves room for the others."""
+    reference, with the matched levels as dashed lines. KL on the square-root scale on which the tables read between
+    points (``root_of_kl``)."""
     with style():
         figure = Figure(figsize=(NARROW if narrow else WIDE, 4.6), layout="constrained")
         axes = figure.add_subplot()
         for level in levels:
             axes.axvline(level, color=INK, alpha=0.35, linewidth=0.9, linestyle=(0, (4, 4)))
         for name, seeds in by_arm.items():
-            ways = [_linear(way) for way in seeds]
-            _draw_arm(axes, arm_order.index(name), name, ways, _linear(means[name]), marker=True, every=STEPS)
+            _draw_arm(axes, arm_order.index(name), name, seeds, means[name], marker=True)
         axes.set_xscale("function", functions=(_signed_root, lambda x: np.sign(x) * np.square(x)))
         far = "" if narrow else ", on a square-root scale: how far the policy has moved"
         axes.set_xlabel(f"KL to the reference, nats per {per}{far}")
@@ -189,17 +182,8 @@ def frontier_plot(
         return svg_text(figure, label)
 
 
-def _linear(curve: Curve) -> Curve:
-    """The curve with the points between its points, STEPS for each: straight in KL, on whatever scale it is drawn."""
-    if not curve:
-        return []
-    places = np.linspace(0, len(curve) - 1, STEPS * (len(curve) - 1) + 1)
-    x, y = (np.interp(places, range(len(curve)), axis) for axis in zip(*curve, strict=True))
-    return list(zip(x.tolist(), y.tolist(), strict=True))
-
-
 def _signed_root(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """A KL estimated from samples may lie a little below 0."""
+    """``root_of_kl`` of the tables, of an array."""
     return np.sign(x) * np.sqrt(np.abs(x))
 
 

@@ -96,22 +96,35 @@ def mean_over_seeds(values: Sequence[float]) -> Mean | None:
 # ---- gold at matched KL
 
 
+def root_of_kl(kl: float) -> float:
+    """sign(kl) sqrt(|kl|), a policy's distance from the reference in which gold rises nearly straight at first.
+
+    For small changes of a policy gold changes in proportion and KL as the square. Gao et al. (2023, arXiv 2210.10760)
+    take the same measure. A KL that was estimated from samples may lie a little below 0.
+    """
+    return math.copysign(math.sqrt(abs(kl)), kl)
+
+
 def gold_at_kl(
     curve: Sequence[Mapping[str, Any]], kl: float, *, measure: str = "gold_per_token", against: str = "kl_per_token"
 ) -> float | None:
-    """Gold where training first reached this KL: linear between the evaluation before and the one that reached it.
+    """Gold where training first reached this KL: between the evaluation before and the one that reached it, on a line
+    that is straight in the square root of the KL (`root_of_kl`).
 
     None where the run never got there. A run that leaves the level again and comes back counts as it first passed,
     so that time spent over-optimising does not choose the best moment.
     """
-    points = [(p[against], p[measure]) for p in curve if p.get(against) is not None and p.get(measure) is not None]
+    points = [
+        (root_of_kl(p[against]), p[measure]) for p in curve if p.get(against) is not None and p.get(measure) is not None
+    ]
     if not points:
         return None
-    if points[0][0] >= kl:
+    root = root_of_kl(kl)
+    if points[0][0] >= root:
         return float(points[0][1])
-    for (kl_0, gold_0), (kl_1, gold_1) in itertools.pairwise(points):
-        if kl_1 >= kl:
-            return float(gold_0 + (gold_1 - gold_0) * (kl - kl_0) / (kl_1 - kl_0))
+    for (root_0, gold_0), (root_1, gold_1) in itertools.pairwise(points):
+        if root_1 >= root:
+            return float(gold_0 + (gold_1 - gold_0) * (root - root_0) / (root_1 - root_0))
     return None
 
 
