@@ -18,7 +18,7 @@ from tlcr.errors import DataError
 from tlcr.files import atomic_write
 from tlcr.report import figures
 
-COLUMNS = ("arm", "KL coefficient", "gold per token", "KL, nats per token")
+COLUMNS = ("arm", "gold per token", "KL, nats per token")
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -37,7 +37,7 @@ def ends(text: str) -> dict[str, list[tuple[float, float]]]:
             if not line:
                 break
         elif places:
-            arm, _, gold, kl = (cells[place] for place in places)
+            arm, gold, kl = (cells[place] for place in places)
             found.setdefault(arm, []).append((_mean(kl), _mean(gold)))
     if not found:
         raise DataError(f"no table with the columns {', '.join(COLUMNS)} was found; give the results.md of a run")

@@ -83,7 +83,7 @@ def mean_of(scorer: Callable[[Sequence[str], Sequence[str]], Sequence[float]]) -
 def kept_answers(folder: Path, run: SeedRun, when: str) -> tuple[list[str], list[str]]:
     """Prompts and responses of a run, "before" or "after". DataError where it did not keep all of them."""
     path = folder / "ppo" / run.folder / "samples.jsonl"
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     own = [line for line in lines if line["when"] == when]
     evaluated = (run.before if when == "before" else run.after)["answers"]
     if len(own) != evaluated:

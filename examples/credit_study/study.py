@@ -139,10 +139,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         study = read_study(options.study)
-        unknown = set(options.lengths or ()) - set(study.lengths)
-        if unknown:
+        if unknown := set(options.lengths or ()) - set(study.lengths):
             raise ConfigError(f"--lengths names {sorted(unknown)}; the study has {', '.join(map(str, study.lengths))}")
-        work_on(study, options.lengths or list(study.lengths), options.seeds, options.only)
+        lengths = options.lengths or list(study.lengths)
+        names = {cell.folder.parts[0] for tokens in lengths for cell in study.cells(tokens, options.seeds)}
+        if unknown := set(options.only) - names:
+            raise ConfigError(f"--only names {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
+        work_on(study, lengths, options.seeds, options.only)
         results.write(Path(study.output_dir), list(study.lengths))
 
     return command(work)

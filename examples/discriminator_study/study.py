@@ -357,6 +357,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         study = read_study(options.study)
+        if unknown := set(options.seeds or ()) - set(study.seeds):
+            raise ConfigError(f"--seeds names {sorted(unknown)}; the study has {', '.join(map(str, study.seeds))}")
         work_on(study, options.seeds or study.seeds)
         write_results(study)
 

@@ -34,7 +34,7 @@ def positive(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 
 def texts_of(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Texts of records of prepare.py, without their prompts; whether each is positive; and the record it is of."""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     texts = [record[side] for record in records for side in ("rejected", "revised")]
     return texts, np.tile([0, 1], len(records)), np.repeat(np.arange(len(records)), 2)
 

@@ -94,7 +94,7 @@ def read_sources(folder: Path) -> dict[str, Source]:
     """The question and the passages of every record that prepare.py wrote, by the record's id."""
     sources = {}
     for name in ("edits.jsonl", "spans.jsonl", "spans_threshold.jsonl"):
-        for line in (folder / name).read_text(encoding="utf-8").splitlines():
+        for line in filter(None, (folder / name).read_text(encoding="utf-8").split("\n")):
             record = json.loads(line)
             sources[record["id"]] = Source(record["question"], record["passages"])
     return sources
@@ -312,9 +312,9 @@ def baselines(run: RunFolder, sources: Mapping[str, Source]) -> dict[str, Scorer
 
 def corrections(run: RunFolder, data: Path) -> Floats:
     """1 where the annotator of the held-out answers took a token out, -1 elsewhere; in the order of spans.jsonl."""
-    lines = (data / "edits_held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (data / "edits_held_out.jsonl").read_text(encoding="utf-8").split("\n")
     # not read as edits: there an answer of which nothing remains is malformed
-    records = [json.loads(line) for line in lines]
+    records = [json.loads(line) for line in lines if line]
     pairs = [EditPair(record["id"], record["prompt"], record["rejected"], record["revised"]) for record in records]
     return np.where(taken_out(pairs, run)[1], 1.0, -1.0)
 

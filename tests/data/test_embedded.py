@@ -195,6 +195,15 @@ def test_edits_are_graded() -> None:
     assert rates[1] < rates[2] < rates[3] < rates[4] < rates[5]
 
 
+def test_white_space_of_a_policy_is_no_edit() -> None:
+    """What the reviser leaves as it is, it leaves to the letter; the rest it writes anew."""
+    answer = " \n".join(embedded.good_answer(MAGA).split(" "))
+    found = [revise(MAGA, answer, random.Random(seed)) for seed in range(50)]
+    assert answer in found
+    for text in found:
+        assert text == answer or text.split() != answer.split()
+
+
 def test_a_negated_good_word_is_what_the_reviser_sees_as_bad() -> None:
     rng = random.Random(0)
     touched = {

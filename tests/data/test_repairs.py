@@ -275,6 +275,14 @@ def test_a_prompt_that_all_answers_repeat_is_taken_off(read: Callable, prompt: s
     assert found.notes[0].startswith("2 of 2 records repeat the prompt at the beginning of their answers")
 
 
+@pytest.mark.parametrize("prompt", ["Q: How was it?\nA:\n", "Q: How was it? A: ", "\n\nQ:\n\n"])
+def test_what_a_repeated_prompt_ends_with_stands_once(read: Callable, prompt: str) -> None:
+    """Prompt and answer together are the text that the record had."""
+    found = read({"prompt": prompt, "chosen": f"{prompt}Good.", "rejected": f"{prompt}Bad."})
+    ((chosen, rejected),) = [(pair.prompt + pair.chosen, pair.prompt + pair.rejected) for pair in found.records]
+    assert (chosen, rejected) == (f"{prompt}Good.", f"{prompt}Bad.")
+
+
 def test_a_prompt_that_begins_an_answer_by_chance_stays(read: Callable) -> None:
     found = read(
         {"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi, what?"},

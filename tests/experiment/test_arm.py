@@ -369,7 +369,9 @@ def test_an_arm_is_trained_once_and_evaluated_again_by_todays_settings(
     folder = run.trial_folder(trial)
     evaluation = json.loads((folder / "evaluation.json").read_text())
     record = json.loads((folder / "arm.json").read_text())
-    assert record["metrics"] == evaluation and evaluation["before"] != evaluation["after"]
+    assert record["metrics"] == {when: evaluation[when] for when in ("before", "after")}
+    assert evaluation["before"] != evaluation["after"]
+    assert evaluation["settings"] == evaluation["on_the_way"] == {"prompts": run.cfg.evaluation.prompts, "scorer": None}
     assert evaluation["before"]["kl_per_token"] == pytest.approx(0.0, abs=1e-6)
     assert run.is_trained(trial)
     monkeypatch.setattr(arm, "train_ppo", lambda *_, **__: pytest.fail("it is done"))
@@ -382,14 +384,21 @@ def test_an_arm_is_trained_once_and_evaluated_again_by_todays_settings(
     again = json.loads((folder / "evaluation.json").read_text())
     assert again["before"]["gold_per_answer"] > 0 and len((folder / "samples.jsonl").read_text().splitlines()) == 2
     # the record is of today's evaluation, so that the whole run goes on with it
-    assert json.loads((folder / "arm.json").read_text())["metrics"] == again
+    assert json.loads((folder / "arm.json").read_text())["metrics"] == {w: again[w] for w in ("before", "after")}
+    # the evaluations during training were not by this scorer, and it says so
+    assert again["settings"]["scorer"] == LETTERS and again["on_the_way"] == evaluation["settings"]
     assert today.is_trained(trial) and not run.is_trained(trial)
     # and with the settings of before the policy is evaluated again, not trained
     train_arm(run, trial)
     assert run.is_trained(trial) and not today.is_trained(trial)
     before = json.loads((folder / "evaluation.json").read_text())
     assert before["after"]["gold_per_answer"] is None
+    assert before["settings"] == before["on_the_way"]
+    for when in ("settings", "on_the_way"):  # a file of an older version: what was trained with is in the record
+        del before[when]
+    (folder / "evaluation.json").write_text(json.dumps(before))
     train_arm(today, trial)
+    assert json.loads((folder / "evaluation.json").read_text())["on_the_way"] == evaluation["settings"]
     # other settings of training are refused still
     other = replace(today, cfg=replace(today.cfg, ppo=replace(today.cfg.ppo, gamma=0.5)))
     with pytest.raises(ConfigError, match="was made with other settings"):

@@ -127,16 +127,35 @@ def test_it_measures_on_what_it_is_not_trained_on_and_mixes_in_its_share(
     assert trained[0] == trained[2] != trained[1]
 
 
+def test_an_end_behind_a_text_that_was_sampled_in_more_tokens_does_not_count(
+    make: Callable[..., DiscriminatorRefresh],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The policy wrote it letter by letter and was cut; read as a text it is shorter than the limit."""
+    letters = [token for letter in " bad" for token in ids_of(tiny_tokenizer, letter)]
+    assert len(letters) > len(ids_of(tiny_tokenizer, " bad"))
+    rows = [Row(PROMPT, letters, False), Row(PROMPT, [*ids_of(tiny_tokenizer, " not bad"), tiny_tokenizer.eos_token_id], True)]
+    seen: list[LabelledPair] = []
+    refresh = make(config(max_new_tokens=len(letters), share=0.0))
+    monkeypatch.setattr(refresh, "_auc", lambda _, pairs: seen.extend(pairs) or {})
+    monkeypatch.setattr(refresh, "_train", lambda pairs, _: seen.extend(pairs) or 0.0)
+    refresh(rollout_of(rows, tiny_tokenizer, left=2, right=1), 2)
+    cut, ended = (next(pair.rejected for pair in seen if pair.id == name) for name in ("0", "1"))
+    assert cut.encoded.complete and cut.counted[-1] is False and all(cut.counted[:-1])
+    assert ended.encoded.complete and all(ended.counted)
+
+
 def test_no_end_is_labelled_where_the_length_limit_cut(
     make: Callable[..., DiscriminatorRefresh], tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """The policy chose no end there; data.max_answer_tokens, which is larger, would leave room for one."""
     edit = EditPair("cut", PROMPT, " not bad at the", " not good at the")
     length = len(ids_of(tiny_tokenizer, edit.rejected))
-    cut = make(config(max_new_tokens=length))._labelled(edit).rejected
-    ended = make(config(max_new_tokens=length + 1))._labelled(edit).rejected
+    cut = make(config(max_new_tokens=length))._labelled(edit, ended=False).rejected
+    ended = make(config(max_new_tokens=length + 1))._labelled(edit, ended=True).rejected
     assert not cut.encoded.complete and len(cut.labels) == length and all(cut.counted)
-    assert ended.encoded.complete and len(ended.labels) == length + 1
+    assert ended.encoded.complete and len(ended.labels) == length + 1 and all(ended.counted)
     assert cut.labels == ended.labels[:-1] == (0, -1, 0, 0)
 
 

@@ -17,7 +17,7 @@ from tests.report.run_folders import MACHINE, NASTY, add_stages, evaluation, wri
 from tlcr.errors import DataError
 from tlcr.report.figures import ARM_COLOURS, _signed_root, arm_colour, arm_marker, curve_panels, mean_curve
 from tlcr.report.page import print_results, verdicts, write_report
-from tlcr.report.results import root_of_kl
+from tlcr.report.results import read_runs, root_of_kl
 from tlcr.report.tokens import number
 
 ARMS = {"continuous": 0.6, "sum-at-end": 0.35, "sequence": 0.2}
@@ -266,6 +266,27 @@ def test_the_kl_is_the_exact_one_where_it_was_saved(tmp_path: Path) -> None:
     path.write_text(json.dumps(evaluation))
     (row,) = Page(write_report(folder).read_text()).rows["headline"][1:]
     assert row[4].strip() == "−0.002"  # noqa: RUF001
+
+
+def test_a_run_that_was_judged_again_by_others_is_its_ends_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else its curve would go from the new scorer to that of training and back, and gold at equal KL be read there."""
+    folder = write_run(tmp_path / "run", {"continuous": 0.6}, seeds=(0,))
+    (path,) = folder.glob("ppo/continuous/seed-0/evaluation.json")
+    same = {"prompts": 8, "scorer": None}
+    evaluation = json.loads(path.read_text()) | {"settings": same, "on_the_way": same}
+    path.write_text(json.dumps(evaluation))
+    best = path.parent / "best" / "best.json"
+    best.parent.mkdir()
+    best.write_text(json.dumps({"update": 20, "max_kl": 0.5, "evaluation": evaluation["after"]}))
+    (run,) = read_runs(folder)
+    assert [point["update"] for point in run.curve] == [0, 10, 20, 30, 40, 50, 60] and run.best is not None
+    path.write_text(json.dumps(evaluation | {"settings": same | {"scorer": "scorer.py:score"}}))
+    (run,) = read_runs(folder)
+    assert [point["update"] for point in run.curve] == [0, 60] and run.best is None
+    assert run.curve[-1]["gold_per_token"] == evaluation["after"]["gold_per_token"]
+    assert "evaluated again with {'prompts': 8, 'scorer': 'scorer.py:score'}" in caplog.text
 
 
 def test_no_two_plots_share_a_name(text: str) -> None:

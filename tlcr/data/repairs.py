@@ -141,8 +141,10 @@ def _without_prompt(values: Mapping[str, Any], answers: Collection[str]) -> Mapp
     found = {name: values[name] for name in answers if values.get(name) is not None}
     if not isinstance(prompt, str) or not prompt.strip() or not found:
         return values
-    start = prompt.strip()
     for text in found.values():
-        if not isinstance(text, str) or not text.lstrip().startswith(start) or text.strip() == start:
+        if not isinstance(text, str) or not text.lstrip().startswith(prompt.strip()) or text.strip() == prompt.strip():
             return values
-    return {**values, **{name: text.lstrip()[len(start) :] for name, text in found.items()}}
+    # the whole prompt where they have it whole: what it ends with would stand twice else
+    if all(text.startswith(prompt) for text in found.values()):
+        return {**values, **{name: text[len(prompt) :] for name, text in found.items()}}
+    return {**values, **{name: text.lstrip()[len(prompt.strip()) :] for name, text in found.items()}}

@@ -283,9 +283,21 @@ def ratio_of_sums(values: Sequence[float], counts: Sequence[float]) -> tuple[flo
     return ratio, math.sqrt(spread / (n * (n - 1))) / (total / n)
 
 
-def write_evaluation(folder: Path, before: PolicyEvaluation, after: PolicyEvaluation) -> None:
-    """Write evaluation.json and samples.jsonl of one PPO run, both aside and then renamed."""
-    write_json(folder / "evaluation.json", {"before": before.to_json(), "after": after.to_json()})
+def write_evaluation(
+    folder: Path,
+    before: PolicyEvaluation,
+    after: PolicyEvaluation,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    on_the_way: Mapping[str, Any] | None = None,
+) -> None:
+    """Write evaluation.json and samples.jsonl of one PPO run, both aside and then renamed.
+
+    settings: of these two evaluations, where known. on_the_way: those of the evaluations during training, where they
+    were others; the report does not draw the two as one curve then.
+    """
+    known = {} if settings is None else {"settings": settings, "on_the_way": on_the_way or settings}
+    write_json(folder / "evaluation.json", {"before": before.to_json(), "after": after.to_json(), **known})
     lines = [answer.to_json("before") for answer in before.samples] + [a.to_json("after") for a in after.samples]
     with atomic_write(folder / "samples.jsonl") as aside:
         aside.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines), encoding="utf-8")

@@ -40,9 +40,11 @@ from tlcr.recipes.train_ppo import train_ppo
 from tlcr.rewards.centre import build_centre
 from tlcr.rewards.composition import compose_rewards
 from tlcr.rewards.sources import models_of
+from tlcr.text.files import parse_json
 from tlcr.text.truncation import note_cut_prompts
+from tlcr.training.checkpoint import reading
 from tlcr.training.distributed import on_main_process, process_count, process_index
-from tlcr.training.done import amend_done, check_results
+from tlcr.training.done import AGAIN, amend_done, check_results
 from tlcr.training.sharding import gathered, plan, reshard, shard_all
 from tlcr.types import PolicyScores, Rewards, Rollout
 
@@ -77,10 +79,32 @@ def evaluate_arm(run: RunFolder, trial: Trial) -> None:
     if (refresh := refresh_of(run, cfg, frozen, trial.seed, folder)) is not None:
         refresh.restore(folder)
     after = evaluation(actor_critic)
-    on_main_process(lambda: write_evaluation(folder, before, after))
+    way = _on_the_way(folder)
+    on_main_process(lambda: write_evaluation(folder, before, after, settings=_judged_by(cfg), on_the_way=way))
     if run.is_trained(trial) or run.needs_evaluation_alone(trial):
         metrics = {"before": before.to_json(), "after": after.to_json()}
         amend_done(folder, config={"evaluation": cfg.evaluation}, metrics=metrics, record=TRAINED)
+
+
+def _judged_by(cfg: RunConfig) -> dict[str, Any]:
+    """What decides the figures of an evaluation beside the policy."""
+    return {"prompts": cfg.evaluation.prompts, "scorer": cfg.evaluation.scorer}
+
+
+def _on_the_way(folder: Path) -> Mapping[str, Any] | None:
+    """What judged the evaluations during training, by the evaluation at its end or, where that does not say, by the
+    record of the training; None where neither is there."""
+
+    def read(name: str) -> dict[str, Any]:
+        if not (folder / name).is_file():
+            return {}
+        with reading(folder / name, AGAIN):
+            return dict(parse_json((folder / name).read_text(encoding="utf-8")))
+
+    known = read("evaluation.json").get("on_the_way")
+    if known is None and (then := read(TRAINED).get("config", {}).get("evaluation")):
+        known = {name: then[name] for name in ("prompts", "scorer")}
+    return known
 
 
 def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
@@ -121,7 +145,7 @@ def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
 
     # 4. evaluation of the trained policy; a run that had already finished was not evaluated above
     after = latest.get(result.updates) or evaluation(actor_critic)
-    on_main_process(lambda: write_evaluation(folder, before, after))
+    on_main_process(lambda: write_evaluation(folder, before, after, settings=_judged_by(cfg)))
     return {"before": before.to_json(), "after": after.to_json()}
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -104,8 +105,10 @@ class DiscriminatorRefresh:
         Raises:
             TrainingDiverged: a loss or a gradient is not finite.
         """
-        edits = self._revise(list(zip(rollout.prompts, rollout.responses, strict=True)), updates)
-        fresh = [self._labelled(edit) for edit in edits]
+        answers = list(zip(rollout.prompts, rollout.responses, strict=True))
+        edits = self._revise(answers, updates)
+        ended = dict(zip(answers, rollout.ended_B.tolist(), strict=True))
+        fresh = [self._labelled(edit, ended=ended.get((edit.prompt, edit.rejected), True)) for edit in edits]
         measured = fresh[::MEASURED_OF]
         trained = [pair for number, pair in enumerate(fresh) if number % MEASURED_OF]
         rng = random.Random(f"refresh {self.seed} {updates}")
@@ -137,16 +140,20 @@ class DiscriminatorRefresh:
         saved, _ = load_discriminator(folder / FOLDER, self.cfg.model, device=self.model.device)
         self.model.load_state_dict(saved.state_dict())
 
-    def _labelled(self, edit: EditPair) -> LabelledPair:
+    def _labelled(self, edit: EditPair, *, ended: bool) -> LabelledPair:
         data = self.cfg.data
-        return label_pair(
+        pair = label_pair(
             edit,
             self.tokenizer,
             max_prompt_tokens=data.max_prompt_tokens,
-            # The policy chose no end for an answer that its limit cut, so none is labelled there.
             max_answer_tokens=min(data.max_answer_tokens, self.cfg.rollout.max_new_tokens),
             end_of_sequence=self.cfg.labels.end_of_sequence,
         )
+        if ended or not pair.rejected.encoded.complete:
+            return pair
+        # The policy chose no end for an answer that its limit cut. Its text may take fewer tokens than were sampled,
+        # and then an end has been put behind it.
+        return replace(pair, rejected=replace(pair.rejected, counted=(*pair.rejected.counted[:-1], False)))
 
     def _replayed(self, fresh: int, rng: random.Random) -> list[LabelledPair]:
         """As many pairs of the first training as make up ``refresh.share`` of all."""

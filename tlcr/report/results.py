@@ -281,6 +281,14 @@ def read_runs(folder: Path) -> list[SeedRun]:
         ends = {when: with_exact_kl(evaluation[when]) for when in ("before", "after")}
         record = path.parent / BEST / RECORD
         best = read_json(record) if record.exists() else None
+        if evaluation.get("settings") != evaluation.get("on_the_way"):
+            logger.warning(
+                "%s: evaluated again with %s, and during training with %s; the report has its ends alone",
+                path.parent,
+                evaluation["settings"],
+                evaluation["on_the_way"],
+            )
+            rows, best = [{"step": row["step"]} for row in rows], None
         found.append(SeedRun(arm, kl_coef, seed, ends["before"], ends["after"], _curve(rows, ends), best, place))
     found = _with_coefficients(found, folder / "ppo")
     order = {name: place for place, name in enumerate(_arm_order(folder))}

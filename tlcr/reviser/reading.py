@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tlcr.chat.reading import objects_in, without_thoughts
 from tlcr.data.formats import REVISION_MARKER
+from tlcr.text.files import unicode_problem
 
 __all__ = ["Revision", "read_revision"]
 
@@ -23,14 +24,17 @@ def read_revision(text: str) -> Revision | None:
     """The revision in an answer; None where there is none to be found.
 
     JSON: the last object in the text with a text under "revised", whatever stands around it (a code fence, say).
-    Otherwise the marker: what follows its last occurrence, as the reader of the published data takes it, and as reason
+    One with half of a surrogate pair is none: it can be neither written nor tokenised. Otherwise the marker: what follows its last occurrence, as the reader of the published data takes it, and as reason
     what stands before. An object without its closing brace is none: half a revision would be labelled as deletions.
     """
     marker = REVISION_MARKER.rstrip()
     text = without_thoughts(text, marker=marker)
     found = [value for value in objects_in(text) if isinstance(value.get("revised"), str)]
     if found:
-        return Revision(found[-1]["revised"], *(_text(found[-1].get(name)) for name in ("comparison", "reason")))
+        last = found[-1]
+        if unicode_problem(last["revised"]) is not None:
+            return None
+        return Revision(last["revised"], *(_text(last.get(name)) for name in ("comparison", "reason")))
     if marker not in text:
         return None
     before, _, after = text.rpartition(marker)
@@ -38,4 +42,5 @@ def read_revision(text: str) -> Revision | None:
 
 
 def _text(value: object) -> str:
-    return value.strip() if isinstance(value, str) else ""
+    """What is only shown keeps a question mark for half of a surrogate pair."""
+    return value.strip().encode(errors="replace").decode() if isinstance(value, str) else ""

@@ -97,7 +97,9 @@ def revise(prompt: str, response: str, rng: random.Random) -> str:
             else:
                 item.before = rng.choice(words.negators)
     revised = [text for start in starts for text in (items[start].before, items[start].text) if text is not None]
-    return render(_change_end(revised, domain, words_of(prompt), rng))
+    changed = _change_end(revised, domain, words_of(prompt), rng)
+    # white space that a policy wrote in its own way is no edit
+    return response if changed == ITEM.findall(response) else render(changed)
 
 
 def _change_end(items: list[str], domain: int, window: int, rng: random.Random) -> list[str]:
