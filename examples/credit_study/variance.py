@@ -2,11 +2,12 @@
 
     python -m examples.credit_study.variance examples/credit_study/study.yaml
 
-Every finished PPO run's policy answers the held-out prompts. Its answers get the reward that its PPO got, and
-advantages by its own value model. *Measured* is the squared correlation of a token's advantage with the token's own
+Every finished PPO run's policy answers the held-out prompts. Its answers get the reward that its PPO paid, centred on
+these answers, and advantages by its own value model. *Measured* is the squared correlation of a token's advantage with the token's own
 reward (the discriminator's, less its KL penalty), pooled over tokens. *Known* is the share q of the rewards before a
-token that the value model follows: the slope of the value on their sum, with the token's place as a second regressor; 1
-by definition where the reward stands at every token. *Predicted* is the theory's figure for these lengths, this lambda
+token that the value model follows: the slope of the value on the sum of what the discriminator gave them, with the
+token's place as a second regressor; 1 by definition where the reward stands at every token. The KL penalty, which no
+placement moves, is paid by then and no part of that sum. *Predicted* is the theory's figure for these lengths, this lambda
 and this share, with a value model that errs in nothing else. Writes variance.json and variance.md below output_dir.
 """
 
@@ -36,6 +37,7 @@ from tlcr.report.page import number
 from tlcr.report.results import mean_over_seeds
 from tlcr.rewards.centre import build_centre
 from tlcr.rewards.composition import compose_rewards
+from tlcr.types import Rewards
 
 PLACEMENTS = ("continuous", "sum-at-end")
 """Those of which the theory speaks: the same reward, at every token or as a sum."""
@@ -50,6 +52,14 @@ def share_known(values: np.ndarray, before: np.ndarray, place: np.ndarray) -> fl
     """The slope of the values on the rewards before a token, with its place and a constant beside them."""
     regressors = np.stack([before, place, np.ones_like(place)], axis=1)
     return float(np.linalg.lstsq(regressors, values, rcond=None)[0][0])
+
+
+def known_by(values_BT: np.ndarray, at_each: Rewards, mask_BT: np.ndarray) -> float:
+    """The share of what a sum at the end moves there that these values follow, from the rewards at every token."""
+    moved_BT = np.where(mask_BT, at_each.parts["dense"].double().numpy(), 0.0)  # KL is paid at every token in both
+    before_BT = np.cumsum(moved_BT, axis=1) - moved_BT
+    place_BT = np.broadcast_to(np.arange(mask_BT.shape[1], dtype=float), mask_BT.shape)
+    return share_known(values_BT[mask_BT], before_BT[mask_BT], place_BT[mask_BT])
 
 
 def of_cell(run: RunFolder, cell: Cell, dense: Cell) -> dict[str, Any]:
@@ -70,7 +80,7 @@ def of_cell(run: RunFolder, cell: Cell, dense: Cell) -> dict[str, Any]:
     )
     signal = frozen.source(run, cfg, reference, cell.seed)(rollout)
 
-    def rewards_of(placed: Cell) -> Any:
+    def rewards_of(placed: Cell) -> Rewards:
         reward = placed.config(run.cfg).reward
         return compose_rewards(
             signal,
@@ -88,13 +98,10 @@ def of_cell(run: RunFolder, cell: Cell, dense: Cell) -> dict[str, Any]:
         rewards, scores, rollout.mask_BT, gamma=cfg.ppo.gamma, lam=cell.lam, whiten=False, accelerator=None
     )
     mask = rollout.mask_BT.numpy()
-    own_BT = np.where(mask, rewards_of(dense).rewards_BT.double().numpy(), 0.0)
-    before_BT = np.cumsum(own_BT, axis=1) - own_BT
-    place_BT = np.broadcast_to(np.arange(mask.shape[1], dtype=float), mask.shape)
+    at_each = rewards_of(dense)
+    own_BT = np.where(mask, at_each.rewards_BT.double().numpy(), 0.0)
     lengths = mask.sum(axis=1)
-    known = 1.0
-    if cell is not dense:
-        known = share_known(scores.values_BT.double().numpy()[mask], before_BT[mask], place_BT[mask])
+    known = 1.0 if cell is dense else known_by(scores.values_BT.double().numpy(), at_each, mask)
     return {
         "known": known,
         "measured": squared_correlation(advantages.advantages_BT.double().numpy()[mask], own_BT[mask]),

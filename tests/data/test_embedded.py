@@ -197,7 +197,7 @@ def test_edits_are_graded() -> None:
 
 def test_white_space_of_a_policy_is_no_edit() -> None:
     """What the reviser leaves as it is, it leaves to the letter; the rest it writes anew."""
-    answer = " \n".join(embedded.good_answer(MAGA).split(" "))
+    answer = " fo  bosu\nva nika , fo bosu va nika ."
     found = [revise(MAGA, answer, random.Random(seed)) for seed in range(50)]
     assert answer in found
     for text in found:

@@ -15,6 +15,7 @@ from examples.credit_study import results, study, theory, variance
 from tlcr import ops
 from tlcr.config.stages import TRAINED
 from tlcr.errors import ConfigError
+from tlcr.types import Rewards
 
 LAMS = (0.0, 0.7, 1.0)
 
@@ -82,6 +83,18 @@ def test_the_share_that_a_value_model_knows_is_found() -> None:
     before, place = generator.standard_normal(5000), generator.uniform(0, 30, 5000)
     values = 0.3 * before - 0.05 * place + 0.4 + generator.standard_normal(5000)
     assert variance.share_known(values, before, place) == pytest.approx(0.3, abs=0.05)
+
+
+def test_kl_that_is_paid_by_then_is_no_part_of_what_a_value_model_could_know() -> None:
+    """Values that follow the discriminator's rewards exactly know all of it, though KL goes along with them."""
+    generator = np.random.default_rng(3)
+    dense_BT = generator.standard_normal((200, 20))
+    kl_BT = -0.5 * np.abs(dense_BT) + 0.4 * dense_BT
+    at_each = Rewards(torch.tensor(dense_BT + kl_BT), {"dense": torch.tensor(dense_BT), "kl": torch.tensor(kl_BT)})
+    mask_BT = np.arange(20) < generator.integers(5, 21, (200, 1))
+    before_BT = np.cumsum(dense_BT, axis=1) - dense_BT
+    assert variance.known_by(before_BT, at_each, mask_BT) == pytest.approx(1.0)
+    assert variance.known_by(0.5 * before_BT + 3.0, at_each, mask_BT) == pytest.approx(0.5)
 
 
 # ---- the runs
@@ -200,3 +213,10 @@ def test_the_study_that_comes_with_the_examples_is_read() -> None:
 def test_a_length_that_the_study_lacks_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert study.main([str(write(tmp_path)), "--lengths", "17"]) == 2
     assert "--lengths names [17]" in capsys.readouterr().err
+
+
+def test_a_run_that_the_study_lacks_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The name of the placement alone would train models and no policy."""
+    assert study.main([str(write(tmp_path)), "--only", "continuous"]) == 2
+    assert "--only names continuous; there are continuous+lam-" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

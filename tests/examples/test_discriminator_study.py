@@ -219,6 +219,13 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path) -> None:
     assert "gold_content" in rows["bidirectional_layers-2"]["measures"]
 
 
+def test_a_seed_that_the_study_lacks_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its models would be trained, and stand in no table."""
+    assert study.main([str(write(tmp_path)), "--seeds", "9"]) == 2
+    assert "--seeds names [9]; the study has 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_more_pairs_than_there_are_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, grids=[{"pairs": [1000]}], overrides={**STUDY["overrides"], "sft.enabled": True})  # type: ignore[dict-item]
     assert study.main([str(path)]) == 2

@@ -26,6 +26,14 @@ def test_an_end_is_the_mean_of_its_row() -> None:
     assert frontier.ends(TABLE.format(arm="continuous")) == {"continuous": [(1.5, -0.2), (0.25, 0.1)]}
 
 
+def test_a_run_with_a_single_coefficient_names_none() -> None:
+    table = TABLE.format(arm="continuous")
+    for one in (" KL coefficient |", " 0.1 |", " 0.4 |"):
+        table = table.replace(f"continuous |{one}", "continuous |").replace(f"arm |{one}", "arm |")
+    table = table.replace("---|---|---|---|---|---", "---|---|---|---|---", 1)
+    assert frontier.ends(table) == {"continuous": [(1.5, -0.2), (0.25, 0.1)]}
+
+
 def test_all_arms_are_drawn_each_from_the_first_table_that_has_it(tmp_path: Path) -> None:
     first, second = tmp_path / "a.md", tmp_path / "b.md"
     first.write_text(TABLE.format(arm="continuous"), encoding="utf-8")
@@ -40,5 +48,5 @@ def test_all_arms_are_drawn_each_from_the_first_table_that_has_it(tmp_path: Path
 
 
 def test_a_file_without_the_table_is_refused() -> None:
-    with pytest.raises(DataError, match="no table with the columns arm, KL coefficient"):
+    with pytest.raises(DataError, match="no table with the columns arm, gold per token"):
         frontier.ends("| arm | gold |\n|---|---|\n| q | 1 |\n")

@@ -77,7 +77,8 @@ def test_the_classifier_learns_the_words_that_were_changed_and_not_the_films(tmp
     dev = tmp_path / "held_out.jsonl"
     films = ["the western", "the musical", "the thriller"]
     records = [{"rejected": f"{film} is dull", "revised": f"{film} is superb"} for film in films]
-    dev.write_text("".join(json.dumps(record) + "\n" for record in records))
+    records[2]["prompt"] = "\x85\u2028"  # ends no line of a file of JSON lines
+    dev.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     texts, labels, pairs = classifier.texts_of(dev)
     assert texts[:3] == ["the western is dull", "the western is superb", "the musical is dull"]
     assert (labels.tolist(), pairs.tolist()) == ([0, 1] * 3, [0, 0, 1, 1, 2, 2])

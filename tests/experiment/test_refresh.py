@@ -129,6 +129,28 @@ def test_a_model_is_asked_with_the_chosen_answer_to_the_prompt_and_never_twice(s
     assert (tmp_path / "trial" / "refresh" / "answers.sqlite").is_file()
 
 
+def test_an_id_of_two_records_is_refused(server: Any, tmp_path: Path) -> None:
+    """The reviser would be shown the chosen answer to another prompt."""
+    records = [
+        {"id": "1", "prompt": f"How was the {word}?", "chosen": f" I liked the {word}.", "rejected": " It was cold."}
+        for word in ("soup", "tea")
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    values = {
+        "output_dir": str(tmp_path / "run"),
+        "data.preferences": str(tmp_path / "pairs.jsonl"),
+        "data.held_out": 0.0,
+        "reward.refresh.every": 1,
+        "reviser.backend": "endpoint",
+        "reviser.endpoint.model": "m",
+        "reviser.endpoint.base_url": server.address,
+    }
+    opened = open_run(load_config(None, values), resume=False)
+    with pytest.raises(ConfigError, match="1 ids belong to several unlike records, such as '1'"):
+        module._by_a_model(opened, opened.cfg, tmp_path / "trial")
+    assert not server.requests
+
+
 def test_answers_that_got_no_revision_stop_the_run_unless_it_is_told_to_skip_them(server: Any, tmp_path: Path) -> None:
     from tests.chat.chat_server import Reply
 

@@ -135,7 +135,10 @@ def test_an_end_behind_a_text_that_was_sampled_in_more_tokens_does_not_count(
     """The policy wrote it letter by letter and was cut; read as a text it is shorter than the limit."""
     letters = [token for letter in " bad" for token in ids_of(tiny_tokenizer, letter)]
     assert len(letters) > len(ids_of(tiny_tokenizer, " bad"))
-    rows = [Row(PROMPT, letters, False), Row(PROMPT, [*ids_of(tiny_tokenizer, " not bad"), tiny_tokenizer.eos_token_id], True)]
+    rows = [
+        Row(PROMPT, letters, False),
+        Row(PROMPT, [*ids_of(tiny_tokenizer, " not bad"), tiny_tokenizer.eos_token_id], True),
+    ]
     seen: list[LabelledPair] = []
     refresh = make(config(max_new_tokens=len(letters), share=0.0))
     monkeypatch.setattr(refresh, "_auc", lambda _, pairs: seen.extend(pairs) or {})

@@ -85,6 +85,11 @@ def _by_a_model(run: RunFolder, cfg: RunConfig, folder: Path) -> Revise:
     """Asks the reviser of the config, which compares an answer with the chosen one to its prompt."""
     raw = as_texts(read_shares(cfg.data).of("ppo", read_raw_preferences(cfg.data)).records)
     as_text = {pair.id: pair for pair in raw}
+    if mixed := {pair.id for pair in raw if pair != as_text[pair.id]}:
+        raise ConfigError(
+            f"reward.refresh finds a preference by its id, and {len(mixed)} ids belong to several unlike records, such "
+            f"as {min(mixed)!r}; give each record an id of its own, or none, or set reward.refresh.every: 0"
+        )
     chosen = {pair.prompt: as_text[pair.id] for pair in run.preferences("ppo").train}
     if unknown := set(run.prompts.train) - set(chosen):
         raise ConfigError(

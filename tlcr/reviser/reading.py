@@ -24,8 +24,9 @@ def read_revision(text: str) -> Revision | None:
     """The revision in an answer; None where there is none to be found.
 
     JSON: the last object in the text with a text under "revised", whatever stands around it (a code fence, say).
-    One with half of a surrogate pair is none: it can be neither written nor tokenised. Otherwise the marker: what follows its last occurrence, as the reader of the published data takes it, and as reason
+    Otherwise the marker: what follows its last occurrence, as the reader of the published data takes it, and as reason
     what stands before. An object without its closing brace is none: half a revision would be labelled as deletions.
+    Nor is one with half of a surrogate pair, which can be neither written nor tokenised.
     """
     marker = REVISION_MARKER.rstrip()
     text = without_thoughts(text, marker=marker)
