@@ -17,6 +17,7 @@ from examples.study import command
 from tlcr.errors import DataError
 from tlcr.files import atomic_write
 from tlcr.report import figures
+from tlcr.report.results import AMONG_ENDS
 
 COLUMNS = ("arm", "gold per token", "KL, nats per token")
 MINUS = "\N{MINUS SIGN}"
@@ -53,7 +54,10 @@ def plot(arms: dict[str, list[tuple[float, float]]]) -> str:
     """The frontier as an SVG file."""
     ways = {arm: [(0.0, 0.0), *reversed(points)] for arm, points in arms.items()}
     label = f"Gold against KL to the reference, both per token: {', '.join(arms)}"
-    return figures.as_file(figures.frontier_plot(dict.fromkeys(arms, ()), ways, list(arms), [], "token", label))
+    powers = dict.fromkeys(arms, AMONG_ENDS)
+    return figures.as_file(
+        figures.frontier_plot(dict.fromkeys(arms, ()), ways, list(arms), [], "token", label, powers=powers)
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,12 +3,13 @@
     python -m examples.credit_study.variance examples/credit_study/study.yaml
 
 Every finished PPO run's policy answers the held-out prompts. Its answers get the reward that its PPO paid, centred on
-these answers, and advantages by its own value model. *Measured* is the squared correlation of a token's advantage with the token's own
-reward (the discriminator's, less its KL penalty), pooled over tokens. *Known* is the share q of the rewards before a
-token that the value model follows: the slope of the value on the sum of what the discriminator gave them, with the
-token's place as a second regressor; 1 by definition where the reward stands at every token. The KL penalty, which no
-placement moves, is paid by then and no part of that sum. *Predicted* is the theory's figure for these lengths, this lambda
-and this share, with a value model that errs in nothing else. Writes variance.json and variance.md below output_dir.
+these answers, and advantages by its own value model. *Measured* is the squared correlation of a token's advantage with
+the token's own reward (the discriminator's, less its KL penalty), pooled over tokens. *Known* is the share q of the
+rewards before a token that the value model follows: the slope of the value on the sum of what the discriminator gave
+them, with the token's place as a second regressor; 1 by definition where the reward stands at every token. The KL
+penalty, which no placement moves, is paid by then and no part of that sum. *Predicted* is the theory's figure for these
+lengths, this lambda and this share, with a value model that errs in nothing else. Writes variance.json and variance.md
+below output_dir.
 """
 
 from __future__ import annotations

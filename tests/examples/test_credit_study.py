@@ -184,9 +184,9 @@ def test_gaps_are_taken_within_a_seed_at_the_kl_that_both_reached() -> None:
         ends = {"gold_per_token": 0.0, "kl_per_token": 0.0}, {"gold_per_token": gold, "kl_per_token": kl}
         return results.SeedRun("x", None, seed, *ends, ends)  # type: ignore[arg-type]
 
-    gap = results._gap([run(0, 1.0, 1.0), run(1, 1.0, 0.8)], [run(0, 0.25, 0.2), run(1, 0.25, 0.1)])
-    assert gap["kl"] == 0.25 and gap["at_kl"]["difference"] == pytest.approx((0.3 + 0.3) / 2)
-    assert gap["at_end"]["difference"] == pytest.approx((0.8 + 0.7) / 2)
+    gap = results._gap([run(0, 1.0, 1.0), run(1, 1.0, 0.8)], [run(0, 1 / 16, 0.05), run(1, 1 / 16, 0.02)])
+    assert gap["kl"] == 1 / 16 and gap["at_kl"]["difference"] == pytest.approx((0.075 + 0.08) / 2)  # an eighth
+    assert gap["at_end"]["difference"] == pytest.approx((0.95 + 0.78) / 2)
 
 
 @pytest.mark.parametrize(

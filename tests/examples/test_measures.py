@@ -64,27 +64,27 @@ def test_the_table_holds_every_measure_over_seeds(tmp_path: Path, capsys: pytest
 
 
 def test_a_further_scorer_is_compared_at_matched_kl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Half of "ours" shouts at 4 nats, so a quarter at 1; all of "theirs" at 1 nat, and half of it at a quarter."""
+    """Half of "ours" shouts at 4 nats, so an eighth of that at a sixteenth of them, where all of "theirs" does."""
     (tmp_path / "config.yaml").write_text("arms: [{name: ours}, {name: theirs}]")
     (tmp_path / "scorer.py").write_text(SCORER)
     for seed in (0, 1):
         write_run(tmp_path, "ours", seed, gold=0.0, kl=4.0, after=["A A", "b c"])
-        write_run(tmp_path, "theirs", seed, gold=0.0, kl=1.0, after=["X", "Y"])
+        write_run(tmp_path, "theirs", seed, gold=0.0, kl=0.25, after=["X", "Y"])
     figures = tmp_path / "figures"
     measures.main([str(tmp_path), "--scorer", f"{tmp_path / 'scorer.py'}:shouting", "--figures", str(figures)])
     assert "shouting per answer" in (figures / "shouting.svg").read_text(encoding="utf-8")
     _, matched = capsys.readouterr().out.split("shouting at matched KL", 1)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in matched.splitlines()]
-    assert ["arm", "0.250", "0.500", "1.000"] in rows  # shares of the KL that half of the arms reached
-    assert ["ours", "0.125 [0.125, 0.125]", "0.177 [0.177, 0.177]", "0.250 [0.250, 0.250]"] in rows
-    assert ["theirs", "0.500 [0.500, 0.500]", "0.707 [0.707, 0.707]", "1.000 [1.000, 1.000]"] in rows
-    assert ["theirs", "1.000", "0.250", "1.000", "\u22120.750 [\u22120.750, \u22120.750]"] in rows
+    assert ["arm", "0.062", "0.125", "0.250"] in rows  # shares of the KL that half of the arms reached
+    assert ["ours", "0.022 [0.022, 0.022]", "0.037 [0.037, 0.037]", "0.062 [0.062, 0.062]"] in rows
+    assert ["theirs", "0.354 [0.354, 0.354]", "0.595 [0.595, 0.595]", "1.000 [1.000, 1.000]"] in rows
+    assert ["theirs", "0.250", "0.062", "1.000", "\u22120.938 [\u22120.938, \u22120.938]"] in rows
 
 
 def test_gold_is_compared_along_training_with_one_coefficient_of_each_arm(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of two coefficients the larger, whose run ends at gold 0.4 and 2 nats; at half a nat it was half way."""
+    """Of two coefficients the larger, whose run ends at gold 0.4 and 2 nats, and is read on the way of one run."""
     (tmp_path / "config.yaml").write_text("arms: [{name: ours}, {name: theirs}]")
     for arm, gold in (("ours", 0.4), ("theirs", 0.2)):
         write_run(tmp_path, f"{arm}/kl-0.1", 0, gold=9.0, kl=8.0, after=["a", "b"])
@@ -93,7 +93,7 @@ def test_gold_is_compared_along_training_with_one_coefficient_of_each_arm(
     assert (tmp_path / "figures" / "gold.svg").is_file()
     _, along = capsys.readouterr().out.split("Gold along training", 1)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in along.splitlines()]
-    assert ["ours", "0.200", "0.283", "0.400"] in rows and ["theirs", "2.000", "0.400", "0.200", "0.200"] in rows
+    assert ["ours", "0.141", "0.238", "0.400"] in rows and ["theirs", "2.000", "0.400", "0.200", "0.200"] in rows
     assert measures.main([str(tmp_path), "--along-training", "3"]) == 2
     assert "ours, theirs have no coefficient of that place" in capsys.readouterr().err
 

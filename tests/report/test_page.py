@@ -15,9 +15,9 @@ from rich.console import Console
 
 from tests.report.run_folders import MACHINE, NASTY, add_stages, evaluation, write_run
 from tlcr.errors import DataError
-from tlcr.report.figures import ARM_COLOURS, _signed_root, arm_colour, arm_marker, curve_panels, mean_curve
+from tlcr.report.figures import ARM_COLOURS, STEPS, _between, arm_colour, arm_marker, curve_panels, mean_curve
 from tlcr.report.page import print_results, verdicts, write_report
-from tlcr.report.results import read_runs, root_of_kl
+from tlcr.report.results import gold_at_kl, read_runs
 from tlcr.report.tokens import number
 
 ARMS = {"continuous": 0.6, "sum-at-end": 0.35, "sequence": 0.2}
@@ -400,9 +400,16 @@ def test_the_frontier_is_a_picture_of_its_own(folder: str, request: pytest.Fixtu
     assert "(frontier.svg)" in (path / "results.md").read_text(encoding="utf-8")
 
 
-def test_the_frontier_is_drawn_on_the_scale_on_which_the_tables_are_straight() -> None:
-    kl = np.array([-0.04, 0.0, 0.25, 9.0])
-    assert _signed_root(kl) == pytest.approx([root_of_kl(each) for each in kl])
+@pytest.mark.parametrize("power", [0.5, 0.75])
+def test_a_line_of_the_frontier_is_straight_where_the_tables_read_it_so(power: float) -> None:
+    points = [(-0.01, 0.0), (0.25, 2.0), (9.0, 0.0)]
+    way = _between(points, power)
+    assert len(way) == 2 * STEPS + 1
+    assert np.array(way)[[0, STEPS, 2 * STEPS]] == pytest.approx(np.array(points))
+    curve = [{"kl_per_token": kl, "gold_per_token": gold} for kl, gold in points]
+    for kl, gold in way:
+        assert gold_at_kl(curve, kl - 1e-12, power=power) == pytest.approx(gold, abs=1e-6)
+    assert list(_between(points[:1], power)) == [pytest.approx(points[0])] and list(_between([], power)) == []
 
 
 def test_arms_of_one_colour_differ_in_marker() -> None:

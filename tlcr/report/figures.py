@@ -21,6 +21,8 @@ ARM_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00",
 ARM_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINE_STYLES = ("-", "--", ":", "-.")
 """The second, third and fourth seven of many arms."""
+STEPS = 8
+"""Points drawn for each of a frontier's."""
 INK = "#123456"
 """Stands for the page's text colour until the SVG is finished."""
 
@@ -124,13 +126,17 @@ def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float]]:
     return [(x, math.fsum(points[x] for points in by_x) / len(by_x)) for x in shared]
 
 
-def _draw_arm(axes: Axes, index: int, name: str, seeds: Sequence[Curve], mean: Curve, *, marker: bool) -> None:
+def _draw_arm(
+    axes: Axes, index: int, name: str, seeds: Sequence[Curve], mean: Curve, *, marker: bool, every: int = 1
+) -> None:
+    """every: how many points of a curve there are for one marker."""
     colour, shape, line = arm_colour(index), arm_marker(index) if marker else None, _arm_line(index)
     if len(seeds) > 1:
         for curve in seeds:
             axes.plot(*zip(*curve, strict=True), color=colour, linewidth=0.8, alpha=0.4)
     if mean:
         style: dict[str, Any] = {"linewidth": 2.2, "linestyle": line, "markersize": 4.5, "marker": shape}
+        style["markevery"] = every
         axes.plot(*zip(*mean, strict=True), label=name, color=colour, **style)
 
 
@@ -158,20 +164,22 @@ def frontier_plot(
     per: str,
     label: str,
     *,
+    powers: Mapping[str, float],
     measure: str = "gold",
     narrow: bool = False,
 ) -> str:
     """Gold, under the name of ``measure``, against KL, both per token or per answer: each arm's path away from the
-    reference, with the matched levels as dashed lines. KL on the square-root scale on which the tables read between
-    points (``root_of_kl``)."""
+    reference, straight in its power of the KL between points, as the tables read it, with the matched levels as dashed
+    lines. KL on a square-root scale, on which an arm that ran far away leaves room for the others."""
     with style():
         figure = Figure(figsize=(NARROW if narrow else WIDE, 4.6), layout="constrained")
         axes = figure.add_subplot()
         for level in levels:
             axes.axvline(level, color=INK, alpha=0.35, linewidth=0.9, linestyle=(0, (4, 4)))
         for name, seeds in by_arm.items():
-            _draw_arm(axes, arm_order.index(name), name, seeds, means[name], marker=True)
-        axes.set_xscale("function", functions=(_signed_root, lambda x: np.sign(x) * np.square(x)))
+            ways = [_between(way, powers[name]) for way in (*seeds, means[name])]
+            _draw_arm(axes, arm_order.index(name), name, ways[:-1], ways[-1], marker=True, every=STEPS)
+        axes.set_xscale("function", functions=(lambda x: _scaled(x, 0.5), lambda x: _scaled(x, 2)))
         far = "" if narrow else ", on a square-root scale: how far the policy has moved"
         axes.set_xlabel(f"KL to the reference, nats per {per}{far}")
         axes.set_ylabel(f"{measure} per {per}")
@@ -182,9 +190,19 @@ def frontier_plot(
         return svg_text(figure, label)
 
 
-def _signed_root(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """``root_of_kl`` of the tables, of an array."""
-    return np.sign(x) * np.sqrt(np.abs(x))
+def _between(curve: Curve, power: float) -> Curve:
+    """The curve with the points between its points, STEPS for each: straight in this power of the KL."""
+    if not curve:
+        return []
+    kl, gold = (np.array(axis) for axis in zip(*curve, strict=True))
+    steps = np.linspace(0, len(curve) - 1, STEPS * (len(curve) - 1) + 1)
+    places, heights = (np.interp(steps, range(len(curve)), axis) for axis in (_scaled(kl, power), gold))
+    return list(zip(_scaled(places, 1 / power).tolist(), heights.tolist(), strict=True))
+
+
+def _scaled(x: npt.NDArray[np.float64], power: float) -> npt.NDArray[np.float64]:
+    """``results.scaled``, of an array."""
+    return np.sign(x) * np.abs(x) ** power
 
 
 def paired_panels(

@@ -40,6 +40,11 @@ Per = Literal["token", "answer"]
 LEVELS = (0.25, 0.5, 1.0)
 """Matched KL is looked at here, as shares of the KL that half of the arms reached."""
 CONFIDENCE = 0.95
+AMONG_ENDS, ON_THE_WAY = 0.5, 0.75
+"""Between two points gold is read on a line that is straight in this power of the KL: among the ends of training under
+several coefficients, and on the way of a single run. A small change of a policy moves gold in proportion and KL as its
+square, hence the root (Gao et al. 2023, arXiv 2210.10760); a policy in training has moved in other directions too. Both
+are what reads points best that were left out (docs/results/reading.md, ours)."""
 
 
 @dataclass(frozen=True)
@@ -96,35 +101,38 @@ def mean_over_seeds(values: Sequence[float]) -> Mean | None:
 # ---- gold at matched KL
 
 
-def root_of_kl(kl: float) -> float:
-    """sign(kl) sqrt(|kl|), a policy's distance from the reference in which gold rises nearly straight at first.
-
-    For small changes of a policy gold changes in proportion and KL as the square. Gao et al. (2023, arXiv 2210.10760)
-    take the same measure. A KL that was estimated from samples may lie a little below 0.
-    """
-    return math.copysign(math.sqrt(abs(kl)), kl)
+def scaled(kl: float, power: float) -> float:
+    """sign(kl) |kl|^power: a KL that was estimated from samples may lie a little below 0."""
+    return math.copysign(abs(kl) ** power, kl)
 
 
 def gold_at_kl(
-    curve: Sequence[Mapping[str, Any]], kl: float, *, measure: str = "gold_per_token", against: str = "kl_per_token"
+    curve: Sequence[Mapping[str, Any]],
+    kl: float,
+    *,
+    power: float,
+    measure: str = "gold_per_token",
+    against: str = "kl_per_token",
 ) -> float | None:
     """Gold where training first reached this KL: between the evaluation before and the one that reached it, on a line
-    that is straight in the square root of the KL (`root_of_kl`).
+    that is straight in this power of the KL (`AMONG_ENDS` or `ON_THE_WAY`).
 
     None where the run never got there. A run that leaves the level again and comes back counts as it first passed,
     so that time spent over-optimising does not choose the best moment.
     """
     points = [
-        (root_of_kl(p[against]), p[measure]) for p in curve if p.get(against) is not None and p.get(measure) is not None
+        (scaled(p[against], power), p[measure])
+        for p in curve
+        if p.get(against) is not None and p.get(measure) is not None
     ]
     if not points:
         return None
-    root = root_of_kl(kl)
-    if points[0][0] >= root:
+    place = scaled(kl, power)
+    if points[0][0] >= place:
         return float(points[0][1])
-    for (root_0, gold_0), (root_1, gold_1) in itertools.pairwise(points):
-        if root_1 >= root:
-            return float(gold_0 + (gold_1 - gold_0) * (root - root_0) / (root_1 - root_0))
+    for (place_0, gold_0), (place_1, gold_1) in itertools.pairwise(points):
+        if place_1 >= place:
+            return float(gold_0 + (gold_1 - gold_0) * (place - place_0) / (place_1 - place_0))
     return None
 
 
@@ -132,11 +140,14 @@ def gold_at_matched_kl(
     curves: Mapping[int, Sequence[Mapping[str, Any]]],
     kl: float,
     *,
+    power: float,
     measure: str = "gold_per_token",
     against: str = "kl_per_token",
 ) -> dict[int, float]:
     """Seed to gold at this KL, for the seeds whose run reached it."""
-    found = {seed: gold_at_kl(curve, kl, measure=measure, against=against) for seed, curve in curves.items()}
+    found = {
+        seed: gold_at_kl(curve, kl, power=power, measure=measure, against=against) for seed, curve in curves.items()
+    }
     return {seed: gold for seed, gold in found.items() if gold is not None}
 
 
@@ -190,12 +201,18 @@ def _way(own: Sequence[SeedRun], kl_coefs: Sequence[float | None]) -> Curve:
     return [{**own[0].before, "stop": 0}, *sorted(ends, key=lambda point: point["stop"])]
 
 
+def power_of(runs: Iterable[SeedRun]) -> float:
+    """The power of the KL in which the `paths` of these runs, all of one arm, are straight."""
+    return ON_THE_WAY if all(run.kl_coef is None for run in runs) else AMONG_ENDS
+
+
 def frontier(runs: Iterable[SeedRun], *, per: Per = "token") -> dict[str, Any] | None:
     """Arms compared by gold at matched KL, both per token or per answer, along their `paths`.
 
     levels: each arm's gold over its seeds at shares of the KL that half of the arms reached (`reached_kl`); None for an
     arm that did not reach a level with every seed, because those that did would be a selection.
     comparisons: the first arm against each other one, at the largest KL that both reached.
+    powers: of the KL, in which the way of an arm is straight between its points.
     None where no run has gold at a KL above 0.
     """
     measure, against = f"gold_per_{per}", f"kl_per_{per}"
@@ -212,8 +229,10 @@ def frontier(runs: Iterable[SeedRun], *, per: Per = "token") -> dict[str, Any] |
         for arm, by_seed in curves.items()
     }
 
+    powers = {arm: power_of(run for run in runs if run.arm == arm) for arm in curves}
+
     def at(arm: str, kl: float) -> dict[int, float]:
-        return gold_at_matched_kl(curves[arm], kl, measure=measure, against=against)
+        return gold_at_matched_kl(curves[arm], kl, power=powers[arm], measure=measure, against=against)
 
     half = statistics.median_low(reached.values())
     levels = [
@@ -248,7 +267,14 @@ def frontier(runs: Iterable[SeedRun], *, per: Per = "token") -> dict[str, Any] |
             )
     if not levels and not comparisons:
         return None
-    return {"measure": measure, "against": against, "reached": reached, "levels": levels, "comparisons": comparisons}
+    return {
+        "measure": measure,
+        "against": against,
+        "powers": powers,
+        "reached": reached,
+        "levels": levels,
+        "comparisons": comparisons,
+    }
 
 
 def _plain(mean: Mean) -> dict[str, Any]:
