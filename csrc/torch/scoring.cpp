@@ -138,9 +138,10 @@ void score_rows_backward(const Tensor& logits, const MaybeTensor& ref_logits, co
   run_score_backward(logits, arguments);
 }
 
-// Both logits in one dtype that kernels read.
-std::pair<Tensor, MaybeTensor> same_dtype(const Tensor& logits, const MaybeTensor& ref_logits) {
-  Tensor policy = readable(logits);
+// Both logits in one dtype that kernels read, whose arithmetic is that of the results, `real`: a backward pass without
+// the KL reads no reference, but statistics that are float64 if the reference was.
+std::pair<Tensor, MaybeTensor> same_dtype(const Tensor& logits, const MaybeTensor& ref_logits, Dtype real) {
+  Tensor policy = real == kDouble ? cast(logits, real) : readable(logits);
   if (!ref_logits.has_value()) return {policy, MaybeTensor()};
   Tensor reference = readable(*ref_logits);
   // float32 holds both half precisions.
@@ -274,7 +275,7 @@ Scores score_tokens(const Tensor& logits, const Tensor& token_ids, const MaybeTe
                     const MaybeTensor& temperatures) {
   const WithoutGradients without_gradients;
   const Dtype real = real_dtype(logits, ref_logits);
-  const auto [policy, reference] = same_dtype(logits, ref_logits);
+  const auto [policy, reference] = same_dtype(logits, ref_logits, real);
   const Tokens tokens(token_ids, temperature, temperatures, real, logits.size(-1));
   const Results out(token_ids, real, ref_logits.has_value());
   score_rows(policy, reference, tokens, out, 0, token_ids.numel());
@@ -286,8 +287,9 @@ Tensor score_tokens_backward(const MaybeTensor& g_logprobs, const MaybeTensor& g
                              double temperature, const MaybeTensor& temperatures, const Tensor& entropy,
                              const Tensor& kl, const Tensor& stats, const Tensor& ref_stats) {
   const WithoutGradients without_gradients;
-  const auto [policy, reference] = same_dtype(logits, g_kl.has_value() ? ref_logits : MaybeTensor());
-  const Tokens tokens(token_ids, temperature, temperatures, dtype_of(entropy), logits.size(-1));
+  const Dtype real = dtype_of(entropy);
+  const auto [policy, reference] = same_dtype(logits, g_kl.has_value() ? ref_logits : MaybeTensor(), real);
+  const Tokens tokens(token_ids, temperature, temperatures, real, logits.size(-1));
   const Incoming in(g_logprobs, g_entropy, g_kl, entropy, kl, stats, ref_stats);
   const Tensor grad = fresh(logits.sizes(), dtype_of(policy), logits);
   score_rows_backward(policy, reference, tokens, in, grad, 0, token_ids.numel());

@@ -24,6 +24,7 @@ from tlcr.ops import TokenScores, scoring
 
 FIELDS = ("logprobs", "entropy", "ref_logprobs", "kl")
 DIFFERENTIABLE = ("logprobs", "entropy", "kl")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def row_truth(logits: list[float], token: int, ref_logits: list[float], temperature: float) -> tuple[float, ...]:
@@ -176,6 +177,23 @@ def test_gradients_against_float64_autograd(backend: Backend, names: tuple[str, 
     got = gradient(ops.score_tokens, to_device(inputs, backend.device), weights, temperature=0.8, impl=backend.impl)
     assert got.dtype == dtype
     assert_close(got, wanted)
+
+
+@backends("score_tokens")
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("ref_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_of_one_result_whatever_the_two_dtypes(
+    backend: Backend, dtype: torch.dtype, ref_dtype: torch.dtype, name: str
+) -> None:
+    """Of a reference in float64 the backward pass of the others reads float64 statistics, and not the reference."""
+    inputs = example(dtype=dtype)
+    inputs["ref_logits"] = inputs["ref_logits"].to(ref_dtype)
+    weights = random_weights((3, 5), (name,))
+    wanted = gradient(ops.score_tokens, inputs, weights, temperature=0.8, impl="reference")
+    got = gradient(ops.score_tokens, to_device(inputs, backend.device), weights, temperature=0.8, impl=backend.impl)
+    assert got.dtype == dtype
+    assert_close(got, wanted.double())
 
 
 @backends("score_tokens")
@@ -528,6 +546,23 @@ def test_hidden_ignores_autocast(backend: Backend) -> None:
         got = hidden_gradients(ops.score_hidden, inputs, weights, impl=backend.impl)
     for grad, true in zip(got, wanted, strict=True):
         assert torch.equal(grad, true)
+
+
+@backends("score_hidden")
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("ref_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hidden_gradients_of_one_result_whatever_the_two_dtypes(
+    backend: Backend, dtype: torch.dtype, ref_dtype: torch.dtype, name: str
+) -> None:
+    inputs = hidden_example(dtype=dtype)
+    inputs |= {key: inputs[key].to(ref_dtype) for key in ("ref_hidden", "ref_weight", "ref_bias")}
+    weights = random_weights((3, 5), (name,))
+    wanted = hidden_gradients(ops.score_hidden, inputs, weights, impl="reference")
+    got = hidden_gradients(ops.score_hidden, to_device(inputs, backend.device), weights, impl=backend.impl)
+    for result, true in zip(got, wanted, strict=True):
+        assert result.dtype == dtype
+        assert_close(result, true.double())
 
 
 @backends("score_hidden")
