@@ -90,6 +90,7 @@ def _reward_kernel(
     confidence = (positive - negative) / total
     if DISCRETE:
         sign = (confidence > 0).to(real) - (confidence < 0).to(real)
+        sign = tl.where(confidence == confidence, sign, confidence)  # NaN stays NaN
         confidence = tl.where(tl.abs(confidence) <= tl.full((), band, real), 0.0, sign)
 
     reward = tl.full((), scale, real) * confidence

@@ -22,6 +22,7 @@ from tlcr import ops
 from tlcr.errors import ConfigError, ShapeError
 
 LN3 = math.log(3)
+KINDS = [("continuous", 0.0), ("discrete", 0.0), ("discrete", 0.4), ("discrete", 1.0)]
 
 
 def truth(
@@ -157,7 +158,10 @@ def test_extreme_logits(backend: Backend, classes: int) -> None:
 
 @backends("fused_reward")
 @pytest.mark.parametrize("classes", [2, 3])
-def test_nan_and_inf_that_count_are_seen_where_they_are(backend: Backend, classes: int) -> None:
+@pytest.mark.parametrize(("kind", "band"), KINDS)
+def test_nan_and_inf_that_count_are_seen_where_they_are(
+    backend: Backend, classes: int, kind: Any, band: float
+) -> None:
     logits = torch.randn(2, 40, classes, device=backend.device)
     mask = torch.ones(2, 40, dtype=torch.bool, device=backend.device)
     broken = torch.zeros(2, 40, dtype=torch.bool)
@@ -165,7 +169,8 @@ def test_nan_and_inf_that_count_are_seen_where_they_are(backend: Backend, classe
         for c in range(classes):
             logits[n, 3 * c + 1, c] = logits[n, 38 - c, c] = poison
             broken[n, 3 * c + 1] = broken[n, 38 - c] = True
-    assert torch.equal(ops.fused_reward(logits, mask, impl=backend.impl).isnan().cpu(), broken)
+    got = ops.fused_reward(logits, mask, kind=kind, band=band, clip=0.5, impl=backend.impl)
+    assert torch.equal(got.isnan().cpu(), broken)
 
 
 @backends("fused_reward")
@@ -240,6 +245,25 @@ def test_from_hidden(backend: Backend, classes: int, dtype: torch.dtype, options
     assert_close(ops.reward_from_hidden(**arguments, **options, impl=backend.impl), wanted)
     spread = {name: strided(value) for name, value in arguments.items()}
     assert_close(ops.reward_from_hidden(**spread, **options, impl=backend.impl), wanted)
+
+
+@backends("reward_from_hidden")
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize(("kind", "band"), KINDS)
+@pytest.mark.parametrize("poison", [NAN, INF])
+def test_from_hidden_nan_and_inf_that_count_are_seen_where_they_are(
+    backend: Backend, classes: int, kind: Any, band: float, poison: float
+) -> None:
+    hidden, weight = torch.randn(2, 20, 6), torch.randn(classes, 6)
+    broken = torch.zeros(2, 20, dtype=torch.bool)
+    broken[0, 3] = broken[1, 17] = broken[1, 18] = True
+    hidden[broken] = poison  # the logits are NaN, or infinities, of which one is +inf
+    weight[0, 0], weight[-1, 0] = 1.0, -1.0
+    hidden[..., 1:] = hidden[..., 1:].nan_to_num(0.0, 0.0)
+    inputs = to_device({"hidden": hidden, "weight": weight}, backend.device)
+    mask = torch.ones(2, 20, dtype=torch.bool, device=backend.device)
+    got = ops.reward_from_hidden(**inputs, mask=mask, kind=kind, band=band, clip=0.5, impl=backend.impl)
+    assert torch.equal(got.isnan().cpu(), broken)
 
 
 @backends("reward_from_hidden")

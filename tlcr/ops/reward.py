@@ -64,7 +64,8 @@ def fused_reward(
         r_t = clamp(scale * c_t, -clip, clip) - kl_coef * kl_t        and 0 where masked out
 
     and `terminal[b]` is added at the last counted token of row b. In a row with no counted token it is dropped. For
-    `kind="discrete"`, c becomes 0 where |c| <= band and its sign elsewhere.
+    `kind="discrete"`, c becomes 0 where |c| <= band and its sign elsewhere. A counted token whose c is NaN has
+    the reward NaN, whatever the kind.
     Source: TLCR, the paper's equation for the token reward.
 
     Args:
@@ -133,7 +134,8 @@ def _reference(arguments: RewardArguments) -> Tensor:
     p_BTC = torch.softmax(torch.where(mask.unsqueeze(-1), logits.to(dtype), 0.0) / a.temperature, dim=-1)
     confidence_BT = p_BTC[..., -1] - p_BTC[..., 0]
     if a.discrete:
-        confidence_BT = torch.where(confidence_BT.abs() <= a.band, 0.0, confidence_BT.sign())
+        sign_BT = torch.where(confidence_BT.isnan(), confidence_BT, confidence_BT.sign())  # of NaN, torch's is 0
+        confidence_BT = torch.where(confidence_BT.abs() <= a.band, 0.0, sign_BT)
     rewards_BT = a.scale * confidence_BT
     if a.clip is not None:
         rewards_BT = rewards_BT.clamp(-a.clip, a.clip)

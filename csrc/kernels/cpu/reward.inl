@@ -84,7 +84,10 @@ struct RewardRow {
   TLCR_INLINE void write(Block block, const Classes<Real, kClasses>& logits) const {
     Vector<Real> reward = confidence(logits, inverse_temperature);
     const Vector<Real> zero = {}, one = splat(Real(1)), bound = splat(clip);
-    if (discrete) reward = reward > band ? one : reward < -band ? -one : zero;
+    if (discrete) {
+      const Vector<Real> undecided = reward == reward ? zero : reward;  // NaN stays NaN
+      reward = reward > band ? one : reward < -band ? -one : undecided;
+    }
     reward *= scale;
     reward = reward > bound ? bound : reward < -bound ? -bound : reward;
     if (kl != nullptr) reward -= kl_coef * block.read(kl);

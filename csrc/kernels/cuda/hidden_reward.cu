@@ -81,7 +81,8 @@ __device__ __forceinline__ real reward_of(const real (&logits)[kClasses], const 
   real confidence = x[kClasses - 1] / sum - x[0] / sum;
   if (options.discrete) {
     const real band = static_cast<real>(options.band);
-    confidence = static_cast<real>((confidence > band) - (confidence < -band));
+    const real undecided = isnan(confidence) ? confidence : real(0);
+    confidence = confidence > band ? real(1) : confidence < -band ? real(-1) : undecided;
   }
   // Comparisons instead of fmin and fmax, which would turn a NaN into a number.
   const real reward = static_cast<real>(options.scale) * confidence, clip = static_cast<real>(options.clip);
