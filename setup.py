@@ -128,10 +128,35 @@ def find_torch() -> Torch | None:
 
 
 def find_compiler_problem() -> str | None:
+    if not os.environ.get("CXX", "c++").strip():
+        del os.environ["CXX"]  # torch, which compiles, would run a command of no words
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         return f"there was no C++ compiler {compiler!r}; install g++, or name a compiler in CXX"
+    try:
+        said = ask(*compiler.split(), "--version")
+    except CannotAsk as reason:
+        return f"{reason}; install g++, or name a compiler in CXX"
+    if "clang version" in said:
+        return "clang cannot compile the kernels; name g++ in CXX"
     return None
+
+
+class CannotAsk(Exception):
+    """A program cannot be run, or failed; the message says what happened."""
+
+
+def ask(*command: str | Path) -> str:
+    """What a program writes to stdout."""
+    words = " ".join(map(str, command))
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise CannotAsk(f"{words} cannot be run ({error.strerror})") from None
+    if done.returncode != 0:
+        last = (done.stderr.strip() or done.stdout.strip() or "without a word").splitlines()[-1]
+        raise CannotAsk(f"{words} failed with status {done.returncode} ({last})")
+    return done.stdout
 
 
 def find_toolkit() -> Toolkit | str:
@@ -149,14 +174,15 @@ def find_toolkit() -> Toolkit | str:
     return f"there was no CUDA toolkit (bin/nvcc and include/cuda_runtime.h) in {' or '.join(map(str, homes))}"
 
 
-def read_toolkit(home: Path) -> Toolkit:
-    def ask(option: str) -> str:
-        return subprocess.run([home / "bin/nvcc", option], check=True, capture_output=True, text=True).stdout
-
-    release = re.search(r"release (\d+\.\d+)", ask("--version"))
+def read_toolkit(home: Path) -> Toolkit | str:
+    nvcc = home / "bin/nvcc"
+    try:
+        release = re.search(r"release (\d+\.\d+)", ask(nvcc, "--version"))
+        known = re.findall(r"compute_(\d+)(\d)\b", ask(nvcc, "--list-gpu-arch"))
+    except CannotAsk as reason:
+        return str(reason)
     if release is None:
-        raise BuildError(f"{home}/bin/nvcc --version names no release: is it nvcc?")
-    known = re.findall(r"compute_(\d+)(\d)\b", ask("--list-gpu-arch"))
+        return f"{nvcc} --version names no release"
     return Toolkit(home, release[1], tuple(f"{major}.{minor}" for major, minor in known))
 
 
@@ -309,9 +335,11 @@ class EditableInstallation(editable_wheel):
 
 
 def main() -> None:
-    torch, toolkit = find_torch(), find_toolkit()
     wanted = os.environ.get("TLCR_BUILD") or "auto"
-    kind, remark = decision = decide(wanted, torch, find_compiler_problem(), toolkit)
+    # A pure build needs none of them, so that none of them can stand in its way.
+    none = None, None, "no CUDA toolkit was looked for"
+    torch, compiler, toolkit = none if wanted == "none" else (find_torch(), find_compiler_problem(), find_toolkit())
+    kind, remark = decision = decide(wanted, torch, compiler, toolkit)
     commands: dict[str, type[Command]] = {
         "bdist_wheel": Wheel,
         "build": Build,

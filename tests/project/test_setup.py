@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -161,6 +162,94 @@ def test_a_missing_torch_or_compiler_is_found_missing(build: ModuleType, monkeyp
     assert build.find_compiler_problem().startswith("there was no C++ compiler 'no-such-compiler -flag'; install g++")
     monkeypatch.setenv("CXX", sys.executable)
     assert build.find_compiler_problem() is None
+
+
+def program(path: Path, script: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("named", ["", " "])
+def test_a_compiler_of_no_name_is_the_default_one(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    program(tmp_path / "c++", "echo 'c++ (GCC) 12.2.0'")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CXX", named)
+    assert build.find_compiler_problem() is None
+    assert "CXX" not in os.environ  # where torch would look
+
+
+@pytest.mark.parametrize("said", ["Ubuntu clang version 14.0.0-1ubuntu1.1", "Apple clang version 16.0.0"])
+def test_clang_is_no_compiler_of_the_kernels(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    compiler = program(tmp_path / "c++", f"echo '{said}'")
+    monkeypatch.setenv("CXX", f"{compiler} -pipe")
+    problem = build.find_compiler_problem()
+    assert problem == "clang cannot compile the kernels; name g++ in CXX"
+    assert decide(build, "auto", "2.13.0 cpu", "13.0", problem) == (None, problem)
+    with pytest.raises(build.BuildError, match="TLCR_BUILD=cpu cannot be done: clang cannot compile the kernels"):
+        decide(build, "cpu", "2.13.0 cpu", "13.0", problem)
+
+
+def test_a_compiler_that_does_not_answer_is_none(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = program(tmp_path / "c++", "echo 'no developer tools' >&2; exit 1")
+    monkeypatch.setenv("CXX", str(compiler))
+    wanted = f"{compiler} --version failed with status 1 (no developer tools); install g++, or name a compiler in CXX"
+    assert build.find_compiler_problem() == wanted
+
+
+BROKEN_NVCCS = {
+    "exits": ("exit 1", "--version failed with status 1 (without a word)"),
+    "exits when asked for architectures": (
+        '[ "$1" = --version ] && echo "release 12.4" || { echo "nvcc fatal: unknown option" >&2; exit 1; }',
+        "--list-gpu-arch failed with status 1 (nvcc fatal: unknown option)",
+    ),
+    "is something else": ("echo hello", "--version names no release"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_NVCCS)
+@pytest.mark.parametrize(("wanted", "kind"), [("auto", "cpu"), ("none", None), ("cpu", "cpu"), ("cuda", "an error")])
+def test_an_nvcc_that_does_not_answer_is_the_reason_for_no_cuda_kernels(
+    build: ModuleType, toolkit: Path, monkeypatch: pytest.MonkeyPatch, broken: str, wanted: str, kind: str | None
+) -> None:
+    """It is no reason to build nothing, let alone where no CUDA is wanted."""
+    script, said = BROKEN_NVCCS[broken]
+    nvcc = program(toolkit / "bin" / "nvcc", script)
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    found = build.find_toolkit()
+    assert found == f"{nvcc} {said}"
+    if kind == "an error":
+        with pytest.raises(build.BuildError, match=f"TLCR_BUILD=cuda cannot be done: {re.escape(found)}; install the"):
+            decide(build, wanted, "2.11.0 13.0", found)
+    else:
+        assert decide(build, wanted, "2.11.0 13.0", found)[0] == kind
+
+
+def test_an_nvcc_that_cannot_be_run_is_a_reason_too(
+    build: ModuleType, toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (toolkit / "bin" / "nvcc").chmod(0o644)
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    assert build.find_toolkit() == f"{toolkit}/bin/nvcc --version cannot be run (Permission denied)"
+
+
+def test_a_pure_build_that_is_asked_for_looks_for_nothing(checkout: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "torch.py").write_text("raise OSError('libcudart.so.12: cannot open shared object file')")
+    program(tmp_path / "toolkit" / "bin" / "nvcc", "exit 1")
+    (tmp_path / "toolkit" / "include").mkdir()
+    (tmp_path / "toolkit" / "include" / "cuda_runtime.h").touch()
+    done = build_wheel(checkout, PYTHONPATH=str(broken), TLCR_BUILD="none", CUDA_HOME=str(tmp_path / "toolkit"), CXX="")
+    assert done.returncode == 0, done.stderr
+    assert "because it was built with TLCR_BUILD=none" in done.stderr
 
 
 @pytest.fixture
