@@ -1,6 +1,7 @@
 """adamw_step: AdamW in float64 beside it, and the halves of a float32 that its weights and remainders are."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,41 @@ def test_gaps_in_memory(backend: Backend) -> None:
             torch.testing.assert_close(results(found)[name].cpu(), result, rtol=1e-6, atol=1e-7)
     base = views[0]["parameters"]._base
     assert base is not None and bool((base[::2] == 0).all() and (base[:, ::2] == 0).all())
+
+
+@backends("adamw_step")
+@pytest.mark.parametrize("name", ["parameters", "exp_avgs", "exp_avg_sqs"])
+@pytest.mark.parametrize("laid_out", [Tensor.contiguous, strided])
+def test_a_backward_pass_through_what_was_there_before_is_refused(
+    backend: Backend, name: str, laid_out: Callable[[Tensor], Tensor]
+) -> None:
+    """As torch does for its own operators: the gradient would be that of other numbers."""
+    states = [{key: laid_out(tensor.to(backend.device)) for key, tensor in example(5, 6).items()} for _ in range(2)]
+    kept = states[1][name].requires_grad_()
+    square = (kept * kept).sum()
+    ops.adamw_step(**lists(states), **OPTIONS, step=2, impl=backend.impl)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
+
+
+@backends("adamw_step")
+def test_what_is_changed_counts_its_versions(backend: Backend) -> None:
+    state = {name: tensor.to(backend.device) for name, tensor in example(40).items()}
+    before = {name: tensor._version for name, tensor in state.items()}
+    ops.adamw_step(**lists([state]), **OPTIONS, step=2, impl=backend.impl)
+    assert {name for name, tensor in state.items() if tensor._version > before[name]} == {*LISTS} - {"grads"}
+
+
+@backends("adamw_step")
+def test_tensors_of_inference_mode_are_changed_in_it(backend: Backend) -> None:
+    """They have no versions."""
+    states = [example(40), example(7)]
+    wanted = all_stepped(states, backend, 2)
+    with torch.inference_mode():
+        found = all_stepped(states, backend, 2)
+        assert found[0]["exp_avgs"].is_inference()
+    for one, other in zip(found, wanted, strict=True):
+        assert_same_bits(one, other)
 
 
 @backends("adamw_step")

@@ -159,9 +159,7 @@ def test_extreme_logits(backend: Backend, classes: int) -> None:
 @backends("fused_reward")
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize(("kind", "band"), KINDS)
-def test_nan_and_inf_that_count_are_seen_where_they_are(
-    backend: Backend, classes: int, kind: Any, band: float
-) -> None:
+def test_nan_and_inf_that_count_are_seen_where_they_are(backend: Backend, classes: int, kind: Any, band: float) -> None:
     logits = torch.randn(2, 40, classes, device=backend.device)
     mask = torch.ones(2, 40, dtype=torch.bool, device=backend.device)
     broken = torch.zeros(2, 40, dtype=torch.bool)

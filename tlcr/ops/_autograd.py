@@ -313,6 +313,15 @@ def refuse_batched(op: str, grads: Sequence[Tensor | None]) -> None:
         )
 
 
+def count_change(written: Tensor | Sequence[Tensor]) -> None:
+    """Counts a change in place, as most of torch's own operators do: a backward pass that needs what was there before
+    then raises, where it would take what is there now. A tensor of inference mode counts nothing."""
+    if torch.compiler.is_compiling():
+        return  # what is compiled counts by itself
+    tensors = (written,) if isinstance(written, Tensor) else written
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+
+
 def watched() -> bool:
     """Whether a mode or a transform wants to see the operators that are called."""
     return bool(torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active())

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlcr.ops._autograd import autograd, below_autograd, eager_function, recomputing, scaling, watched
+from tlcr.ops._autograd import autograd, below_autograd, count_change, eager_function, recomputing, scaling, watched
 from tlcr.ops._spec import ArgumentsT, Op, Operator, ResultT, fields, flattening, takes
 
 NAMESPACE, INTERPRETED = "tlcr", "tlcr_interpreted"
@@ -123,6 +123,7 @@ def implementation(op: Op[ArgumentsT, ResultT], namespace: str, impl: str) -> Ca
     tensors = [(at, name) for at, (name, kind, _) in enumerate(fields(op.arguments)) if kind is Tensor]
     constants = [at for at, name in tensors if name not in trained]
     lists = [at for at, (_, kind, _) in enumerate(fields(op.arguments)) if kind == list[Tensor]]
+    changed = [at for at, (name, _, _) in enumerate(fields(op.arguments)) if name in op.changes]
     flat = flattening(op.arguments)
 
     def traced(values: list[Any]) -> Any:
@@ -147,6 +148,8 @@ def implementation(op: Op[ArgumentsT, ResultT], namespace: str, impl: str) -> Ca
             if op.read is not None:
                 op.read(given)  # says it better
             raise
+        for at in changed:
+            count_change(values[at])
         return op.result(given, results)
 
     return run

@@ -10,6 +10,7 @@ from torch.optim.adamw import adamw
 
 from tlcr.errors import ConfigError, ShapeError
 from tlcr.ops import _checks
+from tlcr.ops._autograd import count_change
 from tlcr.ops._spec import Impl, Op
 
 
@@ -183,6 +184,7 @@ def _reference(a: AdamWArguments) -> None:
             eps=a.eps,
             maximize=False,
         )
+        count_change((exp_avg, exp_avg_sq))  # torch's fused form does not
         split_master(master, parameter, remainder)
 
 
