@@ -16,7 +16,7 @@ from tests.ops.helpers import Backend, assert_close
 from tlcr import ops
 from tlcr.errors import DataError, NoDerivative, ShapeError
 from tlcr.ops import _extension, _library
-from tlcr.ops._spec import Op
+from tlcr.ops._spec import Op, fields, grouping
 
 
 def namespaces() -> list[tuple[str, str]]:
@@ -147,6 +147,77 @@ def test_gradients_are_those_of_a_call_whose_activations_are_computed_again(op: 
         run = partial(call, inputs, backend.impl)
         found.append(torch.autograd.grad(checkpoint(run, use_reentrant=False) if again else run(), trained))
     assert all(map(torch.equal, *found))
+
+
+def all_differentiable() -> list[Any]:
+    """Every op that has a gradient, with every implementation."""
+    return [
+        pytest.param(op, Backend(status.device, impl), id=f"{op.name}-{status.device}-{impl}")
+        for op in ops.OPS
+        if op.gradient is not None
+        for status in ops.available()
+        if status.op == op.name
+        for impl in status.usable
+    ]
+
+
+def of_inference_mode(tensor: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return tensor.detach().clone()
+
+
+def gradients_of_all(run: Callable[[], Any], trained: list[Tensor]) -> tuple[Tensor, ...]:
+    """From incoming gradients that are the same in every call."""
+    found = run()
+    results = [x for x in (found if isinstance(found, tuple) else (found,)) if x is not None and x.requires_grad]
+    torch.manual_seed(1)
+    return torch.autograd.grad(results, trained, [torch.randn_like(x) for x in results])
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize(("op", "backend"), all_differentiable())
+def test_constants_of_inference_mode_are_constants_like_any_others(
+    op: Op[Any, Any], backend: Backend, again: bool
+) -> None:
+    """Such as old log-probabilities, or a reference's logits: autograd itself refuses to keep them."""
+    implementation, made = op.implementations[backend.impl, backend.device], grouping(op.arguments)
+    for values in samples(op.name, backend.device, lambda name, arguments: None):
+        leaves = [at for at, value in enumerate(values) if isinstance(value, Tensor) and value.requires_grad]
+        for trained in (leaves, *([at] for at in leaves)):
+            ordinary, inferred = list(values), list(values)
+            for at, value in enumerate(values):
+                if isinstance(value, Tensor) and at not in trained:
+                    ordinary[at], inferred[at] = value.detach(), of_inference_mode(value)
+            found = []
+            for given in (ordinary, inferred):
+                run = partial(implementation, made(given))
+                if again:
+                    run = partial(checkpoint, run, use_reentrant=False)
+                found.append(gradients_of_all(run, [values[at] for at in trained]))
+            assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize(("namespace", "device"), namespaces())
+def test_constants_of_inference_mode_where_the_operator_is_called_without_the_door(namespace: str, device: str) -> None:
+    arguments = samples("ppo_loss", device, lambda name, arguments: None)[0]
+    found = []
+    for kind in (Tensor.detach, of_inference_mode):
+        given = [kind(x) if isinstance(x, Tensor) and not x.requires_grad else x for x in arguments]
+        run = partial(getattr(torch.ops, namespace).ppo_loss, *given)
+        found += gradients_of_all(lambda run=run: run()[0], [arguments[0]])
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("op", "backend"), [one for one in all_differentiable() if one.id.startswith("score_")])
+def test_a_large_constant_of_inference_mode_is_kept_without_a_copy(op: Op[Any, Any], backend: Backend) -> None:
+    values = samples(op.name, backend.device, lambda name, arguments: None)[0]
+    large = {"score_tokens": "ref_logits", "score_hidden": "ref_weight"}[op.name]
+    at = [field.name for field in fields(op.arguments)].index(large)
+    values[at] = of_inference_mode(values[at])
+    node = op.implementations[backend.impl, backend.device](grouping(op.arguments)(values)).kl.grad_fn
+    while not hasattr(node, "of_inference"):
+        node = node.next_functions[0][0]
+    assert values[at].data_ptr() in [tensor.data_ptr() for tensor in node.of_inference.values()]
 
 
 @pytest.mark.parametrize("incoming", ["constant", "differentiable"])

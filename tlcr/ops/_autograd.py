@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tlcr.errors import NoDerivative
-from tlcr.ops._spec import Gradient, Op, fields, names
+from tlcr.ops._spec import ArgumentsT, Gradient, Op, ResultT, fields, flattening, grouping, names
 
 SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
 Backward = Callable[..., tuple[Tensor | None, ...]]
@@ -83,7 +83,7 @@ def autograd(op: Op[Any, Any], gradient: Gradient, operators: Any) -> tuple[Setu
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         results = _tuple(output)
-        ctx.save_for_backward(*layout.kept((*inputs, *results)))
+        keep_for_backward(ctx, *layout.kept((*inputs, *results)))
         ctx.options = layout.options(inputs)
         missing = layout.conditional is not None and inputs[layout.conditional] is None
         without = [*constants, layout.incoming[-1]] if missing else constants
@@ -95,7 +95,7 @@ def autograd(op: Op[Any, Any], gradient: Gradient, operators: Any) -> tuple[Setu
         incoming = [grads[at] for at in layout.incoming]
         if all(incoming[at] is not None for at in layout.required):
             needed = [ctx.needs_input_grad[place] for place in layout.places]
-            saved = ctx.saved_tensors  # once: under torch's checkpointing this computes them again
+            saved = kept_tensors(ctx)  # once: under torch's checkpointing this computes them again
             got = operator(*layout.order((*incoming, *saved, *ctx.options, *needed)))
             gradients = [x if wanted else None for x, wanted in zip(_tuple(got), needed, strict=True)]
             once = differentiable_once(op.name, gradient.plain, gradients, (*grads, *saved))
@@ -160,7 +160,7 @@ def recomputing(
                     values[at] = tensor.detach()  # which does not keep the graph behind it alive
             with below_autograd():
                 results = (operator(*values),) if single else operator(*values)
-            ctx.save_for_backward(*kept((*values, *results)))
+            keep_for_backward(ctx, *kept((*values, *results)))
             ctx.options = options(values)
             ctx.set_materialize_grads(False)
             found += results
@@ -175,7 +175,7 @@ def recomputing(
                     return (None, None, *[None] * len(needed))
             if len(grads) < len(incoming):
                 grads = (*grads, None)
-            saved = ctx.saved_tensors  # under torch's checkpointing this computes them again, with autograd
+            saved = kept_tensors(ctx)  # under torch's checkpointing this computes them again, with autograd
             with below_autograd():
                 of_these = of_many if any(map(batched, grads)) else backward_operator
                 got = of_these(*order((*grads, *saved, *ctx.options, *needed)))
@@ -246,6 +246,45 @@ def scaling(op: Op[Any, Any], gradient: Gradient, operator: Callable[..., Any]) 
         return made(found)
 
     return recorded
+
+
+def keep_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
+    """`ctx.save_for_backward`, for tensors of inference mode too.
+
+    Those have no version that could show a change, so autograd takes none of them. They are kept as they are: a clone
+    of a reference's logits would be as large as they are.
+    """
+    of_inference = []
+    if not torch.compiler.is_compiling():  # which cannot be asked of what is compiled
+        of_inference = [at for at, x in enumerate(tensors) if x is not None and x.is_inference()]
+    ctx.of_inference = {at: tensors[at] for at in of_inference}
+    if of_inference:
+        tensors = tuple([None if at in ctx.of_inference else x for at, x in enumerate(tensors)])
+    ctx.save_for_backward(*tensors)
+
+
+def kept_tensors(ctx: Any) -> tuple[Any, ...]:
+    """What `keep_for_backward` was given."""
+    saved, of_inference = ctx.saved_tensors, ctx.of_inference
+    return tuple([of_inference.get(at, x) for at, x in enumerate(saved)]) if of_inference else saved
+
+
+def without_inference(op: Op[ArgumentsT, ResultT]) -> Callable[[ArgumentsT], ResultT]:
+    """The op's reference if it is plain torch, whose operators cannot keep a tensor of inference mode: they get a copy
+    of each."""
+    flat, grouped = flattening(op.arguments), grouping(op.arguments)
+
+    def run(given: ArgumentsT) -> ResultT:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            values = flat(given)
+            found = [at for at, x in enumerate(values) if isinstance(x, Tensor) and x.is_inference()]
+            for at in found:
+                values[at] = values[at].clone()
+            if found:
+                given = grouped(values)
+        return op.reference(given)
+
+    return run
 
 
 def _times(gradient: Tensor, factor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tlcr.ops import _extension, _library
+from tlcr.ops._autograd import without_inference
 from tlcr.ops._spec import DEVICES, IMPLS, ArgumentsT, Op, ResultT
 
 
@@ -78,7 +79,7 @@ def _wrong_device(wanted: str, device_type: str) -> str | None:
 def _find(op: Op[ArgumentsT, ResultT], impl: str, device_type: str) -> Callable[[ArgumentsT], ResultT]:
     interpreted = impl == "triton" and device_type == "cpu"
     if impl == "reference":
-        run = op.reference
+        run = without_inference(op) if op.gradient is not None and op.gradient.plain else op.reference
     else:
         run = _library.implementation(op, _library.INTERPRETED if interpreted else _library.NAMESPACE, impl)
     looks_itself = impl == "cpp" or device_type == "cuda"

@@ -21,7 +21,14 @@ from torch import Tensor
 from tlcr.errors import ConfigError, ShapeError
 from tlcr.ops import _checks
 from tlcr.ops._arithmetic import arithmetic_dtype, no_autocast
-from tlcr.ops._autograd import differentiable_once, refuse_batched, refuse_forward_mode, refuse_transforms
+from tlcr.ops._autograd import (
+    differentiable_once,
+    keep_for_backward,
+    kept_tensors,
+    refuse_batched,
+    refuse_forward_mode,
+    refuse_transforms,
+)
 from tlcr.ops._spec import Gradient, Impl, Op
 from tlcr.ops.types import TokenScores
 
@@ -338,7 +345,7 @@ class _ScoreTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_batched("score_tokens", grads)
-        saved = ctx.saved_tensors  # once: under torch's checkpointing this computes them again
+        saved = kept_tensors(ctx)  # once: under torch's checkpointing this computes them again
         logits, ids_N1, ref_logits, temperature_N1, entropy_N, kl_N = saved
         grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         dtype = temperature_N1.dtype
@@ -385,7 +392,7 @@ class _ScoreHidden(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_batched("score_hidden", grads)
-        saved = ctx.saved_tensors
+        saved = kept_tensors(ctx)
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ids_N1, temperature_N1, entropy_N, kl_N = saved
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         dtype = temperature_N1.dtype
@@ -482,7 +489,7 @@ def _grad_logits(
 def _finish(ctx: Any, scores: Sequence[Tensor | None], *inputs: Tensor | None) -> None:
     """Keep the inputs and two numbers per token for the backward pass."""
     _, entropy_N, ref_logprobs_N, kl_N = scores
-    ctx.save_for_backward(*inputs, entropy_N, kl_N)
+    keep_for_backward(ctx, *inputs, entropy_N, kl_N)
     if ref_logprobs_N is not None:
         ctx.mark_non_differentiable(ref_logprobs_N)
     ctx.set_materialize_grads(False)
