@@ -124,9 +124,11 @@ def tiles_of(length: int, tokens: int, shortest: int) -> Tiles:
     return Tiles(tokens // tile, tile)
 
 
-def launch_options(warps: int) -> dict[str, Any]:
-    """Fuses products and sums, whatever the default of the installed Triton is."""
-    return {"num_warps": warps, "enable_fp_fusion": True}
+def launch_options(warps: int, registers: int | None = None) -> dict[str, Any]:
+    """Fuses products and sums, whatever the default of the installed Triton is; `registers` are the most of a thread,
+    which Triton takes for NVIDIA's GPUs alone."""
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    return options if registers is None or torch.version.hip else options | {"maxnreg": registers}
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:

@@ -43,7 +43,7 @@ TOKENS = 1024
 SHORTEST = 128
 OPTIONS = launch_options(warps=4)
 # In float64 the assembler would else rather spill one number than hold one program less.
-GRADIENTS_OPTIONS = OPTIONS | {"maxnreg": 112}
+GRADIENTS_OPTIONS = launch_options(warps=4, registers=112)
 # The most programs that leave sums, whatever the device, so that no sum depends on it: nearly 8 for each multiprocessor
 # of an H100, and one tile for those that add them up.
 PROGRAMS = 1024

@@ -309,3 +309,14 @@ def test_which_kernel_adds_up_a_row_follows_from_its_width_alone() -> None:
         (placed,) = _placed(width, x)
         assert torch.equal(placed, x) and (placed is not x) == is_copied
         assert placed.data_ptr() % 16 == 0 or not is_copied
+
+
+@pytest.mark.parametrize(("hip", "wanted"), [(None, {"maxnreg": 112}), ("6.4.43482", {})])
+def test_a_bound_on_registers_is_asked_of_nvidias_gpus_alone(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, wanted: dict[str, int]
+) -> None:
+    """For AMD's, Triton refuses a launch with an option that it does not know."""
+    from tlcr.kernels.launch import launch_options
+
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert launch_options(warps=4, registers=112) == launch_options(warps=4) | wanted
