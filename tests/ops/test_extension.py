@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ import torch
 
 import tlcr
 from tests.preloaded import run
-from tlcr.ops import _extension
-from tlcr.ops._extension import LIBRARY, BuildRecord, library_facts, mismatch, outdated, strange
+from tlcr.errors import BackendUnavailable
+from tlcr.ops import _extension, _library, _registry
+from tlcr.ops._extension import LIBRARY, BuildRecord, has_code_for, library_facts, mismatch, outdated, strange
+from tlcr.ops._spec import Op
 
 PACKAGE = Path(tlcr.__file__).parent
 CPU = BuildRecord("0.1.0", "cpu", "no nvcc", "2.13.0+cpu", "2.10", None, None)
@@ -57,7 +60,7 @@ def test_an_older_torch_or_another_cuda_does_not(
 @pytest.mark.parametrize("with_cuda", [False, True])
 def test_a_library_older_than_its_sources_is_outdated(tmp_path: Path, with_cuda: bool) -> None:
     library, header, kernel = (
-        tmp_path / name for name in ("libtlcr.so", "csrc/kernels/cpu/gae.inl", "csrc/kernels/cuda/scoring.cu")
+        tmp_path / name for name in ("libtlcr.so", "csrc/kernels/arguments.h", "csrc/kernels/cuda/scoring.cu")
     )
     for path, written in ((library, 20), (header, 10), (kernel, 10)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,6 +73,93 @@ def test_a_library_older_than_its_sources_is_outdated(tmp_path: Path, with_cuda:
     os.utime(header, (40, 40))
     assert str(header) in (outdated(library, tmp_path / "csrc", with_cuda=with_cuda) or "")
     assert outdated(library, tmp_path / "no-checkout", with_cuda=with_cuda) is None
+
+
+def test_sources_of_another_package_are_not_those_of_the_library(tmp_path: Path) -> None:
+    """Some leave a folder `csrc` of theirs in site-packages, beside ours."""
+    library, theirs = tmp_path / "tlcr" / "libtlcr.so", tmp_path / "csrc" / "kernels" / "attention.cu"
+    for path, written in ((library, 20), (theirs, 30)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (written, written))
+    assert outdated(library, tmp_path / "csrc", with_cuda=True) is None
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("8.0;8.6;8.9;9.0;10.0;12.0+PTX", (7, 5), False),
+        ("8.0;8.6;8.9;9.0;10.0;12.0+PTX", (8, 0), True),
+        ("8.0;8.6;8.9;9.0;10.0;12.0+PTX", (8, 7), True),
+        ("8.0;8.6;8.9;9.0;10.0;12.0+PTX", (10, 3), True),
+        ("8.0;8.6;8.9;9.0;10.0;12.0+PTX", (12, 1), True),
+        ("8.0;8.6;8.9;9.0;10.0;12.0+PTX", (13, 0), True),
+        ("8.0;8.6;8.9;9.0;10.0;12.0+PTX", (11, 0), False),
+        ("8.6", (8, 0), False),
+        ("8.6 9.0", (9, 0), True),
+        ("8.0", (9, 0), False),
+        ("8.0+PTX", (9, 0), True),
+        ("8.0+PTX;9.0", (12, 0), True),
+        ("9.0+PTX", (8, 9), False),
+        ("9.0a", (9, 0), True),
+        ("10.0a+PTX", (10, 3), False),
+        ("10.0a+PTX", (12, 0), False),
+        ("10.0f", (10, 3), True),
+        ("10.0f", (12, 0), False),
+        ("Hopper", (7, 5), True),
+    ],
+)
+def test_which_gpus_run_what_was_compiled(archs: str, capability: tuple[int, int], runs: bool) -> None:
+    assert has_code_for(archs, capability) == runs
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, int]]]:
+    """GPUs that torch seems to see, by name and compute capability, beside kernels for 8.0 and 9.0."""
+    seen: list[tuple[str, tuple[int, int]]] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(seen))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: seen[index][0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: seen[index][1])
+    monkeypatch.setattr(_extension, "read_record", lambda: CUDA)
+    return seen
+
+
+def test_a_gpu_that_cannot_run_the_kernels_is_named(gpus: list[tuple[str, tuple[int, int]]]) -> None:
+    gpus.append(("NVIDIA A100", (8, 0)))
+    assert _extension.gpu_problem() is None
+    gpus.append(("Tesla T4", (7, 5)))
+    assert (_extension.gpu_problem() or "").startswith(
+        "tlcr's CUDA kernels were compiled for 8.0;9.0, and GPU 1 (Tesla T4) is of 7.5; hide it by "
+        "CUDA_VISIBLE_DEVICES, or compile them for it: TORCH_CUDA_ARCH_LIST=7.5 pip install"
+    )
+
+
+def test_auto_takes_no_kernels_that_a_gpu_cannot_run(
+    gpus: list[tuple[str, tuple[int, int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As is found when torch initialises CUDA, and not at import."""
+    waiting: list[Callable[[], None]] = []
+    monkeypatch.setattr(torch.cuda, "_lazy_call", waiting.append)
+    monkeypatch.setattr(_library, "define", lambda ops: None)
+    monkeypatch.setattr(_extension, "load", lambda: None)
+    monkeypatch.setattr(_extension, "unavailable", lambda device_type: None)
+    op = Op(
+        door=tlcr.score_tokens,
+        arguments=tuple,
+        results=(),
+        reference=lambda arguments: None,
+        fake=lambda arguments: None,
+        cuda=True,
+    )
+    gpus.append(("NVIDIA A100", (8, 0)))
+    _registry.register([op])
+    for capability, usable in (((8, 0), True), ((7, 5), False)):
+        gpus[0] = ("GPU", capability)
+        waiting[0]()
+        assert (("cuda", "cuda") in op.implementations) == usable
+        assert op.implementations["auto", "cuda"] is op.implementations["cuda" if usable else "reference", "cuda"]
+    with pytest.raises(BackendUnavailable, match=r"impl='cuda' is unavailable: .*GPU 0 \(GPU\) is of 7\.5"):
+        op("cuda", torch.device("cuda"), ())
 
 
 @pytest.fixture

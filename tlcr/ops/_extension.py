@@ -26,6 +26,7 @@ __all__ = ["build_info", "load", "unavailable"]
 
 RECORD = Path(__file__).parent.parent / "_build.json"
 LIBRARY = RECORD.with_name("libtlcr.so")
+SOURCES = RECORD.parent.parent / "csrc"
 UNBUILT = "it runs from its sources, which were never built"
 
 
@@ -120,7 +121,7 @@ def _problem() -> str | None:
     if problem is None and not LIBRARY.exists():
         problem = f"tlcr's compiled kernels cannot be loaded: {LIBRARY.parent} has no {LIBRARY.name}"
     if problem is None:
-        problem = outdated(LIBRARY, RECORD.parent.parent / "csrc", with_cuda=record.extension == "cuda")
+        problem = outdated(LIBRARY, SOURCES, with_cuda=record.extension == "cuda")
     if problem is None:
         try:
             torch.ops.load_library(str(LIBRARY))
@@ -161,11 +162,53 @@ def mismatch(record: BuildRecord, torch_version: str, torch_cuda: str | None) ->
     return None
 
 
+def gpu_problem() -> str | None:
+    """Why the CUDA kernels cannot run on a GPU that torch sees; None where they run on all. This initialises CUDA."""
+    archs = read_record().arch_list
+    if archs is None:
+        return None
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not has_code_for(archs, capability):
+            number = ".".join(map(str, capability))
+            return (
+                f"tlcr's CUDA kernels were compiled for {archs}, and GPU {index} ({torch.cuda.get_device_name(index)}) "
+                f"is of {number}; hide it by CUDA_VISIBLE_DEVICES, or compile them for it: "
+                f"TORCH_CUDA_ARCH_LIST={number} {_rebuild()}"
+            )
+    return None
+
+
+def has_code_for(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether code for `archs`, in the manner of TORCH_CUDA_ARCH_LIST, runs on a GPU of this compute capability.
+
+    Machine code runs on its own major version from its own minor version on, and PTX on all that is not older. Code for
+    the features of one architecture (9.0a) runs on that one alone, and for those of a family (10.0f) within its major
+    version.
+    """
+    for arch in re.split(r"[ ;,]+", archs.strip()):
+        found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch)
+        if found is None:
+            return True  # a name, such as Hopper: torch knows what it stands for
+        built, features = (int(found[1]), int(found[2])), found[3]
+        if features == "a":
+            runs = built == capability
+        else:
+            runs = built[0] == capability[0] and built <= capability
+            runs = runs or (found[4] is not None and features == "" and built <= capability)
+        if runs:
+            return True
+    return False
+
+
 def outdated(library: Path, sources: Path, *, with_cuda: bool) -> str | None:
     """Why a library in a checkout is older than its sources: one of them changed later. None without sources.
 
-    Python's calls into the library may have changed with the sources, and a call would then crash.
+    Python's calls into the library may have changed with the sources, and a call would then crash. Beside an installed
+    package there may be a folder of that name that another package left.
     """
+    if not (sources / "kernels" / "arguments.h").exists():
+        return None
     compiled = (path for path in sources.rglob("*") if path.is_file() and (with_cuda or path.parent.name != "cuda"))
     newest = max(compiled, key=lambda path: path.stat().st_mtime, default=None)
     if newest is None or newest.stat().st_mtime <= library.stat().st_mtime:

@@ -1,5 +1,7 @@
 """Which implementations of each op exist, which can run, and which one ``impl="auto"`` takes."""
 
+import contextlib
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -39,9 +41,27 @@ def register(ops: Iterable[Op[Any, Any]]) -> None:
                 else:
                     op.reasons[impl, device] = reason
             op.implementations["auto", device] = op.implementations[_auto(op, device), device]
+    if _extension.unavailable("cuda") is None:
+        # Of what kind the GPUs are is known when torch initialises CUDA, which an import must not do.
+        torch.cuda._lazy_call(functools.partial(_look_at_gpus, ops))
+
+
+def _look_at_gpus(ops: Iterable[Op[Any, Any]]) -> None:
+    """Take the compiled kernels away where a GPU cannot run them."""
+    problem = _extension.gpu_problem()
+    if problem is None:
+        return
+    for op in ops:
+        if op.implementations.pop(("cuda", "cuda"), None) is not None:
+            op.reasons["cuda", "cuda"] = problem
+            op.implementations["auto", "cuda"] = op.implementations[_auto(op, "cuda"), "cuda"]
 
 
 def status(op: Op[Any, Any], device: str) -> OpStatus:
+    if device == "cuda" and torch.cuda.is_available():
+        # Not in a process that has no use of its GPUs, such as a fork of one that has.
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.init()
     usable = tuple(impl for impl in IMPLS if (impl, device) in op.implementations)
     reasons = {impl: op.reasons[impl, device] for impl in IMPLS if impl not in usable}
     return OpStatus(op.name, device, _auto(op, device), usable, reasons)
