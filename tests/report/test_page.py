@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from tests.report.run_folders import MACHINE, NASTY, add_stages, evaluation, write_run
+from tlcr.cli.main import main
 from tlcr.errors import DataError
 from tlcr.report.figures import ARM_COLOURS, STEPS, _between, arm_colour, arm_marker, curve_panels, mean_curve
 from tlcr.report.page import print_results, verdicts, write_report
@@ -214,12 +215,24 @@ def test_a_file_of_another_form_is_named(name: str, text: str, tmp_path: Path) -
     assert str(folder) in str(caught.value)
 
 
-def test_an_empty_folder_has_a_report(tmp_path: Path) -> None:
+def test_a_run_that_did_nothing_has_a_report(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
     text = write_report(tmp_path).read_text()
     Page(text)
     assert "versions that it was made with are not recorded" in text
     with pytest.raises(DataError, match="there is no run folder"):
         write_report(tmp_path / "nowhere")
+
+
+def test_a_folder_without_a_run_keeps_what_it_holds(tmp_path: Path) -> None:
+    for name in ("results.json", "results.md", "report.html", "frontier.svg"):
+        (tmp_path / name).write_text("a stranger's", encoding="utf-8")
+    for show in (write_report, print_results):
+        with pytest.raises(DataError, match=r"holds no run \(no config.yaml, no ppo\); name the output_dir of a run"):
+            show(tmp_path)
+    assert {path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == {"a stranger's"}
+    assert len(list(tmp_path.iterdir())) == 4
+    assert main(["report", str(tmp_path)]) == 2
 
 
 def test_without_a_scorer_the_arms_own_rewards_are_shown(tmp_path: Path) -> None:
@@ -433,6 +446,7 @@ def test_the_tables_in_markdown_are_whole(grid: Path, run: Path, tmp_path: Path)
         assert len(tables[2]) == len(results["frontier"]["comparisons"]) + 2
         difference = results["frontier"]["comparisons"][0]["difference"]
         assert f"| {number(difference)} [" in tables[2][2]
+    (tmp_path / "config.yaml").touch()
     write_report(tmp_path)
     assert "No policy has been trained" in (tmp_path / "results.md").read_text(encoding="utf-8")
 
@@ -505,6 +519,7 @@ def test_the_names_of_many_coefficients_stay_whole(tmp_path: Path) -> None:
 
 def test_the_table_says_when_there_is_nothing(tmp_path: Path) -> None:
     file = io.StringIO()
+    (tmp_path / "config.yaml").touch()
     print_results(tmp_path, Console(file=file, width=80))
     assert "No policy has been evaluated" in " ".join(file.getvalue().split())
 

@@ -296,4 +296,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (folder / "ppo" / "continuous" / "seed-0" / "evaluation.json").write_text("{")
     with pytest.raises(DataError, match=r"evaluation\.json is not valid JSON"):
         collect_results(folder)
+    with pytest.raises(DataError, match="holds no run"):
+        collect_results(tmp_path)
+    (tmp_path / "config.yaml").touch()
     assert collect_results(tmp_path)["arms"] == []

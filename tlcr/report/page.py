@@ -71,7 +71,7 @@ STAGES = {
 def write_report(run_folder: str | Path) -> Path:
     """Write results.json, results.md (its tables), frontier.svg and report.html of a run; return the page's path.
 
-    Raises DataError where the folder does not exist or a file in it cannot be read.
+    Raises DataError where the folder does not exist or holds no run, or a file in it cannot be read.
     """
     folder = Path(run_folder)
     with understood(folder):

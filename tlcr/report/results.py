@@ -384,11 +384,14 @@ def collect_results(folder: str | Path) -> dict[str, Any]:
     machines: the processors and numbers of threads that trained, each with its stages; see `machine` in
     tlcr/training/checkpoint.py.
 
-    Raises DataError where the folder does not exist or a file in it is no JSON.
+    Raises DataError where the folder does not exist or holds no run, or a file in it is no JSON.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"there is no run folder {str(folder)!r}; name the output_dir of a run")
+    # files of these names in any other folder are somebody else's, and would be replaced
+    if not (folder / CONFIG).is_file() and not (folder / "ppo").is_dir():
+        raise DataError(f"{str(folder)!r} holds no run (no {CONFIG}, no ppo); name the output_dir of a run")
     runs = read_runs(folder)
     arms = []
     for name, kl_coef in dict.fromkeys((run.arm, run.kl_coef) for run in runs):
