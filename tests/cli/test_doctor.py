@@ -143,6 +143,31 @@ def test_parallel_runs_are_counted_together(cpu_only: None, monkeypatch: pytest.
     assert not shown(load_config(None, {"seeds": [0, 1, 2, 3]}))[0]
 
 
+@pytest.mark.parametrize(
+    ("gpus", "changes", "sentence"),
+    [
+        (8, {"sharding.kind": "full"}, None),
+        (None, {"sharding.kind": "full"}, "and there is one process"),
+        (1, {"sharding.kind": "full"}, "and there is one process"),
+        (3, {}, "on 3 process(es)"),
+        (16, {"sharding.kind": "hybrid"}, None),
+        (8, {"sharding.kind": "hybrid"}, "hybrid wants 8 processes in equal groups"),
+        (2, {"parallel": 2, "seeds": [0, 1]}, "set parallel: 1 to share each policy"),
+        (2, {"reward.refresh.every": 5}, "reward.refresh trains the discriminator in one process"),
+    ],
+)
+def test_settings_are_judged_for_the_gpus_that_are_named(
+    gpus: int | None, changes: dict[str, object], sentence: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_memory", lambda *_: iter(()))
+    monkeypatch.setattr(doctor, "machine", lambda _: iter(()))
+    text = io.StringIO()
+    cfg = load_config(None, {"output_dir": str(tmp_path / "run"), **changes})
+    blocked = examine(cfg, named=True, gpus=gpus, console=Console(file=text, width=400))
+    assert blocked == (sentence is not None), text.getvalue()
+    assert (sentence or "Nothing stands in the way of a run.") in text.getvalue()
+
+
 def test_a_model_that_cannot_be_read_blocks(tmp_path: Path) -> None:
     blocked, text = shown(load_config(None, {"model.path": str(tmp_path)}))
     assert blocked

@@ -57,14 +57,14 @@ def examine(
     """Prints every finding; returns whether something prevents a run.
 
     named: whether the user named a config or knobs. If so, memory is estimated and models and sources are looked at.
-    gpus: estimate the memory for this many GPUs, a process on each, instead of this machine.
+    gpus: judge the settings, and estimate the memory, for this many GPUs, a process on each, instead of this machine.
     gpu_memory: of each, in GiB; None: an 80 GB GPU.
     write_rate: of the disk of ``output_dir``, in GiB a second; None: measured, if memory is estimated.
     """
     console = console or Console(highlight=False)
     found = list(machine(cfg))
     if named:
-        found += preflight(cfg)
+        found += preflight(cfg, processes=gpus)
         found += _memory(cfg, found, _place(gpus, gpu_memory), write_rate, console)
     else:
         found += settings(cfg)

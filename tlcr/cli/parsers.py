@@ -312,7 +312,7 @@ def _doctor_parser() -> ArgumentParser:
         prog="tlcr doctor",
     )
     parser.add_argument(
-        "--gpus", type=int, metavar="INT", help="estimate for this many GPUs, a process on each (default: this machine)"
+        "--gpus", type=int, metavar="INT", help="judge for this many GPUs, a process on each (default: this machine)"
     )
     parser.add_argument(
         "--gpu_memory", type=float, metavar="GIB", help="with --gpus: memory of each (default 80 GB, 74.5 GiB)"

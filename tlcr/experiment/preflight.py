@@ -21,6 +21,7 @@ from tlcr.config.stages import CONFIG, DONE, HOLDER, LOCK, STARTED, TRAINED, sta
 from tlcr.config.trials import arms_of, trials_of
 from tlcr.data.places import find_source, looks_like_a_path, nearest_name
 from tlcr.errors import ConfigError, TlcrError
+from tlcr.experiment.memory import GPUS_OF_A_NODE
 from tlcr.training.launcher import launched_processes, processes_of_a_node, requested_sharding
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "existing",
     "for_one_process",
     "holds_a_run",
+    "knobs_alone",
     "makes_prompts",
     "models_used",
     "preflight",
@@ -76,7 +78,13 @@ class Finding:
         return whole if self.subject in whole else f"{self.subject}: {whole}"
 
 
-def preflight(cfg: RunConfig, stages: Collection[str] | None = None, *, resume: bool | None = None) -> list[Finding]:
+def preflight(
+    cfg: RunConfig,
+    stages: Collection[str] | None = None,
+    *,
+    resume: bool | None = None,
+    processes: int | None = None,
+) -> list[Finding]:
     """Everything that stands in the way of these stages, or should be known before them.
 
     Args:
@@ -84,6 +92,7 @@ def preflight(cfg: RunConfig, stages: Collection[str] | None = None, *, resume: 
         stages: those that are to run, of ``config.stages.STAGES``, or "evaluate"; None: those of a whole run.
         resume: whether a whole run may go on with what ``output_dir`` holds; None: not asked, so that a run there is
             only noted.
+        processes: that are to share the run, in nodes of eight; None: those that a launcher started.
 
     Returns:
         The findings. Where a model or a source is not there, nothing is said of what it would hold.
@@ -91,7 +100,7 @@ def preflight(cfg: RunConfig, stages: Collection[str] | None = None, *, resume: 
     from tlcr.experiment.contents import contents
 
     wanted = _pending(cfg, stages_of(cfg) if stages is None else stages)
-    found = list(settings(cfg, wanted, resume=resume))
+    found = list(settings(cfg, wanted, resume=resume, processes=processes))
     return found + contents(cfg, wanted, absent={finding.subject for finding in found if finding.level == "blocked"})
 
 
@@ -114,12 +123,41 @@ def refuse(found: Iterable[Finding]) -> None:
         raise ConfigError(f"{len(blocked)} things stand in the way: {listed}")
 
 
-def settings(cfg: RunConfig, stages: Collection[str] | None = None, *, resume: bool | None = None) -> Iterator[Finding]:
+def settings(
+    cfg: RunConfig,
+    stages: Collection[str] | None = None,
+    *,
+    resume: bool | None = None,
+    processes: int | None = None,
+) -> Iterator[Finding]:
     """The findings that need neither torch nor what a file holds; arguments as for ``preflight``."""
     wanted = _pending(cfg, stages_of(cfg) if stages is None else stages)
-    for look in (_packages, _reviser, _processes, _earlier_stages, _models, _sources, _held_out, _functions, _ppo):
+    for look in (_packages, _reviser):
+        yield from look(cfg, wanted)
+    yield from _together(cfg, wanted, processes)
+    for look in (_earlier_stages, _models, _sources, _functions):
         yield from look(cfg, wanted)
     yield from _output_dir(cfg, resume)
+
+
+def knobs_alone(cfg: RunConfig, stages: Collection[str], *, processes: int) -> list[Finding]:
+    """Those findings of ``settings`` that hold on any machine: of how the knobs go together, and with the processes.
+
+    Args:
+        cfg: the whole config.
+        stages: those that are to run.
+        processes: that are to share the run, in nodes of eight.
+
+    Returns:
+        The findings.
+    """
+    return list(_together(cfg, _pending(cfg, stages), processes))
+
+
+def _together(cfg: RunConfig, stages: Collection[str], processes: int | None) -> Iterator[Finding]:
+    yield from _processes(cfg, stages, processes)
+    for look in (_untrained, _held_out, _ppo):
+        yield from look(cfg, stages)
 
 
 def holds_a_run(folder: Path) -> bool:
@@ -340,12 +378,13 @@ def _reviser(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
         yield Finding("note", "reviser", "no prices are named, so no cost is shown and none is capped", remedy)
 
 
-def _processes(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
-    """What depends on how many processes a launcher started."""
-    processes = launched_processes()
+def _processes(cfg: RunConfig, stages: Collection[str], named: int | None) -> Iterator[Finding]:
+    """What depends on how many processes share the run: as many as are named, or as a launcher started."""
+    processes = launched_processes() if named is None else named
+    of_a_node = processes_of_a_node() if named is None else min(named, GPUS_OF_A_NODE)
     if "ppo" in stages and (problem := cfg.ppo.size_problem(processes)):
         yield Finding.of("ppo.batch_size", ConfigError(problem))
-    yield from _sharding(cfg, stages, processes)
+    yield from _sharding(cfg, stages, processes, of_a_node)
     if processes == 1:
         return
     if "ppo" in stages and cfg.parallel > 1 and len(trials_of(cfg)) > 1:
@@ -361,7 +400,7 @@ def _processes(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
         yield Finding.of("reviser", for_one_process(processes))
 
 
-def _sharding(cfg: RunConfig, stages: Collection[str], processes: int) -> Iterator[Finding]:
+def _sharding(cfg: RunConfig, stages: Collection[str], processes: int, of_a_node: int) -> Iterator[Finding]:
     if not SHARED & set(stages):
         return
     try:
@@ -369,7 +408,7 @@ def _sharding(cfg: RunConfig, stages: Collection[str], processes: int) -> Iterat
     except ConfigError as error:
         yield Finding.of("sharding.kind", error)
         return
-    if (problem := requested.problem(processes, processes_of_a_node())) is not None:
+    if (problem := requested.problem(processes, of_a_node)) is not None:
         yield Finding.of("sharding.kind", ConfigError(problem))
     elif requested != cfg.sharding:
         yield Finding(
@@ -433,7 +472,7 @@ def models_used(cfg: RunConfig, stages: Collection[str]) -> dict[str, GeneratorC
     return used
 
 
-def _models(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
+def _untrained(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
     if cfg.model.path == "embedded" and not cfg.sft.enabled and FROM_POLICY & set(stages):
         yield Finding(
             "blocked",
@@ -442,6 +481,9 @@ def _models(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
             f"set sft.enabled: true, or model.path to the folder of a trained model, such as {cfg.output_dir}/sft of "
             "an earlier run",
         )
+
+
+def _models(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
     for knob, model in models_used(cfg, stages).items():
         yield from _path_of_a_model(knob, model.path)
         section = knob.rpartition(".")[0]
