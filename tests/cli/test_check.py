@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from tlcr.cli import check as check_module
+from tlcr.cli.check import Small
 from tlcr.cli.main import main
 from tlcr.cli.rehearse import plan
 from tlcr.config.loading import load_config
@@ -68,6 +70,34 @@ def test_a_planted_mistake_is_named_with_its_remedy(
     assert said.err.startswith("tlcr: error: ") and said.err.count("\n") == 1
     assert sentence in said.err
     assert "The check passed" not in said.out
+
+
+@pytest.mark.parametrize(
+    ("gpus", "flags", "sentence"),
+    [
+        (1, ["--data.held_out", "0"], "data.held_out is 0"),
+        (2, ["--parallel", "2", "--seeds", "[0, 1]"], "set parallel: 1 to share each policy among the processes"),
+        (2, ["--reward.refresh.every", "10"], "reward.refresh trains the discriminator in one process"),
+        (None, ["--sft.enabled", "false"], "a model of random weights that only SFT trains; set sft.enabled: true"),
+    ],
+)
+def test_what_a_run_refuses_at_once_a_check_refuses(
+    gpus: int | None, flags: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the user's own config: the small run has data held out, one policy, no refresh, and a model that is saved."""
+    of_gpus = [] if gpus is None else ["--gpus", str(gpus)]
+    assert main(["run", "--output_dir", str(tmp_path / "run"), "--check", *of_gpus, *flags]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("tlcr: error: ") and sentence in said.err
+
+
+def test_a_check_warns_of_what_a_run_warns_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_module, "_plan", lambda *_: Small(1, 1, WIDTH))
+    monkeypatch.setattr(check_module, "_rehearse", lambda folder, *_: folder.rmdir() or iter(()))
+    cfg = load_config(None, {"output_dir": str(tmp_path), "ppo.value_warmup_updates": 5, "ppo.updates": 5})
+    lines: list[str] = []
+    check_module.check(cfg, gpus=None, say=lines.append)
+    assert lines[1].startswith("   warning: ppo.value_warmup_updates") or "warning: the first 5 of" in lines[1]
 
 
 MISTAKES = [

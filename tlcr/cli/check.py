@@ -27,6 +27,7 @@ from tlcr.config.schema import RunConfig
 from tlcr.config.stages import DONE, stages_of
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.experiment.memory import GPUS_OF_A_NODE
+from tlcr.experiment.preflight import knobs_alone, refuse
 
 __all__ = ["check"]
 
@@ -54,11 +55,13 @@ def check(cfg: RunConfig, *, gpus: int | None, say: Say) -> None:
             f"as --gpus {GPUS_OF_A_NODE}"
         )
     processes = gpus or 1
-    problem = cfg.ppo.size_problem(processes) or cfg.sharding.problem(processes, min(processes, GPUS_OF_A_NODE))
-    if problem is not None:
-        raise ConfigError(problem)
-    say(f"1. settings: they go together on {processes} GPU{'' if processes == 1 else 's'}")
     stages = [stage for stage in stages_of(cfg) if stage not in ("revisions", "analysis")]
+    # of the config as it is: the small run has data held out, one policy at a time and no refresh
+    found = knobs_alone(cfg, stages, processes=processes)
+    refuse(found)
+    say(f"1. settings: they go together on {processes} GPU{'' if processes == 1 else 's'}")
+    for finding in found:
+        say(f"   {finding.level}: {finding}")
     folder = Path(tempfile.mkdtemp(prefix="tlcr-check-"))
     try:
         small = _plan(cfg, stages, processes, folder, say)
