@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,36 @@ def test_of_shards_with_adapters_a_process_holds_its_part_of_the_base_and_of_eac
     assert roles["policy"].total == (4 + 4 + 8) * adapter // 2
     assert roles["value model"].total == (4 + 4 + 8) * value // 2
     assert roles["discriminator"].total == 4 * adapter // 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "about", "is_a_role"),
+    [
+        ({}, None, True),
+        ({"lora.roles": ["policy", "value"]}, None, False),
+        ({"discriminator.bidirectional_layers": 2}, None, False),
+        ({"lora.roles": ["policy", "discriminator"], "ppo.value_init": "discriminator"}, None, False),
+        ({"discriminator.path": "there"}, None, False),
+        ({"discriminator.path": "there"}, {}, False),
+        ({"discriminator.path": "there", "sft.enabled": False}, {}, True),
+        ({"discriminator.path": "there", "sft.enabled": False}, {"tlcr_bidirectional_layers": 2}, False),
+    ],
+)
+def test_a_discriminator_counts_as_it_will_be_loaded(
+    changes: dict[str, object],
+    about: dict[str, int] | None,
+    is_a_role: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As an adapter only where it can stand on the policy's weights; else it is a whole model."""
+    monkeypatch.chdir(tmp_path)
+    if about is not None:
+        (tmp_path / "there" / "adapter").mkdir(parents=True)
+        (tmp_path / "there" / "adapter" / "base.json").write_text(json.dumps({"config": about}))
+    cfg = load_config(None, {"lora.rank": 4, "model.path": "owner/name", **changes})
+    (role,) = [role for role in ppo_roles(cfg, Counted()) if role.name == "discriminator"]
+    assert role.total == 4 * (7 * 4 if is_a_role else SIZE.with_head(2))
 
 
 @pytest.mark.parametrize(

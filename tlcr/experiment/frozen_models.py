@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -18,7 +20,7 @@ from tlcr.training.sharding import Sharding
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["FrozenModels", "load_frozen_models", "load_reference", "load_roles"]
+__all__ = ["FrozenModels", "load_frozen_models", "load_reference", "load_roles", "may_be_a_role"]
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,26 @@ def _scorer(run: RunFolder, cfg: RunConfig, folder: Path, sharding: Sharding | N
     return LoadedModel(model, load_tokenizer(own))
 
 
+def may_be_a_role(cfg: RunConfig, about: Mapping[str, Any]) -> bool:
+    """Whether a discriminator whose adapter says this of itself can stand on the policy's weights, if they are its own.
+
+    Args:
+        cfg: the run, whose policy has an adapter.
+        about: what ``read_base`` found.
+
+    Returns:
+        False where it is to be loaded whole.
+    """
+    # a value model that starts from the discriminator copies it whole
+    whole = cfg.ppo.value_model == "separate" and cfg.ppo.value_init == "discriminator"
+    return bool(about) and not whole and not about["config"].get("tlcr_bidirectional_layers", 0)
+
+
 def _discriminator(run: RunFolder, cfg: RunConfig, roles: Roles | None, sharding: Sharding | None) -> LoadedModel:
     """The discriminator, as a role where its adapter was trained on the same weights and changes nothing else."""
     folder = run.discriminator_folder
     about = read_base(folder / FOLDER)
-    # a value model that starts from the discriminator copies it whole
-    whole = cfg.ppo.value_model == "separate" and cfg.ppo.value_init == "discriminator"
-    if roles is None or not about or whole or about["config"].get("tlcr_bidirectional_layers", 0):
+    if roles is None or not may_be_a_role(cfg, about):
         return LoadedModel(*load_discriminator(folder, cfg.model, device=run.device, sharding=sharding))
     if about["sha256"] != base_digest(roles.policy):
         logger.info("the adapter in %s is for other weights than the policy's, so the discriminator is loaded", folder)

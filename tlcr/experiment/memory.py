@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlcr.config.schema import GeneratorConfig, LoRAConfig, RunConfig, TrainingConfig
@@ -374,7 +375,7 @@ def ppo_roles(cfg: RunConfig, architecture: Architecture) -> tuple[Role, ...]:
     refreshed = any(arm.reward.refresh.every for arm in arms_of(cfg))
     judges = [
         Role(name, (own := architecture.adapter(cfg.lora)), own * 4)
-        if name == "discriminator" and adapters and cfg.lora.trains("discriminator")
+        if name == "discriminator" and _discriminator_is_a_role(cfg)
         else (_trained if name == "discriminator" and refreshed else _frozen)(name, parameters_of[name], dtype)
         for name, needed in _asked_models(cfg).items()
         if needed
@@ -388,6 +389,22 @@ def ppo_roles(cfg: RunConfig, architecture: Architecture) -> tuple[Role, ...]:
     if adapters:
         reference = _in_bits(reference, cfg, architecture)
     return policy, _value_role(cfg, architecture), reference, *judges
+
+
+def _discriminator_is_a_role(cfg: RunConfig) -> bool:
+    """Whether PPO will load the discriminator as an adapter on the policy's weights."""
+    from tlcr.experiment.frozen_models import may_be_a_role
+    from tlcr.models.adapters import FOLDER, read_base
+
+    path = cfg.discriminator.path
+    about: dict[str, Any] = {}
+    if not cfg.lora.trains("policy"):
+        return False
+    if path is None and cfg.lora.trains("discriminator"):
+        about = {"config": {"tlcr_bidirectional_layers": cfg.discriminator.bidirectional_layers}}
+    elif path is not None and not cfg.sft.enabled:  # SFT makes weights that no adapter of another run stands on
+        about = read_base(Path(path) / FOLDER)
+    return may_be_a_role(cfg, about)
 
 
 def roles_of_a_process(cfg: RunConfig, architecture: Architecture, machine: Machine) -> tuple[Role, ...]:
