@@ -20,7 +20,16 @@ from tlcr.cli import main as cli
 from tlcr.cli.doctor import examine, machine
 from tlcr.config.loading import load_config
 from tlcr.config.schema import RunConfig
-from tlcr.experiment.memory import Architecture, build_on_meta, checkpoint_of, measure_model
+from tlcr.experiment.memory import (
+    Architecture,
+    Estimate,
+    Machine,
+    Phase,
+    Role,
+    build_on_meta,
+    checkpoint_of,
+    measure_model,
+)
 from tlcr.experiment.preflight import Finding, settings
 from tlcr.training import disk
 
@@ -141,6 +150,23 @@ def test_parallel_runs_are_counted_together(cpu_only: None, monkeypatch: pytest.
     assert "ppo (4 at a time) needs" in text
     assert "to do: parallel: 1 (then " in text
     assert not shown(load_config(None, {"seeds": [0, 1, 2, 3]}))[0]
+
+
+def test_models_of_each_seed_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`parallel` trains them side by side too, as many as there are seeds."""
+    sft = Estimate("sft", (Role("model", 1, GIB),), (Phase("training", 0),))
+    place = doctor._Place(Machine(gpu=False), "this machine", 3 * GIB)
+
+    def fact(**changes: object) -> Finding:
+        cfg = load_config(None, {"seeds": [0, 1, 2, 3], "parallel": 3, **changes})
+        (found,) = doctor._fits(cfg, Architecture(build_on_meta(cfg.model)), place, [sft])
+        return found
+
+    several = fact(models_per_seed=True)
+    assert several.fact == "sft (3 at a time) needs about 3.0 GiB; this machine has 3.0 GiB free"
+    assert (several.level, several.remedy) == ("blocked", "parallel: 1 (then 1.0 GiB)")
+    assert fact(models_per_seed=True, seeds=[0, 1]).fact.startswith("sft (2 at a time) needs about 2.0 GiB;")
+    assert fact().fact.startswith("sft needs about 1.0 GiB;")
 
 
 @pytest.mark.parametrize(

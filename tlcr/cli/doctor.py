@@ -246,7 +246,9 @@ def _free_memory() -> int:
 def _fits(cfg: RunConfig, architecture: Architecture, place: _Place, estimates: list[Estimate]) -> Iterator[Finding]:
     limit = int(place.free * USABLE_SHARE)
     for estimate in estimates:
-        at_a_time = min(cfg.parallel, len(trials_of(cfg))) if estimate.stage == "ppo" else 1
+        # what `parallel` trains side by side: policies, and the other models where each seed has its own
+        jobs = len(trials_of(cfg)) if estimate.stage == "ppo" else len(cfg.seeds) if cfg.models_per_seed else 1
+        at_a_time = min(cfg.parallel, jobs)
         need = estimate.total * at_a_time
         times = f" ({at_a_time} at a time)" if at_a_time > 1 else ""
         fact = f"{estimate.stage}{times} needs about {in_words(need)}; {place.name} has {in_words(place.free)} free"
