@@ -28,7 +28,7 @@ FOLDER = Path(__file__).parent
 SHAPES = FOLDER / "llama-3.1-8b"
 GPUS = {"one_gpu": 1, "one_node": 8, "two_nodes": 16}
 LAYERS = 2
-WIDTH = 90
+WIDTH = 80
 
 # Shapes of TinyLlama-1.1B, Llama-3.2-3B and Llama-2-7B.
 MODELS: dict[str, dict[str, object]] = {

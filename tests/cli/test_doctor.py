@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from tlcr import distribution, ops
 from tlcr.cli import doctor
 from tlcr.cli import main as cli
-from tlcr.cli.doctor import examine, machine
+from tlcr.cli.doctor import examine, machine, memory_table
 from tlcr.config.loading import load_config
 from tlcr.config.schema import RunConfig
 from tlcr.experiment.memory import (
@@ -192,6 +192,24 @@ def test_settings_are_judged_for_the_gpus_that_are_named(
     blocked = examine(cfg, named=True, gpus=gpus, console=Console(file=text, width=400))
     assert blocked == (sentence is not None), text.getvalue()
     assert (sentence or "Nothing stands in the way of a run.") in text.getvalue()
+
+
+@pytest.mark.parametrize("size", [8_030_261_248, 405_853_388_800])
+def test_no_figure_of_the_memory_is_cut_in_eighty_columns(size: int) -> None:
+    """What a cut figure loses is its unit. Names are folded where nothing else does."""
+    names = ("policy", "value model", "reference", "discriminator", "reward model", "DPO policy")
+    roles = tuple(Role(name, size, 4 * size, 4 * size, 8 * size) for name in names)
+    found = Estimate("ppo", roles, (Phase("generation", 41 * MIB), Phase("update", 17 * GIB)))
+    text = io.StringIO()
+    Console(file=text, width=80).print(memory_table([found], RunConfig()))
+    printed = text.getvalue()
+    assert "…" not in printed and max(map(len, printed.splitlines())) <= 80
+    (header,) = (line for line in printed.splitlines() if "weights" in line)
+    assert header.split() == ["parameters", "weights", "gradients", "optimiser", "total"]
+    figures = [disk.in_words(part) for part in (4 * size, 4 * size, 8 * size, 16 * size)]
+    assert len(re.findall(rf" {size:,} +{' +'.join(figures)} *$", printed, re.MULTILINE)) == len(names)
+    assert re.search(rf"^ ppo +{disk.in_words(found.total)} *$", printed, re.MULTILINE)
+    assert re.search(r"^   generation +\(not added\) +41 MiB *$", printed, re.MULTILINE)
 
 
 def test_a_model_that_cannot_be_read_blocks(tmp_path: Path) -> None:

@@ -317,8 +317,10 @@ def memory_table(estimates: Sequence[Estimate], cfg: RunConfig) -> Table:
         title_justify="left",
         box=SIMPLE,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("", no_wrap=True)
+    # where the width does not do, names are folded: a figure that is cut loses its unit
+    table.add_column("", overflow="fold")
     for name in ("parameters", "weights", "gradients", "optimiser", "total"):
         table.add_column(name, justify="right", no_wrap=True)
     for estimate in estimates:
@@ -329,7 +331,7 @@ def memory_table(estimates: Sequence[Estimate], cfg: RunConfig) -> Table:
             ]
             table.add_row(f"  {role.name}", f"{role.parameters:,}", *parts)
         for phase in estimate.phases:
-            aside = "" if phase == estimate.peak else " [dim](not added)[/dim]"
-            table.add_row(f"  {phase.name}{aside}", "", "", "", "", in_words(phase.allocated))
+            aside = "" if phase == estimate.peak else "[dim](not added)[/dim]"
+            table.add_row(f"  {phase.name}", aside, "", "", "", in_words(phase.allocated))
         table.add_section()
     return table
