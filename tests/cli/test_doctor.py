@@ -212,6 +212,39 @@ def test_no_figure_of_the_memory_is_cut_in_eighty_columns(size: int) -> None:
     assert re.search(r"^   generation +\(not added\) +41 MiB *$", printed, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, 64 * GIB),
+        ({"memory.max": "max", "memory.current": 9 * GIB}, 64 * GIB),
+        ({"memory.max": 10 * GIB, "memory.current": 9 * GIB}, GIB),
+        (
+            {"memory.max": 10 * GIB, "memory.current": 9 * GIB, "memory.stat": f"anon 1\ninactive_file {6 * GIB}\n"},
+            7 * GIB,
+        ),
+        ({"memory.max": 10 * GIB, "memory.current": 11 * GIB}, 0),
+        (
+            {
+                "memory/memory.limit_in_bytes": 10 * GIB,
+                "memory/memory.usage_in_bytes": 9 * GIB,
+                "memory/memory.stat": f"inactive_file 1\ntotal_inactive_file {2 * GIB}\n",
+            },
+            3 * GIB,
+        ),
+        ({"memory/memory.limit_in_bytes": 2**63 - 4096, "memory/memory.usage_in_bytes": 9 * GIB}, 64 * GIB),
+    ],
+)
+def test_files_that_were_read_are_free_memory_in_a_control_group(
+    files: dict[str, object], free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = namedtuple("memory", "available")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory(64 * GIB))
+    (tmp_path / "memory").mkdir()
+    for name, content in files.items():
+        (tmp_path / name).write_text(f"{content}\n")
+    assert doctor._free_memory(tmp_path) == free
+
+
 def test_a_model_that_cannot_be_read_blocks(tmp_path: Path) -> None:
     blocked, text = shown(load_config(None, {"model.path": str(tmp_path)}))
     assert blocked

@@ -230,17 +230,28 @@ def _runs_on_gpu() -> bool:
     return process_device().type == "cuda"
 
 
-def _free_memory() -> int:
-    """Memory that this process may still use: free memory, limited by its control group."""
+def _free_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that this process may still use: free memory, limited by its control group.
+
+    groups: where the system mounts control groups, of version 2 or 1.
+    """
     free = psutil.virtual_memory().available
-    groups = (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    versions = (
+        (groups, "memory.max", "memory.current", "inactive_file"),
+        (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     )
-    for limit, used in groups:
-        if Path(limit).exists() and (text := Path(limit).read_text().strip()) != "max":
-            free = min(free, int(text) - int(Path(used).read_text()))
-    return free
+    for folder, limit, used, cached in versions:
+        if (folder / limit).exists() and (text := (folder / limit).read_text().strip()) != "max":
+            # files that were read lie in memory until something else needs it, and are counted as used
+            freed = _statistic(folder / "memory.stat", cached)
+            free = min(free, int(text) - max(0, int((folder / used).read_text()) - freed))
+    return max(0, free)
+
+
+def _statistic(path: Path, name: str) -> int:
+    """A number of a control group's memory.stat; 0 where it has none of this name."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)
 
 
 def _fits(cfg: RunConfig, architecture: Architecture, place: _Place, estimates: list[Estimate]) -> Iterator[Finding]:
