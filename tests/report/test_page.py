@@ -17,7 +17,7 @@ from tests.report.run_folders import MACHINE, NASTY, add_stages, evaluation, wri
 from tlcr.cli.main import main
 from tlcr.errors import DataError
 from tlcr.report.figures import ARM_COLOURS, STEPS, _between, arm_colour, arm_marker, curve_panels, mean_curve
-from tlcr.report.page import print_results, verdicts, write_report
+from tlcr.report.page import HELD_OUT_TITLES, print_results, verdicts, write_report
 from tlcr.report.results import gold_at_kl, read_runs
 from tlcr.report.tokens import number
 
@@ -300,6 +300,19 @@ def test_a_run_that_was_judged_again_by_others_is_its_ends_alone(
     assert [point["update"] for point in run.curve] == [0, 60] and run.best is None
     assert run.curve[-1]["gold_per_token"] == evaluation["after"]["gold_per_token"]
     assert "evaluated again with {'prompts': 8, 'scorer': 'scorer.py:score'}" in caplog.text
+
+
+@pytest.mark.parametrize("stage", HELD_OUT_TITLES)
+def test_a_stage_that_was_evaluated_alone_shows_its_figures(stage: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"a": 0.3}, seeds=(0,))
+    (folder / "config.yaml").write_text("model:\n  path: embedded\nreward:\n  kind: sequence\n")
+    (folder / stage).mkdir()
+    record = {"metrics": {"loss": 0.4321, "eval/pairwise_accuracy": 0.7123}, "seconds": 1.0}
+    (folder / stage / "done.json").write_text(json.dumps(record))
+    section = write_report(folder).read_text(encoding="utf-8").partition("<h2>Other models</h2>")[2]
+    section = section.partition("</section>")[0]
+    assert f"<h3>{HELD_OUT_TITLES[stage]}, on held-out data</h3>" in section
+    assert "<td>pairwise accuracy</td><td>0.712</td>" in section and "0.432" not in section
 
 
 def test_no_two_plots_share_a_name(text: str) -> None:

@@ -68,6 +68,15 @@ STAGES = {
 }
 
 
+HELD_OUT_TITLES = {
+    "reward_model": "Sequence reward model (the baseline)",
+    "q_model": "Q model (values of tokens, learned from preferences)",
+    "dpo": "DPO (its log-ratio is a reward)",
+    "sft": "Supervised fine-tuning (the reference)",
+}
+"""The stages whose held-out figures the page has, in its order."""
+
+
 def write_report(run_folder: str | Path) -> Path:
     """Write results.json, results.md (its tables), frontier.svg and report.html of a run; return the page's path.
 
@@ -181,11 +190,8 @@ def render(folder: Path, results: Mapping[str, Any]) -> str:
         analysis=analysed,
         labels=results["stages"].get("labels"),
         labels_plot=_labels_plot(results["stages"].get("labels")),
-        stages={
-            name: held
-            for name in ("reward_model", "q_model", "dpo", "sft")
-            if (held := _held_out(results["stages"].get(name)))
-        },
+        stages={name: held for name in HELD_OUT_TITLES if (held := _held_out(results["stages"].get(name)))},
+        held_out_titles=HELD_OUT_TITLES,
         answers=tokens.answers(folder, results, embedded_task=embedded),
         token_measures=tokens.measures(embedded),
         config=(folder / CONFIG).read_text(encoding="utf-8") if (folder / CONFIG).exists() else None,
