@@ -185,6 +185,15 @@ def test_print_config_prints_what_would_run_and_runs_nothing(
     assert calls == []
 
 
+def test_a_rate_alone_asks_for_the_time_of_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("tlcr.cli.doctor.examine", lambda cfg, **given: asked.append(given))
+    assert cli.main(["doctor", "--write_rate", "2"]) == 0
+    assert cli.main(["doctor"]) == 0
+    assert [given["named"] for given in asked] == [True, False]
+    assert asked[0]["write_rate"] == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -217,6 +226,19 @@ def test_print_config_prints_what_would_run_and_runs_nothing(
         (["judge", "a", "--config", "absent.yaml"], "config absent.yaml cannot be read: No such file or directory"),
         (["score", "--response", "x", "--batch-size", "x"], "--batch-size is x; it must be a whole number"),
         (["score", "--response", "x", "--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
+        (["doctor", "--gpus", "1.5"], "--gpus is 1.5; it must be a whole number"),
+        (["doctor", "--gpus", "1", "--gpu_memory", "abc"], "--gpu_memory is abc; it must be a number"),
+        (["doctor", "--gpus", "1", "--gpu_memory", "1e400"], "--gpu_memory is inf; it must be above 0 and finite, in"),
+        (["doctor", "--gpus", "1", "--gpu_memory", "0"], "--gpu_memory is 0; it must be above 0 and finite, in GiB"),
+        (["doctor", "--gpus", "1", "--gpu_memory", "-3"], "--gpu_memory is -3; it must be above 0 and finite, in GiB"),
+        (["doctor", "--write_rate", "fast"], "--write_rate is fast; it must be a number"),
+        (["doctor", "--write_rate", "-1"], "--write_rate is -1; it must be above 0 and finite, in GiB a second"),
+        (["doctor", "--write_rate", "1e400"], "--write_rate is inf; it must be above 0 and finite, in GiB a second"),
+        (["revise", "--dry-run", "--show", "-1"], "--show is -1; it must be at least 0"),
+        (["judge", "a", "--dry-run", "--show", "-1"], "--show is -1; it must be at least 0"),
+        (["evaluate-tokens", "--spans", "a", "--show", "-1"], "--show is -1; it must be at least 0"),
+        (["serve", "--dtype", "int8"], "--dtype is int8; it must be one of float32, bfloat16"),
+        (["serve", "--discriminator", "x", "--io-seconds", "1e400"], "--io-seconds is inf; it must be finite"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(

@@ -13,7 +13,14 @@ import pytest
 import yaml
 
 from tlcr.config import argument_parser
-from tlcr.config.argument_parser import ArgumentParser, Unparsable, flags_of, parse_arguments, parse_values
+from tlcr.config.argument_parser import (
+    ArgumentParser,
+    Unparsable,
+    flags_of,
+    option_of,
+    parse_arguments,
+    parse_values,
+)
 
 TYPES: dict[str, Any] = {
     "count": int,
@@ -122,6 +129,14 @@ def test_the_flags_of_a_parser_are_known() -> None:
     parser.add_argument("place")
     parser.add_argument_group("a").add_argument("--a.b", type=int)
     assert flags_of(parser) == ["-h", "--help", "--a.b"]
+
+
+def test_the_option_of_a_name_has_its_flag_and_type() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--gpu_memory", type=float)
+    parser.add_argument("--dtype-of-it", type=Literal["a", "b"])
+    assert option_of(parser, "gpu_memory") == ("--gpu_memory", float)
+    assert option_of(parser, "dtype_of_it") == ("--dtype-of-it", Literal["a", "b"])
 
 
 def test_nothing_else_in_tlcr_knows_jsonargparse() -> None:

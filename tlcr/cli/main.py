@@ -9,18 +9,27 @@ import dataclasses
 import difflib
 import errno
 import logging
+import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tlcr.cli.parsers import OWN_CONFIGS, STAGES, build_parser
-from tlcr.config.argument_parser import Namespace, Unparsable, flags_of, parse_arguments
+from tlcr.config.argument_parser import ArgumentParser, Namespace, Unparsable, flags_of, option_of, parse_arguments
 from tlcr.config.dropped import dropped_paths
 from tlcr.config.judging import AnswerConfig, JudgeConfig
-from tlcr.config.loading import dump_config, knobs, load_command_config, load_config, nearest, value_problem
+from tlcr.config.loading import (
+    describe_type,
+    dump_config,
+    knobs,
+    load_command_config,
+    load_config,
+    nearest,
+    value_problem,
+)
 from tlcr.config.schema import RunConfig
 from tlcr.errors import BackendUnavailable, ConfigError, TlcrError
 from tlcr.training.launcher import launched_processes, launched_rank
@@ -115,7 +124,7 @@ def _run(cfg: RunConfig, arguments: Namespace) -> int:
 def _check(cfg: RunConfig, arguments: Namespace) -> int:
     if launched_processes() > 1:
         raise ConfigError("--check starts processes of its own; run it without the launcher, and with --gpus")
-    gpus = _gpus(arguments)
+    gpus = _at_least(1, arguments, "--gpus")
     from tlcr.cli.check import check
 
     def say(line: str) -> None:
@@ -126,11 +135,20 @@ def _check(cfg: RunConfig, arguments: Namespace) -> int:
     return 0
 
 
-def _gpus(arguments: Namespace) -> int | None:
-    gpus: int | None = arguments.get("gpus")
-    if gpus is not None and gpus < 1:
-        raise ConfigError(f"--gpus is {gpus}; it must be at least 1")
-    return gpus
+def _at_least(least: int, arguments: Namespace, flag: str) -> int | None:
+    """A flag's number; None where it is not given. Raises ConfigError where it is too small."""
+    number: int | None = arguments.get(flag[2:].replace("-", "_"))
+    if number is not None and number < least:
+        raise ConfigError(f"{flag} is {number}; it must be at least {least}")
+    return number
+
+
+def _above_zero(arguments: Namespace, flag: str, unit: str) -> float | None:
+    """A flag's number, in a unit; None where it is not given. Raises ConfigError where it is no size."""
+    number: float | None = arguments.get(flag[2:])
+    if number is not None and not 0 < number < math.inf:
+        raise ConfigError(f"{flag} is {number:g}; it must be above 0 and finite, in {unit}")
+    return number
 
 
 def _train(cfg: RunConfig, arguments: Namespace) -> int:
@@ -160,8 +178,9 @@ def _revise(cfg: RunConfig, arguments: Namespace) -> int:
 
 def _shown(arguments: Namespace) -> int | None:
     """Requests that a dry run is to show; None where it is none."""
+    show = _at_least(0, arguments, "--show")
     if arguments.get("dry_run"):
-        return int(arguments.get("show", 2))
+        return 2 if show is None else show
     if "show" in arguments:
         raise ConfigError("--show is about what a dry run shows; add --dry-run, or drop it")
     return None
@@ -198,6 +217,7 @@ def _evaluate(cfg: RunConfig, arguments: Namespace) -> int:
 def _evaluate_tokens(cfg: RunConfig, arguments: Namespace) -> int:
     if "spans" not in arguments:
         raise ConfigError("--spans is missing; name a file of answers in which people marked errors")
+    show = _at_least(0, arguments, "--show")
     from tlcr.data.places import find_source
 
     for name in ("spans", "threshold_spans"):
@@ -210,7 +230,7 @@ def _evaluate_tokens(cfg: RunConfig, arguments: Namespace) -> int:
         cfg,
         spans=arguments["spans"],
         threshold_spans=arguments.get("threshold_spans"),
-        show=arguments.get("show", 0),
+        show=show or 0,
     )
     return 0
 
@@ -218,13 +238,12 @@ def _evaluate_tokens(cfg: RunConfig, arguments: Namespace) -> int:
 def _doctor(cfg: RunConfig, arguments: Namespace) -> int:
     from tlcr.cli.doctor import examine
 
-    gpus, memory = _gpus(arguments), arguments.get("gpu_memory")
+    gpus, memory = _at_least(1, arguments, "--gpus"), _above_zero(arguments, "--gpu_memory", "GiB")
     if memory is not None and gpus is None:
         raise ConfigError("--gpu_memory is the memory of each of --gpus; name their number too")
-    rate = arguments.get("write_rate")
-    if rate is not None and rate <= 0:
-        raise ConfigError(f"--write_rate is {rate:g}; it must be above 0, in GiB a second")
-    named = gpus is not None or arguments.get("config") is not None or bool(_overrides(arguments))
+    rate = _above_zero(arguments, "--write_rate", "GiB a second")
+    asked = gpus is not None or rate is not None
+    named = asked or arguments.get("config") is not None or bool(_overrides(arguments))
     return BLOCKED if examine(cfg, named=named, gpus=gpus, gpu_memory=memory, write_rate=rate) else 0
 
 
@@ -267,9 +286,8 @@ def _merge(arguments: Namespace) -> int:
 
 
 def _score(arguments: Namespace) -> int:
-    for name in ("batch_size", "max_prompt_tokens", "max_answer_tokens"):
-        if arguments[name] < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {arguments[name]}; it must be at least 1")
+    for flag in ("--batch-size", "--max-prompt-tokens", "--max-answer-tokens"):
+        _at_least(1, arguments, flag)
     from tlcr.cli.score import Limits, score_command
 
     _set_up_output()
@@ -419,16 +437,17 @@ def _parse(arguments: list[str]) -> Namespace:
     try:
         return parse_arguments(parser, arguments or ["--help"], defaults=not typed_only)
     except Unparsable as error:
-        raise ConfigError(value_problem(error, cls) or _argument_problem(error, arguments)) from error
+        raise ConfigError(value_problem(error, cls) or _argument_problem(error, arguments, commands)) from error
 
 
-def _argument_problem(error: Unparsable, arguments: list[str]) -> str:
+def _argument_problem(error: Unparsable, arguments: list[str], commands: Mapping[str, ArgumentParser]) -> str:
     """The error message for an argument that is not a knob."""
     message = str(error)
     if error.missing:
         message = f"the following arguments are required: {', '.join(error.missing).upper()}"
     elif error.name is not None:
-        message = f"--{error.name.replace('_', '-')} is {error.value}; it must be a whole number"
+        flag, hint = option_of(commands[arguments[0]], error.name)
+        message = f"{flag} is {error.value}; it must be {describe_type(hint)}"
     return f"{message}; see 'tlcr {arguments[0]} --help'"
 
 

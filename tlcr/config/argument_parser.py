@@ -13,7 +13,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-__all__ = ["ArgumentParser", "Namespace", "Unparsable", "flags_of", "parse_arguments", "parse_values"]
+__all__ = ["ArgumentParser", "Namespace", "Unparsable", "flags_of", "option_of", "parse_arguments", "parse_values"]
 
 MISSING = re.compile(r"^the following arguments are required: (.*)$", re.DOTALL)
 VALUE = re.compile(r'^Parser key "([^"]+)":(.*)$', re.DOTALL)
@@ -44,6 +44,12 @@ class Unparsable(Exception):
 def flags_of(parser: ArgumentParser) -> list[str]:
     """Every flag that a parser knows."""
     return list(parser._option_string_actions)
+
+
+def option_of(parser: ArgumentParser, name: str) -> tuple[str, Any]:
+    """The flag of the option that an ``Unparsable`` names, as a user types it, and the type of its value."""
+    action = next(action for action in parser._actions if action.dest == name)
+    return action.option_strings[0], action._typehint
 
 
 def parse_arguments(parser: ArgumentParser, arguments: Sequence[str], *, defaults: bool) -> Namespace:

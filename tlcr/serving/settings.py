@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +50,8 @@ class ServerSettings:
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):
             value, flag = getattr(self, one.name), f"--{one.name.replace('_', '-')}"
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{flag} is {value:g}; it must be finite")
             if "ge" in one.metadata and value < one.metadata["ge"]:
                 raise ConfigError(f"{flag} is {value}; it must be at least {one.metadata['ge']}")
             if "gt" in one.metadata and value <= one.metadata["gt"]:
