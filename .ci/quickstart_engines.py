@@ -4,8 +4,9 @@ Usage: python .ci/quickstart_engines.py OUTPUT [--ways generate paged vllm serve
 
 The model is the embedded one with two heads of 32 in place of four of 16, which vLLM's attention on CPUs has not. The
 ways take turns within each seed; `ahead` is `server` with rollout.ahead 1, by the same vLLM. A command that was cut
-goes on where it was. The vLLM is that of .ci/engines.py. OUTPUT/costs.jsonl has what each PPO run took of the clock and
-of the processor, with its start and its evaluations.
+goes on where it was; a training that was cut begins anew, so that its cost is that of all of it. The vLLM is that of
+.ci/engines.py. OUTPUT/costs.jsonl has what each PPO run took of the clock and of the processor, with its start and its
+evaluations.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -71,7 +73,9 @@ def make_base(folder: Path) -> None:
 def train(way: str, python: str, output: Path, seeds: list[int], address: str) -> None:
     """The last of the seeds; the others are there."""
     if not (output / way).exists():
-        shutil.copytree(output / "base", output / way)
+        copied(output / "base", output / way)
+    # what a cut command left of it: its cost is not in costs.jsonl, and that of the rest would be too little
+    shutil.rmtree(policy(output / way, seeds[-1]), ignore_errors=True)
     knobs = ["--rollout.engine", "server" if way in BY_SERVER else way]
     if way in BY_SERVER:
         knobs += ["--rollout.server", f"[{address}]", "--rollout.ahead", str(int(way == "ahead"))]
@@ -84,6 +88,20 @@ def train(way: str, python: str, output: Path, seeds: list[int], address: str) -
         file.write(json.dumps(row) + "\n")
 
 
+def copied(source: Path, target: Path, change: Callable[[Path], None] = lambda folder: None) -> None:
+    """A copy, changed by a function, that has its name once it is whole; what a cut command left of it is deleted."""
+    part = target.with_name(f"{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(source, part)
+    change(part)
+    shutil.rmtree(target, ignore_errors=True)
+    part.rename(target)
+
+
+def policy(folder: Path, seed: int) -> Path:
+    return folder / "ppo" / "continuous" / f"seed-{seed}"
+
+
 def read_costs(output: Path) -> list[dict]:
     path = output / "costs.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -92,10 +110,9 @@ def read_costs(output: Path) -> list[dict]:
 def evaluate(folder: Path, seeds: list[int]) -> None:
     """Once more by `generate`, in a copy: so that no difference comes from how the evaluations were sampled."""
     copy = folder.with_name(f"{folder.name}-by-generate")
-    if not copy.exists():
-        shutil.copytree(folder, copy.with_suffix(".part"))
-        tell(sys.executable, "evaluate", copy.with_suffix(".part"), seeds, ["--rollout.engine", "generate"])
-        copy.with_suffix(".part").rename(copy)
+    if not all((policy(copy, seed) / "evaluation.json").exists() for seed in seeds):
+        knobs = ["--rollout.engine", "generate"]
+        copied(folder, copy, lambda part: tell(sys.executable, "evaluate", part, seeds, knobs))
 
 
 def tell(python: str, command: str, folder: Path, seeds: list[int], knobs: list[str]) -> None:
@@ -126,7 +143,7 @@ def table(output: Path, ways: list[str], seeds: list[int]) -> None:
 
 def after(folder: Path, seeds: list[int]) -> dict[str, list[float]]:
     """What the policies are worth after PPO, by seed."""
-    paths = [folder / "ppo" / "continuous" / f"seed-{seed}" / "evaluation.json" for seed in seeds]
+    paths = [policy(folder, seed) / "evaluation.json" for seed in seeds]
     found = [json.loads(path.read_text())["after"] for path in paths]
     return {name: [one[name] for one in found] for name in ("gold_per_token", "kl_per_token", "length")}
 
