@@ -26,21 +26,24 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
 
-from benchmarks.record import machine, versions, write
+from benchmarks.record import largest, machine, versions, write
 from tlcr.errors import HostError
 from tlcr.hosts.client import RewardClient
 from tlcr.hosts.contract import Item
 from tlcr.serving.model import ServedModel
 from tlcr.types import EncodedAnswer
+
+T = TypeVar("T")
 
 LOCUSTFILE = Path(__file__).with_name("serving_load.py")
 PROMPT, ANSWER, BATCH = 64, 64, 32
@@ -119,6 +122,13 @@ def rates(work: Callable[[], Any], tokens: int, process: psutil.Process) -> tupl
     return tokens / seconds, tokens / (now.user + now.system - used.user - used.system)
 
 
+def together(work: Callable[[T], Any], given: Sequence[T]) -> None:
+    """Calls a function with each, in threads, and raises what one of them raised: what failed was not served."""
+    with ThreadPoolExecutor(len(given)) as pool:
+        for future in [pool.submit(work, one) for one in given]:
+            future.result()
+
+
 # ---- the parts
 
 
@@ -135,11 +145,7 @@ def throughput(folder: Path, model: ServedModel) -> dict[str, Any]:
         client = RewardClient(url)
 
         def over_http() -> None:
-            threads = [threading.Thread(target=client.token_rewards, args=(request,)) for request in requests]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            together(client.token_rewards, requests)
 
         direct(), over_http()
         own = psutil.Process()
@@ -204,16 +210,12 @@ def checked(folder: Path, model: ServedModel) -> dict[str, Any]:
                     for a, b in zip(row, wanted[i], strict=True)
                 ]
                 with lock:
-                    worst[0] = max(worst[0], *errors)
+                    worst[0] = largest([worst[0], *errors])
                     counts[0] += len(picked)
                     counts[1] += len(errors)
                 left -= len(picked)
 
-        threads = [threading.Thread(target=client_of, args=(part,)) for part in range(64)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        together(client_of, range(64))
     return {
         "clients": 64,
         "answers": counts[0],
@@ -247,16 +249,17 @@ def overload(folder: Path, model: ServedModel) -> dict[str, Any]:
                 with lock:
                     statuses[status] = statuses.get(status, 0) + 1
 
-        threads = [threading.Thread(target=ask) for _ in range(160)]
-        for thread in threads:
-            thread.start()
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            most = max(most, process.memory_info().rss)
-            time.sleep(0.1)
-        over.set()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(160) as pool:
+            asking = [pool.submit(ask) for _ in range(160)]
+            try:
+                deadline = time.monotonic() + 60
+                while time.monotonic() < deadline:
+                    most = max(most, process.memory_info().rss)
+                    time.sleep(0.1)
+            finally:
+                over.set()
+        for one in asking:
+            one.result()
         with urllib.request.urlopen(url + "/metrics") as response:
             figures = response.read().decode()
         queue = float(re.findall(r"^tlcr_queue_tokens (\S+)", figures, re.MULTILINE)[0])

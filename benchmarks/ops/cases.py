@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from benchmarks.clocks import Work, calls, calls_after
+from benchmarks.record import largest
 from tlcr import ops
 
 Inputs = dict[str, Tensor]
@@ -268,7 +269,7 @@ class Problem:
         if gradients and self.trained:
             found = self._run(function, inputs, wanted)
             errors += [_error(got, right, bound) for got, right in zip(found, self.truth, strict=True)]
-        return max(errors)
+        return largest(errors)
 
     def work(self, function: Function, which: str) -> Work:
         """The calls of one pass."""
