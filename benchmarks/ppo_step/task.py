@@ -2,7 +2,8 @@
 
 Every answer has its full length: the end of sequence is never sampled, because TRL computes beyond it and tlcr does
 not, so the times would depend on the answers' lengths. Each trainer chooses how many answers go through a
-model at a time, up to `Task.micro_batch`: that changes its cost, but not its results.
+model at a time, up to `Task.micro_batch`: that changes its cost, but not its results. TRL takes one optimiser step for
+a batch where tlcr takes one for each minibatch, where they differ (`with_trl`).
 """
 
 from __future__ import annotations

@@ -2,6 +2,10 @@
 
 The trainer is used as it comes. Its phases are told apart by what it calls between them: `batch_generation` ends the
 rollout, `gc.collect` the scoring (which includes its reward model), `numpy.random.permutation` begins the update.
+
+Its batch is `per_device_train_batch_size` times `gradient_accumulation_steps`, and it steps once for so many answers:
+where a minibatch is less than the batch, it takes one optimiser step where the others take one for each minibatch. Of
+a dataset's last batch accelerate accumulates nothing, so that there are more batches than rounds.
 """
 
 from __future__ import annotations
@@ -123,7 +127,8 @@ def main() -> None:
         prompts = prompts_of(task, tokenizer, task.batch)
     clock = Clock(task, journal)
     watch_phases(clock)
-    rows = {"input_ids": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]}
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]
+    rows = {"input_ids": ids * (task.rounds + 2)}
     with journal.making("policy and reference"):
         policy, reference = (causal_lm(task, tokenizer) for _ in range(2))
     with journal.making("value model and reward model"):
@@ -140,7 +145,7 @@ def main() -> None:
             learning_rate=1e-6,
             total_episodes=task.batch * (task.rounds + 1),
             per_device_train_batch_size=task.micro_batch,
-            gradient_accumulation_steps=task.minibatch // task.micro_batch,
+            gradient_accumulation_steps=task.batch // task.micro_batch,
             num_mini_batches=task.batch // task.minibatch,
             local_rollout_forward_batch_size=task.batch,
             num_ppo_epochs=task.epochs,
@@ -160,6 +165,11 @@ def main() -> None:
             train_dataset=Dataset.from_dict(rows),
             callbacks=[clock],
         )
+        if trainer.args.batch_size != task.batch:
+            raise SystemExit(
+                f"TRL takes {trainer.args.batch_size} answers a round, wanted {task.batch}: it would be given the time "
+                "of other work; make --batch a multiple of --micro-batch"
+            )
         try:
             trainer.train()
         except AllDone:

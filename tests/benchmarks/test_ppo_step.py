@@ -79,6 +79,49 @@ def test_the_side_of_trl_needs_no_tlcr(tmp_path: Path) -> None:
     assert done.stderr.strip() == "reached TRL"
 
 
+MADE_UP_TRL = """
+import gc, os, sys, types
+import numpy as np
+
+__version__ = "1.11.0"
+
+class PPOConfig:
+    def __init__(self, **given):
+        self.__dict__ |= given
+
+class PPOTrainer:
+    def __init__(self, args, train_dataset, **given):
+        args.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * {times}
+        self.args, self.rows = args, len(train_dataset)
+
+    def train(self):
+        args = self.args
+        print(args.batch_size, args.gradient_accumulation_steps, args.num_mini_batches, self.rows)
+
+def batch_generation():
+    pass
+
+for name in ("trl.experimental", "trl.experimental.ppo", "trl.experimental.ppo.ppo_trainer"):
+    sys.modules[name] = sys.modules["trl"]
+experimental = ppo = ppo_trainer = sys.modules["trl"]
+"""
+
+
+@pytest.mark.parametrize(("times", "said"), [(1, "8 4 2 32"), (2, "TRL takes 16 answers a round, wanted 8")])
+def test_trl_is_given_the_batch_that_is_counted(times: int, said: str, tmp_path: Path) -> None:
+    """It was given half of it where a minibatch was half of the batch, and credited with the whole."""
+    (tmp_path / "trl.py").write_text(MADE_UP_TRL.replace("{times}", str(times)))
+    task = Task(batch=8, minibatch=4, micro_batch=2, prompt_tokens=4, response_tokens=4, rounds=2)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.ppo_step.with_trl", task.to_json(), str(tmp_path / "journal")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT)))},
+        capture_output=True,
+        text=True,
+    )
+    assert said in done.stdout + done.stderr and done.returncode == (times != 1), done.stderr
+
+
 # ---- the models
 
 
