@@ -38,7 +38,7 @@ def alternate(
     """
     taken: dict[str, Rounds] = {side: {} for side in folders}
     lacking: dict[str, dict[str, str]] = {}
-    begin = time.monotonic()
+    begin, counted = time.monotonic(), 0
     for number in range(options.rounds + 1):
         in_turn = list(folders) if number % 2 else list(folders)[::-1]
         try:
@@ -48,6 +48,7 @@ def alternate(
                 raise
             console.print(f"[dim]interrupted: {number - 1} of {options.rounds} rounds[/dim]")
             break
+        counted = number
         for side, found in measured.items():
             for case, result in found.items():
                 if "reason" in result:
@@ -60,7 +61,12 @@ def alternate(
         console.print(
             f"[dim]round {number} of {options.rounds} done, about {duration(left, 2)} left[/dim]", highlight=False
         )
-    kept = [case for case in taken["base"] if case not in lacking]
+    # a PPO round that a side lacks, or failed in once, lacks its phases too, which no reason names
+    kept = [
+        case
+        for case, seconds in taken["base"].items()
+        if case not in lacking and all(len(found.get(case, ())) == len(seconds) == counted for found in taken.values())
+    ]
     return {side: {case: found[case] for case in kept} for side, found in taken.items()}, lacking
 
 

@@ -226,6 +226,24 @@ def test_an_interrupted_run_reports_what_it_has(monkeypatch: pytest.MonkeyPatch)
         rounds.alternate({"base": "b", "head": "h"}, options, Console(quiet=True))
 
 
+@pytest.mark.parametrize("fails_in", [{*range(14)}, {5}])
+def test_a_side_that_fails_lacks_the_case_and_its_phases(fails_in: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every round, or in one: what base took is compared with nothing."""
+    ran = {"b": 0, "h": 0}
+
+    def one_round(folder: str, options: Any) -> dict[str, Any]:
+        number, ran[folder] = ran[folder], ran[folder] + 1
+        if folder == "h" and number in fails_in:
+            return {"op": {"seconds": 1.0}, rounds.PPO: {"reason": "no memory"}}
+        return {name: {"seconds": 1.0} for name in ("op", rounds.PPO, f"{rounds.PPO}, rollout")}
+
+    monkeypatch.setattr(rounds, "one_round", one_round)
+    options = command.arguments(["HEAD", "--rounds", "12"])
+    taken, lacking = rounds.alternate({"base": "b", "head": "h"}, options, Console(quiet=True))
+    assert taken == {"base": {"op": [1.0] * 12}, "head": {"op": [1.0] * 12}}
+    assert lacking == {rounds.PPO: {"head": "no memory"}}
+
+
 # ---- what a round imports
 
 
