@@ -5,7 +5,9 @@ device, without the host, as a share of a copy's speed.
     python -m benchmarks.kernels --base 60e69f4 --json FILE           # and a commit, two rounds of each
     python -m benchmarks.kernels --interpret --base HEAD~1            # the path at tiny sizes, without a GPU
 
-Every commit is measured by processes of its own, which take turns. A call is captured once as a CUDA graph; each replay
+Every commit is measured by processes of its own, which take turns, with the kernels compiled: a commit is built first,
+into build/compare, as `benchmarks.compare` does. Of a case that "auto" gives to different implementations of the two
+no times are shown. A call is captured once as a CUDA graph; each replay
 follows a write of 128 MiB, so that no input is in the cache, and is timed by events. Results are compared with the
 specification first. The bytes are those that the op must move (`bytes` below), with every token counted.
 """
@@ -15,13 +17,13 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +51,10 @@ class Case(NamedTuple):
     bytes: int
     call: Callable[[str], Any]
     """The results with an implementation, "auto" or "reference"."""
+
+    @property
+    def op(self) -> str:
+        return self.name.removeprefix("linear, then ").partition(" ")[0].rstrip(",")
 
 
 def cases(device: str, tiny: bool) -> Iterator[Case]:
@@ -120,8 +126,8 @@ def cases(device: str, tiny: bool) -> Iterator[Case]:
     yield Case(f"linear, then fused_reward {name}", size, in_two_steps)
 
 
-def measure(interpret: bool) -> dict[str, dict[str, float]]:
-    """Seconds and bytes of every case in this process."""
+def measure(interpret: bool) -> dict[str, dict[str, Any]]:
+    """Seconds, bytes and implementation of every case in this process."""
     import torch
 
     device = "cpu" if interpret else "cuda"
@@ -137,15 +143,25 @@ def measure(interpret: bool) -> dict[str, dict[str, float]]:
         if not error <= LARGEST_ERROR * (100 if "linear" in case.name else 1):
             raise SystemExit(f"{case.name}: wrong result, relative error {error:.1e} against the specification")
         seconds = _seconds(functools.partial(case.call, impl), device)
-        found[case.name] = {"seconds": seconds, "bytes": float(case.bytes), "error": error}
+        taken = _taken(case.op, impl, device)
+        found[case.name] = {"seconds": seconds, "bytes": float(case.bytes), "error": error, "impl": taken}
     return found
+
+
+def _taken(op: str, impl: str, device: str) -> str:
+    """The implementation that runs."""
+    from tlcr import ops
+
+    autos = {(status.op, status.device): status.auto for status in ops.available()}
+    return autos[op, device] if impl == "auto" else impl
 
 
 def _error(got: Any, wanted: Any) -> float:
     """The largest error of any result, relative to its largest value."""
     pairs = zip(got, wanted, strict=True) if isinstance(got, tuple) else [(got, wanted)]
     scaled = [float((a - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in pairs if a is not None]
-    return max(scaled)
+    # not max alone, which passes over NaN
+    return next((error for error in scaled if math.isnan(error)), max(scaled))
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:
@@ -179,28 +195,39 @@ def _seconds(call: Callable[[], object], device: str) -> float:
 
 def compared(base: str | None, interpret: bool) -> dict[str, list[dict[str, Any]]]:
     """What the processes of each commit found, in turns."""
-    with tempfile.TemporaryDirectory() as folder:
+    from rich.console import Console
+
+    from benchmarks.compare.commits import installed, revisions
+    from benchmarks.compare.rounds import start
+
+    with ExitStack() as stack:
         sources = {"here": ROOT}
         if base is not None:
-            archive = subprocess.run(["git", "archive", base], cwd=ROOT, check=True, capture_output=True).stdout
-            subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
-            sources = {base: Path(folder), **sources}
+            revision, _ = revisions(base, "HEAD", dirty=True)
+            kept = ROOT / "build" / "compare"
+            sources = {base: stack.enter_context(installed(revision, kept, Console(stderr=True))), **sources}
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in sources}
         for _ in range(ROUNDS if base is not None else 1):
             for name, source in sources.items():
                 # This file, whatever the commit, on the tlcr of that commit.
-                command = [sys.executable, str(Path(__file__).resolve()), "--worker", *["--interpret"] * interpret]
-                environment = os.environ | {"PYTHONPATH": str(source)}
-                done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+                given = ["--worker", *["--interpret"] * interpret]
+                done = start("benchmarks.kernels", *given, installed=source, threads=1)
+                if done.returncode != 0:
+                    raise SystemExit(f"timing the kernels of {name} failed with code {done.returncode}:\n{done.stderr}")
                 rounds[name].append(json.loads(done.stdout))
     return rounds
 
 
 def table(rounds: dict[str, list[dict[str, Any]]]) -> str:
-    """One line a case: microseconds, and the share of the copy's speed, of each commit."""
+    """One line a case: microseconds, and the share of the copy's speed, of each commit; none of these where the commits
+    ran different implementations, which says nothing of a kernel."""
     lines = ["{:<56}".format("") + "".join(f"{name:>24}" for name in rounds)]
     for case in next(iter(rounds.values()))[0]:
         line = f"{case:<56}"
+        impls = {name: found[0][case].get("impl") for name, found in rounds.items()}
+        if len(set(impls.values())) > 1:
+            lines.append(line + "  not compared: " + ", ".join(f"{name} by {impl}" for name, impl in impls.items()))
+            continue
         for found in rounds.values():
             seconds = statistics.median(one[case]["seconds"] for one in found)
             copy = statistics.median(one["copy"]["bytes"] / one["copy"]["seconds"] for one in found)
