@@ -145,7 +145,7 @@ def test_nothing_else_in_tlcr_knows_jsonargparse() -> None:
         str(path.relative_to(package))
         for path in package.rglob("*.py")
         if re.search(
-            r"^\s*(import|from) jsonargparse|_subcommands_action|_option_string_actions|Parser key",
+            r"^\s*(import|from) jsonargparse|_subcommands_action|_option_string_actions|_typehint|Parser key",
             path.read_text(encoding="utf-8"),
             re.MULTILINE,
         )

@@ -1,6 +1,6 @@
 """The only file that uses jsonargparse: it builds parsers and interprets their messages.
 
-Only this file reads its messages and uses a private name of it. tests/config/test_argument_parser.py tests both with
+Only this file reads its messages and uses private names of it. tests/config/test_argument_parser.py tests both with
 the installed version: if a new version words a message differently, that test says what to change here.
 """
 
@@ -48,7 +48,7 @@ def flags_of(parser: ArgumentParser) -> list[str]:
 
 def option_of(parser: ArgumentParser, name: str) -> tuple[str, Any]:
     """The flag of the option that an ``Unparsable`` names, as a user types it, and the type of its value."""
-    action = next(action for action in parser._actions if action.dest == name)
+    action: Any = next(action for action in parser._actions if action.dest == name)
     return action.option_strings[0], action._typehint
 
 
