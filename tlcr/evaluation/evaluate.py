@@ -293,8 +293,13 @@ def write_evaluation(
 ) -> None:
     """Write evaluation.json and samples.jsonl of one PPO run, both aside and then renamed.
 
-    settings: of these two evaluations, where known. on_the_way: those of the evaluations during training, where they
-    were others; the report does not draw the two as one curve then.
+    Args:
+        folder: of the run.
+        before: the reference, evaluated.
+        after: the trained policy.
+        settings: of these two evaluations, where known.
+        on_the_way: those of the evaluations during training, where they were others; the report does not draw the two
+            as one curve then.
     """
     known = {} if settings is None else {"settings": settings, "on_the_way": on_the_way or settings}
     write_json(folder / "evaluation.json", {"before": before.to_json(), "after": after.to_json(), **known})
