@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
 import os
 import statistics
 import sys
@@ -159,9 +158,9 @@ def _taken(op: str, impl: str, device: str) -> str:
 def _error(got: Any, wanted: Any) -> float:
     """The largest error of any result, relative to its largest value."""
     pairs = zip(got, wanted, strict=True) if isinstance(got, tuple) else [(got, wanted)]
-    scaled = [float((a - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in pairs if a is not None]
-    # not max alone, which passes over NaN
-    return next((error for error in scaled if math.isnan(error)), max(scaled))
+    from benchmarks.record import largest
+
+    return largest(float((a - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in pairs if a is not None)
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:

@@ -3,7 +3,8 @@
     python -m examples.frontier OUTPUT.svg RESULTS.md [RESULTS.md ...]
 
 Each RESULTS.md is a run's (`tlcr report`). An arm that several of them have is drawn from the first. The lines are
-means over seeds, from the reference through the ends of training, from the largest coefficient to the smallest. The
+means over seeds, from the reference through the ends of training, from the largest coefficient to the smallest; of a
+run with a single coefficient, whose tables have no evaluations on the way, from the reference to its end. The
 reference is drawn at 0 gold: it has no row in the tables, and on the embedded task is within 0.01 of that.
 """
 
@@ -17,7 +18,6 @@ from examples.study import command
 from tlcr.errors import DataError
 from tlcr.files import atomic_write
 from tlcr.report import figures
-from tlcr.report.results import AMONG_ENDS
 
 COLUMNS = ("arm", "gold per token", "KL, nats per token")
 MINUS = "\N{MINUS SIGN}"
@@ -54,10 +54,7 @@ def plot(arms: dict[str, list[tuple[float, float]]]) -> str:
     """The frontier as an SVG file."""
     ways = {arm: [(0.0, 0.0), *reversed(points)] for arm, points in arms.items()}
     label = f"Gold against KL to the reference, both per token: {', '.join(arms)}"
-    powers = dict.fromkeys(arms, AMONG_ENDS)
-    return figures.as_file(
-        figures.frontier_plot(dict.fromkeys(arms, ()), ways, list(arms), [], "token", label, powers=powers)
-    )
+    return figures.as_file(figures.frontier_plot(dict.fromkeys(arms, ()), ways, list(arms), [], "token", label))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,8 +6,8 @@ A report compares arms at equal KL, and so reads gold between points: among the 
 coefficients, and between the evaluations on the way of a run. Here a point that is known is left out and read on lines
 that are straight in the root of the KL, in its power of three quarters, and in the KL itself. The table has the root
 mean square of what they miss by, over seeds and points: for the first point behind the reference, and for later ones.
-Each run that had several coefficients is read in both manners, as its report reads it, and each of its runs by itself.
-Left out are points that are not between their neighbours in KL.
+An arm that had several coefficients is read among its ends, as its report reads it, and each of its runs by itself.
+Points that are not between their neighbours in KL are passed over.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from examples.study import command
 from tlcr.errors import DataError
 from tlcr.report.page import number
-from tlcr.report.results import Curve, compared_per, gold_at_kl, paths, read_config, read_runs
+from tlcr.report.results import Curve, Per, compared_per, gold_at_kl, paths, read_config, read_runs
 
 POWERS = {"root": 0.5, "three quarters": 0.75, "KL": 1.0}
 ENDS, WAY = "ends", "evaluations"
@@ -50,8 +50,9 @@ def misses(ways: Iterable[Curve], measure: str, against: str) -> Misses:
     return found
 
 
-def of_run(folder: Path) -> dict[tuple[str, str], Misses]:
-    """By arm and manner: among its ends, where it has several coefficients, and on the way of the runs of each."""
+def of_run(folder: Path) -> tuple[Per, dict[tuple[str, str], Misses]]:
+    """What its gold and KL are per; and by arm and manner: among its ends, where it has several coefficients, and on
+    the way of the runs of each."""
     runs, per = read_runs(folder), compared_per(read_config(folder))
     if not runs:
         raise DataError(f"{folder} holds no evaluated PPO run; name the output_dir of 'tlcr run'")
@@ -66,7 +67,7 @@ def of_run(folder: Path) -> dict[tuple[str, str], Misses]:
             single = [replace(run, kl_coef=None) for run in own if run.kl_coef == coef]
             manner = WAY if coef is None else f"{WAY}, {coef}"
             found[arm, manner] = misses(paths(single)[arm].values(), measure, against)
-    return found
+    return per, found
 
 
 def cells(missed: Misses) -> list[str]:
@@ -80,16 +81,18 @@ def cells(missed: Misses) -> list[str]:
 
 
 def table(folders: Sequence[Path]) -> str:
-    """The rows of all runs, and behind them all ends and all ways together."""
-    together: dict[str, Misses] = {kind: {True: [], False: []} for kind in (ENDS, WAY)}
+    """The rows of all runs, and behind them all ends and all ways together, of each unit of gold by itself."""
+    together: dict[tuple[Per, str], Misses] = {}
     rows = []
     for folder in folders:
-        for (arm, manner), missed in of_run(folder).items():
+        per, of_arms = of_run(folder)
+        for (arm, manner), missed in of_arms.items():
             if any(missed.values()):
                 rows.append([folder.name, arm, manner, *cells(missed)])
             for first, points in missed.items():
-                together[manner.partition(",")[0]][first] += points
-    rows += [["all", "all", kind, *cells(missed)] for kind, missed in together.items()]
+                kind = together.setdefault((per, manner.partition(",")[0]), {True: [], False: []})
+                kind[first] += points
+    rows += [[f"all, per {per}", "all", kind, *cells(missed)] for (per, kind), missed in sorted(together.items())]
     heading = ["run", "arm", "between", *(f"first, {name}" for name in POWERS), "points"]
     heading += [*(f"later, {name}" for name in POWERS), "points"]
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *rows))

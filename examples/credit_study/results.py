@@ -15,7 +15,6 @@ from tlcr.files import atomic_write, write_json
 from tlcr.report import figures
 from tlcr.report.page import number
 from tlcr.report.results import (
-    ON_THE_WAY,
     SeedRun,
     gold_at_matched_kl,
     mean_over_seeds,
@@ -105,7 +104,7 @@ def _best(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, float], Mapping[
 def _gap(ours: Sequence[SeedRun], theirs: Sequence[SeedRun]) -> dict[str, Any]:
     kl = min(reached_kl(ours), reached_kl(theirs))
     mine, others = ({run.seed: run.curve for run in runs} for runs in (ours, theirs))
-    dense, other = (gold_at_matched_kl(curves, kl, power=ON_THE_WAY) for curves in (mine, others))
+    dense, other = (gold_at_matched_kl(curves, kl) for curves in (mine, others))
     ends = paired_difference(*({run.seed: run.after["gold_per_token"] for run in runs} for runs in (ours, theirs)))
     return {"kl": kl, "at_kl": paired_difference(dense, other), "at_end": ends}
 

@@ -43,8 +43,13 @@ def test_the_power_that_gold_follows_misses_nothing(tmp_path: Path, capsys: pyte
     way = rows["run", "a", "evaluations, 0.2"]
     assert way[1] == way[5] == "0.000" and way[3] == way[7] == "1"
     assert float(way[0]) > 0.03 and float(way[2]) > 0.03
-    assert rows["all", "all", "ends"] == ends
-    assert [rows["all", "all", "evaluations"][place] for place in (1, 3, 5, 7)] == ["0.000", "3", "0.000", "3"]
+    assert rows["all, per token", "all", "ends"] == ends
+    assert [rows["all, per token", "all", "evaluations"][place] for place in (1, 3, 5, 7)] == [
+        "0.000",
+        "3",
+        "0.000",
+        "3",
+    ]
 
 
 def test_a_point_that_is_not_between_its_neighbours_is_left_alone(
@@ -54,7 +59,7 @@ def test_a_point_that_is_not_between_its_neighbours_is_left_alone(
     assert reading.main([str(tmp_path / "run")]) == 0
     rows = rows_of(capsys.readouterr().out)
     assert ("run", "a", "evaluations") not in rows
-    assert rows["all", "all", "evaluations"][3] == rows["all", "all", "evaluations"][7] == "0"
+    assert rows["all, per token", "all", "evaluations"][3] == rows["all, per token", "all", "evaluations"][7] == "0"
 
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,10 +214,16 @@ def test_a_large_constant_of_inference_mode_is_kept_without_a_copy(op: Op[Any, A
     large = {"score_tokens": "ref_logits", "score_hidden": "ref_weight"}[op.name]
     at = [field.name for field in fields(op.arguments)].index(large)
     values[at] = of_inference_mode(values[at])
-    node = op.implementations[backend.impl, backend.device](grouping(op.arguments)(values)).kl.grad_fn
+    kl = op.implementations[backend.impl, backend.device](grouping(op.arguments)(values)).kl
+    node = kl.grad_fn
     while not hasattr(node, "of_inference"):
         node = node.next_functions[0][0]
-    assert values[at].data_ptr() in [tensor.data_ptr() for tensor in node.of_inference.values()]
+    place = values[at].data_ptr()
+    assert place in [tensor.data_ptr() for tensor in node.of_inference.values()]
+    kl.sum().backward(retain_graph=True)
+    assert place in [tensor.data_ptr() for tensor in node.of_inference.values()]
+    kl.sum().backward()
+    assert not node.of_inference, "held by whoever holds the result"
 
 
 @pytest.mark.parametrize("incoming", ["constant", "differentiable"])

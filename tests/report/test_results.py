@@ -13,8 +13,7 @@ import pytest
 from tests.report.run_folders import MACHINE, add_stages, evaluation, write_run
 from tlcr.errors import DataError
 from tlcr.report.results import (
-    AMONG_ENDS,
-    ON_THE_WAY,
+    POWER,
     SeedRun,
     collect_results,
     compared_per,
@@ -32,54 +31,46 @@ def curve(*points: tuple[float, float]) -> list[dict[str, float]]:
     return [{"update": i, "kl_per_token": kl, "gold_per_token": gold} for i, (kl, gold) in enumerate(points)]
 
 
-@pytest.mark.parametrize("power", [AMONG_ENDS, ON_THE_WAY])
-def test_gold_at_a_kl_by_hand(power: float) -> None:
-    """The points lie at 0, 0.2 and 0.6 on the scale on which the way is straight."""
-    path = curve((0.0, 0.1), (0.2 ** (1 / power), 0.3), (0.6 ** (1 / power), 0.5))
-    for place, gold in ((0.0, 0.1), (0.1, 0.2), (0.2, 0.3), (0.5, 0.45), (0.6, 0.5)):
-        assert gold_at_kl(path, place ** (1 / power), power=power) == pytest.approx(gold)
-    assert gold_at_kl(path, 0.61 ** (1 / power), power=power) is None
-    assert gold_at_kl([], 0.1, power=power) is None
+def place(x: float) -> float:
+    """The KL that lies at x on the scale on which ways are straight."""
+    return x ** (1 / POWER)
+
+
+def test_gold_at_a_kl_by_hand() -> None:
+    path = curve((0.0, 0.1), (place(0.2), 0.3), (place(0.6), 0.5))
+    for x, gold in ((0.0, 0.1), (0.1, 0.2), (0.2, 0.3), (0.5, 0.45), (0.6, 0.5)):
+        assert gold_at_kl(path, place(x)) == pytest.approx(gold)
+    assert gold_at_kl(path, place(0.61)) is None
+    assert gold_at_kl([], 0.1) is None
+    assert gold_at_kl(curve((0.0, 0.0), (4.0, 1.0)), 1.0, power=0.5) == pytest.approx(0.5)
 
 
 def test_a_kl_that_was_estimated_may_be_negative() -> None:
-    """Roots of -0.1 and 0.3."""
-    assert gold_at_kl(curve((-0.01, 0.1), (0.09, 0.5)), 0.01, power=0.5) == pytest.approx(0.3)
+    assert gold_at_kl(curve((-place(0.1), 0.1), (place(0.3), 0.5)), place(0.1)) == pytest.approx(0.3)
 
 
 def test_arms_that_gain_the_same_for_their_distance_are_equal_however_far_their_ends_are() -> None:
-    """Gold of the root of KL: a line that is straight in KL would put the arm with the farther end below the other."""
-    near, far = curve((0.0, 0.0), (0.25, 0.5), (1.0, 1.0)), curve((0.0, 0.0), (4.0, 2.0))
-    for kl in (0.1, 0.25, 0.7):
-        assert gold_at_kl(near, kl, power=0.5) == pytest.approx(math.sqrt(kl)) == gold_at_kl(far, kl, power=0.5)
+    """A line that is straight in KL would put the arm with the farther end below the other."""
+    near, far = curve((0.0, 0.0), (place(0.5), 0.5), (1.0, 1.0)), curve((0.0, 0.0), (place(2.0), 2.0))
+    for x in (0.1, 0.5, 0.7):
+        assert gold_at_kl(near, place(x)) == pytest.approx(x) == gold_at_kl(far, place(x))
 
 
 def test_a_run_that_comes_back_counts_as_it_first_passed() -> None:
-    path = curve((0.0, 0.0), (0.16, 0.4), (0.04, 0.9), (0.64, 0.1))
-    assert gold_at_kl(path, 0.09, power=0.5) == pytest.approx(0.3)
-    assert gold_at_kl(path, 0.25, power=0.5) == pytest.approx(0.9 - 0.8 * (0.5 - 0.2) / 0.6)
+    path = curve((0.0, 0.0), (place(0.4), 0.4), (place(0.2), 0.9), (place(0.8), 0.1))
+    assert gold_at_kl(path, place(0.3)) == pytest.approx(0.3)
+    assert gold_at_kl(path, place(0.5)) == pytest.approx(0.9 - 0.8 * (0.5 - 0.2) / 0.6)
 
 
 def test_evaluations_without_gold_are_passed_over() -> None:
-    path: list[dict[str, Any]] = [*curve((0.0, 0.0)), {"update": 1, "kl_per_token": 0.1}, *curve((0.16, 0.4))]
-    assert gold_at_kl(path, 0.04, power=0.5) == pytest.approx(0.2)
+    path: list[dict[str, Any]] = [*curve((0.0, 0.0)), {"update": 1, "kl_per_token": 0.1}, *curve((place(0.4), 0.4))]
+    assert gold_at_kl(path, place(0.2)) == pytest.approx(0.2)
 
 
 def test_seeds_that_did_not_get_there_are_left_out() -> None:
-    curves = {0: curve((0, 0), (1, 1)), 1: curve((0, 0), (0.36, 1.2))}
-    assert gold_at_matched_kl(curves, 0.49, power=0.5) == {0: pytest.approx(0.7)}
-    assert gold_at_matched_kl(curves, 0.09, power=0.5) == {0: pytest.approx(0.3), 1: pytest.approx(0.6)}
-
-
-def test_the_way_of_one_run_and_that_among_ends_are_straight_in_their_own_power() -> None:
-    """Both arms at 0 and at (1, 1), and looked at where half of them ended."""
-    ends = [trial("ends", coef, 0, kl, gold) for coef, kl, gold in ((0.2, 1.0, 1.0), (0.1, 4.0, 1.5))]
-    found = frontier([*ends, *runs(way=[curve((0, 0), (1.0, 1.0))])])
-    assert found is not None and found["powers"] == {"ends": AMONG_ENDS, "way": ON_THE_WAY}
-    level = found["levels"][0]
-    assert level["kl"] == 0.25
-    assert level["arms"]["ends"]["mean"] == pytest.approx(0.5)
-    assert level["arms"]["way"]["mean"] == pytest.approx(0.25**0.75)
+    curves = {0: curve((0, 0), (1, 1)), 1: curve((0, 0), (place(0.6), 1.2))}
+    assert gold_at_matched_kl(curves, place(0.7)) == {0: pytest.approx(0.7)}
+    assert gold_at_matched_kl(curves, place(0.3)) == {0: pytest.approx(0.3), 1: pytest.approx(0.6)}
 
 
 def test_differences_are_taken_within_a_seed() -> None:
@@ -171,24 +162,28 @@ def trial(arm: str, kl_coef: float | None, seed: int, kl: float, gold: float) ->
 def test_over_several_coefficients_the_way_is_from_end_to_end() -> None:
     """From the reference to where training ended under the largest coefficient, then the next: not through training."""
     grid = [
-        *(trial("a", coef, seed, kl, kl * (1 + seed)) for coef, kl in ((0.1, 0.36), (0.02, 1.0)) for seed in (0, 1)),
-        *(trial("b", coef, seed, kl, kl / 2) for coef, kl in ((0.02, 0.64), (0.1, 0.16)) for seed in (0, 1)),
+        *(
+            trial("a", coef, seed, kl, kl * (1 + seed))
+            for coef, kl in ((0.1, place(0.6)), (0.02, 1.0))
+            for seed in (0, 1)
+        ),
+        *(trial("b", coef, seed, kl, kl / 2) for coef, kl in ((0.02, place(0.8)), (0.1, 0.16)) for seed in (0, 1)),
         trial("c", None, 0, 0.5, 0.7),
     ]
     found = paths(grid)
     assert [(p["stop"], p["kl_per_token"], p["gold_per_token"]) for p in found["a"][1]] == [
         (0, 0.0, 0.1),
-        (1, 0.36, 0.72),
+        (1, place(0.6), 2 * place(0.6)),
         (2, 1.0, 2.0),
     ]
-    assert [p["kl_per_token"] for p in found["b"][0]] == [0.0, 0.16, 0.64]
+    assert [p["kl_per_token"] for p in found["b"][0]] == [0.0, 0.16, place(0.8)]
     assert [p["kl_per_token"] for p in found["c"][0]] == [0.0, 9.0, 0.5]  # a single coefficient: its training
     front = frontier(grid[:-1])
-    assert front is not None and front["reached"] == {"a": 1.0, "b": 0.64}
+    assert front is not None and front["reached"] == {"a": 1.0, "b": place(0.8)}
     (against,) = front["comparisons"]
-    assert (against["kl"], against["seeds"]) == (0.64, [0, 1])
-    assert against["arm_gold"]["mean"] == pytest.approx((0.68 + 1.36) / 2)  # half way in the root
-    assert against["other_gold"]["mean"] == pytest.approx(0.32)
+    assert (against["kl"], against["seeds"]) == (place(0.8), [0, 1])
+    assert against["arm_gold"]["mean"] == pytest.approx(1.5 * (place(0.6) + 1.0) / 2)  # half way
+    assert against["other_gold"]["mean"] == pytest.approx(place(0.8) / 2)
 
 
 def test_the_interval_of_a_mean_is_students() -> None:

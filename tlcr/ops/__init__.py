@@ -60,5 +60,8 @@ register(OPS)
 
 
 def available() -> list[OpStatus]:
-    """For every op and kind of device: the choice of "auto", the usable names, and why each other one cannot run."""
+    """For every op and kind of device: the choice of "auto", the usable names, and why each other one cannot run.
+
+    Where there are GPUs, CUDA is initialised in this process, because what they can run is asked of them.
+    """
     return [status(op, device) for op in OPS for device in devices()]

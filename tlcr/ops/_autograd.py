@@ -198,7 +198,6 @@ def scaling(op: Op[Any, Any], gradient: Gradient, operator: Callable[..., Any]) 
     On the CPU alone, where the factor can be read without a wait: it is 1 where the result is the loss itself.
     """
     name, plain, made, number = op.name, gradient.plain, op.result_type._make, len(op.result_type._fields)
-    graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
     class Scaling(torch.autograd.Function):
         @staticmethod
@@ -248,6 +247,10 @@ def scaling(op: Op[Any, Any], gradient: Gradient, operator: Callable[..., Any]) 
     return recorded
 
 
+graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+"""Whether another backward pass may follow the one that is under way."""
+
+
 def keep_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
     """`ctx.save_for_backward`, for tensors of inference mode too.
 
@@ -264,9 +267,13 @@ def keep_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
 
 
 def kept_tensors(ctx: Any) -> tuple[Any, ...]:
-    """What `keep_for_backward` was given."""
+    """What `keep_for_backward` was given. After the last backward pass autograd lets go of it, and so must ctx."""
     saved, of_inference = ctx.saved_tensors, ctx.of_inference
-    return tuple([of_inference.get(at, x) for at, x in enumerate(saved)]) if of_inference else saved
+    if not of_inference:
+        return saved
+    if not graph_is_kept():
+        ctx.of_inference = {}
+    return tuple([of_inference.get(at, x) for at, x in enumerate(saved)])
 
 
 def without_inference(op: Op[ArgumentsT, ResultT]) -> Callable[[ArgumentsT], ResultT]:

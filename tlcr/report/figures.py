@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from tlcr.report.results import POWER
+
 ARM_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C")
 """Okabe and Ito's palette, told apart by colour-blind readers and on light and dark grounds alike."""
 ARM_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -164,20 +166,19 @@ def frontier_plot(
     per: str,
     label: str,
     *,
-    powers: Mapping[str, float],
     measure: str = "gold",
     narrow: bool = False,
 ) -> str:
     """Gold, under the name of ``measure``, against KL, both per token or per answer: each arm's path away from the
-    reference, straight in its power of the KL between points, as the tables read it, with the matched levels as dashed
-    lines. KL on a square-root scale, on which an arm that ran far away leaves room for the others."""
+    reference, between points as the tables read it, with the matched levels as dashed lines. KL on a square-root scale,
+    on which an arm that ran far away leaves room for the others."""
     with style():
         figure = Figure(figsize=(NARROW if narrow else WIDE, 4.6), layout="constrained")
         axes = figure.add_subplot()
         for level in levels:
             axes.axvline(level, color=INK, alpha=0.35, linewidth=0.9, linestyle=(0, (4, 4)))
         for name, seeds in by_arm.items():
-            ways = [_between(way, powers[name]) for way in (*seeds, means[name])]
+            ways = [_between(way) for way in (*seeds, means[name])]
             _draw_arm(axes, arm_order.index(name), name, ways[:-1], ways[-1], marker=True, every=STEPS)
         axes.set_xscale("function", functions=(lambda x: _scaled(x, 0.5), lambda x: _scaled(x, 2)))
         far = "" if narrow else ", on a square-root scale: how far the policy has moved"
@@ -190,14 +191,14 @@ def frontier_plot(
         return svg_text(figure, label)
 
 
-def _between(curve: Curve, power: float) -> Curve:
-    """The curve with the points between its points, STEPS for each: straight in this power of the KL."""
+def _between(curve: Curve) -> Curve:
+    """The curve with the points between its points, STEPS for each: straight in POWER of the KL."""
     if not curve:
         return []
     kl, gold = (np.array(axis) for axis in zip(*curve, strict=True))
     steps = np.linspace(0, len(curve) - 1, STEPS * (len(curve) - 1) + 1)
-    places, heights = (np.interp(steps, range(len(curve)), axis) for axis in (_scaled(kl, power), gold))
-    return list(zip(_scaled(places, 1 / power).tolist(), heights.tolist(), strict=True))
+    places, heights = (np.interp(steps, range(len(curve)), axis) for axis in (_scaled(kl, POWER), gold))
+    return list(zip(_scaled(places, 1 / POWER).tolist(), heights.tolist(), strict=True))
 
 
 def _scaled(x: npt.NDArray[np.float64], power: float) -> npt.NDArray[np.float64]:

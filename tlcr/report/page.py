@@ -339,9 +339,9 @@ def frontier_figure(results: Mapping[str, Any], *, measure: str = "gold", narrow
     by_arm = {arm: seeds for arm, (seeds, _) in along.items()}
     means = {arm: mean for arm, (_, mean) in along.items()}
     levels = [level["kl"] for level in results["frontier"]["levels"]]
-    per, powers = results["per"], results["frontier"]["powers"]
+    per = results["per"]
     label = f"{measure.capitalize()} per {per} against KL for every arm"
-    return figures.frontier_plot(by_arm, means, arms, levels, per, label, powers=powers, measure=measure, narrow=narrow)
+    return figures.frontier_plot(by_arm, means, arms, levels, per, label, measure=measure, narrow=narrow)
 
 
 def _proxy_plot(results: Mapping[str, Any], arms: Sequence[str]) -> Markup | None:

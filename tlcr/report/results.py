@@ -40,11 +40,10 @@ Per = Literal["token", "answer"]
 LEVELS = (0.25, 0.5, 1.0)
 """Matched KL is looked at here, as shares of the KL that half of the arms reached."""
 CONFIDENCE = 0.95
-AMONG_ENDS, ON_THE_WAY = 0.5, 0.75
-"""Between two points gold is read on a line that is straight in this power of the KL: among the ends of training under
-several coefficients, and on the way of a single run. A small change of a policy moves gold in proportion and KL as its
-square, hence the root (Gao et al. 2023, arXiv 2210.10760); a policy in training has moved in other directions too. Both
-are what reads points best that were left out (docs/results/reading.md, ours)."""
+POWER = 0.75
+"""Between two points gold is read on a line that is straight in this power of the KL. A small change of a policy moves
+gold in proportion and KL as its square, hence the root of the KL (Gao et al. 2023, arXiv 2210.10760); early in training
+gold follows the KL itself. This power is near the best in both cases (docs/results/reading.md, ours)."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +109,12 @@ def gold_at_kl(
     curve: Sequence[Mapping[str, Any]],
     kl: float,
     *,
-    power: float,
     measure: str = "gold_per_token",
     against: str = "kl_per_token",
+    power: float = POWER,
 ) -> float | None:
     """Gold where training first reached this KL: between the evaluation before and the one that reached it, on a line
-    that is straight in this power of the KL (`AMONG_ENDS` or `ON_THE_WAY`).
+    that is straight in this power of the KL.
 
     None where the run never got there. A run that leaves the level again and comes back counts as it first passed,
     so that time spent over-optimising does not choose the best moment.
@@ -140,14 +139,11 @@ def gold_at_matched_kl(
     curves: Mapping[int, Sequence[Mapping[str, Any]]],
     kl: float,
     *,
-    power: float,
     measure: str = "gold_per_token",
     against: str = "kl_per_token",
 ) -> dict[int, float]:
     """Seed to gold at this KL, for the seeds whose run reached it."""
-    found = {
-        seed: gold_at_kl(curve, kl, power=power, measure=measure, against=against) for seed, curve in curves.items()
-    }
+    found = {seed: gold_at_kl(curve, kl, measure=measure, against=against) for seed, curve in curves.items()}
     return {seed: gold for seed, gold in found.items() if gold is not None}
 
 
@@ -201,18 +197,12 @@ def _way(own: Sequence[SeedRun], kl_coefs: Sequence[float | None]) -> Curve:
     return [{**own[0].before, "stop": 0}, *sorted(ends, key=lambda point: point["stop"])]
 
 
-def power_of(runs: Iterable[SeedRun]) -> float:
-    """The power of the KL in which the `paths` of these runs, all of one arm, are straight."""
-    return ON_THE_WAY if all(run.kl_coef is None for run in runs) else AMONG_ENDS
-
-
 def frontier(runs: Iterable[SeedRun], *, per: Per = "token") -> dict[str, Any] | None:
     """Arms compared by gold at matched KL, both per token or per answer, along their `paths`.
 
     levels: each arm's gold over its seeds at shares of the KL that half of the arms reached (`reached_kl`); None for an
     arm that did not reach a level with every seed, because those that did would be a selection.
     comparisons: the first arm against each other one, at the largest KL that both reached.
-    powers: of the KL, in which the way of an arm is straight between its points.
     None where no run has gold at a KL above 0.
     """
     measure, against = f"gold_per_{per}", f"kl_per_{per}"
@@ -229,10 +219,8 @@ def frontier(runs: Iterable[SeedRun], *, per: Per = "token") -> dict[str, Any] |
         for arm, by_seed in curves.items()
     }
 
-    powers = {arm: power_of(run for run in runs if run.arm == arm) for arm in curves}
-
     def at(arm: str, kl: float) -> dict[int, float]:
-        return gold_at_matched_kl(curves[arm], kl, power=powers[arm], measure=measure, against=against)
+        return gold_at_matched_kl(curves[arm], kl, measure=measure, against=against)
 
     half = statistics.median_low(reached.values())
     levels = [
@@ -270,7 +258,6 @@ def frontier(runs: Iterable[SeedRun], *, per: Per = "token") -> dict[str, Any] |
     return {
         "measure": measure,
         "against": against,
-        "powers": powers,
         "reached": reached,
         "levels": levels,
         "comparisons": comparisons,
