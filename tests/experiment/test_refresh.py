@@ -100,21 +100,25 @@ def server() -> Iterator[Any]:
         yield started
 
 
+def by_endpoint(server: Any, folder: Path) -> dict[str, Any]:
+    """A refresh after each update, revised by the model of the server."""
+    return {
+        "output_dir": str(folder / "run"),
+        "data.preferences": str(folder / "pairs.jsonl"),
+        "reward.refresh.every": 1,
+        "reviser.backend": "endpoint",
+        "reviser.endpoint.model": "m",
+        "reviser.endpoint.base_url": server.address,
+    }
+
+
 def test_a_model_is_asked_with_the_chosen_answer_to_the_prompt_and_never_twice(server: Any, tmp_path: Path) -> None:
     records = [
         {"prompt": f"How was the {word}?", "chosen": f" I liked the {word} very much.", "rejected": " It was cold."}
         for word in ("soup", "tea", "bread", "film", "song", "cake")
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    values = {
-        "output_dir": str(tmp_path / "run"),
-        "data.preferences": str(tmp_path / "pairs.jsonl"),
-        "reward.refresh.every": 1,
-        "reviser.backend": "endpoint",
-        "reviser.endpoint.model": "m",
-        "reviser.endpoint.base_url": server.address,
-    }
-    cfg = load_config(None, values)
+    cfg = load_config(None, by_endpoint(server, tmp_path))
     opened = open_run(cfg, resume=False)
     prompt = opened.prompts.train[0]
     (word,) = (w for w in ("soup", "tea", "bread", "film", "song", "cake") if w in prompt)
@@ -136,15 +140,7 @@ def test_an_id_of_two_records_is_refused(server: Any, tmp_path: Path) -> None:
         for word in ("soup", "tea")
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    values = {
-        "output_dir": str(tmp_path / "run"),
-        "data.preferences": str(tmp_path / "pairs.jsonl"),
-        "data.held_out": 0.0,
-        "reward.refresh.every": 1,
-        "reviser.backend": "endpoint",
-        "reviser.endpoint.model": "m",
-        "reviser.endpoint.base_url": server.address,
-    }
+    values = by_endpoint(server, tmp_path) | {"data.held_out": 0.0}
     opened = open_run(load_config(None, values), resume=False)
     with pytest.raises(ConfigError, match="1 ids belong to several unlike records, such as '1'"):
         module._by_a_model(opened, opened.cfg, tmp_path / "trial")
@@ -158,16 +154,7 @@ def test_answers_that_got_no_revision_stop_the_run_unless_it_is_told_to_skip_the
     (tmp_path / "pairs.jsonl").write_text(
         json.dumps(pair) + "\n" + json.dumps({**pair, "prompt": "And the soup?"}) + "\n"
     )
-    values = {
-        "output_dir": str(tmp_path / "run"),
-        "data.preferences": str(tmp_path / "pairs.jsonl"),
-        "data.held_out": 0.0,
-        "reward.refresh.every": 1,
-        "reviser.backend": "endpoint",
-        "reviser.endpoint.model": "m",
-        "reviser.endpoint.base_url": server.address,
-        "reviser.endpoint.retries": 0,
-    }
+    values = by_endpoint(server, tmp_path) | {"data.held_out": 0.0, "reviser.endpoint.retries": 0}
     server.behave = lambda *_: Reply({"error": {"message": "oops"}}, 500)
     opened = open_run(load_config(None, values), resume=False)
     asked = [(opened.prompts.train[0], " The tea was bad.")]
