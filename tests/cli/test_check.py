@@ -78,11 +78,6 @@ def test_a_planted_mistake_is_named_with_its_remedy(
         (1, ["--data.held_out", "0"], "data.held_out is 0"),
         (2, ["--parallel", "2", "--seeds", "[0, 1]"], "set parallel: 1 to share each policy among the processes"),
         (2, ["--reward.refresh.every", "10"], "reward.refresh trains the discriminator in one process"),
-        (
-            2,
-            ["--data.preferences", "p.jsonl", "--reviser.backend", "endpoint", "--reviser.endpoint.model", "m"],
-            "a reviser asks for hours from one process",
-        ),
         (None, ["--sft.enabled", "false"], "a model of random weights that only SFT trains; set sft.enabled: true"),
     ],
 )

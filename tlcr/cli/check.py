@@ -57,7 +57,7 @@ def check(cfg: RunConfig, *, gpus: int | None, say: Say) -> None:
     processes = gpus or 1
     stages = [stage for stage in stages_of(cfg) if stage not in ("revisions", "analysis")]
     # of the config as it is: the small run has data held out, one policy at a time and no refresh
-    found = knobs_alone(cfg, stages_of(cfg), processes=processes)
+    found = knobs_alone(cfg, stages, processes=processes)
     refuse(found)
     say(f"1. settings: they go together on {processes} GPU{'' if processes == 1 else 's'}")
     for finding in found:
