@@ -58,7 +58,7 @@ def _look_at_gpus(ops: Iterable[Op[Any, Any]]) -> None:
 
 
 def status(op: Op[Any, Any], device: str) -> OpStatus:
-    if device == "cuda" and torch.cuda.is_available():
+    if device == "cuda" and torch.backends.cuda.is_built() and torch.cuda.is_available():
         # Not in a process that has no use of its GPUs, such as a fork of one that has.
         with contextlib.suppress(RuntimeError):
             torch.cuda.init()
