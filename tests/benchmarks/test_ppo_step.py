@@ -107,6 +107,7 @@ experimental = ppo = ppo_trainer = sys.modules["trl"]
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("times", "said"), [(1, "8 4 2 32"), (2, "TRL takes 16 answers a round, wanted 8")])
 def test_trl_is_given_the_batch_that_is_counted(times: int, said: str, tmp_path: Path) -> None:
     """It was given half of it where a minibatch was half of the batch, and credited with the whole."""
