@@ -6,10 +6,10 @@ device, without the host, as a share of a copy's speed.
     python -m benchmarks.kernels --interpret --base HEAD~1            # the path at tiny sizes, without a GPU
 
 Every commit is measured by processes of its own, which take turns, with the kernels compiled: a commit is built first,
-into build/compare, as `benchmarks.compare` does. Of a case that "auto" gives to different implementations of the two
-no times are shown. A call is captured once as a CUDA graph; each replay
-follows a write of 128 MiB, so that no input is in the cache, and is timed by events. Results are compared with the
-specification first. The bytes are those that the op must move (`bytes` below), with every token counted.
+into build/compare, as `benchmarks.compare` does. Of a case that "auto" gives to different implementations of the two no
+times are shown. A call is captured once as a CUDA graph; each replay follows a write of 128 MiB, so that no input is in
+the cache, and is timed by events. Results are compared with the specification first. The bytes are those that the op
+must move (`bytes` below), with every token counted.
 """
 
 from __future__ import annotations
@@ -157,9 +157,9 @@ def _taken(op: str, impl: str, device: str) -> str:
 
 def _error(got: Any, wanted: Any) -> float:
     """The largest error of any result, relative to its largest value."""
-    pairs = zip(got, wanted, strict=True) if isinstance(got, tuple) else [(got, wanted)]
     from benchmarks.record import largest
 
+    pairs = zip(got, wanted, strict=True) if isinstance(got, tuple) else [(got, wanted)]
     return largest(float((a - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in pairs if a is not None)
 
 

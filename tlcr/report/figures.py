@@ -10,13 +10,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import numpy.typing as npt
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tlcr.report.results import POWER
+from tlcr.report.results import POWER, scaled
 
 ARM_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C")
 """Okabe and Ito's palette, told apart by colour-blind readers and on light and dark grounds alike."""
@@ -180,7 +179,7 @@ def frontier_plot(
         for name, seeds in by_arm.items():
             ways = [_between(way) for way in (*seeds, means[name])]
             _draw_arm(axes, arm_order.index(name), name, ways[:-1], ways[-1], marker=True, every=STEPS)
-        axes.set_xscale("function", functions=(lambda x: _scaled(x, 0.5), lambda x: _scaled(x, 2)))
+        axes.set_xscale("function", functions=(lambda x: scaled(x, 0.5), lambda x: scaled(x, 2)))
         far = "" if narrow else ", on a square-root scale: how far the policy has moved"
         axes.set_xlabel(f"KL to the reference, nats per {per}{far}")
         axes.set_ylabel(f"{measure} per {per}")
@@ -197,13 +196,8 @@ def _between(curve: Curve) -> Curve:
         return []
     kl, gold = (np.array(axis) for axis in zip(*curve, strict=True))
     steps = np.linspace(0, len(curve) - 1, STEPS * (len(curve) - 1) + 1)
-    places, heights = (np.interp(steps, range(len(curve)), axis) for axis in (_scaled(kl, POWER), gold))
-    return list(zip(_scaled(places, 1 / POWER).tolist(), heights.tolist(), strict=True))
-
-
-def _scaled(x: npt.NDArray[np.float64], power: float) -> npt.NDArray[np.float64]:
-    """``results.scaled``, of an array."""
-    return np.sign(x) * np.abs(x) ** power
+    places, heights = (np.interp(steps, range(len(curve)), axis) for axis in (scaled(kl, POWER), gold))
+    return list(zip(scaled(places, 1 / POWER).tolist(), heights.tolist(), strict=True))
 
 
 def paired_panels(

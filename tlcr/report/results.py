@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import jinja2
+import numpy as np
 import yaml
 from scipy import stats
 
@@ -100,9 +101,9 @@ def mean_over_seeds(values: Sequence[float]) -> Mean | None:
 # ---- gold at matched KL
 
 
-def scaled(kl: float, power: float) -> float:
-    """sign(kl) |kl|^power: a KL that was estimated from samples may lie a little below 0."""
-    return math.copysign(abs(kl) ** power, kl)
+def scaled(kl: Any, power: float) -> Any:
+    """sign(kl) |kl|^power of a number or an array: a KL that was estimated from samples may lie a little below 0."""
+    return np.sign(kl) * np.abs(kl) ** power
 
 
 def gold_at_kl(
@@ -255,13 +256,7 @@ def frontier(runs: Iterable[SeedRun], *, per: Per = "token") -> dict[str, Any] |
             )
     if not levels and not comparisons:
         return None
-    return {
-        "measure": measure,
-        "against": against,
-        "reached": reached,
-        "levels": levels,
-        "comparisons": comparisons,
-    }
+    return {"measure": measure, "against": against, "reached": reached, "levels": levels, "comparisons": comparisons}
 
 
 def _plain(mean: Mean) -> dict[str, Any]:
