@@ -19,7 +19,8 @@ from transformers import (
 
 from tlcr.cli import main as cli
 from tlcr.config.schema import LoRAConfig, ModelConfig
-from tlcr.models.adapters import add_adapter, own_named_parameters, save_trained
+from tlcr.models.adapter_files import save_trained
+from tlcr.models.adapters import add_adapter, own_named_parameters
 from tlcr.models.discriminator import load_discriminator, temperature_of
 from tlcr.models.inspection import THREE_CLASSES
 from tlcr.models.loading import load_causal_lm, load_sequence_classifier, load_token_classifier

@@ -18,8 +18,8 @@ from tlcr.config.loading import load_config
 from tlcr.config.schema import RunConfig
 from tlcr.experiment.memory import Architecture, Estimate, Machine, build_on_meta, estimate_run
 from tlcr.models.actor_critic import ActorCritic, build_value_model
-from tlcr.models.adapters import Roles
 from tlcr.models.loading import load_causal_lm
+from tlcr.models.roles import Roles
 from tlcr.recipes.train_ppo import train_ppo
 from tlcr.rewards.sources import CallableSource
 from tlcr.types import EncodedAnswer

@@ -1,7 +1,7 @@
 """Adapters: what a layer computes, what is trained, roles over one backbone, what is written, and how peft reads it.
 
 The tests whose names begin with ``test_peft_alone`` show what goes wrong without the precautions of
-``tlcr.models.adapters``: should one of them fail, that precaution may have become needless.
+``tlcr.models.roles``: should one of them fail, that precaution may have become needless.
 """
 
 from __future__ import annotations
@@ -33,23 +33,13 @@ from tests.ppo.helpers import known_rollout, known_update
 from tlcr import ops
 from tlcr.config.schema import LoRAConfig, ModelConfig
 from tlcr.errors import CheckpointError, ConfigError
-from tlcr.models import adapters
 from tlcr.models.actor_critic import ActorCritic, PolicyOutput
-from tlcr.models.adapters import (
-    REFERENCE,
-    Roles,
-    add_adapter,
-    attach_adapter,
-    base_digest,
-    load_adapter,
-    merged_weights,
-    own_named_parameters,
-    own_parameters,
-    save_adapter,
-    save_trained,
-)
+from tlcr.models.adapter_files import attach_adapter, load_adapter, merged_weights, save_adapter, save_trained
+from tlcr.models.adapters import add_adapter, base_digest, own_named_parameters, own_parameters
 from tlcr.models.heads import backbone
 from tlcr.models.loading import enable_gradient_checkpointing, load_sequence_classifier, load_token_classifier
+from tlcr.models.peft_layers import adapted_layers
+from tlcr.models.roles import REFERENCE, Roles
 from tlcr.ppo.microbatches import MicroBatches
 from tlcr.training.optim import build_optimizer, parameter_groups
 
@@ -140,7 +130,7 @@ def set_by_hand(model: PreTrainedModel, name: str) -> Any:
     """The first layer's k_proj (16 outputs, 32 inputs) with A that reads inputs 0 and 1, and B that writes output 0."""
     layer = backbone(model).get_submodule("layers.0.self_attn.k_proj")
     with torch.no_grad():
-        for _, each in adapters._layers(model, name):
+        for _, each in adapted_layers(model, name):
             each.lora_A[name].weight.zero_()
             each.lora_B[name].weight.zero_()
         layer.lora_A[name].weight[0, 0], layer.lora_A[name].weight[1, 1] = 3.0, 5.0
@@ -301,13 +291,13 @@ def test_adapter_and_head_are_trained_in_float32_by_plain_adamw(tiny_causal_lm: 
 def test_targets_name_layers(tiny_causal_lm: Make) -> None:
     model = tiny_causal_lm()
     add_adapter(model, LoRAConfig(rank=2, targets=("q_proj", "v_proj")), "policy", seed=0)
-    assert {path.rpartition(".")[2] for path, _ in adapters._layers(model)} == {"q_proj", "v_proj"}
+    assert {path.rpartition(".")[2] for path, _ in adapted_layers(model)} == {"q_proj", "v_proj"}
     with pytest.raises(ConfigError, match=r"no linear layer named 'query'.*down_proj.*lora\.targets"):
         add_adapter(tiny_causal_lm(), LoRAConfig(rank=2, targets=("query",)), "policy", seed=0)
 
 
 def test_without_peft_one_sentence_says_how_to_get_it(tiny_causal_lm: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapters, "find_spec", lambda name: None if name == "peft" else find_spec(name))
+    monkeypatch.setattr("tlcr.models.peft_layers.find_spec", lambda name: None if name == "peft" else find_spec(name))
     monkeypatch.setattr("tlcr.distribution.install_command", lambda extra: f"pip install what {extra} needs")
     with pytest.raises(ConfigError, match=r"lora\.rank needs the package peft, .* pip install what lora needs$"):
         add_adapter(tiny_causal_lm(), CFG, "policy", seed=0)
@@ -417,10 +407,10 @@ def test_with_gradient_checkpointing_each_layer_is_repeated_in_its_role(tiny_cau
 
 def test_peft_alone_leaves_another_base_after_merging_and_unmerging(tiny_causal_lm: Make) -> None:
     four = Four(tiny_causal_lm().bfloat16())
-    before = {path: layer.base_layer.weight.clone() for path, layer in adapters._layers(four.policy)}
+    before = {path: layer.base_layer.weight.clone() for path, layer in adapted_layers(four.policy)}
     save_all = merged_weights(four.policy), merged_weights(four.value)
     assert save_all
-    after = {path: layer.base_layer.weight for path, layer in adapters._layers(four.policy)}
+    after = {path: layer.base_layer.weight for path, layer in adapted_layers(four.policy)}
     assert all(torch.equal(weight, before[path]) for path, weight in after.items())
     for layer in four.roles._layers:
         layer._disable_adapters = False

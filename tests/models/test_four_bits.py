@@ -23,10 +23,12 @@ from tlcr.cli import main as cli
 from tlcr.config.schema import LoRAConfig, ModelConfig
 from tlcr.errors import ConfigError
 from tlcr.models import four_bits
-from tlcr.models.adapters import Roles, add_adapter, base_digest, merged_weights, own_parameters, save_trained
+from tlcr.models.adapter_files import merged_weights, save_trained
+from tlcr.models.adapters import add_adapter, base_digest, own_parameters
 from tlcr.models.four_bits import bytes_of, dequantised, is_quantised, linear_layers, quantise
 from tlcr.models.heads import backbone
 from tlcr.models.loading import load_causal_lm
+from tlcr.models.roles import Roles
 
 Make = Callable[..., PreTrainedModel]
 WIDE = {"hidden_size": 64, "intermediate_size": 192}

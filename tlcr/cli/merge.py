@@ -12,7 +12,8 @@ from transformers.utils import CONFIG_NAME
 
 from tlcr.config.schema import ModelConfig
 from tlcr.errors import CheckpointError, ConfigError
-from tlcr.models.adapters import attach_adapter, base_digest, merged_weights, read_base, read_peft_config
+from tlcr.models.adapter_files import attach_adapter, merged_weights, read_base, read_peft_config
+from tlcr.models.adapters import base_digest
 from tlcr.models.inspection import read_config
 from tlcr.models.loading import (
     load_causal_lm,

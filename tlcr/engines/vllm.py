@@ -24,7 +24,8 @@ from tlcr.config.schema import EngineConfig
 from tlcr.engines.probe import NotThePolicys, Probe, check_probe, probe_prompt, probe_sampling
 from tlcr.engines.protocol import Answer, Sampling
 from tlcr.errors import BackendUnavailable
-from tlcr.models.adapters import adapter_of, adapter_weights, whole_weights, write_adapter
+from tlcr.models.adapter_files import adapter_weights, whole_weights, write_adapter
+from tlcr.models.adapters import adapter_of
 from tlcr.models.faults import one_line
 from tlcr.models.loading import position_limit
 from tlcr.training.distributed import process_count

@@ -394,7 +394,7 @@ def ppo_roles(cfg: RunConfig, architecture: Architecture) -> tuple[Role, ...]:
 def _discriminator_is_a_role(cfg: RunConfig) -> bool:
     """Whether PPO will load the discriminator as an adapter on the policy's weights."""
     from tlcr.experiment.frozen_models import may_be_a_role
-    from tlcr.models.adapters import FOLDER, read_base
+    from tlcr.models.adapter_files import FOLDER, read_base
 
     path = cfg.discriminator.path
     about: dict[str, Any] = {}

@@ -30,12 +30,13 @@ from tlcr.config.schema import Adapted, LoRAConfig, ModelConfig
 from tlcr.experiment.allocations import Allocations
 from tlcr.models import classifiers, inspection
 from tlcr.models.actor_critic import ActorCritic
-from tlcr.models.adapters import Roles, add_adapter
+from tlcr.models.adapters import add_adapter
 from tlcr.models.attention import NAME as FOR_CPUS
 from tlcr.models.discriminator import classify
 from tlcr.models.heads import backbone, classification_head, use_float32_head
 from tlcr.models.loading import answer_logprobs, prepared
 from tlcr.models.packing import Packing
+from tlcr.models.roles import Roles
 from tlcr.training.sharding import (
     REPLICATE,
     SHARD,

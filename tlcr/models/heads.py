@@ -40,6 +40,12 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
     return base
 
 
+def name_of_backbone(model: PreTrainedModel) -> str:
+    """The name of ``backbone`` in the model, such as model or transformer."""
+    body = backbone(model)
+    return next(name for name, module in model.named_modules() if module is body)
+
+
 def has_linear_head(model: PreTrainedModel) -> bool:
     """Whether ``classification_head`` finds a head."""
     return name_of_head(model) is not None
@@ -64,6 +70,11 @@ def classification_head(model: PreTrainedModel) -> nn.Linear:
             "such as Llama, Qwen, Mistral, Gemma or GPT-2"
         )
     return model.get_submodule(name)  # type: ignore[return-value]
+
+
+def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The parameters of ``classification_head``; none where the model has no head."""
+    return list(classification_head(model).parameters()) if has_linear_head(model) else []
 
 
 def use_float32_head(model: PreTrainedModel, stored: Mapping[str, Tensor] | None = None) -> None:

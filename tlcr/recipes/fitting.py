@@ -9,7 +9,8 @@ from typing import TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import Adapted, RunConfig, TrainingConfig
-from tlcr.models.adapters import add_adapter, save_trained
+from tlcr.models.adapter_files import save_trained
+from tlcr.models.adapters import add_adapter
 from tlcr.models.loading import check_fits
 from tlcr.text.truncation import Limits, note_cuts
 from tlcr.training.accelerator import open_accelerator

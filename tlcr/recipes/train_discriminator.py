@@ -22,7 +22,7 @@ from tlcr.evaluation.discriminator_metrics import (
     plot_reliability,
 )
 from tlcr.files import atomic_write, write_json
-from tlcr.models.adapters import save_trained
+from tlcr.models.adapter_files import save_trained
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.discriminator import (
     collate_pairs,
