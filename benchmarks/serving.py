@@ -58,7 +58,9 @@ def made_discriminator(folder: Path, layers: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from tlcr.config.schema import ModelConfig
-    from tlcr.models.loading import TWO_CLASSES, load_token_classifier, save_model
+    from tlcr.models.inspection import TWO_CLASSES
+    from tlcr.models.loading import load_token_classifier
+    from tlcr.models.saving import save_model
 
     torch.manual_seed(0)
     names = ["<pad>", "<bos>", "<eos>", *(f"t{n}" for n in range(4093))]

@@ -20,9 +20,10 @@ from benchmarks.ppo_step.profiling import Profile
 from benchmarks.ppo_step.task import PHASES, Task, causal_lm, device, prompts_of, tokenizer_of
 from tlcr.config.schema import DataConfig, KLConfig, ModelConfig, PPOConfig, RewardConfig, RolloutConfig, RunConfig
 from tlcr.models.actor_critic import ActorCritic, build_value_model
-from tlcr.models.inspection import attention_for
+from tlcr.models.inspection import TWO_CLASSES, attention_for
 from tlcr.models.layers import fuse_layers
-from tlcr.models.loading import TWO_CLASSES, disable_dropout, load_causal_lm, load_token_classifier
+from tlcr.models.loading import load_causal_lm, load_token_classifier
+from tlcr.models.preparing import disable_dropout
 from tlcr.recipes.train_ppo import train_ppo
 from tlcr.rewards.sources import DiscriminatorSource, FrozenModel
 from tlcr.training.callbacks import Callback

@@ -19,7 +19,9 @@ from pathlib import Path
 from examples.study import command
 from tlcr.config.schema import ModelConfig
 from tlcr.errors import ConfigError
-from tlcr.models.loading import load_causal_lm, load_tokenizer, save_model
+from tlcr.models.loading import load_causal_lm
+from tlcr.models.saving import save_model
+from tlcr.models.tokenizers import load_tokenizer
 
 
 def packed_model() -> Path:

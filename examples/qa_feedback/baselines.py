@@ -65,7 +65,7 @@ from tlcr.experiment.token_evaluation import (
 from tlcr.files import write_json
 from tlcr.models.discriminator import load_discriminator
 from tlcr.models.heads import backbone
-from tlcr.models.loading import answer_logprobs
+from tlcr.models.logits import answer_logprobs
 from tlcr.text.padding import pad_right
 from tlcr.types import EditPair, MarkedAnswer
 

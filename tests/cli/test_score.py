@@ -16,7 +16,9 @@ from tlcr.cli import main as cli
 from tlcr.cli.score import Answer, coloured, read_answers
 from tlcr.config.schema import ModelConfig
 from tlcr.errors import DataError
-from tlcr.models.loading import TWO_CLASSES, load_sequence_classifier, load_token_classifier, save_model
+from tlcr.models.inspection import TWO_CLASSES
+from tlcr.models.loading import load_sequence_classifier, load_token_classifier
+from tlcr.models.saving import save_model
 
 PROMPT, RESPONSE = "The food was", " good and the service was not bad"
 

@@ -17,7 +17,7 @@ from tlcr.data.formats import TextPreference
 from tlcr.data.readers import read_edits, read_marked_answers, read_preferences, read_prompts
 from tlcr.errors import DataError
 from tlcr.judging.formats import read_answers, read_benchmark, read_lines
-from tlcr.models.loading import load_tokenizer
+from tlcr.models.tokenizers import load_tokenizer
 from tlcr.reviser.files import match_files
 
 PROMPT, BAD, GOOD = "Wie heißt du? ", "Müller 🙃", "Jürgen 🙃"

@@ -16,7 +16,7 @@ from tlcr.config.loading import load_config
 from tlcr.config.schema import RunConfig
 from tlcr.data.formats import hh_preference, prompt_key
 from tlcr.experiment.pipeline import run, stage
-from tlcr.models.loading import save_model
+from tlcr.models.saving import save_model
 from tlcr.text.tokenization import render_answer, render_prompt
 from tlcr.training.metrics import read_metrics
 

@@ -20,7 +20,9 @@ from tlcr.data.splits import Shares
 from tlcr.errors import DataError
 from tlcr.experiment.token_evaluation import MarkedRow, mark
 from tlcr.models.heads import backbone
-from tlcr.models.loading import TWO_CLASSES, load_token_classifier, save_model
+from tlcr.models.inspection import TWO_CLASSES
+from tlcr.models.loading import load_token_classifier
+from tlcr.models.saving import save_model
 from tlcr.types import MarkedAnswer
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "qa_feedback_dev.json"

@@ -27,7 +27,9 @@ from tlcr.experiment.run_folder import RunFolder
 from tlcr.models.actor_critic import ActorCritic
 from tlcr.models.discriminator import token_logits
 from tlcr.models.heads import classification_head
-from tlcr.models.loading import TWO_CLASSES, load_sequence_classifier, load_token_classifier, save_model
+from tlcr.models.inspection import TWO_CLASSES
+from tlcr.models.loading import load_sequence_classifier, load_token_classifier
+from tlcr.models.saving import save_model
 from tlcr.ppo.run import PPOResult
 from tlcr.ppo.scores import score_rollout
 from tlcr.rewards.sources.build import LoadedModel

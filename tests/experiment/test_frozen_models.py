@@ -13,7 +13,9 @@ from tests.experiment.helpers import arm_run
 from tlcr.errors import ConfigError
 from tlcr.experiment.frozen_models import FrozenModels, load_frozen_models, load_reference
 from tlcr.experiment.run_folder import RunFolder
-from tlcr.models.loading import TWO_CLASSES, load_sequence_classifier, load_token_classifier, save_model
+from tlcr.models.inspection import TWO_CLASSES
+from tlcr.models.loading import load_sequence_classifier, load_token_classifier
+from tlcr.models.saving import save_model
 from tlcr.rewards.sources.build import CombinedSource
 from tlcr.rewards.sources.discriminator import DiscriminatorSource
 from tlcr.rewards.sources.log_ratio import LogRatioSource

@@ -26,7 +26,8 @@ from tlcr.experiment import contents
 from tlcr.experiment.contents import FIRST_RECORDS
 from tlcr.experiment.pipeline import run, stage
 from tlcr.experiment.preflight import Finding, holds_a_run, preflight, refuse, require, settings
-from tlcr.models.loading import load_sequence_classifier, save_model
+from tlcr.models.loading import load_sequence_classifier
+from tlcr.models.saving import save_model
 
 
 def blocked(found: list[Finding]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from tlcr.config.loading import dump_config, load_config
 from tlcr.config.schema import RunConfig
 from tlcr.errors import ConfigError
 from tlcr.experiment import pipeline
-from tlcr.models.loading import save_model
+from tlcr.models.saving import save_model
 from tlcr.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]

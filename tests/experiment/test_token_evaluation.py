@@ -19,7 +19,9 @@ from tlcr.config.schema import DataConfig, ModelConfig, RewardConfig
 from tlcr.data.readers import read_marked_answers
 from tlcr.errors import DataError
 from tlcr.experiment.token_evaluation import error_scores, mark, marked_tokens
-from tlcr.models.loading import TWO_CLASSES, load_sequence_classifier, load_token_classifier, save_model
+from tlcr.models.inspection import TWO_CLASSES
+from tlcr.models.loading import load_sequence_classifier, load_token_classifier
+from tlcr.models.saving import save_model
 from tlcr.text.tokenization import token_pieces
 from tlcr.types import ErrorSpan, MarkedAnswer
 

@@ -58,7 +58,7 @@ from tlcr.hosts import contract
 from tlcr.hosts.client import RewardClient
 from tlcr.judging.formats import read_answers, read_benchmark
 from tlcr.judging.verdicts import read_grade, read_ruling
-from tlcr.models.loading import load_tokenizer
+from tlcr.models.tokenizers import load_tokenizer
 from tlcr.reviser.checks import check_answer
 from tlcr.serving import protocols
 from tlcr.serving.limits import parse_json

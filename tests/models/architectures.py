@@ -115,8 +115,10 @@ def try_out(model: PreTrainedModel, tokenizer: Any, folder: Path) -> str:
     Returns whose classes they are; raises AssertionError where two outputs differ.
     """
     from tlcr.models.heads import classification_head
-    from tlcr.models.loading import TWO_CLASSES, load_sequence_classifier, load_token_classifier, save_model
+    from tlcr.models.inspection import TWO_CLASSES
+    from tlcr.models.loading import load_sequence_classifier, load_token_classifier
     from tlcr.models.reward_model import sequence_scores
+    from tlcr.models.saving import save_model
 
     cfg, whose = ModelConfig(attn_implementation=model.config._attn_implementation or "eager"), []
     ids = torch.randint(5, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(0))

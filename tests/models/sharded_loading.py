@@ -35,18 +35,13 @@ from tests.launched import Checks
 from tests.training.sharded import full, lm
 from tlcr.config.schema import ModelConfig, PPOConfig
 from tlcr.errors import ConfigError
-from tlcr.models import loading
 from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.models.discriminator import classify
 from tlcr.models.heads import classification_head
 from tlcr.models.inspection import TWO_CLASSES
-from tlcr.models.loading import (
-    load_causal_lm,
-    load_sequence_classifier,
-    load_token_classifier,
-    save_model,
-)
+from tlcr.models.loading import load_causal_lm, load_sequence_classifier, load_token_classifier
 from tlcr.models.reward_model import sequence_scores
+from tlcr.models.saving import save_model
 from tlcr.models.stored import is_unread
 from tlcr.training.distributed import barrier, is_main_process, on_main_process
 from tlcr.training.sharding import Sharding, as_forward, is_sharded, local, shard, shard_model, whole_state
@@ -270,10 +265,10 @@ def what_transformers_converts_is_read_whole_and_said(folder: Path) -> None:
     notes: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
-    loading.logger.addHandler(handler)
+    notes.logger.addHandler(handler)
     cfg = ModelConfig(path=str(path))
     model = load_causal_lm(cfg, sharding=full())
-    loading.logger.removeHandler(handler)
+    notes.logger.removeHandler(handler)
     assert len(notes) == 1 and "is read whole by every process" in notes[0]
     assert not is_unread(model)
     shard_model(model, full())

@@ -21,7 +21,8 @@ from tlcr.config.schema import ModelConfig, PPOConfig
 from tlcr.errors import CheckpointError, ConfigError
 from tlcr.models.actor_critic import ActorCritic, build_value_model, load_value_head
 from tlcr.models.heads import classification_head
-from tlcr.models.loading import enable_gradient_checkpointing, load_sequence_classifier, load_token_classifier
+from tlcr.models.loading import load_sequence_classifier, load_token_classifier
+from tlcr.models.preparing import enable_gradient_checkpointing
 
 PROMPTS = [[5, 9, 30], [7, 44, 12, 90, 33], [8]]
 ANSWERS = [[41, 17, 60, 2], [23], [99, 3, 14]]

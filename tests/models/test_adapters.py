@@ -37,8 +37,9 @@ from tlcr.models.actor_critic import ActorCritic, PolicyOutput
 from tlcr.models.adapter_files import attach_adapter, load_adapter, merged_weights, save_adapter, save_trained
 from tlcr.models.adapters import add_adapter, base_digest, own_named_parameters, own_parameters
 from tlcr.models.heads import backbone
-from tlcr.models.loading import enable_gradient_checkpointing, load_sequence_classifier, load_token_classifier
+from tlcr.models.loading import load_sequence_classifier, load_token_classifier
 from tlcr.models.peft_layers import adapted_layers
+from tlcr.models.preparing import enable_gradient_checkpointing
 from tlcr.models.roles import REFERENCE, Roles
 from tlcr.ppo.microbatches import MicroBatches
 from tlcr.training.optim import build_optimizer, parameter_groups

@@ -23,8 +23,10 @@ from tlcr.errors import ConfigError
 from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.models.discriminator import token_logits
 from tlcr.models.heads import backbone, classification_head
-from tlcr.models.loading import TWO_CLASSES, load_causal_lm, load_token_classifier, save_model
+from tlcr.models.inspection import TWO_CLASSES
+from tlcr.models.loading import load_causal_lm, load_token_classifier
 from tlcr.models.modeling_classifier import LinearHead
+from tlcr.models.saving import save_model
 
 OURS = ["opt", "gemma3_text", "olmo2", "granite", "cohere", "gptj", "codegen", "mamba", "bart", "olmoe"]
 OURS += ["llama4_text", "openai-gpt", "rwkv"]

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from tlcr.config.schema import ModelConfig
 from tlcr.models import attention
-from tlcr.models.loading import load_causal_lm, save_model
+from tlcr.models.loading import load_causal_lm
+from tlcr.models.saving import save_model
 
 CAUSAL = SimpleNamespace(is_causal=True, num_key_value_groups=3)
 B, HQ, HK, T, D = 2, 6, 2, 7, 16

@@ -14,7 +14,8 @@ from tlcr.errors import ConfigError
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.discriminator import classify, labels_of
 from tlcr.models.heads import classification_head
-from tlcr.models.loading import enable_gradient_checkpointing, load_token_classifier
+from tlcr.models.loading import load_token_classifier
+from tlcr.models.preparing import enable_gradient_checkpointing
 
 Make = Callable[..., PreTrainedModel]
 

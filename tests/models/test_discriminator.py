@@ -28,7 +28,8 @@ from tlcr.models.discriminator import (
     token_logits,
 )
 from tlcr.models.heads import classification_head
-from tlcr.models.loading import load_token_classifier, save_model
+from tlcr.models.loading import load_token_classifier
+from tlcr.models.saving import save_model
 from tlcr.types import EncodedAnswer, LabelledAnswer, LabelledPair
 
 PAD = 0

@@ -17,8 +17,10 @@ from tlcr.errors import CheckpointError, ConfigError
 from tlcr.models import loading
 from tlcr.models.discriminator import classify
 from tlcr.models.heads import Head, backbone, classification_head, use_float32_head
-from tlcr.models.loading import TWO_CLASSES, load_sequence_classifier, load_token_classifier, save_model
+from tlcr.models.inspection import TWO_CLASSES
+from tlcr.models.loading import load_sequence_classifier, load_token_classifier
 from tlcr.models.reward_model import sequence_scores
+from tlcr.models.saving import save_model
 from tlcr.training.optim import MasterWeightAdamW, build_optimizer, parameter_groups
 
 LM = Callable[..., PreTrainedModel]

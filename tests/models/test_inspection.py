@@ -27,14 +27,10 @@ from tlcr.errors import ConfigError
 from tlcr.models import attention
 from tlcr.models.heads import classification_head
 from tlcr.models.inspection import THREE_CLASSES, TWO_CLASSES, label_faults, model_faults
-from tlcr.models.loading import (
-    load_causal_lm,
-    load_sequence_classifier,
-    load_token_classifier,
-    load_tokenizer,
-    save_model,
-)
+from tlcr.models.loading import load_causal_lm, load_sequence_classifier, load_token_classifier
 from tlcr.models.reward_model import sequence_scores
+from tlcr.models.saving import save_model
+from tlcr.models.tokenizers import load_tokenizer
 
 IDS = torch.tensor([[5, 9, 17, 23, 2, 40], [7, 8, 30, 31, 32, 33]])
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 123456\n"

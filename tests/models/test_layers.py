@@ -23,7 +23,8 @@ from transformers import (
 
 from tlcr.config.schema import ModelConfig
 from tlcr.models.layers import fuse_layers
-from tlcr.models.loading import load_causal_lm, save_model
+from tlcr.models.loading import load_causal_lm
+from tlcr.models.saving import save_model
 
 SIZES = {
     "vocab_size": 400,

@@ -23,21 +23,14 @@ from transformers import (
 from tests.text.test_tokenization import byte_level
 from tlcr.config.schema import ModelConfig
 from tlcr.errors import CheckpointError, ConfigError
-from tlcr.models import loading
+from tlcr.models import notes
+from tlcr.models.ends import answer_notes, end_of_sequence_ids, stop_ids
 from tlcr.models.heads import backbone, classification_head
-from tlcr.models.loading import (
-    THREE_CLASSES,
-    TWO_CLASSES,
-    answer_notes,
-    disable_dropout,
-    end_of_sequence_ids,
-    load_causal_lm,
-    load_sequence_classifier,
-    load_token_classifier,
-    load_tokenizer,
-    save_model,
-    stop_ids,
-)
+from tlcr.models.inspection import THREE_CLASSES, TWO_CLASSES
+from tlcr.models.loading import load_causal_lm, load_sequence_classifier, load_token_classifier
+from tlcr.models.preparing import disable_dropout
+from tlcr.models.saving import save_model
+from tlcr.models.tokenizers import load_tokenizer
 
 IDS = torch.tensor([[5, 9, 17, 23, 2, 40], [7, 8, 30, 31, 32, 33]])
 
@@ -211,7 +204,7 @@ def test_the_end_of_sequence_pads_where_no_token_is_named_for_it(tmp_path, tiny_
     assert [record.getMessage() for record in caplog.records] == [
         f"the tokenizer {str(tmp_path)!r} names no padding token: '<eos>' pads, and nothing is learnt from padding"
     ]
-    loading.forget_notes()  # as a second run in this process does
+    notes.forget_notes()  # as a second run in this process does
     load_tokenizer(config(tmp_path))
     assert len(caplog.records) == 2
     assert load_tokenizer(config(tmp_path, pad_token="<bos>")).pad_token == "<bos>"
@@ -268,7 +261,7 @@ def chat_model(tmp_path, tiny_causal_lm):
             GenerationConfig(eos_token_id=[ids[name] for name in generation]).save_pretrained(tmp_path)
         if config is not None:
             rewrite(tmp_path / "config.json", eos_token_id=[ids[name] for name in config])
-        loading.forget_notes()
+        notes.forget_notes()
         return ModelConfig(path=str(tmp_path))
 
     return write

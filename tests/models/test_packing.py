@@ -17,8 +17,8 @@ from tests.models.architectures import config_class, tiny_model
 from tlcr.config.schema import ModelConfig, PPOConfig
 from tlcr.models.actor_critic import ActorCritic, PolicyOutput, build_value_model
 from tlcr.models.heads import classification_head
-from tlcr.models.loading import enable_gradient_checkpointing
 from tlcr.models.packing import Packing, packed_inputs
+from tlcr.models.preparing import enable_gradient_checkpointing
 from tlcr.models.probes import packing_fault
 
 ROWS = [

@@ -16,9 +16,12 @@ from tlcr.errors import ConfigError, DataError
 from tlcr.models.actor_critic import build_value_model
 from tlcr.models.discriminator import load_discriminator, score_answers
 from tlcr.models.heads import Head
-from tlcr.models.loading import TWO_CLASSES, check_fits, load_sequence_classifier, position_limit, save_model
+from tlcr.models.inspection import TWO_CLASSES
+from tlcr.models.loading import load_sequence_classifier
+from tlcr.models.positions import check_fits, position_limit
 from tlcr.models.probes import check_reward_model, is_causal, reads_last_token, require_decoder
 from tlcr.models.reward_model import prefix_scores, sequence_scores
+from tlcr.models.saving import save_model
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

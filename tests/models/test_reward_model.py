@@ -11,8 +11,9 @@ import torch
 from tests.recipes.test_train_sft import PAIRS
 from tlcr.config.schema import ModelConfig, RewardModelConfig, RunConfig
 from tlcr.models.heads import classification_head
-from tlcr.models.loading import load_sequence_classifier, load_tokenizer
+from tlcr.models.loading import load_sequence_classifier
 from tlcr.models.reward_model import bradley_terry_loss, collate_comparisons, sequence_scores
+from tlcr.models.tokenizers import load_tokenizer
 from tlcr.recipes.train_reward_model import train_reward_model
 from tlcr.text.padding import pad_right
 from tlcr.types import EncodedAnswer, EncodedComparison

@@ -44,7 +44,7 @@ from tlcr.errors import TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic, build_value_model, load_value_head
 from tlcr.models.heads import classification_head, use_float32_head
 from tlcr.models.layers import fuse_layers
-from tlcr.models.loading import enable_gradient_checkpointing
+from tlcr.models.preparing import enable_gradient_checkpointing
 from tlcr.ppo.advantages import compute_advantages
 from tlcr.ppo.packing import packs_rows
 from tlcr.ppo.rollout import generate, seeded_generator

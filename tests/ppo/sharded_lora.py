@@ -34,7 +34,8 @@ from tlcr.errors import CheckpointError
 from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.models.adapter_files import save_trained
 from tlcr.models.adapters import add_adapter, base_digest, own_parameters
-from tlcr.models.loading import enable_gradient_checkpointing, load_causal_lm, load_token_classifier
+from tlcr.models.loading import load_causal_lm, load_token_classifier
+from tlcr.models.preparing import enable_gradient_checkpointing
 from tlcr.models.roles import Roles
 from tlcr.models.stored import is_unread
 from tlcr.ppo.rollout import generate, seeded_generator

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from tests.ppo.helpers import ANSWER_IDS, PROMPT_IDS, PROMPTS, bigram_lm, chain, double_actor_critic, known_rollout
 from tlcr.config.schema import EngineName, RolloutConfig
 from tlcr.errors import DataError
-from tlcr.models import loading
+from tlcr.models import notes
 from tlcr.ppo.rollout import PromptStream, generate, seeded_generator
 from tlcr.ppo.scores import score_rollout
 
@@ -90,7 +90,7 @@ def test_answers_end_with_the_tokenizers_end_alone_and_the_models_other_ends_are
     a, b = ids_of(tiny_tokenizer, "a")[0], ids_of(tiny_tokenizer, "b")[0]
     policy = chain(tiny_tokenizer, (a, b), (b, tiny_tokenizer.eos_token_id))
     policy.generation_config = GenerationConfig(eos_token_id=[tiny_tokenizer.eos_token_id, b])
-    loading.forget_notes()
+    notes.forget_notes()
     for _ in range(2):
         rollout = rollout_of(policy, tiny_tokenizer, ["a"])
         assert rollout.response_ids_BT.tolist() == [[b, tiny_tokenizer.eos_token_id]]

@@ -24,7 +24,7 @@ from tlcr.config.schema import DataConfig, KLConfig, PPOConfig, RewardConfig, Ro
 from tlcr.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic, load_value_head
 from tlcr.models.heads import classification_head
-from tlcr.models.loading import enable_gradient_checkpointing
+from tlcr.models.preparing import enable_gradient_checkpointing
 from tlcr.ppo.kl import estimate_kl, kl_of
 from tlcr.ppo.rollout import seeded_generator
 from tlcr.recipes import train_ppo as recipe

@@ -35,7 +35,8 @@ from tests.rewards.rollouts import (
 )
 from tlcr.config.schema import DataConfig, ModelConfig, RewardConfig
 from tlcr.errors import CheckpointError, ConfigError, DataError, ShapeError
-from tlcr.models.loading import load_sequence_classifier, save_model
+from tlcr.models.loading import load_sequence_classifier
+from tlcr.models.saving import save_model
 from tlcr.rewards.composition import compose_rewards
 from tlcr.rewards.sources import (
     CallableSource,

@@ -41,7 +41,9 @@ def discriminator(
     from copy import deepcopy
 
     from tlcr.config.schema import ModelConfig
-    from tlcr.models.loading import TWO_CLASSES, load_token_classifier, save_model
+    from tlcr.models.inspection import TWO_CLASSES
+    from tlcr.models.loading import load_token_classifier
+    from tlcr.models.saving import save_model
 
     folder = tmp_path_factory.mktemp("served")
     model = load_token_classifier(tiny_causal_lm(), ModelConfig(), id2label=TWO_CLASSES)

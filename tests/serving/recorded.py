@@ -26,7 +26,9 @@ def save(kind: str, tokenizer: Any, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from tlcr.config.schema import ModelConfig
-    from tlcr.models.loading import TWO_CLASSES, load_token_classifier, save_model
+    from tlcr.models.inspection import TWO_CLASSES
+    from tlcr.models.loading import load_token_classifier
+    from tlcr.models.saving import save_model
 
     config = AutoConfig.for_model(
         kind,

@@ -19,7 +19,9 @@ from tlcr.config.schema import ModelConfig
 from tlcr.errors import ConfigError
 from tlcr.hosts.client import RewardClient
 from tlcr.hosts.local import LocalScorer
-from tlcr.models.loading import TWO_CLASSES, load_token_classifier, save_model
+from tlcr.models.inspection import TWO_CLASSES
+from tlcr.models.loading import load_token_classifier
+from tlcr.models.saving import save_model
 from tlcr.serving.export import COMMAND_FILE, export_for_vllm
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from tlcr.config.schema import TrainingConfig
 from tlcr.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
-from tlcr.models.loading import enable_gradient_checkpointing
+from tlcr.models.preparing import enable_gradient_checkpointing
 from tlcr.models.sft import completion_loss
 from tlcr.text.padding import collate_completions
 from tlcr.training.callbacks import Callback

@@ -15,7 +15,10 @@ from tlcr.chat.types import Answer, Deliver, NoAnswer, Question
 from tlcr.config.schema import EngineConfig, GeneratorConfig
 from tlcr.engines import Engine, Sampling, build_engine, resolved
 from tlcr.engines.generate import Generate
-from tlcr.models.loading import load_causal_lm, load_tokenizer, position_limit, stop_ids
+from tlcr.models.ends import stop_ids
+from tlcr.models.loading import load_causal_lm
+from tlcr.models.positions import position_limit
+from tlcr.models.tokenizers import load_tokenizer
 from tlcr.text.tokenization import decode_text, render_question
 from tlcr.training.distributed import process_device
 from tlcr.training.interrupt import StopSignals

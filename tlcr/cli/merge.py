@@ -15,13 +15,9 @@ from tlcr.errors import CheckpointError, ConfigError
 from tlcr.models.adapter_files import attach_adapter, merged_weights, read_base, read_peft_config
 from tlcr.models.adapters import base_digest
 from tlcr.models.inspection import read_config
-from tlcr.models.loading import (
-    load_causal_lm,
-    load_sequence_classifier,
-    load_token_classifier,
-    load_tokenizer,
-    save_model,
-)
+from tlcr.models.loading import load_causal_lm, load_sequence_classifier, load_token_classifier
+from tlcr.models.saving import save_model
+from tlcr.models.tokenizers import load_tokenizer
 
 __all__ = ["merge_command"]
 

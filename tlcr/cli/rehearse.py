@@ -18,8 +18,8 @@ from tlcr.experiment.memory import Architecture, Machine, build_on_meta, shards_
 from tlcr.experiment.rehearsal import in_small, processes_in_small
 from tlcr.experiment.simulation import held_of_shards
 from tlcr.models.bidirectional import make_top_layers_bidirectional
-from tlcr.models.loading import check_fits
 from tlcr.models.miniature import WIDTH
+from tlcr.models.positions import check_fits
 
 __all__ = ["plan", "run"]
 

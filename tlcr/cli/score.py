@@ -21,8 +21,10 @@ from tlcr.data.formats import RawMarkedAnswer, rendered_marked_answer
 from tlcr.data.turns import TurnNotes
 from tlcr.errors import ConfigError, DataError
 from tlcr.models.discriminator import load_discriminator, score_encoded
-from tlcr.models.loading import check_fits, load_sequence_classifier, load_tokenizer
+from tlcr.models.loading import load_sequence_classifier
+from tlcr.models.positions import check_fits
 from tlcr.models.reward_model import sequence_scores
+from tlcr.models.tokenizers import load_tokenizer
 from tlcr.report.colours import coloured
 from tlcr.text.files import STANDARD_INPUT, open_text, unicode_problem
 from tlcr.text.padding import pad_right

@@ -7,7 +7,8 @@ static cache is only a slower one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,9 +26,19 @@ from transformers import (
 )
 
 from tlcr.engines.protocol import Answer, InProcess, Sampling, drawing_from
-from tlcr.models.loading import generating_with
 from tlcr.text.padding import pad_left
 from tlcr.training.profiling import part
+
+
+@contextmanager
+def generating_with(model: PreTrainedModel, sampling: GenerationConfig) -> Iterator[None]:
+    """Replaces the model's generation config: `generate` would fill every unset field of ``sampling`` from it."""
+    own = model.generation_config
+    model.generation_config = sampling
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class Generate(InProcess):

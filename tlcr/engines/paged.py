@@ -16,12 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
 
-from tlcr.engines.generate import generation_config
+from tlcr.engines.generate import generating_with, generation_config
 from tlcr.engines.protocol import Answer, InProcess, Sampling, drawing_from
 from tlcr.errors import BackendUnavailable, ConfigError
 from tlcr.models import attention
 from tlcr.models.faults import one_line
-from tlcr.models.loading import generating_with
 from tlcr.training.profiling import part
 
 PAGE = 256

@@ -27,7 +27,7 @@ from tlcr.errors import BackendUnavailable
 from tlcr.models.adapter_files import adapter_weights, whole_weights, write_adapter
 from tlcr.models.adapters import adapter_of
 from tlcr.models.faults import one_line
-from tlcr.models.loading import position_limit
+from tlcr.models.positions import position_limit
 from tlcr.training.distributed import process_count
 from tlcr.training.profiling import part
 

@@ -26,17 +26,11 @@ from tlcr.experiment.memory import Architecture, build_on_meta, checkpoint_of, p
 from tlcr.experiment.preflight import Finding, engines_used, existing, makes_prompts, models_used, records, sources_used
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.classifiers import new_class
+from tlcr.models.ends import answer_notes, other_ends
 from tlcr.models.faults import AUTO, Role
 from tlcr.models.inspection import attention_for, model_faults, read_config
-from tlcr.models.loading import (
-    CONVERSATION_LIMITS,
-    LIMITS,
-    answer_notes,
-    check_fits,
-    check_positions,
-    load_tokenizer,
-    other_ends,
-)
+from tlcr.models.positions import CONVERSATION_LIMITS, LIMITS, check_fits, check_positions
+from tlcr.models.tokenizers import load_tokenizer
 from tlcr.rewards.sources.frozen_model import ROLLOUT_LIMITS, same_tokenizer
 from tlcr.rewards.sources.log_ratio import check_same_tokenizer
 from tlcr.text.tokenization import encode_answers

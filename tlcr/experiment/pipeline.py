@@ -30,7 +30,8 @@ from tlcr.experiment.run_folder import RunFolder, open_run, raw_preferences, reo
 from tlcr.experiment.workers import PLACE, Job, run_side_by_side
 from tlcr.files import write_json
 from tlcr.models.discriminator import load_discriminator
-from tlcr.models.loading import forget_notes, load_causal_lm
+from tlcr.models.loading import load_causal_lm
+from tlcr.models.notes import forget_notes
 from tlcr.recipes.analyse_discriminator import DiscriminatorAnalysis, analyse_discriminator
 from tlcr.recipes.train_discriminator import train_discriminator
 from tlcr.recipes.train_dpo import train_dpo

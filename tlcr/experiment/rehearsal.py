@@ -15,8 +15,8 @@ from transformers import PreTrainedConfig
 from tlcr.config.schema import Arm, RefreshConfig, ReviserConfig, RewardConfig, RunConfig, TrainingConfig
 from tlcr.config.trials import arms_of
 from tlcr.data import embedded
-from tlcr.models.loading import save_model
 from tlcr.models.miniature import miniature
+from tlcr.models.saving import save_model
 
 __all__ = ["in_small", "processes_in_small"]
 

@@ -44,7 +44,7 @@ from tlcr.data.splits import Shares, ShareStatistics, Split, Stage, in_order_of_
 from tlcr.errors import ConfigError
 from tlcr.experiment.preflight import holds_a_run, taken, unfinished, unnamed
 from tlcr.files import atomic_write, unwritable, write_json
-from tlcr.models.loading import load_tokenizer
+from tlcr.models.tokenizers import load_tokenizer
 from tlcr.training import checksums
 from tlcr.training.checkpoint import as_plain, reading
 from tlcr.training.distributed import barrier, on_main_process, process_device

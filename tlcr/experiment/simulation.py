@@ -34,8 +34,9 @@ from tlcr.models.adapters import add_adapter
 from tlcr.models.attention import NAME as FOR_CPUS
 from tlcr.models.discriminator import classify
 from tlcr.models.heads import backbone, classification_head, use_float32_head
-from tlcr.models.loading import answer_logprobs, prepared
+from tlcr.models.logits import answer_logprobs
 from tlcr.models.packing import Packing
+from tlcr.models.preparing import prepared
 from tlcr.models.roles import Roles
 from tlcr.training.sharding import (
     REPLICATE,

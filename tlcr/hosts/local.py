@@ -36,7 +36,7 @@ class LocalScorer:
 
         from tlcr.config.schema import ModelConfig
         from tlcr.models.discriminator import load_discriminator
-        from tlcr.models.loading import position_limit
+        from tlcr.models.positions import position_limit
 
         self.folder, self.batch_tokens = str(folder), batch_tokens
         self.model, self.tokenizer = load_discriminator(

@@ -27,8 +27,9 @@ from tlcr.files import atomic_write, write_json
 from tlcr.models.adapter_files import FOLDER, load_adapter, save_trained
 from tlcr.models.adapters import adapter_of, adapts_output, own_parameters, own_part
 from tlcr.models.heads import Head, backbone, use_float32_head
-from tlcr.models.loading import disable_dropout, load_causal_lm, load_token_classifier
+from tlcr.models.loading import load_causal_lm, load_token_classifier
 from tlcr.models.packing import Packing, packed_inputs, takes_positions
+from tlcr.models.preparing import disable_dropout
 from tlcr.models.probes import is_causal
 from tlcr.models.stored import is_unread, when_read
 from tlcr.ops.types import TokenScores

@@ -20,7 +20,6 @@ from tlcr.files import atomic_write, write_json
 from tlcr.models.adapters import adapter_of, base_digest, keep_in_four_bits, require_plain
 from tlcr.models.four_bits import BITS, dequantised, is_quantised
 from tlcr.models.heads import backbone, has_linear_head, head_parameters, name_of_head
-from tlcr.models.loading import save_model
 from tlcr.models.peft_layers import (
     adapted_layers,
     home_of,
@@ -32,6 +31,7 @@ from tlcr.models.peft_layers import (
     peft_configs,
     require_peft,
 )
+from tlcr.models.saving import save_model
 from tlcr.models.stored import without_adapters
 from tlcr.training.distributed import is_main_process, on_main_process
 from tlcr.training.sharding import fill_tensor, has_shards, whole, whole_state

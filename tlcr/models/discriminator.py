@@ -24,7 +24,8 @@ from tlcr.config.schema import ModelConfig
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.heads import evaluating
 from tlcr.models.inspection import THREE_CLASSES, TWO_CLASSES
-from tlcr.models.loading import load_token_classifier, load_tokenizer
+from tlcr.models.loading import load_token_classifier
+from tlcr.models.tokenizers import load_tokenizer
 from tlcr.text.padding import pad_right
 from tlcr.text.tokenization import encode_answers, token_pieces
 from tlcr.training.sharding import Sharding, as_forward

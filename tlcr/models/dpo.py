@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
-from tlcr.models.loading import answer_logprobs
+from tlcr.models.logits import answer_logprobs
 from tlcr.text.padding import collate_completions
 from tlcr.training.distributed import process_count, process_index, sum_over_processes
 from tlcr.training.sharding import as_forward, is_sharded

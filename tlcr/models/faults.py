@@ -14,7 +14,19 @@ from transformers import (
 
 from tlcr.errors import ConfigError
 
-__all__ = ["AUTO", "LOADABLE", "SUBJECT", "WHAT", "Fault", "Role", "one_line", "python_command", "raise_first", "some"]
+__all__ = [
+    "AUTO",
+    "LOADABLE",
+    "SUBJECT",
+    "WHAT",
+    "Fault",
+    "Role",
+    "one_line",
+    "python_command",
+    "raise_first",
+    "refuse_embedded",
+    "some",
+]
 
 Role = Literal["policy", "reward_model", "discriminator"]
 """What a model is wanted for."""
@@ -54,6 +66,15 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.fact}; {self.remedy}"
+
+
+def refuse_embedded(path: str) -> None:
+    """Raises a ConfigError where ``model.path`` is "embedded", and a folder or a hub name is wanted."""
+    if path == "embedded":
+        raise ConfigError(
+            "model.path 'embedded' is no folder: a run makes that model itself and trains it in its SFT stage; set "
+            "sft.enabled: true, or name the folder of a trained one, such as <output_dir>/sft of an earlier run"
+        )
 
 
 def raise_first(faults: Sequence[Fault]) -> None:

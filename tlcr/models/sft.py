@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tlcr.models.loading import answer_logprobs
+from tlcr.models.logits import answer_logprobs
 from tlcr.training.supervised import LossParts
 
 

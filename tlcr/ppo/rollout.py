@@ -12,7 +12,8 @@ from tlcr.config.functions import import_environment
 from tlcr.config.schema import RolloutConfig
 from tlcr.engines import Answer, Engine, Sampling, build_engine
 from tlcr.errors import BackendUnavailable, DataError
-from tlcr.models.loading import CONVERSATION_LIMITS, check_fits, end_of_sequence_ids
+from tlcr.models.ends import end_of_sequence_ids
+from tlcr.models.positions import CONVERSATION_LIMITS, check_fits
 from tlcr.ppo.conversation import Conversation, Environment, Turn, converse
 from tlcr.text.padding import pad_left, pad_right
 from tlcr.text.tokenization import decode_text, start_of_text

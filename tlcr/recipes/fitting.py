@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tlcr.config.schema import Adapted, RunConfig, TrainingConfig
 from tlcr.models.adapter_files import save_trained
 from tlcr.models.adapters import add_adapter
-from tlcr.models.loading import check_fits
+from tlcr.models.positions import check_fits
 from tlcr.text.truncation import Limits, note_cuts
 from tlcr.training.accelerator import open_accelerator
 from tlcr.training.callbacks import Callback

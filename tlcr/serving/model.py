@@ -18,7 +18,7 @@ from tlcr.data.formats import RawMarkedAnswer, rendered_marked_answer
 from tlcr.distribution import installed_version
 from tlcr.hosts.client import vocabulary_fingerprint
 from tlcr.models.discriminator import Opinion, load_discriminator, temperature_of, token_opinions
-from tlcr.models.loading import position_limit
+from tlcr.models.positions import position_limit
 from tlcr.text.tokenization import character_spans, encode_answers
 from tlcr.text.turns import without_end
 from tlcr.types import EncodedAnswer

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tlcr.models.loading import check_positions, position_limit
+from tlcr.models.positions import check_positions, position_limit
 from tlcr.text.tokenization import character_spans, cut_answer, decode_text, encode_answers, render_prompt
 from tlcr.text.truncation import CutTexts
 from tlcr.types import EncodedAnswer, Rollout

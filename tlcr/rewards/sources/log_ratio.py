@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.errors import ConfigError
-from tlcr.models.loading import answer_logprobs
+from tlcr.models.logits import answer_logprobs
 from tlcr.rewards.sources.frozen_model import FrozenModel, read, same_tokenizer
 from tlcr.rewards.sources.protocol import Stateless
 from tlcr.types import RewardSignal, Rollout
