@@ -19,7 +19,8 @@ from transformers import LlamaConfig
 
 from tlcr.config.loading import load_config
 from tlcr.config.schema import LoRAConfig, RunConfig, ShardingConfig
-from tlcr.experiment.memory import Architecture, Machine, build_on_meta, estimate_run, roles_of_a_process
+from tlcr.experiment.architecture import Architecture, Machine, build_on_meta
+from tlcr.experiment.memory import estimate_run, roles_of_a_process
 
 # Shapes of SmolLM2-135M, Llama-3.2-1B, Llama-3.1-8B and Llama-3.1-70B.
 SHAPES = {

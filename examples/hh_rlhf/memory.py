@@ -22,7 +22,8 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from tlcr.cli.doctor import memory_table
 from tlcr.config.loading import load_config
 from tlcr.config.schema import RunConfig
-from tlcr.experiment.memory import Architecture, Estimate, Machine, build_on_meta, estimate_run
+from tlcr.experiment.architecture import Architecture, Machine, build_on_meta
+from tlcr.experiment.memory import Estimate, estimate_run
 
 FOLDER = Path(__file__).parent
 SHAPES = FOLDER / "llama-3.1-8b"

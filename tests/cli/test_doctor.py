@@ -20,16 +20,8 @@ from tlcr.cli import main as cli
 from tlcr.cli.doctor import examine, machine, memory_table
 from tlcr.config.loading import load_config
 from tlcr.config.schema import RunConfig
-from tlcr.experiment.memory import (
-    Architecture,
-    Estimate,
-    Machine,
-    Phase,
-    Role,
-    build_on_meta,
-    checkpoint_of,
-    measure_model,
-)
+from tlcr.experiment.architecture import Architecture, Machine, build_on_meta, measure_model
+from tlcr.experiment.memory import Estimate, Phase, Role, checkpoint_of
 from tlcr.experiment.preflight import Finding, settings
 from tlcr.training import disk
 

@@ -16,7 +16,8 @@ from tests.project.test_docs import check_command
 from tlcr.cli.doctor import GPU_MEMORY, USABLE_SHARE
 from tlcr.config.loading import knobs, load_config
 from tlcr.config.schema import RunConfig
-from tlcr.experiment.memory import Machine, roles_of_a_process
+from tlcr.experiment.architecture import Machine
+from tlcr.experiment.memory import roles_of_a_process
 from tlcr.training.disk import in_words
 
 RECIPES = Path(memory.__file__).parent

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.clocks import allocations
 from tlcr.config.loading import load_config
 from tlcr.config.schema import RunConfig
-from tlcr.experiment.memory import Architecture, Estimate, Machine, build_on_meta, estimate_run
+from tlcr.experiment.architecture import Architecture, Machine, build_on_meta
+from tlcr.experiment.memory import Estimate, estimate_run
 from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.models.loading import load_causal_lm
 from tlcr.models.roles import Roles

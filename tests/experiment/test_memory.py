@@ -25,18 +25,9 @@ from tlcr.config.schema import (
 )
 from tlcr.data import embedded
 from tlcr.errors import ConfigError
-from tlcr.experiment.memory import (
-    Architecture,
-    Estimate,
-    Machine,
-    ModelSize,
-    build_on_meta,
-    estimate_run,
-    measure_model,
-    ppo_roles,
-    remedy,
-    roles_of_a_process,
-)
+from tlcr.experiment.architecture import Architecture, Machine, ModelSize, build_on_meta, measure_model
+from tlcr.experiment.memory import Estimate, estimate_run, ppo_roles, roles_of_a_process
+from tlcr.experiment.remedy import remedy
 from tlcr.experiment.simulation import Step
 from tlcr.training.optim import build_optimizer
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.experiment.measured import ANSWER, CLOSE, PPO, PROMPT, ROWS, answers, config, estimate, measured, peak_of_ppo
 from tlcr.config.schema import RunConfig
-from tlcr.experiment.memory import build_on_meta
+from tlcr.experiment.architecture import build_on_meta
 from tlcr.experiment.simulation import Simulator, Step, forward, processes_in_name
 from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.models.discriminator import classify

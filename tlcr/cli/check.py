@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from tlcr.config.schema import RunConfig
 from tlcr.config.stages import DONE, stages_of
 from tlcr.errors import ConfigError, TlcrError
-from tlcr.experiment.memory import GPUS_OF_A_NODE
+from tlcr.experiment.architecture import GPUS_OF_A_NODE
 from tlcr.experiment.preflight import knobs_alone, refuse
 
 __all__ = ["check"]

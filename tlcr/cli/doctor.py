@@ -23,16 +23,10 @@ from tlcr.config.schema import RunConfig
 from tlcr.config.trials import trials_of
 from tlcr.distribution import requirements
 from tlcr.errors import ConfigError
-from tlcr.experiment.memory import (
-    Architecture,
-    Estimate,
-    Machine,
-    build_on_meta,
-    checkpoint_of,
-    estimate_run,
-    remedy,
-)
+from tlcr.experiment.architecture import Architecture, Machine, build_on_meta
+from tlcr.experiment.memory import Estimate, checkpoint_of, estimate_run
 from tlcr.experiment.preflight import Finding, Level, existing, preflight, settings
+from tlcr.experiment.remedy import remedy
 from tlcr.training.disk import PROBE, in_words, write_seconds
 
 __all__ = ["examine", "machine", "memory_table"]

@@ -14,7 +14,7 @@ from tlcr.config.loading import dump_config, load_config
 from tlcr.config.schema import RunConfig
 from tlcr.config.trials import trials_of
 from tlcr.experiment import pipeline
-from tlcr.experiment.memory import Architecture, Machine, build_on_meta, shards_of
+from tlcr.experiment.architecture import Architecture, Machine, build_on_meta, shards_of
 from tlcr.experiment.rehearsal import in_small, processes_in_small
 from tlcr.experiment.simulation import held_of_shards
 from tlcr.models.bidirectional import make_top_layers_bidirectional

@@ -22,7 +22,8 @@ from tlcr.data.readers import ReadResult, read_edits, read_preferences, read_pro
 from tlcr.engines import choose
 from tlcr.engines.paged import fault_of
 from tlcr.errors import TlcrError
-from tlcr.experiment.memory import Architecture, build_on_meta, checkpoint_of, ppo_roles
+from tlcr.experiment.architecture import Architecture, build_on_meta
+from tlcr.experiment.memory import checkpoint_of, ppo_roles
 from tlcr.experiment.preflight import Finding, engines_used, existing, makes_prompts, models_used, records, sources_used
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.classifiers import new_class

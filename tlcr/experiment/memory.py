@@ -8,53 +8,30 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlcr.config.schema import GeneratorConfig, LoRAConfig, RunConfig, TrainingConfig
+from tlcr.config.schema import RunConfig, TrainingConfig
 from tlcr.config.trials import arms_of
-from tlcr.errors import ConfigError
+from tlcr.experiment.architecture import BYTES, Architecture, Machine, shards_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
-
-    from tlcr.experiment.simulation import Simulator, Step
+    from tlcr.experiment.simulation import Step
 
 __all__ = [
-    "Architecture",
     "Estimate",
-    "Machine",
-    "ModelSize",
     "Phase",
-    "Remedy",
     "Role",
-    "build_on_meta",
     "checkpoint_of",
     "estimate_run",
-    "measure_model",
+    "estimate_stage",
+    "of_a_process",
     "ppo_roles",
-    "remedy",
     "roles_of_a_process",
+    "section_of",
+    "stage_roles",
 ]
-
-BYTES = {"float32": 4, "bfloat16": 2}
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """The sizes of a decoder that decide its states; tied parameters are counted once."""
-
-    parameters: int
-    backbone: int
-    hidden: int
-
-    def with_head(self, outputs: int) -> int:
-        """Parameters of the backbone under a linear head without bias."""
-        return self.backbone + outputs * self.hidden
 
 
 @dataclass(frozen=True)
@@ -109,132 +86,6 @@ class Estimate:
         return self.at(self.peak)
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What a run is estimated for.
-
-    gpu: transformers' layers and torch's attention, and no limit of tokens of ours; else the CPU's.
-    processes: that share the run, one for each GPU; in nodes of eight, where a sharding asks for nodes.
-    """
-
-    gpu: bool
-    processes: int = 1
-
-
-class Architecture:
-    """A model on the meta device: its sizes, and simulated steps of it, each taken once.
-
-    Args:
-        model: what ``build_on_meta`` made.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self._simulators: dict[tuple[object, ...], Simulator] = {}
-        self._adapters: dict[LoRAConfig, int] = {}
-
-    @functools.cached_property
-    def size(self) -> ModelSize:
-        return measure_model(self.model)
-
-    def adapter(self, lora: LoRAConfig) -> int:
-        """The parameters of one adapter."""
-        if lora not in self._adapters:
-            from tlcr.models.adapters import add_adapter
-
-            model = deepcopy(self.model)
-            add_adapter(model, lora, "counted", seed=0)
-            self._adapters[lora] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return self._adapters[lora]
-
-    def saved_by_bits(self, cfg: RunConfig) -> int:
-        """The bytes that ``lora.base_bits`` saves of the frozen weights of one model."""
-        from tlcr.models.four_bits import bytes_of
-
-        width = BYTES[cfg.model.dtype]
-        return sum(width * weight.numel() - bytes_of(weight.shape) for weight in self._linear_weights)
-
-    @functools.cached_property
-    def _linear_weights(self) -> list[Tensor]:
-        from tlcr.models.four_bits import linear_layers
-
-        return [layer.weight for layer in linear_layers(self.model.base_model).values()]
-
-    def peak(self, step: Step, cfg: RunConfig, machine: Machine) -> int:
-        """The bytes that ``step`` allocates at its peak, beyond weights and earlier gradients."""
-        from tlcr.experiment.simulation import Simulator
-
-        model, shards = cfg.model, shards_of(cfg, machine)
-        key = (
-            model.dtype,
-            model.gradient_checkpointing,
-            model.attn_implementation,
-            machine.gpu,
-            shards,
-            cfg.sharding,
-            cfg.lora,
-        )
-        if key not in self._simulators:
-            self._simulators[key] = Simulator(
-                self.model,
-                model,
-                for_gpu=machine.gpu,
-                shards=shards,
-                reduce_dtype=cfg.sharding.reduce_dtype,
-                lora=cfg.lora,
-            )
-        peak = self._simulators[key].peak(step)
-        if cfg.lora.base_bits is None:
-            return peak
-        # a layer's weight in 4 bits is made whole where it is multiplied with
-        return peak + BYTES[cfg.model.dtype] * max(weight.numel() for weight in self._linear_weights)
-
-
-GPUS_OF_A_NODE = 8
-
-
-def shards_of(cfg: RunConfig, machine: Machine) -> tuple[int, ...] | None:
-    """How the processes of ``machine`` share models: (processes,), (groups, processes of a group), or None."""
-    kind, processes = cfg.sharding.kind, machine.processes
-    if kind == "none" or processes == 1:
-        return None
-    groups = 1 if kind == "full" else cfg.sharding.replicas or processes // GPUS_OF_A_NODE
-    return (processes,) if groups <= 1 or processes % groups else (groups, processes // groups)
-
-
-def build_on_meta(cfg: GeneratorConfig) -> PreTrainedModel:
-    """The model on the meta device, which allocates nothing. Raises ConfigError where its config cannot be read."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from tlcr.data import embedded
-    from tlcr.models.faults import LOADABLE, one_line
-    from tlcr.models.inspection import read_config
-
-    if cfg.path == "embedded":
-        tokenizer = embedded.build_tokenizer()
-        with torch.device("meta"):
-            model: PreTrainedModel = embedded.build_model(tokenizer)
-    else:
-        try:
-            config = read_config(cfg)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
-        except (OSError, ValueError, ImportError) as error:
-            raise ConfigError(f"model.path {cfg.path!r}: {one_line(error)[:300]}; {LOADABLE}") from error
-    model.tie_weights()
-    return model
-
-
-def measure_model(model: PreTrainedModel) -> ModelSize:
-    """The sizes of a causal language model; it may be on the meta device."""
-    return ModelSize(
-        parameters=sum(p.numel() for p in model.parameters()),
-        backbone=sum(p.numel() for p in model.base_model.parameters()),
-        hidden=model.config.get_text_config().hidden_size,
-    )
-
-
 def estimate_run(cfg: RunConfig, architecture: Architecture, machine: Machine) -> list[Estimate]:
     """The peak of every stage that the config switches on, on one process. Stages follow one another."""
     asked = _asked_models(cfg)
@@ -246,25 +97,29 @@ def estimate_run(cfg: RunConfig, architecture: Architecture, machine: Machine) -
         "discriminator": cfg.discriminator.path is None and asked["discriminator"],
         "ppo": True,
     }
-    return [_estimate(stage, cfg, architecture, machine) for stage, on in trained.items() if on]
+    return [estimate_stage(stage, cfg, architecture, machine) for stage, on in trained.items() if on]
 
 
-def _asked_models(cfg: RunConfig) -> dict[str, bool]:
-    """The frozen models that the rewards, or the start of the value model, need."""
-    rewards = [arm.reward for arm in arms_of(cfg)]
-    return {
-        "discriminator": any(map(cfg.uses_discriminator, rewards)),
-        "reward model": any(map(cfg.uses_reward_model, rewards)),
-        "q model": any(map(cfg.uses_q_model, rewards)),
-        "DPO policy": any(map(cfg.uses_dpo, rewards)),
-    }
+def estimate_stage(stage: str, cfg: RunConfig, architecture: Architecture, machine: Machine) -> Estimate:
+    """The peak of one stage on one process, whether the config switches it on or not."""
+    make = _ppo if stage == "ppo" else functools.partial(_supervised, stage)
+    return make(cfg, architecture, machine)
 
 
-def _classes(cfg: RunConfig) -> int:
-    return 3 if cfg.discriminator.targets == "three_class" else 2
+def checkpoint_of(stage: str, cfg: RunConfig, architecture: Architecture) -> int:
+    """The bytes of one checkpoint of a stage, of all processes together: what is trained, and AdamW's states.
+
+    Of a model with an adapter that is the adapter alone.
+    """
+    return sum(role.gradients + role.optimizer for role in stage_roles(cfg, architecture, stage))
 
 
-def _of_a_process(role: Role, cfg: RunConfig, machine: Machine) -> Role:
+def roles_of_a_process(cfg: RunConfig, architecture: Architecture, machine: Machine) -> tuple[Role, ...]:
+    """What one process holds of the models of PPO."""
+    return tuple(of_a_process(role, cfg, machine) for role in ppo_roles(cfg, architecture))
+
+
+def of_a_process(role: Role, cfg: RunConfig, machine: Machine) -> Role:
     """What of a model one process holds: a shard, or the whole."""
     shards = shards_of(cfg, machine)
     if shards is None:
@@ -275,88 +130,9 @@ def _of_a_process(role: Role, cfg: RunConfig, machine: Machine) -> Role:
     return replace(role, weights=weights, gradients=gradients, optimizer=optimizer)
 
 
-def _trained(name: str, parameters: int, dtype: str) -> Role:
-    remainder = 0 if dtype == "float32" else 2
-    width = BYTES[dtype]
-    return Role(name, parameters, parameters * width, parameters * width, parameters * (8 + remainder))
-
-
-def _with_adapter(name: str, frozen: int, adapter: int, dtype: str) -> Role:
-    """frozen: parameters that no other model has; adapter: those that are trained, in float32."""
-    return Role(name, frozen + adapter, frozen * BYTES[dtype] + adapter * 4, adapter * 4, adapter * 8)
-
-
-def _in_bits(role: Role, cfg: RunConfig, architecture: Architecture) -> Role:
-    """The model that adapters stand on, in as few bits as the config asks for."""
-    if cfg.lora.base_bits is None:
-        return role
-    return replace(role, weights=role.weights - architecture.saved_by_bits(cfg))
-
-
-def _reading(cfg: RunConfig, architecture: Architecture) -> list[Phase]:
-    """Weights are read whole before they are kept in few bits."""
-    return [] if cfg.lora.base_bits is None else [Phase("reading", architecture.saved_by_bits(cfg))]
-
-
-def _frozen(name: str, parameters: int, dtype: str) -> Role:
-    return Role(name, parameters, parameters * BYTES[dtype])
-
-
-def _supervised(stage: str, cfg: RunConfig, architecture: Architecture, machine: Machine) -> Estimate:
-    from tlcr.experiment.simulation import Step
-
-    training: TrainingConfig = getattr(cfg, _section(stage))
-    pairs = 1 if stage == "sft" else 2
-    kinds = {
-        "reward model": "sequence classifier",
-        "q model": "sequence classifier",
-        "discriminator": "token classifier",
-    }
-    kind = kinds.get(stage, "language model")
-    role = _of_a_process(_supervised_role(stage, cfg, architecture), cfg, machine)
-    share = math.ceil(training.batch_size / machine.processes)
-    examples = min(training.micro_batch_size or share, share)
-    step = Step(
-        kind,
-        rows=pairs * examples,
-        columns=cfg.data.max_prompt_tokens + cfg.data.max_answer_tokens,
-        answer=cfg.data.max_answer_tokens,
-        outputs=_outputs(stage, cfg) or 1,
-        stage=_section(stage),
-        again=examples < share,
-    )
-    reading = _reading(cfg, architecture) if cfg.lora.trains(_section(stage)) else []
-    return Estimate(stage, (role,), (*reading, _training("training", step, (role,), cfg, architecture, machine)))
-
-
-def _supervised_role(stage: str, cfg: RunConfig, architecture: Architecture) -> Role:
-    outputs, size = _outputs(stage, cfg), architecture.size
-    parameters = size.parameters if outputs is None else size.with_head(outputs)
-    name = _section(stage)
-    if cfg.lora.trains(name):
-        head = 0 if outputs is None else outputs * size.hidden
-        role = _with_adapter("model", parameters - head, architecture.adapter(cfg.lora) + head, cfg.model.dtype)
-        return _in_bits(role, cfg, architecture)
-    return _trained("model", parameters, cfg.model.dtype)
-
-
-def _section(stage: str) -> Any:
-    """The section of the config, and the role of ``lora.roles``, that a supervised stage is."""
-    return stage.replace(" ", "_")
-
-
-def _outputs(stage: str, cfg: RunConfig) -> int | None:
-    """Outputs of the head that a stage trains; None for a language model."""
-    return {"reward model": 1, "q model": 1, "discriminator": _classes(cfg)}.get(stage)
-
-
-def _training(
-    name: str, step: Step, roles: tuple[Role, ...], cfg: RunConfig, architecture: Architecture, machine: Machine
-) -> Phase:
-    """A phase with gradients. A step that is the first since they were freed makes them itself."""
-    peak = architecture.peak(step, cfg, machine)
-    own = 0 if step.again else sum(role.gradients - role.buckets for role in roles)
-    return Phase(name, max(0, peak - own), with_gradients=True)
+def stage_roles(cfg: RunConfig, architecture: Architecture, stage: str) -> tuple[Role, ...]:
+    """The models of a stage, whole."""
+    return ppo_roles(cfg, architecture) if stage == "ppo" else (_supervised_role(stage, cfg, architecture),)
 
 
 def ppo_roles(cfg: RunConfig, architecture: Architecture) -> tuple[Role, ...]:
@@ -391,6 +167,105 @@ def ppo_roles(cfg: RunConfig, architecture: Architecture) -> tuple[Role, ...]:
     return policy, _value_role(cfg, architecture), reference, *judges
 
 
+def section_of(stage: str) -> Any:
+    """The section of the config, and the role of ``lora.roles``, that a supervised stage is."""
+    return stage.replace(" ", "_")
+
+
+def _asked_models(cfg: RunConfig) -> dict[str, bool]:
+    """The frozen models that the rewards, or the start of the value model, need."""
+    rewards = [arm.reward for arm in arms_of(cfg)]
+    return {
+        "discriminator": any(map(cfg.uses_discriminator, rewards)),
+        "reward model": any(map(cfg.uses_reward_model, rewards)),
+        "q model": any(map(cfg.uses_q_model, rewards)),
+        "DPO policy": any(map(cfg.uses_dpo, rewards)),
+    }
+
+
+def _classes(cfg: RunConfig) -> int:
+    return 3 if cfg.discriminator.targets == "three_class" else 2
+
+
+def _trained(name: str, parameters: int, dtype: str) -> Role:
+    remainder = 0 if dtype == "float32" else 2
+    width = BYTES[dtype]
+    return Role(name, parameters, parameters * width, parameters * width, parameters * (8 + remainder))
+
+
+def _with_adapter(name: str, frozen: int, adapter: int, dtype: str) -> Role:
+    """frozen: parameters that no other model has; adapter: those that are trained, in float32."""
+    return Role(name, frozen + adapter, frozen * BYTES[dtype] + adapter * 4, adapter * 4, adapter * 8)
+
+
+def _in_bits(role: Role, cfg: RunConfig, architecture: Architecture) -> Role:
+    """The model that adapters stand on, in as few bits as the config asks for."""
+    if cfg.lora.base_bits is None:
+        return role
+    return replace(role, weights=role.weights - architecture.saved_by_bits(cfg))
+
+
+def _reading(cfg: RunConfig, architecture: Architecture) -> list[Phase]:
+    """Weights are read whole before they are kept in few bits."""
+    return [] if cfg.lora.base_bits is None else [Phase("reading", architecture.saved_by_bits(cfg))]
+
+
+def _frozen(name: str, parameters: int, dtype: str) -> Role:
+    return Role(name, parameters, parameters * BYTES[dtype])
+
+
+def _supervised(stage: str, cfg: RunConfig, architecture: Architecture, machine: Machine) -> Estimate:
+    from tlcr.experiment.simulation import Step
+
+    training: TrainingConfig = getattr(cfg, section_of(stage))
+    pairs = 1 if stage == "sft" else 2
+    kinds = {
+        "reward model": "sequence classifier",
+        "q model": "sequence classifier",
+        "discriminator": "token classifier",
+    }
+    kind = kinds.get(stage, "language model")
+    role = of_a_process(_supervised_role(stage, cfg, architecture), cfg, machine)
+    share = math.ceil(training.batch_size / machine.processes)
+    examples = min(training.micro_batch_size or share, share)
+    step = Step(
+        kind,
+        rows=pairs * examples,
+        columns=cfg.data.max_prompt_tokens + cfg.data.max_answer_tokens,
+        answer=cfg.data.max_answer_tokens,
+        outputs=_outputs(stage, cfg) or 1,
+        stage=section_of(stage),
+        again=examples < share,
+    )
+    reading = _reading(cfg, architecture) if cfg.lora.trains(section_of(stage)) else []
+    return Estimate(stage, (role,), (*reading, _training("training", step, (role,), cfg, architecture, machine)))
+
+
+def _supervised_role(stage: str, cfg: RunConfig, architecture: Architecture) -> Role:
+    outputs, size = _outputs(stage, cfg), architecture.size
+    parameters = size.parameters if outputs is None else size.with_head(outputs)
+    name = section_of(stage)
+    if cfg.lora.trains(name):
+        head = 0 if outputs is None else outputs * size.hidden
+        role = _with_adapter("model", parameters - head, architecture.adapter(cfg.lora) + head, cfg.model.dtype)
+        return _in_bits(role, cfg, architecture)
+    return _trained("model", parameters, cfg.model.dtype)
+
+
+def _outputs(stage: str, cfg: RunConfig) -> int | None:
+    """Outputs of the head that a stage trains; None for a language model."""
+    return {"reward model": 1, "q model": 1, "discriminator": _classes(cfg)}.get(stage)
+
+
+def _training(
+    name: str, step: Step, roles: tuple[Role, ...], cfg: RunConfig, architecture: Architecture, machine: Machine
+) -> Phase:
+    """A phase with gradients. A step that is the first since they were freed makes them itself."""
+    peak = architecture.peak(step, cfg, machine)
+    own = 0 if step.again else sum(role.gradients - role.buckets for role in roles)
+    return Phase(name, max(0, peak - own), with_gradients=True)
+
+
 def _discriminator_is_a_role(cfg: RunConfig) -> bool:
     """Whether PPO will load the discriminator as an adapter on the policy's weights."""
     from tlcr.experiment.frozen_models import may_be_a_role
@@ -405,19 +280,6 @@ def _discriminator_is_a_role(cfg: RunConfig) -> bool:
     elif path is not None and not cfg.sft.enabled:  # SFT makes weights that no adapter of another run stands on
         about = read_base(Path(path) / FOLDER)
     return may_be_a_role(cfg, about)
-
-
-def roles_of_a_process(cfg: RunConfig, architecture: Architecture, machine: Machine) -> tuple[Role, ...]:
-    """What one process holds of the models of PPO."""
-    return tuple(_of_a_process(role, cfg, machine) for role in ppo_roles(cfg, architecture))
-
-
-def checkpoint_of(stage: str, cfg: RunConfig, architecture: Architecture) -> int:
-    """The bytes of one checkpoint of a stage, of all processes together: what is trained, and AdamW's states.
-
-    Of a model with an adapter that is the adapter alone.
-    """
-    return sum(role.gradients + role.optimizer for role in _roles(cfg, architecture, stage))
 
 
 def _value_role(cfg: RunConfig, architecture: Architecture) -> Role:
@@ -504,119 +366,3 @@ def _refresh_step(cfg: RunConfig) -> Step:
         stage="discriminator",
         again=examples < training.batch_size,
     )
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """Settings that lower a stage's peak, and the peak with them; ``fits`` is False where even all of them do not."""
-
-    settings: tuple[str, ...]
-    peak: int
-    fits: bool
-
-
-def remedy(cfg: RunConfig, architecture: Architecture, machine: Machine, stage: str, limit: int) -> Remedy:
-    """The smallest change of the config with which a stage fits.
-
-    A change of one setting is smaller than one of several; of two such, the one is smaller that stands earlier in
-    ``_changes``: settings that cost time alone come before those that change what is trained.
-
-    Args:
-        cfg: the run.
-        architecture: its model.
-        machine: what the run is for.
-        stage: a stage whose estimate is above ``limit``.
-        limit: bytes that the stage may take.
-
-    Returns:
-        The settings, or the most that tlcr can do where nothing fits.
-    """
-
-    def peak(changes: Sequence[_Change]) -> int:
-        changed = functools.reduce(lambda before, change: change.make(before), changes, cfg)
-        states = [_of_a_process(role, changed, machine) for role in _roles(changed, architecture, stage)]
-        # What the models take is known at once; a step has to be simulated.
-        if (least := sum(role.weights + role.optimizer for role in states)) > limit:
-            return least
-        return _estimate(stage, changed, architecture, machine).total
-
-    changes = _changes(cfg, machine, stage)
-    for change in changes:
-        if (alone := peak([change])) <= limit:
-            return Remedy((change.setting,), alone, fits=True)
-    taken: list[_Change] = []
-    for change in changes:
-        taken = [*(other for other in taken if other.knob != change.knob), change]
-        if peak(taken) <= limit:
-            break
-    for change in list(taken):
-        others = [other for other in taken if other is not change]
-        if peak(others) <= limit:
-            taken = others
-    reached = peak(taken)
-    return Remedy(tuple(change.setting for change in taken), reached, fits=reached <= limit)
-
-
-@dataclass(frozen=True)
-class _Change:
-    knob: str
-    value: Any
-
-    @property
-    def setting(self) -> str:
-        return f"{self.knob}: {str(self.value).lower() if isinstance(self.value, bool) else self.value}"
-
-    def make(self, cfg: RunConfig) -> RunConfig:
-        section, name = self.knob.split(".")
-        return replace(cfg, **{section: replace(getattr(cfg, section), **{name: self.value})})
-
-
-def _changes(cfg: RunConfig, machine: Machine, stage: str) -> list[_Change]:
-    """What can be changed, first what costs least: time, then precision, then what is trained."""
-    section = _section(stage)
-    settings = getattr(cfg, section)
-    largest = settings.micro_batch_size or (cfg.ppo.minibatch_size if stage == "ppo" else settings.batch_size)
-    changes = [_Change(f"{section}.micro_batch_size", size) for size in _halves(largest)]
-    if stage == "ppo":
-        changes += [_Change("rollout.batch_size", size) for size in _halves(cfg.rollout.batch_size)]
-        if cfg.ppo.chunk_tokens is None:
-            changes.append(_Change("ppo.chunk_tokens", 1024))
-    if not cfg.model.gradient_checkpointing:
-        changes.append(_Change("model.gradient_checkpointing", True))
-    if cfg.sharding.kind == "none" and machine.processes > 1:
-        changes.append(_Change("sharding.kind", "full"))
-    if cfg.model.dtype != "bfloat16":
-        changes.append(_Change("model.dtype", "bfloat16"))
-    if cfg.lora.rank is None and (stage != "sft" or cfg.model.path != "embedded"):
-        changes.append(_Change("lora.rank", LORA_RANK))
-    if stage == "ppo" and cfg.ppo.value_model != "shared":
-        changes.append(_Change("ppo.value_model", "shared"))
-    return [change for change in changes if _is_possible(change, cfg)]
-
-
-def _is_possible(change: _Change, cfg: RunConfig) -> bool:
-    """Whether the config allows it: not adapters, for instance, where the value model starts from another model."""
-    try:
-        change.make(cfg)
-    except ConfigError:
-        return False
-    return True
-
-
-LORA_RANK = 16
-"""The rank that is proposed (ours: what the estimates of docs/scale.md are for)."""
-
-
-def _halves(number: int) -> Iterator[int]:
-    while number > 1:
-        number //= 2
-        yield number
-
-
-def _estimate(stage: str, cfg: RunConfig, architecture: Architecture, machine: Machine) -> Estimate:
-    make = _ppo if stage == "ppo" else functools.partial(_supervised, stage)
-    return make(cfg, architecture, machine)
-
-
-def _roles(cfg: RunConfig, architecture: Architecture, stage: str) -> tuple[Role, ...]:
-    return ppo_roles(cfg, architecture) if stage == "ppo" else (_supervised_role(stage, cfg, architecture),)

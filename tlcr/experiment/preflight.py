@@ -21,7 +21,7 @@ from tlcr.config.stages import CONFIG, DONE, HOLDER, LOCK, STARTED, TRAINED, sta
 from tlcr.config.trials import arms_of, trials_of
 from tlcr.data.places import find_source, looks_like_a_path, nearest_name
 from tlcr.errors import ConfigError, TlcrError
-from tlcr.experiment.memory import GPUS_OF_A_NODE
+from tlcr.experiment.architecture import GPUS_OF_A_NODE
 from tlcr.training.launcher import launched_processes, processes_of_a_node, requested_sharding
 
 __all__ = [
