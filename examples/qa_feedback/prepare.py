@@ -33,7 +33,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from tlcr.config.schema import DataConfig
-from tlcr.data.formats import prompt_key
+from tlcr.data.records import prompt_key
 from tlcr.data.splits import split_held_out
 from tlcr.errors import DataError
 from tlcr.files import write_json_lines

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from tests.text.test_files import ENCODINGS, REFUSED
 from tlcr.cli.score import read_answers as read_answers_to_score
 from tlcr.config.schema import DataConfig, ModelConfig
-from tlcr.data.formats import TextPreference
 from tlcr.data.readers import read_edits, read_marked_answers, read_preferences, read_prompts
+from tlcr.data.records import TextPreference
 from tlcr.errors import DataError
 from tlcr.judging.formats import read_answers, read_benchmark, read_lines
 from tlcr.models.tokenizers import load_tokenizer

@@ -14,7 +14,6 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tlcr.config.schema import DataConfig
-from tlcr.data.formats import as_texts
 from tlcr.data.readers import (
     ReadResult,
     read_edits,
@@ -23,6 +22,7 @@ from tlcr.data.readers import (
     read_prompts,
     read_raw_preferences,
 )
+from tlcr.data.records import as_texts
 from tlcr.data.repairs import columns_left_out, repaired
 from tlcr.data.sources import Row
 from tlcr.errors import DataError

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tlcr.config.loading import load_config
 from tlcr.config.schema import Arm, DataConfig, RewardConfig, RunConfig
-from tlcr.data.formats import prompt_key
 from tlcr.data.readers import ReadResult, read_preferences
+from tlcr.data.records import prompt_key
 from tlcr.data.splits import STAGES, Shares, Split, in_order_of_hashes, split_held_out
 from tlcr.errors import ConfigError
 from tlcr.experiment.pipeline import _shares, run, stage

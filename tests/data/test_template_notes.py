@@ -12,8 +12,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tlcr.config.schema import DataConfig
-from tlcr.data.formats import RawPrompt
 from tlcr.data.readers import ReadResult, read_edits, read_preferences, read_prompts
+from tlcr.data.records import RawPrompt
 from tlcr.data.template_notes import LOOKED_AT, template_notes
 from tlcr.types import PreferencePair
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from tests.project.test_docs import check_command, commands, unknown_knobs
 from tlcr.config.loading import load_config
 from tlcr.config.schema import RunConfig
-from tlcr.data.formats import hh_preference, prompt_key
+from tlcr.data.formats import hh_preference
+from tlcr.data.records import prompt_key
 from tlcr.experiment.pipeline import run, stage
 from tlcr.models.saving import save_model
 from tlcr.text.tokenization import render_answer, render_prompt

@@ -51,8 +51,8 @@ from tlcr.chat.types import Answer
 from tlcr.cli import main as cli
 from tlcr.config.loading import Knob, knobs, load_config
 from tlcr.config.schema import DataConfig, ModelConfig, RunConfig
-from tlcr.data.formats import TextPreference
 from tlcr.data.readers import read_edits, read_marked_answers, read_preferences, read_prompts
+from tlcr.data.records import TextPreference
 from tlcr.errors import DataError
 from tlcr.hosts import contract
 from tlcr.hosts.client import RewardClient

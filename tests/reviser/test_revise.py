@@ -10,7 +10,8 @@ import pytest
 
 from tlcr.chat import Answer, NoAnswer
 from tlcr.chat.reading import is_refusal
-from tlcr.data.formats import REVISION_MARKER, RawPreference
+from tlcr.data.formats import REVISION_MARKER
+from tlcr.data.records import RawPreference
 from tlcr.reviser import prompt as prompt_module
 from tlcr.reviser.checks import OUTCOMES, CheckedRevision, changed_share, check_answer, check_revision
 from tlcr.reviser.files import content_key

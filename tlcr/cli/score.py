@@ -17,7 +17,8 @@ from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import ModelConfig
-from tlcr.data.formats import RawMarkedAnswer, rendered_marked_answer
+from tlcr.data.records import RawMarkedAnswer
+from tlcr.data.rendering import rendered_marked_answer
 from tlcr.data.turns import TurnNotes
 from tlcr.errors import ConfigError, DataError
 from tlcr.models.discriminator import load_discriminator, score_encoded

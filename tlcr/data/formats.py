@@ -1,72 +1,49 @@
-"""The formats of preference and edit records, and their conversion to ``PreferencePair`` and ``EditPair``.
+"""The formats of records: each a function from the values of one record to what it says, without a tokenizer.
 
-Every format is a function from the values of one record to a raw pair, without a tokenizer; a record that cannot be
-used raises ``Malformed`` with the reason. ``rendered_preference`` and ``rendered_edit`` turn a raw pair into the text
-that a model reads: the complete prompt (``tokenization.render_prompt``), and every answer as it follows its prompt.
+A record that cannot be used raises ``Malformed`` with the reason. ``tlcr.data.rendering`` turns what it says into the
+text that a model reads.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from tlcr.data.edit_codes import check_edit_codes
-from tlcr.errors import DataError
+from tlcr.data.records import (
+    ASSISTANT,
+    HUMAN,
+    TURN,
+    Answer,
+    Context,
+    Malformed,
+    Message,
+    RawEdit,
+    RawMarkedAnswer,
+    RawPreference,
+    RawPrompt,
+    Values,
+    message_text,
+    placed,
+)
 from tlcr.text.files import parse_json, unicode_problem
-from tlcr.text.template_variables import template_variables
-from tlcr.text.tokenization import render_prompt, render_prompt_and_answers
-from tlcr.text.turns import without_beginning, without_end
-from tlcr.types import EditPair, ErrorSpan, MarkedAnswer, PreferencePair
+from tlcr.types import ErrorSpan
 
 __all__ = [
-    "ASSISTANT",
     "CONTEXT_COLUMNS",
     "EDIT_FORMATS",
     "PREFERENCE_FORMATS",
     "REVISION_MARKER",
     "TEMPLATE_COLUMNS",
-    "Answer",
-    "Context",
-    "Malformed",
-    "RawEdit",
-    "RawMarkedAnswer",
-    "RawPreference",
-    "RawPrompt",
-    "TextPreference",
-    "Values",
-    "answer_key",
-    "as_texts",
     "edit",
     "hh_preference",
     "marked_answer",
-    "message_text",
-    "message_words",
     "preference",
     "prompt",
-    "prompt_key",
-    "rendered_edit",
-    "rendered_marked_answer",
-    "rendered_preference",
-    "rendered_prompt",
-    "template_arguments",
     "tlcr_edit",
     "tlcr_preference",
     "tlcr_revision",
 ]
-
-Values = Mapping[str, Any]
-Message = dict[str, Any]
-"""A message of a conversation: its role, its content, and other fields that a chat template may render."""
-Context = str | list[Message]
-"""The input before an answer: text, or messages that still need a chat template."""
-Answer = str | Message
-"""An answer: its text, or its message if that holds more than text (tool calls, reasoning)."""
 
 TEMPLATE_COLUMNS = ("tools", "documents", "chat_template_kwargs")
 """Columns that every chat template is given beside the messages; of others it is given those that it names."""
@@ -74,203 +51,12 @@ TEXT_COLUMNS = ("id", "prompt", "messages", "chosen", "rejected", "revised", "re
 """Columns that no chat template is given: they hold the conversation itself."""
 CONTEXT_COLUMNS = ("system", "history")
 """Columns with the turns before the prompt: a system message, and turns as [question, answer] or messages."""
-
 SWITCHES = {"true": True, "True": True, "false": False, "False": False}
 """A switch in a table, which holds texts only; for a chat template the text "false" would be true."""
-
 REVISION_MARKER = "<|Start Of Modified Response|>\n"
 """In the published TLCR data a reviser's raw text is its reasoning, this marker, and the revision."""
-
 UNNAMED_ERROR = "error"
 """The kind of a span without a label."""
-
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-
-
-class Malformed(DataError):
-    """This record cannot be used, for the reason given."""
-
-
-@dataclass(frozen=True)
-class RawPrompt:
-    """A prompt as in its source. template: the columns that its chat template may render (`template_arguments`)."""
-
-    prompt: Context
-    template: Values = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class RawPreference:
-    """A preference pair as in its source; template as in `RawPrompt`."""
-
-    id: str
-    prompt: Context
-    chosen: Answer
-    rejected: Answer
-    template: Values = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class TextPreference:
-    """A preference pair whose answers are texts, as a reviser needs it; template as in `RawPrompt`."""
-
-    id: str
-    prompt: Context
-    chosen: str
-    rejected: str
-    template: Values = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class RawEdit:
-    """An edited answer as in its source; template as in `RawPrompt`."""
-
-    id: str
-    prompt: Context
-    rejected: Answer
-    revised: Answer
-    chosen: Answer | None = None
-    template: Values = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class RawMarkedAnswer:
-    """An answer with marked errors as in its source."""
-
-    id: str
-    prompt: Context
-    response: str
-    spans: tuple[ErrorSpan, ...]
-    template: Values = field(default_factory=dict)
-
-
-def rendered_preference(
-    raw: RawPreference, tokenizer: PreTrainedTokenizerBase, rendered_at: datetime | None = None
-) -> PreferencePair:
-    """The pair as a model with this tokenizer reads it; ``rendered_at`` as for ``render_prompt``."""
-    prompt, (chosen, rejected) = _rendered(raw, [raw.chosen, raw.rejected], tokenizer, rendered_at)
-    if chosen == rejected:
-        raise Malformed("chosen and rejected are the same text in this tokenizer's chat template")
-    return PreferencePair(id=raw.id, prompt=prompt, chosen=chosen, rejected=rejected)
-
-
-def rendered_edit(raw: RawEdit, tokenizer: PreTrainedTokenizerBase, rendered_at: datetime | None = None) -> EditPair:
-    """The same for an edited answer."""
-    answers = [raw.rejected, raw.revised, *([] if raw.chosen is None else [raw.chosen])]
-    prompt, (rejected, revised, *chosen) = _rendered(raw, answers, tokenizer, rendered_at)
-    return EditPair(id=raw.id, prompt=prompt, rejected=rejected, revised=revised, chosen=chosen[0] if chosen else None)
-
-
-def rendered_marked_answer(
-    raw: RawMarkedAnswer, tokenizer: PreTrainedTokenizerBase, rendered_at: datetime | None = None
-) -> MarkedAnswer:
-    """The same for an answer with marked errors, whose spans still mark the same words."""
-    prompt, (response,) = _rendered(raw, [raw.response], tokenizer, rendered_at)
-    return MarkedAnswer(raw.id, prompt, response, _placed(raw.spans, without_end(tokenizer, raw.response), response))
-
-
-def as_texts(pairs: Sequence[RawPreference]) -> tuple[TextPreference, ...]:
-    """The pairs with answers that are texts.
-
-    Args:
-        pairs: the raw pairs.
-
-    Returns:
-        The same pairs, in their order.
-
-    Raises:
-        DataError: an answer holds more than text, which only a chat template can write.
-    """
-    found = []
-    for pair in pairs:
-        if not isinstance(pair.chosen, str) or not isinstance(pair.rejected, str):
-            raise DataError(
-                f"an answer of {pair.id} holds more than a text (tool calls, reasoning), and a reviser edits texts; "
-                "leave such pairs out of data.preferences, or bring their revisions as data.edits"
-            )
-        found.append(TextPreference(pair.id, pair.prompt, pair.chosen, pair.rejected, pair.template))
-    return tuple(found)
-
-
-def message_text(message: Message) -> str:
-    """A message as text: its content, then its other fields as JSON."""
-    more = {name: value for name, value in message.items() if name not in ("role", "content")}
-    parts = [str(message.get("content") or "").strip(), json.dumps(more, ensure_ascii=False) if more else ""]
-    return " ".join(part for part in parts if part)
-
-
-def message_words(message: Message) -> str:
-    """What a message is known by: its content, or its other fields where it has none (tool calls).
-
-    Fields beside a content, such as an id, are seldom rendered: two messages that differ in them may be one text.
-
-    Args:
-        message: the message.
-
-    Returns:
-        The text.
-    """
-    return str(message.get("content") or "").strip() or message_text(message)
-
-
-def rendered_prompt(raw: RawPrompt, tokenizer: PreTrainedTokenizerBase, rendered_at: datetime | None = None) -> str:
-    """The complete prompt as a model with this tokenizer reads it."""
-    context, template = _without_marks(raw.prompt, tokenizer), template_arguments(raw.template, tokenizer)
-    return render_prompt(tokenizer, context, rendered_at=rendered_at, **template)
-
-
-def _rendered(
-    raw: RawPreference | RawEdit | RawMarkedAnswer,
-    answers: Sequence[Answer],
-    tokenizer: PreTrainedTokenizerBase,
-    rendered_at: datetime | None,
-) -> tuple[str, Sequence[str]]:
-    context = _without_marks(raw.prompt, tokenizer)
-    bare = [_answer_without_marks(answer, tokenizer) for answer in answers]
-    if isinstance(context, str):
-        return render_prompt(tokenizer, context), [answer for answer in bare if isinstance(answer, str)]
-    template = template_arguments(raw.template, tokenizer)
-    return render_prompt_and_answers(tokenizer, context, bare, rendered_at=rendered_at, **template)
-
-
-def _without_marks(context: Context, tokenizer: PreTrainedTokenizerBase) -> Context:
-    """The messages without the special tokens around their texts, which the chat template writes; text as it is."""
-    if isinstance(context, str):
-        return context
-    return [_message_without_marks(message, tokenizer) for message in context]
-
-
-def _answer_without_marks(answer: Answer, tokenizer: PreTrainedTokenizerBase) -> Answer:
-    if not isinstance(answer, str):
-        return _message_without_marks(answer, tokenizer)
-    bare = without_end(tokenizer, without_beginning(tokenizer, answer))
-    if answer.strip() and not bare.strip():
-        raise Malformed(f"an answer is {answer.strip()!r}, which is special tokens alone")
-    return bare
-
-
-def _message_without_marks(message: Message, tokenizer: PreTrainedTokenizerBase) -> Message:
-    content = message.get("content")
-    if not isinstance(content, str):
-        return message
-    return {**message, "content": without_end(tokenizer, without_beginning(tokenizer, content))}
-
-
-def template_arguments(template: Values, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What a chat template is given beside the messages.
-
-    Args:
-        template: the columns of a record that are not its texts.
-        tokenizer: the tokenizer whose chat template it is.
-
-    Returns:
-        The columns `tools` and `documents`, those that the chat template names, and the switches that
-        `chat_template_kwargs` hold, which come before columns of the same name.
-    """
-    names = ("tools", "documents", *template_variables(tokenizer))
-    own = {name: value for name, value in template.items() if name in names}
-    return own | dict(template.get("chat_template_kwargs", {}))
 
 
 def preference(id: str, values: Values) -> RawPreference:
@@ -380,14 +166,7 @@ def marked_answer(id: str, values: Values) -> RawMarkedAnswer:
         )
     given = values["response"] if isinstance(values["response"], str) else answer
     spans = tuple(_span(value, number, len(given)) for number, value in enumerate(_list_of_spans(values), start=1))
-    return RawMarkedAnswer(id, context, answer, _placed(spans, given, answer), _template(values))
-
-
-def _placed(spans: Sequence[ErrorSpan], text: str, as_read: str) -> tuple[ErrorSpan, ...]:
-    """The spans of a text in the text that a model reads: its beginning may differ, and white space at its end."""
-    by = len(as_read.rstrip()) - len(text.rstrip())
-    moved = [ErrorSpan(max(0, span.start + by), min(span.end + by, len(as_read)), span.label) for span in spans]
-    return tuple(span for span in moved if span.start < span.end)
+    return RawMarkedAnswer(id, context, answer, placed(spans, given, answer), _template(values))
 
 
 def _list_of_spans(values: Values) -> list[object]:
@@ -417,33 +196,6 @@ def prompt(values: Values) -> RawPrompt:
         context = _after(_earlier(values), _complete_transcript(_prompt_text(values, "prompt"))[0])
     _require_open(context)
     return RawPrompt(context, _template(values))
-
-
-def prompt_key(prompt: Context) -> str:
-    """A key of a prompt that is the same in every source.
-
-    Args:
-        prompt: text or messages.
-
-    Returns:
-        The text without white space, roles, or a transcript's marks of turns; of messages, the `message_words`.
-    """
-    if not isinstance(prompt, str):
-        return " ".join(" ".join(map(message_words, prompt)).split())
-    return " ".join(_TURN.sub(" ", "\n\n" + prompt.lstrip()).split())
-
-
-def answer_key(raw: RawPrompt | RawPreference | RawEdit | RawMarkedAnswer) -> str:
-    """A key of a record's rejected (or only) answer, which preferences and edits of one answer share; "" for a prompt.
-
-    Args:
-        raw: the record.
-
-    Returns:
-        The answer's text without white space.
-    """
-    answer = getattr(raw, "rejected", getattr(raw, "response", ""))
-    return " ".join((answer if isinstance(answer, str) else message_words(answer)).split())
 
 
 def text_field(values: Values, name: str) -> str:
@@ -654,7 +406,7 @@ def _require_open(prompt: Context) -> None:
 
 def _split_transcript(values: Values, name: str) -> tuple[str, str]:
     text = text_field(values, name)
-    turns = list(_TURN.finditer(text))
+    turns = list(TURN.finditer(text))
     if not turns or turns[-1].group(1) != "Assistant":
         raise Malformed(f"field {name!r} is not a transcript whose last turn opens with {ASSISTANT!r}")
     if len(turns) == 1:
@@ -670,7 +422,7 @@ def _complete_transcript(prompt: str) -> tuple[str, bool]:
     Returns the prompt and whether it was completed; any other text is unchanged.
     """
     text = "\n\n" + prompt.lstrip()
-    turns = _TURN.findall(text)
+    turns = TURN.findall(text)
     if not text.startswith(HUMAN) or turns[-1] != "Human":
         return prompt, False
     return text.rstrip() + ASSISTANT, True

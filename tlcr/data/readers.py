@@ -19,11 +19,17 @@ from transformers import PreTrainedTokenizerBase
 from tlcr.config.schema import DataConfig
 from tlcr.data.edit_codes import compare_edit_codes
 from tlcr.data.formats import (
-    ASSISTANT,
     CONTEXT_COLUMNS,
     EDIT_FORMATS,
     PREFERENCE_FORMATS,
     TEMPLATE_COLUMNS,
+    marked_answer,
+    prompt,
+    text_field,
+    tlcr_revision,
+)
+from tlcr.data.records import (
+    ASSISTANT,
     Malformed,
     RawEdit,
     RawMarkedAnswer,
@@ -31,16 +37,9 @@ from tlcr.data.formats import (
     RawPrompt,
     Values,
     answer_key,
-    marked_answer,
-    prompt,
     prompt_key,
-    rendered_edit,
-    rendered_marked_answer,
-    rendered_preference,
-    rendered_prompt,
-    text_field,
-    tlcr_revision,
 )
+from tlcr.data.rendering import rendered_edit, rendered_marked_answer, rendered_preference, rendered_prompt
 from tlcr.data.repairs import columns_left_out, repaired
 from tlcr.data.sources import Row, read_rows
 from tlcr.data.template_notes import template_notes
@@ -115,9 +114,9 @@ class ReadResult(Generic[T]):
     format: str
     records: tuple[T, ...]
     prompt_keys: tuple[str, ...] = ()
-    """For each record the key of its prompt (``formats.prompt_key``)."""
+    """For each record the key of its prompt (``records.prompt_key``)."""
     answer_keys: tuple[str, ...] = ()
-    """For each record the key of its answer (``formats.answer_key``)."""
+    """For each record the key of its answer (``records.answer_key``)."""
     malformed: tuple[MalformedRecord, ...] = ()
     notes: tuple[str, ...] = ()
     """Further remarks, one line each."""

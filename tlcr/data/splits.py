@@ -1,6 +1,6 @@
 """Assigns records to stages, and to training or evaluation, by hashes, never by order or at random.
 
-What is hashed is a prompt as its source has it (``formats.prompt_key``), and never the text that a chat template makes
+What is hashed is a prompt as its source has it (``records.prompt_key``), and never the text that a chat template makes
 of it, which may change with the day. So no record changes its side when data are added, reordered, renamed or read on
 another day or machine, and a prompt that is held out from one stage is held out from all. The assignment is the same
 for every seed: each revision is paid only once, and the seeds of a comparison share their data.
@@ -89,7 +89,7 @@ class Shares:
     """Which stage each prompt is for; without ``shares``, every prompt is for every stage.
 
     A prompt in a source that is named for one stage (``own``) belongs to that stage. Any other is assigned by bytes 8
-    to 15 of the SHA-256 of its key (``formats.prompt_key``), read as a fraction of 1: SFT gets those below
+    to 15 of the SHA-256 of its key (``records.prompt_key``), read as a fraction of 1: SFT gets those below
     shares[0] / sum(shares), reward learning those from there to (shares[0] + shares[1]) / sum(shares), PPO the rest.
     """
 
@@ -115,7 +115,7 @@ class Shares:
         """The records of a stage, split into training and held-out records.
 
         Prompts decide: a prompt that is held out from one stage is held out from all. Where a prompt is empty, or all
-        records have the same one, their answers decide (``formats.answer_key``).
+        records have the same one, their answers decide (``records.answer_key``).
 
         Args:
             stage: "sft", "reward" or "ppo".

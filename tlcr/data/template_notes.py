@@ -14,16 +14,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tlcr.data.formats import (
-    TEMPLATE_COLUMNS,
-    Message,
-    RawEdit,
-    RawMarkedAnswer,
-    RawPreference,
-    RawPrompt,
-    rendered_prompt,
-    template_arguments,
-)
+from tlcr.data.formats import TEMPLATE_COLUMNS
+from tlcr.data.records import Message, RawEdit, RawMarkedAnswer, RawPreference, RawPrompt
+from tlcr.data.rendering import rendered_prompt, template_arguments
 from tlcr.data.repairs import shown
 from tlcr.errors import DataError
 from tlcr.text.template_dates import another_day, asks_the_clock

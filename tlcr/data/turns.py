@@ -11,15 +11,8 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from tlcr.data.formats import (
-    Answer,
-    Message,
-    RawEdit,
-    RawMarkedAnswer,
-    RawPreference,
-    RawPrompt,
-    template_arguments,
-)
+from tlcr.data.records import Answer, Message, RawEdit, RawMarkedAnswer, RawPreference, RawPrompt
+from tlcr.data.rendering import template_arguments
 from tlcr.text.tokenization import is_written, opening, render_messages
 from tlcr.text.turns import opening_note, without_beginning, without_end
 

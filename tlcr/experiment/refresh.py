@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tlcr.config.schema import RunConfig
 from tlcr.data import embedded
-from tlcr.data.formats import TextPreference, as_texts
 from tlcr.data.readers import read_raw_preferences
+from tlcr.data.records import TextPreference, as_texts
 from tlcr.data.splits import read_shares
 from tlcr.errors import ConfigError
 from tlcr.experiment.frozen_models import FrozenModels

@@ -29,7 +29,6 @@ from tlcr.config.schema import ModelConfig, RunConfig, ShardingConfig
 from tlcr.config.stages import CONFIG, DONE, HOLDER, LOCK, STARTED, TRAINED, wants
 from tlcr.config.trials import Trial, folder_of, trials_of
 from tlcr.data import embedded
-from tlcr.data.formats import TextPreference, as_texts, prompt_key
 from tlcr.data.labels import LabelStatistics, label_pairs
 from tlcr.data.readers import (
     ReadResult,
@@ -40,6 +39,7 @@ from tlcr.data.readers import (
     read_raw_preferences,
     read_raw_prompts,
 )
+from tlcr.data.records import TextPreference, as_texts, prompt_key
 from tlcr.data.splits import Shares, ShareStatistics, Split, Stage, in_order_of_hashes, nothing_left, read_shares
 from tlcr.errors import ConfigError
 from tlcr.experiment.preflight import holds_a_run, taken, unfinished, unnamed

@@ -14,7 +14,7 @@ from rapidfuzz.distance import Levenshtein
 
 from tlcr.chat import Answer, NoAnswer
 from tlcr.chat.reading import is_refusal
-from tlcr.data.formats import TextPreference
+from tlcr.data.records import TextPreference
 from tlcr.reviser.reading import Revision, read_revision
 
 __all__ = ["OUTCOMES", "CheckedRevision", "Outcome", "changed_share", "check_answer", "check_revision"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from tlcr.chat.estimate import Estimate, estimate, rehearsal
 from tlcr.chat.types import BYTES_PER_TOKEN
 from tlcr.config.schema import ReviserConfig
-from tlcr.data.formats import TextPreference
+from tlcr.data.records import TextPreference
 from tlcr.errors import ConfigError
 from tlcr.reviser.files import content_key
 from tlcr.reviser.revise import questions_of

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from tlcr.config.schema import DataConfig
-from tlcr.data.formats import Context, TextPreference, message_words
 from tlcr.data.readers import read_raw_edits
+from tlcr.data.records import Context, TextPreference, message_words
 from tlcr.errors import DataError
 from tlcr.reviser.checks import CheckedRevision, check_revision
 from tlcr.reviser.reading import Revision

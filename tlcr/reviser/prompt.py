@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from tlcr.chat import Message, Question
-from tlcr.data.formats import REVISION_MARKER, Context, TextPreference, message_text
+from tlcr.data.formats import REVISION_MARKER
+from tlcr.data.records import Context, TextPreference, message_text
 
 __all__ = ["SCHEMA", "VERSION", "AnswerFormat", "revision_question"]
 

@@ -15,7 +15,7 @@ from typing import TextIO
 from tlcr.chat import AnswerStore, Question, ask
 from tlcr.chat.build import chat_model
 from tlcr.config.schema import DataConfig, ReviserConfig
-from tlcr.data.formats import TextPreference
+from tlcr.data.records import TextPreference
 from tlcr.errors import ConfigError, DataError, EndpointError
 from tlcr.files import atomic_write
 from tlcr.reviser.checks import OUTCOMES, CheckedRevision, Outcome, check_answer

@@ -14,7 +14,8 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from tlcr.config.schema import ModelConfig
-from tlcr.data.formats import RawMarkedAnswer, rendered_marked_answer
+from tlcr.data.records import RawMarkedAnswer
+from tlcr.data.rendering import rendered_marked_answer
 from tlcr.distribution import installed_version
 from tlcr.hosts.client import vocabulary_fingerprint
 from tlcr.models.discriminator import Opinion, load_discriminator, temperature_of, token_opinions
