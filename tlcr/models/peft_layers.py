@@ -100,8 +100,14 @@ def home_of(model: PreTrainedModel) -> torch.device:
 
 
 def initialise(model: PreTrainedModel, name: str, seed: int, device: torch.device) -> None:
-    """A uniform, as nn.Linear's weights are, and B zero (Hu et al. 2021; peft). A is drawn on the CPU, so that it does
-    not depend on the device."""
+    """Gives an adapter its first weights: A uniform, as nn.Linear's, and B zero (Hu et al. 2021; peft).
+
+    Args:
+        model: the model whose layers have the adapter.
+        name: of the adapter.
+        seed: decides A, with the name. A is drawn on the CPU, so that it does not depend on the device.
+        device: where the weights go.
+    """
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {seed}".encode()))
     for _, layer in adapted_layers(model, name):
         base = layer.base_layer.weight
