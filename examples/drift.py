@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from examples.study import command, with_interval
+from examples.study import command, distinct, with_interval
 from tlcr.errors import DataError
 from tlcr.report.results import SeedRun, mean_over_seeds, read_runs
 
@@ -25,12 +25,7 @@ MEASURES = {"gold_per_token": "gold per token", "discriminator_auc": "AUC", "dis
 def table(runs: Iterable[SeedRun]) -> list[str]:
     """The rows, as Markdown. Raises DataError where no run has what the table shows, or two are of one arm and seed."""
     found: dict[tuple[str, float | None, int], list[dict[str, float]]] = {}
-    seen: set[tuple[str, float | None, int]] = set()
-    for run in runs:
-        own = (run.arm, run.kl_coef, run.seed)
-        if own in seen:
-            raise DataError(f"two runs are of arm {run.arm!r}, coefficient {run.kl_coef}, seed {run.seed}; give one")
-        seen.add(own)
+    for run in distinct(runs):
         for point in run.curve:
             if all(point.get(name) is not None for name in MEASURES):
                 found.setdefault((run.arm, run.kl_coef, point["update"]), []).append(point)

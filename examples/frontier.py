@@ -1,75 +1,82 @@
-"""One frontier of the arms of several runs, gold against KL, from the tables that their reports wrote.
+"""Arms of several runs at equal KL, as the report of one run compares its own: a table, and a figure.
 
-    python -m examples.frontier OUTPUT.svg RESULTS.md [RESULTS.md ...]
+    python -m examples.frontier RUN [RUN ...] --arm continuous --figure OUTPUT.svg
 
-Each RESULTS.md is a run's (`tlcr report`). An arm that several of them have is drawn from the first. The lines are
-means over seeds, from the reference through the ends of training, from the largest coefficient to the smallest; of a
-run with a single coefficient, whose tables have no evaluations on the way, from the reference to its end. The
-reference is drawn at 0 gold: it has no row in the tables, and on the embedded task is within 0.01 of that.
+The arm is compared with each other one of all the runs, at the largest KL that all seeds of both reached; differences
+are taken within a seed, which is right where the runs share their models. Mean and 95 % interval of Student's t.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from examples.study import command
+from examples.study import command, distinct, with_interval
 from tlcr.errors import DataError
 from tlcr.files import atomic_write
-from tlcr.report import figures
+from tlcr.report.page import frontier_figure, number
+from tlcr.report.results import SeedRun, compared_per, frontier, paths, read_config, read_runs
 
-COLUMNS = ("arm", "gold per token", "KL, nats per token")
-MINUS = "\N{MINUS SIGN}"
+COLUMNS = ("against", "KL, nats", "the arm", "the other", "difference", "seeds")
 
 
-def ends(text: str) -> dict[str, list[tuple[float, float]]]:
-    """The mean ends of training of each arm, (KL, gold) as COLUMNS has them, in the order of the table's rows.
+def compared(runs: Sequence[SeedRun], arm: str, per: Any) -> dict[str, Any]:
+    """The comparison of an arm with all others, as ``collect_results`` has it of one run.
 
-    Raises DataError where the text has no such table.
+    Args:
+        runs: of all folders.
+        arm: the arm that is compared with each other one.
+        per: "token" or "answer".
+
+    Returns:
+        ``frontier``, ``paths``, ``per`` and the names of ``arms``, this arm first.
+
+    Raises:
+        DataError: no run is of this arm, two are of the same arm, coefficient and seed, or none has gold.
     """
-    places: list[int] = []
-    found: dict[str, list[tuple[float, float]]] = {}
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        if set(COLUMNS) <= set(cells):
-            places = [cells.index(name) for name in COLUMNS]
-        elif places and set(line) <= set("|- "):
-            if not line:
-                break
-        elif places:
-            arm, gold, kl = (cells[place] for place in places)
-            found.setdefault(arm, []).append((_mean(kl), _mean(gold)))
-    if not found:
-        raise DataError(f"no table with the columns {', '.join(COLUMNS)} was found; give the results.md of a run")
-    return found
+    names = list(dict.fromkeys(run.arm for run in runs))
+    if arm not in names:
+        raise DataError(f"no run is of arm {arm!r}; there are {', '.join(names) or 'none'}")
+    ordered = sorted(distinct(runs), key=lambda run: run.arm != arm)
+    found = frontier(ordered, per=per)
+    if found is None:
+        raise DataError("no run has gold at a KL above 0: its evaluations need a scorer, or the embedded task")
+    arms = [{"name": name} for name in sorted(names, key=lambda name: name != arm)]
+    return {"frontier": found, "paths": paths(ordered), "per": per, "arms": arms}
 
 
-def _mean(cell: str) -> float:
-    """The number before an interval."""
-    return float(cell.split()[0].replace(MINUS, "-"))
-
-
-def plot(arms: dict[str, list[tuple[float, float]]]) -> str:
-    """The frontier as an SVG file."""
-    ways = {arm: [(0.0, 0.0), *reversed(points)] for arm, points in arms.items()}
-    label = f"Gold against KL to the reference, both per token: {', '.join(arms)}"
-    return figures.as_file(figures.frontier_plot(dict.fromkeys(arms, ()), ways, list(arms), [], "token", label))
+def table(results: dict[str, Any]) -> list[str]:
+    """A row for each other arm, as Markdown."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for row in results["frontier"]["comparisons"]:
+        golds = [number(gold["mean"]) for gold in (row["arm_gold"], row["other_gold"])]
+        difference = with_interval(row["difference"], row["interval"])
+        lines.append(
+            f"| {row['other']} | {number(row['kl'])} | {' | '.join(golds)} | {difference} | {len(row['seeds'])} |"
+        )
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="the figure to write")
-    parser.add_argument("tables", type=Path, nargs="+", help="results.md of runs")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of `tlcr run`")
+    parser.add_argument("--arm", default="continuous", help="what is compared with the others (default: continuous)")
+    parser.add_argument("--figure", type=Path, help="the figure to write: gold against KL, a line for every arm")
     options = parser.parse_args(arguments)
 
     def work() -> None:
-        arms: dict[str, list[tuple[float, float]]] = {}
-        for table in options.tables:
-            for arm, points in ends(table.read_text(encoding="utf-8")).items():
-                arms.setdefault(arm, points)
-        with atomic_write(options.output) as aside:
-            aside.write_text(plot(arms), encoding="utf-8")
+        per = {compared_per(read_config(folder)) for folder in options.runs}
+        if len(per) > 1:
+            raise DataError("some of these runs are compared per token and some per answer (evaluation.per)")
+        runs = [run for folder in options.runs for run in read_runs(folder)]
+        results = compared(runs, options.arm, *per)
+        if options.figure is not None:
+            with atomic_write(options.figure) as aside:
+                aside.write_text(frontier_figure(results), encoding="utf-8")
+        sys.stdout.write("\n".join(table(results)) + "\n")
 
     return command(work)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 from transformers.utils import logging as transformers_logging
 
-from tlcr.errors import ConfigError, TlcrError
+from tlcr.errors import ConfigError, DataError, TlcrError
 from tlcr.report.page import number
+from tlcr.report.results import SeedRun
 
 
 def values_of(path: Path, study: type) -> dict[str, Any]:
@@ -40,6 +41,27 @@ def values_of(path: Path, study: type) -> dict[str, Any]:
             f"{path} has the keys {', '.join(sorted(keys)) or 'of no mapping'}; wanted {', '.join(names)}"
         )
     return dict(values)
+
+
+def distinct(runs: Iterable[SeedRun]) -> Iterator[SeedRun]:
+    """The same runs, which count for a seed each.
+
+    Args:
+        runs: of one folder or several.
+
+    Yields:
+        Each of them.
+
+    Raises:
+        DataError: two are of one arm, coefficient and seed.
+    """
+    seen: set[tuple[str, float | None, int]] = set()
+    for run in runs:
+        own = (run.arm, run.kl_coef, run.seed)
+        if own in seen:
+            raise DataError(f"two runs are of arm {run.arm!r}, coefficient {run.kl_coef}, seed {run.seed}; give one")
+        seen.add(own)
+        yield run
 
 
 def with_interval(mean: float, interval: Sequence[float] | None) -> str:

@@ -1,4 +1,4 @@
-"""The ends of training are read from the tables of reports, each arm from the first that has it."""
+"""Arms of several runs are compared at equal KL as those of one run are."""
 
 from __future__ import annotations
 
@@ -8,45 +8,57 @@ import pytest
 
 from examples import frontier
 from tlcr.errors import DataError
-
-TABLE = """Held-out prompts; mean [95 % interval] over seeds 0, 1.
-
-| arm | KL coefficient | gold per token | own reward per token | KL, nats per token | tokens an answer |
-|---|---|---|---|---|---|
-| {arm} | 0.1 | \N{MINUS SIGN}0.2 [\N{MINUS SIGN}0.3, 0.1] | 0.3 | 1.5 [1.0, 2.0] | 29.7 |
-| {arm} | 0.4 | 0.1 | 0.1 | 0.25 [0.2, 0.3] | 22.5 |
-
-| arm | 0.1 |
-|---|---|
-| {arm} | 0.9 |
-"""
+from tlcr.report.results import SeedRun
 
 
-def test_an_end_is_the_mean_of_its_row() -> None:
-    assert frontier.ends(TABLE.format(arm="continuous")) == {"continuous": [(1.5, -0.2), (0.25, 0.1)]}
+def run(arm: str, kl_coef: float, seed: int, kl: float, gold: float) -> SeedRun:
+    """A run from no gold at no KL to its end."""
+    before = {"update": 0, "kl_per_token": 0.0, "gold_per_token": 0.0}
+    after = {"update": 10, "kl_per_token": kl, "gold_per_token": gold}
+    return SeedRun(arm, kl_coef, seed, before, after, (before, after))
 
 
-def test_a_run_with_a_single_coefficient_names_none() -> None:
-    table = TABLE.format(arm="continuous")
-    for one in (" KL coefficient |", " 0.1 |", " 0.4 |"):
-        table = table.replace(f"continuous |{one}", "continuous |").replace(f"arm |{one}", "arm |")
-    table = table.replace("---|---|---|---|---|---", "---|---|---|---|---", 1)
-    assert frontier.ends(table) == {"continuous": [(1.5, -0.2), (0.25, 0.1)]}
+RUNS = [
+    *(run("continuous", 0.1, seed, 1.0, 0.4 + seed / 10) for seed in (0, 1)),
+    *(run("continuous", 0.2, seed, 0.5, 0.3 + seed / 10) for seed in (0, 1)),
+    *(run(arm, coef, seed, 0.5, 0.1) for arm, coef in (("q", 0.1), ("refresh", 0.2)) for seed in (0, 1)),
+    *(run(arm, coef, seed, 0.2, 0.05) for arm, coef in (("q", 0.2), ("refresh", 0.4)) for seed in (0, 1)),
+]
 
 
-def test_all_arms_are_drawn_each_from_the_first_table_that_has_it(tmp_path: Path) -> None:
-    first, second = tmp_path / "a.md", tmp_path / "b.md"
-    first.write_text(TABLE.format(arm="continuous"), encoding="utf-8")
-    second.write_text(TABLE.replace("1.5", "9.5").format(arm="continuous") + TABLE.format(arm="q"), encoding="utf-8")
-    frontier.main([str(tmp_path / "out.svg"), str(first), str(second)])
-    drawn = (tmp_path / "out.svg").read_text(encoding="utf-8")
-    assert drawn == frontier.plot({"continuous": [(1.5, -0.2), (0.25, 0.1)]})
-    second.write_text(TABLE.format(arm="q"), encoding="utf-8")
-    frontier.main([str(tmp_path / "out.svg"), str(first), str(second)])
-    drawn = (tmp_path / "out.svg").read_text(encoding="utf-8")
-    assert ">continuous<" in drawn and ">q<" in drawn
+def test_the_arm_is_compared_with_each_other_one_at_the_kl_that_both_reached() -> None:
+    # at 0.5 nats continuous ended at 0.3 and 0.4, the others at 0.1: 12.706 standard errors of 0.05 about 0.25
+    row = "| 0.500 | 0.350 | 0.100 | 0.250 (\N{MINUS SIGN}0.385 to 0.885) | 2 |"
+    assert frontier.table(frontier.compared(RUNS, "continuous", "token"))[2:] == [f"| q {row}", f"| refresh {row}"]
 
 
-def test_a_file_without_the_table_is_refused() -> None:
-    with pytest.raises(DataError, match="no table with the columns arm, gold per token"):
-        frontier.ends("| arm | gold |\n|---|---|\n| q | 1 |\n")
+def test_runs_without_a_common_seed_have_no_difference() -> None:
+    runs = [*RUNS[:4:2], *(run("q", kl, 1, kl, 0.1) for kl in (0.2, 0.5))]
+    (row,) = frontier.table(frontier.compared(runs, "continuous", "token"))[2:]
+    assert row == "| q | 0.500 | 0.300 | 0.100 | \N{EN DASH} | 0 |"
+
+
+def test_any_arm_may_be_the_one() -> None:
+    rows = frontier.table(frontier.compared(RUNS, "refresh", "token"))[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| continuous", "| q"]
+
+
+@pytest.mark.parametrize(
+    ("runs", "arm", "said"),
+    [
+        (RUNS, "sequence", "no run is of arm 'sequence'; there are continuous, q, refresh"),
+        ([*RUNS, RUNS[0]], "continuous", r"two runs are of arm 'continuous', coefficient 0\.1, seed 0"),
+        ([run("q", 0.1, 0, 0.0, 0.0)], "q", "no run has gold at a KL above 0"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(runs: list[SeedRun], arm: str, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        frontier.compared(runs, arm, "token")
+
+
+def test_the_figure_draws_every_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frontier, "read_runs", lambda folder: RUNS[:4] if folder.name == "a" else RUNS[4:])
+    drawn = tmp_path / "out.svg"
+    assert frontier.main([str(tmp_path / "a"), str(tmp_path / "b"), "--figure", str(drawn)]) == 0
+    text = drawn.read_text(encoding="utf-8")
+    assert all(f">{arm}<" in text for arm in ("continuous", "q", "refresh"))
