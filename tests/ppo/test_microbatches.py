@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from transformers import PreTrainedModel
 from tests.ppo.helpers import ANSWER_IDS, PROMPT_IDS, known_rollout
 from tests.ppo.test_invariance import assert_same, update
 from tlcr.errors import DataError
+from tlcr.models.actor_critic import ActorCritic
 from tlcr.ppo import microbatches
 from tlcr.ppo.microbatches import CPU_TOKENS, MicroBatch, MicroBatches, PackedMicroBatch, PaddedMicroBatch
-from tlcr.types import Rollout
+from tlcr.ppo.scores import score_rollout
+from tlcr.types import PolicyScores, Rollout
 
 
 def rollout(prompts: list[int], answers: list[int]) -> Rollout:
@@ -95,8 +98,8 @@ def test_an_action_that_does_not_count_between_others_keeps_its_place() -> None:
     written_BT = torch.full(of.mask_BT.shape, -1.0)
     for part in split(of, 4):
         part.put(part.ids_BL.flatten()[part.actions_N].double(), written_BT)
-    assert written_BT[0, :4].tolist() == [41, 0, 60, 2]
-    assert written_BT[6].tolist() == [33, 34, 35, 0, 37]
+    assert written_BT[0, :4].tolist() == [41, -1, 60, 2]
+    assert written_BT[6].tolist() == [33, 34, 35, -1, 37]
 
 
 def test_gradients_come_back_from_rows_and_columns() -> None:
@@ -255,11 +258,11 @@ def test_where_rows_do_not_suffice_a_micro_batch_counts_nothing(another_process:
     assert [bool(part.mask_BT.any()) for part in first] == [True, True, False, False]
     assert [bool(part.mask_BT.any()) for part in second] == [False, False]
     idle = second[0]
+    written_BT = torch.full(of.mask_BT.shape, 7.0)
+    idle.put(torch.ones(len(idle.actions_N)), written_BT)
+    assert (written_BT == 7).all(), "its row is another micro-batch's"
     shortest = min(range(8), key=lambda row: len(PROMPT_IDS[row] + ANSWER_IDS[row]))
     assert idle.ids_BL[0].tolist() == PROMPT_IDS[shortest] + ANSWER_IDS[shortest] and idle.attention_mask_BL.all()
-    written_BT = torch.zeros(of.mask_BT.shape)
-    idle.put(torch.ones(len(idle.actions_N)), written_BT)
-    assert (written_BT == 0).all()
 
 
 def test_idle_micro_batches_change_no_gradient_and_no_statistic(
@@ -268,6 +271,27 @@ def test_idle_micro_batches_change_no_gradient_and_no_statistic(
     alone = update(tiny_gpt2)
     another_process([11])
     assert_same(alone, update(tiny_gpt2))
+
+
+def test_idle_micro_batches_change_no_score(
+    another_process: Callable[[list[int]], None], tiny_gpt2: Callable[..., PreTrainedModel]
+) -> None:
+    """Eight answers of one length: whichever of them the idle micro-batches have was scored before."""
+    of = rollout([2] * 8, [3] * 8)
+    of = replace(of, prompt_ids_BP=of.prompt_ids_BP % 50, response_ids_BT=of.response_ids_BT % 50)
+    actor_critic, reference = ActorCritic(tiny_gpt2(seed=1), None).eval(), tiny_gpt2(seed=2)
+    assert actor_critic.value_head is not None
+    torch.nn.init.normal_(actor_critic.value_head.weight)
+
+    def scores() -> PolicyScores:
+        return score_rollout(actor_critic, reference, of, temperature=1.0, exact_kl=True, micro_batch_size=2)
+
+    alone = scores()
+    assert all((found != 0).all() for found in (alone.logprobs_BT, alone.values_BT, alone.entropy_BT))
+    another_process([11])
+    found = scores()
+    for name in ("logprobs_BT", "ref_logprobs_BT", "values_BT", "entropy_BT", "kl_BT"):
+        torch.testing.assert_close(getattr(found, name), getattr(alone, name))
 
 
 def test_largest_of_one_process_is_its_own() -> None:
