@@ -11,6 +11,7 @@ batch are gone when it is trained on, so that a checkpoint holds the batch itsel
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from tlcr.training.distributed import process_count, process_index
 from tlcr.types import Rollout
 
 __all__ = ["Ahead"]
+
+logger = logging.getLogger("tlcr")
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,33 @@ class Ahead:
             return {"cursor": cursor if batch is None else batch.cursor}
         return {"cursor": cursor, "ahead": {"rollouts": everyones, "cursor": batch.cursor}}
 
-    def load(self, state: Mapping[str, Any] | None, *, pad_id: int, device: torch.device) -> None:
-        """Takes up the batch of a checkpoint; None: it has none."""
-        if state is None:
-            return
+    def load(self, state: Mapping[str, Any], *, pad_id: int, device: torch.device) -> int:
+        """Takes up the batch of a checkpoint, if it has one. That of another number of processes cannot be shared out
+        anew: its prompts come again.
+
+        Args:
+            state: as ``state`` gave it.
+            pad_id: what stands in padding.
+            device: where the rollouts are read.
+
+        Returns:
+            The cursor of the prompts.
+        """
+        batch = state.get("ahead")
+        if batch is None:
+            return int(state["cursor"])
+        if len(batch["rollouts"]) != process_count():
+            logger.info(
+                "the batch that %d processes had sampled ahead is left out, because there are %d now: its prompts are "
+                "answered again",
+                len(batch["rollouts"]),
+                process_count(),
+            )
+            return int(batch["cursor"])
         done: Future[Rollout] = Future()
-        done.set_result(_of_json(state["rollouts"][process_index()], pad_id, device))
-        self._next = _Batch(done, state["cursor"])
+        done.set_result(_of_json(batch["rollouts"][process_index()], pad_id, device))
+        self._next = _Batch(done, batch["cursor"])
+        return int(state["cursor"])
 
     def close(self) -> None:
         """Forgets a batch that nobody will take."""

@@ -380,8 +380,8 @@ class PPORun:
         }
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
-        self.prompts.cursor = state["cursor"]
-        self.ahead.load(state.get("ahead"), pad_id=self.tokenizer.pad_token_id, device=self.accelerator.device)
+        device = self.accelerator.device
+        self.prompts.cursor = self.ahead.load(state, pad_id=self.tokenizer.pad_token_id, device=device)
         self.kl_controller.load_state_dict(state["kl_controller"])
         if self.centre is not None:
             self.centre.load_state_dict(state["centre"])
