@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.ppo.helpers import run_ppo, small_config
@@ -20,7 +22,7 @@ from tlcr.errors import ConfigError
 from tlcr.ppo.run import ddp_options
 from tlcr.recipes.train_sft import train_sft
 from tlcr.training import accelerator as builder
-from tlcr.training.accelerator import open_accelerator
+from tlcr.training.accelerator import open_accelerator, without_sync
 from tlcr.training.callbacks import Callback
 from tlcr.training.launcher import requested_sharding
 from tlcr.training.metrics import read_metrics
@@ -234,3 +236,22 @@ def test_ppo_looks_for_unused_parameters_only_where_a_network_sits_out(
     assert ddp_options(cfg.ppo) == DistributedDataParallelKwargs(
         find_unused_parameters=partial, broadcast_buffers=False
     )
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_shards_are_never_asked_to_wait_with_their_gradients(around: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `accelerate launch --use_fsdp` on GPUs, accelerate asks what it is given to wait, whatever that is."""
+    model = nn.Linear(1, 1)
+    asked: list[nn.Module] = []
+
+    class Fsdp:
+        @contextmanager
+        def no_sync(self, module: nn.Module) -> Iterator[None]:
+            asked.append(module)
+            yield
+
+    module, inner = (nn.Sequential(model), model) if around else (model, None)
+    for shards in (True, False):
+        monkeypatch.setattr(builder, "is_sharded", lambda of, shards=shards: shards and of is model)
+        with without_sync(Fsdp(), module, inner):  # type: ignore[arg-type]
+            assert asked == ([] if shards else [module])

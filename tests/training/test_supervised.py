@@ -402,6 +402,7 @@ def test_every_epoch_is_a_new_permutation_that_the_seed_fixes(tmp_path, tiny_cau
     assert first[:10] != first[10:]
     assert order(seed=1) == first
     assert order(seed=2) != first
+    assert sorted(order(seed=2**62)[:10]) == ids  # a time in nanoseconds is no smaller
 
 
 @pytest.mark.parametrize(("every", "at"), [(0, [3, 6]), (2, [2, 4, 6]), (4, [4, 6])])

@@ -28,7 +28,7 @@ from tlcr.models.loading import load_token_classifier
 from tlcr.models.tokenizers import load_tokenizer
 from tlcr.text.padding import pad_right
 from tlcr.text.tokenization import encode_answers, token_pieces
-from tlcr.training.sharding import Sharding, as_forward
+from tlcr.training.sharding import Sharding, as_forward, device_of
 from tlcr.training.supervised import LossParts
 from tlcr.types import EncodedAnswer, LabelledAnswer, LabelledPair
 
@@ -236,10 +236,11 @@ def predict_tokens(
     """The discriminator's logits for every counted token of both sides of `pairs`, neutral ones included."""
     answers = [answer for pair in pairs for answer in (pair.rejected, pair.revised)]
     logits: list[Tensor] = [torch.empty(0)] * len(answers)
+    device = device_of(model)
     with evaluating(model):
         for batch in _length_sorted([len(answer.encoded.ids) for answer in answers], batch_size):
             tensors = collate_answers([answers[i] for i in batch], pad_token_id=pad_token_id, targets="soft")
-            ids_BL, mask_BL = tensors["ids"].to(model.device), tensors["attention_mask"].to(model.device)
+            ids_BL, mask_BL = tensors["ids"].to(device), tensors["attention_mask"].to(device)
             logits_BLC = classify(model, ids_BL, mask_BL).float().cpu()
             for i, logits_LC, weights_L in zip(batch, logits_BLC, tensors["weights"], strict=True):
                 logits[i] = logits_LC[weights_L > 0]
@@ -367,13 +368,14 @@ def token_opinions(
         One opinion for each answer, in their order.
     """
     opinions: dict[int, Opinion] = {}
+    device = device_of(model)
     with evaluating(model):
         for batch in _length_sorted([len(row.ids) for row in encoded], batch_size):
             rows = [encoded[i] for i in batch]
             ids_BL, mask_BL = pad_right([row.ids for row in rows], pad_token_id)
             column_L = torch.arange(ids_BL.shape[1])
             answer_BL = mask_BL & (column_L >= torch.tensor([row.answer_start for row in rows])[:, None])
-            logits_BLC = classify(model, ids_BL.to(model.device), mask_BL.to(model.device)).float().cpu()
+            logits_BLC = classify(model, ids_BL.to(device), mask_BL.to(device)).float().cpu()
             rewards_BL = ops.fused_reward(logits_BLC, answer_BL, temperature=temperature_of(model))
             for i, row, logits_LC, rewards_L in zip(batch, rows, logits_BLC, rewards_BL, strict=True):
                 answer = slice(row.answer_start, len(row.ids))

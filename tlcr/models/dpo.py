@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from tlcr.models.logits import answer_logprobs
 from tlcr.text.padding import collate_completions
 from tlcr.training.distributed import process_count, process_index, sum_over_processes
-from tlcr.training.sharding import as_forward, is_sharded
+from tlcr.training.sharding import as_forward, device_of, is_sharded
 from tlcr.training.supervised import LossParts, ranking_loss
 from tlcr.types import EncodedComparison
 
@@ -119,7 +119,7 @@ def with_reference(
     totals_N2 = torch.zeros(len(comparisons), 2, dtype=torch.float64)
     mine = range(process_index(), len(comparisons), process_count())
     by_length = sorted(mine, key=lambda i: -comparisons[i].length)
-    device = next(model.parameters()).device
+    device = device_of(model)
     # Each forward pass of a sharded model is one of all processes: one that has fewer rows repeats the first.
     own = math.ceil(len(comparisons) / process_count()) if is_sharded(model) else len(by_length)
     for start in range(0, own, batch_size):

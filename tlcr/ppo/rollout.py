@@ -17,6 +17,7 @@ from tlcr.models.positions import CONVERSATION_LIMITS, check_fits
 from tlcr.ppo.conversation import Conversation, Environment, Turn, converse
 from tlcr.text.padding import pad_left, pad_right
 from tlcr.text.tokenization import decode_text, start_of_text
+from tlcr.training.sharding import device_of
 from tlcr.types import Rollout
 
 ROUNDING = 1e-3
@@ -126,7 +127,7 @@ def generate(
     response_ids_BT, read_BT = pad_right([conversation.ids for conversation in conversations], tokenizer.pad_token_id)
     mask_BT = torch.zeros_like(read_BT)
     mask_BT[read_BT] = torch.tensor([acted for conversation in conversations for acted in conversation.acted])
-    device = policy.device
+    device = device_of(policy)  # a batch ahead is finished when the weights may be shards again
     return Rollout(
         prompts=tuple(prompts),
         responses=tuple(

@@ -22,6 +22,7 @@ from tlcr.errors import ConfigError, TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic, PolicyOutput, Terms
 from tlcr.ppo.kl import estimate_kl
 from tlcr.ppo.microbatches import MicroBatch, MicroBatches
+from tlcr.training.accelerator import without_sync
 from tlcr.training.optim import clip_gradients, gradient_norm
 from tlcr.training.profiling import part
 from tlcr.types import Advantages, PolicyScores, Rollout
@@ -182,8 +183,8 @@ def _backward(
     in_loss = kl.placement == "loss" and not value_only
     terms: Terms = "value" if value_only else "both" if cfg.value_coef > 0 else "policy"
     old_logprobs_BT = batch.take(scores.logprobs_BT)
-    # Gradients are reduced once per minibatch: DDP waits for the other processes in the last micro-batch only.
-    with nullcontext() if last else accelerator.no_sync(actor_critic):
+    # Data parallelism waits for the other processes in the last micro-batch of a minibatch only.
+    with nullcontext() if last else without_sync(accelerator, actor_critic):
         with part("update: forward"):
             output_N: PolicyOutput = actor_critic(
                 *batch.tokens,

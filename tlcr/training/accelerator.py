@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from torch import nn
 
 from tlcr.config.schema import RunConfig, ShardingConfig
 from tlcr.errors import ConfigError
 from tlcr.training.checkpoint import as_plain
 from tlcr.training.launcher import requested_sharding
+from tlcr.training.sharding import is_sharded
 
 PROJECT = "tlcr"
 """The project name that trackers get."""
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def without_sync(
+    accelerator: Accelerator, module: nn.Module, model: nn.Module | None = None
+) -> AbstractContextManager[None]:
+    """Backward passes inside sum no gradients over processes: a later one does, for all of them.
+
+    Shards do so after every pass. Else each process would keep whole gradients, and under a launcher that says FSDP
+    accelerate would ask modules that are none of FSDP's to wait.
+
+    Args:
+        accelerator: of the training.
+        module: what the training calls, a model that accelerate prepared, or one with shards.
+        model: the model in it, where ``module`` is only a loss around it.
+
+    Returns:
+        The context.
+    """
+    if is_sharded(module if model is None else model):
+        return nullcontext()
+    return accelerator.no_sync(module)
 
 
 @contextmanager

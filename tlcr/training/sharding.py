@@ -285,6 +285,11 @@ def has_shards(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes, which is where its inputs belong. Shards that are offloaded lie elsewhere."""
+    return process_device() if has_shards(model) else next(model.parameters()).device
+
+
 def reshard(*roots: nn.Module) -> None:
     """Frees what is gathered. Roots keep their own parameters gathered after a forward pass without a backward pass:
     they take memory, and a step on the shards does not reach them. What a ``gathered`` block holds stays.

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from tlcr.config.schema import TrainingConfig, undecisive
 from tlcr.errors import DataError, TrainingDiverged
-from tlcr.training.accelerator import check_parallelism
+from tlcr.training.accelerator import check_parallelism, without_sync
 from tlcr.training.callbacks import Callback
 from tlcr.training.distributed import process_count, process_index, sum_over_processes
 from tlcr.training.loop import TrainingLoop, settings_without
@@ -35,7 +35,7 @@ from tlcr.training.optim import (
     parameter_groups,
     scale_gradients,
 )
-from tlcr.training.sharding import as_forward, is_sharded
+from tlcr.training.sharding import as_forward, device_of, is_sharded
 from tlcr.training.trained_part import frozen_digest, trained_part
 
 E = TypeVar("E")
@@ -177,7 +177,7 @@ def mean_loss(
     Returns:
         "loss" and each statistic by its name.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     training = model.training
     model.eval()
     sums: dict[str, Tensor] = {}
@@ -324,7 +324,7 @@ class _Run:
         for i, (micro_batch, counts) in enumerate(micro_batches):
             batch = {name: value.to(self.accelerator.device) for name, value in self.collate(micro_batch).items()}
             last = i == len(micro_batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.module):
+            with nullcontext() if last else without_sync(self.accelerator, self.module, self.model):
                 parts = self.module(batch)
                 self.accelerator.backward(parts.total if counts else parts.total * 0.0)
             _add(sums, _flat(parts), counts=counts)
@@ -340,7 +340,7 @@ class _Run:
         """The examples of the next step: the number of steps done is the data cursor."""
         epoch, index = divmod(self.loop.step, self.steps_per_epoch)
         if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+            generator = torch.Generator().manual_seed(((self.seed << 20) + epoch) % 2**64)
             self._order = epoch, torch.randperm(len(self.examples), generator=generator).tolist()
         first = index * self.cfg.batch_size
         return [self.examples[i] for i in self._order[1][first : first + self.cfg.batch_size]]
