@@ -59,12 +59,13 @@ def fused_gae(
         impl: which implementation runs.
 
     Returns:
-        `(advantages, returns)` in the shape of `rewards`, without gradients.
+        `(advantages, returns)` in the shape of `rewards`, without gradients: float64 where an input is, else float32.
 
     Raises:
         ShapeError: a tensor has another shape, dtype or device.
         DataError: cu_seqlens are not cumulative lengths within N.
         ConfigError: gamma or lam lies outside [0, 1].
+        BackendUnavailable: `impl` names one that cannot run here.
     """
     arguments = GAEArguments(rewards, values, mask, gamma, lam, bool(whiten), cu_seqlens)
     device = _device_if_ready(arguments)

@@ -126,7 +126,12 @@ def ppo_loss(
         impl: which implementation runs.
 
     Returns:
-        `PPOLoss`: scalars on the device; only `loss` carries a gradient.
+        `PPOLoss`: scalars on the device, float64 where an input (B, T) is, else float32; only `loss` has a gradient.
+
+    Raises:
+        ShapeError: a tensor has another shape, dtype, layout or device.
+        ConfigError: a number is out of its range, or an argument that another needs is missing.
+        BackendUnavailable: `impl` names one that cannot run here.
     """
     _checks.choice("ppo_loss", "aggregate", aggregate, ("token", "sequence"))
     inputs = PPOInputs(

@@ -82,7 +82,13 @@ def fused_reward(
         impl: which implementation runs.
 
     Returns:
-        rewards (B, T), without a gradient.
+        rewards (B, T), without a gradient: float64 where the logits are, else float32, whatever dtype `kl` and
+        `terminal` have.
+
+    Raises:
+        ShapeError: a tensor has another shape, dtype, layout or device.
+        ConfigError: a number is out of its range, or an argument that another needs is missing.
+        BackendUnavailable: `impl` names one that cannot run here.
     """
     _checks.choice("fused_reward", "kind", kind, ("continuous", "discrete"))
     options = RewardOptions(kl, kl_coef, terminal, temperature, scale, clip, kind == "discrete", band)
@@ -199,7 +205,12 @@ def reward_from_hidden(
         impl: as in `fused_reward`.
 
     Returns:
-        rewards (B, T), without a gradient.
+        rewards (B, T), without a gradient: float64 where hidden states, weight or bias are, else float32.
+
+    Raises:
+        ShapeError: a tensor has another shape, dtype, layout or device.
+        ConfigError: as for `fused_reward`.
+        BackendUnavailable: `impl` names one that cannot run here.
     """
     op = "reward_from_hidden"
     _checks.choice(op, "kind", kind, ("continuous", "discrete"))

@@ -125,7 +125,13 @@ def score_tokens(
         impl: which implementation runs.
 
     Returns:
-        `TokenScores`, each field (...).
+        `TokenScores`, each field (...): float64 where logits or ref_logits are, else float32.
+
+    Raises:
+        ShapeError: a tensor has another shape, dtype, layout or device.
+        DataError: an id lies outside [0, V), on the CPU.
+        ConfigError: the temperature is not above 0, or requires a gradient.
+        BackendUnavailable: `impl` names one that cannot run here.
     """
     number, tensor = (1.0, temperature) if isinstance(temperature, Tensor) else (temperature, None)
     arguments = ScoreTokensArguments(logits, token_ids, ref_logits, number, tensor)
@@ -215,7 +221,13 @@ def score_hidden(
         impl: which implementation runs.
 
     Returns:
-        `TokenScores`, each field (...).
+        `TokenScores`, each field (...): float64 where hidden states, a weight or a bias are, else float32.
+
+    Raises:
+        ShapeError: a tensor has another shape, dtype, layout or device.
+        DataError: an id lies outside [0, V), on the CPU.
+        ConfigError: a number is out of its range, or an argument that another needs is missing.
+        BackendUnavailable: `impl` names one that cannot run here.
     """
     op = "score_hidden"
     for name, required in (("hidden", hidden), ("weight", weight), ("token_ids", token_ids)):

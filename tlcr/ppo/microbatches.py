@@ -66,8 +66,8 @@ class MicroBatch(ABC):
         return x_N.new_zeros(self.mask_BT.numel()).index_copy(0, self._places_N, x_N).view(self.mask_BT.shape)
 
     def put(self, x_N: Tensor, into_BT: Tensor) -> None:
-        """Writes what a model says of each action that counts to its place in a value of the whole rollout. All else
-        stays: an idle micro-batch has the row of another one, which may have been written before."""
+        """Writes what a model says of each action that counts to its place in a value of the whole rollout."""
+        # All else stays: an idle micro-batch has the row of another one, which may have been written before.
         said_BT = self.spread(x_N).to(into_BT.dtype)
         into_BT[self.rows_B, : self.response_length] = torch.where(self.mask_BT, said_BT, self.take(into_BT))
 
