@@ -4,8 +4,9 @@
 
 A thousand of its sentences have three different rewrites by people. There the words that the second and the third took
 out or replaced are marked, and the first rewrite says how well one person's edit finds what two others changed. Edits
-to learn from come from the other sentences, none of which begins with the same three words as a marked one. As JSON
-lines:
+to learn from come from the other sentences, none of which begins with the same three words as a marked one. The kind of
+a mark is how many of those edits take the same word out: a score that knows words alone has nothing to go by where none
+does. As JSON lines:
 
     edits.jsonl            id, prompt, rejected (the comment), revised (the closest rewrite)
     spans.jsonl            id, prompt, response, spans: the comments to judge on
@@ -21,7 +22,8 @@ from __future__ import annotations
 import argparse
 import logging
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,9 @@ from tlcr.files import write_json_lines
 logger = logging.getLogger("marks")
 
 PROMPT = "Comment:\n"
-LABEL = "toxic"
+KINDS = {0: "in no edit", 1: "in 1 to 9 edits", 10: "in 10 edits or more"}
+"""Kinds of marks, by how many edits at least take the word out."""
+PUNCTUATION = ".,;:!?\"'()"
 OPENING = 3
 """Words that no edit shares with a marked comment at its beginning."""
 
@@ -58,17 +62,36 @@ def taken_out(text: str, rewrite: str) -> list[bool]:
     return gone
 
 
-def spans(text: str, is_marked: Sequence[bool]) -> list[dict[str, Any]]:
-    """The characters of the marked words; words in a row are one span. One space stands between two words."""
+def times_taken_out(edits: Iterable[tuple[str, str]]) -> Counter[str]:
+    """For each word, without punctuation at its ends, how many edits (a text, its rewrite) take it out."""
+    return Counter(
+        word
+        for text, rewrite in edits
+        for word in {
+            word.strip(PUNCTUATION) for word, gone in zip(text.split(), taken_out(text, rewrite), strict=True) if gone
+        }
+    )
+
+
+def kind_of(word: str, times: Mapping[str, int]) -> str:
+    """The kind of a mark on a word."""
+    return KINDS[max(least for least in KINDS if least <= times.get(word.strip(PUNCTUATION), 0))]
+
+
+def spans(text: str, is_marked: Sequence[bool], times: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The characters of the marked words, and their kinds; words of one kind in a row are one span. Between two words
+    stands one space, which belongs to a span where both are marked."""
     words = text.split()
     begins = [0, *accumulate(len(word) + 1 for word in words)]
     found: list[dict[str, Any]] = []
     for k, word in enumerate(words):
-        if is_marked[k]:
-            if k and is_marked[k - 1]:
-                found[-1]["end"] = begins[k] + len(word)
-            else:
-                found.append({"start": begins[k], "end": begins[k] + len(word), "label": LABEL})
+        if not is_marked[k]:
+            continue
+        kind, end, follows = kind_of(word, times), begins[k] + len(word), k > 0 and is_marked[k - 1]
+        if follows and found[-1]["label"] == kind:
+            found[-1]["end"] = end
+        else:
+            found.append({"start": found[-1]["end"] if follows else begins[k], "end": end, "label": kind})
     return found
 
 
@@ -82,6 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--marked", type=int, default=400, help="comments to judge on")
     parser.add_argument("--threshold", type=int, default=100, help="comments to choose thresholds on")
+    parser.add_argument("--learnt", type=int, default=3000, help="edits that count for kinds: data.limit of marks.yaml")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rewrites = read(options.table)
@@ -98,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
     def marked(toxic: str) -> dict[str, Any]:
         _, second, third = rewrites[toxic]
         both = [a and b for a, b in zip(taken_out(toxic, second), taken_out(toxic, third), strict=True)]
-        return record(number[toxic], response=toxic, spans=spans(toxic, both))
+        return record(number[toxic], response=toxic, spans=spans(toxic, both, times))
 
     def edited(toxic: str, rewrite: str) -> dict[str, Any]:
         return record(number[toxic], rejected=toxic, revised=rewrite)
@@ -107,6 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     others = [toxic for toxic in rewrites if rewrites[toxic] and tuple(toxic.split()[:OPENING]) not in openings]
     random.Random(1).shuffle(others)
     edits = [edited(toxic, rewrite) for toxic in others if (rewrite := closest(toxic, rewrites[toxic])) is not None]
+    times = times_taken_out((edit["rejected"], edit["revised"]) for edit in edits[: options.learnt])
     judged, tuned = chosen[: options.marked], chosen[options.marked :]
     for name, records in (
         ("edits", edits),

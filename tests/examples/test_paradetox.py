@@ -149,6 +149,33 @@ def test_words_are_marked_that_two_others_took_out(tmp_path: Path, tiny_tokenize
     assert read_marked_answers(str(tmp_path / "out" / "spans.jsonl"), DataConfig(), tiny_tokenizer).records[0].spans
 
 
+def test_the_kind_of_a_mark_is_how_many_edits_take_the_word_out() -> None:
+    edits = [("a damn, damn fool", "a person"), *[("you fool !", "you !")] * 9]
+    times = marks.times_taken_out(edits)
+    assert times == {"damn": 1, "fool": 10}, "an edit counts once, and commas do not"
+    text = "no fool, fool damn idiot here damn"
+    found = marks.spans(text, [False, True, True, True, True, False, True], times)
+    assert [(text[span["start"] : span["end"]], span["label"]) for span in found] == [
+        ("fool, fool", "in 10 edits or more"),
+        (" damn", "in 1 to 9 edits"),
+        (" idiot", "in no edit"),
+        ("damn", "in 1 to 9 edits"),
+    ]
+
+
+def test_only_edits_that_are_learnt_from_count(tmp_path: Path) -> None:
+    rows = [(f"so {n} bad", f"so {n}", f"so {n} ok", f"so {n} fine") for n in range(2)]
+    rows += [(f"it {n} is bad", f"it {n} is fine", "", "") for n in range(3)]
+    table = tmp_path / "table.tsv"
+    table.write_text("\n".join("\t".join(row) for row in (("toxic", "neutral1", "neutral2", "neutral3"), *rows)) + "\n")
+    for learnt, kind in ((0, "in no edit"), (3, "in 1 to 9 edits")):
+        out = tmp_path / str(learnt)
+        amounts = ["--marked", "1", "--threshold", "1", "--learnt", str(learnt)]
+        marks.main(["--table", str(table), "--output", str(out), *amounts])
+        (judged,) = lines(out / "spans.jsonl")
+        assert [span["label"] for span in judged["spans"]] == [kind]
+
+
 def test_too_few_comments_with_three_rewrites_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = tmp_path / "table.tsv"
     table.write_text(TABLE)
