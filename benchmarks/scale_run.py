@@ -31,7 +31,7 @@ from tlcr.config.schema import RunConfig
 from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.models.inspection import TWO_CLASSES
 from tlcr.models.loading import load_causal_lm, load_token_classifier
-from tlcr.models.roles import Roles
+from tlcr.models.lora.roles import Roles
 from tlcr.models.tokenizers import load_tokenizer
 from tlcr.recipes.train_ppo import train_ppo
 from tlcr.rewards.sources import LoadedModel, build_reward_source

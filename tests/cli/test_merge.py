@@ -19,11 +19,11 @@ from transformers import (
 
 from tlcr.cli import main as cli
 from tlcr.config.schema import LoRAConfig, ModelConfig
-from tlcr.models.adapter_files import save_trained
-from tlcr.models.adapters import add_adapter, own_named_parameters
 from tlcr.models.discriminator import load_discriminator, temperature_of
 from tlcr.models.inspection import THREE_CLASSES
 from tlcr.models.loading import load_causal_lm, load_sequence_classifier, load_token_classifier
+from tlcr.models.lora.adapters import add_adapter, own_named_parameters
+from tlcr.models.lora.files import save_trained
 
 IDS = torch.tensor([[5, 9, 30, 41, 17, 60, 2]])
 CFG = LoRAConfig(rank=3, alpha=6)

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from tests.engines.helpers import PROMPTS, sampling, worst
 from tlcr.config.schema import LoRAConfig, RolloutConfig
 from tlcr.engines import Engine, Sampling, build_engine
-from tlcr.models.roles import Roles
+from tlcr.models.lora.roles import Roles
 
 TOLERANCE = 2e-5
 """Of a log-probability, in float32 with other kernels."""

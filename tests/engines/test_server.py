@@ -27,8 +27,8 @@ from tlcr.engines import server as module
 from tlcr.engines.probe import PROBE_TOKENS
 from tlcr.engines.server import Server
 from tlcr.errors import BackendUnavailable, ConfigError
-from tlcr.models.adapter_files import merged_weights
-from tlcr.models.roles import Roles
+from tlcr.models.lora.files import merged_weights
+from tlcr.models.lora.roles import Roles
 from tlcr.training.metrics import read_metrics
 
 LM = Callable[..., PreTrainedModel]

@@ -21,7 +21,7 @@ from tlcr.engines import build_engine
 from tlcr.engines import vllm as module
 from tlcr.errors import BackendUnavailable
 from tlcr.experiment.preflight import settings as preflight_settings
-from tlcr.models.roles import Roles
+from tlcr.models.lora.roles import Roles
 
 CFG = RolloutConfig(engine="vllm", batch_size=4)
 

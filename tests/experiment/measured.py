@@ -20,7 +20,7 @@ from tlcr.experiment.architecture import Architecture, Machine, build_on_meta
 from tlcr.experiment.memory import Estimate, estimate_run
 from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.models.loading import load_causal_lm
-from tlcr.models.roles import Roles
+from tlcr.models.lora.roles import Roles
 from tlcr.recipes.train_ppo import train_ppo
 from tlcr.rewards.sources import CallableSource
 from tlcr.types import EncodedAnswer

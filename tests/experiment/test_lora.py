@@ -19,7 +19,7 @@ from tlcr.experiment.arm import _frozen, _start
 from tlcr.experiment.pipeline import run, stage
 from tlcr.experiment.preflight import settings
 from tlcr.experiment.run_folder import open_run
-from tlcr.models.adapters import own_parameters, role_of
+from tlcr.models.lora.adapters import own_parameters, role_of
 
 LORA = LoRAConfig(rank=4)
 

@@ -22,8 +22,8 @@ from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.models.discriminator import classify
 from tlcr.models.inspection import TWO_CLASSES
 from tlcr.models.loading import load_causal_lm, load_sequence_classifier, load_token_classifier
+from tlcr.models.lora.roles import Roles
 from tlcr.models.reward_model import bradley_terry_loss, collate_comparisons
-from tlcr.models.roles import Roles
 from tlcr.models.sft import completion_loss
 from tlcr.text.padding import collate_completions
 from tlcr.training.sharding import shard

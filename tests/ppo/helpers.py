@@ -22,7 +22,7 @@ from tlcr.config.schema import (
 )
 from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.models.heads import classification_head
-from tlcr.models.roles import Roles
+from tlcr.models.lora.roles import Roles
 from tlcr.ppo.run import PPOResult
 from tlcr.recipes.train_ppo import train_ppo
 from tlcr.rewards.sources import CallableSource

@@ -32,11 +32,11 @@ from tests.ppo.sharded import (
 from tlcr.config.schema import LoRAConfig, ModelConfig, PPOConfig, RunConfig, ShardingConfig
 from tlcr.errors import CheckpointError
 from tlcr.models.actor_critic import ActorCritic, build_value_model
-from tlcr.models.adapter_files import save_trained
-from tlcr.models.adapters import add_adapter, base_digest, own_parameters
 from tlcr.models.loading import load_causal_lm, load_token_classifier
+from tlcr.models.lora.adapters import add_adapter, base_digest, own_parameters
+from tlcr.models.lora.files import save_trained
+from tlcr.models.lora.roles import Roles
 from tlcr.models.preparing import enable_gradient_checkpointing
-from tlcr.models.roles import Roles
 from tlcr.models.stored import is_unread
 from tlcr.ppo.rollout import generate, seeded_generator
 from tlcr.ppo.run import PPOResult

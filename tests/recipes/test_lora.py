@@ -36,10 +36,10 @@ from tlcr.config.schema import (
 )
 from tlcr.errors import CheckpointError
 from tlcr.models.actor_critic import ActorCritic
-from tlcr.models.adapters import add_adapter, base_parameters, own_parameters
 from tlcr.models.loading import load_token_classifier
+from tlcr.models.lora.adapters import add_adapter, base_parameters, own_parameters
+from tlcr.models.lora.roles import Roles
 from tlcr.models.preparing import enable_gradient_checkpointing
-from tlcr.models.roles import Roles
 from tlcr.ppo.run import PPOResult
 from tlcr.recipes.train_discriminator import train_discriminator
 from tlcr.recipes.train_dpo import train_dpo

@@ -19,7 +19,6 @@ from tests.launched import Checks
 from tests.training.sharded import full, lm, same, whole
 from tlcr.config.schema import LoRAConfig, ModelConfig, TrainingConfig
 from tlcr.errors import CheckpointError, TrainingDiverged
-from tlcr.models.adapters import add_adapter
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.discriminator import collate_pairs, predict_tokens
 from tlcr.models.discriminator import label_loss as discriminator_loss
@@ -27,6 +26,7 @@ from tlcr.models.dpo import ReferencedComparison, collate_referenced, dpo_loss, 
 from tlcr.models.heads import classification_head
 from tlcr.models.inspection import TWO_CLASSES
 from tlcr.models.loading import load_sequence_classifier, load_token_classifier
+from tlcr.models.lora.adapters import add_adapter
 from tlcr.models.reward_model import bradley_terry_loss, collate_comparisons
 from tlcr.models.sft import completion_loss
 from tlcr.text.padding import collate_completions

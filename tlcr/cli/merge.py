@@ -12,10 +12,10 @@ from transformers.utils import CONFIG_NAME
 
 from tlcr.config.schema import ModelConfig
 from tlcr.errors import CheckpointError, ConfigError
-from tlcr.models.adapter_files import attach_adapter, merged_weights, read_base, read_peft_config
-from tlcr.models.adapters import base_digest
 from tlcr.models.inspection import read_config
 from tlcr.models.loading import load_causal_lm, load_sequence_classifier, load_token_classifier
+from tlcr.models.lora.adapters import base_digest
+from tlcr.models.lora.files import attach_adapter, merged_weights, read_base, read_peft_config
 from tlcr.models.saving import save_model
 from tlcr.models.tokenizers import load_tokenizer
 

@@ -32,8 +32,8 @@ from tlcr.engines.protocol import Answer, Sampling
 from tlcr.engines.vllm_client import Client, Fault
 from tlcr.errors import BackendUnavailable
 from tlcr.files import atomic_write, write_json
-from tlcr.models.adapter_files import adapter_weights, whole_weights, write_adapter
-from tlcr.models.adapters import adapter_of
+from tlcr.models.lora.adapters import adapter_of
+from tlcr.models.lora.files import adapter_weights, whole_weights, write_adapter
 from tlcr.training.distributed import on_main_process, process_count
 from tlcr.training.profiling import part
 

@@ -24,9 +24,9 @@ from tlcr.config.schema import EngineConfig
 from tlcr.engines.probe import NotThePolicys, Probe, check_probe, probe_prompt, probe_sampling
 from tlcr.engines.protocol import Answer, Sampling
 from tlcr.errors import BackendUnavailable
-from tlcr.models.adapter_files import adapter_weights, whole_weights, write_adapter
-from tlcr.models.adapters import adapter_of
 from tlcr.models.faults import one_line
+from tlcr.models.lora.adapters import adapter_of
+from tlcr.models.lora.files import adapter_weights, whole_weights, write_adapter
 from tlcr.models.positions import position_limit
 from tlcr.training.distributed import process_count
 from tlcr.training.profiling import part

@@ -75,7 +75,7 @@ class Architecture:
     def adapter(self, lora: LoRAConfig) -> int:
         """The parameters of one adapter."""
         if lora not in self._adapters:
-            from tlcr.models.adapters import add_adapter
+            from tlcr.models.lora.adapters import add_adapter
 
             model = deepcopy(self.model)
             add_adapter(model, lora, "counted", seed=0)
@@ -84,14 +84,14 @@ class Architecture:
 
     def saved_by_bits(self, cfg: RunConfig) -> int:
         """The bytes that ``lora.base_bits`` saves of the frozen weights of one model."""
-        from tlcr.models.four_bits import bytes_of
+        from tlcr.models.lora.four_bits import bytes_of
 
         width = BYTES[cfg.model.dtype]
         return sum(width * weight.numel() - bytes_of(weight.shape) for weight in self._linear_weights)
 
     @functools.cached_property
     def _linear_weights(self) -> list[Tensor]:
-        from tlcr.models.four_bits import linear_layers
+        from tlcr.models.lora.four_bits import linear_layers
 
         return [layer.weight for layer in linear_layers(self.model.base_model).values()]
 

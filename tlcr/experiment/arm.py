@@ -31,7 +31,7 @@ from tlcr.experiment.refresh import refresh_of
 from tlcr.experiment.run_folder import RunFolder
 from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.models.loading import load_causal_lm
-from tlcr.models.roles import Roles
+from tlcr.models.lora.roles import Roles
 from tlcr.ppo.advantages import compute_advantages
 from tlcr.ppo.rollout import generate, seeded_generator
 from tlcr.ppo.run import SERVER_WEIGHTS

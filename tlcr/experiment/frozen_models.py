@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from tlcr.config.schema import RunConfig
 from tlcr.experiment.run_folder import RunFolder
-from tlcr.models.adapter_files import FOLDER, read_base
-from tlcr.models.adapters import base_digest
 from tlcr.models.discriminator import load_discriminator, temperature_of
 from tlcr.models.loading import load_causal_lm, load_sequence_classifier
-from tlcr.models.roles import Roles
+from tlcr.models.lora.adapters import base_digest
+from tlcr.models.lora.files import FOLDER, read_base
+from tlcr.models.lora.roles import Roles
 from tlcr.models.tokenizers import load_tokenizer
 from tlcr.rewards.sources import LoadedModel, RewardSource, build_reward_source
 from tlcr.training.sharding import Sharding

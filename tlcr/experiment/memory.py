@@ -269,7 +269,7 @@ def _training(
 def _discriminator_is_a_role(cfg: RunConfig) -> bool:
     """Whether PPO will load the discriminator as an adapter on the policy's weights."""
     from tlcr.experiment.frozen_models import may_be_a_role
-    from tlcr.models.adapter_files import FOLDER, read_base
+    from tlcr.models.lora.files import FOLDER, read_base
 
     path = cfg.discriminator.path
     about: dict[str, Any] = {}

@@ -316,7 +316,7 @@ def _packages(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
         remedy = install_command("lora") + ", or set lora.rank: null"
         yield Finding("blocked", "peft", "lora.rank needs the package peft, and it is not installed", remedy)
     if cfg.lora.base_bits is not None:
-        from tlcr.models.four_bits import missing_bitsandbytes  # which imports torch
+        from tlcr.models.lora.four_bits import missing_bitsandbytes  # which imports torch
 
         if (error := missing_bitsandbytes()) is not None:
             yield Finding.of("bitsandbytes", error)

@@ -30,14 +30,14 @@ from tlcr.config.schema import Adapted, LoRAConfig, ModelConfig
 from tlcr.experiment.allocations import Allocations
 from tlcr.models import classifiers, inspection
 from tlcr.models.actor_critic import ActorCritic
-from tlcr.models.adapters import add_adapter
 from tlcr.models.attention import NAME as FOR_CPUS
 from tlcr.models.discriminator import classify
 from tlcr.models.heads import backbone, classification_head, use_float32_head
 from tlcr.models.logits import answer_logprobs
+from tlcr.models.lora.adapters import add_adapter
+from tlcr.models.lora.roles import Roles
 from tlcr.models.packing import Packing
 from tlcr.models.preparing import prepared
-from tlcr.models.roles import Roles
 from tlcr.training.sharding import (
     REPLICATE,
     SHARD,

@@ -24,10 +24,10 @@ from tlcr import ops
 from tlcr.config.schema import ModelConfig, PPOConfig
 from tlcr.errors import CheckpointError, ConfigError
 from tlcr.files import atomic_write, write_json
-from tlcr.models.adapter_files import FOLDER, load_adapter, save_trained
-from tlcr.models.adapters import adapter_of, adapts_output, own_parameters, own_part
 from tlcr.models.heads import Head, backbone, use_float32_head
 from tlcr.models.loading import load_causal_lm, load_token_classifier
+from tlcr.models.lora.adapters import adapter_of, adapts_output, own_parameters, own_part
+from tlcr.models.lora.files import FOLDER, load_adapter, save_trained
 from tlcr.models.packing import Packing, packed_inputs, takes_positions
 from tlcr.models.preparing import disable_dropout
 from tlcr.models.probes import is_causal

@@ -22,8 +22,8 @@ from tlcr.config.stages import DONE
 from tlcr.engines import build_engine, resolved
 from tlcr.errors import CheckpointError, ConfigError, TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic
-from tlcr.models.adapter_files import save_trained
-from tlcr.models.adapters import adapter_of, base_parameters, own_parameters, own_part, role_of
+from tlcr.models.lora.adapters import adapter_of, base_parameters, own_parameters, own_part, role_of
+from tlcr.models.lora.files import save_trained
 from tlcr.ppo.ahead import Ahead
 from tlcr.ppo.best import BEST, BestPolicy
 from tlcr.ppo.conversation import Environment

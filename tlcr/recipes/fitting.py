@@ -9,8 +9,8 @@ from typing import TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import Adapted, RunConfig, TrainingConfig
-from tlcr.models.adapter_files import save_trained
-from tlcr.models.adapters import add_adapter
+from tlcr.models.lora.adapters import add_adapter
+from tlcr.models.lora.files import save_trained
 from tlcr.models.positions import check_fits
 from tlcr.text.truncation import Limits, note_cuts
 from tlcr.training.accelerator import open_accelerator

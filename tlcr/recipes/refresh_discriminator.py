@@ -22,8 +22,8 @@ from tlcr.config.schema import RunConfig
 from tlcr.data.labels import label_pair
 from tlcr.errors import TrainingDiverged
 from tlcr.evaluation.discriminator_metrics import evaluate_predictions
-from tlcr.models.adapter_files import save_trained
 from tlcr.models.discriminator import collate_pairs, label_loss, load_discriminator, predict_tokens, temperature_of
+from tlcr.models.lora.files import save_trained
 from tlcr.recipes.fitting import micro_batch_size
 from tlcr.training.optim import (
     build_optimizer,

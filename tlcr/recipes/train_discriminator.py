@@ -22,7 +22,6 @@ from tlcr.evaluation.discriminator_metrics import (
     plot_reliability,
 )
 from tlcr.files import atomic_write, write_json
-from tlcr.models.adapter_files import save_trained
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.discriminator import (
     collate_pairs,
@@ -33,6 +32,7 @@ from tlcr.models.discriminator import (
     temperature_of,
 )
 from tlcr.models.loading import load_token_classifier
+from tlcr.models.lora.files import save_trained
 from tlcr.recipes.fitting import adapt, check_lengths, fit_tracked, micro_batch_size
 from tlcr.text.truncation import note_cuts
 from tlcr.training.callbacks import Callback

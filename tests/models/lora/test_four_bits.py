@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.experiment.measured import CLOSE, PPO, config, estimate, peak_of_ppo
-from tests.models.test_adapters import IDS, hidden, randomised
+from tests.models.lora.test_adapters import IDS, hidden, randomised
 from tlcr.cli import main as cli
 from tlcr.config.schema import LoRAConfig, ModelConfig
 from tlcr.errors import ConfigError
-from tlcr.models import four_bits
-from tlcr.models.adapter_files import merged_weights, save_trained
-from tlcr.models.adapters import add_adapter, base_digest, own_parameters
-from tlcr.models.four_bits import bytes_of, dequantised, is_quantised, linear_layers, quantise
 from tlcr.models.heads import backbone
 from tlcr.models.loading import load_causal_lm
-from tlcr.models.roles import Roles
+from tlcr.models.lora import four_bits
+from tlcr.models.lora.adapters import add_adapter, base_digest, own_parameters
+from tlcr.models.lora.files import merged_weights, save_trained
+from tlcr.models.lora.four_bits import bytes_of, dequantised, is_quantised, linear_layers, quantise
+from tlcr.models.lora.roles import Roles
 
 Make = Callable[..., PreTrainedModel]
 WIDE = {"hidden_size": 64, "intermediate_size": 192}

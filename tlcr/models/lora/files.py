@@ -17,10 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.errors import CheckpointError, ConfigError
 from tlcr.files import atomic_write, write_json
-from tlcr.models.adapters import adapter_of, base_digest, keep_in_four_bits, require_plain
-from tlcr.models.four_bits import BITS, dequantised, is_quantised
 from tlcr.models.heads import backbone, has_linear_head, head_parameters, name_of_head
-from tlcr.models.peft_layers import (
+from tlcr.models.lora.adapters import adapter_of, base_digest, keep_in_four_bits, require_plain
+from tlcr.models.lora.four_bits import BITS, dequantised, is_quantised
+from tlcr.models.lora.peft_layers import (
     adapted_layers,
     home_of,
     initialise,

@@ -17,10 +17,10 @@ from transformers.initialization import no_init_weights
 from tlcr.config.schema import LoRAConfig
 from tlcr.errors import CheckpointError
 from tlcr.models import classifiers
-from tlcr.models.adapter_files import load_adapter, read_base, read_peft_config
-from tlcr.models.adapters import Role, adapts_output, add_adapter, base_digest, own_parameters
 from tlcr.models.heads import backbone, classification_head, name_of_backbone, use_float32_head
-from tlcr.models.peft_layers import adapted_layers, home_of, initialise, inject, name_of_output, peft_config
+from tlcr.models.lora.adapters import Role, adapts_output, add_adapter, base_digest, own_parameters
+from tlcr.models.lora.files import load_adapter, read_base, read_peft_config
+from tlcr.models.lora.peft_layers import adapted_layers, home_of, initialise, inject, name_of_output, peft_config
 from tlcr.models.preparing import enable_gradient_checkpointing
 from tlcr.training.sharding import forget_when_cut
 

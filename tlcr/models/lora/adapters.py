@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from tlcr.config.schema import LoRAConfig
 from tlcr.errors import ConfigError
-from tlcr.models.four_bits import BITS, quantise
 from tlcr.models.heads import backbone, head_parameters, name_of_backbone
-from tlcr.models.peft_layers import (
+from tlcr.models.lora.four_bits import BITS, quantise
+from tlcr.models.lora.peft_layers import (
     adapter_parameters,
     home_of,
     initialise,

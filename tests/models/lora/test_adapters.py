@@ -1,7 +1,7 @@
 """Adapters: what a layer computes, what is trained, roles over one backbone, what is written, and how peft reads it.
 
 The tests whose names begin with ``test_peft_alone`` show what goes wrong without the precautions of
-``tlcr.models.roles``: should one of them fail, that precaution may have become needless.
+``tlcr.models.lora.roles``: should one of them fail, that precaution may have become needless.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from tlcr import ops
 from tlcr.config.schema import LoRAConfig, ModelConfig
 from tlcr.errors import CheckpointError, ConfigError
 from tlcr.models.actor_critic import ActorCritic, PolicyOutput
-from tlcr.models.adapter_files import attach_adapter, load_adapter, merged_weights, save_adapter, save_trained
-from tlcr.models.adapters import add_adapter, base_digest, own_named_parameters, own_parameters
 from tlcr.models.heads import backbone
 from tlcr.models.loading import load_sequence_classifier, load_token_classifier
-from tlcr.models.peft_layers import adapted_layers
+from tlcr.models.lora.adapters import add_adapter, base_digest, own_named_parameters, own_parameters
+from tlcr.models.lora.files import attach_adapter, load_adapter, merged_weights, save_adapter, save_trained
+from tlcr.models.lora.peft_layers import adapted_layers
+from tlcr.models.lora.roles import REFERENCE, Roles
 from tlcr.models.preparing import enable_gradient_checkpointing
-from tlcr.models.roles import REFERENCE, Roles
 from tlcr.ppo.microbatches import MicroBatches
 from tlcr.training.optim import build_optimizer, parameter_groups
 
@@ -298,7 +298,9 @@ def test_targets_name_layers(tiny_causal_lm: Make) -> None:
 
 
 def test_without_peft_one_sentence_says_how_to_get_it(tiny_causal_lm: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tlcr.models.peft_layers.find_spec", lambda name: None if name == "peft" else find_spec(name))
+    monkeypatch.setattr(
+        "tlcr.models.lora.peft_layers.find_spec", lambda name: None if name == "peft" else find_spec(name)
+    )
     monkeypatch.setattr("tlcr.distribution.install_command", lambda extra: f"pip install what {extra} needs")
     with pytest.raises(ConfigError, match=r"lora\.rank needs the package peft, .* pip install what lora needs$"):
         add_adapter(tiny_causal_lm(), CFG, "policy", seed=0)
