@@ -24,7 +24,7 @@ from tlcr.data.readers import (
 )
 from tlcr.data.records import as_texts
 from tlcr.data.repairs import columns_left_out, repaired
-from tlcr.data.sources import Row
+from tlcr.data.sources import Row, read_rows
 from tlcr.errors import DataError
 from tlcr.types import PreferencePair
 
@@ -178,6 +178,39 @@ def test_fields_that_parquet_fills_with_null_are_not_there(tmp_path: Path, token
     datasets.Dataset.from_list(records).to_parquet(str(path))
     first, second = read_preferences(DataConfig(preferences=str(path)), tokenizer).records
     assert "<call>look_up" in first.prompt and second.prompt == "<user>Is it warm?<end><assistant>"
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="this version of datasets has no feature Json")
+def test_columns_of_json_are_read_as_their_values(tmp_path: Path) -> None:
+    records = [
+        {"prompt": [ASK], "chosen": [said("a", tool_calls=CALL)], "rejected": [said("b", reasoning_content="Hm.")]},
+        {"prompt": [ASK], "chosen": [said("c")], "rejected": [said("d", tool_calls=[])]},
+    ]
+    (tmp_path / "folder").mkdir()
+    direct = read_rows(written(tmp_path / "folder", *records), split="train", limit=None)
+    of_json = datasets.List(datasets.Json())
+    features = datasets.Features(prompt=of_json, chosen=of_json, rejected=of_json)
+    datasets.disable_progress_bars()
+    data = datasets.Dataset.from_list(records, features=features)
+    data.to_parquet(str(tmp_path / "pairs.parquet"))
+    data.save_to_disk(str(tmp_path / "saved"))
+    for name in ("folder", "pairs.parquet", "saved"):
+        found = read_rows(str(tmp_path / name), split="train", limit=None)
+        assert [row.values for row in found] == [row.values for row in direct] == records, name
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="this version of datasets has no feature Json")
+def test_a_column_that_mixes_texts_and_messages_is_read_as_both(tmp_path: Path) -> None:
+    records = [
+        {"prompt": "Hi", "chosen": "a", "rejected": "b"},
+        {"prompt": [ASK], "chosen": "c", "rejected": "d"},
+    ]
+    path = tmp_path / "pairs.parquet"
+    text = datasets.Value("string")
+    features = datasets.Features(prompt=datasets.Json(), chosen=text, rejected=text)
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(records, features=features).to_parquet(str(path))
+    assert [row.values for row in read_rows(str(path), split="train", limit=None)] == records
 
 
 def test_a_reviser_is_given_texts_only(tmp_path: Path) -> None:

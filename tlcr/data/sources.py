@@ -184,11 +184,16 @@ def _dataset_rows(source: str, load: Callable[[str], Any], limit: int | None = N
 def _undecoded(data: Any) -> Any:
     """The data set without decoding of images, sounds and videos: tlcr reads only text and needs no decoders."""
     for name, feature in (data.features or {}).items():
-        if hasattr(feature, "decode"):
+        if _is_decoded(feature):
             data = data.cast_column(name, type(feature)(decode=False))
-        elif hasattr(getattr(feature, "feature", None), "decode"):
+        elif _is_decoded(getattr(feature, "feature", None)):
             data = data.cast_column(name, type(feature)(type(feature.feature)(decode=False)))
     return data
+
+
+def _is_decoded(feature: Any) -> bool:
+    """Whether a feature is an image or the like. ``Json`` of newer versions decodes to plain values."""
+    return hasattr(feature, "decode") and not isinstance(feature, getattr(datasets, "Json", ()))
 
 
 def _open_folder(path: Path, split: str, cache: str) -> Any:
