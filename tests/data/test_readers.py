@@ -26,6 +26,7 @@ from tlcr.data.readers import (
     read_prompts,
     read_raw_preferences,
 )
+from tlcr.data.sources import read_rows
 from tlcr.errors import ConfigError, DataError
 from tlcr.types import EditPair, PreferencePair
 
@@ -156,6 +157,41 @@ class TestFiles:
         with pytest.raises(DataError, match="Bad split: valid") as error:
             edits(str(folder), tokenizer, split="valid")
         assert "data.split" in str(error.value)
+
+    @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".jsonl.gz"])
+    def test_a_folder_s_text_files_have_the_values_of_the_file_itself(self, suffix: str, tmp_path: Path) -> None:
+        record = {"id": "007", "prompt": "Is it?", "chosen": "None", "rejected": "N/A", "date_string": "2024-07-26"}
+        (tmp_path / "set").mkdir()
+        path = tmp_path / "set" / f"a{suffix}"
+        if ".jsonl" in suffix:
+            text = "".join(json.dumps({**record, **more}) + "\n" for more in ({}, {"margin": 1.5}, {"chosen": "1"}))
+        else:
+            separator = {".csv": ",", ".tsv": "\t"}[suffix]
+            text = separator.join(record) + "\n" + separator.join(record.values()) + "\n"
+        path.write_bytes(gzip.compress(text.encode()) if suffix.endswith(".gz") else text.encode())
+        direct, found = (read_rows(str(source), split="train", limit=None) for source in (path, path.parent))
+        assert direct[0].values == record
+        assert [row.values for row in found] == [row.values for row in direct]
+        assert [row.number for row in found] == [row.number for row in direct]
+
+    def test_a_damaged_line_in_a_folder_is_named_with_its_file(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        folder = tmp_path / "set"
+        folder.mkdir()
+        for name, text in (("a.jsonl", json.dumps(EDIT)), ("b.jsonl", "\n{"), ("c.jsonl", json.dumps(EDIT))):
+            (folder / name).write_text(text + "\n")
+        read = edits(str(folder), tokenizer, on_malformed="skip")
+        assert [pair.id for pair in read.records] == [f"{folder}:1", f"{folder}:3"]
+        assert str(read.malformed[0]).startswith(f"{folder}, record 2: b.jsonl, line 2: invalid JSON")
+
+    def test_a_folder_may_say_how_its_files_are_to_be_read(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        (tmp_path / "a.csv").write_text("prompt;rejected;revised\na;b;c\n")
+        configs = "configs:\n- config_name: default\n  data_files: a.csv\n  sep: ';'\n"
+        (tmp_path / "README.md").write_text(f"---\n{configs}---\n")
+        assert [pair.revised for pair in edits(str(tmp_path), tokenizer).records] == ["c"]
 
     def test_a_folder_of_two_kinds_says_what_it_leaves_out(
         self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture

@@ -16,6 +16,7 @@ __all__ = [
     "JSON_SUFFIXES",
     "SEPARATORS",
     "find_source",
+    "inner_suffix",
     "kind_of_file",
     "looks_like_a_path",
     "nearest_name",
@@ -51,14 +52,18 @@ def find_source(source: str) -> Path | None:
 
 def kind_of_file(path: Path) -> str:
     """The suffix that says how a file is read, without .gz. Raises DataError where it is unknown."""
-    inner = path.with_suffix("") if path.suffix == ".gz" else path
-    suffix = inner.suffix.lower()
-    if suffix not in SUFFIXES or (suffix in BUILDERS and inner != path):
+    suffix = inner_suffix(path)
+    if suffix not in SUFFIXES or (suffix in BUILDERS and path.suffix == ".gz"):
         raise DataError(
             f"{path}: unknown kind of file {''.join(path.suffixes[-2:])!r}; known are {', '.join(SUFFIXES)}, and "
             ".gz of text: convert the file or rename it"
         )
     return suffix
+
+
+def inner_suffix(path: Path) -> str:
+    """The suffix in lower case, of a name that ends in .gz the one before."""
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
 
 def _check_file(path: Path) -> None:

@@ -1,8 +1,8 @@
 """Rows from a local file, a folder or a hub dataset, each with its place in the source.
 
-Text files are read by the standard library's json and csv, which know line numbers and keep every value as written;
-Parquet, Arrow, folders and hub names by ``datasets``. Only hub datasets are cached; local sources are read in place,
-without any download.
+Text files, also those of a folder, are read by the standard library's json and csv, which know line numbers and keep
+every value as written; Parquet, Arrow and hub names by ``datasets``, which also says what files a folder has. Only hub
+datasets are cached; local sources are read in place, without any download.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import csv
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, fields
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
@@ -22,7 +22,16 @@ from typing import IO, Any
 import datasets
 import pyarrow
 
-from tlcr.data.places import BUILDERS, JSON_SUFFIXES, SEPARATORS, SUFFIXES, find_source, kind_of_file, nearest_name
+from tlcr.data.places import (
+    BUILDERS,
+    JSON_SUFFIXES,
+    SEPARATORS,
+    SUFFIXES,
+    find_source,
+    inner_suffix,
+    kind_of_file,
+    nearest_name,
+)
 from tlcr.errors import DataError
 from tlcr.text.files import open_text, parse_json
 
@@ -32,6 +41,8 @@ logger = logging.getLogger("tlcr")
 
 NO_DATA = {"dataset_infos.json", "dataset_info.json", "config.json"}
 """JSON about data."""
+OF_FOLDERS = {"name", "version", "data_dir", "data_files", "description"}
+"""What the configuration of a folder says of the folder, and not of how its files are read."""
 LONGEST_CELL = 2**31 - 1
 """Characters; the largest number that the csv module takes on every platform."""
 
@@ -72,10 +83,12 @@ def read_rows(source: str, *, split: str, limit: int | None) -> list[Row]:
     if path is not None and path.is_file():
         found = list(islice(_file_rows(path), limit))
     elif path is not None:
-        found = _dataset_rows(source, lambda cache: _open_folder(path, split, cache), limit)
+        found = _dataset_rows(source, lambda cache: _folder_rows(source, path, split, cache), limit)
     else:
         name, _, configuration = source.partition(":")
-        found = _dataset_rows(source, lambda _: datasets.load_dataset(name, configuration or None, split=split), limit)
+        found = _dataset_rows(
+            source, lambda _: _rows_of(source, datasets.load_dataset(name, configuration or None, split=split)), limit
+        )
     if not found:
         raise DataError(f"{source} is empty: it holds no record; name a source with at least one")
     return found
@@ -84,12 +97,13 @@ def read_rows(source: str, *, split: str, limit: int | None) -> list[Row]:
 def _file_rows(path: Path) -> Iterator[Row]:
     suffix = kind_of_file(path)
     if suffix in BUILDERS:
-        yield from _dataset_rows(
-            path.name,
-            lambda cache: datasets.load_dataset(
-                BUILDERS[suffix], data_files=str(path), split="train", streaming=True, cache_dir=cache
-            ),
-        )
+        kind, files = BUILDERS[suffix], str(path)
+
+        def load(cache: str) -> Iterator[Row]:
+            data = datasets.load_dataset(kind, data_files=files, split="train", streaming=True, cache_dir=cache)
+            return _rows_of(path.name, data)
+
+        yield from _dataset_rows(path.name, load)
         return
     with open_text(path) as file:
         yield from (_json_rows(path, file) if suffix in JSON_SUFFIXES else _table_rows(path, file, SEPARATORS[suffix]))
@@ -164,12 +178,13 @@ def _table_rows(path: Path, file: IO[str], separator: str) -> Iterator[Row]:
             yield Row(path.name, number, line, dict(zip(header, cells, strict=True)))
 
 
-def _dataset_rows(source: str, load: Callable[[str], Any], limit: int | None = None) -> list[Row]:
-    """Rows of what ``load`` opens, with a cache folder that is deleted after reading."""
+def _dataset_rows(source: str, load: Callable[[str], Iterator[Row]], limit: int | None = None) -> list[Row]:
+    """Rows that ``load`` reads by datasets, with a cache folder that is deleted after reading."""
     try:
         with _quiet_datasets(), TemporaryDirectory() as cache:
-            found = islice(_undecoded(load(cache)), limit)
-            return [Row(source, number, None, values) for number, values in enumerate(found, start=1)]
+            return list(islice(load(cache), limit))
+    except DataError:
+        raise
     except ConnectionError as error:
         raise DataError(
             f"{source!r} is neither a file nor a folder{nearest_name(Path(source))}, and as a hub dataset it cannot be "
@@ -179,6 +194,11 @@ def _dataset_rows(source: str, load: Callable[[str], Any], limit: int | None = N
         raise DataError(
             f"cannot read {source}: {_first_line(error)}; check that the file is whole, the name and data.split"
         ) from error
+
+
+def _rows_of(source: str, data: Any) -> Iterator[Row]:
+    for number, values in enumerate(_undecoded(data), start=1):
+        yield Row(source, number, None, values)
 
 
 def _undecoded(data: Any) -> Any:
@@ -196,17 +216,41 @@ def _is_decoded(feature: Any) -> bool:
     return hasattr(feature, "decode") and not isinstance(feature, getattr(datasets, "Json", ()))
 
 
-def _open_folder(path: Path, split: str, cache: str) -> Any:
+def _folder_rows(source: str, path: Path, split: str, cache: str) -> Iterator[Row]:
     if (path / "dataset_dict.json").is_file():
         parts = datasets.load_from_disk(str(path))
         if split not in parts:
             raise DataError(f"{path} has no split {split!r}; set data.split to one of {', '.join(sorted(parts))}")
-        return parts[split]
+        return _rows_of(source, parts[split])
     if (path / "state.json").is_file():
-        return datasets.load_from_disk(str(path))
+        return _rows_of(source, datasets.load_from_disk(str(path)))
     builder = datasets.load_dataset_builder(str(path), cache_dir=cache)
     _note_files_left_out(path, {Path(file) for files in builder.config.data_files.values() for file in files})
-    return builder.as_streaming_dataset(split=split)
+    if texts := _text_files(builder.config, split):
+        return _rows_of_texts(source, texts)
+    return _rows_of(source, builder.as_streaming_dataset(split=split))
+
+
+def _text_files(config: Any, split: str) -> list[Path]:
+    """The split's files, where all are text that this module reads; datasets would guess a type for each column.
+
+    None of a folder whose README.md says how its files are to be read, such as with another separator.
+    """
+    files = [Path(file) for name, found in config.data_files.items() if name == split for file in found]
+    known = all(file.is_file() and inner_suffix(file) in (*JSON_SUFFIXES, *SEPARATORS) for file in files)
+    options = [field for field in fields(config) if field.name not in OF_FOLDERS]
+    as_usual = {SEPARATORS.get(inner_suffix(file)) for file in files} <= {getattr(config, "sep", None)} and all(
+        getattr(config, option.name) == option.default for option in options if option.name != "sep"
+    )
+    return files if known and as_usual else []
+
+
+def _rows_of_texts(source: str, files: Iterable[Path]) -> Iterator[Row]:
+    """The files' records, numbered through all of them, as datasets counts them."""
+    for number, row in enumerate(chain.from_iterable(map(_file_rows, files)), start=1):
+        where = row.file if row.line is None else f"{row.file}, line {row.line}"
+        problem = None if row.problem is None else f"{where}: {row.problem}"
+        yield Row(source, number, None, row.values, problem)
 
 
 def _note_files_left_out(folder: Path, read: set[Path]) -> None:
