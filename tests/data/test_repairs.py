@@ -168,6 +168,7 @@ def test_fields_that_parquet_fills_with_null_are_not_there(tmp_path: Path, token
     records = [
         {
             "prompt": [ASK, said("Hm.", tool_calls=CALL), {"role": "tool", "content": "18 C"}],
+            "tools": [{"name": "look_up", "city": {"type": "string"}}, {"name": "convert", "unit": {"enum": ["F"]}}],
             "chosen": "a",
             "rejected": "b",
         },
@@ -177,7 +178,35 @@ def test_fields_that_parquet_fills_with_null_are_not_there(tmp_path: Path, token
     datasets.disable_progress_bars()
     datasets.Dataset.from_list(records).to_parquet(str(path))
     first, second = read_preferences(DataConfig(preferences=str(path)), tokenizer).records
-    assert "<call>look_up" in first.prompt and second.prompt == "<user>Is it warm?<end><assistant>"
+    assert (
+        "<call>look_up" in first.prompt
+        and "null" not in first.prompt
+        and second.prompt == "<user>Is it warm?<end><assistant>"
+    )
+
+
+@pytest.mark.parametrize("name", ["pairs.parquet", "saved"])
+def test_tools_of_different_arguments_have_no_nulls_from_parquet(name: str, tmp_path: Path) -> None:
+    def tool(name: str, **properties: Any) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": name, "parameters": {"properties": properties}}}
+
+    calls = [*CALL, {"type": "function", "function": {"name": "convert", "arguments": {"unit": "F"}}}]
+    record = {
+        "tools": [tool("look_up", city={"type": "string"}), tool("convert", unit={"type": "string", "enum": ["F"]})],
+        "prompt": [ASK, {"role": "assistant", "tool_calls": calls}, {"role": "tool", "content": "64 F"}],
+        "chosen": "a",
+        "rejected": None,
+    }
+    datasets.disable_progress_bars()
+    data = datasets.Dataset.from_list([record, {"prompt": [ASK], "chosen": "Yes.", "rejected": "No."}])
+    data.save_to_disk(tmp_path / name) if name == "saved" else data.to_parquet(str(tmp_path / name))
+    first, second = read_rows(str(tmp_path / name), split="train", limit=None)
+    assert first.values == record
+    assert second.values["tools"] is None and second.values["prompt"] == [ASK]
+    (tmp_path / "lines").mkdir()
+    explicit = {"prompt": [ASK], "tools": [{"name": "f", "default": None}]}
+    (row,) = read_rows(written(tmp_path / "lines", explicit), split="train", limit=None)
+    assert row.values == explicit
 
 
 @pytest.mark.skipif(not hasattr(datasets, "Json"), reason="this version of datasets has no feature Json")

@@ -80,7 +80,7 @@ def columns_left_out(rows: Sequence[Row], read: Collection[str], known: Collecti
 def _is_media(value: Any) -> bool:
     """Whether a value is an image, a sound or a video as `datasets` stores it, or a list of these."""
     first = value[0] if isinstance(value, list) and value else value
-    return isinstance(first, dict) and set(first) == {"bytes", "path"}
+    return isinstance(first, dict) and bool(first) and set(first) <= {"bytes", "path"}
 
 
 def _is_conversation(value: Any) -> bool:

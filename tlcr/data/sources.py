@@ -197,8 +197,22 @@ def _dataset_rows(source: str, load: Callable[[str], Iterator[Row]], limit: int 
 
 
 def _rows_of(source: str, data: Any) -> Iterator[Row]:
+    features = data.features or {}
     for number, values in enumerate(_undecoded(data), start=1):
-        yield Row(source, number, None, values)
+        kept = {name: _without_added_nulls(value, features.get(name)) for name, value in values.items()}
+        yield Row(source, number, None, kept)
+
+
+def _without_added_nulls(value: Any, feature: Any) -> Any:
+    """A value without the fields that Arrow adds to a mapping because others of the same column have them.
+
+    Which of these nulls the source had itself cannot be told.
+    """
+    if isinstance(value, Mapping) and isinstance(feature, Mapping):
+        return {name: _without_added_nulls(part, feature.get(name)) for name, part in value.items() if part is not None}
+    if isinstance(value, list) and hasattr(feature, "feature"):
+        return [_without_added_nulls(part, feature.feature) for part in value]
+    return value
 
 
 def _undecoded(data: Any) -> Any:
