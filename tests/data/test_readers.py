@@ -503,6 +503,22 @@ class TestPreferences:
         assert self.only(preferences(jsonl(record), tokenizer)) == ("<user>a<assistant>", "d", "e")
 
     @pytest.mark.parametrize(
+        ("before", "prompt"),
+        [
+            ([assistant("b"), user("c")], "<user>a<assistant>b<user>c<assistant>"),
+            ([{"role": "system", "content": "s"}], "<system>s<user>a<assistant>"),
+            ([{"role": "developer", "content": "s"}], "<developer>s<user>a<assistant>"),
+            ([{"role": "system", "content": "s"}, user("a")], "<system>s<user>a<assistant>"),
+            ([assistant("Welcome."), user("a")], "<assistant>Welcome.<user>a<assistant>"),
+        ],
+    )
+    def test_text_prompt_is_the_first_user_message_unless_the_conversation_has_it(
+        self, before: list, prompt: str, jsonl: Callable, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        record = {"prompt": "a", "chosen": [*before, assistant("d")], "rejected": [*before, assistant("e")]}
+        assert self.only(preferences(jsonl(record), tokenizer)) == (prompt, "d", "e")
+
+    @pytest.mark.parametrize(
         ("record", "reason"),
         [
             (

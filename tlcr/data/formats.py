@@ -51,6 +51,8 @@ TEXT_COLUMNS = ("id", "prompt", "messages", "chosen", "rejected", "revised", "re
 """Columns that no chat template is given: they hold the conversation itself."""
 CONTEXT_COLUMNS = ("system", "history")
 """Columns with the turns before the prompt: a system message, and turns as [question, answer] or messages."""
+INSTRUCTING = ("system", "developer")
+"""Roles of messages that may stand before the prompt in a conversation."""
 SWITCHES = {"true": True, "True": True, "false": False, "False": False}
 """A switch in a table, which holds texts only; for a chat template the text "false" would be true."""
 REVISION_MARKER = "<|Start Of Modified Response|>\n"
@@ -240,8 +242,8 @@ def _answers(values: Values, names: Sequence[str]) -> tuple[Context, list[Answer
     """The context before the answers, and each named answer.
 
     An answer is a text; or messages that end with the assistant's, after the whole conversation or only what follows
-    ``prompt``. Such conversations must share all turns but the last; a prompt that is a text is then the first user
-    message, unless the conversation has one itself.
+    ``prompt``. Such conversations must share all turns but the last. A prompt that is a text is then the user's message
+    before the first of the assistant's, unless a user's message stands there or has that text.
     """
     for name in names:
         if name not in values:
@@ -362,9 +364,13 @@ def _conversation(prompt: object, answer: object, name: str) -> list[Message]:
         messages = _messages(answer, name)
     if messages[-1]["role"] != "assistant":
         raise Malformed(f"the last message of {name!r} is of role {messages[-1]['role']!r}, not 'assistant'")
-    if isinstance(prompt, str) and all(message["role"] == "assistant" for message in messages):
+    first = next(number for number, message in enumerate(messages) if message["role"] not in INSTRUCTING)
+    if isinstance(prompt, str) and messages[first]["role"] == "assistant":
         text = _text(prompt, "field 'prompt'", may_be_blank=True)
-        return [{"role": "user", "content": text}, *messages] if text.strip() else messages
+        asked = [str(message.get("content")).strip() for message in messages if message["role"] == "user"]
+        if not text.strip() or text.strip() in asked:
+            return messages
+        return [*messages[:first], {"role": "user", "content": text}, *messages[first:]]
     if isinstance(prompt, list) and prompt:
         before = _messages(prompt, "prompt")
         return messages if messages[: len(before)] == before else before + messages
