@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import normalizers
 
-from tests.serving.conftest import TEMPERATURE, Running
+from tests.serving.conftest import TEMPERATURE, TEMPLATE, Running
 from tlcr.cli import main as cli
 from tlcr.serving.model import ServedModel
+from tlcr.serving.protocols import ROUTES
 
 PROMPT, RESPONSE = "The food was", " good and the service was not bad"
 ITEMS = "/v1/token_rewards"
@@ -77,6 +80,44 @@ def test_text_gets_the_numbers_of_tlcr_score(
         if text.isascii():
             assert "".join(pieces) == text
         assert all(piece for piece in pieces) and found["offsets"] == sorted(found["offsets"])
+
+
+GPT_OSS = TEMPLATE.replace(
+    "{{ m['content'] }}", "{% if m['role'] == 'assistant' %}<|final|>{% endif %}{{ m['content'] }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "item", "pieces"),
+    [
+        ({}, {"prompt": PROMPT + " ", "response": "good and"}, ["good", " and"]),
+        (
+            {"normalizer": "NFKC"},
+            {"prompt": PROMPT, "response": " \ufb01ne was bad"},
+            [" \ufb01", "\ufb01n", "e", " was", " bad"],
+        ),
+        (
+            {"chat_template": GPT_OSS},
+            {"messages": [{"role": "user", "content": "Hi"}], "response": "was good"},
+            ["", "w", "a", "s", " good"],
+        ),
+    ],
+)
+def test_offsets_are_the_characters_of_the_answer_as_it_was_sent(
+    served: ServedModel, change: dict[str, str], item: dict[str, Any], pieces: list[str]
+) -> None:
+    """Where decoding does not give back the answer: part of a token is the prompt's, Unicode forms, special tokens."""
+    changed = copy(served)
+    changed.tokenizer = deepcopy(served.tokenizer)
+    changed.tokenizer.add_special_tokens({"additional_special_tokens": ["<|final|>"]})
+    if "normalizer" in change:
+        changed.tokenizer.backend_tokenizer.normalizer = getattr(normalizers, change["normalizer"])()
+    changed.tokenizer.chat_template = change.get("chat_template", changed.tokenizer.chat_template)
+    (row,) = ROUTES[ITEMS].rows(changed, {"items": [item]}, {})
+    assert row.offsets is not None and len(row.offsets) == len(row.encoded.answer_ids)
+    end = len(item["response"])
+    assert [item["response"][start:stop] for start, stop in row.offsets[:-1]] == pieces
+    assert row.offsets[-1] == (end, end)
 
 
 def test_an_answer_that_was_cut_off_has_no_end(server: Running, served: ServedModel, discriminator: Path) -> None:

@@ -8,12 +8,13 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tlcr.errors import ConfigError, DataError
 from tlcr.text import tokenization
 from tlcr.text.tokenization import (
+    answer_spans,
     character_spans,
     cut_answer,
     decode_text,
@@ -316,3 +317,42 @@ class TestCharacterSpans:
         by_bytes = tokenization._spans_by_bytes(tokenizer, ids, text)
         assert by_bytes == tokenization._spans_by_prefixes(tokenizer, ids, text)
         assert by_bytes is not None
+
+
+class TestAnswerSpans:
+    def pieces(
+        self, tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str, limit: int | None = None
+    ) -> list[str]:
+        encoded = encode_answer(tokenizer, prompt, answer, max_prompt_tokens=99, max_answer_tokens=limit)
+        spans = answer_spans(tokenizer, prompt, answer, encoded)
+        assert len(spans) == len(encoded.answer_ids) - encoded.complete
+        return [answer[start:end] for start, end in spans]
+
+    def test_a_token_across_the_boundary_counts_by_its_part_of_the_answer(self) -> None:
+        tokenizer = byte_level("\u0120 g", "o o")
+        assert self.pieces(tokenizer, "was ", "good") == ["g", "oo", "d"]
+        assert self.pieces(tokenizer, "was ", "good", limit=2) == ["g", "oo"]
+        assert self.pieces(tokenizer, "", "good<eos>") == ["g", "oo", "d"]
+
+    def test_characters_that_the_tokenizer_changes_are_those_of_the_answer(self) -> None:
+        tokenizer = byte_level("f i")
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+        assert self.pieces(tokenizer, "a", "b\ufb01n") == ["b", "\ufb01", "n"]
+        tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+        # what the prompt ends with, lower-cased, is all that this token writes
+        assert self.pieces(tokenizer, "is x", "X") == ["X"]
+
+    def test_special_tokens_in_an_answer_have_their_names(self) -> None:
+        tokenizer = byte_level()
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|final|>"]})
+        assert self.pieces(tokenizer, "a", "<|final|>b c") == ["<|final|>", "b", " ", "c"]
+
+    def test_a_limit_that_cuts_a_character_in_two_leaves_its_first_part(self) -> None:
+        assert self.pieces(byte_level(), "a", "b\u00e9c", limit=2) == ["b", "\u00e9"]
+
+    def test_without_a_prompt_the_mark_of_a_word_is_part_of_the_answer(
+        self, metaspace: PreTrainedTokenizerFast
+    ) -> None:
+        encoded = encode_answer(metaspace, "", "a film", max_prompt_tokens=9, max_answer_tokens=None)
+        spans = answer_spans(metaspace, "", "a film", encoded)
+        assert spans == character_spans(metaspace, encoded.answer_ids[:-1])

@@ -20,7 +20,7 @@ from tlcr.distribution import installed_version
 from tlcr.hosts.client import vocabulary_fingerprint
 from tlcr.models.discriminator import Opinion, load_discriminator, temperature_of, token_opinions
 from tlcr.models.positions import position_limit
-from tlcr.text.tokenization import character_spans, encode_answers
+from tlcr.text.tokenization import answer_spans, encode_answers
 from tlcr.text.turns import without_end
 from tlcr.types import EncodedAnswer
 
@@ -95,8 +95,7 @@ class ServedModel:
             max_answer_tokens=None,
             end_of_sequence=ended,
         )
-        content = encoded.answer_ids[:-1] if ended else encoded.answer_ids
-        spans = character_spans(self.tokenizer, content, context=encoded.ids[: encoded.answer_start])
+        spans = answer_spans(self.tokenizer, prompt, response, encoded)
         # what the chat template writes before the answer belongs to the row, and not to the text that was given
         by, last = len(response.rstrip()) - len(given.rstrip()), len(given)
         offsets = [(min(max(start - by, 0), last), min(max(end - by, 0), last)) for start, end in spans]

@@ -24,6 +24,7 @@ from tlcr.text.turns import Message, Opening, apply_template, find_opening, with
 from tlcr.types import EncodedAnswer, EncodedComparison, PreferencePair
 
 __all__ = [
+    "answer_spans",
     "character_spans",
     "cut_answer",
     "decode_text",
@@ -113,8 +114,7 @@ def encode_answers(
     )
     encoded = []
     for prompt, ids, offsets in zip(prompts, batch["input_ids"], batch["offset_mapping"], strict=True):
-        # An empty prompt has no token, not even a word-boundary mark without characters.
-        start = next((k for k, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids)) if prompt else 0
+        start = _answer_start(offsets, prompt)
         first = max(0, start - max_prompt_tokens)
         tail = [tokenizer.eos_token_id] if end_of_sequence else []
         whole = EncodedAnswer(
@@ -122,6 +122,14 @@ def encode_answers(
         )
         encoded.append(whole if max_answer_tokens is None else cut_answer(whole, max_answer_tokens))
     return encoded
+
+
+def _answer_start(offsets: Sequence[tuple[int, int]], prompt: str) -> int:
+    """The first token whose end lies beyond the prompt.
+
+    An empty prompt has no token, not even a word-boundary mark without characters.
+    """
+    return next((k for k, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets)) if prompt else 0
 
 
 def encode_comparisons(
@@ -398,6 +406,43 @@ def character_spans(
     spans = _spans_by_bytes(tokenizer, sequence, text) or _spans_by_prefixes(tokenizer, sequence, text)
     offset = len(_decode(tokenizer, context)) if context else 0
     return [(max(0, start - offset), max(0, end - offset)) for start, end in spans[len(context) :]]
+
+
+def answer_spans(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, encoded: EncodedAnswer
+) -> list[tuple[int, int]]:
+    """For each token of ``encode_answer``, the characters [start, end) of the answer that it writes.
+
+    Decoding is most exact, white space included. Where it does not give back the answer, which has special tokens or is
+    changed by the tokenizer (lower case, Unicode forms), the offsets of its encoding are used.
+
+    Args:
+        tokenizer: the tokenizer of ``encoded``.
+        prompt: the prompt that was encoded.
+        answer: the answer that was encoded.
+        encoded: both as ids; a prompt or an answer that was cut stays whole in the other arguments.
+
+    Returns:
+        One pair for each token of the answer but its end of sequence. Characters of the prompt, which the first token
+        may write too, are not counted.
+
+    Raises:
+        ConfigError: the tokenizer is not a fast one.
+    """
+    content = encoded.answer_ids[:-1] if encoded.complete else encoded.answer_ids
+    context = encoded.ids[: encoded.answer_start]
+    spans = character_spans(tokenizer, content, context=context)
+    written = decode_text(tokenizer, content, context=context)
+    read_answer = without_end(tokenizer, answer) if encoded.complete else answer
+    for before in range(spans[0][1] + 1 if spans else 0):
+        rest = written[before:] if encoded.complete else written[before:].rstrip("\ufffd")  # a cut may split characters
+        as_read = rest == read_answer or (not encoded.complete and rest != "" and answer.startswith(rest))
+        if as_read and prompt.endswith(written[:before]):
+            return [(max(0, start - before), max(0, end - before)) for start, end in spans]
+    read = tokenizer(prompt + read_answer, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    first, before = _answer_start(read["offset_mapping"], prompt), len(prompt)
+    offsets = read["offset_mapping"][first : first + len(content)]
+    return [(max(0, start - before), max(0, end - before)) for start, end in offsets]
 
 
 def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, context: Sequence[int] = ()) -> list[str]:

@@ -14,7 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.models.positions import check_positions, position_limit
-from tlcr.text.tokenization import character_spans, cut_answer, decode_text, encode_answers, render_prompt
+from tlcr.text.tokenization import (
+    answer_spans,
+    character_spans,
+    cut_answer,
+    decode_text,
+    encode_answers,
+    render_prompt,
+)
 from tlcr.text.truncation import CutTexts
 from tlcr.types import EncodedAnswer, Rollout
 
@@ -260,7 +267,7 @@ def credit_weights(frozen: FrozenModel, answer: TextAnswer) -> Tensor:
 def _shared_characters(frozen: FrozenModel, answer: TextAnswer) -> Tensor:
     """How many characters each policy token and each of the model's have in common; 1 for the two ends of sequence."""
     policy = character_spans(frozen.policy_tokenizer, answer.policy_ids, context=answer.policy_prompt_ids)
-    own = _spans_of(frozen, answer)
+    own = answer_spans(frozen.tokenizer, answer.prompt, answer.text, answer.encoded)
     policy_start, policy_end = torch.tensor(policy, dtype=torch.float64).reshape(-1, 2).unbind(1)
     start, end = torch.tensor(own, dtype=torch.float64).reshape(-1, 2).unbind(1)
     overlap = torch.minimum(policy_end[:, None], end) - torch.maximum(policy_start[:, None], start)
@@ -269,26 +276,6 @@ def _shared_characters(frozen: FrozenModel, answer: TextAnswer) -> Tensor:
     if answer.ended and answer.encoded.complete:
         shared[-1, -1] = 1
     return shared
-
-
-def _spans_of(frozen: FrozenModel, answer: TextAnswer) -> list[tuple[int, int]]:
-    """For each of the model's answer tokens, without its end of sequence, the characters of `answer.text` it writes.
-
-    Decoding is most exact, white space included. A tokenizer that changes text (lower case, Unicode forms) does not
-    decode to its input; then the offsets of its encoding are used.
-    """
-    encoded = answer.encoded
-    content = encoded.answer_ids[:-1] if encoded.complete else encoded.answer_ids
-    context = encoded.ids[: encoded.answer_start]
-    written = decode_text(frozen.tokenizer, content, context=context)
-    if answer.text == written or (not encoded.complete and answer.text.startswith(written)):
-        return character_spans(frozen.tokenizer, content, context=context)
-    read = frozen.tokenizer(
-        answer.prompt + answer.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    before = len(answer.prompt)
-    spans = [(max(0, start - before), end - before) for start, end in read["offset_mapping"] if end > before]
-    return spans[: len(content)]
 
 
 def padded(sequences: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
