@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,9 @@ def test_an_answer_is_counted_as_far_as_it_is_read(
     assert "marked answers: 1 of 1 answers are longer than data.max_answer_tokens (4)" in caplog.text
 
 
-def test_a_tokenizer_that_changes_the_text_is_refused() -> None:
-    with pytest.raises(DataError, match="'one' write 'a good idea', which is not its text: 'A Good idea'"):
-        mark([answer("A Good idea", prompt="it is: ")], character_tokenizer(lowercase=True), DataConfig())
+def test_a_tokenizer_that_changes_the_text_leaves_the_marks_where_they_are() -> None:
+    (row,) = mark([answer("A Good idea", "Good", prompt="it is: ")], character_tokenizer(lowercase=True), DataConfig())
+    assert [k for k, kinds in enumerate(row.kinds) if kinds] == [2, 3, 4, 5]
 
 
 def test_tokens_of_several_kinds_are_errors_once(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -135,6 +136,25 @@ def test_records_are_read_and_their_kinds_are_named(tmp_path: Path, tiny_tokeniz
     read = read_marked_answers(write(tmp_path / "a.jsonl", records), DataConfig(), tiny_tokenizer).records
     assert read[0].spans == (ErrorSpan(30, 33, "Wrong"),) and read[0].response[30:33] == "bad"
     assert [span.label for span in read[1].spans] == ["error"] and read[2].spans == ()
+
+
+def test_a_template_may_write_special_tokens_before_an_answer(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer = deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|message|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}<|message|>final{% endif %}"
+        "<|message|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+    )
+    prompt = [{"role": "user", "content": "How was it?"}]
+    source = write(tmp_path / "a.jsonl", [record("It was not bad at all.", "not bad", prompt=prompt)])
+    read = read_marked_answers(source, DataConfig(), tokenizer).records
+    (row,) = mark(read, tokenizer, DataConfig())
+    assert row.answer.response == "<|message|>final<|message|>It was not bad at all."
+    wrong = [row.answer.response[slice(*row.characters[k])] for k, kinds in enumerate(row.kinds) if kinds]
+    assert "".join(wrong) == " not bad"
+    assert row.is_counted[-1] is False
 
 
 def test_offsets_follow_the_answer_through_a_chat_template(

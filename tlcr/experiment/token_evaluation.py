@@ -40,7 +40,7 @@ from tlcr.files import write_json, write_json_lines
 from tlcr.report.colours import coloured
 from tlcr.rewards.composition import compose_rewards
 from tlcr.text.padding import pad_left, pad_right
-from tlcr.text.tokenization import character_spans, decode_text, encode_answers, token_pieces
+from tlcr.text.tokenization import answer_spans, encode_answers, token_pieces
 from tlcr.text.truncation import cut_beginning, note_cuts
 from tlcr.training.distributed import on_main_process
 from tlcr.training.progress import Progress
@@ -84,11 +84,7 @@ class MarkedRow:
 
 
 def mark(answers: Sequence[MarkedAnswer], tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[MarkedRow]:
-    """The answers as tokens, cut as `data` says, each token with the errors that `span_metrics.is_in_span` puts it in.
-
-    Raises DataError where the tokens of an answer do not give back its text (a tokenizer that lower-cases, say): the
-    marked characters could not be found in them.
-    """
+    """The answers as tokens, cut as `data` says, each with the errors that `span_metrics.is_in_span` puts it in."""
     encoded = encode_answers(
         tokenizer,
         [answer.prompt for answer in answers],
@@ -102,16 +98,9 @@ def mark(answers: Sequence[MarkedAnswer], tokenizer: PreTrainedTokenizerBase, da
 
 
 def _mark(answer: MarkedAnswer, encoded: EncodedAnswer, tokenizer: PreTrainedTokenizerBase) -> MarkedRow:
-    context = encoded.ids[: encoded.answer_start]
-    written = character_spans(tokenizer, encoded.answer_ids, context=context)
-    text = decode_text(tokenizer, encoded.answer_ids, context=context)
-    before = _before_the_answer(answer, text if encoded.complete else text.rstrip("\ufffd"), written)
-    if before is None:
-        raise DataError(
-            f"the tokens of answer {answer.id!r} write {text[:60]!r}, which is not its text: "
-            f"{answer.response[:60]!r}; use a tokenizer that keeps every character, so that marks can be found again"
-        )
-    characters = tuple((max(0, start - before), max(0, end - before)) for start, end in written)
+    characters = answer_spans(tokenizer, answer.prompt, answer.response, encoded)
+    if encoded.complete:
+        characters.append((len(answer.response),) * 2)
     by_kind: dict[str, list[ErrorSpan]] = {}
     for span in answer.spans:
         by_kind.setdefault(span.label, []).append(span)
@@ -120,15 +109,7 @@ def _mark(answer: MarkedAnswer, encoded: EncodedAnswer, tokenizer: PreTrainedTok
         tuple(kind for kind, spans in by_kind.items() if is_in_span(*place, answer.response, spans))
         for place in characters
     )
-    return MarkedRow(answer, encoded, characters, kinds)
-
-
-def _before_the_answer(answer: MarkedAnswer, text: str, written: Sequence[tuple[int, int]]) -> int | None:
-    """How many characters of the prompt the answer's first token writes; None where the text differs."""
-    for count in range(written[0][1] + 1 if written else 1):
-        if answer.response.startswith(text[count:]) and answer.prompt.endswith(text[:count]):
-            return count
-    return None
+    return MarkedRow(answer, encoded, tuple(characters), kinds)
 
 
 def marked_tokens(rows: Sequence[MarkedRow]) -> MarkedTokens:
