@@ -254,6 +254,22 @@ def test_the_process_that_renders_holds_no_connection_of_its_parent() -> None:
     servant.close()
 
 
+def test_closing_does_not_wait_for_processes_that_were_forked_since() -> None:
+    """They hold the pipe on which the process that renders waits for requests; a program waited for them at its end."""
+    servant = rendering._Servant(lambda _: "text")
+    assert servant.ask(b"") == "text"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # python 3.12 warns of threads
+        pid = os.fork()
+    if pid == 0:
+        time.sleep(20)
+        os._exit(0)
+    servant.close()
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the other process has ended before"
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
 def test_values_that_json_does_not_have_are_shown_as_transformers_shows_them() -> None:
     tokenizer, when = tokenizer_with("{{ when }}{{ messages[0]['content'] }}"), datetime(2026, 3, 1)
     shown = apply_template(tokenizer, ASK, {"when": when}, add_generation_prompt=False)

@@ -116,10 +116,9 @@ class _Servant:
         return str(text)
 
     def close(self) -> None:
-        """Ends the child, which reads the end of its requests."""
+        """Ends the child. It would not read the end of its requests while a process that was forked since lives."""
         if self._owner == os.getpid():
-            self._hang_up()
-            os.waitpid(self._pid, 0)
+            self._abandon()
         self._owner = 0
 
     def _hang_up(self) -> None:
@@ -128,7 +127,7 @@ class _Servant:
         os.close(self._from)
 
     def _abandon(self) -> None:
-        """Ends the child in the midst of its work."""
+        """Ends the child, whatever it does; it keeps nothing."""
         self._hang_up()
         os.kill(self._pid, signal.SIGKILL)
         os.waitpid(self._pid, 0)
