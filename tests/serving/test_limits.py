@@ -123,6 +123,9 @@ def test_a_client_that_leaves_frees_its_place(served: ServedModel) -> None:
         for connection in connections[1:]:
             connection.close()
         until(lambda: server.app.service.batcher.held == 50)
+        counted = server.app.service.metrics.registry.get_sample_value
+        until(lambda: counted("tlcr_requests_total", {"route": ITEMS, "status": "499"}) == 3)
+        assert counted("tlcr_requests_total", {"route": ITEMS, "status": "500"}) is None
         gate.open.set()
         assert read_answer(connections[0])[0] == 200
         assert server.ask(ITEMS, ONE)[0] == 200

@@ -190,7 +190,7 @@ class Guard:
         except Refused as refused:
             await _refusal(refused)(scope, receive, sent)
         except ClientDisconnect:
-            pass  # nobody is there to be answered
+            status = CLIENT_LEFT  # starlette has answered 500, which nobody was there to read
         finally:
             route = scope["path"] if scope["path"] in KNOWN else "other"
             self.service.metrics.requests.labels(route, status).inc()
