@@ -273,7 +273,8 @@ def server_requests(draw: Draw) -> None:
 SMALL_IDS = st.lists(st.integers(0, 299), min_size=1, max_size=4)
 TEXTS = st.fixed_dictionaries({"prompt": WORDS, "response": WORDS}, optional={"ended": st.booleans()})
 IDS = st.fixed_dictionaries({"prompt_ids": SMALL_IDS, "response_ids": SMALL_IDS})
-ITEMS = TEXTS | IDS | st.fixed_dictionaries({"messages": TURNS, "response": WORDS})
+TEMPLATE = {"tools": st.lists(JSON, max_size=2), "documents": JSON, "chat_template_kwargs": JSON}
+ITEMS = TEXTS | IDS | st.fixed_dictionaries({"messages": TURNS, "response": WORDS}, optional=TEMPLATE)
 REQUESTS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "/v1/token_rewards": st.fixed_dictionaries({"items": st.lists(ITEMS, min_size=1, max_size=3)}),
     "/get_reward": st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=2).map(

@@ -13,6 +13,7 @@ from tokenizers import normalizers
 
 from tests.serving.conftest import TEMPERATURE, TEMPLATE, Running
 from tlcr.cli import main as cli
+from tlcr.serving.limits import Refused
 from tlcr.serving.model import ServedModel
 from tlcr.serving.protocols import ROUTES
 
@@ -118,6 +119,25 @@ def test_offsets_are_the_characters_of_the_answer_as_it_was_sent(
     end = len(item["response"])
     assert [item["response"][start:stop] for start, stop in row.offsets[:-1]] == pieces
     assert row.offsets[-1] == (end, end)
+
+
+def test_the_chat_template_is_given_what_comes_with_messages(served: ServedModel) -> None:
+    changed = copy(served)
+    changed.tokenizer = deepcopy(served.tokenizer)
+    changed.tokenizer.chat_template = (
+        "{% if tools %}{{ tools[0].name }} {% endif %}{% if documents %}{{ documents[0].text }} {% endif %}"
+        "{% if shout %}LOUD {% endif %}" + TEMPLATE
+    )
+    item = {"messages": [{"role": "user", "content": "Hi"}], "response": "good"}
+    more = {"tools": [{"name": "look_up"}], "documents": [{"text": "A page."}], "chat_template_kwargs": {"shout": True}}
+    plain, given = ROUTES[ITEMS].rows(changed, {"items": [item, {**item, **more}]}, {})
+    texts = [changed.tokenizer.decode(row.encoded.ids) for row in (plain, given)]
+    assert texts[1] == "look_up A page. LOUD " + texts[0]
+    nothing = dict.fromkeys(more)
+    assert ROUTES[ITEMS].rows(changed, {"items": [{**item, **nothing}]}, {}) == [plain]
+    wrong = {**item, "chat_template_kwargs": {"chat_template": "{{ 'x' * 10 }}"}}
+    with pytest.raises(Refused, match=r"'chat_template' in 'chat_template_kwargs', .* no switch .*, which reads shout"):
+        ROUTES[ITEMS].rows(changed, {"items": [wrong]}, {})
 
 
 def test_an_answer_that_was_cut_off_has_no_end(server: Running, served: ServedModel, discriminator: Path) -> None:
@@ -298,6 +318,36 @@ def test_metrics_count_what_was_done(server: Running) -> None:
             "items[0] has a message without a 'role'",
         ),
         ({"items": [{"messages": [], "response": "b"}]}, 400, "items[0] has no messages"),
+        (
+            {"items": [{"prompt": "a", "response": "b", "end": False}]},
+            400,
+            "items[0] has 'end', which is not read; an item may have prompt_ids, response_ids, prompt, messages, ",
+        ),
+        (
+            {"items": [{"prompt": "a", "response": "b", "tools": [{}]}]},
+            400,
+            "items[0] has 'tools' beside 'prompt', and only a chat template reads them; send 'messages'",
+        ),
+        (
+            {"items": [{"prompt_ids": [5], "response_ids": [6], "tools": []}]},
+            400,
+            "items[0] has both ids and 'tools'",
+        ),
+        (
+            {"items": [{"messages": [{"role": "user", "content": "a"}], "response": "b", "documents": ["c"]}]},
+            400,
+            "items[0] has 'documents' that are no list of objects",
+        ),
+        (
+            {"items": [{"messages": [{"role": "user", "content": "a"}], "response": "b", "chat_template_kwargs": 1}]},
+            400,
+            "items[0] has 'chat_template_kwargs' that is a int; wanted an object",
+        ),
+        (
+            {"items": [{"messages": [{"role": "user", "content": "a"}], "response": "b", "tools": [{"\ud83d": 1}]}]},
+            400,
+            "items[0] has a text under 'tools' that is not valid Unicode",
+        ),
         ({"items": [{"prompt": "a", "response": "b", "ended": 1}]}, 400, "items[0] has 'ended': 1; wanted true"),
         (
             {

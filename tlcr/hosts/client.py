@@ -133,7 +133,8 @@ class RewardClient:
 
         Args:
             answers: each ``{"prompt": text}`` or ``{"messages": [...]}``, with ``"response": text``, and ``"ended":
-                False`` where the answer was cut off.
+                False`` where the answer was cut off; with messages also ``tools``, ``documents`` and
+                ``chat_template_kwargs``. The server refuses other names.
 
         Returns:
             One for each answer, in their order.

@@ -62,13 +62,16 @@ class ServedModel:
 
     # ---- rows
 
-    def row_of_text(self, prompt: Prompt, response: str, *, ended: bool = True) -> Row:
+    def row_of_text(
+        self, prompt: Prompt, response: str, *, ended: bool = True, template: Mapping[str, Any] | None = None
+    ) -> Row:
         """A prompt and an answer as ``tlcr score`` reads them.
 
         Args:
             prompt: text, or messages for the tokenizer's chat template.
             response: the answer. End tokens at its end count as its end.
             ended: whether the answer ended by itself: its end of sequence then is its last token, with a reward.
+            template: what the chat template is given beside messages, as ``RawMarkedAnswer`` has it.
 
         Returns:
             The row. Its offsets count characters of the answer as given, without end tokens; tokens that write nothing
@@ -78,7 +81,7 @@ class ServedModel:
             DataError: the chat template refuses the messages.
             ConfigError: messages, and a tokenizer without a chat template.
         """
-        rendered = rendered_marked_answer(RawMarkedAnswer("", prompt, response, ()), self.tokenizer)
+        rendered = rendered_marked_answer(RawMarkedAnswer("", prompt, response, (), template or {}), self.tokenizer)
         return self._row(rendered.prompt, rendered.response, without_end(self.tokenizer, response), ended)
 
     def row_of_complete_text(self, prompt: str, response: str) -> Row:

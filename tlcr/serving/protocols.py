@@ -7,16 +7,19 @@ request, ``answer`` writes the response to what it read. docs/serving.md has an 
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from tlcr.data.formats import TEMPLATE_COLUMNS
 from tlcr.errors import TlcrError
 from tlcr.models.discriminator import Opinion
 from tlcr.serving.limits import Refused
 from tlcr.serving.model import Row, ServedModel
 from tlcr.text.files import unicode_problem
+from tlcr.text.template_variables import template_variables
 from tlcr.text.tokenization import opening
 from tlcr.types import EncodedAnswer
 
@@ -24,6 +27,10 @@ __all__ = ["ROUTES", "Route"]
 
 Json = Mapping[str, Any]
 Query = Mapping[str, str]
+
+SWITCHES = "chat_template_kwargs"
+OF_ITEMS = ("prompt_ids", "response_ids", "prompt", "messages", "response", "ended", *TEMPLATE_COLUMNS)
+"""What an item of our own route may have."""
 
 
 class Bad(TlcrError, ValueError):
@@ -49,7 +56,7 @@ class TokenRewards:
     """``{"items": [...]}`` to ``{"data": [{"rewards", "score", "tokens", "offsets"}], "model", "temperature"}``."""
 
     def rows(self, model: ServedModel, body: Json, query: Query) -> list[Row]:
-        """One row for each item, which has ids, or a text with its prompt or messages."""
+        """One row for each item, which has ids, or a text with its prompt, or with messages and what they come with."""
         items = _field(body, "items", list)
         return [_at(f"items[{number}]", _row, model, item) for number, item in enumerate(items)]
 
@@ -62,8 +69,10 @@ class TokenRewards:
 def _row(model: ServedModel, item: Any) -> Row:
     if not isinstance(item, dict):
         raise Bad(f"is a {type(item).__name__}; wanted an object")
+    if unknown := sorted(item.keys() - set(OF_ITEMS)):
+        raise Bad(f"has {unknown[0][:40]!r}, which is not read; an item may have {', '.join(OF_ITEMS)}")
     if "response_ids" in item or "prompt_ids" in item:
-        for name in ("prompt", "messages", "response"):
+        for name in ("prompt", "messages", "response", *TEMPLATE_COLUMNS):
             if name in item:
                 raise Bad(f"has both ids and {name!r}; send ids or text, so that it is clear what is scored")
         prompt_ids, response_ids = (_ids(item.get(name), name, model) for name in ("prompt_ids", "response_ids"))
@@ -76,7 +85,36 @@ def _row(model: ServedModel, item: Any) -> Row:
     ended = item.get("ended", True)
     if not isinstance(ended, bool):
         raise Bad(f"has 'ended': {ended!r}; wanted true, or false for an answer that was cut off")
-    return _not_empty(model.row_of_text(prompt, _text(item.get("response"), "response"), ended=ended))
+    response, template = _text(item.get("response"), "response"), _template(model, item)
+    return _not_empty(model.row_of_text(prompt, response, ended=ended, template=template))
+
+
+def _template(model: ServedModel, item: Json) -> dict[str, Any]:
+    """What the chat template is given beside the messages."""
+    found = {name: item[name] for name in TEMPLATE_COLUMNS if item.get(name) is not None}
+    for name, value in found.items():
+        if "messages" not in item:
+            raise Bad(f"has {name!r} beside 'prompt', and only a chat template reads them; send 'messages'")
+        if problem := unicode_problem(json.dumps(value, ensure_ascii=False)):  # of names too
+            raise Bad(f"has a text under {name!r} that {problem}")
+        if name == SWITCHES:
+            _require_switches(model, value)
+        elif not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+            raise Bad(f"has {name!r} that are no list of objects")
+    return found
+
+
+def _require_switches(model: ServedModel, value: Any) -> None:
+    """Refuses what the template does not read: a name that was misspelt, or what transformers would take for its own.
+
+    Those are arguments of apply_chat_template, another template among them.
+    """
+    if not isinstance(value, dict):
+        raise Bad(f"has {SWITCHES!r} that is a {type(value).__name__}; wanted an object")
+    known = template_variables(model.tokenizer)
+    if unknown := sorted(value.keys() - known):
+        named = f"which reads {', '.join(sorted(known))}" if known else "which reads none"
+        raise Bad(f"has {unknown[0][:40]!r} in {SWITCHES!r}, which is no switch of the chat template, {named}")
 
 
 def _scored(row: Row, opinion: Opinion) -> dict[str, Any]:
