@@ -185,6 +185,8 @@ def test_messages_go_through_the_chat_template(
     ("text", "message"),
     [
         ('{"prompt": "a", "response": "b"}\n{"prompt": "a"', ":2: not JSON"),
+        ('{"response": "b", "prompt": ' + "[" * 100000, ":1: not JSON (it has more than 100 levels"),
+        ('{"response": "b", "n": ' + "9" * 5000 + "}", ":1: not JSON ("),
         ('{"prompt": "a", "answer": "b"}', ":1: no text under 'response'"),
         ('["a", "b"]', ":1: no text under 'response'"),
         ('{"prompt": 3, "response": "b"}', ":1: 'prompt' is neither text nor a list"),

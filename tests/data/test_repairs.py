@@ -282,13 +282,15 @@ def test_a_conversation_that_became_a_string_is_read_as_its_messages(
             }
         )
         rows.writerow({"prompt": "Is it?", "chosen": "[A role, no list]", "rejected": "[1, 2]"})
+        rows.writerow({"prompt": "Is it?", "chosen": "[{[]: 'role'}]", "rejected": "[1, 2]"})
     found = read_preferences(DataConfig(preferences=str(path)), tokenizer)
-    first, second = found.records
+    first, second, third = found.records
     assert (first.prompt, first.chosen, first.rejected) == ("<user>Is it warm?<end><assistant>", "Yes.", "No.")
     assert (second.chosen, second.rejected) == ("[A role, no list]", "[1, 2]")
+    assert (third.chosen, third.rejected) == ("[{[]: 'role'}]", "[1, 2]")
     assert len(found.notes) == 1
     assert found.notes[0].startswith(
-        "1 of 2 records hold a conversation as a string, which is read as its messages (prompt"
+        "1 of 3 records hold a conversation as a string, which is read as its messages (prompt"
     )
 
 

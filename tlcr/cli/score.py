@@ -27,7 +27,7 @@ from tlcr.models.positions import check_fits
 from tlcr.models.reward_model import sequence_scores
 from tlcr.models.tokenizers import load_tokenizer
 from tlcr.report.colours import coloured
-from tlcr.text.files import STANDARD_INPUT, open_text, unicode_problem
+from tlcr.text.files import STANDARD_INPUT, open_text, parse_json, unicode_problem
 from tlcr.text.padding import pad_right
 from tlcr.text.tokenization import encode_answers
 from tlcr.text.truncation import CutTexts
@@ -131,9 +131,9 @@ def read_answers(file: str) -> Iterator[Answer]:
 
 def _answer(line: str, where: str) -> Answer:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg}); wanted one object a line") from error
+        record = parse_json(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error}); wanted one object a line") from error
     if not isinstance(record, dict) or not isinstance(record.get("response"), str):
         raise DataError(f"{where}: no text under 'response'; wanted {{'prompt': ..., 'response': ...}}")
     prompt, response = record.get("prompt", ""), record["response"]

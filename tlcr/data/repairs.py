@@ -118,7 +118,7 @@ def _unpacked(value: Any) -> Any:
     for parse in (json.loads, ast.literal_eval):
         try:
             found = parse(value.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # TypeError: a list as a key
             continue
         if isinstance(found, list) and found and all(isinstance(m, dict) and "role" in m for m in found):
             return found
