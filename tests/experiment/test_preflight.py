@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from tests.experiment.helpers import arm_config, small_config
 from tlcr.config.loading import load_config
-from tlcr.config.schema import ModelConfig, RunConfig
+from tlcr.config.schema import ModelConfig, RefreshConfig, RewardConfig, RunConfig
 from tlcr.config.stages import stages_of
 from tlcr.errors import ConfigError
 from tlcr.experiment import contents
@@ -158,6 +158,9 @@ def test_a_stage_needs_those_before_it(tmp_path: Path) -> None:
     assert set(at_once(cfg, "sft", "reward_model", "ppo")) == set()
     revised = replace(cfg, reviser=replace(cfg.reviser, backend="files", files="x.jsonl"))
     assert "run 'tlcr revise' with this config first" in at_once(revised, "labels")["revisions"]
+    assert "revisions" not in at_once(revised, "ppo")
+    refreshing = replace(revised, reward=RewardConfig(refresh=RefreshConfig(every=1)))
+    assert "revisions" in at_once(replace(refreshing, discriminator=replace(cfg.discriminator, path="d")), "ppo")
     with pytest.raises(ConfigError, match="run 'tlcr train sft' with this config first"):
         stage(cfg, "ppo")
 

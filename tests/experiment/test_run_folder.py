@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.experiment.helpers import arm_config, arm_run, small_config
-from tlcr.config.schema import Arm, RewardConfig, RunConfig
+from tlcr.config.schema import Arm, RefreshConfig, RewardConfig, RunConfig
 from tlcr.data import embedded
 from tlcr.errors import CheckpointError, ConfigError
 from tlcr.experiment.pipeline import run
@@ -127,6 +127,32 @@ def test_a_reviser_works_where_labels_are_wanted(tmp_path: Path) -> None:
     revising = replace(cfg, reviser=replace(cfg.reviser, backend="openai"))
     assert wanted(revising) == wanted(cfg) | {"revisions"}
     assert "revisions" not in wanted(replace(revising, arms=arms({"kind": "sequence"})))
+    named = replace(revising, discriminator=replace(cfg.discriminator, path="elsewhere"))
+    assert "revisions" not in wanted(named)
+    # a refresh mixes them in, though another trained the discriminator
+    for refresh, by in (({"every": 1}, {"revisions"}), ({"every": 1, "share": 0.0}, set()), ({"every": 0}, set())):
+        refreshing = arms({"kind": "continuous", "refresh": RefreshConfig(**refresh)})
+        assert wanted(replace(named, arms=refreshing)) == {"sft"} | by
+    shares = opened(replace(named, arms=arms({"kind": "continuous", "refresh": RefreshConfig(every=1)}))).data_wanted
+    assert shares == ["sft", "reward", "ppo"]
+
+
+def test_a_trial_depends_on_revisions_where_its_discriminator_learns_from_them(tmp_path: Path) -> None:
+    """A trial that uses none needs none to be there, and one that an older version made with them counts."""
+    cfg = replace(small_config(tmp_path), arms=arms({"kind": "sequence"}, {"kind": "continuous"}))
+    run = opened(replace(cfg, reviser=replace(cfg.reviser, backend="openai")))
+    sequence, continuous = run.trials
+    settings = run.trial_settings(sequence)
+    assert "revisions" not in settings and not run.is_trained(sequence)
+    with pytest.raises(ConfigError, match="revisions holds no finished stage"):
+        run.trial_settings(continuous)
+    mark_done(tmp_path / "revisions", config={}, metrics={}, seconds=0.0)
+    (tmp_path / "revisions" / "revisions.jsonl").write_text("a")
+    assert "revisions" in run.trial_settings(continuous)
+    older = {**settings, "revisions": run.trial_settings(continuous)["revisions"]}
+    for trial, recorded, trained in ((sequence, older, True), (continuous, run.trial_settings(sequence), False)):
+        mark_done(run.trial_folder(trial), config=recorded, metrics={}, seconds=0.0, record="arm.json")
+        assert run.is_trained(trial) == trained
 
 
 def test_the_stages_that_need_data(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TypeAlias
 from tlcr.config.schema import DiscriminatorConfig, DPOConfig, QModelConfig, RewardConfig, RewardModelConfig, RunConfig
 from tlcr.config.trials import arms_of
 
-__all__ = ["CONFIG", "DONE", "HOLDER", "LOCK", "STAGES", "STARTED", "TRAINED", "stages_of", "wants"]
+__all__ = ["CONFIG", "DONE", "HOLDER", "LOCK", "STAGES", "STARTED", "TRAINED", "replays", "stages_of", "wants"]
 
 STAGES = ("revisions", "sft", "reward_model", "q_model", "dpo", "labels", "discriminator", "analysis", "ppo")
 """In the order in which a run goes through them."""
@@ -51,5 +51,10 @@ def wants(cfg: RunConfig, stage: str) -> bool:
         training, used = frozen[stage]
         return training.path is None and any(map(used, rewards))
     if stage == "revisions":
-        return cfg.reviser.backend != "none" and wants(cfg, "labels")
+        return cfg.reviser.backend != "none" and (wants(cfg, "labels") or any(map(replays, rewards)))
     return cfg.sft.enabled if stage == "sft" else True
+
+
+def replays(reward: RewardConfig) -> bool:
+    """Whether a refresh of the discriminator mixes in edits of the run, whoever trained it first."""
+    return reward.refresh.every > 0 and reward.refresh.share > 0

@@ -17,7 +17,7 @@ from typing import Literal
 
 from tlcr.config.functions import import_environment, import_reward, import_scorer
 from tlcr.config.schema import EngineConfig, GeneratorConfig, RunConfig
-from tlcr.config.stages import CONFIG, DONE, HOLDER, LOCK, STARTED, TRAINED, stages_of
+from tlcr.config.stages import CONFIG, DONE, HOLDER, LOCK, STARTED, TRAINED, replays, stages_of
 from tlcr.config.trials import arms_of, trials_of
 from tlcr.data.places import find_source, looks_like_a_path, nearest_name
 from tlcr.errors import ConfigError, TlcrError
@@ -243,7 +243,8 @@ def _earlier_stages(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding
     needed = []
     if FROM_POLICY & set(stages) and cfg.sft.enabled:
         needed.append("sft")
-    if {"labels", "discriminator", "analysis"} & set(stages) and cfg.reviser.backend != "none":
+    replayed = "ppo" in stages and any(replays(arm.reward) for arm in arms_of(cfg))
+    if (replayed or {"labels", "discriminator", "analysis"} & set(stages)) and cfg.reviser.backend != "none":
         needed.append("revisions")
     if {"ppo", "evaluate"} & set(stages):
         needed += [

@@ -245,9 +245,11 @@ class RunFolder:
     def settings(self, *sections: str) -> dict[str, Any]:
         """What the result of a stage depends on: these sections of the config, the seed, and the revisions where the
         stage uses labels that come from a reviser."""
-        settings = {"seed": self.cfg.seed, **{name: getattr(self.cfg, name) for name in sections}}
-        settings |= self._adapters(*sections)
+        settings = self._sections(*sections)
         return {**settings, "revisions": self._revisions_digest} if "labels" in sections and self.revises else settings
+
+    def _sections(self, *names: str) -> dict[str, Any]:
+        return {"seed": self.cfg.seed, **{name: getattr(self.cfg, name) for name in names}, **self._adapters(*names)}
 
     def _adapters(self, *names: str) -> dict[str, Any]:
         """``lora`` where some of these are trained by adapters, with them alone; else nothing."""
@@ -291,7 +293,9 @@ class RunFolder:
         """The settings that one PPO run depends on, those of earlier stages included."""
         cfg = trial.config(self.cfg)
         own = {name: getattr(cfg, name) for name in ("reward", "kl", "rollout", "ppo", "evaluation")}
-        before = self.settings("model", "data", "sft", "labels")
+        before = self._sections("model", "data", "sft", "labels")
+        if wants(cfg, "revisions"):
+            before["revisions"] = self._revisions_digest
         frozen = {
             "discriminator": cfg.uses_discriminator(cfg.reward) and cfg.discriminator,
             "reward_model": cfg.uses_reward_model(cfg.reward) and cfg.reward_model,
@@ -395,7 +399,7 @@ class RunFolder:
         """The stages of data.shares that a run of all stages trains in."""
         wanted: dict[Stage, bool] = {
             "sft": self.wants("sft"),
-            "reward": any(map(self.wants, ("reward_model", "q_model", "dpo", "labels"))),
+            "reward": any(map(self.wants, ("reward_model", "q_model", "dpo", "labels", "revisions"))),
             "ppo": True,
         }
         return [stage for stage, needed in wanted.items() if needed]

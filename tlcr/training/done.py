@@ -11,7 +11,7 @@ from typing import Any
 
 from tlcr.config.dropped import IDLE, without_dropped
 from tlcr.config.schema import undecisive
-from tlcr.config.stages import DONE
+from tlcr.config.stages import DONE, TRAINED
 from tlcr.errors import CheckpointError
 from tlcr.files import remove, write_json
 from tlcr.training import checksums
@@ -173,7 +173,10 @@ def done_config(folder: str | Path, config: Any, record: str = DONE) -> Any:
     """
     path = Path(folder) / record
     with reading(path, AGAIN):
-        return _with_the_knobs_of_today(json.loads(path.read_text(encoding="utf-8"))["config"], config)
+        before = json.loads(path.read_text(encoding="utf-8"))["config"]
+        if record == TRAINED and "revisions" not in config:  # earlier versions named them for trials that use none
+            before.pop("revisions", None)
+        return _with_the_knobs_of_today(before, config)
 
 
 def _with_the_knobs_of_today(before: Any, config: Any) -> Any:
