@@ -25,12 +25,13 @@ from tlcr.config.dropped import dropped_knobs
 from tlcr.config.loading import dump_config, load_config
 from tlcr.config.schema import Arm, EngineName, RewardConfig, RewardKind, RunConfig
 from tlcr.config.trials import Trial
-from tlcr.errors import ConfigError, TlcrError
+from tlcr.errors import CheckpointError, ConfigError, TlcrError
 from tlcr.evaluation.evaluate import PolicyEvaluation, evaluate_policy
 from tlcr.experiment import pipeline, workers
 from tlcr.experiment.pipeline import analyse, analyse_edits, run, stage
 from tlcr.experiment.run_folder import RunFolder, _differences, open_run, reopen_run
 from tlcr.files import write_json
+from tlcr.training.callbacks import Callback
 from tlcr.training.checkpoint import as_plain
 from tlcr.training.metrics import read_metrics
 
@@ -196,6 +197,41 @@ def test_a_run_of_an_older_version_goes_on_and_is_reported(finished: RunConfig, 
 def test_a_stage_says_which_one_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run 'tlcr train sft' with this config first"):
         stage(small_config(tmp_path / "run"), "discriminator")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "other"),
+    [
+        ("sft", {"data": {"max_answer_tokens": 12}}, "data"),
+        ("discriminator", {"labels": {"end_of_sequence": "ignore"}}, "data"),
+        ("dpo", {"model": {"dtype": "bfloat16"}}, "dtype"),
+    ],
+)
+def test_an_interrupted_stage_goes_on_from_what_it_began_with(
+    finished: RunConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    changes: dict[str, dict[str, Any]],
+    other: str,
+) -> None:
+    class Stop(Callback):
+        def on_save(self, step: int, path: Path) -> None:
+            raise ZeroDivisionError
+
+    training = replace(getattr(finished, name), save_every=1)
+    cfg = replace(finished, output_dir=str(tmp_path), **{name: training})
+    if name != "sft":
+        shutil.copytree(Path(finished.output_dir) / "sft", tmp_path / "sft")
+    recipe = getattr(pipeline, f"train_{name}")
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, f"train_{name}", lambda cfg, **given: recipe(cfg, callbacks=[Stop()], **given))
+        with pytest.raises(ZeroDivisionError):
+            stage(cfg, name)
+    sections = {section: replace(getattr(cfg, section), **values) for section, values in changes.items()}
+    with pytest.raises(CheckpointError, match=f"belongs to a run with other .*origin.{other} was"):
+        stage(replace(cfg, **sections), name, resume=True)
+    stage(cfg, name, resume=True)
 
 
 def test_data_of_ones_own_must_be_named(tmp_path: Path, finished: RunConfig) -> None:

@@ -186,6 +186,21 @@ def test_where_labels_come_from_a_reviser_they_depend_on_what_it_wrote(tmp_path:
     assert len(digests) == 2
 
 
+def test_the_origin_of_a_stage_names_the_weights_that_it_starts_from(tmp_path: Path) -> None:
+    """By their checksums where SFT wrote them: one that was done again makes another training."""
+    run = opened(small_config(tmp_path, **{"lora.rank": 4, "lora.roles": ["discriminator"]}))
+    assert run.origin_of_stage("sft") == {"model": "embedded, seed 0", "dtype": "float32"}
+    found = []
+    for weights in (b"first", b"second"):
+        (tmp_path / "sft").mkdir(exist_ok=True)
+        (tmp_path / "sft" / "model.safetensors").write_bytes(weights)
+        mark_done(tmp_path / "sft", config={}, metrics={}, seconds=0.0)
+        found.append(run.origin_of_stage("discriminator"))
+    assert found[0]["model"] != found[1]["model"]
+    assert found[0].keys() == {"model", "dtype", "lora"} and found[0]["lora"]["rank"] == 4
+    assert run.origin_of_stage("dpo").keys() == {"model", "dtype"}
+
+
 TRIAL_CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("model", {"dtype": "bfloat16"}),
     ("data", {"held_out": 0.3}),

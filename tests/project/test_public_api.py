@@ -49,7 +49,7 @@ REWARD_OPTIONS = (
     "kl=None, kl_coef=0.0, terminal=None, temperature=1.0, scale=1.0, clip=None, "
     "kind='continuous', band=0.0, impl='auto'"
 )
-ON_PAIRS = "tokenizer, train, held_out, folder, resume=False, callbacks=()"
+ON_PAIRS = "tokenizer, train, held_out, folder, resume=False, callbacks=(), origin=None"
 SIGNATURES = {
     "fused_reward": f"(logits, mask, *, {REWARD_OPTIONS})",
     "reward_from_hidden": f"(hidden, weight, mask, *, bias=None, {REWARD_OPTIONS})",
@@ -67,7 +67,7 @@ SIGNATURES = {
     "train_q_model": f"(cfg, *, backbone, {ON_PAIRS})",
     "train_dpo": f"(cfg, *, model, {ON_PAIRS})",
     "train_discriminator": "(cfg, *, backbone, tokenizer, train, held_out, held_out_preferences=(), folder, "
-    "resume=False, callbacks=())",
+    "resume=False, callbacks=(), origin=None)",
     "train_ppo": "(cfg, *, actor_critic, reference, tokenizer, reward_source, reward_temperature=1.0, prompts, folder, "
     "seed, resume=False, callbacks=(), evaluate=None, environment=None, refresh=None, origin=None)",
     "build_reward_source": "(cfg, *, policy_tokenizer, discriminator=None, reward_model=None, q_model=None, "

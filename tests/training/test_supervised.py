@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,14 +22,15 @@ from transformers import PreTrainedModel
 
 from tlcr.config.schema import TrainingConfig
 from tlcr.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
+from tlcr.models.dpo import ReferencedComparison
 from tlcr.models.preparing import enable_gradient_checkpointing
 from tlcr.models.sft import completion_loss
 from tlcr.text.padding import collate_completions
 from tlcr.training.callbacks import Callback
 from tlcr.training.checkpoint import latest_checkpoint
 from tlcr.training.metrics import read_metrics
-from tlcr.training.supervised import FitResult, LossParts, fit, mean_loss
-from tlcr.types import EncodedAnswer
+from tlcr.training.supervised import FitResult, LossParts, examples_digest, fit, mean_loss
+from tlcr.types import EncodedAnswer, EncodedComparison, LabelledAnswer, LabelledPair
 
 LENGTHS = [(2, 3), (1, 9), (5, 2), (3, 6), (1, 1), (4, 12), (2, 2), (6, 4), (3, 7), (2, 5)]  # of prompts and answers
 
@@ -339,6 +341,47 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, tiny_causal_lm):
     train(tiny_causal_lm(), tmp_path, config(micro_batch_size=1, save_every=7), resume=True)  # changes no result
 
 
+def test_a_training_goes_on_with_the_examples_and_from_the_model_that_it_began_with(tmp_path, tiny_causal_lm):
+    """As many others, or another start, would make it another training from there on."""
+    started = {"model": "m", "dtype": "float32"}
+    train(tiny_causal_lm(), tmp_path, config(save_every=1), origin=started)
+    first, *others = answers()
+    changed = [replace(first, ids=(*first.ids[:-1], 7)), *others]
+    with pytest.raises(CheckpointError, match=r"other origin \(origin\.data was [0-9a-f]{8}\.\.\. and is [0-9a-f]{8}"):
+        train(tiny_causal_lm(), tmp_path, config(), examples=changed, origin=started, resume=True)
+    with pytest.raises(CheckpointError, match=r"other origin \(origin\.model was m and is n\): restore them"):
+        train(tiny_causal_lm(), tmp_path, config(), origin={**started, "model": "n"}, resume=True)
+    train(tiny_causal_lm(), tmp_path, config(), origin=started, resume=True)
+
+
+def test_examples_are_known_by_all_that_is_trained_on_and_by_nothing_else():
+    one, other = answers(2)
+    pair = EncodedComparison(one, other)
+    label = LabelledPair("a", *(LabelledAnswer("rejected", one, (0, 1, 2), (True, True, True)) for _ in range(2)))
+    kept = replace(label, revised=replace(label.revised, counted=(True, True, False)))
+    unlike: list[list[Any]] = [
+        [one, other],
+        [other, one],
+        [one],
+        [replace(one, answer_start=1), other],
+        [pair],
+        [label],
+        [replace(label, revised=replace(label.revised, labels=(0, 1, 1)))],
+        [kept],
+        [(1, 2), (3,)],
+        [(1,), (2, 3)],
+        ["ab", "c"],
+        ["a", "bc"],
+        [{"ids": (1,)}],
+        [],
+    ]
+    assert len({examples_digest(examples) for examples in unlike}) == len(unlike)
+    assert examples_digest([pair]) == examples_digest((replace(pair),))
+    # the log-probabilities of a reference are of its weights, in the bits of one machine
+    referenced = [[ReferencedComparison(pair, -1.0, rejected)] for rejected in (-2.0, -2.5)]
+    assert examples_digest(referenced[0]) == examples_digest(referenced[1])
+
+
 STATE_OF_AN_EARLIER_VERSION = {
     "identity": {
         "settings": {
@@ -369,6 +412,7 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path, tiny_causal_lm)
     manifest = tmp_path / "cut" / "checkpoints" / "step-000005" / "checkpoint.json"
     written = json.loads(manifest.read_text())
     assert written["state"].keys() == STATE_OF_AN_EARLIER_VERSION.keys()
+    del written["state"]["identity"]["origin"]
     assert written["state"]["identity"] == STATE_OF_AN_EARLIER_VERSION["identity"]
     del written["checksum"], written["checksums"]  # which it did not write
     manifest.write_text(json.dumps(written | {"state": STATE_OF_AN_EARLIER_VERSION}))

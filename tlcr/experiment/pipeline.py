@@ -249,7 +249,12 @@ def _from_preferences(
     def work() -> Mapping[str, Any]:
         pairs = run.preferences(share)
         result = train(
-            tokenizer=run.tokenizer, train=pairs.train, held_out=pairs.held_out, folder=folder, resume=run.resume
+            tokenizer=run.tokenizer,
+            train=pairs.train,
+            held_out=pairs.held_out,
+            folder=folder,
+            resume=run.resume,
+            origin=run.origin_of_stage(name),
         )
         logger.info("wrote %s", folder)
         return {**result.metrics, **result.evaluation}
@@ -286,6 +291,7 @@ def _discriminator(run: RunFolder) -> None:
             held_out_preferences=run.comparisons,
             folder=run.models / "discriminator",
             resume=run.resume,
+            origin=run.origin_of_stage("discriminator"),
         )
         logger.info("wrote %s", run.models / "discriminator")
         return trained.metrics

@@ -317,13 +317,21 @@ class RunFolder:
             "dpo": cfg.uses_dpo(reward) and self.dpo_folder,
         }
         return {
-            "policy": f"embedded, seed {cfg.seed}" if model.path == "embedded" else origin_of(model.path),
+            "policy": self._name_of(model),
             **{name: origin_of(folder) for name, folder in judges.items() if folder},
             **({"q_beta": cfg.q_model.beta} if judges["q_model"] else {}),
             **({"dpo_beta": cfg.dpo.beta} if judges["dpo"] else {}),
             "dtype": model.dtype,
             "max_prompt_tokens": cfg.data.max_prompt_tokens,
         }
+
+    def origin_of_stage(self, stage: str) -> dict[str, Any]:
+        """What a model before PPO starts from, which its checkpoints do not hold, and how that is read and adapted."""
+        model = self.cfg.model if stage == "sft" else self.policy_source
+        return {"model": self._name_of(model), "dtype": model.dtype, **self._adapters(stage)}
+
+    def _name_of(self, model: ModelConfig) -> str:
+        return f"embedded, seed {self.cfg.seed}" if model.path == "embedded" else origin_of(model.path)
 
     # ---- what is trained, and in which folder
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -71,6 +71,7 @@ def fit_tracked(
     folder: str | Path,
     resume: bool,
     callbacks: Sequence[Callback],
+    origin: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """``fit`` by one section of a run's config, under the run's tracker."""
     with open_accelerator(cfg, folder) as accelerator:
@@ -88,6 +89,7 @@ def fit_tracked(
             accelerator=accelerator,
             length=length,
             config=cfg,
+            origin=origin,
         )
 
 
@@ -105,6 +107,7 @@ def fit_and_save(
     folder: str | Path,
     resume: bool,
     callbacks: Sequence[Callback],
+    origin: Mapping[str, Any] | None = None,
     further: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda figures: {},
 ) -> FitResult:
     """Minimises ``loss`` over ``train``, evaluates it on ``held_out``, and writes a standard model folder.
@@ -128,6 +131,7 @@ def fit_and_save(
         folder=folder,
         resume=resume,
         callbacks=callbacks,
+        origin=origin,
     )
     save_trained(model, tokenizer, folder)
     return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -76,6 +76,7 @@ def train_discriminator(
     folder: str | Path,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
+    origin: Mapping[str, Any] | None = None,
 ) -> TrainedDiscriminator:
     """Trains a token classifier on a copy of a causal LM's backbone, calibrates it and measures it.
 
@@ -98,6 +99,8 @@ def train_discriminator(
             ``load_discriminator``), calibration.json, evaluation.json and reliability.png.
         resume: continue from the newest checkpoint in ``folder``; bit for bit on one process on the CPU.
         callbacks: told of every step, evaluation and checkpoint.
+        origin: names what ``backbone`` is and how it was read: a checkpoint of another origin, as of other examples, is
+            refused. None: the examples alone are compared.
 
     Returns:
         The model, on its device and in evaluation mode, with how its training ended, calibration and evaluation.
@@ -140,6 +143,7 @@ def train_discriminator(
         folder=folder,
         resume=resume,
         callbacks=callbacks,
+        origin=origin,
     )
 
     # 3. calibrate: fit one temperature

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,6 +32,7 @@ def train_q_model(
     folder: str | Path,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
+    origin: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Trains a value Z(s_t, a_t) of every token on a copy of a causal LM's backbone, from comparisons of answers alone.
 
@@ -48,6 +50,8 @@ def train_q_model(
         folder: gets ``metrics.jsonl`` and ``checkpoints/`` while training, then the model with its tokenizer.
         resume: continue from the newest checkpoint in ``folder``; bit for bit on one process on the CPU.
         callbacks: told of every step, evaluation and checkpoint.
+        origin: names what ``backbone`` is and how it was read: a checkpoint of another origin, as of other examples, is
+            refused. None: the examples alone are compared.
 
     Returns:
         How the training ended: steps, metrics of the last one, the last evaluation, seconds.
@@ -86,6 +90,7 @@ def train_q_model(
         folder=folder,
         resume=resume,
         callbacks=callbacks,
+        origin=origin,
     )
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,6 +33,7 @@ def train_sft(
     folder: str | Path,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
+    origin: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Trains a causal LM on the chosen answers: the policy that every later stage starts from.
 
@@ -48,6 +50,8 @@ def train_sft(
         folder: gets ``metrics.jsonl`` and ``checkpoints/`` while training, then the model with its tokenizer.
         resume: continue from the newest checkpoint in ``folder``; bit for bit on one process on the CPU.
         callbacks: told of every step, evaluation and checkpoint.
+        origin: names what ``model`` is and how it was read: a checkpoint of another origin, as of other examples, is
+            refused. None: the examples alone are compared.
 
     Returns:
         How the training ended: steps, metrics of the last one, the last evaluation, seconds.
@@ -84,6 +88,7 @@ def train_sft(
         folder=folder,
         resume=resume,
         callbacks=callbacks,
+        origin=origin,
     )
 
 

@@ -6,11 +6,13 @@ batch, clip, step. So the step does not depend on how the batch is cut: 1 x 8, 8
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +27,7 @@ from tlcr.config.schema import TrainingConfig, undecisive
 from tlcr.errors import DataError, TrainingDiverged
 from tlcr.training.accelerator import check_parallelism, without_sync
 from tlcr.training.callbacks import Callback
+from tlcr.training.checkpoint import as_plain
 from tlcr.training.distributed import process_count, process_index, sum_over_processes
 from tlcr.training.loop import TrainingLoop, settings_without
 from tlcr.training.optim import (
@@ -105,6 +108,7 @@ def fit(
     accelerator: Accelerator | None = None,
     length: Callable[[E], int] | None = None,
     config: Any = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Trains ``model`` in place for ``cfg.epochs`` passes over ``examples``.
 
@@ -123,6 +127,8 @@ def fit(
         accelerator: the processes that share the training; None: one without autocast.
         length: sorts a process's share of each batch, so that the examples of a micro-batch need little padding.
         config: the run's whole config, stored in the checkpoints for their readers (default: ``cfg``).
+        origin: names what ``model`` was when it came here; a checkpoint of another origin is refused. None: it is not
+            known.
 
     Returns:
         How the training ended.
@@ -151,8 +157,44 @@ def fit(
         config or cfg,
         evaluate,
         callbacks,
+        origin or {},
     )
     return run.train(resume)
+
+
+def examples_digest(examples: Sequence[Any]) -> str:
+    """What identifies examples in their order: the SHA-256 of the whole numbers and texts in them.
+
+    A reference's log-probabilities are no part of it: they follow from its weights, in other bits on another machine.
+
+    Args:
+        examples: dataclasses, sequences, mappings, whole numbers and texts, within one another.
+
+    Returns:
+        The digest, as 64 hexadecimal digits.
+    """
+    found = hashlib.sha256()
+
+    def take(value: Any) -> None:
+        if isinstance(value, int):
+            found.update(b"%d;" % value)
+        elif isinstance(value, str):
+            found.update(b"%d:%b" % (len(value), value.encode("utf-8", "surrogatepass")))
+        elif isinstance(value, Mapping):
+            take(tuple(value.items()))
+        elif is_dataclass(value):
+            for name in fields(value):
+                take(getattr(value, name.name))
+        elif isinstance(value, Sequence):
+            found.update(b"[%d]" % len(value))
+            try:
+                found.update(array("q", value))  # token ids: all at once
+            except TypeError:
+                for part in value:
+                    take(part)
+
+    take(examples)
+    return found.hexdigest()
 
 
 def mean_loss(
@@ -240,6 +282,7 @@ class _Run:
         config: Any,
         evaluate: Callable[[PreTrainedModel], Mapping[str, float]] | None,
         callbacks: Sequence[Callback],
+        origin: Mapping[str, Any],
     ) -> None:
         self.model, self.examples, self.collate, self.cfg = model, examples, collate, cfg
         self.seed, self.accelerator, self.length = seed, accelerator, length
@@ -274,6 +317,7 @@ class _Run:
                 "examples": len(examples),
                 "seed": seed,
                 **({} if (frozen := frozen_digest(model)) is None else {"frozen": frozen}),
+                "origin": {"data": examples_digest(examples), **as_plain(origin)},
             },
             config=config,
             evaluate=None if evaluate is None else partial(self._evaluate, evaluate),
