@@ -212,6 +212,20 @@ def test_a_training_resumed_at_its_end_saves_nothing_again(tmp_path: Path) -> No
     assert listener.heard == []
 
 
+def test_a_training_does_not_go_back_to_an_earlier_end(tmp_path: Path) -> None:
+    """Its weights are of the step that it reached, whatever a record would say."""
+    first = Adder(tmp_path)
+    first.loop.start(resume=False)
+    first.run()
+    before = rows(tmp_path)
+    with pytest.raises(CheckpointError, match=r"saved after step 4, and .* end after 3: set ppo.updates to at least 4"):
+        Adder(tmp_path, total_steps=3).loop.start(resume=True)
+    assert rows(tmp_path) == before
+    again = Adder(tmp_path, total_steps=4)
+    again.loop.start(resume=True)
+    assert again.loop.step == 4
+
+
 def test_a_fresh_start_empties_a_log_that_was_left(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "sum": 7.0}\n{"step": 1, "sum": 8.0}\n')
     Adder(tmp_path).loop.start(resume=False)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from tlcr.errors import CheckpointError
 from tlcr.training.background import BackgroundSave
 from tlcr.training.callbacks import Callback, asks_to_stop
 from tlcr.training.checkpoint import Contents, as_plain, contents, load_checkpoint, start_or_resume, write_checkpoint
@@ -110,8 +111,8 @@ class TrainingLoop:
             The state of the checkpoint; None where there is none.
 
         Raises:
-            CheckpointError: there is a checkpoint but ``resume`` is False, or the checkpoint is of another training; or
-                checkpoints do not fit on the disk.
+            CheckpointError: there is a checkpoint but ``resume`` is False, or the checkpoint is of another training or
+                of a step after the last; or checkpoints do not fit on the disk.
         """
         path = start_or_resume(self.folder / "checkpoints", resume=resume)
         self._require_room()
@@ -125,6 +126,11 @@ class TrainingLoop:
             schedulers={"scheduler": self.scheduler},
             identity=self._identity,
         )
+        if loaded.step > self.total_steps:
+            raise CheckpointError(
+                f"the checkpoint {path} was saved after step {loaded.step}, and this training is to end after "
+                f"{self.total_steps}: set ppo.updates to at least {loaded.step}, or delete {path.parent} to start again"
+            )
         state = loaded.state
         self.take_up(
             loaded.step, metrics=state["metrics"], evaluation=state["evaluation"], seconds=float(state["seconds"])
