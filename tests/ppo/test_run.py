@@ -271,6 +271,23 @@ def test_what_is_free_to_change_is(make: Make) -> None:
     assert make(small_config(reward={"centre": True}, chunk_tokens=7, **free)).begin(resume=True)
 
 
+def test_the_number_of_updates_is_not_free_where_the_rates_fall_towards_the_last(make: Make, tmp_path: Path) -> None:
+    cfg = small_config(reward={"centre": True}, schedule="linear")
+    first = make(cfg)
+    first.begin(resume=False)
+    with pytest.raises(OSError, match="power"):
+        train(first, rounds=2)
+    longer = replace(cfg, ppo=replace(cfg.ppo, updates=7))
+    with pytest.raises(CheckpointError, match=r"with other updates \(updates was 4 and is 7\): restore them"):
+        make(longer).begin(resume=True)
+    assert make(cfg).begin(resume=True)
+    manifest = tmp_path / "checkpoints" / "step-000002" / "checkpoint.json"
+    written = json.loads(manifest.read_text())
+    del written["state"]["identity"]["updates"], written["checksum"]  # as earlier versions wrote it
+    manifest.write_text(json.dumps(written))
+    assert make(longer).begin(resume=True)
+
+
 # ---- the end
 
 

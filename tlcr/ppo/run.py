@@ -102,7 +102,7 @@ class Refresh(Protocol):
 
 
 FREE_TO_CHANGE = ("updates", "evaluate_every", "keep_best", "best_max_kl", *undecisive(PPOConfig))
-"""What a resumed run may change: the results of a round do not depend on it."""
+"""What a resumed run may change: the results of a round do not depend on it; on updates only by a schedule."""
 PAYS_FOR_LENGTH = 0.2
 """Of the mean size of a token's reward: a mean beyond this share of it pays for length, or for its lack (ours)."""
 SERVER_WEIGHTS = "server_weights"
@@ -476,6 +476,7 @@ def _identity(cfg: RunConfig, prompts: Sequence[str], seed: int, num_processes: 
         "settings": {"ppo": ppo, "reward": reward, "kl": kl, "rollout": rollout},
         "prompts": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
         "seed": seed,
+        **({} if cfg.ppo.schedule == "constant" else {"updates": cfg.ppo.updates}),  # the rates fall towards the last
         **({} if num_processes is None else {"processes": num_processes}),
     }
 
