@@ -316,6 +316,19 @@ def test_a_finished_run_is_loaded_and_no_round_is_done_again(make: Make, tmp_pat
     ):
         with pytest.raises(CheckpointError, match=message):
             make(cfg).begin(resume=resume)
+    # the record says how it ended, whatever became of the log; that of an earlier version did not
+    done = json.loads((tmp_path / "done.json").read_text())
+    assert (done.pop("updates"), done.pop("evaluation")) == (4, {"gold": 4.25})
+    log = (tmp_path / "metrics.jsonl").rename(tmp_path / "log")
+    without = make(weights=9)
+    assert without.begin(resume=True) is False
+    assert without.result(stopped=False).evaluation == {"gold": 4.25}
+    (tmp_path / "done.json").write_text(json.dumps(done))
+    log.rename(tmp_path / "metrics.jsonl")
+    older = make(weights=9)
+    assert older.begin(resume=True) is False
+    found = older.result(stopped=False)
+    assert (found.updates, found.metrics, found.evaluation) == (4, ended.metrics, {"gold": 4.25})
 
 
 @pytest.mark.parametrize("then", [None, 2])

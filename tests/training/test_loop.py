@@ -212,6 +212,16 @@ def test_a_training_resumed_at_its_end_saves_nothing_again(tmp_path: Path) -> No
     assert listener.heard == []
 
 
+def test_the_log_is_on_the_disk_before_the_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = Listener()
+    adder = Adder(tmp_path, callbacks=(listener,), save_every=0)
+    adder.loop.start(resume=False)
+    adder.run()
+    monkeypatch.setattr(adder.loop.log, "sync", lambda: listener.heard.append(("sync", len(rows(tmp_path)))))
+    adder.loop.end()
+    assert listener.heard[-2:] == [("sync", 4), ("end", 4)]
+
+
 def test_a_training_does_not_go_back_to_an_earlier_end(tmp_path: Path) -> None:
     """Its weights are of the step that it reached, whatever a record would say."""
     first = Adder(tmp_path)

@@ -36,9 +36,9 @@ from tlcr.rewards.composition import check_kl
 from tlcr.rewards.sources import RewardSource, models_of
 from tlcr.text.truncation import note_cut_prompts
 from tlcr.training.callbacks import Callback
-from tlcr.training.checkpoint import as_plain
+from tlcr.training.checkpoint import as_plain, reading
 from tlcr.training.distributed import on_all_processes, sum_over_processes
-from tlcr.training.done import done_config, mark_done
+from tlcr.training.done import AGAIN, done_config, mark_done
 from tlcr.training.loop import TrainingLoop, settings_without
 from tlcr.training.metrics import read_metrics
 from tlcr.training.optim import build_optimizer, build_scheduler, parameter_groups
@@ -345,7 +345,9 @@ class PPORun:
         if self.best is not None:
             logger.info("%s", self.best)
         self.loop.end()
-        mark_done(self.folder, config=self._done_config, metrics=self.loop.metrics, seconds=self.loop.seconds)
+        loop = self.loop
+        ended = {"updates": loop.step, "evaluation": loop.evaluation}
+        mark_done(self.folder, config=self._done_config, metrics=loop.metrics, seconds=loop.seconds, ended=ended)
         return self.result(stopped=stopped)
 
     def result(self, *, stopped: bool) -> PPOResult:
@@ -398,10 +400,15 @@ class PPORun:
         self.actor_critic.restore(own, self.folder / "value", sharding=self.sharding)
         if self.refresh is not None:
             self.refresh.restore(self.folder)
-        done = json.loads((self.folder / DONE).read_text(encoding="utf-8"))
-        last = read_metrics(self.loop.log.path)[-1]
-        evaluation = {key.removeprefix("eval/"): figure for key, figure in last.items() if key.startswith("eval/")}
-        self.loop.take_up(last["step"], metrics=done["metrics"], evaluation=evaluation, seconds=done["seconds"])
+        with reading(self.folder / DONE, AGAIN):
+            done = json.loads((self.folder / DONE).read_text(encoding="utf-8"))
+            if "updates" not in done:  # earlier versions left them to the log
+                last = read_metrics(self.loop.log.path)[-1]
+                figures = {name.removeprefix("eval/"): x for name, x in last.items() if name.startswith("eval/")}
+                done |= {"updates": last["step"], "evaluation": figures}
+            self.loop.take_up(
+                done["updates"], metrics=done["metrics"], evaluation=done["evaluation"], seconds=done["seconds"]
+            )
 
     def _is_what_ended(self) -> bool:
         ended, now = _without_processes(done_config(self.folder, self._done_config)), as_plain(self._done_config)

@@ -31,7 +31,13 @@ _CHECKED: set[Path] = set()
 
 
 def mark_done(
-    folder: str | Path, *, config: Any, metrics: Mapping[str, Any], seconds: float, record: str = DONE
+    folder: str | Path,
+    *,
+    config: Any,
+    metrics: Mapping[str, Any],
+    seconds: float,
+    record: str = DONE,
+    ended: Mapping[str, Any] | None = None,
 ) -> None:
     """Ends a stage: writes ``record`` and deletes the checkpoints, which are not needed any more.
 
@@ -43,19 +49,21 @@ def mark_done(
         metrics: figures to keep.
         seconds: time that the stage took.
         record: name of the file.
+        ended: what else to keep of how it ended, by name.
     """
 
     def write() -> None:
         files = _results(Path(folder))
-        ended = {
+        found = {
             "config": as_plain(config),
             "metrics": dict(metrics),
             "seconds": seconds,
             "versions": versions(),
             "machine": machine(),
             "checksums": {name: checksums.of_file(Path(folder) / name) for name in files},
+            **(ended or {}),
         }
-        write_json(Path(folder) / record, ended)
+        write_json(Path(folder) / record, found)
         remove_checkpoints(folder)
 
     on_main_process(write)

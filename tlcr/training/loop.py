@@ -205,7 +205,8 @@ class TrainingLoop:
         return {f"eval/{name}": figure for name, figure in self.evaluation.items()}
 
     def end(self) -> None:
-        """Tells the callbacks that the training has ended."""
+        """Has the log on the disk, before a record says that all is done, and tells the callbacks."""
+        self.log.sync()
         for callback in self._callbacks:
             callback.on_end(self.step, self.metrics)
 
