@@ -243,7 +243,7 @@ class Recorded:
     def __call__(self, cfg: RunConfig, *, folder: Path, **given: Any) -> PPOResult:
         self.given = {**given, "cfg": cfg, "folder": folder}
         self.logged = [given["evaluate"](given["actor_critic"], update) for update in self.evaluates]
-        return PPOResult(folder / "policy", folder / "value", self.updates, {}, {}, 0.0, stopped=False)
+        return PPOResult(folder / "policy", folder / "value", self.updates, {}, {}, 5000.0, stopped=False)
 
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -352,6 +352,8 @@ def test_the_last_evaluation_of_training_is_the_one_after(
     monkeypatch.setattr(arm, "train_ppo", recorded)
     train_arm(run, run.trials[0])
     assert counted == [6, 6, 6]
+    record = json.loads((run.trial_folder(run.trials[0]) / "arm.json").read_text())
+    assert record["seconds"] == 5000.0  # over all sittings
     assert recorded.logged[0].keys() <= set(MEASURES) and recorded.logged[2] == recorded.logged[3]
     # a run that was found finished is evaluated here, once, whatever was before
     again = arm_run(tmp_path, policy_folder, output_dir=str(tmp_path / "again"))

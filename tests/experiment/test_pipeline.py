@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, get_args, get_type_hints
 
 import pytest
@@ -34,6 +35,7 @@ from tlcr.files import write_json
 from tlcr.training.callbacks import Callback
 from tlcr.training.checkpoint import as_plain
 from tlcr.training.metrics import read_metrics
+from tlcr.training.supervised import FitResult
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +234,19 @@ def test_an_interrupted_stage_goes_on_from_what_it_began_with(
     with pytest.raises(CheckpointError, match=f"belongs to a run with other .*origin.{other} was"):
         stage(replace(cfg, **sections), name, resume=True)
     stage(cfg, name, resume=True)
+
+
+@pytest.mark.parametrize("name", ["sft", "discriminator"])
+def test_a_stage_records_the_seconds_of_its_training_over_all_sittings(
+    finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    fitted = FitResult(1, {}, {}, 5000.0, stopped=False)
+    found = fitted if name == "sft" else SimpleNamespace(metrics={}, fit=fitted)
+    monkeypatch.setattr(pipeline, f"train_{name}", lambda cfg, **_: found)
+    if name != "sft":
+        shutil.copytree(Path(finished.output_dir) / "sft", tmp_path / "sft")
+    stage(replace(finished, output_dir=str(tmp_path)), name)
+    assert json.loads((tmp_path / name / "done.json").read_text())["seconds"] == 5000.0
 
 
 def test_data_of_ones_own_must_be_named(tmp_path: Path, finished: RunConfig) -> None:

@@ -23,6 +23,7 @@ from tlcr.experiment.preflight import holds_a_run
 from tlcr.experiment.run_folder import (
     EMBEDDED_PROMPTS,
     RunFolder,
+    Trained,
     open_run,
     raw_preferences,
     reopen_run,
@@ -537,6 +538,16 @@ def test_other_settings_are_refused_or_done_again(tmp_path: Path) -> None:
     assert json.loads((folder / "done.json").read_text())["metrics"] == {"again": True}
     run.once(folder, {"a": 2}, work, again=True)
     assert there == [False]
+
+
+@pytest.mark.parametrize(("trained", "recorded"), [(5000.04, 5000.0), (-1.0, 0.0)])
+def test_a_training_that_began_in_an_earlier_sitting_took_all_of_its_seconds(
+    tmp_path: Path, trained: float, recorded: float
+) -> None:
+    """At least those of this one, which loads and saves too."""
+    opened(small_config(tmp_path)).once(tmp_path / "stage", {}, lambda: Trained({"loss": 1.0}, trained))
+    done = json.loads((tmp_path / "stage" / "done.json").read_text())
+    assert done["metrics"] == {"loss": 1.0} and done["seconds"] == pytest.approx(recorded, abs=0.5)
 
 
 def test_records_of_two_names_do_not_meet(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from tlcr.errors import DataError
 from tlcr.evaluation.evaluate import EvaluatedAnswer, PolicyEvaluation, TokenDetail, evaluate_policy, write_evaluation
 from tlcr.experiment.frozen_models import FrozenModels, load_frozen_models, load_reference, load_roles
 from tlcr.experiment.refresh import refresh_of
-from tlcr.experiment.run_folder import RunFolder
+from tlcr.experiment.run_folder import RunFolder, Trained
 from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.models.loading import load_causal_lm
 from tlcr.models.lora.roles import Roles
@@ -107,7 +107,7 @@ def _on_the_way(folder: Path) -> Mapping[str, Any] | None:
     return known
 
 
-def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
+def _train(run: RunFolder, trial: Trial, folder: Path) -> Trained:
     cfg, seed = trial.config(run.cfg), trial.seed
 
     # 1. the frozen models that this arm's reward needs, and the reference
@@ -146,7 +146,7 @@ def _train(run: RunFolder, trial: Trial, folder: Path) -> Mapping[str, Any]:
     # 4. evaluation of the trained policy; a run that had already finished was not evaluated above
     after = latest.get(result.updates) or evaluation(actor_critic)
     on_main_process(lambda: write_evaluation(folder, before, after, settings=_judged_by(cfg)))
-    return {"before": before.to_json(), "after": after.to_json()}
+    return Trained({"before": before.to_json(), "after": after.to_json()}, result.seconds)
 
 
 def _shard(cfg: RunConfig, *roots: nn.Module) -> None:

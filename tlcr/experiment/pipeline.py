@@ -26,7 +26,15 @@ from tlcr.data.splits import Stage
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.experiment.arm import evaluate_arm, train_arm
 from tlcr.experiment.preflight import for_one_process, require
-from tlcr.experiment.run_folder import RunFolder, open_run, raw_preferences, reopen_run, revision_cache, sole_run
+from tlcr.experiment.run_folder import (
+    RunFolder,
+    Trained,
+    open_run,
+    raw_preferences,
+    reopen_run,
+    revision_cache,
+    sole_run,
+)
 from tlcr.experiment.workers import PLACE, Job, run_side_by_side
 from tlcr.files import write_json
 from tlcr.models.discriminator import load_discriminator
@@ -246,7 +254,7 @@ def _from_preferences(
     """
     folder = run.models / name
 
-    def work() -> Mapping[str, Any]:
+    def work() -> Trained:
         pairs = run.preferences(share)
         result = train(
             tokenizer=run.tokenizer,
@@ -257,7 +265,7 @@ def _from_preferences(
             origin=run.origin_of_stage(name),
         )
         logger.info("wrote %s", folder)
-        return {**result.metrics, **result.evaluation}
+        return Trained({**result.metrics, **result.evaluation}, result.seconds)
 
     run.once(folder, run.settings(*sections), work)
 
@@ -280,7 +288,7 @@ def _labels(run: RunFolder) -> None:
 def _discriminator(run: RunFolder) -> None:
     """6. The discriminator learns the labels in context; its confidence is the reward of a token."""
 
-    def work() -> Mapping[str, Any]:
+    def work() -> Trained:
         (labelled, _), count = run.labelled, len(run.edits.train)
         trained = train_discriminator(
             run.cfg,
@@ -294,7 +302,7 @@ def _discriminator(run: RunFolder) -> None:
             origin=run.origin_of_stage("discriminator"),
         )
         logger.info("wrote %s", run.models / "discriminator")
-        return trained.metrics
+        return Trained(trained.metrics, trained.fit.seconds)
 
     settings = run.settings("model", "data", "sft", "labels", "discriminator")
     run.once(run.models / "discriminator", settings, work)

@@ -196,6 +196,14 @@ def _compare_weights(cfg: RunConfig, record: Path, weights: Mapping[str, str]) -
     )
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a training leaves for the record of its stage: its figures, and its seconds over all sittings."""
+
+    metrics: Mapping[str, Any]
+    seconds: float
+
+
 @dataclass(frozen=True, eq=False)
 class RunFolder:
     """An opened run for one seed: ``cfg.seed`` is the seed of the models before PPO, which are in ``models``."""
@@ -511,7 +519,7 @@ class RunFolder:
         self,
         folder: Path,
         settings: Mapping[str, Any],
-        work: Callable[[], Mapping[str, Any]],
+        work: Callable[[], Mapping[str, Any] | Trained],
         record: str = DONE,
         *,
         again: bool = False,
@@ -538,7 +546,7 @@ class RunFolder:
         self,
         folder: Path,
         settings: Mapping[str, Any],
-        work: Callable[[], Mapping[str, Any]],
+        work: Callable[[], Mapping[str, Any] | Trained],
         record: str,
         *,
         again: bool,
@@ -553,9 +561,11 @@ class RunFolder:
                 "output_dir, or delete that folder to make it again"
             )
         started = time.monotonic()
-        metrics = work()
-        seconds = round(time.monotonic() - started, 1)
-        mark_done(folder, config=settings, metrics=metrics, seconds=seconds, record=record)
+        found = work()
+        seconds = time.monotonic() - started
+        if isinstance(found, Trained):  # which may have begun in an earlier sitting
+            found, seconds = found.metrics, max(seconds, found.seconds)
+        mark_done(folder, config=settings, metrics=found, seconds=round(seconds, 1), record=record)
 
 
 def raw_preferences(cfg: RunConfig) -> tuple[TextPreference, ...]:
