@@ -25,7 +25,7 @@ from tests.experiment.helpers import small_config, write_pairs
 from tlcr.config.dropped import dropped_knobs
 from tlcr.config.loading import dump_config, load_config
 from tlcr.config.schema import Arm, EngineName, RewardConfig, RewardKind, RunConfig
-from tlcr.config.trials import Trial
+from tlcr.config.trials import Trial, trials_of
 from tlcr.errors import CheckpointError, ConfigError, TlcrError
 from tlcr.evaluation.evaluate import PolicyEvaluation, evaluate_policy
 from tlcr.experiment import pipeline, workers
@@ -447,8 +447,28 @@ def test_every_trial_is_trained_and_evaluated_with_the_models_of_its_seed(
     monkeypatch.setattr(pipeline, "report", lambda folder: folder)
     for seed, model in itertools.product((4, 3), ("sft", "reward_model", "discriminator")):
         write_json(tmp_path / "run" / "models" / f"seed-{seed}" / model / "done.json", {})
-    stage(replace(small_config(tmp_path / "run"), seeds=(4, 3), models_per_seed=True), stage_of)
+    cfg = replace(small_config(tmp_path / "run"), seeds=(4, 3), models_per_seed=True)
+    for trial in trials_of(cfg):
+        write_json(tmp_path / "run" / "ppo" / trial.folder / "done.json", {})
+    stage(cfg, stage_of)
     assert asked == [(seed, f"seed-{seed}", seed) for seed in (4, 4, 3, 3)]
+
+
+def test_what_is_not_trained_yet_is_not_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(pipeline, "evaluate_arm", lambda run, trial: asked.append(trial.arm.name))
+    monkeypatch.setattr(pipeline, "report", lambda folder: folder)
+    for model in ("sft", "reward_model", "discriminator"):
+        write_json(tmp_path / "run" / model / "done.json", {})
+    cfg = small_config(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"ppo holds no finished stage; run 'tlcr train ppo'"):
+        stage(cfg, "evaluate")
+    write_json(tmp_path / "run" / "ppo" / "sequence" / "seed-0" / "done.json", {})
+    with caplog.at_level("INFO"):
+        stage(cfg, "evaluate")
+    assert asked == ["sequence"] and "continuous/seed-0 is not trained yet, and is not evaluated" in caplog.text
 
 
 def test_every_rival_is_an_arm(finished: RunConfig, tmp_path: Path) -> None:

@@ -19,13 +19,14 @@ from transformers import PreTrainedModel
 from tlcr.config.loading import load_config
 from tlcr.config.schema import RunConfig
 from tlcr.config.stages import CONFIG, DONE
+from tlcr.config.trials import Trial
 from tlcr.data import embedded
 from tlcr.data.labels import write_labels
 from tlcr.data.readers import read_edits, read_preferences
 from tlcr.data.splits import Stage
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.experiment.arm import evaluate_arm, train_arm
-from tlcr.experiment.preflight import for_one_process, require
+from tlcr.experiment.preflight import for_one_process, require, unfinished
 from tlcr.experiment.run_folder import (
     RunFolder,
     Trained,
@@ -102,6 +103,10 @@ def stage(cfg: RunConfig, name: str, *, resume: bool = False) -> Path:
 
     Returns:
         The folder that holds the results.
+
+    Raises:
+        ConfigError: something stands in the way of the stage (``preflight``), a stage before it did not run, or it ran
+            with other settings.
     """
     forget_notes()
     require(cfg, [name], resume=True)
@@ -109,7 +114,7 @@ def stage(cfg: RunConfig, name: str, *, resume: bool = False) -> Path:
     _shares(opened)
     if name == "evaluate":
         on_main_process(opened.name_by_coefficient)
-        for trial in opened.trials:
+        for trial in _trained(opened):
             evaluate_arm(opened.per_seed[trial.seed], trial)
         on_main_process(lambda: report(opened.path))
     elif name == "revisions":
@@ -389,6 +394,19 @@ def _ppo(run: RunFolder) -> None:
         steps=run.cfg.ppo.updates,
         steps_done=lambda job: _updates_done(job.folder),
     )
+
+
+def _trained(run: RunFolder) -> list[Trial]:
+    """The trials whose training has ended. Raises ConfigError where there is none."""
+    found = []
+    for trial in run.trials:
+        if (run.trial_folder(trial) / DONE).is_file():
+            found.append(trial)
+        else:
+            logger.info("%s is not trained yet, and is not evaluated", run.trial_folder(trial))
+    if not found:
+        raise unfinished(run.path / "ppo", "ppo")
+    return found
 
 
 def _base_model(run: RunFolder) -> PreTrainedModel:
