@@ -438,3 +438,31 @@ def test_what_was_trained_at_a_single_coefficient_is_kept_when_there_are_more(
     monkeypatch.setattr(arm, "train_ppo", lambda *_, **__: pytest.fail("it is done"))
     train_arm(more, more.trials[0])
     more.name_by_coefficient()  # a second time there is nothing to do
+
+
+def test_what_was_trained_at_several_coefficients_is_kept_when_there_is_one(
+    policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = arm_run(tmp_path, policy_folder, kl_coefs=[0.5, 0.9])
+    for trial in several.trials:
+        several.trial_folder(trial).mkdir(parents=True)
+        mark_done(several.trial_folder(trial), config=several.trial_settings(trial), metrics={}, seconds=1.0)
+    first, second = map(several.trial_folder, several.trials)
+    one = replace(several, cfg=replace(several.cfg, kl_coefs=(0.5,)))
+    (trial,) = one.trials
+    one.name_by_coefficient()  # a training that was not evaluated is none yet
+    assert first.exists() and not one.trial_folder(trial).exists()
+    for trial in several.trials:
+        settings = several.trial_settings(trial)
+        mark_done(several.trial_folder(trial), config=settings, metrics={}, seconds=1.0, record="arm.json")
+    other = replace(one, cfg=replace(one.cfg, ppo=replace(one.cfg.ppo, gamma=0.5)))
+    other.name_by_coefficient()  # nor can this one use it
+    assert first.exists()
+    (trial,) = one.trials
+    one.name_by_coefficient()
+    assert one.is_trained(trial) and second.exists() and not first.parent.exists()
+    monkeypatch.setattr(arm, "train_ppo", lambda *_, **__: pytest.fail("it is done"))
+    train_arm(one, trial)
+    one.name_by_coefficient()  # a second time there is nothing to do
+    several.name_by_coefficient()  # and there is a way back
+    assert [several.is_trained(trial) for trial in several.trials] == [True, True]

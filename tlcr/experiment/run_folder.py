@@ -272,15 +272,20 @@ class RunFolder:
 
     def name_by_coefficient(self) -> None:
         """Gives trials that ended when their arm had a single KL coefficient the folders that name it, where there are
-        several now. The main process alone calls it."""
+        several now, and the other way round. The main process alone calls it."""
         for trial in self.trials:
             place = self.trial_folder(trial)
-            alone = self.path / "ppo" / folder_of(trial.arm.name, None, trial.seed)
+            alone, named = (
+                self.path / "ppo" / folder_of(trial.arm.name, coef, trial.seed) for coef in (None, trial.kl_coef)
+            )
+            before, number = (named, "one KL coefficient") if place == alone else (alone, "several KL coefficients")
             settings = self.per_seed[trial.seed].trial_settings(trial)
-            if place != alone and not place.exists() and is_done(alone, settings, TRAINED):
+            if not place.exists() and is_done(before, settings, TRAINED):
                 place.parent.mkdir(exist_ok=True)
-                alone.rename(place)
-                logger.info("%s is now %s: its arm has several KL coefficients", alone, place)
+                before.rename(place)
+                if before == named and not any(named.parent.iterdir()):
+                    named.parent.rmdir()
+                logger.info("%s is now %s: its arm has %s", before, place, number)
 
     def needs_evaluation_alone(self, trial: Trial) -> bool:
         """Whether the trial finished with the current settings but for those of its evaluation."""
