@@ -85,6 +85,29 @@ def test_a_resumed_run_keeps_what_was_best_and_a_new_one_throws_it_away(folder: 
     assert not folder.exists()
 
 
+def test_a_resumed_run_logs_what_the_uninterrupted_one_does(folder: Path) -> None:
+    """Stopped after update 4, it goes on from 2: at 3 the policy of 4, which is kept, is not yet there."""
+    course = [(1, 0.2, 0.1), (2, 0.1, 0.1), (3, 0.3, 0.1), (4, 0.4, 0.1), (5, 0.3, 0.1)]
+    best, policy = BestPolicy(folder, max_kl=0.5), Policy()
+    best.begin(resumed=False)
+    logged, states = [], []
+    for evaluation in course:
+        see(best, policy, *evaluation)
+        logged.append(best.metrics()["best_update"])
+        states.append(json.loads(json.dumps(best.state_dict())))
+    assert logged == [1, 1, 3, 4, 4]
+    again = BestPolicy(folder, max_kl=0.5)
+    again.begin(resumed=True, state=states[1])
+    assert again.metrics() == {"best_update": 1.0} and on_disk(folder) == ("4", 4)
+    for evaluation, update in zip(course[2:], logged[2:], strict=True):
+        see(again, policy, *evaluation)
+        assert again.metrics() == {"best_update": update} and on_disk(folder) == ("4", 4)
+    assert again.state_dict() == states[-1]
+    lower = BestPolicy(folder, max_kl=0.05)
+    lower.begin(resumed=True, state=states[1])
+    assert lower.metrics() == {"best_update": 0.0}
+
+
 @pytest.mark.parametrize("named", [False, True], ids=["while it is written", "before it has its name"])
 def test_a_stop_while_a_policy_is_kept_loses_neither(folder: Path, named: bool) -> None:
     best, policy = BestPolicy(folder, max_kl=0.5), Policy()

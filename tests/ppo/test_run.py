@@ -438,6 +438,8 @@ def test_the_best_policy_is_kept_and_the_log_says_of_which_update(make: Make, tm
     first.begin(resume=False)
     with pytest.raises(OSError, match="power"):
         train(first, rounds=2)
+    state = json.loads((tmp_path / "checkpoints" / "step-000002" / "checkpoint.json").read_text())["state"]
+    assert state["best"] == {"reached": {"update": 2, "own_reward": 3.0, "kl": 0.2}}
     kept = {name: p.clone() for name, p in first.actor_critic.policy.named_parameters()}
     run = make(cfg, evaluate=evaluate)
     assert run.begin(resume=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +45,25 @@ class BestPolicy:
     was at most ``max_kl`` nats per token (ours). None: at any KL.
 
     What is in the folder is the truth: a run that goes on from a checkpoint before the kept policy keeps it, because it
-    is a policy of this run.
+    is a policy of this run. Its log is that of an uninterrupted run: ``reached`` is the best up to the last evaluation,
+    and the checkpoints hold it.
     """
 
     def __init__(self, folder: Path, *, max_kl: float | None) -> None:
         self.folder, self.max_kl = folder, max_kl
         self.kept: Kept | None = None
+        self.reached: Kept | None = None
 
     @property
     def _aside(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.new")
 
-    def begin(self, *, resumed: bool) -> None:
+    def begin(self, *, resumed: bool, state: Mapping[str, Any] | None = None) -> None:
         """Takes up what an earlier sitting kept, or throws it away. Every process calls it.
 
         Args:
             resumed: whether the run goes on from a checkpoint, and not from its start.
+            state: what ``state_dict`` returned for that checkpoint; None where it holds none, as of earlier versions.
         """
 
         def tidy() -> None:
@@ -88,6 +91,12 @@ class BestPolicy:
                 self.max_kl,
             )
             self.kept = None
+        reached = None if state is None or state["reached"] is None else Kept(**state["reached"])
+        self.reached = self.kept if state is None else None if reached and self._is_far(reached.kl) else reached
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"reached": None if self.reached is None else asdict(self.reached)}
 
     def consider(self, update: int, evaluation: Mapping[str, float], save: Callable[[Path], None]) -> None:
         """Keeps the policy as it is now, if it is the best so far. Every process calls it.
@@ -107,7 +116,11 @@ class BestPolicy:
                 f"ppo.keep_best: the evaluation gave {', '.join(evaluation) or 'nothing'}, wanted {OWN_REWARD} and "
                 "kl_per_token among them; let evaluate return both, or set ppo.keep_best: false"
             )
-        if self._is_far(kl) or (self.kept is not None and own_reward <= self.kept.own_reward):
+        if self._is_far(kl):
+            return
+        if self.reached is None or own_reward > self.reached.own_reward:
+            self.reached = Kept(update, own_reward, kl)
+        if self.kept is not None and own_reward <= self.kept.own_reward:
             return
         on_main_process(lambda: remove(self._aside))
         save(self._aside / "policy")
@@ -128,8 +141,8 @@ class BestPolicy:
         self.kept = Kept(update, own_reward, kl)
 
     def metrics(self) -> dict[str, float]:
-        """The update of the kept policy, under its logged name; 0 where none is kept yet."""
-        return {"best_update": float(self.kept.update if self.kept else 0)}
+        """The update of the best policy so far, under its logged name; 0 where there is none yet."""
+        return {"best_update": float(self.reached.update if self.reached else 0)}
 
     def __str__(self) -> str:
         """Which policy was kept and why."""

@@ -309,7 +309,7 @@ class PPORun:
         note_cut_prompts(self.tokenizer, self.prompts.texts, self.cfg.data, stage="PPO")
         state = self.loop.start(resume=resume)
         if self.best is not None:
-            self.best.begin(resumed=state is not None)
+            self.best.begin(resumed=state is not None, state=(state or {}).get("best"))
         if state is not None:
             self._load_own_state(state)
         else:
@@ -379,6 +379,7 @@ class PPORun:
             "kl_controller": self.kl_controller.state_dict(),
             "centre": None if self.centre is None else self.centre.state_dict(),
             "reward_source": self.reward_source.state_dict(),
+            **({} if self.best is None else {"best": self.best.state_dict()}),
         }
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
