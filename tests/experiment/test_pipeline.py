@@ -325,7 +325,7 @@ def test_runs_side_by_side_give_what_runs_in_turn_give(finished: RunConfig, tmp_
 
 
 def test_a_run_that_is_opened_again_keeps_its_config_file(finished: RunConfig, tmp_path: Path) -> None:
-    """Workers open their folder at the same time: two that wrote would pull the file from under each other."""
+    """Stages may be started in it at the same time: two that wrote would pull the file from under each other."""
     cfg = replace(finished, output_dir=str(tmp_path / "run"))
     path = open_run(cfg, resume=False).path / "config.yaml"
     before = path.stat().st_ino
@@ -388,6 +388,32 @@ class InThisProcess:
 
     def poll(self) -> int:
         return self.code
+
+
+def test_workers_do_what_their_run_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another command in the folder, as an evaluation with other settings, writes its config there."""
+    asked: list[tuple[str, int]] = []
+    files: set[Path] = set()
+
+    def train(run: RunFolder, trial: Trial) -> None:
+        asked.append((trial.arm.name, run.cfg.rollout.max_new_tokens))
+
+    class Worker(InThisProcess):
+        def __init__(self, command: tuple[str, ...], **given: Any) -> None:
+            files.add(Path(command[3]))
+            open_run(replace(cfg, rollout=replace(cfg.rollout, max_new_tokens=128)), resume=True, whole=False)
+            super().__init__(command, **given)
+
+    monkeypatch.setattr(workers.subprocess, "Popen", Worker)
+    monkeypatch.setattr(InThisProcess, "started", [])
+    monkeypatch.setattr(pipeline, "train_arm", train)
+    cfg = replace(small_config(tmp_path / "run"), parallel=2)
+    for model in ("sft", "reward_model", "discriminator"):
+        write_json(tmp_path / "run" / model / "done.json", {})
+    stage(cfg, "ppo")
+    assert asked == [("continuous", 12), ("sequence", 12)]
+    assert load_config(tmp_path / "run" / "config.yaml").rollout.max_new_tokens == 128
+    assert not any(path.exists() for path in files)
 
 
 @pytest.mark.slow

@@ -9,14 +9,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from tlcr.config.loading import load_config
+from tlcr.config.loading import dump_config, load_config
 from tlcr.config.schema import RunConfig
 from tlcr.config.stages import CONFIG, DONE
 from tlcr.config.trials import Trial
@@ -371,8 +373,9 @@ def _models_of_all_seeds(run: RunFolder) -> None:
         for seeded in run.model_folders:
             _models(seeded)
         return
-    jobs = [_job(run, "models", str(s.cfg.seed), s.models) for s in run.model_folders]
-    run_side_by_side(jobs, parallel=run.cfg.parallel, title="models")
+    with _config_for_workers(run) as config:
+        jobs = [_job(config, "models", str(s.cfg.seed), s.models) for s in run.model_folders]
+        run_side_by_side(jobs, parallel=run.cfg.parallel, title="models")
 
 
 def _ppo(run: RunFolder) -> None:
@@ -386,14 +389,14 @@ def _ppo(run: RunFolder) -> None:
         return
     # a process whose work is already done costs as much as any other: some seconds of imports
     waiting = [trial for trial in run.trials if not run.per_seed[trial.seed].is_trained(trial)]
-    jobs = [_job(run, "ppo", str(trial.folder), run.trial_folder(trial)) for trial in waiting]
-    run_side_by_side(
-        jobs,
-        parallel=run.cfg.parallel,
-        title="ppo",
-        steps=run.cfg.ppo.updates,
-        steps_done=lambda job: _updates_done(job.folder),
-    )
+    with _config_for_workers(run) as config:
+        run_side_by_side(
+            [_job(config, "ppo", str(trial.folder), run.trial_folder(trial)) for trial in waiting],
+            parallel=run.cfg.parallel,
+            title="ppo",
+            steps=run.cfg.ppo.updates,
+            steps_done=lambda job: _updates_done(job.folder),
+        )
 
 
 def _trained(run: RunFolder) -> list[Trial]:
@@ -418,13 +421,23 @@ def _base_model(run: RunFolder) -> PreTrainedModel:
 # ---- in separate processes
 
 
-def _job(run: RunFolder, stage: str, name: str, folder: Path) -> Job:
+@contextmanager
+def _config_for_workers(run: RunFolder) -> Iterator[Path]:
+    """A file with the config of this run alone: every command in its folder writes the config.yaml there, while workers
+    start one after another for hours."""
+    with TemporaryDirectory(prefix="tlcr-") as folder:
+        path = Path(folder) / CONFIG
+        path.write_text(dump_config(run.cfg), encoding="utf-8")
+        yield path
+
+
+def _job(config: Path, stage: str, name: str, folder: Path) -> Job:
     """A job that runs ``_worker`` in a separate process.
 
     stage 'ppo': the trial whose folder below ppo/ is ``name``. stage 'models': all before PPO for the seed ``name``.
     """
-    config = str(run.path / CONFIG)
-    return Job(f"{stage} {name}", (sys.executable, "-m", "tlcr.experiment.pipeline", config, stage, name), folder)
+    command = (sys.executable, "-m", "tlcr.experiment.pipeline", str(config), stage, name)
+    return Job(f"{stage} {name}", command, folder)
 
 
 def _updates_done(folder: Path) -> int:
@@ -435,8 +448,8 @@ def _updates_done(folder: Path) -> int:
 
 def _worker(config: str, stage: str, name: str) -> int:
     """The work of one ``_job``; always resumes, because its parent has checked that it may."""
-    opened = open_run(load_config(config, {}), resume=True, whole=False)
-    opened = replace(opened, cfg=_of_this_place(opened.cfg))
+    cfg = _of_this_place(load_config(config, {}))
+    opened = RunFolder(cfg, resume=True, path=Path(cfg.output_dir), models=Path(cfg.output_dir))
     try:
         if stage == "models":
             _models(opened.per_seed[int(name)])

@@ -151,7 +151,7 @@ def reopen_run(folder: Path) -> RunFolder:
 def _write_config(cfg: RunConfig, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path, text = folder / CONFIG, dump_config(cfg)
-    # An equal config is not written again: parallel PPO runs open their folder at the same time.
+    # An equal config is not written again: stages of one run may be started in its folder at the same time.
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return
     with atomic_write(path) as aside:
