@@ -567,10 +567,9 @@ class RunFolder:
             )
         started = time.monotonic()
         found = work()
-        seconds = time.monotonic() - started
-        if isinstance(found, Trained):  # which may have begun in an earlier sitting
-            found, seconds = found.metrics, max(seconds, found.seconds)
-        mark_done(folder, config=settings, metrics=found, seconds=round(seconds, 1), record=record)
+        ended = found if isinstance(found, Trained) else Trained(found, 0.0)
+        seconds = round(max(time.monotonic() - started, ended.seconds), 1)  # training may have begun in another sitting
+        mark_done(folder, config=settings, metrics=ended.metrics, seconds=seconds, record=record)
 
 
 def raw_preferences(cfg: RunConfig) -> tuple[TextPreference, ...]:
