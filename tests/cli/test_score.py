@@ -184,7 +184,10 @@ def test_messages_go_through_the_chat_template(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"prompt": "a", "response": "b"}\n{"prompt": "a"', ":2: not JSON"),
+        (
+            '{"prompt": "a", "response": "b"}\n{"prompt": "a"',
+            ":2: not JSON (Expecting ',' delimiter, column 15); wanted",
+        ),
         ('{"response": "b", "prompt": ' + "[" * 100000, ":1: not JSON (it has more than 100 levels"),
         ('{"response": "b", "n": ' + "9" * 5000 + "}", ":1: not JSON ("),
         ('{"prompt": "a", "answer": "b"}', ":1: no text under 'response'"),

@@ -158,12 +158,12 @@ class TestFiles:
             edits(str(folder), tokenizer, split="valid")
         assert "data.split" in str(error.value)
 
-    @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".jsonl.gz"])
+    @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".jsonl.gz", ".json"])
     def test_a_folder_s_text_files_have_the_values_of_the_file_itself(self, suffix: str, tmp_path: Path) -> None:
         record = {"id": "007", "prompt": "Is it?", "chosen": "None", "rejected": "N/A", "date_string": "2024-07-26"}
         (tmp_path / "set").mkdir()
         path = tmp_path / "set" / f"a{suffix}"
-        if ".jsonl" in suffix:
+        if ".json" in suffix:
             text = "".join(json.dumps({**record, **more}) + "\n" for more in ({}, {"margin": 1.5}, {"chosen": "1"}))
         else:
             separator = {".csv": ",", ".tsv": "\t"}[suffix]
@@ -173,6 +173,18 @@ class TestFiles:
         assert direct[0].values == record
         assert [row.values for row in found] == [row.values for row in direct]
         assert [row.number for row in found] == [row.number for row in direct]
+
+    def test_json_of_several_lines_in_a_folder_is_read_by_datasets(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        folder = tmp_path / "set"
+        folder.mkdir()
+        for id in ("a", "b"):
+            (folder / f"{id}.json").write_text(json.dumps({**EDIT, "id": id}, indent=2) + "\n")
+        assert [pair.id for pair in edits(str(folder), tokenizer).records] == ["a", "b"]
+        (folder / "a.json").write_text(json.dumps([{**EDIT, "id": "a"}], indent=2) + "\n")
+        (folder / "b.json").write_text(json.dumps([{**EDIT, "id": "007"}]) + "\n")
+        assert [pair.id for pair in edits(str(folder), tokenizer).records] == ["a", "007"]
 
     def test_a_damaged_line_in_a_folder_is_named_with_its_file(
         self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast

@@ -459,6 +459,11 @@ def test_what_was_trained_at_several_coefficients_is_kept_when_there_is_one(
     other.name_by_coefficient()  # nor can this one use it
     assert first.exists()
     (trial,) = one.trials
+    judged_anew = replace(one, cfg=replace(one.cfg, evaluation=replace(one.cfg.evaluation, prompts=1)))
+    judged_anew.name_by_coefficient()
+    assert judged_anew.needs_evaluation_alone(trial) and not first.exists()
+    several.name_by_coefficient()
+    assert first.exists()
     one.name_by_coefficient()
     assert one.is_trained(trial) and second.exists() and not first.parent.exists()
     monkeypatch.setattr(arm, "train_ppo", lambda *_, **__: pytest.fail("it is done"))

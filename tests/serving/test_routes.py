@@ -125,7 +125,7 @@ def test_the_chat_template_is_given_what_comes_with_messages(served: ServedModel
     changed = copy(served)
     changed.tokenizer = deepcopy(served.tokenizer)
     changed.tokenizer.chat_template = (
-        "{% if tools %}{{ tools[0].name }} {% endif %}{% if documents %}{{ documents[0].text }} {% endif %}"
+        "{% if tools is not none %}{{ tools[0].name }} {% endif %}{% if documents %}{{ documents[0].text }} {% endif %}"
         "{% if shout %}LOUD {% endif %}" + TEMPLATE
     )
     item = {"messages": [{"role": "user", "content": "Hi"}], "response": "good"}
@@ -133,8 +133,8 @@ def test_the_chat_template_is_given_what_comes_with_messages(served: ServedModel
     plain, given = ROUTES[ITEMS].rows(changed, {"items": [item, {**item, **more}]}, {})
     texts = [changed.tokenizer.decode(row.encoded.ids) for row in (plain, given)]
     assert texts[1] == "look_up A page. LOUD " + texts[0]
-    nothing = dict.fromkeys(more)
-    assert ROUTES[ITEMS].rows(changed, {"items": [{**item, **nothing}]}, {}) == [plain]
+    for nothing in (dict.fromkeys(more), {"tools": [], "documents": [], "chat_template_kwargs": {}}):
+        assert ROUTES[ITEMS].rows(changed, {"items": [{**item, **nothing}]}, {}) == [plain]
     wrong = {**item, "chat_template_kwargs": {"chat_template": "{{ 'x' * 10 }}"}}
     with pytest.raises(Refused, match=r"'chat_template' in 'chat_template_kwargs', .* no switch .*, which reads shout"):
         ROUTES[ITEMS].rows(changed, {"items": [wrong]}, {})
@@ -329,7 +329,7 @@ def test_metrics_count_what_was_done(server: Running) -> None:
             "items[0] has 'tools' beside 'prompt', and only a chat template reads them; send 'messages'",
         ),
         (
-            {"items": [{"prompt_ids": [5], "response_ids": [6], "tools": []}]},
+            {"items": [{"prompt_ids": [5], "response_ids": [6], "tools": [{}]}]},
             400,
             "items[0] has both ids and 'tools'",
         ),

@@ -347,6 +347,14 @@ class TestAnswerSpans:
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|final|>"]})
         assert self.pieces(tokenizer, "a", "<|final|>b c") == ["<|final|>", "b", " ", "c"]
 
+    def test_a_special_token_at_the_end_has_its_name_too(self) -> None:
+        tokenizer = byte_level("o o")
+        encoded = encode_answer(
+            tokenizer, "a", "good<eos>", max_prompt_tokens=9, max_answer_tokens=None, end_of_sequence=False
+        )
+        spans = answer_spans(tokenizer, "a", "good<eos>", encoded)
+        assert ["good<eos>"[start:end] for start, end in spans] == ["g", "oo", "d", "<eos>"]
+
     def test_a_limit_that_cuts_a_character_in_two_leaves_its_first_part(self) -> None:
         assert self.pieces(byte_level(), "a", "b\u00e9c", limit=2) == ["b", "\u00e9"]
 

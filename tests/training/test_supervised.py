@@ -347,10 +347,13 @@ def test_a_training_goes_on_with_the_examples_and_from_the_model_that_it_began_w
     train(tiny_causal_lm(), tmp_path, config(save_every=1), origin=started)
     first, *others = answers()
     changed = [replace(first, ids=(*first.ids[:-1], 7)), *others]
-    with pytest.raises(CheckpointError, match=r"other origin \(origin\.data was [0-9a-f]{8}\.\.\. and is [0-9a-f]{8}"):
+    with pytest.raises(CheckpointError, match=r"other data \(data was [0-9a-f]{8}\.\.\. and is [0-9a-f]{8}"):
         train(tiny_causal_lm(), tmp_path, config(), examples=changed, origin=started, resume=True)
     with pytest.raises(CheckpointError, match=r"other origin \(origin\.model was m and is n\): restore them"):
         train(tiny_causal_lm(), tmp_path, config(), origin={**started, "model": "n"}, resume=True)
+    with pytest.raises(CheckpointError, match="other data"):
+        train(tiny_causal_lm(), tmp_path, config(), examples=changed, resume=True)
+    train(tiny_causal_lm(), tmp_path, config(save_every=1), resume=True)  # whoever names no origin is not asked for one
     train(tiny_causal_lm(), tmp_path, config(), origin=started, resume=True)
 
 
@@ -412,7 +415,7 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path, tiny_causal_lm)
     manifest = tmp_path / "cut" / "checkpoints" / "step-000005" / "checkpoint.json"
     written = json.loads(manifest.read_text())
     assert written["state"].keys() == STATE_OF_AN_EARLIER_VERSION.keys()
-    del written["state"]["identity"]["origin"]
+    del written["state"]["identity"]["data"]
     assert written["state"]["identity"] == STATE_OF_AN_EARLIER_VERSION["identity"]
     del written["checksum"], written["checksums"]  # which it did not write
     manifest.write_text(json.dumps(written | {"state": STATE_OF_AN_EARLIER_VERSION}))

@@ -132,6 +132,8 @@ def read_answers(file: str) -> Iterator[Answer]:
 def _answer(line: str, where: str) -> Answer:
     try:
         record = parse_json(line)
+    except json.JSONDecodeError as error:  # the line in its text is that of a single line, always 1
+        raise DataError(f"{where}: not JSON ({error.msg}, column {error.colno}); wanted one object a line") from error
     except ValueError as error:
         raise DataError(f"{where}: not JSON ({error}); wanted one object a line") from error
     if not isinstance(record, dict) or not isinstance(record.get("response"), str):

@@ -251,12 +251,28 @@ def _text_files(config: Any, split: str) -> list[Path]:
     None of a folder whose README.md says how its files are to be read, such as with another separator.
     """
     files = [Path(file) for name, found in config.data_files.items() if name == split for file in found]
-    known = all(file.is_file() and inner_suffix(file) in (*JSON_SUFFIXES, *SEPARATORS) for file in files)
+    known = all(file.is_file() and _is_text_of_records(file) for file in files)
     options = [field for field in fields(config) if field.name not in OF_FOLDERS]
     as_usual = {SEPARATORS.get(inner_suffix(file)) for file in files} <= {getattr(config, "sep", None)} and all(
         getattr(config, option.name) == option.default for option in options if option.name != "sep"
     )
     return files if known and as_usual else []
+
+
+def _is_text_of_records(path: Path) -> bool:
+    """Whether this module reads the file. ``datasets`` also reads JSON whose objects go on over several lines."""
+    suffix = inner_suffix(path)
+    if suffix != ".json":
+        return suffix in (*JSON_SUFFIXES, *SEPARATORS)
+    with open_text(path) as file:
+        first = next((line for line in file if line.strip()), "")
+    if first.lstrip().startswith("["):
+        return True
+    try:
+        parse_json(first)
+    except ValueError:
+        return False
+    return True
 
 
 def _rows_of_texts(source: str, files: Iterable[Path]) -> Iterator[Row]:

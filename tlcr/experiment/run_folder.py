@@ -280,7 +280,8 @@ class RunFolder:
             )
             before, number = (named, "one KL coefficient") if place == alone else (alone, "several KL coefficients")
             settings = self.per_seed[trial.seed].trial_settings(trial)
-            if not place.exists() and is_done(before, settings, TRAINED):
+            ended = is_done(before, settings, TRAINED) or _was_judged_otherwise(before, settings)
+            if ended and not place.exists():
                 place.parent.mkdir(exist_ok=True)
                 before.rename(place)
                 if before == named and not any(named.parent.iterdir()):
@@ -289,11 +290,7 @@ class RunFolder:
 
     def needs_evaluation_alone(self, trial: Trial) -> bool:
         """Whether the trial finished with the current settings but for those of its evaluation."""
-        folder, settings = self.trial_folder(trial), self.trial_settings(trial)
-        if not (folder / TRAINED).is_file():
-            return False
-        then, now = done_config(folder, settings, TRAINED), decisive(settings)
-        return then != now and {**then, "evaluation": None} == {**now, "evaluation": None}
+        return _was_judged_otherwise(self.trial_folder(trial), self.trial_settings(trial))
 
     def trial_folder(self, trial: Trial) -> Path:
         return self.path / "ppo" / trial.folder
@@ -570,6 +567,14 @@ class RunFolder:
         ended = found if isinstance(found, Trained) else Trained(found, 0.0)
         seconds = round(max(time.monotonic() - started, ended.seconds), 1)  # training may have begun in another sitting
         mark_done(folder, config=settings, metrics=ended.metrics, seconds=seconds, record=record)
+
+
+def _was_judged_otherwise(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a trial finished in the folder with these settings but for those of its evaluation."""
+    if not (folder / TRAINED).is_file():
+        return False
+    then, now = done_config(folder, settings, TRAINED), decisive(settings)
+    return then != now and {**then, "evaluation": None} == {**now, "evaluation": None}
 
 
 def raw_preferences(cfg: RunConfig) -> tuple[TextPreference, ...]:

@@ -72,7 +72,8 @@ def _row(model: ServedModel, item: Any) -> Row:
     if unknown := sorted(item.keys() - set(OF_ITEMS)):
         raise Bad(f"has {unknown[0][:40]!r}, which is not read; an item may have {', '.join(OF_ITEMS)}")
     if "response_ids" in item or "prompt_ids" in item:
-        for name in ("prompt", "messages", "response", *TEMPLATE_COLUMNS):
+        columns = [name for name in TEMPLATE_COLUMNS if item.get(name)]
+        for name in ("prompt", "messages", "response", *columns):
             if name in item:
                 raise Bad(f"has both ids and {name!r}; send ids or text, so that it is clear what is scored")
         prompt_ids, response_ids = (_ids(item.get(name), name, model) for name in ("prompt_ids", "response_ids"))
@@ -90,10 +91,10 @@ def _row(model: ServedModel, item: Any) -> Row:
 
 
 def _template(model: ServedModel, item: Json) -> dict[str, Any]:
-    """What the chat template is given beside the messages."""
-    found = {name: item[name] for name in TEMPLATE_COLUMNS if item.get(name) is not None}
-    for name, value in found.items():
-        if "messages" not in item:
+    """What the chat template is given beside the messages; nothing that is empty, as for records of a file."""
+    given = {name: item[name] for name in TEMPLATE_COLUMNS if item.get(name) is not None}
+    for name, value in given.items():
+        if value and "messages" not in item:
             raise Bad(f"has {name!r} beside 'prompt', and only a chat template reads them; send 'messages'")
         if problem := unicode_problem(json.dumps(value, ensure_ascii=False)):  # of names too
             raise Bad(f"has a text under {name!r} that {problem}")
@@ -101,7 +102,7 @@ def _template(model: ServedModel, item: Json) -> dict[str, Any]:
             _require_switches(model, value)
         elif not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
             raise Bad(f"has {name!r} that are no list of objects")
-    return found
+    return {name: value for name, value in given.items() if value}
 
 
 def _require_switches(model: ServedModel, value: Any) -> None:

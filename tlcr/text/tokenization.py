@@ -435,8 +435,10 @@ def answer_spans(
     written = decode_text(tokenizer, content, context=context)
     read_answer = without_end(tokenizer, answer) if encoded.complete else answer
     for before in range(spans[0][1] + 1 if spans else 0):
-        rest = written[before:] if encoded.complete else written[before:].rstrip("\ufffd")  # a cut may split characters
-        as_read = rest == read_answer or (not encoded.complete and rest != "" and answer.startswith(rest))
+        rest = written[before:]
+        if encoded.answer_cut:
+            rest = rest.rstrip("\ufffd")  # a cut may split a character
+        as_read = rest == read_answer or (encoded.answer_cut > 0 and rest != "" and answer.startswith(rest))
         if as_read and prompt.endswith(written[:before]):
             return [(max(0, start - before), max(0, end - before)) for start, end in spans]
     read = tokenizer(prompt + read_answer, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

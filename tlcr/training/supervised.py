@@ -157,7 +157,7 @@ def fit(
         config or cfg,
         evaluate,
         callbacks,
-        origin or {},
+        origin,
     )
     return run.train(resume)
 
@@ -282,7 +282,7 @@ class _Run:
         config: Any,
         evaluate: Callable[[PreTrainedModel], Mapping[str, float]] | None,
         callbacks: Sequence[Callback],
-        origin: Mapping[str, Any],
+        origin: Mapping[str, Any] | None,
     ) -> None:
         self.model, self.examples, self.collate, self.cfg = model, examples, collate, cfg
         self.seed, self.accelerator, self.length = seed, accelerator, length
@@ -317,7 +317,8 @@ class _Run:
                 "examples": len(examples),
                 "seed": seed,
                 **({} if (frozen := frozen_digest(model)) is None else {"frozen": frozen}),
-                "origin": {"data": examples_digest(examples), **as_plain(origin)},
+                "data": examples_digest(examples),
+                **({} if origin is None else {"origin": as_plain(origin)}),
             },
             config=config,
             evaluate=None if evaluate is None else partial(self._evaluate, evaluate),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -26,12 +27,15 @@ from tlcr.models.lora.peft_layers import (
 from tlcr.models.stored import is_unread, stored_parameters, without_adapters
 from tlcr.training.trained_part import TrainedPart, digest
 
+if TYPE_CHECKING:
+    from tlcr.models.lora.roles import Roles
+
 
 @dataclass(frozen=True)
 class Role:
     """What a model of ``Roles`` is: the roles that share its backbone, and which of them it plays."""
 
-    roles: object
+    roles: Roles
     name: str
 
 

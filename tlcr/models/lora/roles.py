@@ -147,10 +147,8 @@ class Roles:
         self._play(model, role)
         for parameter in own_parameters(model):
             parameter.requires_grad_(trained)
-        self._layers, self._active = (
-            [layer for _, layer in adapted_layers(self._shared)],
-            None,
-        )  # peft activates what it adds
+        self._layers = [layer for _, layer in adapted_layers(self._shared)]
+        self._active = None  # peft activates what it adds
         return model
 
     def _play(self, model: PreTrainedModel, role: str) -> PreTrainedModel:
