@@ -281,7 +281,7 @@ def test_every_recipe_gets_its_own_share(
     def recipe(name: str) -> Any:
         def train(cfg: RunConfig, *, train: list, held_out: list, **_: Any) -> Any:
             given[name] = numbers(getattr(pair, "pair", pair).prompt for pair in [*train, *held_out])
-            return SimpleNamespace(metrics={}, evaluation={})
+            return SimpleNamespace(metrics={}, evaluation={}, seconds=1.0)
 
         return train
 
