@@ -40,6 +40,7 @@ from tlcr.models.discriminator import classify
 from tlcr.models.heads import classification_head
 from tlcr.models.inspection import TWO_CLASSES
 from tlcr.models.loading import load_causal_lm, load_sequence_classifier, load_token_classifier
+from tlcr.models.notes import logger
 from tlcr.models.reward_model import sequence_scores
 from tlcr.models.saving import save_model
 from tlcr.models.stored import is_unread
@@ -262,14 +263,14 @@ def what_cannot_be_trained_is_refused_once_it_is_read(folder: Path) -> None:
 @checks
 def what_transformers_converts_is_read_whole_and_said(folder: Path) -> None:
     path = stored(folder / "mixtral", lambda: MixtralForCausalLM(MixtralConfig(**(LLAMA | MOE))))
-    notes: list[str] = []
+    said: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
-    notes.logger.addHandler(handler)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
     cfg = ModelConfig(path=str(path))
     model = load_causal_lm(cfg, sharding=full())
-    notes.logger.removeHandler(handler)
-    assert len(notes) == 1 and "is read whole by every process" in notes[0]
+    logger.removeHandler(handler)
+    assert len(said) == 1 and "is read whole by every process" in said[0]
     assert not is_unread(model)
     shard_model(model, full())
     equal(model, load_causal_lm(cfg))
