@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from examples.study import command, distinct, with_interval
+from examples.study import command, distinct, markdown, with_interval
 from tlcr.errors import DataError
 from tlcr.report.results import SeedRun, mean_over_seeds, read_runs
 
@@ -33,11 +33,17 @@ def table(runs: Iterable[SeedRun]) -> list[str]:
         raise DataError(
             "no evaluation has an AUC of the discriminator; it is measured on the embedded task, for arms that read it"
         )
-    lines = [f"| arm | KL coefficient | update | seeds | {' | '.join(MEASURES.values())} |", "|---" * 7 + "|"]
-    for (arm, coef, update), points in found.items():
-        cells = [_cell([point[name] for point in points]) for name in MEASURES]
-        lines.append(f"| {arm} | {'' if coef is None else coef} | {update} | {len(points)} | {' | '.join(cells)} |")
-    return lines
+    rows = (
+        [
+            arm,
+            "" if coef is None else str(coef),
+            str(update),
+            str(len(points)),
+            *(_cell([point[name] for point in points]) for name in MEASURES),
+        ]
+        for (arm, coef, update), points in found.items()
+    )
+    return markdown(["arm", "KL coefficient", "update", "seeds", *MEASURES.values()], rows).splitlines()
 
 
 def _cell(values: Sequence[float]) -> str:

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.study import command, distinct, with_interval
+from examples.study import command, distinct, golds_at_equal_kl, markdown, with_interval
 from tlcr.errors import DataError
 from tlcr.files import atomic_write
-from tlcr.report.page import frontier_figure, number
+from tlcr.report.page import frontier_figure
 from tlcr.report.results import SeedRun, compared_per, frontier, paths, read_config, read_runs
 
 COLUMNS = ("against", "KL, nats", "the arm", "the other", "difference", "seeds")
@@ -37,27 +37,23 @@ def compared(runs: Sequence[SeedRun], arm: str, per: Any) -> dict[str, Any]:
     Raises:
         DataError: no run is of this arm, two are of the same arm, coefficient and seed, or none has gold.
     """
-    names = list(dict.fromkeys(run.arm for run in runs))
+    ordered = sorted(distinct(runs), key=lambda run: run.arm != arm)
+    names = list(dict.fromkeys(run.arm for run in ordered))
     if arm not in names:
         raise DataError(f"no run is of arm {arm!r}; there are {', '.join(names) or 'none'}")
-    ordered = sorted(distinct(runs), key=lambda run: run.arm != arm)
     found = frontier(ordered, per=per)
     if found is None:
         raise DataError("no run has gold at a KL above 0: its evaluations need a scorer, or the embedded task")
-    arms = [{"name": name} for name in sorted(names, key=lambda name: name != arm)]
-    return {"frontier": found, "paths": paths(ordered), "per": per, "arms": arms}
+    return {"frontier": found, "paths": paths(ordered), "per": per, "arms": [{"name": name} for name in names]}
 
 
 def table(results: dict[str, Any]) -> list[str]:
     """A row for each other arm, as Markdown."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    for row in results["frontier"]["comparisons"]:
-        golds = [number(gold["mean"]) for gold in (row["arm_gold"], row["other_gold"])]
-        difference = with_interval(row["difference"], row["interval"])
-        lines.append(
-            f"| {row['other']} | {number(row['kl'])} | {' | '.join(golds)} | {difference} | {len(row['seeds'])} |"
-        )
-    return lines
+    rows = (
+        [*golds_at_equal_kl(pair), with_interval(pair["difference"], pair["interval"]), str(len(pair["seeds"]))]
+        for pair in results["frontier"]["comparisons"]
+    )
+    return markdown(COLUMNS, rows).splitlines()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from examples.study import command
+from examples.study import command, golds_at_equal_kl, markdown
 from tlcr.errors import DataError
 from tlcr.files import atomic_write
 from tlcr.report import figures
@@ -38,10 +38,6 @@ def figure(mean: Mean | None) -> str:
 
 def _figure(mean: float | None, interval: Sequence[float] | None) -> str:
     return number(mean) + (f" [{number(interval[0])}, {number(interval[1])}]" if interval else "")
-
-
-def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heading, ["---"] * len(heading), *rows))
 
 
 def repeated_share(prompts: Sequence[str], responses: Sequence[str]) -> float:
@@ -137,16 +133,7 @@ def at_matched_kl(name: str, found: Mapping[str, Any]) -> str:
         ]
         for arm in found["reached"]
     ]
-    pairs = [
-        [
-            pair["other"],
-            number(pair["kl"]),
-            number(pair["arm_gold"]["mean"]),
-            number(pair["other_gold"]["mean"]),
-            _figure(pair["difference"], pair["interval"]),
-        ]
-        for pair in found["comparisons"]
-    ]
+    pairs = [[*golds_at_equal_kl(pair), _figure(pair["difference"], pair["interval"])] for pair in found["comparisons"]]
     text = f"{name} at matched KL (nats per answer); a dash where not every seed got there:\n\n"
     text += markdown(["arm", *(number(level["kl"]) for level in found["levels"])], levels)
     if pairs:

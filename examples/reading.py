@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from examples.study import command
+from examples.study import command, markdown
 from tlcr.errors import DataError
 from tlcr.report.page import number
 from tlcr.report.results import Curve, Per, compared_per, gold_at_kl, paths, read_config, read_runs
@@ -95,7 +95,7 @@ def table(folders: Sequence[Path]) -> str:
     rows += [[f"all, per {per}", "all", kind, *cells(missed)] for (per, kind), missed in sorted(together.items())]
     heading = ["run", "arm", "between", *(f"first, {name}" for name in POWERS), "points"]
     heading += [*(f"later, {name}" for name in POWERS), "points"]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *rows))
+    return markdown(heading, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

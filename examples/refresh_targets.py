@@ -18,8 +18,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from examples.measures import figure, markdown
-from examples.study import command
+from examples.measures import figure
+from examples.study import command, markdown
 from tlcr.config.schema import ModelConfig
 from tlcr.data import embedded
 from tlcr.data.labels import label_pair

@@ -77,6 +77,17 @@ def with_interval(mean: float, interval: Sequence[float] | None) -> str:
     return number(mean) + ("" if interval is None else f" ({number(interval[0])} to {number(interval[1])})")
 
 
+def markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heading, ["---"] * len(heading), *rows))
+
+
+def golds_at_equal_kl(comparison: Mapping[str, Any]) -> list[str]:
+    """The first cells of one of ``tlcr.report.results.frontier``'s comparisons: the other arm, the KL, both golds."""
+    golds = (comparison["arm_gold"], comparison["other_gold"])
+    return [comparison["other"], number(comparison["kl"]), *(number(gold["mean"]) for gold in golds)]
+
+
 def command(work: Callable[[], None]) -> int:
     """Works with tlcr's messages on stderr, and without the progress bars of others.
 

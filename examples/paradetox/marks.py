@@ -62,20 +62,23 @@ def taken_out(text: str, rewrite: str) -> list[bool]:
     return gone
 
 
+def bare(word: str) -> str:
+    """The word without punctuation at its ends."""
+    return word.strip(PUNCTUATION)
+
+
 def times_taken_out(edits: Iterable[tuple[str, str]]) -> Counter[str]:
-    """For each word, without punctuation at its ends, how many edits (a text, its rewrite) take it out."""
+    """For each `bare` word how many edits (a text, its rewrite) take it out."""
     return Counter(
         word
         for text, rewrite in edits
-        for word in {
-            word.strip(PUNCTUATION) for word, gone in zip(text.split(), taken_out(text, rewrite), strict=True) if gone
-        }
+        for word in {bare(word) for word, gone in zip(text.split(), taken_out(text, rewrite), strict=True) if gone}
     )
 
 
 def kind_of(word: str, times: Mapping[str, int]) -> str:
     """The kind of a mark on a word."""
-    return KINDS[max(least for least in KINDS if least <= times.get(word.strip(PUNCTUATION), 0))]
+    return KINDS[max(least for least in KINDS if least <= times.get(bare(word), 0))]
 
 
 def spans(text: str, is_marked: Sequence[bool], times: Mapping[str, int]) -> list[dict[str, Any]]:
