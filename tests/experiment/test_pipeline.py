@@ -204,9 +204,9 @@ def test_a_stage_says_which_one_it_lacks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "other"),
     [
-        ("sft", {"data": {"max_answer_tokens": 12}}, "data"),
-        ("discriminator", {"labels": {"end_of_sequence": "ignore"}}, "data"),
-        ("dpo", {"model": {"dtype": "bfloat16"}}, "dtype"),
+        ("sft", {"data": {"max_answer_tokens": 12}}, r"data \(data was"),
+        ("discriminator", {"labels": {"end_of_sequence": "ignore"}}, r"data \(data was"),
+        ("dpo", {"model": {"dtype": "bfloat16"}}, r"origin \(origin\.dtype was"),
     ],
 )
 def test_an_interrupted_stage_goes_on_from_what_it_began_with(
@@ -231,7 +231,7 @@ def test_an_interrupted_stage_goes_on_from_what_it_began_with(
         with pytest.raises(ZeroDivisionError):
             stage(cfg, name)
     sections = {section: replace(getattr(cfg, section), **values) for section, values in changes.items()}
-    with pytest.raises(CheckpointError, match=f"belongs to a run with other .*origin.{other} was"):
+    with pytest.raises(CheckpointError, match=f"belongs to a run with other {other}"):
         stage(replace(cfg, **sections), name, resume=True)
     stage(cfg, name, resume=True)
 

@@ -27,7 +27,7 @@ from tlcr.training.loop import TrainingLoop, settings_without
 from tlcr.training.metrics import read_metrics
 from tlcr.training.optim import build_scheduler
 
-IDENTITY = {"settings": {"rate": 0.1, "inner": {"depth": 3}}, "seed": 5}
+IDENTITY = {"settings": {"rate": 0.1, "inner": {"depth": 3}}, "seed": 5, "data": "ab" * 32}
 
 
 class Adder:
@@ -254,7 +254,7 @@ def test_a_fresh_start_empties_a_log_that_was_left(tmp_path: Path) -> None:
             r"with other settings and seed \(inner.depth was 3 and is 4; seed was 5 and is 6\)",
         ),
         ({"settings": {"rate": 0.1, "inner": {}}, "seed": 5}, r"with other settings \(inner.depth was 3 and is None\)"),
-        ({**IDENTITY, "data": "0f" * 32}, r"with other data \(data was None and is 0f0f0f0f\.\.\.\)"),
+        ({**IDENTITY, "data": "0f" * 32}, r"with other data \(data was abababab\.\.\. and is 0f0f0f0f\.\.\.\)"),
     ],
 )
 def test_a_checkpoint_of_another_training_changes_nothing_and_names_what_differs(
