@@ -15,17 +15,17 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from examples.study import command, distinct, markdown, with_interval
+from examples.study import command, markdown, runs_of, with_interval
 from tlcr.errors import DataError
-from tlcr.report.results import SeedRun, mean_over_seeds, read_runs
+from tlcr.report.results import SeedRun, mean_over_seeds
 
 MEASURES = {"gold_per_token": "gold per token", "discriminator_auc": "AUC", "discriminator_ece": "calibration error"}
 
 
 def table(runs: Iterable[SeedRun]) -> list[str]:
-    """The rows, as Markdown. Raises DataError where no run has what the table shows, or two are of one arm and seed."""
+    """The rows, as Markdown. Raises DataError where no run has what the table shows."""
     found: dict[tuple[str, float | None, int], list[dict[str, float]]] = {}
-    for run in distinct(runs):
+    for run in runs:
         for point in run.curve:
             if all(point.get(name) is not None for name in MEASURES):
                 found.setdefault((run.arm, run.kl_coef, point["update"]), []).append(point)
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def work() -> None:
-        lines = table(run for folder in options.runs for run in read_runs(folder))
+        lines = table(runs_of(options.runs))
         sys.stdout.write("\n".join(lines) + "\n")
 
     return command(work)

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.study import command, distinct, golds_at_equal_kl, markdown, with_interval
+from examples.study import command, golds_at_equal_kl, markdown, runs_of, with_interval
 from tlcr.errors import DataError
 from tlcr.files import atomic_write
+from tlcr.report import figures
 from tlcr.report.page import frontier_figure
-from tlcr.report.results import SeedRun, compared_per, frontier, paths, read_config, read_runs
+from tlcr.report.results import SeedRun, compared_per, frontier, paths, read_config
 
 COLUMNS = ("against", "KL, nats", "the arm", "the other", "difference", "seeds")
 
@@ -35,15 +36,17 @@ def compared(runs: Sequence[SeedRun], arm: str, per: Any) -> dict[str, Any]:
         ``frontier``, ``paths``, ``per`` and the names of ``arms``, this arm first.
 
     Raises:
-        DataError: no run is of this arm, two are of the same arm, coefficient and seed, or none has gold.
+        DataError: no run is of this arm, or none has gold, or none of this arm.
     """
-    ordered = sorted(distinct(runs), key=lambda run: run.arm != arm)
+    ordered = sorted(runs, key=lambda run: run.arm != arm)
     names = list(dict.fromkeys(run.arm for run in ordered))
     if arm not in names:
         raise DataError(f"no run is of arm {arm!r}; there are {', '.join(names) or 'none'}")
     found = frontier(ordered, per=per)
     if found is None:
         raise DataError("no run has gold at a KL above 0: its evaluations need a scorer, or the embedded task")
+    if arm not in found["reached"]:
+        raise DataError(f"no run of arm {arm!r} has gold, only those of {', '.join(found['reached'])}")
     return {"frontier": found, "paths": paths(ordered), "per": per, "arms": [{"name": name} for name in names]}
 
 
@@ -67,11 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         per = {compared_per(read_config(folder)) for folder in options.runs}
         if len(per) > 1:
             raise DataError("some of these runs are compared per token and some per answer (evaluation.per)")
-        runs = [run for folder in options.runs for run in read_runs(folder)]
-        results = compared(runs, options.arm, *per)
+        results = compared(runs_of(options.runs), options.arm, *per)
         if options.figure is not None:
             with atomic_write(options.figure) as aside:
-                aside.write_text(frontier_figure(results), encoding="utf-8")
+                aside.write_text(figures.as_file(frontier_figure(results)), encoding="utf-8")
         sys.stdout.write("\n".join(table(results)) + "\n")
 
     return command(work)

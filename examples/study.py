@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from tlcr.errors import ConfigError, DataError, TlcrError
 from tlcr.report.page import number
-from tlcr.report.results import SeedRun
+from tlcr.report.results import SeedRun, coefficient_of, read_runs
 
 
 def values_of(path: Path, study: type) -> dict[str, Any]:
@@ -64,6 +64,36 @@ def distinct(runs: Iterable[SeedRun]) -> Iterator[SeedRun]:
         yield run
 
 
+def runs_of(folders: Sequence[Path]) -> list[SeedRun]:
+    """The runs of several folders, which are compared as those of one.
+
+    Args:
+        folders: of `tlcr run`.
+
+    Returns:
+        All of them, in the order of the folders.
+
+    Raises:
+        DataError: two are of one arm, coefficient and seed, or an arm that was trained at one coefficient in a folder
+            was trained at another, or at several, in another folder.
+    """
+    found = [(folder, run) for folder in folders for run in read_runs(folder)]
+    places: dict[str, dict[Path, set[float | None]]] = {}
+    for folder, run in found:
+        places.setdefault(run.arm, {}).setdefault(folder, set()).add(run.kl_coef)
+    # Where an arm has a single coefficient its runs do not name it, so those of two folders would look alike.
+    unnamed = {arm for arm, own in places.items() if len(own) > 1 and any(None in coefs for coefs in own.values())}
+    named = [replace(r, kl_coef=coefficient_of(folder, r)) if r.arm in unnamed else r for folder, r in found]
+    for arm in sorted(unnamed):
+        coefs = sorted({run.kl_coef for run in named if run.arm == arm and run.kl_coef is not None})
+        if len(coefs) > 1:
+            raise DataError(
+                f"arm {arm!r} was trained at other KL coefficients ({', '.join(map(str, coefs))}) in one of "
+                f"{', '.join(map(str, places[arm]))} than in another: it cannot be compared as one arm"
+            )
+    return [replace(r, kl_coef=None) if r.arm in unnamed else r for r in distinct(named)]
+
+
 def with_interval(mean: float, interval: Sequence[float] | None) -> str:
     """How tables write a mean over seeds: ``0.400 (0.341 to 0.459)``.
 
@@ -85,7 +115,7 @@ def markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def golds_at_equal_kl(comparison: Mapping[str, Any]) -> list[str]:
     """The first cells of one of ``tlcr.report.results.frontier``'s comparisons: the other arm, the KL, both golds."""
     golds = (comparison["arm_gold"], comparison["other_gold"])
-    return [comparison["other"], number(comparison["kl"]), *(number(gold["mean"]) for gold in golds)]
+    return [comparison["other"], number(comparison["kl"]), *(number(gold and gold["mean"]) for gold in golds)]
 
 
 def command(work: Callable[[], None]) -> int:

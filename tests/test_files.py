@@ -57,6 +57,23 @@ def test_what_fails_half_way_changes_nothing(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "mine.svg").write_text("mine")
+    with pytest.raises(CheckpointError, match="Is a directory"), atomic_write(tmp_path / "figures") as aside:
+        aside.write_text("a figure")
+    assert [path.name for path in tmp_path.rglob("*")] == ["figures", "mine.svg"]
+
+
+def test_the_folder_that_a_command_stands_in_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with atomic_write(".") as aside:
+        aside.mkdir()
+        (aside / "part").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["here", "part"]
+
+
 def test_json_keeps_floats_and_writes_null_for_nan(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"x": 0.1 + 0.2, "nan": float("nan"), "list": [float("inf"), 1]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 0.1 + 0.2, "nan": None, "list": [None, 1]}

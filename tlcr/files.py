@@ -55,7 +55,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the disk is full or the place cannot be written.
     """
-    path = Path(path)
+    path = Path(path).absolute()  # "." has no name of its own
     aside = path.with_name(f".partial-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,16 +136,16 @@ def sync_to_disk(path: Path) -> None:
 
 
 def take_place(aside: Path, path: Path) -> None:
-    """Renames what was written aside over ``path``; a folder that was there is deleted after.
+    """Renames what was written aside over ``path``; a folder that a folder replaces is deleted after.
 
     Args:
         aside: a file or a folder, on the same disk.
         path: its place.
 
     Raises:
-        OSError: it cannot be renamed; what was there is there again.
+        OSError: it cannot be renamed, as a file over a folder; what was there is there again.
     """
-    if path.is_dir():  # a folder cannot be renamed over another
+    if path.is_dir() and aside.is_dir():  # a folder cannot be renamed over another
         old = path.with_name(f".old-{path.name}")
         remove(old)
         os.replace(path, old)

@@ -36,6 +36,9 @@ USUAL_TOKENS = 27
 ROOM = 2.4
 """The length limit of an answer, in mean answers, as in the quickstart."""
 
+PLACEMENT = ("kl_coef", "per_answer", "reward")
+"""The keys of a placement."""
+
 
 @dataclass(frozen=True)
 class Cell(Trial):
@@ -99,8 +102,19 @@ def read_study(path: Path) -> Study:
     for name in ("lengths", "lams", "values", "seeds", "placements"):
         if not values[name]:
             raise ConfigError(f"{path}: {name} is empty; name at least one")
+    for name, kind in (
+        ("lengths", Mapping),
+        ("lams", list),
+        ("values", Mapping),
+        ("seeds", list),
+        ("placements", Mapping),
+    ):
+        if not isinstance(values[name], kind):
+            raise ConfigError(f"{path}: {name} is {values[name]!r}; wanted a {'list' if kind is list else 'mapping'}")
     for name, placement in values["placements"].items():
-        by_length = placement.get("kl_coef")
+        if not isinstance(placement, Mapping) or set(placement) != set(PLACEMENT):
+            raise ConfigError(f"{path}: placements.{name} is {placement!r}; wanted the keys {', '.join(PLACEMENT)}")
+        by_length = placement["kl_coef"]
         if not isinstance(by_length, Mapping) or not by_length or min(by_length) > min(values["lengths"]):
             shortest = min(values["lengths"])
             raise ConfigError(

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from examples.credit_study import results, theory
 from examples.credit_study.study import Cell, Study, read_study
@@ -49,6 +50,11 @@ def squared_correlation(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.corrcoef(x, y)[0, 1] ** 2)
 
 
+def array(tensor: Tensor) -> np.ndarray:
+    """The numbers of a tensor of any device and dtype."""
+    return np.asarray(tensor.double().cpu().numpy())
+
+
 def share_known(values: np.ndarray, before: np.ndarray, place: np.ndarray) -> float:
     """The slope of the values on the rewards before a token, with its place and a constant beside them."""
     regressors = np.stack([before, place, np.ones_like(place)], axis=1)
@@ -57,7 +63,7 @@ def share_known(values: np.ndarray, before: np.ndarray, place: np.ndarray) -> fl
 
 def known_by(values_BT: np.ndarray, at_each: Rewards, mask_BT: np.ndarray) -> float:
     """The share of what a sum at the end moves there that these values follow, from the rewards at every token."""
-    moved_BT = np.where(mask_BT, at_each.parts["dense"].double().numpy(), 0.0)  # KL is paid at every token in both
+    moved_BT = np.where(mask_BT, array(at_each.parts["dense"]), 0.0)  # KL is paid at every token in both
     before_BT = np.cumsum(moved_BT, axis=1) - moved_BT
     place_BT = np.broadcast_to(np.arange(mask_BT.shape[1], dtype=float), mask_BT.shape)
     return share_known(values_BT[mask_BT], before_BT[mask_BT], place_BT[mask_BT])
@@ -77,7 +83,12 @@ def of_cell(run: RunFolder, cell: Cell, dense: Cell) -> dict[str, Any]:
         generator=seeded_generator("variance", run.cfg.seed, 0),
     )
     scores = score_rollout(
-        actor_critic, reference, rollout, temperature=1.0, micro_batch_size=cfg.rollout.batch_size, exact_kl=False
+        actor_critic,
+        reference,
+        rollout,
+        temperature=cfg.rollout.temperature,
+        micro_batch_size=cfg.rollout.batch_size,
+        exact_kl=False,
     )
     signal = frozen.source(run, cfg, reference, cell.seed)(rollout)
 
@@ -98,14 +109,14 @@ def of_cell(run: RunFolder, cell: Cell, dense: Cell) -> dict[str, Any]:
     advantages = compute_advantages(
         rewards, scores, rollout.mask_BT, gamma=cfg.ppo.gamma, lam=cell.lam, whiten=False, accelerator=None
     )
-    mask = rollout.mask_BT.numpy()
+    mask = rollout.mask_BT.cpu().numpy()
     at_each = rewards_of(dense)
-    own_BT = np.where(mask, at_each.rewards_BT.double().numpy(), 0.0)
+    own_BT = np.where(mask, array(at_each.rewards_BT), 0.0)
     lengths = mask.sum(axis=1)
-    known = 1.0 if cell is dense else known_by(scores.values_BT.double().numpy(), at_each, mask)
+    known = 1.0 if cell is dense else known_by(array(scores.values_BT), at_each, mask)
     return {
         "known": known,
-        "measured": squared_correlation(advantages.advantages_BT.double().numpy()[mask], own_BT[mask]),
+        "measured": squared_correlation(array(advantages.advantages_BT)[mask], own_BT[mask]),
         "predicted": theory.squared_correlation([int(n) for n in lengths if n], cell.lam, known=known),
         "tokens": float(lengths.mean()),
     }

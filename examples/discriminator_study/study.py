@@ -135,14 +135,17 @@ def _value(cfg: RunConfig, knob: str) -> Any:
 def read_study(path: Path) -> Study:
     """Read the YAML file. Raises ConfigError with what is missing, unknown or cannot be varied."""
     values = values_of(path, Study)
+    for name in ("seeds", "grids"):
+        if not isinstance(values[name], list) or not values[name]:
+            raise ConfigError(f"{path}: {name} is {values[name]!r}; wanted a list of at least one")
     for grid in values["grids"]:
+        if not isinstance(grid, Mapping):
+            raise ConfigError(f"{path}: a grid is {grid!r}; wanted knobs with a list of values each")
         for name, listed in grid.items():
             if name != PAIRS and not name.startswith(VARIED):
                 raise ConfigError(f"{path}: a grid varies {name}; it may vary pairs and knobs of discriminator")
             if not isinstance(listed, list) or not listed:
                 raise ConfigError(f"{path}: {name} is {listed!r} in a grid; wanted a list of values")
-    if not values["seeds"] or not values["grids"]:
-        raise ConfigError(f"{path}: seeds and grids must name at least one each")
     return Study(**{**values, "seeds": tuple(values["seeds"]), "grids": tuple(values["grids"])})
 
 

@@ -128,6 +128,9 @@ def test_what_cannot_be_merged_is_refused_in_one_line(
         return said[-1]
 
     assert "holds a model already; name another folder" in refused(adapter, tmp_path / "policy")
+    before = sorted(path.name for path in adapter.iterdir())
+    assert "holds an adapter, which would be loaded with the whole model" in refused(adapter, adapter)
+    assert sorted(path.name for path in adapter.iterdir()) == before
     other = refused(adapter, tmp_path / "whole", "--base", tmp_path / "other")
     assert "was trained on other weights than those in" in other and "--base" in other
     assert "wanted adapter_config.json" in refused(tmp_path / "base", tmp_path / "whole")

@@ -193,6 +193,9 @@ def test_gaps_are_taken_within_a_seed_at_the_kl_that_both_reached() -> None:
     ("changes", "message"),
     [
         ({"lams": []}, "lams is empty"),
+        ({"lams": 0.7}, "lams is 0.7; wanted a list"),
+        ({"placements": ["continuous"]}, "wanted a mapping"),
+        ({"placements": {"x": {"kl_coef": {8: 0.15}}}}, "wanted the keys kl_coef, per_answer, reward"),
         ({"values": {"odd": {"ppo.value_learning_rate": -1.0}}}, "value_learning_rate"),
         ({"lengths": {8: 6, 16: 12}}, "coefficient from there on, as {8: 0.15}"),
         ({"placements": {"x": {"kl_coef": 0.15, "per_answer": False, "reward": {}}}}, "kl_coef is 0.15"),

@@ -134,7 +134,9 @@ def test_the_study_of_the_repository_is_one() -> None:
     [
         ({"grids": [{"ppo.clip": [0.1]}]}, "a grid varies ppo.clip"),
         ({"grids": [{"pairs": 20}]}, "pairs is 20 in a grid; wanted a list"),
-        ({"grids": []}, "at least one each"),
+        ({"grids": []}, r"grids is \[\]; wanted a list of at least one"),
+        ({"grids": None}, "grids is None; wanted a list"),
+        ({"grids": ["pairs"]}, "a grid is 'pairs'; wanted knobs"),
         ({"typo": 1}, "wanted output_dir, config"),
     ],
 )

@@ -30,9 +30,3 @@ def test_rows_are_means_over_the_seeds_of_an_arm_at_an_update() -> None:
 def test_runs_without_a_discriminator_are_refused() -> None:
     with pytest.raises(DataError, match="no evaluation has an AUC"):
         drift.table([run("q", 0, None)])
-
-
-def test_a_run_that_comes_twice_is_refused() -> None:
-    """It would count as two seeds."""
-    with pytest.raises(DataError, match=r"two runs are of arm 'continuous', coefficient 0\.1, seed 0"):
-        drift.table([run("continuous", 0, 0.8), run("continuous", 0, 0.8)])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from examples import frontier
+from examples import frontier, study
 from tlcr.errors import DataError
 from tlcr.report.results import SeedRun
 
@@ -47,7 +47,11 @@ def test_any_arm_may_be_the_one() -> None:
     ("runs", "arm", "said"),
     [
         (RUNS, "sequence", "no run is of arm 'sequence'; there are continuous, q, refresh"),
-        ([*RUNS, RUNS[0]], "continuous", r"two runs are of arm 'continuous', coefficient 0\.1, seed 0"),
+        (
+            [*RUNS, SeedRun("mute", 0.1, 0, {"kl_per_token": 0.0}, {"kl_per_token": 1.0}, ({"kl_per_token": 1.0},))],
+            "mute",
+            "no run of arm 'mute' has gold, only those of continuous, q, refresh",
+        ),
         ([run("q", 0.1, 0, 0.0, 0.0)], "q", "no run has gold at a KL above 0"),
     ],
 )
@@ -57,8 +61,14 @@ def test_what_cannot_be_compared_is_refused(runs: list[SeedRun], arm: str, said:
 
 
 def test_the_figure_draws_every_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frontier, "read_runs", lambda folder: RUNS[:4] if folder.name == "a" else RUNS[4:])
+    monkeypatch.setattr(study, "read_runs", lambda folder: RUNS[:4] if folder.name == "a" else RUNS[4:])
     drawn = tmp_path / "out.svg"
     assert frontier.main([str(tmp_path / "a"), str(tmp_path / "b"), "--figure", str(drawn)]) == 0
     text = drawn.read_text(encoding="utf-8")
+    assert ' width="' in text.split(">")[0] and "prefers-color-scheme:dark" in text  # a file of its own, on any ground
     assert all(f">{arm}<" in text for arm in ("continuous", "q", "refresh"))
+
+
+def test_a_comparison_without_gold_at_the_common_kl_has_dashes() -> None:
+    comparison = {"other": "q", "kl": 0.5, "arm_gold": None, "other_gold": {"mean": 0.25}}
+    assert study.golds_at_equal_kl(comparison) == ["q", "0.500", "\N{EN DASH}", "0.250"]

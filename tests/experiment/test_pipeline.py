@@ -89,6 +89,19 @@ def test_the_discriminator_is_analysed_on_what_it_has_not_seen(finished: RunConf
     assert again["kinds"] == found["kinds"] and again["spill"] == found["spill"]
     assert page == tmp_path / "out" / "analysis.html" and "edits.jsonl" in page.read_text()
 
+    # a file of preferences is in its own form, whatever the run's were in
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "ppo"))
+    config = dump_config(
+        replace(finished, data=replace(finished.data, preferences="hh.jsonl", preferences_format="hh"))
+    )
+    (tmp_path / "run" / "config.yaml").write_text(config)
+    pairs = [json.dumps({"prompt": e.prompt, "chosen": e.revised, "rejected": e.rejected}) for e in held_out]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(pairs))
+    analyse_edits(
+        tmp_path / "run", str(tmp_path / "edits.jsonl"), tmp_path / "out", preferences=str(tmp_path / "pairs.jsonl")
+    )
+    assert "chosen over rejected" in json.loads((tmp_path / "out" / "analysis.json").read_text())["comparisons"]
+
 
 @pytest.mark.slow
 def test_a_run_says_once_what_it_found_and_wrote(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

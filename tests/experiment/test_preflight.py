@@ -15,7 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from tests.experiment.helpers import arm_config, small_config
 from tlcr.config.loading import load_config
@@ -327,6 +333,21 @@ def test_texts_longer_than_a_reward_model_reads_are_found_before_the_run(
     cfg = arm_config(tmp_path, tiny_folder, **changes)
     assert "reads at most 12" in blocked(preflight(cfg))["reward_model.path"]
     assert not blocked(preflight(replace(cfg, data=replace(cfg.data, max_prompt_tokens=6))))
+
+
+def test_the_positions_that_a_model_of_roberta_s_kind_keeps_for_padding_are_not_counted(
+    tmp_path: Path, tiny_folder: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """It has 20 rows of positions and reads 19 tokens: its padding is token 0, and its positions count from 1."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": len(tiny_tokenizer)}
+    config = AutoConfig.for_model("roberta", max_position_embeddings=20, num_labels=1, **sizes, **special)
+    save_model(AutoModelForSequenceClassification.from_config(config), tiny_tokenizer, tmp_path / "scorer")
+    changes = {"reward.kind": "sequence", "reward.callable": None, "reward_model.path": str(tmp_path / "scorer")}
+    cfg = arm_config(tmp_path, tiny_folder, **changes)
+    for prompt, fits in ((19 - cfg.rollout.max_new_tokens, True), (20 - cfg.rollout.max_new_tokens, False)):
+        found = blocked(preflight(replace(cfg, data=replace(cfg.data, max_prompt_tokens=prompt))))
+        assert ("reads at most 19" in found.get("reward_model.path", "")) is not fits
 
 
 def test_a_finding_splits_an_error_where_its_remedy_begins() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tlcr.config.schema import RunConfig, SFTConfig
 from tlcr.models.sft import completion_loss
-from tlcr.recipes.train_sft import train_sft
+from tlcr.recipes.train_sft import _perplexity, train_sft
 from tlcr.text.padding import collate_completions
 from tlcr.text.tokenization import encode_answer
 from tlcr.training.metrics import read_metrics
@@ -95,3 +96,10 @@ def test_training_learns_the_answers_and_the_folder_loads_anywhere(tmp_path, tin
     out = model.generate(**prompt, do_sample=False, max_new_tokens=8)
     assert tokenizer.decode(out[0, prompt["input_ids"].shape[1] :]) == " Good!<eos>"
     assert json.loads((tmp_path / "sft" / "config.json").read_text())["pad_token_id"] == tiny_tokenizer.pad_token_id
+
+
+def test_the_perplexity_of_a_loss_beyond_all_numbers_is_infinite() -> None:
+    """A training that diverged is evaluated, and goes on."""
+    assert _perplexity({"loss": 2.0}) == {"perplexity": math.exp(2.0)}
+    assert _perplexity({"loss": 800.0}) == {"perplexity": math.inf}
+    assert math.isnan(_perplexity({"loss": math.nan})["perplexity"])

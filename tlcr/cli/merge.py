@@ -15,7 +15,7 @@ from tlcr.errors import CheckpointError, ConfigError
 from tlcr.models.inspection import read_config
 from tlcr.models.loading import load_causal_lm, load_sequence_classifier, load_token_classifier
 from tlcr.models.lora.adapters import base_digest
-from tlcr.models.lora.files import attach_adapter, merged_weights, read_base, read_peft_config
+from tlcr.models.lora.files import PEFT_CONFIG, attach_adapter, merged_weights, read_base, read_peft_config
 from tlcr.models.saving import save_model
 from tlcr.models.tokenizers import load_tokenizer
 
@@ -34,17 +34,20 @@ def merge_command(*, adapter: Path, output: Path, base: str | None, trust_remote
 
     Args:
         adapter: a folder of peft, such as ``policy/adapter`` of a run.
-        output: a folder that holds no model yet.
+        output: a folder that holds no model and no adapter yet.
         base: the model that the adapter was trained on; None: the one that the adapter names.
         trust_remote_code: run code that comes with that model.
 
     Raises:
-        ConfigError: peft is not installed, no model is named, ``output`` holds one, or the adapter cannot be merged.
+        ConfigError: peft is not installed, no model is named, ``output`` holds one or an adapter, or the adapter cannot
+            be merged.
         CheckpointError: the folder holds no adapter, or one that was trained on other weights.
     """
     config, about = read_peft_config(adapter), read_base(adapter)
     if (output / CONFIG_NAME).exists():
         raise ConfigError(f"{output} holds a model already; name another folder, or delete that one")
+    if (output / PEFT_CONFIG).exists():
+        raise ConfigError(f"{output} holds an adapter, which would be loaded with the whole model; name another folder")
     path = base or config.base_model_name_or_path
     if path is None:
         raise ConfigError(f"the adapter in {adapter} names no model that it was trained on; name it with --base")

@@ -134,10 +134,11 @@ def shards_of(cfg: RunConfig, machine: Machine) -> tuple[int, ...] | None:
     return (processes,) if groups <= 1 or processes % groups else (groups, processes // groups)
 
 
-def build_on_meta(cfg: GeneratorConfig) -> PreTrainedModel:
-    """The model on the meta device, which allocates nothing. Raises ConfigError where its config cannot be read."""
+def build_on_meta(cfg: GeneratorConfig, *, headless: bool = False) -> PreTrainedModel:
+    """The causal model, or what any model of its kind has below its head, on the meta device, which allocates nothing.
+    Raises ConfigError where its config cannot be read."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
     from tlcr.data import embedded
     from tlcr.models.faults import LOADABLE, one_line
@@ -151,7 +152,8 @@ def build_on_meta(cfg: GeneratorConfig) -> PreTrainedModel:
         try:
             config = read_config(cfg)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+                auto = AutoModel if headless else AutoModelForCausalLM
+                model = auto.from_config(config, trust_remote_code=cfg.trust_remote_code)
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"model.path {cfg.path!r}: {one_line(error)[:300]}; {LOADABLE}") from error
     model.tie_weights()

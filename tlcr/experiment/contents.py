@@ -29,8 +29,8 @@ from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.classifiers import new_class
 from tlcr.models.ends import answer_notes, other_ends
 from tlcr.models.faults import AUTO, Role
-from tlcr.models.inspection import attention_for, model_faults, read_config
-from tlcr.models.positions import CONVERSATION_LIMITS, LIMITS, check_fits, check_positions
+from tlcr.models.inspection import attention_for, model_faults
+from tlcr.models.positions import CONVERSATION_LIMITS, LIMITS, check_fits, check_positions, position_limit
 from tlcr.models.tokenizers import load_tokenizer
 from tlcr.rewards.sources.frozen_model import ROLLOUT_LIMITS, same_tokenizer
 from tlcr.rewards.sources.log_ratio import check_same_tokenizer
@@ -293,9 +293,9 @@ def _positions_of_others(
     for knob, named in models_used(cfg, stages).items():
         if knob not in ROLES or knob in faulty or not same_tokenizer(tokenizer, load_tokenizer(named)):
             continue
-        positions = getattr(read_config(named).get_text_config(), "max_position_embeddings", None)
         what = "a prompt with an answer of full length"
         try:
+            positions = position_limit(build_on_meta(named, headless=True))
             check_positions(positions, longest, what, reader=repr(named.path), limits=ROLLOUT_LIMITS)
         except TlcrError as error:
             yield Finding.of(knob, error)

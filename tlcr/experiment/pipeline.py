@@ -146,8 +146,11 @@ def report(folder: Path) -> Path:
 def analyse(folder: Path) -> Path:
     """Analyses the discriminators of a run on its held-out edits, again if needed, and writes its report."""
     run = reopen_run(folder)
-    if run.cfg.data.held_out == 0:
-        raise ConfigError(f"the run in {folder} held no edit out (data.held_out is 0); name other pairs with --edits")
+    if not all(seeded.edits.held_out for seeded in run.model_folders):
+        raise ConfigError(
+            f"the run in {folder} held no edit out (data.held_out is {run.cfg.data.held_out}); name other pairs with "
+            "--edits"
+        )
     for seeded in run.model_folders:
         (seeded.models / "analysis" / DONE).unlink(missing_ok=True)
         _analysis(seeded)
@@ -168,7 +171,8 @@ def analyse_edits(folder: Path, edits: str, output: Path, *, preferences: str | 
         The path of analysis.html.
     """
     run = reopen_run(folder).model_folders[0]
-    data = replace(run.cfg.data, edits=edits, edits_format="auto", preferences=preferences, limit=None)
+    data = replace(run.cfg.data, edits=edits, edits_format="auto", limit=None)
+    data = replace(data, preferences=preferences, preferences_format="auto")
     found = _analyse(
         run,
         read_edits(data, run.tokenizer, rendered_at=run.started).records,

@@ -98,7 +98,11 @@ def _ends_of_model(cfg: GeneratorConfig) -> set[int]:
         pass
     try:
         config = inspection.read_config(cfg)
-    except (OSError, ValueError):  # a tokenizer's folder; a model that should be there is missed when it is loaded
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+    ):  # a tokenizer's folder; a model that should be there is missed when it is loaded
         return set()
     return _named_ends(config.get_text_config())
 

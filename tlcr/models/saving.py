@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import os
+import re
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME
+from transformers.tokenization_utils_base import ADDED_TOKENS_FILE, SPECIAL_TOKENS_MAP_FILE
+from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from tlcr.files import atomic_write, sync_folder
+from tlcr.files import atomic_write, remove, sync_folder, take_place
 from tlcr.models import classifiers
 from tlcr.training.distributed import on_main_process
 from tlcr.training.sharding import has_shards, whole_state
+
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+ONLY_SOMETIMES = (
+    ADDED_TOKENS_FILE, CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, GENERATION_CONFIG_NAME, SPECIAL_TOKENS_MAP_FILE
+)  # fmt: skip
+"""What a model or a tokenizer is saved with only if it has it. Of an earlier one it would be loaded with this one."""
 
 
 def save_model(
@@ -25,8 +32,9 @@ def save_model(
     """Writes model and tokenizer to ``folder`` so that ``AutoModel*.from_pretrained`` loads them from there.
 
     Everything is written to a temporary folder and then renamed into place, config.json last: a folder with a
-    config.json is complete. Other files of the folder stay. The configs record the ids of padding and of the end of
-    sequence for other programs that load the model: they stop where the policy's answers ended in training.
+    config.json is complete. What an earlier model and tokenizer had there goes; other files stay. The configs record
+    the ids of padding and of the end of sequence for other programs that load the model: they stop where the policy's
+    answers ended in training.
     Every process calls it: the weights of a sharded model are gathered in the main process's memory.
 
     Args:
@@ -49,12 +57,14 @@ def save_model(
             tokenizer.save_pretrained(aside)
         names = {part.name for part in parts.iterdir()}
         (folder / CONFIG_NAME).unlink(missing_ok=True)
-        for stale in folder.glob("*.safetensors*"):
-            if stale.name not in names:
-                stale.unlink()
+        earlier = {
+            part.name for part in folder.iterdir() if WEIGHTS.fullmatch(part.name) or part.name in ONLY_SOMETIMES
+        }
+        for name in earlier - names:
+            remove(folder / name)
         for name in sorted(names - {CONFIG_NAME}):
-            os.replace(parts / name, folder / name)
-        os.replace(parts / CONFIG_NAME, folder / CONFIG_NAME)
+            take_place(parts / name, folder / name)
+        take_place(parts / CONFIG_NAME, folder / CONFIG_NAME)
         parts.rmdir()
         sync_folder(folder)
 

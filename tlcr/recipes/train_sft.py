@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,9 @@ from tlcr.training.supervised import FitResult
 from tlcr.types import EncodedAnswer, PreferencePair
 
 __all__ = ["train_sft"]
+
+LARGEST_LOSS = math.log(sys.float_info.max)
+"""Nats per token, of which the perplexity is still a number."""
 
 
 def train_sft(
@@ -107,4 +111,5 @@ def _length(answer: EncodedAnswer) -> int:
 
 
 def _perplexity(figures: Mapping[str, float]) -> dict[str, float]:
-    return {"perplexity": math.exp(figures["loss"])}
+    loss = figures["loss"]
+    return {"perplexity": math.inf if loss > LARGEST_LOSS else math.exp(loss)}

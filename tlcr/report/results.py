@@ -303,6 +303,12 @@ def read_runs(folder: Path) -> list[SeedRun]:
     return sorted(found, key=lambda run: (order.get(run.arm, len(order)), run.arm, run.kl_coef or 0.0, run.seed))
 
 
+def coefficient_of(folder: Path, run: SeedRun) -> float:
+    """The KL coefficient that a run of this folder was trained at, also where its arm has no other."""
+    record = folder / "ppo" / run.folder / TRAINED
+    return run.kl_coef if run.kl_coef is not None else float(read_json(record)["config"]["kl"]["coef"])
+
+
 def _with_coefficients(runs: Sequence[SeedRun], folder: Path) -> list[SeedRun]:
     """Names the coefficient of a run that was its arm's only one, where the arm has others too."""
     named = [run for run in runs if run.kl_coef is not None]
@@ -313,7 +319,7 @@ def _with_coefficients(runs: Sequence[SeedRun], folder: Path) -> list[SeedRun]:
             found.append(run)
             continue
         record = folder / run.folder / TRAINED
-        coef = float(read_json(record)["config"]["kl"]["coef"]) if record.exists() else None
+        coef = coefficient_of(folder.parent, run) if record.exists() else None
         if coef is not None and (run.arm, coef, run.seed) not in taken:
             found.append(replace(run, kl_coef=coef))
         else:
