@@ -342,6 +342,15 @@ class TestAnswerSpans:
         # what the prompt ends with, lower-cased, is all that this token writes
         assert self.pieces(tokenizer, "is x", "X") == ["X"]
 
+    @pytest.mark.parametrize("trims", [False, True])
+    def test_spaces_belong_to_the_token_that_writes_them_where_offsets_are_trimmed_too(self, trims: bool) -> None:
+        tokenizer = byte_level("\u0120 g", "\u0120 \u0120")
+        tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trims)
+        assert self.pieces(tokenizer, "is", " Go  \u00e9") == [" G", "o", "  ", "\u00e9", "\u00e9"]
+        assert self.pieces(tokenizer, "is ", "Go  ") == ["G", "o", "  "]
+        assert self.pieces(tokenizer, "is", "  G") == [" ", " G"]
+
     def test_special_tokens_in_an_answer_have_their_names(self) -> None:
         tokenizer = byte_level()
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|final|>"]})

@@ -414,7 +414,8 @@ def answer_spans(
     """For each token of ``encode_answer``, the characters [start, end) of the answer that it writes.
 
     Decoding is most exact, white space included. Where it does not give back the answer, which has special tokens or is
-    changed by the tokenizer (lower case, Unicode forms), the offsets of its encoding are used.
+    changed by the tokenizer (lower case, Unicode forms), the offsets of its encoding are used. White space that these
+    leave between two tokens belongs to the second, as in decoding.
 
     Args:
         tokenizer: the tokenizer of ``encoded``.
@@ -444,7 +445,21 @@ def answer_spans(
     read = tokenizer(prompt + read_answer, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     first, before = _answer_start(read["offset_mapping"], prompt), len(prompt)
     offsets = read["offset_mapping"][first : first + len(content)]
-    return [(max(0, start - before), max(0, end - before)) for start, end in offsets]
+    return _without_gaps([(max(0, start - before), max(0, end - before)) for start, end in offsets], read_answer)
+
+
+def _without_gaps(spans: Sequence[tuple[int, int]], text: str) -> list[tuple[int, int]]:
+    """The spans, each with the white space between it and the one before.
+
+    Post-processors with ``trim_offsets`` (RoBERTa's) leave the space before a word to no token, and a token of spaces
+    without a character.
+    """
+    whole: list[tuple[int, int]] = []
+    settled = 0
+    for start, end in spans:
+        whole.append((settled if text[settled:start].isspace() else start, end))
+        settled = max(settled, end)
+    return whole
 
 
 def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, context: Sequence[int] = ()) -> list[str]:
