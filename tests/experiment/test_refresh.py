@@ -124,12 +124,13 @@ def test_a_model_is_asked_with_the_chosen_answer_to_the_prompt_and_never_twice(s
     (word,) = (w for w in ("soup", "tea", "bread", "film", "song", "cake") if w in prompt)
     revise = module._by_a_model(opened, cfg, tmp_path / "trial")
     asked = [(prompt, f" The {word} was bad but the {word} is what it is."), (prompt, "  ")]
-    (edit,) = revise(asked, 5)
+    edit, of_nothing = revise(asked, 5)
+    assert edit is not None and of_nothing is None
     assert (edit.prompt, edit.rejected) == asked[0]
     assert edit.revised == f" The {word} was good but the {word} is what it is."
     sent = len(server.requests)
     assert sent == 1 and f"I liked the {word} very much." in json.dumps(server.requests[0])
-    assert revise(asked, 5) == [edit] and len(server.requests) == sent
+    assert revise(asked, 5) == [edit, None] and len(server.requests) == sent
     assert (tmp_path / "trial" / "refresh" / "answers.sqlite").is_file()
 
 
@@ -161,7 +162,7 @@ def test_answers_that_got_no_revision_stop_the_run_unless_it_is_told_to_skip_the
     with pytest.raises(EndpointError, match=r"1 of 1 pairs got no answer.*oops"):
         module._by_a_model(opened, opened.cfg, tmp_path / "trial")(asked, 5)
     skipping = replace(opened.cfg, reviser=replace(opened.cfg.reviser, on_unanswered="skip"))
-    assert module._by_a_model(opened, skipping, tmp_path / "trial")(asked, 5) == []
+    assert module._by_a_model(opened, skipping, tmp_path / "trial")(asked, 5) == [None]
 
 
 # ---- what is refused

@@ -132,12 +132,13 @@ def test_an_end_behind_a_text_that_was_sampled_in_more_tokens_does_not_count(
     tiny_tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The policy wrote it letter by letter and was cut; read as a text it is shorter than the limit."""
+    """The policy wrote it letter by letter and was cut; read as a text it is shorter than the limit. Another answer of
+    the same text ended."""
     letters = [token for letter in " bad" for token in ids_of(tiny_tokenizer, letter)]
     assert len(letters) > len(ids_of(tiny_tokenizer, " bad"))
     rows = [
         Row(PROMPT, letters, False),
-        Row(PROMPT, [*ids_of(tiny_tokenizer, " not bad"), tiny_tokenizer.eos_token_id], True),
+        Row(PROMPT, [*ids_of(tiny_tokenizer, " bad"), tiny_tokenizer.eos_token_id], True),
     ]
     seen: list[LabelledPair] = []
     refresh = make(config(max_new_tokens=len(letters), share=0.0))
@@ -174,7 +175,7 @@ def test_answers_without_an_edit_leave_no_area_and_no_answer_at_all_no_loss(
     refresh._revise = lambda answers, updates: [EditPair("same", p, a, a) for p, a in answers]
     figures = refresh(answers(tiny_tokenizer), 2)
     assert figures["refresh/revised_share"] == 0 and "refresh/auc_before" not in figures and figures["refresh/loss"] > 0
-    refresh._revise = lambda answers, updates: []
+    refresh._revise = lambda answers, updates: [None] * len(answers)
     assert refresh(answers(tiny_tokenizer), 2) == {"refresh/pairs": 0.0, "refresh/revised_share": 0.0}
 
 

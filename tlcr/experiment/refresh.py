@@ -71,7 +71,7 @@ def refresh_of(
 
 
 def _by_the_embedded_task(seed: int) -> Revise:
-    def edit(answers: Sequence[tuple[str, str]], updates: int) -> list[EditPair]:
+    def edit(answers: Sequence[tuple[str, str]], updates: int) -> Sequence[EditPair]:
         rng = random.Random(f"revisions {seed} {updates}")
         return [
             EditPair(f"update-{updates}-{number}", prompt, answer, embedded.revise(prompt, answer, rng))
@@ -97,20 +97,20 @@ def _by_a_model(run: RunFolder, cfg: RunConfig, folder: Path) -> Revise:
             f"none, such as {min(unknown)[:80]!r}; set reward.refresh.every: 0"
         )
 
-    def edit(answers: Sequence[tuple[str, str]], updates: int) -> list[EditPair]:
-        asked, prompts = [], []
-        for number, (prompt, answer) in enumerate(answers):
-            if answer.strip():  # a blank one has nothing to edit
-                pair = chosen[prompt]
-                name = f"update-{updates}-{number}"
-                asked.append(TextPreference(name, pair.prompt, pair.chosen, answer, pair.template))
-                prompts.append(prompt)
+    def edit(answers: Sequence[tuple[str, str]], updates: int) -> list[EditPair | None]:
+        # a blank one has nothing to edit
+        places = [number for number, (_, answer) in enumerate(answers) if answer.strip()]
+        asked = []
+        for number in places:
+            prompt, answer = answers[number]
+            pair = chosen[prompt]
+            asked.append(TextPreference(f"update-{updates}-{number}", pair.prompt, pair.chosen, answer, pair.template))
         checked, _ = revise(asked, cfg.reviser, cfg.data, folder / CACHE)
         check_answered(checked, cfg.reviser)
-        return [
-            EditPair(pair.id, prompt, pair.rejected, found.revised)
-            for pair, prompt, found in zip(asked, prompts, checked, strict=True)
-            if found.outcome in ("revised", "unchanged") and found.revised is not None
-        ]
+        edits: list[EditPair | None] = [None] * len(answers)
+        for number, pair, found in zip(places, asked, checked, strict=True):
+            if found.outcome in ("revised", "unchanged") and found.revised is not None:
+                edits[number] = EditPair(pair.id, answers[number][0], pair.rejected, found.revised)
+        return edits
 
     return edit

@@ -43,8 +43,8 @@ MEASURED_OF = 4
 RATE_SHARE = 0.1
 """The rate of a refresh, as a share of the first training's, unless it is named."""
 
-Revise = Callable[[Sequence[tuple[str, str]], int], list[EditPair]]
-"""(prompt, answer) pairs and the updates done, to the edits of those answers that a reviser settled."""
+Revise = Callable[[Sequence[tuple[str, str]], int], Sequence[EditPair | None]]
+"""(prompt, answer) pairs and the updates done, to the edit of each answer; None where a reviser settled none."""
 
 
 class DiscriminatorRefresh:
@@ -106,9 +106,13 @@ class DiscriminatorRefresh:
             TrainingDiverged: a loss or a gradient is not finite.
         """
         answers = list(zip(rollout.prompts, rollout.responses, strict=True))
-        edits = self._revise(answers, updates)
-        ended = dict(zip(answers, rollout.ended_B.tolist(), strict=True))
-        fresh = [self._labelled(edit, ended=ended.get((edit.prompt, edit.rejected), True)) for edit in edits]
+        # By place: two answers may be one text, of which one ended and the limit cut the other.
+        settled = [
+            (edit, ended)
+            for edit, ended in zip(self._revise(answers, updates), rollout.ended_B.tolist(), strict=True)
+            if edit is not None
+        ]
+        fresh = [self._labelled(edit, ended=ended) for edit, ended in settled]
         measured = fresh[::MEASURED_OF]
         trained = [pair for number, pair in enumerate(fresh) if number % MEASURED_OF]
         rng = random.Random(f"refresh {self.seed} {updates}")
@@ -116,7 +120,7 @@ class DiscriminatorRefresh:
         rng.shuffle(mixed)
         figures = {
             "refresh/pairs": float(len(fresh)),
-            "refresh/revised_share": sum(edit.rejected != edit.revised for edit in edits) / max(len(edits), 1),
+            "refresh/revised_share": sum(edit.rejected != edit.revised for edit, _ in settled) / max(len(settled), 1),
             **self._auc("before", measured),
         }
         if mixed:
