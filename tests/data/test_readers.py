@@ -488,6 +488,33 @@ class TestPreferences:
         assert read.format == "preference"
         assert self.only(read) == ("<user>a<assistant>b<user>c<assistant>", "d", "e")
 
+    @pytest.mark.parametrize("prompt", [None, [user("a") | {"id": "p"}]])
+    def test_shared_turns_may_have_other_ids_in_each_conversation(
+        self, prompt: list | None, jsonl: Callable, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        """They were set aside as unlike; and turns of the prompt stood there twice."""
+
+        def conversation(answer: str, id: str) -> list[dict]:
+            call = {"role": "assistant", "tool_calls": [{"id": id, "function": {"name": "f", "arguments": "{}"}}]}
+            result = {"role": "tool", "content": "r", "tool_call_id": id}
+            return [user("a") | {"id": "u" + id}, call, result, assistant(answer)]
+
+        record = {"prompt": prompt, "chosen": conversation("d", "1"), "rejected": conversation("e", "2")}
+        assert self.only(preferences(jsonl(record), tokenizer)) == ("<user>a<assistant><tool>r<assistant>", "d", "e")
+
+    @pytest.mark.parametrize("change", [{"name": "g"}, {"arguments": '{"user_id": 3}'}])
+    def test_other_tool_calls_are_other_turns(
+        self, change: dict, jsonl: Callable, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        def conversation(answer: str, results: str, **changed: str) -> list[dict]:
+            calls = [{"id": id, "function": {"name": "f", "arguments": id, **changed}} for id in "xy"]
+            of_each = [{"role": "tool", "content": "r", "tool_call_id": id} for id in results]
+            return [user("a"), {"role": "assistant", "tool_calls": calls}, *of_each, assistant(answer)]
+
+        for other in (conversation("e", "yx"), conversation("e", "xy", **change)):
+            with pytest.raises(DataError, match="before the last answer differ"):
+                preferences(jsonl({"chosen": conversation("d", "xy"), "rejected": other}), tokenizer)
+
     def test_conversational_parquet(self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         source = tmp_path / "a.parquet"
         record = {"chosen": [user("a"), assistant("d")], "rejected": [user("a"), assistant("e")]}

@@ -158,6 +158,8 @@ def test_a_prompt_is_known_by_its_words() -> None:
 def test_messages_without_a_content_are_known_by_what_they_hold() -> None:
     first, second = ([{"role": "assistant", "tool_calls": [{"name": name}]}] for name in ("search", "read"))
     assert prompt_key(first) == '{"tool_calls": [{"name": "search"}]}' != prompt_key(second)
+    named = [{"role": "assistant", "id": "m1", "tool_calls": [{"id": "call-1", "name": "search"}]}]
+    assert prompt_key(named) == prompt_key(first), "ids, which each record may have anew, do not count"
 
 
 @pytest.mark.parametrize("prompts", [5, 1])

@@ -25,6 +25,7 @@ from tlcr.data.records import (
     Values,
     message_text,
     placed,
+    same_turns,
 )
 from tlcr.text.files import parse_json, unicode_problem
 from tlcr.types import ErrorSpan
@@ -242,8 +243,9 @@ def _answers(values: Values, names: Sequence[str]) -> tuple[Context, list[Answer
     """The context before the answers, and each named answer.
 
     An answer is a text; or messages that end with the assistant's, after the whole conversation or only what follows
-    ``prompt``. Such conversations must share all turns but the last. A prompt that is a text is then the user's message
-    before the first of the assistant's, unless a user's message stands there or has that text.
+    ``prompt``. Such conversations must share all turns but the last; ids are those of the first. A prompt that is a
+    text is then the user's message before the first of the assistant's, unless a user's message stands there or has
+    that text.
     """
     for name in names:
         if name not in values:
@@ -256,7 +258,7 @@ def _answers(values: Values, names: Sequence[str]) -> tuple[Context, list[Answer
         conversations = [_conversation(prompt, values[name], name) for name in names]
         context = _after(earlier, conversations[0][:-1])
         for name, conversation in zip(names, conversations, strict=True):
-            if conversation[:-1] != conversations[0][:-1]:
+            if not same_turns(conversation[:-1], conversations[0][:-1]):
                 raise Malformed(f"the messages before the last answer differ between {names[0]} and {name}")
         answers = [_answer(conversation[-1]) for conversation in conversations]
         if not context and prompt in ("", []):
@@ -373,7 +375,7 @@ def _conversation(prompt: object, answer: object, name: str) -> list[Message]:
         return [*messages[:first], {"role": "user", "content": text}, *messages[first:]]
     if isinstance(prompt, list) and prompt:
         before = _messages(prompt, "prompt")
-        return messages if messages[: len(before)] == before else before + messages
+        return messages if same_turns(messages[: len(before)], before) else before + messages
     return messages
 
 

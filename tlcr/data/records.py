@@ -31,6 +31,7 @@ __all__ = [
     "message_words",
     "placed",
     "prompt_key",
+    "same_turns",
 ]
 
 Values = Mapping[str, Any]
@@ -132,9 +133,9 @@ def message_text(message: Message) -> str:
 
 
 def message_words(message: Message) -> str:
-    """What a message is known by: its content, or its other fields where it has none (tool calls).
+    """What a message is known by: its content, or its other fields but ids where it has none (tool calls).
 
-    Fields beside a content, such as an id, are seldom rendered: two messages that differ in them may be one text.
+    Fields beside a content, and ids, are seldom rendered: two messages that differ in them may be one text.
 
     Args:
         message: the message.
@@ -142,7 +143,44 @@ def message_words(message: Message) -> str:
     Returns:
         The text.
     """
-    return str(message.get("content") or "").strip() or message_text(message)
+    return str(message.get("content") or "").strip() or message_text(_without_ids(message))
+
+
+def same_turns(one: Sequence[Message], other: Sequence[Message]) -> bool:
+    """Whether two conversations, or parts of them, are the same.
+
+    Sources give one turn another id in each conversation that has it: of ids only those of tool calls matter, and only
+    for which result belongs to which call.
+
+    Args:
+        one: messages.
+        other: messages.
+
+    Returns:
+        True where they differ at most in ids.
+    """
+    return list(map(_without_ids, one)) == list(map(_without_ids, other)) and _links(one) == _links(other)
+
+
+def _without_ids(message: Message) -> Message:
+    bare = {name: value for name, value in message.items() if name != "id" and not name.endswith("_id")}
+    if isinstance(calls := bare.get("tool_calls"), list):
+        bare["tool_calls"] = [
+            {name: value for name, value in call.items() if name != "id"} if isinstance(call, Mapping) else call
+            for call in calls
+        ]
+    return bare
+
+
+def _links(messages: Sequence[Message]) -> list[int]:
+    """The ids of tool calls and of their results in their order, each as the number of its first appearance."""
+    ids: list[object] = []
+    for message in messages:
+        calls = message.get("tool_calls")
+        ids += [call.get("id") for call in calls if isinstance(call, Mapping)] if isinstance(calls, list) else []
+        ids.append(message.get("tool_call_id"))
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(str(given), len(numbers)) for given in ids if given is not None]
 
 
 def prompt_key(prompt: Context) -> str:
