@@ -102,6 +102,20 @@ def test_a_model_is_asked_with_all_that_its_generation_prompt_opens(folder: Path
         assert answer.prompt_tokens == len(tiny_tokenizer(text)["input_ids"])
 
 
+@pytest.mark.parametrize("opening", ["<think>\n", ""])
+def test_thoughts_that_the_template_opened_and_the_limit_cut_are_marked(folder: Path, opening: str) -> None:
+    """Whoever reads the answer could not tell a draft in them from the answer proper."""
+    template = (
+        TEMPLATE.removesuffix("assistant:") + "{% if add_generation_prompt %}assistant:" + opening + "{% endif %}"
+    )
+    with AnswerStore(folder.parent / "cache.sqlite") as store:
+        model = LocalModel(ModelConfig(path=str(folder), chat_template=template), store, EngineConfig(batch_size=4))
+        found = ask(model, questions(), store, label="test")
+        assert found == ask(model, questions(), store, label="test")
+    cut = [answer for answer in found if isinstance(answer, Answer) and answer.finish == "length"]
+    assert cut and all(answer.text.startswith("<think>") == bool(opening) for answer in cut)
+
+
 def test_a_model_is_held_to_the_choices_and_takes_the_likeliest(folder: Path, tiny_tokenizer) -> None:
     """The choices begin with different tokens, so the likeliest first token decides."""
     from transformers import AutoModelForCausalLM

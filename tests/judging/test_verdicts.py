@@ -82,6 +82,9 @@ def test_a_grade_is_read_where_there_is_one(text: str, grade: Any) -> None:
         (Answer('{"winner": "fir', finish="length"), "truncated"),
         (Answer("<think>\nVerdict: first\nGrade: 5\nBut wait", finish="length"), "truncated"),
         (Answer("Verdict: first\nGrade: 5\nOr\n</think>\n\nThe", finish="length"), "truncated"),
+        (Answer("Okay.\n<think>\nVerdict: first\nGrade: 5\nBut wait", finish="length"), "truncated"),
+        (Answer('Okay <think>\n{"winner": "first", "grade": 5}\nBut', finish="length"), "truncated"),
+        (Answer("<think></think>\n<think>\nVerdict: first\nGrade: 5\nBut", finish="length"), "truncated"),
     ],
 )
 def test_why_there_is_no_verdict(answer: Answer | NoAnswer, failure: str) -> None:
@@ -91,6 +94,10 @@ def test_why_there_is_no_verdict(answer: Answer | NoAnswer, failure: str) -> Non
 def test_a_verdict_that_was_given_before_the_cut_counts() -> None:
     assert read_ruling(Answer("Verdict: first\n\nLet me explain", finish="length")) == "first"
     assert read_ruling(Answer("Verdict: first\nVerdict: second\nVer", finish="length")) == "unreadable"
+    assert read_ruling(Answer("Verdict: first\n<think>\nVerdict: second\nNo", finish="length")) == "first"
+    shown = '{"comparison": "the second leaves its <think> open", "winner": "first"}\nLet me'
+    assert read_ruling(Answer(shown, finish="length")) == "first"
+    assert read_ruling(Answer("The second leaves its <think> open.\nVerdict: first")) == "first"
 
 
 @pytest.mark.parametrize("ab", ORDER)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tlcr.chat.reading import with_opened_thoughts
 from tlcr.chat.store import AnswerStore
 from tlcr.chat.types import Answer, Deliver, NoAnswer, Question
 from tlcr.config.schema import EngineConfig, GeneratorConfig
@@ -57,8 +58,9 @@ class LocalModel:
         self._load()
         positions = position_limit(self._model)
         ids: dict[int, list[int]] = {}
+        texts: dict[int, str] = {}
         for index, question in enumerate(questions):
-            text = render_question(self._tokenizer, [asdict(message) for message in question.messages])
+            texts[index] = text = render_question(self._tokenizer, [asdict(message) for message in question.messages])
             ids[index] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
             longest_way = max(map(len, self._ways(question.choices)), default=question.max_new_tokens)
             longest = len(ids[index]) + min(longest_way, question.max_new_tokens)
@@ -76,6 +78,8 @@ class LocalModel:
                     raise KeyboardInterrupt("told to stop; what was answered is kept")
                 answers = self._sample(engine, [ids[row] for row in rows], questions[rows[0]])
                 for row, answer in zip(rows, answers, strict=True):
+                    if answer.finish == "length":
+                        answer = replace(answer, text=with_opened_thoughts(texts[row], answer.text))
                     key = questions[row].key(self.identity)
                     self._store.put(key, answer, template=questions[row].template, model=self._cfg.path)
                     deliver(row, answer)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["is_refusal", "objects_in", "without_thoughts"]
+__all__ = ["is_refusal", "objects_in", "with_opened_thoughts", "without_thoughts"]
 
 _THINK, _THOUGHT = "<think>", "</think>"
 """Around the reasoning that some models write before their answer, if the server does not remove it."""
@@ -19,7 +19,7 @@ _DECODER = json.JSONDecoder(strict=False)
 """Not strict: models write raw line breaks into JSON strings."""
 
 
-def without_thoughts(text: str, *, marker: str | None = None) -> str:
+def without_thoughts(text: str, *, marker: str | None = None, is_cut: bool = False) -> str:
     """The answer without the thoughts before it.
 
     Thoughts end with ``</think>``, and begin with ``<think>``, unless the chat template or the server has written that.
@@ -29,10 +29,34 @@ def without_thoughts(text: str, *, marker: str | None = None) -> str:
     Args:
         text: what the model wrote.
         marker: what thoughts without their beginning do not hold, because the answer proper follows it.
+        is_cut: a limit cut the text. Then a ``<think>`` that nothing ends, outside of JSON objects, begins thoughts
+            wherever it stands; in a complete text it is a quotation, unless the text begins with it.
 
     Returns:
-        What follows the thoughts: nothing where they never end.
+        What follows the thoughts, without thoughts at a cut: nothing where they begin the text and never end.
     """
+    answer = _after_thoughts(text, marker)
+    if not is_cut:
+        return answer
+    quoted = [(start, stop) for start, stop, _ in _objects(answer)]
+    begun = (found.start() for found in re.finditer(_THINK, answer) if found.start() > answer.rfind(_THOUGHT))
+    return answer[: next((at for at in begun if not any(start < at < stop for start, stop in quoted)), None)]
+
+
+def with_opened_thoughts(prompt: str, text: str) -> str:
+    """An answer that was cut, with the ``<think>`` that its prompt ends with unless the answer ends those thoughts.
+
+    Args:
+        prompt: the text that the model was asked with.
+        text: what it wrote until the limit.
+
+    Returns:
+        The text, from which ``without_thoughts`` can tell that all of it is thoughts.
+    """
+    return _THINK + text if prompt.rstrip().endswith(_THINK) and _THOUGHT not in text else text
+
+
+def _after_thoughts(text: str, marker: str | None) -> str:
     before, end, after = text.partition(_THOUGHT)
     if text.lstrip().startswith(_THINK):
         return after

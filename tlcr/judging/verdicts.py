@@ -92,7 +92,7 @@ def _verdicts(answer: Answer | NoAnswer, field: str, word: str, value: str) -> s
     """The different verdicts in an answer, as it writes them."""
     if isinstance(answer, NoAnswer) or answer.finish == "refusal":
         return set()
-    text = without_thoughts(answer.text)
+    text = without_thoughts(answer.text, is_cut=answer.finish == "length")
     found = [str(item[field]) for item in objects_in(text) if field in item]
     found = found or re.findall(_LINE.format(name=word, value=value), text, _FLAGS)
     found = found or re.findall(rf"\A{value}\Z", text, _FLAGS)
