@@ -51,6 +51,10 @@ def test_prompt_and_answer_show_the_given_day(
         "%k:%M",
         "%l %P",
         "%G-W%V-%u",
+        "%^a %^B %#p",
+        "%-^b %03d %6Y %0e",
+        "%Ey %Od",
+        "%%^a",
     ]
     + [f"%{flag}{d}" for d in DIRECTIVES for flag in FLAGS],
 )

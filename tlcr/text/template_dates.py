@@ -6,6 +6,7 @@ another day reads the same tokens.
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -19,6 +20,8 @@ DIRECTIVES = "aAbBcCdDeFfgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
 """Those that Python documents for every platform, and those of the C library of Linux."""
 FLAGS = ("", "-", "_")
 """Before a directive: leading zeros are left away ("%-d"), or spaces in their place."""
+WRITTEN = re.compile(r"%[-_0^#+]*\d{0,3}[EO]?[A-Za-z]")
+"""A directive as a template writes it: the C library of Linux takes flags ("%^a"), a width ("%3d") and E or O too."""
 PERCENT = "\x00"
 
 # Not a function among the arguments: transformers gives templates plain values only.
@@ -49,7 +52,8 @@ def shown_at(template: str, moment: datetime) -> tuple[str, dict[str, Any]]:
     """
     if not asks_the_clock(template):
         return template, {}
-    directives = [f"%{flag}{letter}" for letter in DIRECTIVES for flag in FLAGS]
+    # All that may come from elsewhere, such as a column, and what the template itself writes.
+    directives = [*(f"%{flag}{letter}" for letter in DIRECTIVES for flag in FLAGS), *WRITTEN.findall(template)]
     values = {directive: moment.strftime(directive) for directive in directives}
     return MACRO + template, {DATE: {"%%": PERCENT, **values, PERCENT: "%"}}
 
