@@ -343,6 +343,9 @@ def test_a_checkpoint_takes_its_bytes_over_the_rate(tmp_path: Path) -> None:
     # bfloat16 weights, and of AdamW two moments and the rest of the masters: 12 bytes of each parameter
     of_ppo = 12 * (architecture.size.parameters + architecture.size.with_head(1))
     assert checkpoint_of("ppo", cfg, architecture) == of_ppo
+    # of a discriminator that learns on the weights alone: its optimiser lives for one refresh
+    learning = load_config(None, {"model.dtype": "bfloat16", "reward.refresh.every": 5})
+    assert checkpoint_of("ppo", learning, architecture) == of_ppo + 2 * architecture.size.with_head(2)
     text = io.StringIO()
     examine(cfg, named=True, write_rate=2.0**-20, console=Console(file=text, width=400))
     line = next(line for line in text.getvalue().splitlines() if line.startswith("ok    checkpoint"))

@@ -109,9 +109,12 @@ def estimate_stage(stage: str, cfg: RunConfig, architecture: Architecture, machi
 def checkpoint_of(stage: str, cfg: RunConfig, architecture: Architecture) -> int:
     """The bytes of one checkpoint of a stage, of all processes together: what is trained, and AdamW's states.
 
-    Of a model with an adapter that is the adapter alone.
+    Of a model with an adapter that is the adapter alone; of a discriminator that learns on within PPO the weights,
+    because its optimiser begins anew at each refresh.
     """
-    return sum(role.gradients + role.optimizer for role in stage_roles(cfg, architecture, stage))
+    roles = stage_roles(cfg, architecture, stage)
+    states = sum(role.optimizer for role in roles if stage != "ppo" or role.name != "discriminator")
+    return sum(role.gradients for role in roles) + states
 
 
 def roles_of_a_process(cfg: RunConfig, architecture: Architecture, machine: Machine) -> tuple[Role, ...]:
