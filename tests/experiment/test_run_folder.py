@@ -24,6 +24,7 @@ from tlcr.experiment.run_folder import (
     EMBEDDED_PROMPTS,
     RunFolder,
     Trained,
+    config_kept_if_refused,
     open_run,
     raw_preferences,
     reopen_run,
@@ -73,6 +74,30 @@ def test_seeds_share_a_model_or_have_one_each(tmp_path: Path) -> None:
     assert [run.models for run in own.model_folders] == [tmp_path / "models" / f"seed-{seed}" for seed in (0, 3)]
     assert all(run.path == tmp_path and run.cfg.seeds == (0, 3) for run in own.model_folders)
     assert own.per_seed is own.per_seed  # data that a seed read is read once
+
+
+@pytest.mark.parametrize("changed", ["ppo/a/seed-0/metrics.jsonl", "ppo/a/seed-0/arm.json", "labels/done.json"])
+def test_a_command_that_fails_leaves_the_config_of_what_is_there(tmp_path: Path, changed: str) -> None:
+    """The old one where it changed nothing, its own where it did: a step that was taken, a record that is new."""
+    cfg = small_config(tmp_path / "run")
+    path = open_run(cfg, resume=False).path / "config.yaml"
+    write_json(tmp_path / "run" / "sft" / "done.json", {})
+    before, other = path.read_text(), replace(cfg, parallel=3)
+
+    def fail(*files: str, by: RunConfig = other) -> str:
+        with pytest.raises(CheckpointError, match="why"), config_kept_if_refused(other):
+            open_run(by, resume=True, whole=False)
+            assert path.read_text() != before
+            for name in files:
+                write_json(tmp_path / "run" / name, {})
+            raise CheckpointError("why")
+        return path.read_text()
+
+    assert fail() == before
+    assert fail("shares/done.json", "ppo/a/seed-0/log.txt") == before
+    assert "parallel: 4" in fail(by=replace(cfg, parallel=4))  # of another command in the folder
+    path.write_text(before)
+    assert "parallel: 3" in fail(changed)
 
 
 # ---- what is wanted

@@ -32,6 +32,7 @@ from tlcr.experiment.preflight import for_one_process, require, unfinished
 from tlcr.experiment.run_folder import (
     RunFolder,
     Trained,
+    config_kept_if_refused,
     open_run,
     raw_preferences,
     reopen_run,
@@ -83,7 +84,7 @@ def run(cfg: RunConfig, *, resume: bool = False) -> Path:
     """
     forget_notes()
     require(cfg, resume=resume)
-    with sole_run(Path(cfg.output_dir)):
+    with sole_run(Path(cfg.output_dir)), config_kept_if_refused(cfg):
         opened = open_run(cfg, resume=resume)
         _shares(opened, opened.data_wanted)
         if opened.wants("revisions"):
@@ -112,21 +113,22 @@ def stage(cfg: RunConfig, name: str, *, resume: bool = False) -> Path:
     """
     forget_notes()
     require(cfg, [name], resume=True)
-    opened = open_run(cfg, resume=resume, whole=False)
-    _shares(opened)
-    if name == "evaluate":
-        on_main_process(opened.name_by_coefficient)
-        for trial in _trained(opened):
-            evaluate_arm(opened.per_seed[trial.seed], trial)
-        on_main_process(lambda: report(opened.path))
-    elif name == "revisions":
-        _revisions(opened)
-    elif name == "ppo":
-        _ppo(opened)
-        logger.info("wrote %s; 'tlcr report %s' compares the policies", opened.path / "ppo", opened.path)
-    else:
-        for run in opened.model_folders:
-            MODEL_STAGES[name](run)
+    with config_kept_if_refused(cfg):
+        opened = open_run(cfg, resume=resume, whole=False)
+        _shares(opened)
+        if name == "evaluate":
+            on_main_process(opened.name_by_coefficient)
+            for trial in _trained(opened):
+                evaluate_arm(opened.per_seed[trial.seed], trial)
+            on_main_process(lambda: report(opened.path))
+        elif name == "revisions":
+            _revisions(opened)
+        elif name == "ppo":
+            _ppo(opened)
+            logger.info("wrote %s; 'tlcr report %s' compares the policies", opened.path / "ppo", opened.path)
+        else:
+            for run in opened.model_folders:
+                MODEL_STAGES[name](run)
     return opened.path
 
 

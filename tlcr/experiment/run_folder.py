@@ -47,7 +47,7 @@ from tlcr.files import atomic_write, unwritable, write_json
 from tlcr.models.tokenizers import load_tokenizer
 from tlcr.training import checksums
 from tlcr.training.checkpoint import as_plain, reading
-from tlcr.training.distributed import barrier, on_main_process, process_device
+from tlcr.training.distributed import barrier, is_main_process, on_main_process, process_device
 from tlcr.training.done import (
     check_results,
     decisive,
@@ -80,6 +80,46 @@ def open_run(cfg: RunConfig, *, resume: bool, whole: bool = True) -> RunFolder:
     on_main_process(lambda: _write_start(cfg, path, anew=whole and not resume))
     on_main_process(lambda: _write_config(cfg, path))
     return RunFolder(cfg, resume, path, path)
+
+
+@contextmanager
+def config_kept_if_refused(cfg: RunConfig) -> Iterator[None]:
+    """Puts ``config.yaml`` back where the command within, which opens the run of ``cfg``, fails before it has changed
+    what the folder holds.
+
+    The file is written before the stages, because a machine may stop in the middle of one; whether a stage may go on
+    is known only once its models and data are read. Another command's file is left alone.
+    """
+    folder = Path(cfg.output_dir)
+    config, before = _config_text(folder), _progress(folder)
+    try:
+        yield
+    except BaseException:
+        written_here = _config_text(folder) == dump_config(cfg) != config
+        # the main process does not wait for the others, which may have failed elsewhere
+        if config is not None and written_here and is_main_process() and _progress(folder) == before:
+            with atomic_write(folder / CONFIG) as aside:
+                aside.write_text(config, encoding="utf-8")
+        raise
+
+
+def _config_text(folder: Path) -> str | None:
+    path = folder / CONFIG
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def _progress(folder: Path) -> dict[str, int]:
+    """When each file was written that changes with a stage, a step of training or an evaluation.
+
+    Without the numbers of ``shares``, which every command counts before its stages.
+    """
+    found = {}
+    for where, _, names in os.walk(folder):
+        for name in {DONE, TRAINED, "metrics.jsonl", "evaluation.json"}.intersection(names):
+            path = Path(where) / name
+            if path.parent != folder / "shares":
+                found[str(path)] = path.stat().st_mtime_ns
+    return found
 
 
 @contextmanager
@@ -150,11 +190,11 @@ def reopen_run(folder: Path) -> RunFolder:
 
 def _write_config(cfg: RunConfig, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    path, text = folder / CONFIG, dump_config(cfg)
+    text = dump_config(cfg)
     # An equal config is not written again: stages of one run may be started in its folder at the same time.
-    if path.exists() and path.read_text(encoding="utf-8") == text:
+    if _config_text(folder) == text:
         return
-    with atomic_write(path) as aside:
+    with atomic_write(folder / CONFIG) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
