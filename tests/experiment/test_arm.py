@@ -398,9 +398,12 @@ def test_an_arm_is_trained_once_and_evaluated_again_by_todays_settings(
     before = json.loads((folder / "evaluation.json").read_text())
     assert before["after"]["gold_per_answer"] is None
     assert before["settings"] == before["on_the_way"]
-    for when in ("settings", "on_the_way"):  # a file of an older version: what was trained with is in the record
+    for when in ("settings", "on_the_way"):  # files of an older version: what was trained with is in arm.json
         del before[when]
     (folder / "evaluation.json").write_text(json.dumps(before))
+    done = json.loads((folder / "done.json").read_text())
+    assert done["config"].pop("evaluation") == evaluation["settings"]
+    (folder / "done.json").write_text(json.dumps(done))
     train_arm(today, trial)
     assert json.loads((folder / "evaluation.json").read_text())["on_the_way"] == evaluation["settings"]
     # other settings of training are refused still
@@ -417,6 +420,25 @@ def test_an_arm_is_trained_once_and_evaluated_again_by_todays_settings(
     weights = load_file(folder / "value" / "model.safetensors")
     assert trained.value_model is not None
     assert torch.equal(trained.value_model.state_dict()["score.weight"], weights["score.weight"])
+
+
+def test_a_training_that_was_not_evaluated_yet_tells_what_judged_it(
+    policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended, and the command before it was evaluated; the next one evaluates it by another scorer."""
+    run = arm_run(tmp_path, policy_folder)
+    (trial,) = run.trials
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(arm, "write_evaluation", stop)
+        train_arm(run, trial)
+    other = replace(run, cfg=replace(run.cfg, evaluation=replace(run.cfg.evaluation, scorer=LETTERS)), resume=True)
+    train_arm(other, trial)
+    written = json.loads((run.trial_folder(trial) / "evaluation.json").read_text())
+    assert (written["settings"]["scorer"], written["on_the_way"]["scorer"]) == (LETTERS, None)
 
 
 def test_what_was_trained_at_a_single_coefficient_is_kept_when_there_are_more(

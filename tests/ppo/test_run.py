@@ -219,6 +219,7 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(make: Make, tmp_path: Pat
     manifest = tmp_path / "checkpoints" / "step-000002" / "checkpoint.json"
     written = json.loads(manifest.read_text())
     assert written["state"].keys() == STATE_OF_AN_EARLIER_VERSION.keys()
+    assert written["state"]["identity"].pop("evaluation") == {"prompts": 256, "scorer": None}
     assert written["state"]["identity"] == STATE_OF_AN_EARLIER_VERSION["identity"]
     del written["checksum"], written["checksums"]  # which it did not write
     manifest.write_text(json.dumps(written | {"state": STATE_OF_AN_EARLIER_VERSION}))
@@ -288,6 +289,33 @@ def test_the_number_of_updates_is_not_free_where_the_rates_fall_towards_the_last
     assert make(longer).begin(resume=True)
 
 
+def judged_by(**changes: Any) -> RunConfig:
+    cfg = small_config(reward={"centre": True})
+    return replace(cfg, evaluation=replace(cfg.evaluation, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"scorer": "mine.py:score"}, "evaluation.scorer was None and is mine.py:score"),
+        ({"prompts": 7}, "evaluation.prompts was 256 and is 7"),
+    ],
+)
+def test_the_evaluations_along_a_training_are_by_one_scorer_on_the_same_prompts(
+    make: Make, changes: dict[str, Any], difference: str
+) -> None:
+    """Else the curve of gold over KL would change its measure where the run went on."""
+    first = make()
+    first.begin(resume=False)
+    with pytest.raises(OSError, match="power"):
+        train(first, rounds=2)
+    with pytest.raises(CheckpointError, match=rf"with other evaluation \({difference}\): restore them"):
+        make(judged_by(**changes)).begin(resume=True)
+    assert make(judged_by(samples=1, per="token")).begin(resume=True)
+    # of a training without evaluations nothing is compared
+    assert make(judged_by(**changes), evaluate=None).begin(resume=True)
+
+
 # ---- the end
 
 
@@ -306,6 +334,7 @@ def test_a_finished_run_is_loaded_and_no_round_is_done_again(make: Make, tmp_pat
     assert (loaded.updates, loaded.metrics, loaded.evaluation) == (4, ended.metrics, {"gold": 4.25})
     assert json.loads((tmp_path / "done.json").read_text())["seconds"] <= loaded.seconds
     assert read_metrics(tmp_path / "metrics.jsonl") == rows  # nor evaluated
+    assert make(judged_by(scorer="mine.py:score")).begin(resume=True) is False  # others may evaluate it
     for cfg, resume, message in (
         (None, False, r"holds a finished run; pass --resume to load what it trained"),
         (

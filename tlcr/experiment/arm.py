@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from tlcr import ops
 from tlcr.config.functions import import_scorer
 from tlcr.config.schema import RewardConfig, RunConfig
-from tlcr.config.stages import TRAINED
+from tlcr.config.stages import DONE, TRAINED
 from tlcr.config.trials import Trial
 from tlcr.data import embedded
 from tlcr.engines import build_engine
@@ -79,32 +79,35 @@ def evaluate_arm(run: RunFolder, trial: Trial) -> None:
     if (refresh := refresh_of(run, cfg, frozen, trial.seed, folder)) is not None:
         refresh.restore(folder)
     after = evaluation(actor_critic)
-    way = _on_the_way(folder)
-    on_main_process(lambda: write_evaluation(folder, before, after, settings=_judged_by(cfg), on_the_way=way))
+    _write_evaluation(folder, before, after, cfg)
     if run.is_trained(trial) or run.needs_evaluation_alone(trial):
         metrics = {"before": before.to_json(), "after": after.to_json()}
         amend_done(folder, config={"evaluation": cfg.evaluation}, metrics=metrics, record=TRAINED)
 
 
-def _judged_by(cfg: RunConfig) -> dict[str, Any]:
-    """What decides the figures of an evaluation beside the policy."""
-    return {"prompts": cfg.evaluation.prompts, "scorer": cfg.evaluation.scorer}
+def _write_evaluation(folder: Path, before: PolicyEvaluation, after: PolicyEvaluation, cfg: RunConfig) -> None:
+    way = _on_the_way(folder)
+    on_main_process(lambda: write_evaluation(folder, before, after, settings=cfg.evaluation.judged_by, on_the_way=way))
 
 
 def _on_the_way(folder: Path) -> Mapping[str, Any] | None:
-    """What judged the evaluations during training, by the evaluation at its end or, where that does not say, by the
-    record of the training; None where neither is there."""
+    """What judged the evaluations during training, by the record of the training. Where that is of an earlier version,
+    by the evaluation at its end, or by the record of the whole; None where none says it."""
 
-    def read(name: str) -> dict[str, Any]:
+    def read(name: str, *keys: str) -> dict[str, Any] | None:
         if not (folder / name).is_file():
-            return {}
+            return None
         with reading(folder / name, AGAIN):
-            return dict(parse_json((folder / name).read_text(encoding="utf-8")))
+            found = parse_json((folder / name).read_text(encoding="utf-8"))
+            for key in keys:
+                found = found.get(key) or {}
+            return {key: found[key] for key in ("prompts", "scorer")} if found else None
 
-    known = read("evaluation.json").get("on_the_way")
-    if known is None and (then := read(TRAINED).get("config", {}).get("evaluation")):
-        known = {name: then[name] for name in ("prompts", "scorer")}
-    return known
+    return (
+        read(DONE, "config", "evaluation")
+        or read("evaluation.json", "on_the_way")
+        or read(TRAINED, "config", "evaluation")
+    )
 
 
 def _train(run: RunFolder, trial: Trial, folder: Path) -> Trained:
@@ -145,7 +148,7 @@ def _train(run: RunFolder, trial: Trial, folder: Path) -> Trained:
 
     # 4. evaluation of the trained policy; a run that had already finished was not evaluated above
     after = latest.get(result.updates) or evaluation(actor_critic)
-    on_main_process(lambda: write_evaluation(folder, before, after, settings=_judged_by(cfg)))
+    _write_evaluation(folder, before, after, cfg)
     return Trained({"before": before.to_json(), "after": after.to_json()}, result.seconds)
 
 

@@ -179,6 +179,7 @@ class PPORun:
             **_identity(cfg, prompts, seed, None if self.sharding else accelerator.num_processes),
             **_identity_of_frozen(self.actor_critic, cfg),
             **({} if origin is None else {"origin": as_plain(origin)}),
+            **({} if evaluate is None else {"evaluation": cfg.evaluation.judged_by}),
         }
         self.loop = TrainingLoop(
             self.folder,
@@ -413,6 +414,8 @@ class PPORun:
 
     def _is_what_ended(self) -> bool:
         ended, now = _without_processes(done_config(self.folder, self._done_config)), as_plain(self._done_config)
+        for record in (ended, now):  # what was trained may be evaluated by anything
+            record.pop("evaluation", None)
         if "origin" not in ended or "origin" not in now:  # earlier versions did not record it
             ended.pop("origin", None)
             now.pop("origin", None)
@@ -420,7 +423,8 @@ class PPORun:
 
     @property
     def _done_config(self) -> dict[str, Any]:
-        """What the trained models depend on: any number of processes may load them, whole or in shards."""
+        """What the trained models depend on: any number of processes may load them, whole or in shards. And what judged
+        the evaluations of the training."""
         return {**_without_processes(self._identity), "updates": self.cfg.ppo.updates}
 
 

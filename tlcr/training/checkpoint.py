@@ -378,12 +378,16 @@ def _read_whole(
             optimizer.load_state_dict(shards.cut_states(optimizer, state) if shards.are_cut(models) else state)
 
 
+NEWER = ("origin", "data", "updates", "evaluation")
+"""What the identity of a training names that it did not in earlier versions."""
+
+
 def _check_identity(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises CheckpointError, with each difference, unless both are equal. A missing name counts as None. The number
-    of processes is not compared: the manifest has it, and whether it matters depends on more. Nor are the origin,
-    the data and the number of updates where one of them has none: earlier versions did not record them."""
+    of processes is not compared: the manifest has it, and whether it matters depends on more. Nor are those of
+    ``NEWER`` where one of them has none: earlier versions did not record them."""
     before, after = _dotted(then), _dotted(now)
-    left_out = {"processes", *(name for name in ("origin", "data", "updates") if name not in then or name not in now)}
+    left_out = {"processes", *(name for name in NEWER if name not in then or name not in now)}
     names = [name for name in {**before, **after} if name.partition(".")[0] not in left_out]
     changed = [name for name in names if before.get(name) != after.get(name)]
     if changed:

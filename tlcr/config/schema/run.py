@@ -41,6 +41,11 @@ class EvaluationConfig(Checked):
         decides=False,
     )
 
+    @property
+    def judged_by(self) -> dict[str, int | str | None]:
+        """What decides the figures of an evaluation beside the policy: evaluations with others are not one curve."""
+        return {"prompts": self.prompts, "scorer": self.scorer}
+
 
 def _check_kl_coefs(coefs: tuple[float, ...], owner: str) -> None:
     for coef in coefs:
