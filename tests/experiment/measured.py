@@ -6,6 +6,7 @@ import gc
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.clocks import allocations
 from tlcr.config.loading import load_config
 from tlcr.config.schema import RunConfig
+from tlcr.data.splits import Split
 from tlcr.experiment.architecture import Architecture, Machine, build_on_meta
+from tlcr.experiment.arm import _Evaluation
+from tlcr.experiment.frozen_models import FrozenModels
 from tlcr.experiment.memory import Estimate, estimate_run
 from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.models.loading import load_causal_lm
@@ -70,11 +74,12 @@ PPO = {
     "ppo.batch_size": 2 * ROWS,
     "ppo.minibatch_size": ROWS,
     "ppo.save_every": 0,
+    "evaluation.prompts": ROWS,
 }
 
 
 def peak_of_ppo(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
-    """What a whole run takes at its peak, on this process."""
+    """What a whole run takes at its peak, on this process, with its evaluations."""
     if cfg.lora.trains("policy"):
         roles = Roles(load_causal_lm(cfg.model), cfg.lora, seed=0)
         policy, reference, value_model = roles.policy, roles.reference, roles.classifier("value", {0: "value"})
@@ -84,12 +89,18 @@ def peak_of_ppo(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
     actor_critic = ActorCritic(policy, value_model, chunk_tokens=cfg.ppo.chunk_tokens)
     # What is written at the end, merged or gathered, is made in the host's memory, whatever device the run is on.
     actor_critic.save = lambda *_: None  # type: ignore[method-assign]
+    prompts = [tokenizer.decode(answer.ids[:PROMPT]) for answer in answers(max(2 * ROWS, cfg.evaluation.prompts))]
+    run: Any = SimpleNamespace(
+        cfg=cfg, tokenizer=tokenizer, embedded=False, prompts=Split(prompts, prompts[: cfg.evaluation.prompts])
+    )
+    evaluation = _Evaluation(run, cfg, FrozenModels(), reference, 0, folder)
     given = {
         "actor_critic": actor_critic,
         "reference": reference,
         "tokenizer": tokenizer,
         "reward_source": CallableSource(str(cfg.reward.callable)),
-        "prompts": [tokenizer.decode(answer.ids[:PROMPT]) for answer in answers(2 * ROWS)],
+        "prompts": prompts[: 2 * ROWS],
+        "evaluate": lambda actor_critic, _: evaluation(actor_critic).metrics(),
         "folder": folder,
         "seed": 0,
     }

@@ -135,10 +135,29 @@ def test_ppo_at_its_peak_as_by_hand() -> None:
         "generation": 1000,
         "scoring": 7 * (3 + 5),
         "rewards": 7 * (3 + 5),
+        "evaluation": 1000,
         "update": 2 * (3 + 5),
     }
     assert {phase.name: ppo.at(phase) for phase in ppo.phases}["generation"] == kept + frozen + 1000
     assert ppo.peak.name == "update" and ppo.total == kept + frozen + gradients + 2 * (3 + 5)
+
+
+def test_an_evaluation_has_batches_of_its_own_and_the_exact_kl() -> None:
+    class WithoutCache(Counted):
+        def peak(self, step: Step, cfg: RunConfig, machine: Machine) -> int:
+            return 0 if step.kind == "next token" else super().peak(step, cfg, machine)
+
+    def taken(machine: Machine = CPU, **evaluation: int) -> dict[str, int]:
+        cfg = load_config(None, {"data.max_prompt_tokens": 3, "rollout.max_new_tokens": 5, "rollout.batch_size": 7})
+        cfg = dataclasses.replace(cfg, ppo=PPOConfig(batch_size=4, minibatch_size=4, packing="always"))
+        cfg = dataclasses.replace(cfg, evaluation=dataclasses.replace(cfg.evaluation, **evaluation))
+        ppo = of_stage(estimate_run(cfg, WithoutCache(), machine), "ppo")
+        return {phase.name: phase.allocated for phase in ppo.phases}
+
+    assert taken()["scoring"] == 4 * (3 + 5)  # a round has four answers
+    assert taken()["evaluation"] == 2 * 7 * (3 + 5)  # held-out prompts are enough for a whole batch
+    assert taken(prompts=5)["evaluation"] == 2 * 5 * (3 + 5)
+    assert taken(Machine(gpu=True, processes=2), prompts=5)["evaluation"] == 2 * 3 * (3 + 5)
 
 
 def test_a_refresh_trains_the_discriminator_by_its_own_batches_within_ppo() -> None:

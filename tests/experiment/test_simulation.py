@@ -99,6 +99,7 @@ def test_a_supervised_training_takes_what_is_estimated(
     [
         {"model.dtype": "bfloat16"},
         {"ppo.value_model": "shared"},
+        {"evaluation.prompts": 64, "ppo.micro_batch_tokens": 10**6, "ppo.micro_batch_size": 2},  # which is the peak
         slow({"ppo.chunk_tokens": 64, **CHECKPOINTS}),
         slow({"ppo.micro_batch_size": 2, "model.dtype": "bfloat16"}),
         slow({"kl.placement": "loss", "kl.estimator": "full"}),

@@ -319,33 +319,39 @@ def _ppo(cfg: RunConfig, architecture: Architecture, machine: Machine) -> Estima
         shared_values=ppo.value_model == "shared",
         chunk_tokens=ppo.chunk_tokens,
     )
-    sampled = min(cfg.rollout.batch_size, math.ceil(ppo.batch_size / processes))
-    exact = cfg.kl_estimator == "full"
-    score = replace(update, rows=rows(sampled), trains=False, again=False, reference=exact)
-    prompt = Step("prompt", rows=sampled, columns=cfg.data.max_prompt_tokens, trains=False)
-    token = Step("next token", rows=sampled, columns=columns, trains=False)
-    judge = Step("token classifier", rows=sampled, columns=columns, outputs=_classes(cfg), trains=False)
-    # a policy trained by DPO, and then the reference, give all logits of the answers
-    ratio = Step(
-        "language model",
-        rows=sampled,
-        columns=columns,
-        answer=cfg.rollout.max_response_tokens,
-        stage="dpo",
-        trains=False,
-    )
     asked = _asked_models(cfg)
-    refreshed = tuple(role for role in roles if role.gradients and role.name == "discriminator")
-    trained = tuple(role for role in roles if role.gradients and role not in refreshed)
-    phases = [
-        Phase("generation", max(architecture.peak(step, cfg, machine) for step in (prompt, token))),
-        Phase("scoring", architecture.peak(score, cfg, machine)),
-    ]
-    if any(asked.values()):
+
+    def answering(answers: int, *, exact: bool, packed: bool) -> dict[str, int]:
+        """What it takes to sample so many answers, to score them, and to ask what gives the rewards."""
+        prompt = Step("prompt", rows=answers, columns=cfg.data.max_prompt_tokens, trains=False)
+        token = Step("next token", rows=answers, columns=columns, trains=False)
+        score = replace(update, rows=rows(answers), trains=False, again=False, reference=exact, packed=packed)
+        judge = Step("token classifier", rows=answers, columns=columns, outputs=_classes(cfg), trains=False)
+        # a policy trained by DPO, and then the reference, give all logits of the answers
+        ratio = Step(
+            "language model",
+            rows=answers,
+            columns=columns,
+            answer=cfg.rollout.max_response_tokens,
+            stage="dpo",
+            trains=False,
+        )
         judges = [judge] if any(needed for name, needed in asked.items() if name != "DPO policy") else []
         if asked["DPO policy"]:
             judges.append(ratio)
-        phases.append(Phase("rewards", max(architecture.peak(step, cfg, machine) for step in judges)))
+        steps = {"generation": [prompt, token], "scoring": [score], "rewards": judges}
+        return {name: max(architecture.peak(step, cfg, machine) for step in of) for name, of in steps.items() if of}
+
+    def at_a_time(answers: int) -> int:
+        return min(cfg.rollout.batch_size, math.ceil(answers / processes))
+
+    rounds = answering(at_a_time(ppo.batch_size), exact=cfg.kl_estimator == "full", packed=ppo.packing == "always")
+    # an evaluation has batches of its own, and their exact KL whatever the estimator of training
+    evaluation = answering(at_a_time(cfg.evaluation.prompts), exact=True, packed=False)
+    phases = [Phase(name, allocated) for name, allocated in rounds.items()]
+    phases.append(Phase("evaluation", max(evaluation.values())))
+    refreshed = tuple(role for role in roles if role.gradients and role.name == "discriminator")
+    trained = tuple(role for role in roles if role.gradients and role not in refreshed)
     phases.append(_training("update", update, trained, cfg, architecture, machine))
     if refreshed:
         phases.append(_training("refresh", _refresh_step(cfg), refreshed, cfg, architecture, machine))
