@@ -32,6 +32,7 @@ from tlcr.experiment import contents
 from tlcr.experiment.contents import FIRST_RECORDS
 from tlcr.experiment.pipeline import run, stage
 from tlcr.experiment.preflight import Finding, holds_a_run, preflight, refuse, require, settings
+from tlcr.experiment.run_folder import open_run
 from tlcr.models.loading import load_sequence_classifier
 from tlcr.models.saving import save_model
 
@@ -125,6 +126,23 @@ def test_a_config_alone_is_no_run(tmp_path: Path) -> None:
     assert not at_once(cfg)
     assert [finding.level for finding in settings(cfg) if finding.subject == "output_dir"] == ["note"]
     assert not list(settings(cfg, resume=True))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_config_that_no_run_wrote_is_not_replaced(tmp_path: Path, resume: bool) -> None:
+    """It is where its author wrote why each value is what it is: 'output_dir: .' beside it lost that."""
+    (tmp_path / "config.yaml").write_text("# why\nseed: 3\n")
+    (tmp_path / "edits.jsonl").touch()
+    cfg = small_config(tmp_path)
+    for refused in (lambda: run(cfg, resume=resume), lambda: stage(cfg, "labels", resume=resume)):
+        with pytest.raises(ConfigError, match=r"holds a config\.yaml that no run wrote"):
+            refused()
+    with pytest.raises(ConfigError, match="give that file another name"):
+        open_run(cfg, resume=resume, whole=False)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "config.yaml": "# why\nseed: 3\n",
+        "edits.jsonl": "",
+    }
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ __all__ = [
     "preflight",
     "records",
     "refuse",
+    "refuse_foreign_config",
     "require",
     "settings",
     "sources_used",
@@ -167,6 +168,18 @@ def holds_a_run(folder: Path) -> bool:
     return any(path.is_file() for path in folder.rglob("*") if path.name not in (CONFIG, STARTED, LOCK, HOLDER))
 
 
+def refuse_foreign_config(folder: Path) -> None:
+    """Raises ConfigError where a folder has a config.yaml of somebody else, which that of a run would replace."""
+    if not os.path.exists(folder / CONFIG) or os.path.exists(folder / STARTED):
+        return
+    # earlier versions wrote no started.json
+    if not any(path.name in (DONE, TRAINED, "metrics.jsonl") for path in folder.rglob("*.json*")):
+        raise ConfigError(
+            f"output_dir {str(folder)!r} holds a {CONFIG} that no run wrote, and a run writes its own there; name "
+            "another output_dir, or give that file another name"
+        )
+
+
 def taken(folder: Path) -> ConfigError:
     """The error for a new run in a folder that holds one."""
     return ConfigError(
@@ -270,9 +283,15 @@ def _output_dir(cfg: RunConfig, resume: bool | None) -> Iterator[Finding]:
         yield Finding("blocked", "output_dir", f"{there} cannot be written to", "name another output_dir")
     elif (reason := _unmakeable(folder, there)) is not None:
         yield Finding("blocked", "output_dir", f"{folder} cannot be made: {reason}", "name another output_dir")
-    elif resume is not True and holds_a_run(folder):
-        found = Finding.of("output_dir", taken(folder))
-        yield replace(found, level="note") if resume is None else found
+    else:
+        try:
+            refuse_foreign_config(folder)
+        except ConfigError as error:
+            yield Finding.of("output_dir", error)
+            return
+        if resume is not True and holds_a_run(folder):
+            found = Finding.of("output_dir", taken(folder))
+            yield replace(found, level="note") if resume is None else found
 
 
 def existing(folder: Path) -> Path:

@@ -42,7 +42,7 @@ from tlcr.data.readers import (
 from tlcr.data.records import TextPreference, as_texts, prompt_key
 from tlcr.data.splits import Shares, ShareStatistics, Split, Stage, in_order_of_hashes, nothing_left, read_shares
 from tlcr.errors import ConfigError
-from tlcr.experiment.preflight import holds_a_run, taken, unfinished, unnamed
+from tlcr.experiment.preflight import holds_a_run, refuse_foreign_config, taken, unfinished, unnamed
 from tlcr.files import atomic_write, unwritable, write_json
 from tlcr.models.tokenizers import load_tokenizer
 from tlcr.training import checksums
@@ -71,9 +71,10 @@ def open_run(cfg: RunConfig, *, resume: bool, whole: bool = True) -> RunFolder:
     """Writes ``config.yaml`` and ``started.json`` into ``output_dir`` and returns the run.
 
     resume: continue what the folder holds. whole: a run of all stages, which needs the folder for itself. Raises
-    ConfigError where the folder holds a run and ``resume`` is False.
+    ConfigError where the folder holds a run and ``resume`` is False, or a ``config.yaml`` of somebody else.
     """
     path = Path(cfg.output_dir)
+    refuse_foreign_config(path)
     if whole and not resume and holds_a_run(path):
         raise taken(path)
     barrier()
