@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arm", default="continuous", help="what is compared with the others (default: continuous)")
     parser.add_argument("--figure", type=Path, help="the figure to write: gold against KL, a line for every arm")
     options = parser.parse_args(arguments)
+    if options.figure is not None and options.figure.is_dir():
+        parser.error(f"--figure {options.figure} is a folder; name a file, as {options.figure / 'frontier.svg'}")
 
     def work() -> None:
         per = {compared_per(read_config(folder)) for folder in options.runs}

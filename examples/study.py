@@ -74,24 +74,26 @@ def runs_of(folders: Sequence[Path]) -> list[SeedRun]:
         All of them, in the order of the folders.
 
     Raises:
-        DataError: two are of one arm, coefficient and seed, or an arm that was trained at one coefficient in a folder
-            was trained at another, or at several, in another folder.
+        DataError: two are of one arm, coefficient and seed, or an arm was trained at one coefficient in each folder,
+            and not at the same.
     """
     found = [(folder, run) for folder in folders for run in read_runs(folder)]
     places: dict[str, dict[Path, set[float | None]]] = {}
     for folder, run in found:
         places.setdefault(run.arm, {}).setdefault(folder, set()).add(run.kl_coef)
     # Where an arm has a single coefficient its runs do not name it, so those of two folders would look alike.
-    unnamed = {arm for arm, own in places.items() if len(own) > 1 and any(None in coefs for coefs in own.values())}
-    named = [replace(r, kl_coef=coefficient_of(folder, r)) if r.arm in unnamed else r for folder, r in found]
-    for arm in sorted(unnamed):
+    shared = {arm for arm, own in places.items() if len(own) > 1 and any(None in coefs for coefs in own.values())}
+    named = [replace(r, kl_coef=coefficient_of(folder, r)) if r.arm in shared else r for folder, r in found]
+    single: set[str] = set()
+    for arm in sorted(shared):
         coefs = sorted({run.kl_coef for run in named if run.arm == arm and run.kl_coef is not None})
-        if len(coefs) > 1:
+        if len(coefs) > 1 and all(own == {None} for own in places[arm].values()):
             raise DataError(
                 f"arm {arm!r} was trained at other KL coefficients ({', '.join(map(str, coefs))}) in one of "
                 f"{', '.join(map(str, places[arm]))} than in another: it cannot be compared as one arm"
             )
-    return [replace(r, kl_coef=None) if r.arm in unnamed else r for r in distinct(named)]
+        single |= {arm} if len(coefs) == 1 else set()
+    return [replace(r, kl_coef=None) if r.arm in single else r for r in distinct(named)]
 
 
 def with_interval(mean: float, interval: Sequence[float] | None) -> str:

@@ -25,6 +25,7 @@ __all__ = [
     "atomic_write",
     "clean_up",
     "finite",
+    "move_into",
     "remove",
     "sync_folder",
     "sync_to_disk",
@@ -55,7 +56,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the disk is full or the place cannot be written.
     """
-    path = Path(path).absolute()  # "." has no name of its own
+    path = Path(path)
     aside = path.with_name(f".partial-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,9 +144,11 @@ def take_place(aside: Path, path: Path) -> None:
         path: its place.
 
     Raises:
-        OSError: it cannot be renamed, as a file over a folder; what was there is there again.
+        OSError: it cannot be renamed, as a file over a folder or a link to one; what was there is there again.
     """
-    if path.is_dir() and aside.is_dir():  # a folder cannot be renamed over another
+    if path.is_dir() and not aside.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.is_dir():  # a folder cannot be renamed over another
         old = path.with_name(f".old-{path.name}")
         remove(old)
         os.replace(path, old)
@@ -159,6 +162,24 @@ def take_place(aside: Path, path: Path) -> None:
     else:
         os.replace(aside, path)
         sync_folder(path.parent)
+
+
+def move_into(folder: Path, parts: Path, *, last: str) -> None:
+    """Moves what was written aside into a folder that stays, part by part; ``parts`` is deleted after.
+
+    Args:
+        folder: the folder; what it has of the same names is replaced.
+        parts: a folder on the same disk.
+        last: the name of the part that says that the others are there.
+
+    Raises:
+        OSError: a part cannot be moved.
+    """
+    names = sorted(part.name for part in parts.iterdir())
+    for name in [*(name for name in names if name != last), last]:
+        take_place(parts / name, folder / name)
+    parts.rmdir()
+    sync_folder(folder)
 
 
 def clean_up(path: Path) -> None:

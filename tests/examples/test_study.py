@@ -37,9 +37,21 @@ def test_a_run_that_comes_twice_is_refused(tmp_path: Path) -> None:
             study.runs_of(folders)
 
 
-@pytest.mark.parametrize("other", ["q/seed-1", "q/kl-0.4/seed-1"])
-def test_an_arm_of_another_coefficient_is_another_arm(tmp_path: Path, other: str) -> None:
+def test_a_run_without_its_record_is_named(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", "q/seed-0", 0.1), write(tmp_path / "b", "q/seed-1", 0.1)
+    (b / "ppo" / "q" / "seed-1" / "arm.json").unlink()
+    with pytest.raises(DataError, match=r"seed-1/arm\.json is not there: the run did not end"):
+        study.runs_of([a, b])
+
+
+def test_runs_of_one_coefficient_join_those_of_several(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", "q/seed-0", 0.1), write(tmp_path / "b", "q/kl-0.1/seed-1", 0.1)
+    write(b, "q/kl-0.4/seed-1", 0.4)
+    assert [(run.kl_coef, run.seed) for run in study.runs_of([a, b])] == [(0.1, 0), (0.1, 1), (0.4, 1)]
+
+
+def test_an_arm_of_another_coefficient_is_another_arm(tmp_path: Path) -> None:
     """Their mean would be of neither."""
-    a, b = write(tmp_path / "a", "q/seed-0", 0.1), write(tmp_path / "b", other, 0.4)
+    a, b = write(tmp_path / "a", "q/seed-0", 0.1), write(tmp_path / "b", "q/seed-1", 0.4)
     with pytest.raises(DataError, match=r"arm 'q' was trained at other KL coefficients \(0\.1, 0\.4\) in one of"):
         study.runs_of([a, b])

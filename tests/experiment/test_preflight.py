@@ -24,14 +24,14 @@ from transformers import (
 )
 
 from tests.experiment.helpers import arm_config, small_config
-from tlcr.config.loading import load_config
+from tlcr.config.loading import dump_config, load_config
 from tlcr.config.schema import ModelConfig, RefreshConfig, RewardConfig, RunConfig
 from tlcr.config.stages import stages_of
 from tlcr.errors import ConfigError
 from tlcr.experiment import contents
 from tlcr.experiment.contents import FIRST_RECORDS
 from tlcr.experiment.pipeline import run, stage
-from tlcr.experiment.preflight import Finding, holds_a_run, preflight, refuse, require, settings
+from tlcr.experiment.preflight import Finding, holds_a_run, preflight, refuse, refuse_foreign_config, require, settings
 from tlcr.experiment.run_folder import open_run
 from tlcr.models.loading import load_sequence_classifier
 from tlcr.models.saving import save_model
@@ -116,7 +116,7 @@ def test_a_run_that_is_refused_leaves_nothing_and_the_next_try_needs_no_resume(t
 
 def test_a_config_alone_is_no_run(tmp_path: Path) -> None:
     assert not holds_a_run(tmp_path)
-    (tmp_path / "config.yaml").touch()
+    (tmp_path / "config.yaml").write_text(dump_config(RunConfig()))
     (tmp_path / "sft").mkdir()
     assert not holds_a_run(tmp_path)
     (tmp_path / "sft" / "metrics.jsonl").touch()
@@ -133,16 +133,30 @@ def test_a_config_that_no_run_wrote_is_not_replaced(tmp_path: Path, resume: bool
     """It is where its author wrote why each value is what it is: 'output_dir: .' beside it lost that."""
     (tmp_path / "config.yaml").write_text("# why\nseed: 3\n")
     (tmp_path / "edits.jsonl").touch()
+    (tmp_path / "earlier" / "labels").mkdir(parents=True)  # a run of the same project
+    (tmp_path / "earlier" / "labels" / "done.json").touch()
     cfg = small_config(tmp_path)
     for refused in (lambda: run(cfg, resume=resume), lambda: stage(cfg, "labels", resume=resume)):
         with pytest.raises(ConfigError, match=r"holds a config\.yaml that no run wrote"):
             refused()
     with pytest.raises(ConfigError, match="give that file another name"):
         open_run(cfg, resume=resume, whole=False)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
-        "config.yaml": "# why\nseed: 3\n",
-        "edits.jsonl": "",
-    }
+    assert (tmp_path / "config.yaml").read_text() == "# why\nseed: 3\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "earlier", "edits.jsonl"]
+
+
+def test_a_config_that_tlcr_wrote_is_that_of_a_run(tmp_path: Path) -> None:
+    """By --print-config, in another folder, or by a version that wrote no started.json."""
+    cfg = small_config(tmp_path)
+    text = dump_config(cfg)
+    for written in (text, text.replace("warn", "warned"), text.replace("seed: 0", "seed: 7")):
+        (tmp_path / "config.yaml").write_text(written)
+        refuse_foreign_config(tmp_path)
+    (tmp_path / "config.yaml").write_text(text + "# mine\n")
+    with pytest.raises(ConfigError, match="that no run wrote"):
+        refuse_foreign_config(tmp_path)
+    (tmp_path / "started.json").touch()
+    refuse_foreign_config(tmp_path)
 
 
 @pytest.mark.parametrize(

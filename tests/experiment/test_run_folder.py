@@ -100,6 +100,14 @@ def test_a_command_that_fails_leaves_the_config_of_what_is_there(tmp_path: Path,
     assert "parallel: 3" in fail(changed)
 
 
+def test_a_link_that_leads_nowhere_does_not_end_a_command(tmp_path: Path) -> None:
+    cfg = small_config(tmp_path / "run")
+    open_run(cfg, resume=False)
+    (tmp_path / "run" / "metrics.jsonl").symlink_to("gone")
+    with config_kept_if_refused(cfg):
+        open_run(cfg, resume=True)
+
+
 # ---- what is wanted
 
 

@@ -303,6 +303,17 @@ def test_a_shared_value_head_is_saved_and_loaded(
         load_value_head(tmp_path / "policy")
 
 
+def test_a_folder_holds_the_value_model_that_was_saved_last(
+    policy: PreTrainedModel, value_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """A head of an earlier training was loaded in place of the separate model that was written over it."""
+    for critic in (None, value_model, None):
+        ActorCritic(policy, critic).save(tiny_tokenizer, tmp_path / "policy", tmp_path / "value")
+        loaded = ActorCritic.load(ModelConfig(path=str(tmp_path / "policy")), tmp_path / "value")
+        assert (loaded.value_model is None) is (critic is None)
+        assert (tmp_path / "value" / "config.json").exists() is (critic is not None)
+
+
 def test_a_bfloat16_policy_has_a_float32_shared_head_and_float32_outputs(
     tiny_causal_lm: Callable[..., PreTrainedModel],
 ) -> None:

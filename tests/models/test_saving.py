@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from tlcr.errors import CheckpointError
 from tlcr.models.saving import save_model
 
 ONE, SEVERAL = "{{ messages }}", {"default": "a {{ messages }}", "tools": "b {{ messages }}"}
@@ -39,3 +40,12 @@ def test_a_folder_has_the_chat_templates_that_it_was_last_written_with(
         save_model(tiny_causal_lm(), tokenizer, tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == then
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_model_is_not_saved_over_an_adapter(
+    tmp_path: Path, tiny_causal_lm: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(CheckpointError, match="holds an adapter, which would be loaded with the model"):
+        save_model(tiny_causal_lm(), tiny_tokenizer, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]

@@ -71,6 +71,18 @@ def test_the_folder_is_complete_and_loads(
     assert "is there already, and is not empty" in capsys.readouterr().err
 
 
+def test_the_empty_folder_that_the_command_stands_in_is_filled(
+    discriminator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replaced by a new one it would be gone for whoever stands in it."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert cli.main(["export", str(discriminator), "."]) == 0
+    assert {"config.json", COMMAND_FILE} <= set(os.listdir(".")) and os.listdir(".") == os.listdir(here)
+    assert not [name for name in os.listdir(".") if name.startswith(".")]
+
+
 def test_the_command_serves_the_folder_that_it_lies_in_from_anywhere(
     discriminator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

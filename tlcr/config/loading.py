@@ -30,6 +30,7 @@ __all__ = [
     "Knob",
     "describe_type",
     "dump_config",
+    "is_dumped",
     "knobs",
     "load_command_config",
     "load_config",
@@ -41,6 +42,8 @@ ConfigT = TypeVar("ConfigT", bound=Checked)
 
 MOST_VALUES = 100_000
 """A config of more values is one whose aliases repeat each other; the largest of ours have some two hundred."""
+METHOD = {"output_dir", "model", "data", "labels", "discriminator", "reward", "rollout", "ppo"}
+"""What every version wrote of a run's config, among other sections."""
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 200, 200
 
@@ -165,12 +168,22 @@ def _is_dropped(cls: type, name: str, value: Any, place: str = "") -> bool:
 
 def dump_config(cfg: Checked) -> str:
     """The config as YAML; reading it gives an equal config."""
-    return yaml.safe_dump(
-        _plain(dataclasses.asdict(cfg)),  # type: ignore[call-overload]
-        sort_keys=False,
-        allow_unicode=True,
-        width=120,
-    )
+    return _dump(_plain(dataclasses.asdict(cfg)))  # type: ignore[call-overload]
+
+
+def _dump(values: Any) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def is_dumped(path: Path) -> bool:
+    """Whether a file is what ``dump_config`` gave of a run's config, by this version or an earlier one: all sections of
+    the method, in its form, and no comment."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    return isinstance(values, Mapping) and values.keys() >= METHOD and _dump(values) == text
 
 
 def _plain(value: Any) -> Any:

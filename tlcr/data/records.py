@@ -41,6 +41,8 @@ Context = str | list[Message]
 """The input before an answer: text, or messages that still need a chat template."""
 Answer = str | Message
 """An answer: its text, or its message if that holds more than text (tool calls, reasoning)."""
+IDS = ("id", "message_id", "tool_call_id")
+"""Fields of a message that sources make up anew for each conversation."""
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -163,7 +165,7 @@ def same_turns(one: Sequence[Message], other: Sequence[Message]) -> bool:
 
 
 def _without_ids(message: Message) -> Message:
-    bare = {name: value for name, value in message.items() if name != "id" and not name.endswith("_id")}
+    bare = {name: value for name, value in message.items() if name not in IDS}
     if isinstance(calls := bare.get("tool_calls"), list):
         bare["tool_calls"] = [
             {name: value for name, value in call.items() if name != "id"} if isinstance(call, Mapping) else call

@@ -29,7 +29,7 @@ from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.classifiers import new_class
 from tlcr.models.ends import answer_notes, other_ends
 from tlcr.models.faults import AUTO, Role
-from tlcr.models.inspection import attention_for, model_faults
+from tlcr.models.inspection import attention_for, model_faults, read_config
 from tlcr.models.positions import CONVERSATION_LIMITS, LIMITS, check_fits, check_positions, position_limit
 from tlcr.models.tokenizers import load_tokenizer
 from tlcr.rewards.sources.frozen_model import ROLLOUT_LIMITS, same_tokenizer
@@ -295,10 +295,17 @@ def _positions_of_others(
             continue
         what = "a prompt with an answer of full length"
         try:
-            positions = position_limit(build_on_meta(named, headless=True))
+            positions = _positions_of(named)
             check_positions(positions, longest, what, reader=repr(named.path), limits=ROLLOUT_LIMITS)
         except TlcrError as error:
             yield Finding.of(knob, error)
+
+
+def _positions_of(named: GeneratorConfig) -> int | None:
+    """As PPO counts them; where code of its own makes the model, which is not run here, as its config does."""
+    if named.trust_remote_code:
+        return getattr(read_config(named).get_text_config(), "max_position_embeddings", None)
+    return position_limit(build_on_meta(named, headless=True))
 
 
 def _engine(section: str, cfg: EngineConfig, named: GeneratorConfig, model: PreTrainedModel) -> Iterator[Finding]:

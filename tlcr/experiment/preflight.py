@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from tlcr.config.functions import import_environment, import_reward, import_scorer
+from tlcr.config.loading import is_dumped
 from tlcr.config.schema import EngineConfig, GeneratorConfig, RunConfig
 from tlcr.config.stages import CONFIG, DONE, HOLDER, LOCK, STARTED, TRAINED, replays, stages_of
 from tlcr.config.trials import arms_of, trials_of
@@ -169,15 +170,14 @@ def holds_a_run(folder: Path) -> bool:
 
 
 def refuse_foreign_config(folder: Path) -> None:
-    """Raises ConfigError where a folder has a config.yaml of somebody else, which that of a run would replace."""
-    if not os.path.exists(folder / CONFIG) or os.path.exists(folder / STARTED):
+    """Raises ConfigError where a folder has a config.yaml by somebody's hand, which that of a run would replace."""
+    path = folder / CONFIG
+    if not os.path.exists(path) or os.path.exists(folder / STARTED) or is_dumped(path):
         return
-    # earlier versions wrote no started.json
-    if not any(path.name in (DONE, TRAINED, "metrics.jsonl") for path in folder.rglob("*.json*")):
-        raise ConfigError(
-            f"output_dir {str(folder)!r} holds a {CONFIG} that no run wrote, and a run writes its own there; name "
-            "another output_dir, or give that file another name"
-        )
+    raise ConfigError(
+        f"output_dir {str(folder)!r} holds a {CONFIG} that no run wrote, and a run writes its own there; name another "
+        "output_dir, or give that file another name"
+    )
 
 
 def taken(folder: Path) -> ConfigError:

@@ -41,7 +41,7 @@ from tlcr.data.readers import (
 )
 from tlcr.data.records import TextPreference, as_texts, prompt_key
 from tlcr.data.splits import Shares, ShareStatistics, Split, Stage, in_order_of_hashes, nothing_left, read_shares
-from tlcr.errors import ConfigError
+from tlcr.errors import CheckpointError, ConfigError
 from tlcr.experiment.preflight import holds_a_run, refuse_foreign_config, taken, unfinished, unnamed
 from tlcr.files import atomic_write, unwritable, write_json
 from tlcr.models.tokenizers import load_tokenizer
@@ -99,7 +99,7 @@ def config_kept_if_refused(cfg: RunConfig) -> Iterator[None]:
         written_here = _config_text(folder) == dump_config(cfg) != config
         # the main process does not wait for the others, which may have failed elsewhere
         if config is not None and written_here and is_main_process() and _progress(folder) == before:
-            with atomic_write(folder / CONFIG) as aside:
+            with suppress(CheckpointError), atomic_write(folder / CONFIG) as aside:  # the error within is the cause
                 aside.write_text(config, encoding="utf-8")
         raise
 
@@ -110,16 +110,17 @@ def _config_text(folder: Path) -> str | None:
 
 
 def _progress(folder: Path) -> dict[str, int]:
-    """When each file was written that changes with a stage, a step of training or an evaluation.
+    """When each file was written that changes with a stage, a step of training, an evaluation or a bought answer.
 
     Without the numbers of ``shares``, which every command counts before its stages.
     """
     found = {}
     for where, _, names in os.walk(folder):
-        for name in {DONE, TRAINED, "metrics.jsonl", "evaluation.json"}.intersection(names):
+        for name in {DONE, TRAINED, "metrics.jsonl", "evaluation.json", "answers.sqlite"}.intersection(names):
             path = Path(where) / name
             if path.parent != folder / "shares":
-                found[str(path)] = path.stat().st_mtime_ns
+                with suppress(OSError):  # another command may have deleted it since
+                    found[str(path)] = path.stat().st_mtime_ns
     return found
 
 

@@ -35,7 +35,7 @@ from tlcr.evaluation.span_metrics import (
     is_in_span,
 )
 from tlcr.experiment.frozen_models import load_frozen_models, load_reference
-from tlcr.experiment.run_folder import RunFolder, open_run
+from tlcr.experiment.run_folder import RunFolder, config_kept_if_refused, open_run
 from tlcr.files import write_json, write_json_lines
 from tlcr.report.colours import coloured
 from tlcr.rewards.composition import compose_rewards
@@ -204,6 +204,11 @@ def evaluate_tokens(cfg: RunConfig, *, spans: str, threshold_spans: str | None =
     threshold_spans: marked answers to choose each arm's threshold on, which must not be in `spans`. Raises
     ConfigError or DataError.
     """
+    with config_kept_if_refused(cfg):
+        return _evaluate_tokens(cfg, spans, threshold_spans, show)
+
+
+def _evaluate_tokens(cfg: RunConfig, spans: str, threshold_spans: str | None, show: int) -> Path:
     run = open_run(cfg, resume=False, whole=False)
     rows = _read(spans, run)
     tuned = [] if threshold_spans is None else _read(threshold_spans, run)

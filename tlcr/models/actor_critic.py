@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
 from tlcr import ops
 from tlcr.config.schema import ModelConfig, PPOConfig
 from tlcr.errors import CheckpointError, ConfigError
-from tlcr.files import atomic_write, write_json
+from tlcr.files import atomic_write, remove, write_json
 from tlcr.models.heads import Head, backbone, use_float32_head
 from tlcr.models.loading import load_causal_lm, load_token_classifier
 from tlcr.models.lora.adapters import adapter_of, adapts_output, own_parameters, own_part
@@ -37,6 +38,10 @@ from tlcr.training.distributed import on_main_process, process_device
 from tlcr.training.sharding import Sharding, as_forward, fill, has_shards, shard, whole_state
 
 Terms = Literal["both", "policy", "value"]
+
+
+HEAD_FILES = ("value_head.json", "value_head.safetensors")
+"""Of a shared value model: what its head reads, and its weights."""
 
 
 class PolicyOutput(NamedTuple):
@@ -241,7 +246,7 @@ class ActorCritic(nn.Module):
             Both models as one module.
         """
         model = load_causal_lm(policy, device=device, sharding=sharding)
-        if (value_folder / "value_head.json").is_file():
+        if (value_folder / HEAD_FILES[0]).is_file():
             actor_critic = cls(model, None, chunk_tokens=chunk_tokens)
             assert actor_critic.value_head is not None
             device = actor_critic.value_head.weight.device
@@ -290,6 +295,7 @@ class ActorCritic(nn.Module):
         """
         save_trained(self.policy, tokenizer, policy_folder)
         if self.value_model is not None:
+            on_main_process(lambda: _forget(value_folder, *HEAD_FILES))  # load would take the head of an earlier run
             save_trained(self.value_model, tokenizer, value_folder)
         else:
             assert self.value_head is not None
@@ -350,6 +356,7 @@ def build_value_model(
 
 def save_value_head(head: Head, folder: Path) -> None:
     """Write the head of a shared value model: safetensors, and a JSON that says what it reads. Every process calls."""
+    about_file, weights = (folder / name for name in HEAD_FILES)
     state = whole_state(head) if has_shards(head) else head.state_dict()
     about = {
         "hidden_size": head.in_features,
@@ -359,16 +366,22 @@ def save_value_head(head: Head, folder: Path) -> None:
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / "value_head.safetensors") as aside:
+        _forget(folder, CONFIG_NAME)  # a value model that was there is none any more
+        with atomic_write(weights) as aside:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, aside)
-        write_json(folder / "value_head.json", about)
+        write_json(about_file, about)
 
     on_main_process(write)
 
 
+def _forget(folder: Path, *names: str) -> None:
+    for name in names:
+        remove(folder / name)
+
+
 def load_value_head(folder: Path) -> Head:
     """The head that `save_value_head` wrote; CheckpointError where there is none."""
-    weights, about = folder / "value_head.safetensors", folder / "value_head.json"
+    about, weights = (folder / name for name in HEAD_FILES)
     if not weights.is_file() or not about.is_file():
         raise CheckpointError(
             f"no value head in {folder}: wanted {weights.name} and {about.name}, as a PPO run with "

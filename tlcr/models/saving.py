@@ -10,12 +10,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import ADDED_TOKENS_FILE, SPECIAL_TOKENS_MAP_FILE
 from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from tlcr.files import atomic_write, remove, sync_folder, take_place
+from tlcr.errors import CheckpointError
+from tlcr.files import atomic_write, move_into, remove
 from tlcr.models import classifiers
 from tlcr.training.distributed import on_main_process
 from tlcr.training.sharding import has_shards, whole_state
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+ADAPTER_CONFIG = "adapter_config.json"
 ONLY_SOMETIMES = (
     ADDED_TOKENS_FILE, CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, GENERATION_CONFIG_NAME, SPECIAL_TOKENS_MAP_FILE
 )  # fmt: skip
@@ -42,8 +44,13 @@ def save_model(
         tokenizer: its tokenizer.
         folder: where to write.
         weights: what to write as the model's weights, on the main process; None: its own.
+
+    Raises:
+        CheckpointError: the folder holds an adapter, or cannot be written.
     """
     folder = Path(folder)
+    if (folder / ADAPTER_CONFIG).exists():
+        raise CheckpointError(f"{folder} holds an adapter, which would be loaded with the model; name another folder")
     state = whole_state(model) if weights is None and has_shards(model) else weights
 
     def write() -> None:
@@ -62,10 +69,6 @@ def save_model(
         }
         for name in earlier - names:
             remove(folder / name)
-        for name in sorted(names - {CONFIG_NAME}):
-            take_place(parts / name, folder / name)
-        take_place(parts / CONFIG_NAME, folder / CONFIG_NAME)
-        parts.rmdir()
-        sync_folder(folder)
+        move_into(folder, parts, last=CONFIG_NAME)
 
     on_main_process(write)

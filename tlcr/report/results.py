@@ -304,9 +304,14 @@ def read_runs(folder: Path) -> list[SeedRun]:
 
 
 def coefficient_of(folder: Path, run: SeedRun) -> float:
-    """The KL coefficient that a run of this folder was trained at, also where its arm has no other."""
+    """The KL coefficient that a run of this folder was trained at, also where its arm has no other. DataError where it
+    was evaluated and not yet recorded."""
+    if run.kl_coef is not None:
+        return run.kl_coef
     record = folder / "ppo" / run.folder / TRAINED
-    return run.kl_coef if run.kl_coef is not None else float(read_json(record)["config"]["kl"]["coef"])
+    if not record.exists():
+        raise DataError(f"{record} is not there: the run did not end; go on with it, or leave it out")
+    return float(read_json(record)["config"]["kl"]["coef"])
 
 
 def _with_coefficients(runs: Sequence[SeedRun], folder: Path) -> list[SeedRun]:

@@ -19,7 +19,7 @@ from transformers.utils import CONFIG_NAME
 
 from tlcr.config.schema import ModelConfig
 from tlcr.errors import ConfigError
-from tlcr.files import atomic_write
+from tlcr.files import atomic_write, move_into
 from tlcr.models.faults import raise_first
 from tlcr.models.inspection import THREE_CLASSES, TWO_CLASSES, label_faults, model_faults, read_config
 
@@ -85,7 +85,8 @@ def export_for_vllm(discriminator: Path, output: Path) -> str:
     written = json.loads((discriminator / CONFIG_NAME).read_text(encoding="utf-8"))
     written["architectures"] = [stem + TOKEN]
     written.pop("auto_map", None)  # vLLM has the class; the folder's own would be asked for
-    with atomic_write(output) as aside:
+    parts = output / ".parts"  # an empty folder stays: it may be the one that the command stands in
+    with atomic_write(parts) as aside:
         aside.mkdir(parents=True, exist_ok=True)
         for pattern in PARTS:
             for part in sorted(discriminator.glob(pattern)):
@@ -94,6 +95,7 @@ def export_for_vllm(discriminator: Path, output: Path) -> str:
         (aside / COMMAND_FILE).write_text(script, encoding="utf-8")
         (aside / COMMAND_FILE).chmod(0o755)
         (aside / CONFIG_NAME).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    move_into(output, parts, last=CONFIG_NAME)
     return shlex.join(["vllm", "serve", str(output.absolute()), *_options(written)])
 
 
