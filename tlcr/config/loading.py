@@ -176,8 +176,14 @@ def _dump(values: Any) -> str:
 
 
 def is_dumped(path: Path) -> bool:
-    """Whether a file is what ``dump_config`` gave of a run's config, by this version or an earlier one: all sections of
-    the method, in its form, and no comment."""
+    """Whether a file is what ``dump_config`` gave of a run's config, by this version or an earlier one.
+
+    Args:
+        path: the file; it may be anything.
+
+    Returns:
+        True where it has the sections of the method, in the form of a dump, and no comment.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         values = yaml.safe_load(text)
