@@ -18,7 +18,7 @@ from tlcr import distribution, ops
 from tlcr.cli import doctor
 from tlcr.cli import main as cli
 from tlcr.cli.doctor import examine, machine, memory_table
-from tlcr.config.loading import load_config
+from tlcr.config.loading import dump_config, load_config
 from tlcr.config.schema import RunConfig
 from tlcr.experiment.architecture import Architecture, Machine, build_on_meta, measure_model
 from tlcr.experiment.memory import Estimate, Phase, Role, checkpoint_of
@@ -58,8 +58,8 @@ def test_the_defaults_are_fit_to_run(tmp_path: Path) -> None:
     assert not blocked, text
     assert "Nothing stands in the way of a run." in text
     (tmp_path / "run").mkdir()
-    for name in ("config.yaml", "metrics.jsonl"):
-        (tmp_path / "run" / name).touch()
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(RunConfig()))
+    (tmp_path / "run" / "metrics.jsonl").touch()
     blocked, text = shown(load_config(None, {"output_dir": str(tmp_path / "run")}))
     assert not blocked and "Nothing stands in the way of a run, with --resume." in text
     assert "policy" in text and f"{measure_model(build_on_meta(RunConfig().model)).parameters:,}" in text
