@@ -175,9 +175,8 @@ def move_into(folder: Path, parts: Path, *, last: str) -> None:
     Raises:
         OSError: a part cannot be moved.
     """
-    names = sorted(part.name for part in parts.iterdir())
-    for name in [*(name for name in names if name != last), last]:
-        take_place(parts / name, folder / name)
+    for part in sorted(parts.iterdir(), key=lambda part: (part.name == last, part.name)):
+        take_place(part, folder / part.name)
     parts.rmdir()
     sync_folder(folder)
 

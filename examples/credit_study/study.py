@@ -35,7 +35,6 @@ USUAL_TOKENS = 27
 """Tokens of a mean answer of the usual length, for which the coefficients are meant."""
 ROOM = 2.4
 """The length limit of an answer, in mean answers, as in the quickstart."""
-
 PLACEMENT = ("kl_coef", "per_answer", "reward")
 """The keys of a placement."""
 
@@ -99,16 +98,10 @@ def _from_length(by_length: Mapping[int, float], tokens: int) -> float:
 def read_study(path: Path) -> Study:
     """Read the YAML file. Raises ConfigError with what is missing or unknown."""
     values = values_of(path, Study)
-    for name in ("lengths", "lams", "values", "seeds", "placements"):
+    kinds = {"lengths": Mapping, "lams": list, "values": Mapping, "seeds": list, "placements": Mapping}
+    for name, kind in kinds.items():
         if not values[name]:
             raise ConfigError(f"{path}: {name} is empty; name at least one")
-    for name, kind in (
-        ("lengths", Mapping),
-        ("lams", list),
-        ("values", Mapping),
-        ("seeds", list),
-        ("placements", Mapping),
-    ):
         if not isinstance(values[name], kind):
             raise ConfigError(f"{path}: {name} is {values[name]!r}; wanted a {'list' if kind is list else 'mapping'}")
     for name, placement in values["placements"].items():

@@ -173,8 +173,14 @@ def analyse_edits(folder: Path, edits: str, output: Path, *, preferences: str | 
         The path of analysis.html.
     """
     run = reopen_run(folder).model_folders[0]
-    data = replace(run.cfg.data, edits=edits, edits_format="auto", limit=None)
-    data = replace(data, preferences=preferences, preferences_format="auto")
+    data = replace(
+        run.cfg.data,
+        edits=edits,
+        edits_format="auto",
+        preferences=preferences,
+        preferences_format="auto",
+        limit=None,
+    )
     found = _analyse(
         run,
         read_edits(data, run.tokenizer, rendered_at=run.started).records,

@@ -30,6 +30,7 @@ __all__ = [
     "Level",
     "existing",
     "for_one_process",
+    "foreign_config",
     "holds_a_run",
     "knobs_alone",
     "makes_prompts",
@@ -37,7 +38,6 @@ __all__ = [
     "preflight",
     "records",
     "refuse",
-    "refuse_foreign_config",
     "require",
     "settings",
     "sources_used",
@@ -169,12 +169,12 @@ def holds_a_run(folder: Path) -> bool:
     return any(path.is_file() for path in folder.rglob("*") if path.name not in (CONFIG, STARTED, LOCK, HOLDER))
 
 
-def refuse_foreign_config(folder: Path) -> None:
-    """Raises ConfigError where a folder has a config.yaml by somebody's hand, which that of a run would replace."""
+def foreign_config(folder: Path) -> ConfigError | None:
+    """The error for a folder whose config.yaml is by somebody's hand, which a run would replace. None for others."""
     path = folder / CONFIG
     if not os.path.exists(path) or os.path.exists(folder / STARTED) or is_dumped(path):
-        return
-    raise ConfigError(
+        return None
+    return ConfigError(
         f"output_dir {str(folder)!r} holds a {CONFIG} that no run wrote, and a run writes its own there; name another "
         "output_dir, or give that file another name"
     )
@@ -283,15 +283,11 @@ def _output_dir(cfg: RunConfig, resume: bool | None) -> Iterator[Finding]:
         yield Finding("blocked", "output_dir", f"{there} cannot be written to", "name another output_dir")
     elif (reason := _unmakeable(folder, there)) is not None:
         yield Finding("blocked", "output_dir", f"{folder} cannot be made: {reason}", "name another output_dir")
-    else:
-        try:
-            refuse_foreign_config(folder)
-        except ConfigError as error:
-            yield Finding.of("output_dir", error)
-            return
-        if resume is not True and holds_a_run(folder):
-            found = Finding.of("output_dir", taken(folder))
-            yield replace(found, level="note") if resume is None else found
+    elif (foreign := foreign_config(folder)) is not None:
+        yield Finding.of("output_dir", foreign)
+    elif resume is not True and holds_a_run(folder):
+        found = Finding.of("output_dir", taken(folder))
+        yield replace(found, level="note") if resume is None else found
 
 
 def existing(folder: Path) -> Path:

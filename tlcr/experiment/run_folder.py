@@ -42,7 +42,7 @@ from tlcr.data.readers import (
 from tlcr.data.records import TextPreference, as_texts, prompt_key
 from tlcr.data.splits import Shares, ShareStatistics, Split, Stage, in_order_of_hashes, nothing_left, read_shares
 from tlcr.errors import CheckpointError, ConfigError
-from tlcr.experiment.preflight import holds_a_run, refuse_foreign_config, taken, unfinished, unnamed
+from tlcr.experiment.preflight import foreign_config, holds_a_run, taken, unfinished, unnamed
 from tlcr.files import atomic_write, unwritable, write_json
 from tlcr.models.tokenizers import load_tokenizer
 from tlcr.training import checksums
@@ -74,7 +74,8 @@ def open_run(cfg: RunConfig, *, resume: bool, whole: bool = True) -> RunFolder:
     ConfigError where the folder holds a run and ``resume`` is False, or a ``config.yaml`` of somebody else.
     """
     path = Path(cfg.output_dir)
-    refuse_foreign_config(path)
+    if (foreign := foreign_config(path)) is not None:
+        raise foreign
     if whole and not resume and holds_a_run(path):
         raise taken(path)
     barrier()

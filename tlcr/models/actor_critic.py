@@ -40,8 +40,8 @@ from tlcr.training.sharding import Sharding, as_forward, fill, has_shards, shard
 Terms = Literal["both", "policy", "value"]
 
 
-HEAD_FILES = ("value_head.json", "value_head.safetensors")
-"""Of a shared value model: what its head reads, and its weights."""
+HEAD, HEAD_WEIGHTS = "value_head.json", "value_head.safetensors"
+"""Files of a shared value model: what its head reads, and the weights of that."""
 
 
 class PolicyOutput(NamedTuple):
@@ -246,7 +246,7 @@ class ActorCritic(nn.Module):
             Both models as one module.
         """
         model = load_causal_lm(policy, device=device, sharding=sharding)
-        if (value_folder / HEAD_FILES[0]).is_file():
+        if (value_folder / HEAD).is_file():
             actor_critic = cls(model, None, chunk_tokens=chunk_tokens)
             assert actor_critic.value_head is not None
             device = actor_critic.value_head.weight.device
@@ -295,7 +295,8 @@ class ActorCritic(nn.Module):
         """
         save_trained(self.policy, tokenizer, policy_folder)
         if self.value_model is not None:
-            on_main_process(lambda: _forget(value_folder, *HEAD_FILES))  # load would take the head of an earlier run
+            for name in (HEAD, HEAD_WEIGHTS):  # load would take the head of an earlier run
+                on_main_process(partial(remove, value_folder / name))
             save_trained(self.value_model, tokenizer, value_folder)
         else:
             assert self.value_head is not None
@@ -356,7 +357,6 @@ def build_value_model(
 
 def save_value_head(head: Head, folder: Path) -> None:
     """Write the head of a shared value model: safetensors, and a JSON that says what it reads. Every process calls."""
-    about_file, weights = (folder / name for name in HEAD_FILES)
     state = whole_state(head) if has_shards(head) else head.state_dict()
     about = {
         "hidden_size": head.in_features,
@@ -366,22 +366,17 @@ def save_value_head(head: Head, folder: Path) -> None:
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        _forget(folder, CONFIG_NAME)  # a value model that was there is none any more
-        with atomic_write(weights) as aside:
+        remove(folder / CONFIG_NAME)  # a value model that was there is none any more
+        with atomic_write(folder / HEAD_WEIGHTS) as aside:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, aside)
-        write_json(about_file, about)
+        write_json(folder / HEAD, about)
 
     on_main_process(write)
 
 
-def _forget(folder: Path, *names: str) -> None:
-    for name in names:
-        remove(folder / name)
-
-
 def load_value_head(folder: Path) -> Head:
     """The head that `save_value_head` wrote; CheckpointError where there is none."""
-    about, weights = (folder / name for name in HEAD_FILES)
+    about, weights = folder / HEAD, folder / HEAD_WEIGHTS
     if not weights.is_file() or not about.is_file():
         raise CheckpointError(
             f"no value head in {folder}: wanted {weights.name} and {about.name}, as a PPO run with "

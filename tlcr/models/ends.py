@@ -98,12 +98,8 @@ def _ends_of_model(cfg: GeneratorConfig) -> set[int]:
         pass
     try:
         config = inspection.read_config(cfg)
-    except (
-        OSError,
-        ValueError,
-        ImportError,
-    ):  # a tokenizer's folder; a model that should be there is missed when it is loaded
-        return set()
+    except (OSError, ValueError, ImportError):
+        return set()  # a tokenizer's folder; a model that should be there is missed when it is loaded
     return _named_ends(config.get_text_config())
 
 

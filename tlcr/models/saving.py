@@ -8,7 +8,13 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import ADDED_TOKENS_FILE, SPECIAL_TOKENS_MAP_FILE
-from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, CONFIG_NAME, GENERATION_CONFIG_NAME
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    CHAT_TEMPLATE_DIR,
+    CHAT_TEMPLATE_FILE,
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+)
 
 from tlcr.errors import CheckpointError
 from tlcr.files import atomic_write, move_into, remove
@@ -17,7 +23,7 @@ from tlcr.training.distributed import on_main_process
 from tlcr.training.sharding import has_shards, whole_state
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-ADAPTER_CONFIG = "adapter_config.json"
+"""The names of a model's weights: of another number of shards there are others."""
 ONLY_SOMETIMES = (
     ADDED_TOKENS_FILE, CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, GENERATION_CONFIG_NAME, SPECIAL_TOKENS_MAP_FILE
 )  # fmt: skip
@@ -49,7 +55,7 @@ def save_model(
         CheckpointError: the folder holds an adapter, or cannot be written.
     """
     folder = Path(folder)
-    if (folder / ADAPTER_CONFIG).exists():
+    if (folder / ADAPTER_CONFIG_NAME).exists():
         raise CheckpointError(f"{folder} holds an adapter, which would be loaded with the model; name another folder")
     state = whole_state(model) if weights is None and has_shards(model) else weights
 

@@ -68,8 +68,8 @@ def generate(
     """Sample one answer for each prompt, at ``cfg.temperature``, until the end of sequence or ``cfg.max_new_tokens``.
 
     ``cfg.engine`` samples. Only the settings of ``cfg`` shape the distribution: sampling defaults that came with the
-    model (top-p, penalties) do not apply. The end of sequence is the tokenizer's (``end_of_sequence_ids``); it
-    is the last counted action of an answer that ended.
+    model (top-p, penalties) do not apply. The end of sequence is the tokenizer's (``end_of_sequence_ids``); it is
+    the last counted action of an answer that ended.
 
     With an environment each row is a conversation, of up to ``cfg.max_turns`` answers (``converse``).
 

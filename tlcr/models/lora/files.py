@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
 from tlcr.errors import CheckpointError, ConfigError
 from tlcr.files import atomic_write, write_json
@@ -38,7 +39,7 @@ from tlcr.training.sharding import fill_tensor, has_shards, whole, whole_state
 
 FOLDER = "adapter"
 """Where a model's folder keeps the adapter that was merged into it."""
-PEFT_CONFIG, PEFT_WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
+PEFT_CONFIG, PEFT_WEIGHTS, BASE = ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, "base.json"
 PEFT_PREFIX = "base_model.model."
 """What peft writes before the name of every weight."""
 
