@@ -25,7 +25,8 @@ from tlcr.data import embedded
 from tlcr.data.labels import label_pair
 from tlcr.errors import DataError
 from tlcr.evaluation.drift import judge
-from tlcr.experiment.run_folder import RunFolder, reopen_run
+from tlcr.experiment.opening import reopen_run
+from tlcr.experiment.run_folder import RunFolder
 from tlcr.models.loading import load_causal_lm
 from tlcr.ops import TokenLabel
 from tlcr.ppo.rollout import generate, seeded_generator

@@ -27,7 +27,7 @@ from tlcr.config.trials import Trial
 from tlcr.errors import ConfigError
 from tlcr.experiment import pipeline
 from tlcr.experiment.arm import train_arm
-from tlcr.experiment.run_folder import open_run
+from tlcr.experiment.opening import open_run
 
 logger = logging.getLogger("tlcr.study")
 

@@ -28,7 +28,8 @@ from examples.credit_study import results, theory
 from examples.credit_study.study import Cell, Study, read_study
 from examples.study import command
 from tlcr.experiment.frozen_models import load_frozen_models, load_reference
-from tlcr.experiment.run_folder import RunFolder, open_run
+from tlcr.experiment.opening import open_run
+from tlcr.experiment.run_folder import RunFolder
 from tlcr.files import atomic_write, write_json
 from tlcr.models.actor_critic import ActorCritic
 from tlcr.ppo.advantages import compute_advantages

@@ -34,7 +34,8 @@ from tlcr.config.schema import RunConfig
 from tlcr.data.labels import label_pair, label_pairs
 from tlcr.errors import ConfigError
 from tlcr.experiment import pipeline
-from tlcr.experiment.run_folder import RunFolder, open_run
+from tlcr.experiment.opening import open_run
+from tlcr.experiment.run_folder import RunFolder
 from tlcr.files import atomic_write, write_json
 from tlcr.models.discriminator import load_discriminator
 from tlcr.models.loading import load_causal_lm

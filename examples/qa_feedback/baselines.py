@@ -53,7 +53,8 @@ from tlcr.data.readers import read_marked_answers
 from tlcr.errors import DataError
 from tlcr.evaluation.span_metrics import best_threshold, difference, evaluate_spans
 from tlcr.experiment.frozen_models import load_reference
-from tlcr.experiment.run_folder import RunFolder, open_run
+from tlcr.experiment.opening import open_run
+from tlcr.experiment.run_folder import RunFolder
 from tlcr.experiment.token_evaluation import (
     MarkedRow,
     error_scores,

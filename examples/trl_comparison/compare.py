@@ -32,7 +32,8 @@ from tlcr.config.stages import TRAINED
 from tlcr.data import embedded
 from tlcr.evaluation.evaluate import PolicyEvaluation, evaluate_policy, write_evaluation
 from tlcr.experiment.frozen_models import load_reference
-from tlcr.experiment.run_folder import RunFolder, reopen_run
+from tlcr.experiment.opening import reopen_run
+from tlcr.experiment.run_folder import RunFolder
 from tlcr.hosts.local import LocalScorer
 from tlcr.hosts.trl import TokenReward, TokenRewardMixin
 from tlcr.models.actor_critic import ActorCritic

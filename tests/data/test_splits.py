@@ -21,8 +21,9 @@ from tlcr.data.readers import ReadResult, read_preferences
 from tlcr.data.records import prompt_key
 from tlcr.data.splits import STAGES, Shares, Split, in_order_of_hashes, split_held_out
 from tlcr.errors import ConfigError
+from tlcr.experiment.opening import open_run
 from tlcr.experiment.pipeline import _shares, run, stage
-from tlcr.experiment.run_folder import RunFolder, open_run, raw_preferences
+from tlcr.experiment.run_folder import RunFolder, raw_preferences
 from tlcr.types import PreferencePair
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from tlcr.config.loading import load_config
 from tlcr.config.schema import Arm, RewardConfig, RunConfig
 from tlcr.data import embedded
-from tlcr.experiment.run_folder import RunFolder, open_run
+from tlcr.experiment.opening import open_run
+from tlcr.experiment.run_folder import RunFolder
 
 
 def small_config(folder: Path, **changes: object) -> RunConfig:

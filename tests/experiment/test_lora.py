@@ -16,9 +16,9 @@ from tests.experiment.helpers import arm_config, small_config
 from tlcr.config.schema import Arm, LoRAConfig, RewardConfig, RunConfig
 from tlcr.errors import ConfigError
 from tlcr.experiment.arm import _frozen, _start
+from tlcr.experiment.opening import open_run
 from tlcr.experiment.pipeline import run, stage
 from tlcr.experiment.preflight import settings
-from tlcr.experiment.run_folder import open_run
 from tlcr.models.lora.adapters import own_parameters, role_of
 
 LORA = LoRAConfig(rank=4)

@@ -29,8 +29,9 @@ from tlcr.config.trials import Trial, trials_of
 from tlcr.errors import CheckpointError, ConfigError, TlcrError
 from tlcr.evaluation.evaluate import PolicyEvaluation, evaluate_policy
 from tlcr.experiment import pipeline, workers
+from tlcr.experiment.opening import open_run, reopen_run
 from tlcr.experiment.pipeline import analyse, analyse_edits, run, stage
-from tlcr.experiment.run_folder import RunFolder, _differences, open_run, reopen_run
+from tlcr.experiment.run_folder import RunFolder, _differences
 from tlcr.files import write_json
 from tlcr.training.callbacks import Callback
 from tlcr.training.checkpoint import as_plain

@@ -30,9 +30,9 @@ from tlcr.config.stages import stages_of
 from tlcr.errors import ConfigError
 from tlcr.experiment import contents
 from tlcr.experiment.contents import FIRST_RECORDS
+from tlcr.experiment.opening import open_run
 from tlcr.experiment.pipeline import run, stage
 from tlcr.experiment.preflight import Finding, foreign_config, holds_a_run, preflight, refuse, require, settings
-from tlcr.experiment.run_folder import open_run
 from tlcr.models.loading import load_sequence_classifier
 from tlcr.models.saving import save_model
 

@@ -19,9 +19,9 @@ from tlcr.config.schema import Arm, RefreshConfig, RewardConfig, RunConfig
 from tlcr.errors import ConfigError, EndpointError
 from tlcr.experiment import refresh as module
 from tlcr.experiment.frozen_models import FrozenModels
+from tlcr.experiment.opening import open_run
 from tlcr.experiment.pipeline import run, stage
 from tlcr.experiment.preflight import settings
-from tlcr.experiment.run_folder import open_run
 from tlcr.recipes import train_ppo
 from tlcr.training.metrics import read_metrics
 

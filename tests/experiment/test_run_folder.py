@@ -18,20 +18,11 @@ from tests.experiment.helpers import arm_config, arm_run, small_config
 from tlcr.config.schema import Arm, RefreshConfig, RewardConfig, RunConfig
 from tlcr.data import embedded
 from tlcr.errors import CheckpointError, ConfigError
+from tlcr.experiment.locks import sole_run
+from tlcr.experiment.opening import open_run, reopen_run
 from tlcr.experiment.pipeline import run
 from tlcr.experiment.preflight import holds_a_run
-from tlcr.experiment.run_folder import (
-    EMBEDDED_PROMPTS,
-    RunFolder,
-    Trained,
-    config_kept_if_refused,
-    open_run,
-    raw_preferences,
-    reopen_run,
-    revision_cache,
-    sole_run,
-)
-from tlcr.files import write_json
+from tlcr.experiment.run_folder import EMBEDDED_PROMPTS, RunFolder, Trained, raw_preferences, revision_cache
 from tlcr.training.done import mark_done
 
 STAGES = ("revisions", "sft", "reward_model", "dpo", "labels", "discriminator", "analysis")
@@ -42,28 +33,7 @@ def opened(cfg: RunConfig, *, resume: bool = False) -> RunFolder:
     return RunFolder(cfg, resume, Path(cfg.output_dir), Path(cfg.output_dir))
 
 
-# ---- opening
-
-
-def test_a_run_that_is_there_is_continued_on_request_only(tmp_path: Path) -> None:
-    cfg = small_config(tmp_path / "run")
-    assert open_run(cfg, resume=False).resume is False
-    assert open_run(cfg, resume=False).resume is False  # a config alone: the run before it failed at once
-    write_json(tmp_path / "run" / "sft" / "done.json", {})
-    with pytest.raises(ConfigError, match="already holds a run; pass --resume to continue it"):
-        open_run(cfg, resume=False)
-    assert open_run(cfg, resume=True).resume is True
-    assert open_run(cfg, resume=False, whole=False).models == tmp_path / "run"  # one stage shares the folder
-
-
-def test_a_moved_folder_is_reopened_where_it_lies(tmp_path: Path) -> None:
-    open_run(small_config(tmp_path / "there", **{"data.embedded_pairs": 30}), resume=False)
-    (tmp_path / "there").rename(tmp_path / "here")
-    run = reopen_run(tmp_path / "here")
-    assert run.cfg.output_dir == str(tmp_path / "here") == str(run.path) == str(run.models)
-    assert run.cfg.data.embedded_pairs == 30 and run.resume
-    with pytest.raises(ConfigError, match=r"holds no run \(no config.yaml\)"):
-        reopen_run(tmp_path / "there")
+# ---- models of seeds
 
 
 def test_seeds_share_a_model_or_have_one_each(tmp_path: Path) -> None:
@@ -74,38 +44,6 @@ def test_seeds_share_a_model_or_have_one_each(tmp_path: Path) -> None:
     assert [run.models for run in own.model_folders] == [tmp_path / "models" / f"seed-{seed}" for seed in (0, 3)]
     assert all(run.path == tmp_path and run.cfg.seeds == (0, 3) for run in own.model_folders)
     assert own.per_seed is own.per_seed  # data that a seed read is read once
-
-
-@pytest.mark.parametrize("changed", ["ppo/a/seed-0/metrics.jsonl", "ppo/a/seed-0/arm.json", "labels/done.json"])
-def test_a_command_that_fails_leaves_the_config_of_what_is_there(tmp_path: Path, changed: str) -> None:
-    """The old one where it changed nothing, its own where it did: a step that was taken, a record that is new."""
-    cfg = small_config(tmp_path / "run")
-    path = open_run(cfg, resume=False).path / "config.yaml"
-    write_json(tmp_path / "run" / "sft" / "done.json", {})
-    before, other = path.read_text(), replace(cfg, parallel=3)
-
-    def fail(*files: str, by: RunConfig = other) -> str:
-        with pytest.raises(CheckpointError, match="why"), config_kept_if_refused(other):
-            open_run(by, resume=True, whole=False)
-            assert path.read_text() != before
-            for name in files:
-                write_json(tmp_path / "run" / name, {})
-            raise CheckpointError("why")
-        return path.read_text()
-
-    assert fail() == before
-    assert fail("shares/done.json", "ppo/a/seed-0/log.txt") == before
-    assert "parallel: 4" in fail(by=replace(cfg, parallel=4))  # of another command in the folder
-    path.write_text(before)
-    assert "parallel: 3" in fail(changed)
-
-
-def test_a_link_that_leads_nowhere_does_not_end_a_command(tmp_path: Path) -> None:
-    cfg = small_config(tmp_path / "run")
-    open_run(cfg, resume=False)
-    (tmp_path / "run" / "metrics.jsonl").symlink_to("gone")
-    with config_kept_if_refused(cfg):
-        open_run(cfg, resume=True)
 
 
 # ---- what is wanted
@@ -426,23 +364,6 @@ def test_a_new_run_began_today_and_a_folder_that_does_not_say_begins_now(
     assert before <= reopen_run(run.path).started <= datetime.now() and not caplog.text
     open_run(run.cfg, resume=True)
     assert "was begun by an earlier version, which held out other prompts" in caplog.text
-
-
-def test_other_weights_under_the_same_path_are_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model, cfg = tmp_path / "model", arm_config(tmp_path, tmp_path / "model")
-    model.mkdir(exist_ok=True)
-    weights = model / "model.safetensors"
-    weights.write_bytes(b"weights" * 100_000)
-    open_run(cfg, resume=False)
-    open_run(cfg, resume=True)
-    assert "is not what it was" not in caplog.text
-    weights.write_bytes(b"wEights" * 100_000)
-    open_run(cfg, resume=True)
-    assert f"{model} is not what it was when the run in {cfg.output_dir} began (model.safetensors)" in caplog.text
-    caplog.clear()
-    weights.unlink()
-    open_run(cfg, resume=True)
-    assert "(model.safetensors)" in caplog.text
 
 
 def test_what_is_held_out_depends_on_the_prompt_alone(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from tests.experiment.helpers import small_config
 from tests.experiment.sharded_stages import checks
 from tests.launched import Outcomes, launch
 from tlcr.experiment import pipeline
-from tlcr.experiment.run_folder import reopen_run
+from tlcr.experiment.opening import reopen_run
 
 
 @pytest.fixture(scope="module")

@@ -28,17 +28,10 @@ from tlcr.data.readers import read_edits, read_preferences
 from tlcr.data.splits import Stage
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.experiment.arm import evaluate_arm, train_arm
+from tlcr.experiment.locks import sole_run
+from tlcr.experiment.opening import config_kept_if_refused, open_run, reopen_run
 from tlcr.experiment.preflight import for_one_process, require, unfinished
-from tlcr.experiment.run_folder import (
-    RunFolder,
-    Trained,
-    config_kept_if_refused,
-    open_run,
-    raw_preferences,
-    reopen_run,
-    revision_cache,
-    sole_run,
-)
+from tlcr.experiment.run_folder import RunFolder, Trained, raw_preferences, revision_cache
 from tlcr.experiment.workers import PLACE, Job, run_side_by_side
 from tlcr.files import write_json
 from tlcr.models.discriminator import load_discriminator

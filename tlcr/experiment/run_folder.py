@@ -9,11 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -21,12 +18,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
-from tlcr.config.loading import dump_config, load_config
-from tlcr.config.schema import ModelConfig, RunConfig, ShardingConfig
-from tlcr.config.stages import CONFIG, DONE, HOLDER, LOCK, STARTED, TRAINED, wants
+from tlcr.config.schema import ModelConfig, RunConfig
+from tlcr.config.stages import DONE, STARTED, TRAINED, wants
 from tlcr.config.trials import Trial, folder_of, trials_of
 from tlcr.data import embedded
 from tlcr.data.labels import LabelStatistics, label_pairs
@@ -41,13 +36,12 @@ from tlcr.data.readers import (
 )
 from tlcr.data.records import TextPreference, as_texts, prompt_key
 from tlcr.data.splits import Shares, ShareStatistics, Split, Stage, in_order_of_hashes, nothing_left, read_shares
-from tlcr.errors import CheckpointError, ConfigError
-from tlcr.experiment.preflight import foreign_config, holds_a_run, taken, unfinished, unnamed
-from tlcr.files import atomic_write, unwritable, write_json
+from tlcr.errors import ConfigError
+from tlcr.experiment.locks import sole_work
+from tlcr.experiment.preflight import unfinished, unnamed
 from tlcr.models.tokenizers import load_tokenizer
-from tlcr.training import checksums
 from tlcr.training.checkpoint import as_plain, reading
-from tlcr.training.distributed import barrier, is_main_process, on_main_process, process_device
+from tlcr.training.distributed import barrier, on_main_process, process_device
 from tlcr.training.done import (
     check_results,
     decisive,
@@ -65,178 +59,6 @@ logger = logging.getLogger(__name__)
 RecordT = TypeVar("RecordT")
 EMBEDDED_PROMPTS = 2000
 """Training prompts that the embedded task makes for PPO; about 60 passes of questions without repetition."""
-
-
-def open_run(cfg: RunConfig, *, resume: bool, whole: bool = True) -> RunFolder:
-    """Writes ``config.yaml`` and ``started.json`` into ``output_dir`` and returns the run.
-
-    resume: continue what the folder holds. whole: a run of all stages, which needs the folder for itself. Raises
-    ConfigError where the folder holds a run and ``resume`` is False, or a ``config.yaml`` of somebody else.
-    """
-    path = Path(cfg.output_dir)
-    if (foreign := foreign_config(path)) is not None:
-        raise foreign
-    if whole and not resume and holds_a_run(path):
-        raise taken(path)
-    barrier()
-    on_main_process(lambda: _write_start(cfg, path, anew=whole and not resume))
-    on_main_process(lambda: _write_config(cfg, path))
-    return RunFolder(cfg, resume, path, path)
-
-
-@contextmanager
-def config_kept_if_refused(cfg: RunConfig) -> Iterator[None]:
-    """Puts ``config.yaml`` back where the command within, which opens the run of ``cfg``, fails before it has changed
-    what the folder holds.
-
-    The file is written before the stages, because a machine may stop in the middle of one; whether a stage may go on
-    is known only once its models and data are read. Another command's file is left alone.
-    """
-    folder = Path(cfg.output_dir)
-    config, before = _config_text(folder), _progress(folder)
-    try:
-        yield
-    except BaseException:
-        written_here = _config_text(folder) == dump_config(cfg) != config
-        # the main process does not wait for the others, which may have failed elsewhere
-        if config is not None and written_here and is_main_process() and _progress(folder) == before:
-            with suppress(CheckpointError), atomic_write(folder / CONFIG) as aside:  # the error within is the cause
-                aside.write_text(config, encoding="utf-8")
-        raise
-
-
-def _config_text(folder: Path) -> str | None:
-    path = folder / CONFIG
-    return path.read_text(encoding="utf-8") if path.exists() else None
-
-
-def _progress(folder: Path) -> dict[str, int]:
-    """When each file was written that changes with a stage, a step of training, an evaluation or a bought answer.
-
-    Without the numbers of ``shares``, which every command counts before its stages.
-    """
-    found = {}
-    for where, _, names in os.walk(folder):
-        for name in {DONE, TRAINED, "metrics.jsonl", "evaluation.json", "answers.sqlite"}.intersection(names):
-            path = Path(where) / name
-            if path.parent != folder / "shares":
-                with suppress(OSError):  # another command may have deleted it since
-                    found[str(path)] = path.stat().st_mtime_ns
-    return found
-
-
-@contextmanager
-def sole_run(folder: Path) -> Iterator[None]:
-    """Keeps every other run of all stages out of a folder: two would train there and mix their files.
-
-    A run that is killed leaves no lock. Raises ConfigError, with who it is, where another run is at work.
-    """
-    with sole_work(folder, f"output_dir {str(folder)!r}"):
-        yield
-
-
-@contextmanager
-def sole_work(folder: Path, called: str) -> Iterator[None]:
-    """Keeps every other process out of the folder of a run or of a stage, but for those of the same launcher.
-
-    Args:
-        folder: where the work is done; it is made.
-        called: what errors call the folder.
-
-    Raises:
-        ConfigError: another process works there; its message says which.
-        CheckpointError: the folder cannot be written.
-    """
-    lock, holder = FileLock(folder / LOCK, timeout=0), folder / HOLDER
-
-    def take() -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-            holder.write_text(_this_process(), encoding="utf-8")
-        except Timeout as error:
-            raise ConfigError(
-                f"another run is at work in {called}{_who(holder)}; wait for it, end it, or name another output_dir"
-            ) from error
-        except (OSError, NotImplementedError) as error:
-            raise unwritable(folder / LOCK, error) from error
-
-    on_main_process(take)
-    try:
-        yield
-    finally:
-        if lock.is_locked:
-            with suppress(OSError):
-                holder.unlink(missing_ok=True)
-        lock.release()
-
-
-def _this_process() -> str:
-    since = datetime.now().isoformat(sep=" ", timespec="seconds")
-    return f"process {os.getpid()} on {socket.gethostname()} since {since}"
-
-
-def _who(holder: Path) -> str:
-    try:
-        return f" ({holder.read_text(encoding='utf-8')})"
-    except (OSError, ValueError):  # it has just begun, or just ended
-        return ""
-
-
-def reopen_run(folder: Path) -> RunFolder:
-    """The run in a folder, to read its results, for which no model is cut. Raises ConfigError where there is none."""
-    if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{str(folder)!r} holds no run (no config.yaml); name the output_dir of a run")
-    cfg = replace(load_config(folder / CONFIG), output_dir=str(folder), sharding=ShardingConfig())
-    return RunFolder(cfg, resume=True, path=folder, models=folder)
-
-
-def _write_config(cfg: RunConfig, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    text = dump_config(cfg)
-    # An equal config is not written again: stages of one run may be started in its folder at the same time.
-    if _config_text(folder) == text:
-        return
-    with atomic_write(folder / CONFIG) as aside:
-        aside.write_text(text, encoding="utf-8")
-
-
-def _write_start(cfg: RunConfig, folder: Path, *, anew: bool) -> None:
-    weights = _weights(cfg)
-    if (folder / STARTED).exists() and not anew:
-        _compare_weights(cfg, folder / STARTED, weights)
-        return
-    if holds_a_run(folder):
-        logger.warning(
-            "%s was begun by an earlier version, which held out other prompts: what its models learnt from may be held "
-            "out now; go on with that version, or begin a new run",
-            folder,
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / STARTED, {"started": datetime.now().isoformat(timespec="seconds"), "weights": weights})
-
-
-def _weights(cfg: RunConfig) -> dict[str, str]:
-    """A checksum of some of each file of weights under ``model.path``, where that is a folder."""
-    files = (path for kind in ("*.safetensors", "*.gguf") for path in Path(cfg.model.path).glob(kind))
-    return {path.name: checksums.of_samples(path) for path in sorted(files)}
-
-
-def _compare_weights(cfg: RunConfig, record: Path, weights: Mapping[str, str]) -> None:
-    """Warns where a run goes on from other weights than it began with, which no setting shows."""
-    with reading(record, "delete it, and the run's chat template shows the time of the next start"):
-        before = json.loads(record.read_text(encoding="utf-8")).get("weights")
-        if before is None or dict(before) == weights:  # earlier versions recorded none
-            return
-        changed = sorted(name for name in {*before, *weights} if before.get(name) != weights.get(name))
-    logger.warning(
-        "%s is not what it was when the run in %s began (%s): stages that are done keep what they learnt from the old "
-        "weights, and the others would start from the new ones; put the old ones back, or begin a run in another "
-        "output_dir",
-        cfg.model.path,
-        record.parent,
-        ", ".join(changed),
-    )
 
 
 @dataclass(frozen=True)

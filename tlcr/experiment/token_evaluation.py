@@ -35,7 +35,8 @@ from tlcr.evaluation.span_metrics import (
     is_in_span,
 )
 from tlcr.experiment.frozen_models import load_frozen_models, load_reference
-from tlcr.experiment.run_folder import RunFolder, config_kept_if_refused, open_run
+from tlcr.experiment.opening import config_kept_if_refused, open_run
+from tlcr.experiment.run_folder import RunFolder
 from tlcr.files import write_json, write_json_lines
 from tlcr.report.colours import coloured
 from tlcr.rewards.composition import compose_rewards

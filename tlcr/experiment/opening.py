@@ -1,0 +1,142 @@
+"""Opens the folder of a run: what a start writes there, and which folder may be a run's.
+
+``config.yaml`` is what the run was last asked for, ``started.json`` when it began, and from which weights.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from tlcr.config.loading import dump_config, load_config
+from tlcr.config.schema import RunConfig, ShardingConfig
+from tlcr.config.stages import CONFIG, DONE, STARTED, TRAINED
+from tlcr.errors import CheckpointError, ConfigError
+from tlcr.experiment.preflight import foreign_config, holds_a_run, taken
+from tlcr.experiment.run_folder import RunFolder
+from tlcr.files import atomic_write, write_json
+from tlcr.training import checksums
+from tlcr.training.checkpoint import reading
+from tlcr.training.distributed import barrier, is_main_process, on_main_process
+
+logger = logging.getLogger(__name__)
+
+
+def open_run(cfg: RunConfig, *, resume: bool, whole: bool = True) -> RunFolder:
+    """Writes ``config.yaml`` and ``started.json`` into ``output_dir`` and returns the run.
+
+    resume: continue what the folder holds. whole: a run of all stages, which needs the folder for itself. Raises
+    ConfigError where the folder holds a run and ``resume`` is False, or a ``config.yaml`` of somebody else.
+    """
+    path = Path(cfg.output_dir)
+    if (foreign := foreign_config(path)) is not None:
+        raise foreign
+    if whole and not resume and holds_a_run(path):
+        raise taken(path)
+    barrier()
+    on_main_process(lambda: _write_start(cfg, path, anew=whole and not resume))
+    on_main_process(lambda: _write_config(cfg, path))
+    return RunFolder(cfg, resume, path, path)
+
+
+def reopen_run(folder: Path) -> RunFolder:
+    """The run in a folder, to read its results, for which no model is cut. Raises ConfigError where there is none."""
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(f"{str(folder)!r} holds no run (no config.yaml); name the output_dir of a run")
+    cfg = replace(load_config(folder / CONFIG), output_dir=str(folder), sharding=ShardingConfig())
+    return RunFolder(cfg, resume=True, path=folder, models=folder)
+
+
+@contextmanager
+def config_kept_if_refused(cfg: RunConfig) -> Iterator[None]:
+    """Puts ``config.yaml`` back where the command within, which opens the run of ``cfg``, fails before it has changed
+    what the folder holds.
+
+    The file is written before the stages, because a machine may stop in the middle of one; whether a stage may go on
+    is known only once its models and data are read. Another command's file is left alone.
+    """
+    folder = Path(cfg.output_dir)
+    config, before = _config_text(folder), _progress(folder)
+    try:
+        yield
+    except BaseException:
+        written_here = _config_text(folder) == dump_config(cfg) != config
+        # the main process does not wait for the others, which may have failed elsewhere
+        if config is not None and written_here and is_main_process() and _progress(folder) == before:
+            with suppress(CheckpointError), atomic_write(folder / CONFIG) as aside:  # the error within is the cause
+                aside.write_text(config, encoding="utf-8")
+        raise
+
+
+def _config_text(folder: Path) -> str | None:
+    path = folder / CONFIG
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def _progress(folder: Path) -> dict[str, int]:
+    """When each file was written that changes with a stage, a step of training, an evaluation or a bought answer.
+
+    Without the numbers of ``shares``, which every command counts before its stages.
+    """
+    found = {}
+    for where, _, names in os.walk(folder):
+        for name in {DONE, TRAINED, "metrics.jsonl", "evaluation.json", "answers.sqlite"}.intersection(names):
+            path = Path(where) / name
+            if path.parent != folder / "shares":
+                with suppress(OSError):  # another command may have deleted it since
+                    found[str(path)] = path.stat().st_mtime_ns
+    return found
+
+
+def _write_config(cfg: RunConfig, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = dump_config(cfg)
+    # An equal config is not written again: stages of one run may be started in its folder at the same time.
+    if _config_text(folder) == text:
+        return
+    with atomic_write(folder / CONFIG) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def _write_start(cfg: RunConfig, folder: Path, *, anew: bool) -> None:
+    weights = _weights(cfg)
+    if (folder / STARTED).exists() and not anew:
+        _compare_weights(cfg, folder / STARTED, weights)
+        return
+    if holds_a_run(folder):
+        logger.warning(
+            "%s was begun by an earlier version, which held out other prompts: what its models learnt from may be held "
+            "out now; go on with that version, or begin a new run",
+            folder,
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / STARTED, {"started": datetime.now().isoformat(timespec="seconds"), "weights": weights})
+
+
+def _weights(cfg: RunConfig) -> dict[str, str]:
+    """A checksum of some of each file of weights under ``model.path``, where that is a folder."""
+    files = (path for kind in ("*.safetensors", "*.gguf") for path in Path(cfg.model.path).glob(kind))
+    return {path.name: checksums.of_samples(path) for path in sorted(files)}
+
+
+def _compare_weights(cfg: RunConfig, record: Path, weights: Mapping[str, str]) -> None:
+    """Warns where a run goes on from other weights than it began with, which no setting shows."""
+    with reading(record, "delete it, and the run's chat template shows the time of the next start"):
+        before = json.loads(record.read_text(encoding="utf-8")).get("weights")
+        if before is None or dict(before) == weights:  # earlier versions recorded none
+            return
+        changed = sorted(name for name in {*before, *weights} if before.get(name) != weights.get(name))
+    logger.warning(
+        "%s is not what it was when the run in %s began (%s): stages that are done keep what they learnt from the old "
+        "weights, and the others would start from the new ones; put the old ones back, or begin a run in another "
+        "output_dir",
+        cfg.model.path,
+        record.parent,
+        ", ".join(changed),
+    )
