@@ -25,6 +25,7 @@ from tlcr.data.readers import (
     read_preferences,
     read_prompts,
     read_raw_preferences,
+    read_raw_prompts,
 )
 from tlcr.data.sources import read_rows
 from tlcr.errors import ConfigError, DataError
@@ -53,6 +54,58 @@ def user(text: str) -> dict[str, str]:
 
 def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
+
+
+CONVERSATIONS = [
+    {
+        "prompt": [user("a"), assistant("b"), user("c")],
+        "chosen": [assistant("d")],
+        "rejected": [assistant("e")],
+    },
+    {"prompt": [user("a"), assistant("b"), user("c")], "chosen": "d", "rejected": "e"},
+    {
+        "chosen": [user("a"), assistant("b"), user("c"), assistant("d")],
+        "rejected": [user("a"), assistant("b"), user("c"), assistant("e")],
+    },
+    {
+        "prompt": [user("a")],
+        "chosen": [assistant("b"), user("c"), assistant("d")],
+        "rejected": [assistant("b"), user("c"), assistant("e")],
+    },
+    {
+        "prompt": "a",
+        "chosen": [user("a"), assistant("b"), user("c"), assistant("d")],
+        "rejected": [user("a"), assistant("b"), user("c"), assistant("e")],
+    },
+    {
+        "prompt": [user("a"), assistant("b"), user("c")],
+        "chosen": [user("a"), assistant("b"), user("c"), assistant("d")],
+        "rejected": [assistant("e")],
+    },
+]
+"""One exchange and a question, then the answers d and e, in every form."""
+TURNS_BEFORE = [
+    ([assistant("b"), user("c")], "<user>a<assistant>b<user>c<assistant>"),
+    ([{"role": "system", "content": "s"}], "<system>s<user>a<assistant>"),
+    ([{"role": "developer", "content": "s"}], "<developer>s<user>a<assistant>"),
+    ([{"role": "system", "content": "s"}, user("a")], "<system>s<user>a<assistant>"),
+    ([assistant("Welcome."), user("a")], "<assistant>Welcome.<user>a<assistant>"),
+]
+"""Turns before the answers, with the rendered prompt where the column `prompt` is the text a."""
+LAYOUTS: list[dict[str, Any]] = [
+    *(PREFERENCE, {**PREFERENCE, "system": "s", "history": [["b", "c"]]}, HH, TLCR, *CONVERSATIONS),
+    {"prompt": [user("a")], "chosen": "d", "rejected": [assistant("e")]},
+    {"prompt": "a", "chosen": json.dumps([user("a"), assistant("d")]), "rejected": "e"},
+    {"prompt": "b", "system": "s", "chosen": [user("a"), assistant("d")], "rejected": [user("a"), assistant("e")]},
+    {"prompt": "Human: a", "chosen": "d", "rejected": "e"},
+    *({"prompt": "", "chosen": chosen, "rejected": "e"} for chosen in ("d", [assistant("d")])),
+    *({"prompt": "a", "chosen": [*b, assistant("d")], "rejected": [*b, assistant("e")]} for b, _ in TURNS_BEFORE),
+    *(
+        {"prompt": None, "chosen": [*b, user("a"), assistant("d")], "rejected": [*b, user("a"), assistant("e")]}
+        for b, _ in TURNS_BEFORE
+    ),
+]
+"""Preference pairs in every form."""
 
 
 @pytest.fixture
@@ -453,36 +506,7 @@ class TestPreferences:
     def test_standard(self, jsonl: Callable, tokenizer: PreTrainedTokenizerFast) -> None:
         assert self.only(preferences(jsonl(PREFERENCE), tokenizer)) == ("Was it good?", " Yes.", " No.")
 
-    @pytest.mark.parametrize(
-        "record",
-        [
-            {
-                "prompt": [user("a"), assistant("b"), user("c")],
-                "chosen": [assistant("d")],
-                "rejected": [assistant("e")],
-            },
-            {"prompt": [user("a"), assistant("b"), user("c")], "chosen": "d", "rejected": "e"},
-            {
-                "chosen": [user("a"), assistant("b"), user("c"), assistant("d")],
-                "rejected": [user("a"), assistant("b"), user("c"), assistant("e")],
-            },
-            {
-                "prompt": [user("a")],
-                "chosen": [assistant("b"), user("c"), assistant("d")],
-                "rejected": [assistant("b"), user("c"), assistant("e")],
-            },
-            {
-                "prompt": "a",
-                "chosen": [user("a"), assistant("b"), user("c"), assistant("d")],
-                "rejected": [user("a"), assistant("b"), user("c"), assistant("e")],
-            },
-            {
-                "prompt": [user("a"), assistant("b"), user("c")],
-                "chosen": [user("a"), assistant("b"), user("c"), assistant("d")],
-                "rejected": [assistant("e")],
-            },
-        ],
-    )
+    @pytest.mark.parametrize("record", CONVERSATIONS)
     def test_conversational(self, record: dict, jsonl: Callable, tokenizer: PreTrainedTokenizerFast) -> None:
         read = preferences(jsonl(record), tokenizer)
         assert read.format == "preference"
@@ -541,16 +565,7 @@ class TestPreferences:
         record = {"prompt": "a", "chosen": [assistant("d")], "rejected": [assistant("e")]}
         assert self.only(preferences(jsonl(record), tokenizer)) == ("<user>a<assistant>", "d", "e")
 
-    @pytest.mark.parametrize(
-        ("before", "prompt"),
-        [
-            ([assistant("b"), user("c")], "<user>a<assistant>b<user>c<assistant>"),
-            ([{"role": "system", "content": "s"}], "<system>s<user>a<assistant>"),
-            ([{"role": "developer", "content": "s"}], "<developer>s<user>a<assistant>"),
-            ([{"role": "system", "content": "s"}, user("a")], "<system>s<user>a<assistant>"),
-            ([assistant("Welcome."), user("a")], "<assistant>Welcome.<user>a<assistant>"),
-        ],
-    )
+    @pytest.mark.parametrize(("before", "prompt"), TURNS_BEFORE)
     def test_text_prompt_is_the_first_user_message_unless_the_conversation_has_it(
         self, before: list, prompt: str, jsonl: Callable, tokenizer: PreTrainedTokenizerFast
     ) -> None:
@@ -704,7 +719,43 @@ class TestPrompts:
     def test_preferences_have_prompts_too(self, jsonl: Callable, tokenizer: PreTrainedTokenizerFast) -> None:
         assert prompts(jsonl(HH), tokenizer).records == ("\n\nHuman: Hi\n\nAssistant:",)
         assert prompts(jsonl(PREFERENCE), tokenizer).records == ("Was it good?",)
-        assert read_prompts(DataConfig(preferences=jsonl(HH)), tokenizer).records == ("\n\nHuman: Hi\n\nAssistant:",)
+
+    @pytest.mark.parametrize("field", ["preferences", "prompts"])
+    @pytest.mark.parametrize("record", LAYOUTS)
+    def test_of_pairs_are_those_that_the_pairs_have(
+        self, record: dict, field: str, jsonl: Callable, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        """A column `prompt` decided alone, so that PPO was given other prompts than SFT, under other keys."""
+        source = jsonl(record)
+        pairs, raw_pairs = preferences(source, tokenizer), read_raw_preferences(DataConfig(preferences=source))
+        cfg = DataConfig(**{field: source})
+        read, raw = read_prompts(cfg, tokenizer), read_raw_prompts(cfg)
+        assert read.records == tuple(pair.prompt for pair in pairs.records)
+        assert read.prompt_keys == raw.prompt_keys == pairs.prompt_keys == raw_pairs.prompt_keys
+        assert [one.prompt for one in raw.records] == [pair.prompt for pair in raw_pairs.records]
+
+    def test_of_preferences_are_in_the_format_that_was_named_for_these(
+        self, jsonl: Callable, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        cfg = DataConfig(preferences=jsonl({**HH, "prompt": "ignored"}), preferences_format="hh")
+        (pair,), read = read_preferences(cfg, tokenizer).records, read_prompts(cfg, tokenizer)
+        assert (read.format, read.records) == ("hh", (pair.prompt,)) and pair.prompt.endswith("Hi\n\nAssistant:")
+        assert read.prompt_keys == read_raw_prompts(cfg).prompt_keys == ("Hi",)
+
+    @pytest.mark.parametrize("prompt", ["a", [user("a")]])
+    def test_of_edits_are_those_that_the_edits_have(
+        self, prompt: object, jsonl: Callable, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        before = [{"role": "system", "content": "s"}]
+        conversations = {
+            "rejected": [*before, user("a"), assistant("b")],
+            "revised": [*before, user("a"), assistant("c")],
+        }
+        for answers in ({"rejected": " b", "revised": " c"}, conversations):
+            source = jsonl({"prompt": prompt, **answers})
+            read, pairs = prompts(source, tokenizer), edits(source, tokenizer)
+            assert read.records == tuple(pair.prompt for pair in pairs.records)
+            assert read.prompt_keys == pairs.prompt_keys
 
 
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"needs the real data, which lies at {REAL} where it is")

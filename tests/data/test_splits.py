@@ -323,6 +323,38 @@ def test_who_gets_how_many_is_said_and_kept(tmp_path: Path, caplog: pytest.LogCa
     assert any(message.startswith(line) for message in caplog.messages)
 
 
+@pytest.mark.parametrize("shares", [[2, 4, 4], []])
+def test_conversations_beside_a_prompt_are_known_by_all_their_turns(
+    shares: list[int], tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PPO was given the first turn alone, whose hash put it on the side of prompts that SFT was trained on."""
+    monkeypatch.setattr(
+        tiny_tokenizer, "chat_template", "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+
+    def conversation(number: int, answer: str) -> list[dict[str, str]]:
+        texts = f"Hello {number}", "Hello.", f"What is {number}?", answer
+        return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, texts, strict=True)]
+
+    pairs = (
+        {"prompt": f"Hello {k}", "chosen": conversation(k, "Yes."), "rejected": conversation(k, "No.")}
+        for k in range(200)
+    )
+    own = write(tmp_path / "conversations.jsonl", pairs)
+    changes = {"data__preferences": own, "data__shares": shares, "data__held_out": 0.2}
+    run_folder = opened(tiny_tokenizer, load_config(None, settings(tmp_path, **changes)))
+    found = seen(run_folder, edits=False)
+    assert found["ppo", "held_out"] and not found["ppo", "held_out"] & found["sft", "train"]
+    texts = {pair.prompt for stage_ in STAGES for pair in run_folder.preferences(stage_).train}
+    assert set(run_folder.prompts.train) <= texts
+    if shares:
+        (part,) = run_folder.share_statistics().stages["ppo"].values()
+        assert (part.prompts - part.held_out, part.held_out) == (
+            len(found["ppo", "train"]),
+            len(found["ppo", "held_out"]),
+        )
+
+
 def test_what_is_counted_is_what_the_stages_get(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     run_folder = opened(tiny_tokenizer, load_config(None, settings(tmp_path)))
     counted, found = run_folder.share_statistics().stages, seen(run_folder, edits=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Generic, NamedTuple, TypeVar
@@ -207,7 +207,9 @@ def read_prompts(
 ) -> ReadResult[str]:
     """``cfg.prompts`` (if it is not set, the prompts of ``cfg.preferences``) as complete prompts without repetition.
 
-    A source has a ``prompt`` column of texts or messages, or is in a format of ``read_preferences``.
+    Those of ``cfg.preferences`` are read in the format in which ``read_preferences`` reads the pairs. ``cfg.prompts``
+    has a ``prompt`` column of texts or messages, or is in a format of ``read_preferences``, which the columns decide.
+    Beside answers that are conversations, the prompt is all that comes before the answer, as in preferences and edits.
 
     Args:
         cfg: source, format, and what to do with a malformed record.
@@ -440,20 +442,19 @@ def _prompt_table(
     cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[_Table, Callable[[str, Values], RawPrompt]]:
     """The source of prompts, and the function that reads one of its records."""
-    source = _required(cfg.prompts or cfg.preferences, "prompts")
-
-    def format_of(rows: Sequence[Row]) -> str:
-        if _columns(rows) >= {"prompt"}:
-            return "prompts"
-        return _preference_format(source, rows, also="prompt (text, or a list of messages)")
-
-    table = _table(source, cfg, tokenizer, format_of)
+    if cfg.prompts is None and cfg.preferences is not None:
+        table = _preference_table(cfg, tokenizer)  # in their format: the prompts are those that the pairs have
+    else:
+        source = _required(cfg.prompts, "prompts")
+        table = _table(source, cfg, tokenizer, lambda rows: _prompt_format(source, rows))
     if table.format == "prompts":
         return table, lambda _, values: prompt(values)
 
+    formats: Mapping[str, Callable[[str, Values], RawPreference | RawEdit]] = {**EDIT_FORMATS, **PREFERENCE_FORMATS}
+
     def read_one(id: str, values: Values) -> RawPrompt:
-        pair = PREFERENCE_FORMATS[table.format](id, values)
-        return RawPrompt(pair.prompt, pair.template)
+        record = formats[table.format](id, values)
+        return RawPrompt(record.prompt, record.template)
 
     return table, read_one
 
@@ -476,6 +477,18 @@ def _preference_format(source: str, rows: Sequence[Row], also: str | None = None
     wanted = ["prompt, chosen, rejected", "chosen, rejected (transcripts or lists of messages)"]
     wanted += ["context, chosen_response, reject_response", *([also] if also else [])]
     raise _unknown_columns(source, columns, wanted)
+
+
+def _prompt_format(source: str, rows: Sequence[Row]) -> str:
+    columns = _columns(rows)
+    if "prompt" not in columns:
+        return _preference_format(source, rows, also="prompt (text, or a list of messages)")
+    # A conversation may hold turns that the column has not, and a text is there a user's message.
+    for format, answers in (("preference", ("chosen", "rejected")), ("edits", ("rejected", "revised"))):
+        are_conversations = any(isinstance(row.values.get(name), list) for row in rows for name in answers)
+        if columns.issuperset(answers) and are_conversations:
+            return format
+    return "prompts"
 
 
 def _edit_format(source: str, rows: Sequence[Row]) -> str:
