@@ -169,6 +169,18 @@ def test_results_of_two_configs_are_not_mixed(finished: RunConfig) -> None:
     assert (Path(finished.output_dir) / "config.yaml").read_text() == written
 
 
+@pytest.mark.parametrize(("first", "then"), [("raise", "skip"), ("skip", "raise")])
+def test_what_becomes_of_malformed_records_may_change_after_a_stage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, first: str, then: str
+) -> None:
+    """The advice of the error in a later stage, data.on_malformed=skip, was refused by those that had ended."""
+    cfg = small_config(tmp_path / "run", **{"data.on_malformed": first})
+    stage(cfg, "labels")
+    with caplog.at_level("INFO", "tlcr"):
+        stage(replace(cfg, data=replace(cfg.data, on_malformed=then)), "labels", resume=True)
+    assert f"{tmp_path / 'run' / 'labels'} is done; skipped" in caplog.messages
+
+
 def test_a_setting_that_is_new_since_then_is_named() -> None:
     """A folder of an older version has not every knob; that the two differ in None is not to be said."""
     then, now = {"reward": {"kind": "sign"}}, {"reward": {"kind": "sign", "compat": None}}

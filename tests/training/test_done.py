@@ -10,8 +10,7 @@ import torch
 
 from tlcr.config.schema import KLConfig, RunConfig
 from tlcr.errors import CheckpointError
-from tlcr.training.checkpoint import as_plain
-from tlcr.training.done import done_config, is_done, mark_done
+from tlcr.training.done import decisive, done_config, is_done, mark_done
 
 
 def test_a_stage_is_done_with_its_config_and_its_checkpoints_go(tmp_path):
@@ -39,7 +38,7 @@ def test_a_knob_that_came_later_is_no_reason_to_train_again(tmp_path):
         del record["config"]["data"][knob]
     (tmp_path / "done.json").write_text(json.dumps(record))
     assert is_done(tmp_path, settings)
-    assert done_config(tmp_path, settings) == as_plain(settings)
+    assert done_config(tmp_path, settings) == decisive(settings)
     assert not is_done(tmp_path, settings | {"data": replace(RunConfig().data, held_out=0.2)})
     assert not is_done(tmp_path, settings | {"data": replace(RunConfig().data, limit=5)})
 

@@ -38,8 +38,9 @@ class DataConfig(Checked):
         256, "longer prompts are cut at the beginning", source="released code", unit="tokens", ge=1
     )
     max_answer_tokens: int = knob(256, "longer answers are cut at the end", source="released code", unit="tokens", ge=1)
+    # What ended under "raise" met no such record, and what ended under "skip" has learnt from the others.
     on_malformed: Literal["skip", "raise"] = knob(
-        "raise", "report and skip a record that cannot be used, or stop", advanced=True
+        "raise", "report and skip a record that cannot be used, or stop", advanced=True, decides=False
     )
 
     def __post_init__(self) -> None:
