@@ -103,6 +103,12 @@ def test_the_discriminator_is_analysed_on_what_it_has_not_seen(finished: RunConf
     )
     assert "chosen over rejected" in json.loads((tmp_path / "out" / "analysis.json").read_text())["comparisons"]
 
+    # shares are of the run's own pairs; of others all are analysed, and no preferences are needed
+    parted = replace(finished.data, preferences="hh.jsonl", shares=(2, 4, 4))
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(replace(finished, data=parted)))
+    analyse_edits(tmp_path / "run", str(tmp_path / "edits.jsonl"), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "analysis.json").read_text())["pairs"] == len(held_out)
+
 
 @pytest.mark.slow
 def test_a_run_says_once_what_it_found_and_wrote(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -173,6 +173,7 @@ def analyse_edits(folder: Path, edits: str, output: Path, *, preferences: str | 
         preferences=preferences,
         preferences_format="auto",
         limit=None,
+        shares=(),
     )
     found = _analyse(
         run,
