@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from tlcr.cli import main as cli
+from tlcr.cli.parsers import IN_FULL, OWN_CONFIGS, build_parser
 from tlcr.config.judging import AnswerConfig, JudgeConfig
 from tlcr.config.loading import knobs
 from tlcr.config.schema import RunConfig
@@ -173,6 +174,32 @@ def test_analyse_takes_a_run_and_other_pairs(tmp_path: Path, calls: list[Any]) -
     assert cli.main(["analyse", str(tmp_path)]) == 0
     assert cli.main(["analyse", str(tmp_path), "--edits", "e.jsonl", "--output", "out"]) == 0
     assert calls == [("analyse", tmp_path), (tmp_path, "e.jsonl", Path("out"), None)]
+
+
+def test_paths_of_a_command_may_begin_with_the_users_home(
+    tmp_path: Path, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves the ~ in quotes and behind a flag's = as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.yaml").write_text("ppo: {updates: 5}\n", encoding="utf-8")
+    assert cli.main(["run", "~/config.yaml", "--output_dir=~/run"]) == 0
+    assert cli.main(["report", "~/run"]) == 0
+    assert cli.main(["analyse", "~/run", "--edits=~/e.jsonl", "--output=~/out", "--preferences=~/p.jsonl"]) == 0
+    (_, cfg, _), *others = calls
+    assert (cfg.output_dir, cfg.ppo.updates) == (str(tmp_path / "run"), 5)
+    run, edits, out, preferences = (tmp_path / name for name in ("run", "e.jsonl", "out", "p.jsonl"))
+    assert others == [("report", run), (run, str(edits), out, str(preferences))]
+
+
+def test_every_argument_that_is_a_file_or_folder_may() -> None:
+    """Knobs are expanded as their config is made."""
+    texts = ("help", "print_config", "help_all", "prompt", "response", "stage", "for", "host")
+    for command, parser in build_parser()[1].items():
+        known = {knob.path for knob in knobs(type(OWN_CONFIGS.get(command, RunConfig())))}
+        for action in parser._actions:
+            is_text = action.nargs != 0 and getattr(action, "_typehint", action.type) in (None, str, IN_FULL)
+            if is_text and action.dest not in known and action.dest not in texts:
+                assert action.type is IN_FULL, (command, action.dest)
 
 
 def test_print_config_prints_what_would_run_and_runs_nothing(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
-from tlcr.config.loading import dump_config, knobs, load_config
+from tlcr.config.judging import AnswerConfig, JudgeConfig
+from tlcr.config.loading import dump_config, knobs, load_command_config, load_config
 from tlcr.config.schema import Arm, RewardConfig, RunConfig
 from tlcr.errors import ConfigError
 
@@ -70,6 +73,34 @@ def test_dumped_and_loaded_is_the_same_config(tmp_path: Path) -> None:
         ppo=dataclasses.replace(RunConfig().ppo, learning_rate=3e-7, target_kl=0.1),
     )
     assert load_config(write(tmp_path, dump_config(cfg))) == cfg
+
+
+TEXTS = {
+    *("gguf_file", "pad_token", "attn_implementation", "targets", "split", "span_end", "model_id"),
+    *("model", "base_url", "key_variable", "extra_body", "server"),
+}
+"""Last names of the knobs that are texts and never paths."""
+
+
+@pytest.mark.parametrize("cls", [RunConfig, AnswerConfig, JudgeConfig])
+def test_every_path_may_begin_with_the_users_home(cls: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`output_dir: ~/x` made a folder named ~, and `model.path: ~/x` was not there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    texts = [knob for knob in knobs(cls) if str in (knob.type, *typing.get_args(knob.type))]
+    paths = [knob for knob in texts if knob.path.rpartition(".")[2] not in TEXTS]
+    assert [knob for knob in knobs(cls) if knob.metadata.get("path")] == paths and paths
+    for path in paths:
+        several = typing.get_origin(path.type) is tuple
+        values: dict[str, object] = {path.path: ["~/a b", "c"] if several else "~/a b"}
+        values |= {"reviser.files": {"reviser.backend": "files"}, "reward.callable": {"reward.kind": "callable"}}.get(
+            path.path, {}
+        )
+        cfg = load_config(None, values) if cls is RunConfig else load_command_config(cls(), None, values)
+        found = attrgetter(path.path)(cfg)
+        assert found == ((f"{tmp_path}/a b", "c") if several else f"{tmp_path}/a b"), path.path
+        assert "~" not in dump_config(cfg)
+    assert cls(output_dir="~").output_dir == str(tmp_path)
+    assert cls(output_dir="a/~").output_dir == "a/~"
 
 
 def test_the_defaults_survive_dumping(tmp_path: Path) -> None:

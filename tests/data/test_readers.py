@@ -710,6 +710,15 @@ class TestPrompts:
         assert read.records == ("Hi ", "<user>a<assistant>")
         assert read.notes == ("1 repeated prompts left out",)
 
+    def test_in_the_users_home(
+        self, jsonl: Callable, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        jsonl({"prompt": "Hi"}, name="here.jsonl")
+        assert prompts("~/here.jsonl", tokenizer).records == ("Hi",)
+        with pytest.raises(DataError, match=f"no file or folder '{tmp_path}/there.jsonl'"):
+            prompts("~/there.jsonl", tokenizer)
+
     def test_malformed(self, jsonl: Callable, tokenizer: PreTrainedTokenizerFast) -> None:
         read = prompts(
             jsonl({"prompt": "Hi"}, {"prompt": None}, {"prompt": [assistant("a")]}), tokenizer, on_malformed="skip"

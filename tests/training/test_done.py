@@ -47,6 +47,19 @@ def test_a_knob_that_came_later_is_no_reason_to_train_again(tmp_path):
     assert not is_done(tmp_path, settings)
 
 
+def test_a_path_that_was_noted_as_it_was_given_is_no_reason_to_train_again(tmp_path, monkeypatch):
+    """Earlier versions noted a source of data in the user's home with its ~."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    settings = {"data": replace(RunConfig().data, preferences="~/pairs.jsonl")}
+    mark_done(tmp_path, config=settings, metrics={}, seconds=1.0)
+    record = json.loads((tmp_path / "done.json").read_text())
+    assert record["config"]["data"]["preferences"] == "/home/somebody/pairs.jsonl"
+    record["config"]["data"]["preferences"] = "~/pairs.jsonl"
+    (tmp_path / "done.json").write_text(json.dumps(record))
+    assert is_done(tmp_path, settings)
+    assert not is_done(tmp_path, {"data": replace(RunConfig().data, preferences="pairs.jsonl")})
+
+
 def test_a_knob_that_was_dropped_is_no_reason_to_train_again_where_it_had_its_default(tmp_path):
     settings = {"labels": RunConfig().labels, "reviser": {"model": RunConfig().reviser.model}, "sft": RunConfig().sft}
     mark_done(tmp_path, config=settings, metrics={}, seconds=1.0)

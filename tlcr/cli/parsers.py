@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import types
 from collections.abc import Sequence
 from operator import attrgetter
@@ -32,6 +33,8 @@ STAGES = {
 OWN_CONFIGS: dict[str, Checked] = {"answer": AnswerConfig(), "judge": JudgeConfig()}
 """Commands whose config is not ``RunConfig``."""
 
+IN_FULL = os.path.expanduser
+"""The type of an argument that is a path and no knob: a "~" that no shell has replaced is the user's home."""
 
 LONGEST_METAVAR = 30
 """Maximum number of characters of choices beside a flag; longer ones go into its help, which can wrap."""
@@ -116,7 +119,9 @@ def _config_parser(description: str, *, prog: str, positional: str = "", resume:
     if positional:
         stages = "; ".join(f"{name}: {help}" for name, (_, help) in STAGES.items())
         parser.add_argument("stage", choices=list(STAGES), metavar="STAGE", help=stages)
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file; without one, the defaults")
+    parser.add_argument(
+        "config", nargs="?", type=IN_FULL, metavar="CONFIG", help="a YAML file; without one, the defaults"
+    )
     if resume:
         parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
     _add_knobs(parser, RunConfig(), "the run")
@@ -245,7 +250,7 @@ def _own_config_parser(name: str, description: str, *, positional: str) -> Argum
         usage=f"tlcr {name} {positional} [--config FILE] [--print-config] [--KNOB VALUE ...]",
         epilog=f"{_about_knobs(type(OWN_CONFIGS[name]), f'tlcr {name}')} More: docs/judging.md.",
     )
-    parser.add_argument("--config", metavar="FILE", help="a YAML file with the knobs below")
+    parser.add_argument("--config", type=IN_FULL, metavar="FILE", help="a YAML file with the knobs below")
     _add_knobs(parser, OWN_CONFIGS[name], "the command")
     return parser
 
@@ -259,7 +264,11 @@ def _answer_parser() -> ArgumentParser:
     )
     # Not required to argparse, which would call it by its destination: 'model' is a section of the config.
     parser.add_argument(
-        "name", nargs="?", metavar="MODEL", help="a model folder or hub name, or the model's name at the endpoint"
+        "name",
+        nargs="?",
+        type=IN_FULL,
+        metavar="MODEL",
+        help="a model folder or hub name, or the model's name at the endpoint",
     )
     return parser
 
@@ -272,7 +281,9 @@ def _judge_parser() -> ArgumentParser:
         "for, again.",
         positional="ANSWERS [ANSWERS]",
     )
-    parser.add_argument("answers", nargs="*", metavar="ANSWERS", help="one model's answers, or two files of two models")
+    parser.add_argument(
+        "answers", nargs="*", type=IN_FULL, metavar="ANSWERS", help="one model's answers, or two files of two models"
+    )
     _add_dry_run(parser)
     return parser
 
@@ -293,11 +304,13 @@ def _evaluate_tokens_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--spans",
+        type=IN_FULL,
         metavar="FILE",
         help="answers with 'prompt', 'response' and 'spans', a list of {'start', 'end', 'label'} in characters",
     )
     parser.add_argument(
         "--threshold-spans",
+        type=IN_FULL,
         metavar="FILE",
         help="the same for other answers, to choose on them the reward below which a token is called an error",
     )
@@ -333,16 +346,20 @@ def _analyse_parser() -> ArgumentParser:
         prog="tlcr analyse",
         usage="tlcr analyse RUN_FOLDER [--edits SOURCE [--preferences SOURCE] --output FOLDER]",
     )
-    parser.add_argument("folder", metavar="RUN_FOLDER", help="the output_dir of a run")
-    parser.add_argument("--edits", metavar="SOURCE", help="edit pairs that the discriminator has not been trained on")
-    parser.add_argument("--preferences", metavar="SOURCE", help="preference pairs, likewise")
-    parser.add_argument("--output", metavar="FOLDER", help="where analysis.json and analysis.html of --edits go")
+    parser.add_argument("folder", type=IN_FULL, metavar="RUN_FOLDER", help="the output_dir of a run")
+    parser.add_argument(
+        "--edits", type=IN_FULL, metavar="SOURCE", help="edit pairs that the discriminator has not been trained on"
+    )
+    parser.add_argument("--preferences", type=IN_FULL, metavar="SOURCE", help="preference pairs, likewise")
+    parser.add_argument(
+        "--output", type=IN_FULL, metavar="FOLDER", help="where analysis.json and analysis.html of --edits go"
+    )
     return parser
 
 
 def _report_parser() -> ArgumentParser:
     parser = _parser("Write report.html of a finished run.", prog="tlcr report", usage="tlcr report RUN_FOLDER")
-    parser.add_argument("folder", metavar="RUN_FOLDER", help="the output_dir of a run")
+    parser.add_argument("folder", type=IN_FULL, metavar="RUN_FOLDER", help="the output_dir of a run")
     return parser
 
 
@@ -353,9 +370,13 @@ def _merge_parser() -> ArgumentParser:
         prog="tlcr merge",
         usage="tlcr merge ADAPTER OUTPUT [--base MODEL] [--trust-remote-code]",
     )
-    parser.add_argument("adapter", metavar="ADAPTER", help="a folder of peft, such as policy/adapter of a run")
-    parser.add_argument("output", metavar="OUTPUT", help="the folder to write, which holds no model yet")
-    parser.add_argument("--base", metavar="MODEL", help="the model's folder or hub name; default: what ADAPTER names")
+    parser.add_argument(
+        "adapter", type=IN_FULL, metavar="ADAPTER", help="a folder of peft, such as policy/adapter of a run"
+    )
+    parser.add_argument("output", type=IN_FULL, metavar="OUTPUT", help="the folder to write, which holds no model yet")
+    parser.add_argument(
+        "--base", type=IN_FULL, metavar="MODEL", help="the model's folder or hub name; default: what ADAPTER names"
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     return parser
 
@@ -372,7 +393,7 @@ def _serve_parser() -> ArgumentParser:
         default = "" if one.default in (None, "") else f" (default {one.default})"
         parser.add_argument(
             f"--{one.name.replace('_', '-')}",
-            type=hints[one.name],
+            type=IN_FULL if one.metadata.get("path") else hints[one.name],
             metavar=_metavar(hints[one.name]),
             default=one.default,
             help=one.metadata["help"] + default,
@@ -387,8 +408,10 @@ def _export_parser() -> ArgumentParser:
         prog="tlcr export",
         usage="tlcr export DISCRIMINATOR OUTPUT --for vllm",
     )
-    parser.add_argument("discriminator", metavar="DISCRIMINATOR", help="a folder written by 'tlcr train discriminator'")
-    parser.add_argument("output", metavar="OUTPUT", help="the folder to write, which holds no model yet")
+    parser.add_argument(
+        "discriminator", type=IN_FULL, metavar="DISCRIMINATOR", help="a folder written by 'tlcr train discriminator'"
+    )
+    parser.add_argument("output", type=IN_FULL, metavar="OUTPUT", help="the folder to write, which holds no model yet")
     parser.add_argument("--for", choices=["vllm"], default="vllm", help="the server that is to read it (default vllm)")
     return parser
 
@@ -400,9 +423,15 @@ def _score_parser() -> ArgumentParser:
         prog="tlcr score",
         usage="tlcr score (--discriminator FOLDER | --reward-model FOLDER) [FILE | --response TEXT] [--json]",
     )
-    parser.add_argument("file", nargs="?", metavar="FILE", help="JSON lines with 'prompt' and 'response'; '-': stdin")
-    parser.add_argument("--discriminator", metavar="FOLDER", help="a folder written by 'tlcr train discriminator'")
-    parser.add_argument("--reward-model", metavar="FOLDER", help="a folder written by 'tlcr train reward-model'")
+    parser.add_argument(
+        "file", nargs="?", type=IN_FULL, metavar="FILE", help="JSON lines with 'prompt' and 'response'; '-': stdin"
+    )
+    parser.add_argument(
+        "--discriminator", type=IN_FULL, metavar="FOLDER", help="a folder written by 'tlcr train discriminator'"
+    )
+    parser.add_argument(
+        "--reward-model", type=IN_FULL, metavar="FOLDER", help="a folder written by 'tlcr train reward-model'"
+    )
     parser.add_argument("--prompt", metavar="TEXT", default="", help="the prompt of --response")
     parser.add_argument("--response", metavar="TEXT", help="one answer, instead of a file")
     parser.add_argument("--json", action="store_true", help="one JSON object a line, instead of colours")

@@ -15,12 +15,14 @@ __all__ = ["AnswerConfig", "JudgeConfig"]
 class AnswerConfig(EngineConfig):
     """How a model answers the prompts of a benchmark (docs/judging.md)."""
 
-    prompts: str | None = knob(None, "the benchmark's prompts: AlpacaEval's JSON list or FastChat's question.jsonl")
+    prompts: str | None = knob(
+        None, "the benchmark's prompts: AlpacaEval's JSON list or FastChat's question.jsonl", path=True
+    )
     format: Literal["auto", "alpaca_eval", "mt_bench", "vicuna"] = knob(
         "auto", "which benchmark; 'auto': by how the file is written and how many turns its questions have"
     )
     model_id: str | None = knob(None, "the model's name in the files that are written; default: the end of its path")
-    output_dir: str = knob("answers", "the files go here, in the folders where the tools look for them")
+    output_dir: str = knob("answers", "the files go here, in the folders where the tools look for them", path=True)
     backend: Literal["local", "endpoint"] = knob("local", "a model that is run here, or one behind an endpoint")
     model: GeneratorConfig = field(default_factory=GeneratorConfig)
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
@@ -50,8 +52,10 @@ class AnswerConfig(EngineConfig):
 class JudgeConfig(EngineConfig):
     """The judge of answers, and its settings (docs/judging.md)."""
 
-    prompts: str | None = knob(None, "the benchmark's question.jsonl, which FastChat's answer files do not repeat")
-    output_dir: str = knob("judged", "results go to a folder in here that is named after the models")
+    prompts: str | None = knob(
+        None, "the benchmark's question.jsonl, which FastChat's answer files do not repeat", path=True
+    )
+    output_dir: str = knob("judged", "results go to a folder in here that is named after the models", path=True)
     backend: Literal["endpoint", "local"] = knob("endpoint", "a model behind an endpoint, or one that is run here")
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     model: GeneratorConfig = field(default_factory=GeneratorConfig)
@@ -66,7 +70,9 @@ class JudgeConfig(EngineConfig):
     max_new_tokens: int = knob(1024, "length limit of reasoning and verdict together", unit="tokens", ge=1)
     limit: int | None = knob(None, "judge only the first so many questions", ge=1)
     labels: tuple[str, ...] = knob(
-        (), "verdicts of people or of other judges on the same answers (JSON lines), to measure agreement with"
+        (),
+        "verdicts of people or of other judges on the same answers (JSON lines), to measure agreement with",
+        path=True,
     )
     resamples: int = knob(1000, "bootstrap resamples, of questions", ge=100, advanced=True)
     on_unanswered: Literal["skip", "raise"] = knob(

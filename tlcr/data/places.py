@@ -40,7 +40,7 @@ def find_source(source: str) -> Path | None:
     Raises:
         DataError: there is no such file, it is empty, of an unknown kind, a Git LFS pointer, or cannot be opened.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.is_file():
         _check_file(path)
     elif not path.is_dir():

@@ -19,8 +19,8 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 """Hosts that only this machine reaches."""
 
 
-def setting(default: Any, help: str, **bounds: Any) -> Any:
-    return field(default=default, metadata={"help": help, **bounds})
+def setting(default: Any, help: str, *, path: bool = False, **bounds: Any) -> Any:
+    return field(default=default, metadata={"help": help, "path": path, **bounds})
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ServerSettings:
     Raises ConfigError where a number is out of its bounds, or one makes another meaningless.
     """
 
-    discriminator: str = setting("", "a folder written by 'tlcr train discriminator'")
+    discriminator: str = setting("", "a folder written by 'tlcr train discriminator'", path=True)
     host: str = setting("127.0.0.1", "the address to listen on; 0.0.0.0: every one of this machine")
     port: int = setting(8765, "the port to listen on; 0: a free one", ge=0)
     workers: int = setting(1, "processes with a copy of the model each; on several GPUs one for each", ge=1)
@@ -45,7 +45,9 @@ class ServerSettings:
     max_connections: int = setting(1024, "open connections of a worker; beyond them clients get 503", ge=1)
     io_seconds: float = setting(30.0, "how long a client may take to send a request or to fetch an answer", gt=0)
     stop_seconds: float = setting(60.0, "how long accepted requests may go on after the signal to stop", gt=0)
-    token_file: str | None = setting(None, f"a file with the token that clients must send; or {TOKEN_VARIABLE}")
+    token_file: str | None = setting(
+        None, f"a file with the token that clients must send; or {TOKEN_VARIABLE}", path=True
+    )
 
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):

@@ -151,4 +151,4 @@ def _broken_character(value: Any) -> int | None:
 def _opened(source: str | Path) -> io.BufferedReader:
     if source == STANDARD_INPUT:
         return open(sys.stdin.fileno(), "rb", closefd=False)
-    return Path(source).expanduser().open("rb")
+    return Path(source).open("rb")

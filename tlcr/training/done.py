@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcr.config.dropped import IDLE, without_dropped
-from tlcr.config.schema import undecisive
+from tlcr.config.schema import undecisive, with_home
 from tlcr.config.stages import DONE, TRAINED
 from tlcr.errors import CheckpointError
 from tlcr.files import remove, write_json
@@ -192,7 +192,8 @@ def _with_the_knobs_of_today(before: Any, config: Any) -> Any:
         return before
     new, now = {}, dict(config) if isinstance(config, Mapping) else {}
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        before = without_dropped(type(config), before)
+        # Earlier versions wrote paths as they were given.
+        before = with_home(config, without_dropped(type(config), before))
         for name, needed in IDLE.get(type(config), {}).items():
             if before.get(needed) is None and getattr(config, needed) is None:
                 before[name] = as_plain(getattr(config, name))

@@ -10,7 +10,7 @@ answers at once.
 
 from __future__ import annotations
 
-from tlcr.config.schema.checked import LARGEST, Checked, in_short, knob, undecisive
+from tlcr.config.schema.checked import LARGEST, Checked, in_short, knob, undecisive, with_home
 from tlcr.config.schema.data import DataConfig, LabelConfig
 from tlcr.config.schema.generation import EndpointConfig, EngineConfig, EngineName, ReviserConfig, RolloutConfig
 from tlcr.config.schema.models import Adapted, Dtype, GeneratorConfig, LoRAConfig, ModelConfig, ShardingConfig
@@ -71,4 +71,5 @@ __all__ = [
     "in_short",
     "knob",
     "undecisive",
+    "with_home",
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
 
@@ -21,6 +23,7 @@ def knob(
     le: float | None = None,
     advanced: bool = False,
     decides: bool = True,
+    path: bool = False,
 ) -> Any:
     """A dataclass field that carries its meaning, its unit, its bounds and the source of its default.
 
@@ -36,15 +39,36 @@ def knob(
         le: the value is at most this.
         advanced: few runs set it; only ``--help-all`` lists it. Its path and flag work like those of any other knob.
         decides: whether the result depends on it, but for rounding; else what has ended counts with any value of it.
+        path: whether it names a file or folder, or may; a "~" at its beginning is then the user's home.
 
     Returns:
         The field.
     """
     metadata = {"help": help, "source": source, "unit": unit, "ge": ge, "gt": gt, "le": le}
-    metadata |= {"advanced": advanced, "decides": decides}
+    metadata |= {"advanced": advanced, "decides": decides, "path": path}
     if isinstance(default, (list, tuple)):
         return field(default_factory=lambda: tuple(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def with_home(section: object, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of knobs of a section, with the user's home for a "~" at the beginning of each that is a path.
+
+    Args:
+        section: the section, or its class.
+        values: by the name of the knob; those of other names stay.
+
+    Returns:
+        All of them.
+    """
+    paths = {f.name for f in dataclasses.fields(section) if f.metadata.get("path")}  # type: ignore[arg-type]
+    return {name: _with_home(value) if name in paths else value for name, value in values.items()}
+
+
+def _with_home(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_with_home, value))
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def undecisive(section: object) -> tuple[str, ...]:
@@ -63,9 +87,14 @@ def in_short(number: int) -> str:
 
 
 class Checked:
-    """Checks the bounds of every knob when a config is made, so that a bad value raises before any model loads."""
+    """Checks the bounds of every knob when a config is made, so that a bad value raises before any model loads.
+
+    Paths get the user's home for a "~" there, so that no other place need know of it.
+    """
 
     def __post_init__(self) -> None:
+        for name, value in with_home(self, vars(self)).items():
+            object.__setattr__(self, name, value)
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
             if isinstance(value, str) and "\0" in value:

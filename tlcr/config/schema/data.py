@@ -13,13 +13,15 @@ from tlcr.errors import ConfigError
 class DataConfig(Checked):
     """Where preferences, edits and prompts come from. A source is a local file, a folder or a hub dataset's name."""
 
-    preferences: str | None = knob(None, "preference pairs, for SFT, the reward models and DPO")
+    preferences: str | None = knob(None, "preference pairs, for SFT, the reward models and DPO", path=True)
     preferences_format: Literal["auto", "preference", "hh", "tlcr"] = knob(
         "auto", "format of the preferences", advanced=True
     )
-    edits: str | None = knob(None, "edit pairs, for the discriminator")
+    edits: str | None = knob(None, "edit pairs, for the discriminator", path=True)
     edits_format: Literal["auto", "edits", "tlcr"] = knob("auto", "format of the edits", advanced=True)
-    prompts: str | None = knob(None, "prompts for PPO (a 'prompt' column); default: the prompts of the preferences")
+    prompts: str | None = knob(
+        None, "prompts for PPO (a 'prompt' column); default: the prompts of the preferences", path=True
+    )
     embedded_pairs: int = knob(
         2000, "pairs that the embedded task generates, when no source is named", ge=1, advanced=True
     )

@@ -140,7 +140,9 @@ class ReviserConfig(EngineConfig):
     )
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     model: GeneratorConfig = field(default_factory=GeneratorConfig)
-    files: str | None = knob(None, "for 'files': a source in a format of data.edits, matched by prompt and rejected")
+    files: str | None = knob(
+        None, "for 'files': a source in a format of data.edits, matched by prompt and rejected", path=True
+    )
     answer_format: Literal["auto", "json", "marker"] = knob(
         "auto",
         "format of the model's answer; 'auto': JSON from an endpoint, a marker line from a local model",
@@ -170,7 +172,7 @@ class ReviserConfig(EngineConfig):
         advanced=True,
     )
     cache: str | None = knob(
-        None, "file that stores every answer; default: revisions/answers.sqlite in output_dir", advanced=True
+        None, "file that stores every answer; default: revisions/answers.sqlite in output_dir", advanced=True, path=True
     )
 
     def __post_init__(self) -> None:
@@ -220,6 +222,7 @@ class RolloutConfig(EngineConfig):
         None,
         "'package.module:function' that answers the policy: it turns each answer into the next message, or ends the "
         "conversation",
+        path=True,
     )
     max_turns: int = knob(4, "answers of a conversation at most, with an environment", ge=1)
     max_message_tokens: int = knob(

@@ -18,12 +18,18 @@ Adapted = Literal["sft", "reward_model", "q_model", "dpo", "discriminator", "pol
 class GeneratorConfig(Checked):
     """A language model that runs on this machine and only generates text."""
 
-    path: str = knob("embedded", "a model folder or hub name; 'embedded' makes the small model of the embedded task")
-    tokenizer: str | None = knob(None, "a tokenizer's folder or hub name; default: the model's own", advanced=True)
+    path: str = knob(
+        "embedded", "a model folder or hub name; 'embedded' makes the small model of the embedded task", path=True
+    )
+    tokenizer: str | None = knob(
+        None, "a tokenizer's folder or hub name; default: the model's own", advanced=True, path=True
+    )
     gguf_file: str | None = knob(None, "the GGUF file in the model's folder, for models in that format", advanced=True)
     dtype: Dtype = knob("float32", "dtype of weights and activations; the optimiser keeps float32 masters of bfloat16")
     pad_token: str | None = knob(None, "a token to pad with, for a tokenizer that names none", advanced=True)
-    chat_template: str | None = knob(None, "a Jinja template (text, or a file's path) for a tokenizer without one")
+    chat_template: str | None = knob(
+        None, "a Jinja template (text, or a file's path) for a tokenizer without one", path=True
+    )
     attn_implementation: str = knob(
         "auto",
         "attention implementation of transformers; auto: sdpa, or eager where the architecture has no other",

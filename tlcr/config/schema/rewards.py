@@ -99,7 +99,9 @@ class RewardConfig(Checked):
         "reward",
     )
     callable: str | None = knob(
-        None, "'package.module:function' or 'file.py:function', for kind 'callable'; the run executes that code"
+        None,
+        "'package.module:function' or 'file.py:function', for kind 'callable'; the run executes that code",
+        path=True,
     )
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
 

@@ -31,6 +31,7 @@ class EvaluationConfig(Checked):
         None,
         "'package.module:function' or 'file.py:function', from texts to scores that training never sees; the embedded "
         "task has its own",
+        path=True,
     )
     samples: int = knob(12, "answers kept with per-token detail for the report", ge=0)
     per: Literal["token", "answer"] | None = knob(
@@ -77,7 +78,7 @@ class Arm(Checked):
 class RunConfig(Checked):
     """What is trained, for which seeds, KL coefficients and rewards, and where it is written."""
 
-    output_dir: str = knob("runs/default", "everything a run writes goes here")
+    output_dir: str = knob("runs/default", "everything a run writes goes here", path=True)
     seed: int = knob(0, "seed of every stage before PPO", ge=0)
     seeds: tuple[int, ...] = knob((0,), "one PPO run for each seed, arm and KL coefficient")
     models_per_seed: bool = knob(

@@ -55,14 +55,14 @@ class DiscriminatorConfig(TrainingConfig):
         0, "top layers that see the whole answer", source="released code", ge=0, advanced=True
     )
     calibrate: bool = knob(True, "fit a temperature on held-out edits and store it with the model", advanced=True)
-    path: str | None = knob(None, "use this trained discriminator and skip its training")
+    path: str | None = knob(None, "use this trained discriminator and skip its training", path=True)
 
 
 @dataclass(frozen=True)
 class RewardModelConfig(TrainingConfig):
     """The sequence-level baseline: a Bradley-Terry reward model."""
 
-    path: str | None = knob(None, "use this trained reward model and skip its training")
+    path: str | None = knob(None, "use this trained reward model and skip its training", path=True)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class QModelConfig(TrainingConfig):
     margin: float = knob(
         2.0, "a pair costs little only where beta times that difference is above this", source="Q-RM", ge=0
     )
-    path: str | None = knob(None, "use this trained model and skip its training")
+    path: str | None = knob(None, "use this trained model and skip its training", path=True)
 
 
 @dataclass(frozen=True)
@@ -91,4 +91,4 @@ class DPOConfig(TrainingConfig):
     beta: float = knob(
         0.1, "KL coefficient of the objective, and factor on the log-ratio", source="DPO", unit="reward per nat", gt=0
     )
-    path: str | None = knob(None, "use this trained policy and skip its training")
+    path: str | None = knob(None, "use this trained policy and skip its training", path=True)
