@@ -131,6 +131,14 @@ def test_scores_are_negative_rewards_without_the_end_of_sequence(tiny_tokenizer:
 # ---- reading
 
 
+def test_a_limit_of_what_is_learnt_from_is_none_of_what_is_judged(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    source = write(tmp_path / "a.jsonl", [record(text) for text in RESPONSES[:3]])
+    read = read_marked_answers(source, DataConfig(limit=2), tiny_tokenizer).records
+    assert [one.response for one in read] == list(RESPONSES[:3])
+
+
 def test_records_are_read_and_their_kinds_are_named(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     records = [record(RESPONSES[0], "bad"), record(RESPONSES[1], "cold", label=None), record(RESPONSES[2])]
     read = read_marked_answers(write(tmp_path / "a.jsonl", records), DataConfig(), tiny_tokenizer).records

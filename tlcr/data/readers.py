@@ -242,7 +242,7 @@ def read_marked_answers(
 
     Args:
         source: a file, folder or hub dataset.
-        cfg: split, limit, and what to do with a malformed record.
+        cfg: split, and what to do with a malformed record. Its limit is of what is learnt from, and not of these.
         tokenizer: its chat template renders messages.
         rendered_at: what the clock of the chat template shows; None: the time.
 

@@ -29,7 +29,7 @@ class DataConfig(Checked):
         20, "words of an answer after which the embedded task takes off for each more", ge=10, le=400, advanced=True
     )
     split: str = knob("train", "the split to read, for hub datasets")
-    limit: int | None = knob(None, "read at most this many records of each source", ge=1)
+    limit: int | None = knob(None, "read at most this many preferences, edits and prompts", ge=1)
     held_out: float = knob(0.1, "share of records kept for evaluation, chosen by a hash of their prompts", ge=0, le=0.9)
     shares: tuple[float, ...] = knob(
         (),
