@@ -228,6 +228,9 @@ def cpp_extensions(kind: str, torch_version: str, toolkit: Toolkit | str) -> tup
                 # A wheel serves every Python, and the module knows one.
                 self.extensions = [extension for extension in self.extensions if extension.name != MODULE]
             super().run()
+            if self.inplace:  # no build that writes the record comes after it
+                self.get_finalized_command("build_record").editable_mode = True
+                self.run_command("build_record")
 
         def get_ext_filename(self, fullname: str) -> str:
             name: str = super().get_ext_filename(fullname)

@@ -110,8 +110,7 @@ def _build(device: str) -> Step:
         told = f"print('taken as it is: compiled by {info['compiler']} for torch {info['torch']}')"
         return Step(BUILD, (sys.executable, "-c", told), limit=30)
     environment = {"TLCR_BUILD": "cuda" if device == "cuda" else "cpu"} | _for_this_gpu(device)
-    compile_here = (sys.executable, "setup.py", "build_ext", "--inplace")
-    return Step(BUILD, compile_here, limit=BUILDING, environment=environment)
+    return Step(BUILD, _module("benchmarks.gpu.build", device), limit=BUILDING, environment=environment)
 
 
 def _for_this_gpu(device: str) -> dict[str, str]:

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as program
+from benchmarks.gpu import build
 from benchmarks.gpu.process import Status, run
 from benchmarks.gpu.steps import PYTEST, SANITIZER, TOOLS, Step, steps
 from tests.ops import every_op
 from tests.ops.examples import CALLS
 from tlcr import ops
+from tlcr.ops import _extension
 
 HANGS = """
 import subprocess, sys, time
@@ -100,6 +102,16 @@ def test_the_steps_of_a_gpu_and_those_in_small_are_the_same(tmp_path: Path, monk
     files = [Path(part).name for step in on_gpu for part in step.command if part.endswith(".json")]
     assert files == ["ops_nvidia-h100-80gb-hbm3.json", "ppo_step_nvidia-h100-80gb-hbm3.json"]
     assert all("--json" not in step.command for step in in_small)
+
+
+def test_a_build_that_is_not_loaded_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(build.subprocess, "run", lambda *command, check: None)
+    monkeypatch.setattr(_extension, "unavailable", lambda device: f"no kernels for {device}")
+    with pytest.raises(SystemExit, match="what was built is not loaded: no kernels for cuda"):
+        build.main("cuda")
+    monkeypatch.setattr(_extension, "unavailable", lambda device: None)
+    build.main("cuda")
+    assert capsys.readouterr().out.startswith("built for torch ")
 
 
 def test_what_the_table_says_of_pytest_and_of_the_sanitizer() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -288,6 +289,31 @@ def test_without_torch_the_wheel_is_pure_and_says_why(checkout: Path, tmp_path: 
     record = zipfile.ZipFile(wheel).read("tlcr/_build.json").decode()
     assert '"version": "0.1.0+cu130.torch2.11"' in record and '"extension": null' in record
     assert "pip hides it from a build unless it is installed first and --no-build-isolation is given" in record
+
+
+STUB = """
+[ "$1" = --version ] && exec echo "c++ (GCC) 12.2.0"
+for word; do [ "$before" = -o ] && : > "$word"; before=$word; done
+"""
+"""A compiler whose results are empty files."""
+
+
+def test_an_extension_that_is_built_in_place_is_one_that_tlcr_loads(checkout: Path) -> None:
+    record = checkout / "tlcr" / "_build.json"
+    record.write_text('{"version": "0.0.1", "extension": null}')  # of a pure build before
+    compiler = program(checkout / "stub" / "g++", STUB)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=checkout,
+        env={**os.environ, "CXX": str(compiler), "TLCR_BUILD": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (checkout / "tlcr" / "libtlcr.so").exists()
+    written = json.loads(record.read_text())
+    assert (written["version"], written["extension"]) == ("0.1.0", "cpu")
 
 
 def test_a_build_that_cannot_be_ends_with_the_reason_alone(checkout: Path) -> None:
