@@ -112,7 +112,7 @@ def metadata(path: Path) -> bytes:
 def run_tests(
     python: str, kind: str, path: Path, source: Path, folder: Path, tests: tuple[str, ...] = ("tests/ops",)
 ) -> None:
-    """Run the tests in a separate folder, where only the installed tlcr can be imported."""
+    """Run the tests, and of a pure wheel the doctor, in a folder where only the installed tlcr can be imported."""
     sys.stdout.write(f"\n{path.name} beside {versions(python)}\n")
     site = str(folder / "site")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", site]
@@ -121,6 +121,9 @@ def run_tests(
     shutil.copy(source / "pyproject.toml", folder)
     for name in TESTS_OF_SOURCES:
         (folder / "tests" / "ops" / name).unlink()
+    if kind == "none":  # the doctor simulates a run, by the specifications here
+        doctor = [python, "-m", "tlcr", "doctor", "--output_dir", str(folder / "run")]
+        run(doctor, cwd=folder, log=folder / "log", PYTHONPATH=site, OMP_NUM_THREADS="1")
     run(
         [python, "-m", "pytest", "-q", "-n", "2", "-p", "no:benchmark", "-p", "no:cacheprovider", *tests],
         cwd=folder,

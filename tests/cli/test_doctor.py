@@ -65,6 +65,15 @@ def test_the_defaults_are_fit_to_run(tmp_path: Path) -> None:
     assert "policy" in text and f"{measure_model(build_on_meta(RunConfig().model)).parameters:,}" in text
 
 
+def test_it_simulates_the_steps_of_an_installation_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those are the specifications, which read values that fake tensors have not."""
+    for op in ops.OPS:
+        for device in ("cpu", "cuda"):
+            monkeypatch.setitem(op.implementations, ("auto", device), op.implementations["reference", device])
+    blocked, text = shown(RunConfig())
+    assert not blocked and "Nothing stands in the way of a run." in text
+
+
 def test_it_names_the_implementation_that_each_op_takes(tmp_path: Path) -> None:
     _, text = shown(load_config(None, {"output_dir": str(tmp_path)}), named=False)
     for status in ops.available():

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.ops.examples import SIGNATURES, calls
+from tests.ops.examples import CALLS, SIGNATURES, call_inputs, calls
 from tests.preloaded import run
 from tlcr import errors, ops
 from tlcr.errors import BackendUnavailable, ConfigError, ShapeError, TlcrError
@@ -41,6 +42,21 @@ def test_no_wait_for_the_device(op: str) -> None:
     calls("meta")[op](impl="reference")
     with pytest.raises(RuntimeError):
         torch.zeros((), device="meta").item()
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("op", OPS)
+def test_a_call_of_fake_tensors_runs_forward_and_backward(op: str, impl: str) -> None:
+    """They say that they are on the CPU, and have no memory: `tlcr doctor` takes a step with them."""
+    call, differentiated = CALLS[op]
+    with FakeTensorMode():
+        calls("cpu")[op](impl=impl)
+        inputs = call_inputs(7, "cpu")
+        leaves = [inputs[name].requires_grad_() for name in differentiated]
+        result = call(inputs, impl)
+        if leaves:
+            gradients = torch.autograd.grad(result, leaves)
+            assert [gradient.shape for gradient in gradients] == [leaf.shape for leaf in leaves]
 
 
 def small_calls() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from tlcr.errors import ConfigError, DataError, ShapeError
 
@@ -188,9 +189,14 @@ def whole_batch(op: str, arguments: Iterable[object]) -> None:
         )
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Whether it has an address and values: not while code is compiled, on the meta device, or where it is fake."""
+    return not torch.compiler.is_compiling() and tensor.device.type != "meta" and not is_fake(tensor)
+
+
 def vocabulary_ids(op: str, token_ids: Tensor, vocabulary: int) -> None:
     """Ids must lie in [0, V). On the CPU only; elsewhere, and when compiled, the kernel looks."""
-    if token_ids.device.type != "cpu" or torch.compiler.is_compiling() or token_ids.numel() == 0:
+    if token_ids.device.type != "cpu" or not has_memory(token_ids) or token_ids.numel() == 0:
         return
     low, high = (int(bound) for bound in torch.aminmax(token_ids))
     if low < 0 or high >= vocabulary:
@@ -219,7 +225,7 @@ def cumulative_lengths(op: str, cu_seqlens: Tensor) -> None:
 def offsets_within(op: str, cu_seqlens: Tensor, tokens: int) -> None:
     """Offsets must begin with 0, never descend, and end at `tokens` or before. On the CPU only; elsewhere, and when
     compiled, the kernel looks."""
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+    if cu_seqlens.device.type != "cpu" or not has_memory(cu_seqlens):
         return
     offsets = cu_seqlens.numpy()
     if offsets[0] != 0:

@@ -116,8 +116,7 @@ def _check_lists(op: str, lists: Sequence[list[Tensor]]) -> torch.device:
         or any(tensor.device != device or tensor.layout is not torch.strided for tensor in given)
     ):
         _explain(op, lists)
-    # A tensor of the meta device has no memory, and code that is being compiled no addresses.
-    if device.type != "meta" and not torch.compiler.is_compiling():
+    if _checks.has_memory(parameters[0]):
         _check_memory(op, given)
     return device
 
