@@ -100,7 +100,8 @@ def rows(given: list[Item]) -> list[EncodedAnswer]:
 @contextmanager
 def served(folder: Path, *flags: str) -> Iterator[tuple[str, psutil.Process]]:
     command = [sys.executable, "-m", "tlcr", "serve", "--discriminator", str(folder), "--port", "0", *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # One thread, as the model that is called directly, which has it by torch.set_num_threads.
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert process.stderr is not None
     try:
         for line in process.stderr:

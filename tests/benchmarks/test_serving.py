@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +61,20 @@ def test_tokens_that_were_not_served_have_no_rate(monkeypatch: pytest.MonkeyPatc
     model: Any = Model()
     with pytest.raises(HostError, match="answers 500"):
         serving.throughput(tmp_path, model)
+
+
+def test_the_server_has_one_thread_as_what_it_is_compared_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: dict[str, str] = {}
+
+    def started(command: list[str], *, env: dict[str, str], **_: object) -> None:
+        given.update(env)
+        raise InterruptedError
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    monkeypatch.setattr(serving.subprocess, "Popen", started)
+    with pytest.raises(InterruptedError), serving.served(tmp_path):
+        pass
+    assert given["OMP_NUM_THREADS"] == "1" and given["PATH"] == os.environ["PATH"]
 
 
 def test_rewards_that_are_no_numbers_are_not_the_discriminators(
