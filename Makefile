@@ -7,6 +7,7 @@ ENVIRONMENT := $(VENV)/.environment
 INSTALLED := $(VENV)/.installed
 RIVALS := $(VENV)/.rivals
 DOCS := $(VENV)/.docs
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -p no:benchmark -p tests.whole
 CPP := $(shell find csrc tests/cuda/emulator .ci -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
 .PHONY: quickstart test test-slow test-again lint format docs bench bench-report bench-compare wheels lowest newest lock hosts vllm engines gpu gpu-in-small faults fuzz fuzz-sanitized audit results-check
@@ -16,15 +17,15 @@ quickstart: $(INSTALLED)
 
 # All tests but those that take long. Those of a file run in one process, which makes what they share once.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -p no:benchmark -m "not slow" --durations=15
+	$(PYTEST) -n 2 --dist loadfile -m "not slow" --durations=15
 
 # Those: they start several processes, kill some, compile for GPUs, build older commits or run whole examples.
 test-slow: $(INSTALLED)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -p no:benchmark -m slow --durations=15
+	$(PYTEST) -n 2 --dist loadfile -m slow --durations=15
 
-# What failed last time, one test after the other. It fails where nothing did.
+# What failed last time, one test after the other. It fails where nothing did, and where that run left tests out.
 test-again: $(INSTALLED)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -p no:benchmark --last-failed --last-failed-no-failures none -rA
+	$(PYTEST) --last-failed --last-failed-no-failures none -rA
 
 # Hundreds of kills, full disks and damaged files, each followed by a comparison with the uninterrupted run: some 10
 # minutes. make faults RUNS=50 SEED=7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shutil
 import subprocess
@@ -132,6 +133,43 @@ def test_the_workflow_runs_what_a_developer_runs() -> None:
             "wheels",
         ),
     ]
+
+
+TOY = {
+    "test_dies.py": "import os\n\ndef test_dies():\n    if os.environ.get('BUSY'): os._exit(9)\n",
+    "test_races.py": "import os\n\ndef test_races():\n    assert not os.environ.get('BUSY')\n",
+    "test_wrong.py": "def test_wrong():\n    assert False\n",
+}
+"""A test that ends its process among others, one that fails among others, and one that is wrong."""
+ONE = ["-p", "xdist", "-n", "1"]
+"""A worker."""
+
+
+@pytest.mark.parametrize(
+    ("files", "workers", "again"),
+    [
+        (["test_dies.py", "test_wrong.py"], [*ONE, "--max-worker-restart", "0"], pytest.ExitCode.USAGE_ERROR),
+        (["test_races.py"], ONE, pytest.ExitCode.OK),
+        (["test_races.py", "test_wrong.py"], [], pytest.ExitCode.TESTS_FAILED),
+        (["test_races.py", "test_wrong.py"], ["-x"], pytest.ExitCode.USAGE_ERROR),
+    ],
+)
+def test_what_failed_runs_again_alone_only_where_all_else_ran(
+    files: list[str], workers: list[str], again: int, tmp_path: Path
+) -> None:
+    for name in files:
+        (tmp_path / name).write_text(TOY[name], encoding="utf-8")
+    command = target("test-again")[0].split()
+    assert command[:2] == ["$(PYTEST)", "--last-failed"]
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    outside |= {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+    def ended(*options: str, **environment: str) -> int:
+        run = [sys.executable, "-m", "pytest", "-p", "tests.whole", "--rootdir", str(tmp_path), *options]
+        return subprocess.run(run, cwd=tmp_path, env=outside | environment, timeout=300).returncode
+
+    assert ended(*workers, BUSY="1") not in (pytest.ExitCode.OK, pytest.ExitCode.USAGE_ERROR)
+    assert ended(*command[1:]) == again
 
 
 def test_the_weekly_workflow_runs_both_ends_of_the_versions() -> None:
