@@ -5,8 +5,8 @@
 
 For every chunk: the forward pass beside one product, and the backward pass of a trained head and of a frozen one beside
 the two or three products that it consists of, as time over theirs; and the memory beside inputs and results, as
-measured and as `Scratch` has it. The first row is the chunk that `score_hidden` chooses. The products are torch's, in
-the dtype of the inputs and with results in that dtype, which none of the passes may round to.
+measured and as `scratch_of` has it. The first row is the chunk that `score_hidden` chooses. The products are torch's,
+in the dtype of the inputs and with results in that dtype, which none of the passes may round to.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks.clocks import Clocks, CPUClocks, GPUClocks, calls
 from benchmarks.record import clean_commit, record
 from tlcr.ops import scoring
-from tlcr.ops.scratch import Scratch
+from tlcr.ops.scratch import scratch_of
 
 TARGET = (16_384, 4096, 128_256)
 CHUNKS = (256, 512, 768, 1024, 1536, 2048, 4096)
@@ -73,14 +73,11 @@ def measured(
     weight = (torch.randn(vocabulary, width, device=device) / width**0.5).to(dtype)
     ids = torch.randint(vocabulary, (tokens,), device=device)
     direction = torch.randn(tokens, device=device)
-    forward = functools.partial(
-        torch.ops.tlcr.score_hidden, hidden, weight, ids, None, None, None, None, 1.0, None, chunk
-    )
+    arguments = hidden, weight, ids, None, None, None, None, 1.0, None, chunk
+    forward = functools.partial(torch.ops.tlcr.score_hidden, *arguments)
     _, entropy, _, kl, stats, ref_stats = forward()
-
-    def backward(trained: bool) -> object:
-        arguments = hidden, weight, ids, None, None, None, None, 1.0, None, chunk, entropy, kl, stats, ref_stats
-        return torch.ops.tlcr.score_hidden_backward(direction, None, None, *arguments, True, trained, False)
+    kept = direction, None, None, *arguments, entropy, kl, stats, ref_stats
+    frozen, trained = ((*kept, True, wants_weight, False) for wants_weight in (False, True))
 
     rows = min(tokens, max(1, 2**29 // vocabulary // hidden.element_size()))
     part = torch.randn(rows, vocabulary, dtype=dtype, device=device)
@@ -91,8 +88,8 @@ def measured(
     }
     works: dict[str, Callable[[], object]] = {
         "forward": forward,
-        "backward, frozen head": lambda: backward(False),
-        "backward": lambda: backward(True),
+        "backward, frozen head": functools.partial(torch.ops.tlcr.score_hidden_backward, *frozen),
+        "backward": functools.partial(torch.ops.tlcr.score_hidden_backward, *trained),
     }
     timed = clocks.alternate({name: calls(work) for name, work in (products | works).items()}, seconds=seconds)
     found = {name: timing[clocks.main].median for name, timing in timed.items()}
@@ -107,11 +104,10 @@ def measured(
         "backward, frozen head": hidden.nbytes,
         "backward": hidden.nbytes + weight.nbytes,
     }
-    scratch = Scratch(*shape, chunk, element=hidden.element_size(), widens=device == "cpu" and dtype != torch.float32)
     wanted = {
-        "forward": scratch.forward(),
-        "backward, frozen head": scratch.backward(hidden=True, weight=False),
-        "backward": scratch.backward(hidden=True, weight=True),
+        "forward": scratch_of("tlcr::score_hidden", arguments, on_cpu=device == "cpu"),
+        "backward, frozen head": scratch_of("tlcr::score_hidden_backward", frozen, on_cpu=device == "cpu"),
+        "backward": scratch_of("tlcr::score_hidden_backward", trained, on_cpu=device == "cpu"),
     }
     return {
         "shape": list(shape),

@@ -7,6 +7,7 @@
 #endif
 
 #include "kernels/cpu/kernels.h"
+#include "product.h"
 
 namespace tlcr {
 namespace {
@@ -30,8 +31,10 @@ std::string facts() {
 #else
   const std::string cuda = "null";
 #endif
+  const std::string multiplies_bfloat16 = cpu_multiplies_bfloat16() ? "true" : "false";
   return "{\"compiler\": " + quoted(kCompiler) + ", \"torch\": " + quoted(TORCH_VERSION) + ", \"cuda\": " + cuda +
-         ", \"instruction_set\": " + quoted(cpu::kernels().instruction_set) + ", \"operators\": {" + operators + "}}";
+         ", \"instruction_set\": " + quoted(cpu::kernels().instruction_set) +
+         ", \"multiplies_bfloat16\": " + multiplies_bfloat16 + ", \"operators\": {" + operators + "}}";
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tlcr, m) {

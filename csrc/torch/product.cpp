@@ -62,13 +62,6 @@ struct Product {
 };
 
 #ifdef TLCR_MKL_BFLOAT16
-// Without these instructions, and perhaps on processors of other makers, MKL takes longer than a float32 product.
-bool mkl_multiplies_bfloat16() {
-  static const bool can =
-      cblas_gemm_bf16bf16f32 != nullptr && __builtin_cpu_is("intel") && __builtin_cpu_supports("avx512bf16");
-  return can;
-}
-
 void multiply_by_mkl(const Product& p) {
   enum { kColumns = 102, kAsIs = 111, kTransposed = 112 };  // constants of cblas.h
   cblas_gemm_bf16bf16f32(kColumns, p.first.transposed ? kTransposed : kAsIs, p.second.transposed ? kTransposed : kAsIs,
@@ -109,15 +102,22 @@ bool multiplied(const Tensor& sum, const Tensor& left, const Tensor& right, floa
 
 }  // namespace
 
-bool multiplies_into_float(const Tensor& factor) {
-  const Dtype dtype = dtype_of(factor);
-  if (factor.is_cuda()) return dtype == kBFloat16 || dtype == kHalf;
+bool cpu_multiplies_bfloat16() {
 #ifdef TLCR_MKL_BFLOAT16
-  const bool fits = factor.numel() <= std::numeric_limits<int>::max();
-  return factor.is_cpu() && dtype == kBFloat16 && fits && mkl_multiplies_bfloat16();
+  // Without these instructions, and perhaps on processors of other makers, MKL takes longer than a float32 product.
+  static const bool can =
+      cblas_gemm_bf16bf16f32 != nullptr && __builtin_cpu_is("intel") && __builtin_cpu_supports("avx512bf16");
+  return can;
 #else
   return false;
 #endif
+}
+
+bool multiplies_into_float(const Tensor& factor) {
+  const Dtype dtype = dtype_of(factor);
+  if (factor.is_cuda()) return dtype == kBFloat16 || dtype == kHalf;
+  const bool fits = factor.numel() <= std::numeric_limits<int>::max();
+  return factor.is_cpu() && dtype == kBFloat16 && fits && cpu_multiplies_bfloat16();
 }
 
 void product(const Tensor& result, const Tensor& left, const Tensor& right) {

@@ -5,6 +5,9 @@
 
 namespace tlcr {
 
+// Whether this processor has a product of bfloat16 matrices, with a float32 result.
+bool cpu_multiplies_bfloat16();
+
 // Whether half-precision matrices like this one can be multiplied without widening them first.
 bool multiplies_into_float(const Tensor& factor);
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from benchmarks.clocks import CPUClocks, calls
 from benchmarks.score_hidden import TARGET
 from tlcr.ops import _extension
 from tlcr.ops.scoring import default_chunk
-from tlcr.ops.scratch import Scratch
+from tlcr.ops.scratch import Head, Scratch, scratch_of
 
 on_cpp = pytest.mark.skipif(_extension.unavailable("cpu") is not None, reason="the compiled operator")
 # More tokens than entries of the vocabulary and fewer; a chunk of a part of the tokens and of more than there are.
@@ -18,47 +19,61 @@ SHAPES = [(512, 32, 4096, 64), (300, 64, 2000, 1000), (2048, 64, 1000, 256)]
 GIB = 2**30
 
 
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
 def scratch(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, reference: bool, wants: tuple[bool, bool] | None
-) -> int:
-    """The most that was allocated at once, less the results; `wants` are the two gradients, None a forward pass."""
+    shape: tuple[int, int, int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    reference: tuple[torch.dtype, torch.dtype] | None,
+    wants: tuple[bool, bool] | None,
+    *,
+    kl: bool = True,
+) -> tuple[int, int]:
+    """The most that was allocated at once, less the results, and what the formula says.
+
+    The dtypes are those of hidden states and head; `wants` are the two gradients, None a forward pass; `kl` says
+    whether that of a reference's KL comes in.
+    """
     tokens, width, vocabulary, chunk = shape
-    hidden, ref_hidden = torch.randn(2, tokens, width).to(dtype)
-    weight, ref_weight = torch.randn(2, vocabulary, width).to(dtype)
+
+    def model(dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return torch.randn(tokens, width).to(dtypes[0]), torch.randn(vocabulary, width).to(dtypes[1]), None
+
+    hidden, weight, bias = model(dtypes)
     ids, direction = torch.randint(vocabulary, (tokens,)), torch.randn(tokens)
-    of_reference = (ref_hidden, ref_weight, None) if reference else (None, None, None)
-    arguments = hidden, weight, ids, None, *of_reference, 1.0, None, chunk
-    found = torch.ops.tlcr.score_hidden(*arguments)
-    if wants is None:
-        peak = CPUClocks().peak(calls(lambda: torch.ops.tlcr.score_hidden(*arguments)))
-        return peak - sum(result.nbytes for result in found)
-    _, entropy, _, kl, stats, ref_stats = found
-    gradients = direction, None, direction if reference else None
-    kept = *arguments, entropy, kl, stats, ref_stats, *wants, False
-
-    def backward() -> tuple[torch.Tensor, ...]:
-        return torch.ops.tlcr.score_hidden_backward(*gradients, *kept)  # type: ignore[no-any-return]
-
-    results = sum(gradient.nbytes for gradient in backward())
-    return CPUClocks().peak(calls(backward)) - results
+    of_reference = (None, None, None) if reference is None else model(reference)
+    arguments = hidden, weight, ids, bias, *of_reference, 1.0, None, chunk
+    name = "score_hidden"
+    if wants is not None:
+        _, entropy, _, of_kl, stats, ref_stats = torch.ops.tlcr.score_hidden(*arguments)
+        gradients = direction, None, direction if reference is not None and kl else None
+        arguments = *gradients, *arguments, entropy, of_kl, stats, ref_stats, *wants, False
+        name = "score_hidden_backward"
+    operator = getattr(torch.ops.tlcr, name)
+    peak = CPUClocks().peak(calls(lambda: operator(*arguments)))
+    results = sum(result.nbytes for result in operator(*arguments))
+    return peak - results, scratch_of(f"tlcr::{name}", arguments, on_cpu=True)
 
 
 @on_cpp
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("reference", [False, True])
-@pytest.mark.parametrize("wants", [None, (True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_formula_is_what_the_allocator_gave(
-    shape: tuple[int, int, int, int], wants: tuple[bool, bool] | None, reference: bool, dtype: torch.dtype
-) -> None:
-    measured = scratch(shape, dtype, reference, wants)
-    ways = []
-    # Whether a CPU multiplies bfloat16 into float32 depends on its maker.
-    for widens in (False, True) if dtype == torch.bfloat16 else (False,):
-        by_shapes = Scratch(*shape, element=dtype.itemsize, with_reference=reference, widens=widens)
-        ways.append(by_shapes.forward() if wants is None else by_shapes.backward(hidden=wants[0], weight=wants[1]))
+@pytest.mark.parametrize(
+    ("dtypes", "reference"),
+    [
+        *(((hidden, weight), None) for hidden in (F32, BF16, F16) for weight in (F32, BF16, F16)),
+        *((same, same) for same in ((F32, F32), (BF16, BF16))),
+        ((F32, F32), (BF16, BF16)),
+        ((BF16, BF16), (F16, F32)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("wants", [None, (True, True), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_formula_is_what_the_allocator_gave(shape: Any, wants: Any, dtypes: Any, reference: Any) -> None:
     slack = 16 * shape[0] + 4096
-    assert any(0.97 * way - slack <= measured <= way + slack for way in ways), (measured, ways)
+    for kl in (True, False) if reference is not None and wants is not None else (True,):
+        measured, formula = scratch(shape, dtypes, reference, wants, kl=kl)
+        assert 0.97 * formula - slack <= measured <= formula + slack, (kl, measured, formula)
 
 
 @on_cpp
@@ -66,26 +81,28 @@ def test_no_float32_sum_of_the_head_is_held() -> None:
     """In bfloat16, a head that is trained with its hidden states and one that is frozen take less than that sum."""
     shape = (256, 512, 8192, 32)
     float32_head = 4 * shape[1] * shape[2]
-    assert scratch(shape, torch.bfloat16, False, (True, True)) < float32_head
-    assert scratch(shape, torch.float32, False, (True, False)) < float32_head
+    assert scratch(shape, (BF16, BF16), None, (True, True))[0] < float32_head
+    assert scratch(shape, (F32, F32), None, (True, False))[0] < float32_head
 
 
 @pytest.mark.parametrize("reference", [False, True])
 def test_less_than_a_gibibyte_where_the_project_wants_it(reference: bool) -> None:
     chunk = default_chunk(TARGET[2], torch.float32, torch.device("cuda"), with_reference=reference)
-    taken = Scratch(*TARGET, chunk, with_reference=reference)
+    half = Head(2, 2, 2)
+    taken = Scratch(*TARGET, chunk, half, half if reference else None)
     assert taken.forward() <= GIB / 2
     for hidden, weight in ((True, False), (True, True), (False, True)):
-        assert taken.backward(hidden=hidden, weight=weight) < GIB
+        assert taken.backward(hidden=hidden, weight=weight, kl=reference) < GIB
     passes = [taken.forward()]
-    passes += [taken.backward(hidden=hidden, weight=weight) for hidden, weight in ((True, False), (True, True))]
-    passes.append(taken.backward(hidden=False, weight=True))
+    for hidden, weight in ((True, False), (True, True), (False, True)):
+        passes.append(taken.backward(hidden=hidden, weight=weight, kl=reference))
     listed = "policy and reference, with KL" if reference else "policy"
     row = " | ".join([f"| {listed}", *(f"{bytes_ / 2**20:.0f} MiB" for bytes_ in passes)])
     assert f"\n{row} |\n" in (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
     # The float32 sum of the head alone is more.
     assert 4 * TARGET[1] * TARGET[2] > GIB
-    assert dataclasses.replace(taken, chunk_tokens=16 * chunk).backward(hidden=True, weight=True) > GIB
+    larger = dataclasses.replace(taken, chunk_tokens=16 * chunk)
+    assert larger.backward(hidden=True, weight=True, kl=reference) > GIB
 
 
 @pytest.mark.parametrize("vocabulary", [1, 1000, 32_000, 50_257, 128_256, 256_000, 1 << 24])

@@ -69,7 +69,8 @@ def library_facts() -> dict[str, Any]:
     """What the loaded library says of itself.
 
     Returns:
-        `compiler`, `torch`, `cuda`, `instruction_set`, and `operators`: the types of arguments and results by operator.
+        `compiler`, `torch`, `cuda`, `instruction_set`, `multiplies_bfloat16` (whether this CPU has a product of
+        bfloat16 matrices with a float32 result), and `operators`: the types of arguments and results by operator.
     """
     facts: dict[str, Any] = json.loads(torch.ops.tlcr.library_facts())
     return facts
