@@ -235,6 +235,24 @@ def test_models_that_cap_their_logits_are_refused_where_the_hidden_states_are_re
         ActorCritic(policy, value_model, chunk_tokens=8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cap_is_found_whatever_the_logits_of_two_tokens_are(dtype: torch.dtype) -> None:
+    """In bfloat16 the difference that a cap of 30 makes to logits of some ten is within the rounding of the largest."""
+    small = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32, "vocab_size": 128, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
+    for scale in (1, 40):
+        torch.manual_seed(0)
+        policy = Gemma2ForCausalLM(Gemma2Config(**small, **heads, final_logit_softcapping=30.0)).to(dtype)
+        with torch.no_grad():
+            policy.lm_head.weight.mul_(scale)
+        value_model = build_value_model(PPOConfig(), ModelConfig(attn_implementation="eager"), policy=policy)
+        for values, chunk_tokens in ((None, None), (value_model, 4)):
+            with pytest.raises(ConfigError, match="capped or scaled"):
+                ActorCritic(policy, values, chunk_tokens=chunk_tokens)
+    policy.config.final_logit_softcapping = None
+    ActorCritic(policy, None, chunk_tokens=4)
+
+
 def test_the_policy_cannot_be_its_own_value_model(policy: PreTrainedModel) -> None:
     with pytest.raises(ConfigError, match="pass None for a head on the policy"):
         ActorCritic(policy, policy)

@@ -31,7 +31,7 @@ from tlcr.models.lora.adapters import adapter_of, adapts_output, own_parameters,
 from tlcr.models.lora.files import FOLDER, load_adapter, save_trained
 from tlcr.models.packing import Packing, packed_inputs, takes_positions
 from tlcr.models.preparing import disable_dropout
-from tlcr.models.probes import is_causal
+from tlcr.models.probes import is_causal, require_plain_head
 from tlcr.models.stored import is_unread, when_read
 from tlcr.ops.types import TokenScores
 from tlcr.training.distributed import on_main_process, process_device
@@ -93,7 +93,7 @@ class ActorCritic(nn.Module):
         if value_model is not None:
             use_float32_head(value_model)
         if self._from_hidden:
-            when_read(policy, partial(_check_plain_head, policy))
+            when_read(policy, partial(require_plain_head, policy))
         self.eval()
 
     def policy_parameters(self) -> list[nn.Parameter]:
@@ -472,21 +472,3 @@ def _hidden_states(model: PreTrainedModel, batch: _Batch) -> Tensor:
     # The head, which is read next, stays gathered where the model is a sharded root, as the reference is.
     hidden_BKH = as_forward(model, lambda: body(**_inputs(body, batch)).last_hidden_state, keep=True)
     return batch.at_states(hidden_BKH)
-
-
-@torch.no_grad()
-def _check_plain_head(policy: PreTrainedModel) -> None:
-    """Refuse models that do more than one matrix product from the last hidden state to the logits."""
-    head = policy.get_output_embeddings()
-    if head.weight.is_meta:  # of a model that is simulated
-        return
-    ids = torch.arange(2, device=head.weight.device).unsqueeze(0)
-    logits = policy(input_ids=ids, use_cache=False).logits
-    product = head(backbone(policy)(input_ids=ids, use_cache=False).last_hidden_state)
-    rounding = 16 * torch.finfo(product.dtype).eps * float(product.abs().max())
-    if not torch.allclose(logits, product, rtol=0, atol=rounding):
-        raise ConfigError(
-            f"the logits of {type(policy).__name__} are not just its last hidden state times its head (they are capped "
-            "or scaled), which ppo.chunk_tokens and ppo.value_model=shared rely on; set ppo.chunk_tokens=null and "
-            "ppo.value_model=separate"
-        )

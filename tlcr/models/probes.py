@@ -159,6 +159,48 @@ def require_causal(model: PreTrainedModel) -> None:
         )
 
 
+def require_plain_head(model: PreTrainedModel) -> None:
+    """Raises ConfigError where a language model does more than one product from the last hidden state to the logits.
+
+    A cap of 30 changes a logit of 0.1 by less than rounding and makes 26 of 40, so that the model's own logits, of two
+    tokens, do not show it. Instead the head says numbers up to 100, and the model must return them as they are.
+
+    Args:
+        model: the language model. One on the meta device is not run.
+    """
+    head = model.get_output_embeddings()
+    if head.weight.is_meta:  # of a model that is simulated
+        return
+    read: list[Tensor] = []
+    said: list[Tensor] = []
+
+    def say_large_numbers(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        read.append(args[0])
+        said.append(torch.linspace(-100, 100, output.numel(), dtype=output.dtype, device=output.device).view_as(output))
+        return said[-1]
+
+    ids_BL = torch.arange(2, device=head.weight.device).unsqueeze(0)
+    with torch.no_grad():
+        hook = head.register_forward_hook(say_large_numbers)
+        try:
+            logits_BLV = model(input_ids=ids_BL, use_cache=False).logits
+        finally:
+            hook.remove()
+        own_BLH = backbone(model)(input_ids=ids_BL, use_cache=False).last_hidden_state
+    plain = (
+        len(read) == 1
+        and read[0].shape == own_BLH.shape
+        and _apart(own_BLH, read[0]) <= torch.finfo(own_BLH.dtype).eps ** 0.5
+        and torch.equal(logits_BLV.to(said[0].dtype), said[0])
+    )
+    if not plain:
+        raise ConfigError(
+            f"the logits of {type(model).__name__} are not just its last hidden state times its head (they are capped "
+            "or scaled), which ppo.chunk_tokens and ppo.value_model=shared rely on; set ppo.chunk_tokens=null and "
+            "ppo.value_model=separate"
+        )
+
+
 def require_decoder(model: PreTrainedModel, what: str) -> None:
     """Raises ConfigError where ``what`` needs a score at every token and the reward model has none."""
     if not reads_last_token(model):
