@@ -186,6 +186,35 @@ def test_the_temperature_of_vllm_is_read_where_its_folder_is(tmp_path: Path) -> 
         RewardClient(url).token_rewards([])
 
 
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"tlcr_bidirectional_layers": 2}, "the top 2 layers of .* are bidirectional, and vLLM .* 'tlcr serve"),
+        (
+            {"id2label": {"0": "positive", "1": "negative"}},
+            r"has the labels \['positive', 'negative'\]; wanted negative",
+        ),
+    ],
+)
+def test_a_folder_that_vllm_scores_otherwise_is_refused(config: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    """vLLM says nothing of it: whoever gives the temperature has the folder looked at too."""
+
+    def reply(path: str, body: Any, heads: dict[str, str]) -> Reply:
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "d", "root": str(tmp_path), "max_model_len": 64}]}, {}
+        return (404, {}, {}) if body is None else (200, {"data": [{"data": [[0.0, 1.0]] * 2}]}, {})
+
+    (tmp_path / "config.json").write_text(json.dumps({"tlcr_temperature": 2.5, **config}), encoding="utf-8")
+    for temperature in (None, 1.0):
+        with answering(reply) as url, pytest.raises(HostError, match=sentence):
+            RewardClient(url, temperature=temperature).token_rewards([Item([1], [2])])
+    (tmp_path / "config.json").write_text(
+        json.dumps({"tlcr_bidirectional_layers": 0, "id2label": {"0": "negative", "1": "positive"}}), encoding="utf-8"
+    )
+    with answering(reply) as url:
+        assert RewardClient(url).token_rewards([Item([1], [2])]) == [[pytest.approx(0.46211716)]]
+
+
 def test_a_busy_server_is_asked_again_after_what_it_says(no_pauses: list[float]) -> None:
     left = [429, 503, 0]
 

@@ -30,7 +30,7 @@ from tlcr.credentials import HIDDEN, without_secrets
 from tlcr.errors import HostError
 from tlcr.hosts.contract import Item, Span, checked
 
-__all__ = ["RewardClient", "TextRewards", "rewards_of_logits", "vocabulary_fingerprint"]
+__all__ = ["RewardClient", "TextRewards", "config_for_vllm", "rewards_of_logits", "vocabulary_fingerprint"]
 
 COMES_BACK = (429, 502, 503, 504)
 """Answers of HTTP after which the same request may succeed: the server has too much to do, or is starting."""
@@ -262,15 +262,7 @@ class Tlcr:
 
     def __init__(self, client: RewardClient, info: Any) -> None:
         labels = info.get("labels") if isinstance(info, dict) else None
-        if (
-            not isinstance(labels, list)
-            or len(labels) not in (2, 3)
-            or (labels[0], labels[-1]) != ("negative", POSITIVE)
-        ):
-            raise HostError(
-                f"{client.url}/v1/info has the labels {labels!r}; wanted negative, (neutral,) positive, those of a "
-                "discriminator that tlcr serve serves"
-            )
+        _require_labels(labels, f"{client.url}/v1/info", "those of a discriminator that tlcr serve serves")
         self.client, self.info = client, info
         limits = info.get("limits", {})
         self.request_items = min(REQUEST_ITEMS, limits.get("items", REQUEST_ITEMS))
@@ -304,7 +296,14 @@ class Vllm:
         served = models["data"][0]
         self.model, self.limit = served["id"], served.get("max_model_len")
         folder = Path(str(served.get("root") or self.model))
-        self.temperature = _temperature(folder, client.url) if temperature is None else temperature
+        config = config_for_vllm(folder)
+        if temperature is None and config is None:
+            raise HostError(
+                f"{client.url} is a vLLM, which does not tell the discriminator's temperature, and {str(folder)!r} is "
+                "not on this machine; give it: RewardClient(url, temperature=...), with tlcr_temperature of the "
+                "discriminator's config.json (1.0 where there is none)"
+            )
+        self.temperature = float((config or {}).get("tlcr_temperature", 1.0)) if temperature is None else temperature
         self.info = {"server": "vllm", "model": self.model, "temperature": self.temperature, "max_tokens": self.limit}
 
     def rewards(self, items: Sequence[Item]) -> list[list[float]]:
@@ -351,6 +350,34 @@ def rewards_of_logits(logits: Sequence[Sequence[float]], temperature: float, whe
         weights = [math.exp((value - top) / temperature) for value in row]
         rewards.append((weights[-1] - weights[0]) / math.fsum(weights))
     return rewards
+
+
+def config_for_vllm(folder: Path) -> dict[str, Any] | None:
+    """config.json of a discriminator that vLLM serves, whose numbers are then those of ``tlcr serve``.
+
+    Args:
+        folder: what vLLM was started with, a path or a name on the hub.
+
+    Returns:
+        The config; None where the folder is not on this machine.
+
+    Raises:
+        HostError: vLLM serves the folder with other rewards; ``tlcr export --for vllm`` refuses it too.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if layers := config.get("tlcr_bidirectional_layers", 0):
+        raise HostError(
+            f"the top {layers} layers of the discriminator {str(folder)!r} are bidirectional, and vLLM reads them as "
+            f"causal ones, with other rewards; serve it by 'tlcr serve --discriminator {folder}', or train one with "
+            "discriminator.bidirectional_layers 0"
+        )
+    if names := config.get("id2label"):
+        labels = [names[number] for number in sorted(names, key=int)]
+        _require_labels(labels, f"the discriminator {str(folder)!r}", "those that 'tlcr train discriminator' gives")
+    return config
 
 
 def vocabulary_fingerprint(tokenizer: Any) -> str:
@@ -426,6 +453,12 @@ def _json_length(number: int, answer: Mapping[str, Any]) -> int:
         ) from error
 
 
+def _require_labels(labels: Any, where: str, whose: str) -> None:
+    if isinstance(labels, list) and len(labels) in (2, 3) and (labels[0], labels[-1]) == ("negative", POSITIVE):
+        return
+    raise HostError(f"{where} has the labels {labels!r}; wanted negative, (neutral,) positive, {whose}")
+
+
 def _plain(ids: Sequence[int]) -> list[int]:
     """Python's integers, also of an array or a tensor."""
     return list(map(int, ids))
@@ -441,19 +474,6 @@ def _data(answer: Any, count: int, name: str, where: str) -> list[dict[str, Any]
         if not isinstance(row, dict) or name not in row:
             raise HostError(f"{where} has no {name} for answer {number}; is this a reward server?")
     return data
-
-
-def _temperature(folder: Path, url: str) -> float:
-    """``tlcr_temperature`` of the folder that vLLM serves, where it is on this machine."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HostError(
-            f"{url} is a vLLM, which does not tell the discriminator's temperature, and {str(folder)!r} is not on this "
-            "machine; give it: RewardClient(url, temperature=...), with tlcr_temperature of the discriminator's "
-            "config.json (1.0 where there is none)"
-        ) from error
-    return float(config.get("tlcr_temperature", 1.0))
 
 
 def _sentence(error: urllib.error.HTTPError, token: str | None) -> str:

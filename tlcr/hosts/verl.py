@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from verl.trainer.ppo.core_algos import register_adv_est
 
 from tlcr.errors import HostError
 from tlcr.hosts.advantages import group_reward_to_go
+from tlcr.hosts.client import config_for_vllm
 from tlcr.hosts.contract import Account, Item, checked
 from tlcr.hosts.payment import mean_at_end, numbered, summing
 from tlcr.hosts.remote import number, rewards_of, scorer_at
@@ -223,7 +225,8 @@ class TokenRewardManager(RewardManagerBase):
             reward_model_tokenizer: of the discriminator.
 
         Raises:
-            HostError: the config has verl drop the rewards of tokens, or the two tokenizers differ.
+            HostError: the config has verl drop the rewards of tokens, the two tokenizers differ, or vLLM would serve
+                the discriminator with other rewards.
         """
         super().__init__(config, tokenizer, compute_score)
         model = config.reward.reward_model
@@ -243,6 +246,7 @@ class TokenRewardManager(RewardManagerBase):
                 f"the discriminator {model.model_path!r} and the policy do not share a tokenizer, and verl hands over "
                 "ids; train the discriminator with the policy's tokenizer"
             )
+        config_for_vllm(Path(model.model_path))
         self.scorer = scorer_at(f"http://{reward_router_address}")
 
     async def run_single(self, data: Any) -> dict[str, Any]:

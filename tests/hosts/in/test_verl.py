@@ -293,6 +293,15 @@ def test_configs_in_which_verl_would_drop_rewards(changes: dict[str, bool], says
         TokenRewardManager(config_of(**changes), Words(), None, "127.0.0.1:1", Words())
 
 
+def test_a_discriminator_that_vllm_reads_otherwise(tmp_path: Path) -> None:
+    asyncio.set_event_loop(asyncio.new_event_loop())
+    (tmp_path / "config.json").write_text(json.dumps({"tlcr_bidirectional_layers": 2}), encoding="utf-8")
+    config = config_of()
+    config.reward.reward_model.model_path = str(tmp_path)
+    with pytest.raises(HostError, match=r"the top 2 layers of .* are bidirectional"):
+        TokenRewardManager(config, Words(), None, "127.0.0.1:1", Words())
+
+
 def test_two_tokenizers() -> None:
     asyncio.set_event_loop(asyncio.new_event_loop())
     with pytest.raises(HostError, match="do not share a tokenizer"):
