@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from tests.models.test_architectures import word_tokenizer
+from tests.models.architectures import config_class, tiny_model
+from tests.models.test_architectures import OURS, THEIRS, word_tokenizer
 from tlcr.config.schema import ModelConfig, PPOConfig
 from tlcr.errors import ConfigError, DataError
 from tlcr.models.actor_critic import build_value_model
+from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.discriminator import load_discriminator, score_answers
 from tlcr.models.heads import Head
 from tlcr.models.inspection import TWO_CLASSES
 from tlcr.models.loading import load_sequence_classifier
 from tlcr.models.positions import check_fits, position_limit
-from tlcr.models.probes import check_reward_model, is_causal, reads_last_token, require_decoder
+from tlcr.models.probes import check_reward_model, is_causal, reads_last_token, require_causal, require_decoder
 from tlcr.models.reward_model import prefix_scores, sequence_scores
 from tlcr.models.saving import save_model
 
@@ -113,6 +116,34 @@ def test_a_head_of_zeros_does_not_hide_where_the_score_is_read(tmp_path: Path) -
         )
         nn.init.zeros_((model.classifier if kind == "bert" else model.score).weight)
         assert reads_last_token(model) == (kind == "llama")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_large_activation_does_not_hide_that_a_model_reads_later_tokens(dtype: torch.dtype) -> None:
+    """All other differences are within the rounding of that number in bfloat16."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", vocab_size=99, **SPECIAL, **SMALL | {"hidden_size": 64})
+    model = AutoModelForTokenClassification.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.1)
+        model.model.embed_tokens.weight.normal_()
+        model.model.embed_tokens.weight[:, 0] = 10.0
+        model.model.norm.weight[0] = 40.0
+    model = model.to(dtype)
+    assert is_causal(model)
+    seeing = copy.deepcopy(model)
+    make_top_layers_bidirectional(seeing, 2)
+    assert not is_causal(seeing)
+
+
+@pytest.mark.parametrize("model_type", [*OURS, *THEIRS, "gpt2", "llama", "mixtral", "qwen3_moe", "jetmoe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decoder_is_causal_in_every_dtype(model_type: str, dtype: torch.dtype) -> None:
+    """Experts, of which later tokens may change the numbers of tokens, round otherwise and no more."""
+    model = tiny_model(config_class(model_type)).to(dtype)
+    require_causal(model)
 
 
 def test_a_score_for_every_prefix_needs_a_decoder(tmp_path: Path) -> None:
