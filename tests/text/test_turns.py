@@ -315,6 +315,13 @@ class TestEndsInTexts:
             assert given == encode_answer(tokenizer, "p", answer + space, max_prompt_tokens=9, max_answer_tokens=None)
             assert given.ids[-1] == tokenizer.eos_token_id and given.ids[-2] != tokenizer.eos_token_id
 
+    def test_ends_and_beginnings_are_taken_off_however_many_there_are(self) -> None:
+        tokenizer = tokenizer_with("{{ bos_token }}" + CHATML)
+        many = 100_000
+        assert without_end(tokenizer, "Good. " + "<eos> \n<eos>" * many) == "Good. "
+        assert without_beginning(tokenizer, "<bos>\n" * many + " hi") == "\n hi"
+        assert render_prompt(tokenizer, "<bos>" * many + "hi") == "<bos>hi"
+
     def test_a_name_that_is_no_special_token_of_the_tokenizer_is_text(self) -> None:
         tokenizer = byte_level()
         assert without_end(tokenizer, "<s>old</s> ") == "<s>old</s> "

@@ -196,10 +196,10 @@ def render_prompt(
 
 
 def _with_one_beginning(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    bos = tokenizer.bos_token
-    while bos and text.startswith(bos + bos):
-        text = text.removeprefix(bos)
-    return text
+    bos, start = str(tokenizer.bos_token or ""), 0
+    while bos and text.startswith(bos + bos, start):
+        start += len(bos)
+    return text[start:]
 
 
 def start_of_text(tokenizer: PreTrainedTokenizerBase) -> str:

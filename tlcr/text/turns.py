@@ -99,11 +99,18 @@ def find_opening(render: Render, prompt: Sequence[Message]) -> Opening:
             return Opening(asked, continues=False)
         common = _shared_start(asked, before)
         if common != before:  # both go on, perhaps from the middle of a tag or a word
-            common = re.sub(r"(<[^<>\s]*|\w+)\Z", "", common)
+            common = _without_half(common)
         shared = common if common[len(plain) :].strip() else before
     # Spaces before an answer belong to it: in most tokenizers they are part of its first word.
     text = shared.rstrip(" \t")
     return Opening(text, before[len(text) :], closing, asked[len(common) :], text[len(common) :])
+
+
+def _without_half(text: str) -> str:
+    """The text without the tag or the word that it may end in the middle of."""
+    # from the end: a search from the beginning takes the square of a long word
+    half = re.match(r"[^<>\s]*<|\w+", text[::-1])
+    return text[: len(text) - half.end()] if half else text
 
 
 def _shared_start(a: str, b: str) -> str:
@@ -187,18 +194,28 @@ def without_end(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     Returns:
         The text; as it is, where it ends with none of them.
     """
-    ends = _ends(tokenizer)
-    while (bare := text.rstrip()).endswith(ends):
-        text = bare.removesuffix(max((end for end in ends if bare.endswith(end)), key=len))
-    return text
+    ends = _after_marks(_ends_backwards(tokenizer), text[::-1])
+    return text[: len(text) - ends]
 
 
 def without_beginning(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """The text without the beginning-of-sequence tokens at its head, and without the white space before them."""
     bos = tokenizer.bos_token
-    while bos and (bare := text.lstrip()).startswith(bos):
-        text = bare.removeprefix(str(bos))
-    return text
+    return text[_after_marks(_marks([str(bos)]), text) :] if bos else text
+
+
+def _marks(texts: Sequence[str]) -> re.Pattern[str]:
+    """One of the texts, the longest that fits, with all white space before it; none of no texts."""
+    one = "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
+    return re.compile(rf"(?=(\s*))\1(?:{one})")  # the look-ahead keeps a text from beginning in that white space
+
+
+def _after_marks(marks: re.Pattern[str], text: str) -> int:
+    """Where a text goes on after the marks at its head. No copy for each: a stranger may send a million of them."""
+    start = 0
+    while found := marks.match(text, start):
+        start = found.end()
+    return start
 
 
 def turn_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -253,15 +270,15 @@ def opening_note(opening: Opening) -> str | None:
     return None
 
 
-_ENDS_OF: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, tuple[str, ...]]] = WeakKeyDictionary()
+_ENDS_OF: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, re.Pattern[str]]] = WeakKeyDictionary()
 
 
-def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Texts of the tokenizer's end tokens; found once, because it costs a look at all added tokens."""
+def _ends_backwards(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """The tokenizer's end tokens as ``_marks`` of a reversed text; found once: it costs a look at all added tokens."""
     described = (tokenizer.eos_token, tokenizer.chat_template, len(tokenizer))
     known = _ENDS_OF.get(tokenizer)
     if known is None or known[0] != described:
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         found = {tokenizer.eos_token, turn_end(tokenizer), *(special & set(ENDS))}
-        known = _ENDS_OF[tokenizer] = (described, tuple(str(end) for end in found if end))
+        known = _ENDS_OF[tokenizer] = (described, _marks([str(end)[::-1] for end in found if end]))
     return known[1]
