@@ -257,17 +257,16 @@ STRANGE = st.sampled_from(
 
 def server_requests(draw: Draw) -> None:
     """Bodies of requests, mostly such as their route wants."""
-    from tlcr.serving.model import ServedModel
+    from tlcr.serving.reading import Reader
 
     name = draw(st.sampled_from(sorted(REQUESTS)))
     body = draw(REQUESTS[name])
     if draw(st.booleans()):
         body = one_wrong(draw, body)
-    model = ServedModel.__new__(ServedModel)
-    vars(model).update(_served())
+    reader = Reader(tokenizer(), 300, max_items=3, longest_row=64)
     query = draw(st.sampled_from([{}, {"answer_after": "A:"}]))
     bytes_ = damaged(draw, written(body)) if draw(st.integers(0, 19)) else draw(STRANGE)
-    protocols.ROUTES[name].rows(model, parse_json(bytes_), query)
+    list(protocols.ROUTES[name].rows(reader, parse_json(bytes_), query))
 
 
 SMALL_IDS = st.lists(st.integers(0, 299), min_size=1, max_size=4)
@@ -287,18 +286,6 @@ REQUESTS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "/pooling": st.fixed_dictionaries({"input": WORDS | SMALL_IDS | st.lists(WORDS, min_size=1, max_size=2)}),
 }
 """What every route finds what it wants in."""
-
-
-@cache
-def _served() -> dict[str, Any]:
-    return {
-        "tokenizer": tokenizer(),
-        "name": "m",
-        "temperature": 1.0,
-        "positions": 64,
-        "vocabulary": 300,
-        "labels": ["-", "+"],
-    }
 
 
 def endpoint_answers(draw: Draw) -> None:

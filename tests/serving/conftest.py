@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from tlcr.serving.model import ServedModel
+    from tlcr.serving.reading import Reader
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<eos>\n{% endfor %}"
@@ -62,6 +63,14 @@ def served(discriminator: Path) -> ServedModel:
     from tlcr.serving.model import ServedModel
 
     return ServedModel(str(discriminator), dtype="float32", device=torch.device("cpu"))
+
+
+def reader_of(model: ServedModel, **limits: int) -> Reader:
+    """What reads requests to a model, with the limits of a server with the defaults."""
+    from tlcr.serving.reading import Reader
+
+    assert model.positions is not None
+    return Reader(model.tokenizer, model.vocabulary, **{"max_items": 1024, "longest_row": model.positions, **limits})
 
 
 @dataclass

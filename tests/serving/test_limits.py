@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.serving.conftest import Running, running
+from tests.serving.conftest import Running, reader_of, running
 from tlcr.errors import ConfigError
 from tlcr.models.discriminator import Opinion
+from tlcr.serving import reading
 from tlcr.serving.limits import MIB
 from tlcr.serving.model import ServedModel
 from tlcr.serving.settings import TOKEN_VARIABLE, ServerSettings, read_token
@@ -107,8 +108,11 @@ def test_a_full_queue_refuses_and_goes_on(served: ServedModel) -> None:
 
 def test_a_request_that_never_fits_is_told_to_split(served: ServedModel) -> None:
     with running(served, queue_tokens=100, batch_tokens=100) as server:
-        status, body, heads = server.ask(ITEMS, {"items": [{"prompt_ids": [5] * 10, "response_ids": [6] * 10}] * 6})
-        assert status == 413 and "has 120 tokens, and this server holds at most 100; split it" in body["error"]
+        item = {"prompt_ids": [5] * 10, "response_ids": [6] * 10}
+        # the last item is never read
+        status, body, heads = server.ask(ITEMS, {"items": [*[item] * 6, {}]})
+        assert status == 413
+        assert "has more than 100 tokens, which is all that this server holds; split it" in body["error"]
         assert "retry-after" not in heads
         assert server.ask("/v1/info")[1]["max_tokens"] == 100
 
@@ -131,6 +135,135 @@ def test_a_client_that_leaves_frees_its_place(served: ServedModel) -> None:
         assert server.ask(ITEMS, ONE)[0] == 200
         assert gate.batches == 2  # nothing was computed for those that had left
         connections[0].close()
+
+
+# ---- what is read
+
+
+@contextmanager
+def tokenised(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What the served tokenizer is called with."""
+    kind, texts = type(served.tokenizer), []
+    tokenise = kind.__call__
+
+    def call(self: Any, text: Any, *arguments: Any, **named: Any) -> Any:
+        texts.append(text)
+        return tokenise(self, text, *arguments, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, "__call__", call)
+        yield texts
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (ITEMS, {"items": [{"prompt": "a", "response": "b"}] * 1025}),
+        ("/get_reward", {"query": ["ab"] * 1025, "prompts": ["a"] * 1025}),
+        ("/score_texts?answer_after=a", {"messages": ["ab"] * 1025}),
+        ("/pooling", {"input": ["ab"] * 1025}),
+    ],
+)
+def test_answers_are_counted_before_any_is_read(
+    server: Running, served: ServedModel, path: str, body: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tokenised(served, monkeypatch) as texts:
+        status, answer, _ = server.ask(path, body)
+        assert status == 413
+        assert answer["error"].startswith("the request has 1025 answers, and this server takes at most 1024; split it")
+        assert texts == []
+        assert server.ask(ITEMS, {"items": body.get("items", [{"prompt": "a", "response": "b"}])[:1]})[0] == 200
+        assert texts != []
+
+
+LONG = "a b " * 10**5
+MESSAGES = [{"role": "user", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "place"),
+    [
+        (ITEMS, {"items": [{"prompt": "a", "response": LONG}]}, "items[0]"),
+        (ITEMS, {"items": [{"prompt": LONG, "response": "a"}]}, "items[0]"),
+        (ITEMS, {"items": [{"prompt": " " * 10**5, "response": "a"}]}, "items[0]"),
+        (ITEMS, {"items": [{"messages": MESSAGES, "response": LONG}]}, "items[0]"),
+        (ITEMS, {"items": [{"messages": [{"role": "user", "content": LONG}], "response": "a"}]}, "items[0]"),
+        ("/get_reward", {"query": ["a" + LONG], "prompts": ["a"]}, "query[0]"),
+        ("/remote_rm", {"prompt": "a", "response": LONG}, "the request"),
+        ("/score_texts?answer_after=c", {"messages": ["c" + LONG]}, "messages[0]"),
+        ("/pooling", {"input": LONG}, "input"),
+        ("/pooling", {"input": [LONG]}, "input[0]"),
+    ],
+)
+def test_a_text_that_must_be_too_long_is_not_tokenised(
+    server: Running, served: ServedModel, path: str, body: Any, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tokenised(served, monkeypatch) as texts:
+        status, answer, _ = server.ask(path, body)
+        assert status == 400 and answer["error"].startswith(f"{place} has at least ")
+        assert "tokens with its prompt, and the discriminator reads at most 256" in answer["error"]
+        assert all(text == "a" for text in texts)  # by which it is seen whether the tokenizer adds a beginning
+    assert server.ask(ITEMS, ONE)[0] == 200
+
+
+def test_a_row_that_is_too_long_is_refused_before_its_characters_are_found(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(reading, "answer_spans", lambda *arguments: found.append(arguments))
+    status, answer, _ = server.ask(ITEMS, {"items": [{"prompt": "a", "response": "b" * 256}]})
+    assert status == 400 and answer["error"].startswith("items[0] has 258 tokens with its prompt")
+    assert found == []
+
+
+def test_another_request_is_read_between_the_answers_of_a_long_one(
+    served: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "STRETCH", 0.0)
+    encode, order = reading.encode_answers, []
+    with running(served) as server:
+        waiting = server.app.service.reading._work_queue
+
+        def encode_in_turn(tokenizer: Any, prompts: Any, answers: Any, **named: Any) -> Any:
+            order.append(prompts[0])
+            if len(order) == 1:
+                until(lambda: waiting.qsize() == 1)
+            return encode(tokenizer, prompts, answers, **named)
+
+        monkeypatch.setattr(reading, "encode_answers", encode_in_turn)
+        answers: list[Any] = []
+        long = {"items": [{"prompt": "long", "response": "a"}] * 3}
+        thread = threading.Thread(target=lambda: answers.append(server.ask(ITEMS, long)[0]))
+        thread.start()
+        until(lambda: order == ["long"])
+        assert server.ask(ITEMS, {"items": [{"prompt": "short", "response": "a"}]})[0] == 200
+        thread.join(60)
+    assert answers == [200] and order == ["long", "short", "long", "long"]
+
+
+def test_a_client_that_leaves_is_read_no_further(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "STRETCH", 0.0)
+    encode, read = reading.encode_answers, []
+    body = json.dumps({"items": [{"prompt": "a", "response": "b"}] * 100}).encode()
+    with running(served) as server:
+        counted = server.app.service.metrics.registry.get_sample_value
+
+        def has_left() -> bool:
+            return counted("tlcr_requests_total", {"route": ITEMS, "status": "499"}) == 1
+
+        def encode_until_it_left(tokenizer: Any, prompts: Any, answers: Any, **named: Any) -> Any:
+            read.append(prompts[0])
+            until(has_left)
+            return encode(tokenizer, prompts, answers, **named)
+
+        monkeypatch.setattr(reading, "encode_answers", encode_until_it_left)
+        with server.connect() as connection:
+            connection.sendall(head(len(body)) + body)
+            until(lambda: read == ["a"])
+        until(has_left)
+        assert server.ask(ITEMS, ONE)[0] == 200  # after what the thread that reads still had to do
+        assert server.app.service.bodies.held == 0
+    assert read == ["a"]
 
 
 # ---- bodies
@@ -290,7 +423,7 @@ def test_a_batch_that_does_not_fit_is_halved(served: ServedModel, caplog: pytest
                 raise torch.OutOfMemoryError
             return super()._opinions(rows)
 
-    rows = [served.row_of_complete_text("a", "b" * n).encoded for n in range(1, 8)]
+    rows = [reader_of(served).row_of_complete_text("a", "b" * n).encoded for n in range(1, 8)]
     halved = Small(served)
     halved.open.set()
     for one, other in zip(served.opinions(rows), halved.opinions(rows), strict=True):

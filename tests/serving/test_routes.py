@@ -11,7 +11,7 @@ import pytest
 import torch
 from tokenizers import normalizers
 
-from tests.serving.conftest import TEMPERATURE, TEMPLATE, Running
+from tests.serving.conftest import TEMPERATURE, TEMPLATE, Running, reader_of
 from tlcr.cli import main as cli
 from tlcr.serving.limits import Refused
 from tlcr.serving.model import ServedModel
@@ -114,7 +114,7 @@ def test_offsets_are_the_characters_of_the_answer_as_it_was_sent(
     if "normalizer" in change:
         changed.tokenizer.backend_tokenizer.normalizer = getattr(normalizers, change["normalizer"])()
     changed.tokenizer.chat_template = change.get("chat_template", changed.tokenizer.chat_template)
-    (row,) = ROUTES[ITEMS].rows(changed, {"items": [item]}, {})
+    (row,) = ROUTES[ITEMS].rows(reader_of(changed), {"items": [item]}, {})
     assert row.offsets is not None and len(row.offsets) == len(row.encoded.answer_ids)
     end = len(item["response"])
     assert [item["response"][start:stop] for start, stop in row.offsets[:-1]] == pieces
@@ -130,14 +130,15 @@ def test_the_chat_template_is_given_what_comes_with_messages(served: ServedModel
     )
     item = {"messages": [{"role": "user", "content": "Hi"}], "response": "good"}
     more = {"tools": [{"name": "look_up"}], "documents": [{"text": "A page."}], "chat_template_kwargs": {"shout": True}}
-    plain, given = ROUTES[ITEMS].rows(changed, {"items": [item, {**item, **more}]}, {})
+    reader = reader_of(changed)
+    plain, given = ROUTES[ITEMS].rows(reader, {"items": [item, {**item, **more}]}, {})
     texts = [changed.tokenizer.decode(row.encoded.ids) for row in (plain, given)]
     assert texts[1] == "look_up A page. LOUD " + texts[0]
     for nothing in (dict.fromkeys(more), {"tools": [], "documents": [], "chat_template_kwargs": {}}):
-        assert ROUTES[ITEMS].rows(changed, {"items": [{**item, **nothing}]}, {}) == [plain]
+        assert list(ROUTES[ITEMS].rows(reader, {"items": [{**item, **nothing}]}, {})) == [plain]
     wrong = {**item, "chat_template_kwargs": {"chat_template": "{{ 'x' * 10 }}"}}
     with pytest.raises(Refused, match=r"'chat_template' in 'chat_template_kwargs', .* no switch .*, which reads shout"):
-        ROUTES[ITEMS].rows(changed, {"items": [wrong]}, {})
+        list(ROUTES[ITEMS].rows(reader, {"items": [wrong]}, {}))
 
 
 def test_an_answer_that_was_cut_off_has_no_end(server: Running, served: ServedModel, discriminator: Path) -> None:
@@ -319,6 +320,11 @@ def test_metrics_count_what_was_done(server: Running) -> None:
         ),
         ({"items": [{"messages": [], "response": "b"}]}, 400, "items[0] has no messages"),
         (
+            {"items": [{"messages": [{"role": "user", "content": ""}] * 257, "response": "b"}]},
+            400,
+            "items[0] has 257 messages, and the discriminator reads at most 256 tokens",
+        ),
+        (
             {"items": [{"prompt": "a", "response": "b", "end": False}]},
             400,
             "items[0] has 'end', which is not read; an item may have prompt_ids, response_ids, prompt, messages, ",
@@ -357,7 +363,7 @@ def test_metrics_count_what_was_done(server: Running) -> None:
                 ]
             },
             400,
-            "answer 1 has 257 tokens with its prompt, and the discriminator reads at most 256",
+            "items[1] has 257 tokens with its prompt, and the discriminator reads at most 256",
         ),
         (
             {"items": [{"prompt_ids": [5], "response_ids": [6]}] * 1025},

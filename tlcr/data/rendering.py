@@ -99,7 +99,7 @@ def _answer_without_marks(answer: Answer, tokenizer: PreTrainedTokenizerBase) ->
         return _message_without_marks(answer, tokenizer)
     bare = without_end(tokenizer, without_beginning(tokenizer, answer))
     if answer.strip() and not bare.strip():
-        raise Malformed(f"an answer is {answer.strip()!r}, which is special tokens alone")
+        raise Malformed(f"an answer is {answer.strip()[:40]!r}, which is special tokens alone")
     return bare
 
 

@@ -1,6 +1,6 @@
 """The application: routes, and the way of a request from its body to its answer.
 
-body -> JSON -> rows (protocols) -> limits -> queue and model (batching) -> JSON
+body -> JSON -> rows, within limits (protocols, reading) -> queue and model (batching) -> JSON
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
@@ -28,8 +28,9 @@ from tlcr.serving.access import Access
 from tlcr.serving.batching import Batcher
 from tlcr.serving.limits import MIB, Bodies, Refused, drain, parse_json
 from tlcr.serving.metrics import Metrics
-from tlcr.serving.model import Row, ServedModel
-from tlcr.serving.protocols import ROUTES
+from tlcr.serving.model import ServedModel
+from tlcr.serving.protocols import ROUTES, Route
+from tlcr.serving.reading import Reader, Reading, Row
 from tlcr.serving.settings import ServerSettings
 
 __all__ = ["make_app"]
@@ -47,6 +48,9 @@ class Service:
         self.settings, self.model = settings, model
         self.access, self.metrics = Access(token), Metrics()
         self.bodies = Bodies(max_bytes=settings.max_body_mib * MIB, seconds=settings.io_seconds)
+        # tokens of the longest row: the model's positions, or the queue where the model knows no end
+        longest = min(model.positions or settings.queue_tokens, settings.queue_tokens)
+        self.reader = Reader(model.tokenizer, model.vocabulary, max_items=settings.max_items, longest_row=longest)
         # a tokenizer is not to be used by two threads at once
         self.reading = ThreadPoolExecutor(1, thread_name_prefix="tlcr-read")
 
@@ -77,9 +81,7 @@ class Service:
             raise self.batcher.full()
         async with self.bodies.of(request) as raw:
             body = parse_json(raw)
-            loop = asyncio.get_running_loop()
-            rows = await loop.run_in_executor(self.reading, route.rows, self.model, body, request.query_params)
-            self._check(rows)
+            rows = await _while_connected(request, self._read(route, body, request.query_params))
         opinions = await _while_connected(request, self.batcher.submit([row.encoded for row in rows]))
         self._require_finite(opinions)
         self.metrics.answers.inc(len(rows))
@@ -87,26 +89,12 @@ class Service:
         answer = route.answer(self.model, body, rows, opinions)
         return Response(json.dumps(answer, separators=(",", ":")), media_type="application/json")
 
-    def _check(self, rows: Sequence[Row]) -> None:
-        if len(rows) > self.settings.max_items:
-            raise Refused(
-                413,
-                f"the request has {len(rows)} answers, and this server takes at most {self.settings.max_items}; "
-                "split it, or start the server with a larger --max-items",
-            )
-        longest = max(range(len(rows)), key=lambda i: rows[i].tokens)
-        limit = self.longest_row
-        if rows[longest].tokens > limit:
-            raise Refused(
-                400,
-                f"answer {longest} has {rows[longest].tokens} tokens with its prompt, and the discriminator reads at "
-                f"most {limit}; make prompts or answers shorter",
-            )
-
-    @property
-    def longest_row(self) -> int:
-        """Tokens of the longest row: the model's positions, or the queue where the model knows no end."""
-        return min(self.model.positions or self.settings.queue_tokens, self.settings.queue_tokens)
+    async def _read(self, route: Route, body: Mapping[str, Any], query: Mapping[str, str]) -> list[Row]:
+        """The rows of a request. Other requests are read in between, and a client that left is read no further."""
+        reading = Reading(route.rows(self.reader, body, query), most_tokens=self.settings.queue_tokens)
+        while await asyncio.get_running_loop().run_in_executor(self.reading, reading.go_on):
+            pass
+        return reading.rows
 
     def _require_finite(self, opinions: Sequence[Opinion]) -> None:
         for number, opinion in enumerate(opinions):
@@ -128,7 +116,7 @@ class Service:
         """What clients have to know."""
         settings = self.settings
         facts = dict(self.model.facts())
-        facts["max_tokens"] = self.longest_row
+        facts["max_tokens"] = self.reader.longest_row
         facts["versions"] |= {"starlette": starlette.__version__, "uvicorn": uvicorn.__version__}
         facts["limits"] = {
             "items": settings.max_items,

@@ -101,23 +101,17 @@ class Batcher:
         """The opinions of a request's rows, in their order. Cancelled, its rows leave the queue.
 
         Args:
-            rows: at least one.
+            rows: at least one, with no more tokens than the queue holds.
 
         Returns:
             One opinion for each row.
 
         Raises:
-            Refused: the rows do not fit into the queue now (429), or never will (413).
+            Refused: the rows do not fit into the queue now (429), or nothing works on it (503).
         """
         if not self.works:
             raise Refused(503, "the server is not working on requests; its log says why", 5)
         tokens = sum(len(row.ids) for row in rows)
-        if tokens > self.queue_tokens:
-            raise Refused(
-                413,
-                f"the request has {tokens} tokens, and this server holds at most {self.queue_tokens}; split it, or "
-                "start the server with a larger --queue-tokens",
-            )
         if self._held + tokens > self.queue_tokens:
             raise self.full()
         job = Job(asyncio.get_running_loop().create_future(), [None] * len(rows), len(rows))

@@ -1,12 +1,10 @@
-"""The discriminator that is served: what it is given becomes rows of ids, and rows become rewards."""
+"""The discriminator that is served: rows of ids become rewards."""
 
 from __future__ import annotations
 
 import logging
 import platform
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,34 +12,15 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from tlcr.config.schema import ModelConfig
-from tlcr.data.records import RawMarkedAnswer
-from tlcr.data.rendering import rendered_marked_answer
 from tlcr.distribution import installed_version
 from tlcr.hosts.client import vocabulary_fingerprint
 from tlcr.models.discriminator import Opinion, load_discriminator, temperature_of, token_opinions
 from tlcr.models.positions import position_limit
-from tlcr.text.tokenization import answer_spans, encode_answers
-from tlcr.text.turns import without_end
 from tlcr.types import EncodedAnswer
 
-__all__ = ["Row", "ServedModel"]
+__all__ = ["ServedModel"]
 
 logger = logging.getLogger("tlcr")
-
-Prompt = str | list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One answer as the model's ids, and the characters of the text that each of its tokens writes, if it was text."""
-
-    encoded: EncodedAnswer
-    offsets: tuple[tuple[int, int], ...] | None = None
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens the model reads for it."""
-        return len(self.encoded.ids)
 
 
 class ServedModel:
@@ -59,55 +38,6 @@ class ServedModel:
         self.positions = position_limit(self.model)
         labels: Mapping[int, str] = self.model.config.id2label or {}  # type: ignore[assignment]
         self.labels = [labels[index] for index in sorted(labels)]
-
-    # ---- rows
-
-    def row_of_text(
-        self, prompt: Prompt, response: str, *, ended: bool = True, template: Mapping[str, Any] | None = None
-    ) -> Row:
-        """A prompt and an answer as ``tlcr score`` reads them.
-
-        Args:
-            prompt: text, or messages for the tokenizer's chat template.
-            response: the answer. End tokens at its end count as its end.
-            ended: whether the answer ended by itself: its end of sequence then is its last token, with a reward.
-            template: what the chat template is given beside messages, as ``RawMarkedAnswer`` has it.
-
-        Returns:
-            The row. Its offsets count characters of the answer as given, without end tokens; tokens that write nothing
-            of it, the end of sequence among them, have empty spans.
-
-        Raises:
-            DataError: the chat template refuses the messages.
-            ConfigError: messages, and a tokenizer without a chat template.
-        """
-        rendered = rendered_marked_answer(RawMarkedAnswer("", prompt, response, (), template or {}), self.tokenizer)
-        return self._row(rendered.prompt, rendered.response, without_end(self.tokenizer, response), ended)
-
-    def row_of_complete_text(self, prompt: str, response: str) -> Row:
-        """The same for texts with all their special tokens; the answer ended where it has an end token."""
-        bare = without_end(self.tokenizer, response)
-        return self._row(prompt, bare, bare, bare != response)
-
-    def _row(self, prompt: str, response: str, given: str, ended: bool) -> Row:
-        (encoded,) = encode_answers(
-            self.tokenizer,
-            [prompt],
-            [response],
-            max_prompt_tokens=sys.maxsize,
-            max_answer_tokens=None,
-            end_of_sequence=ended,
-        )
-        spans = answer_spans(self.tokenizer, prompt, response, encoded)
-        # what the chat template writes before the answer belongs to the row, and not to the text that was given
-        by, last = len(response.rstrip()) - len(given.rstrip()), len(given)
-        offsets = [(min(max(start - by, 0), last), min(max(end - by, 0), last)) for start, end in spans]
-        return Row(encoded, (*offsets, *([(last, last)] if ended else [])))
-
-    def ids_of_text(self, text: str) -> list[int]:
-        """A text's ids with the special tokens that the tokenizer adds by itself."""
-        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
-        return ids
 
     # ---- rewards
 

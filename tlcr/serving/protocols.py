@@ -10,18 +10,18 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from tlcr.data.formats import TEMPLATE_COLUMNS
 from tlcr.errors import TlcrError
 from tlcr.models.discriminator import Opinion
 from tlcr.serving.limits import Refused
-from tlcr.serving.model import Row, ServedModel
+from tlcr.serving.model import ServedModel
+from tlcr.serving.reading import Bad, Reader, Row
 from tlcr.text.files import unicode_problem
 from tlcr.text.template_variables import template_variables
 from tlcr.text.tokenization import opening
-from tlcr.types import EncodedAnswer
 
 __all__ = ["ROUTES", "Route"]
 
@@ -33,15 +33,15 @@ OF_ITEMS = ("prompt_ids", "response_ids", "prompt", "messages", "response", "end
 """What an item of our own route may have."""
 
 
-class Bad(TlcrError, ValueError):
-    """What is wrong with one answer of a request, as the end of a sentence that begins with its place."""
-
-
 class Route(Protocol):
-    """How a route reads requests and writes answers. ``rows`` raises Refused, with the item's place."""
+    """How a route reads requests and writes answers.
 
-    def rows(self, model: ServedModel, body: Json, query: Query) -> list[Row]:
-        """The answers to score, in the request's order; at least one."""
+    ``rows`` raises Refused: before its first row where there are too many, and at a row that cannot be read, with its
+    place.
+    """
+
+    def rows(self, reader: Reader, body: Json, query: Query) -> Iterator[Row]:
+        """The answers to score, in the request's order; at least one. Each is read when it is asked for."""
         ...
 
     def answer(self, model: ServedModel, body: Json, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
@@ -55,10 +55,10 @@ class Route(Protocol):
 class TokenRewards:
     """``{"items": [...]}`` to ``{"data": [{"rewards", "score", "tokens", "offsets"}], "model", "temperature"}``."""
 
-    def rows(self, model: ServedModel, body: Json, query: Query) -> list[Row]:
+    def rows(self, reader: Reader, body: Json, query: Query) -> Iterator[Row]:
         """One row for each item, which has ids, or a text with its prompt, or with messages and what they come with."""
-        items = _field(body, "items", list)
-        return [_at(f"items[{number}]", _row, model, item) for number, item in enumerate(items)]
+        for number, item in enumerate(_list(reader, body, "items")):
+            yield _at(f"items[{number}]", _row, reader, item)
 
     def answer(self, model: ServedModel, body: Json, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
         """Rewards of every token of each answer."""
@@ -66,7 +66,7 @@ class TokenRewards:
         return {"data": data, "model": model.name, "temperature": model.temperature}
 
 
-def _row(model: ServedModel, item: Any) -> Row:
+def _row(reader: Reader, item: Any) -> Row:
     if not isinstance(item, dict):
         raise Bad(f"is a {type(item).__name__}; wanted an object")
     if unknown := sorted(item.keys() - set(OF_ITEMS)):
@@ -76,21 +76,21 @@ def _row(model: ServedModel, item: Any) -> Row:
         for name in ("prompt", "messages", "response", *columns):
             if name in item:
                 raise Bad(f"has both ids and {name!r}; send ids or text, so that it is clear what is scored")
-        prompt_ids, response_ids = (_ids(item.get(name), name, model) for name in ("prompt_ids", "response_ids"))
+        prompt_ids, response_ids = (_ids(item.get(name), name, reader) for name in ("prompt_ids", "response_ids"))
         if not response_ids:
             raise Bad("has an empty answer, 'response_ids': []; leave it out, there is no token to score")
-        return Row(EncodedAnswer((*prompt_ids, *response_ids), len(prompt_ids), complete=False))
+        return reader.row_of_ids(prompt_ids, response_ids)
     if ("prompt" in item) == ("messages" in item):
         raise Bad("has no prompt, or two; wanted 'prompt_ids', 'prompt' or 'messages'")
-    prompt = _messages(item["messages"]) if "messages" in item else _text(item["prompt"], "prompt")
+    prompt = _messages(reader, item["messages"]) if "messages" in item else _text(item["prompt"], "prompt")
     ended = item.get("ended", True)
     if not isinstance(ended, bool):
         raise Bad(f"has 'ended': {ended!r}; wanted true, or false for an answer that was cut off")
-    response, template = _text(item.get("response"), "response"), _template(model, item)
-    return _not_empty(model.row_of_text(prompt, response, ended=ended, template=template))
+    response, template = _text(item.get("response"), "response"), _template(reader, item)
+    return _not_empty(reader.row_of_text(prompt, response, ended=ended, template=template))
 
 
-def _template(model: ServedModel, item: Json) -> dict[str, Any]:
+def _template(reader: Reader, item: Json) -> dict[str, Any]:
     """What the chat template is given beside the messages; nothing that is empty, as for records of a file."""
     given = {name: item[name] for name in TEMPLATE_COLUMNS if item.get(name) is not None}
     for name, value in given.items():
@@ -99,20 +99,20 @@ def _template(model: ServedModel, item: Json) -> dict[str, Any]:
         if problem := unicode_problem(json.dumps(value, ensure_ascii=False)):  # of names too
             raise Bad(f"has a text under {name!r} that {problem}")
         if name == SWITCHES:
-            _require_switches(model, value)
+            _require_switches(reader, value)
         elif not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
             raise Bad(f"has {name!r} that are no list of objects")
     return {name: value for name, value in given.items() if value}
 
 
-def _require_switches(model: ServedModel, value: Any) -> None:
+def _require_switches(reader: Reader, value: Any) -> None:
     """Refuses what the template does not read: a name that was misspelt, or what transformers would take for its own.
 
     Those are arguments of apply_chat_template, another template among them.
     """
     if not isinstance(value, dict):
         raise Bad(f"has {SWITCHES!r} that is a {type(value).__name__}; wanted an object")
-    known = template_variables(model.tokenizer)
+    known = template_variables(reader.tokenizer)
     if unknown := sorted(value.keys() - known):
         named = f"which reads {', '.join(sorted(known))}" if known else "which reads none"
         raise Bad(f"has {unknown[0][:40]!r} in {SWITCHES!r}, which is no switch of the chat template, {named}")
@@ -138,15 +138,13 @@ class OpenRLHF:
     a word, and rewards would go to the wrong samples; so the number is the mean token reward.
     """
 
-    def rows(self, model: ServedModel, body: Json, query: Query) -> list[Row]:
+    def rows(self, reader: Reader, body: Json, query: Query) -> Iterator[Row]:
         """One row for each query."""
-        queries, prompts = _field(body, "query", list), _field(body, "prompts", list)
+        queries, prompts = _list(reader, body, "query"), _list(reader, body, "prompts")
         if len(queries) != len(prompts):
             raise Refused(400, f"'query' has {len(queries)} texts and 'prompts' {len(prompts)}; wanted as many")
-        return [
-            _at(f"query[{number}]", _row_of_query, model, *pair)
-            for number, pair in enumerate(zip(queries, prompts, strict=True))
-        ]
+        for number, pair in enumerate(zip(queries, prompts, strict=True)):
+            yield _at(f"query[{number}]", _row_of_query, reader, *pair)
 
     def answer(self, model: ServedModel, body: Json, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
         """The mean token reward of each answer, and its share of tokens below 0 for the log."""
@@ -156,7 +154,7 @@ class OpenRLHF:
         return {"rewards": means, "scores": means, "extra_logs": {"negative_share": negative}}
 
 
-def _row_of_query(model: ServedModel, query: Any, prompt: Any) -> Row:
+def _row_of_query(reader: Reader, query: Any, prompt: Any) -> Row:
     query, prompt = _text(query, "the query"), _text(prompt, "the prompt")
     place = query.find(prompt)
     if place < 0:
@@ -165,7 +163,7 @@ def _row_of_query(model: ServedModel, query: Any, prompt: Any) -> Row:
             "policy read them (in OpenRLHF: as --data.apply_chat_template renders them)"
         )
     end = place + len(prompt)
-    return _not_empty(model.row_of_complete_text(query[:end], query[end:]))
+    return _not_empty(reader.row_of_complete_text(query[:end], query[end:]))
 
 
 # ---- slime
@@ -174,19 +172,19 @@ def _row_of_query(model: ServedModel, query: Any, prompt: Any) -> Row:
 class Slime:
     """``{"prompt", "response", "label"}`` to what becomes ``sample.reward``; ``--reward-key score`` picks the mean."""
 
-    def rows(self, model: ServedModel, body: Json, query: Query) -> list[Row]:
+    def rows(self, reader: Reader, body: Json, query: Query) -> Iterator[Row]:
         """The one answer of the request."""
-        return [_at("the request", _row_of_sample, model, body.get("prompt"), body.get("response"))]
+        yield _at("the request", _row_of_sample, reader, body.get("prompt"), body.get("response"))
 
     def answer(self, model: ServedModel, body: Json, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
         """The entry of ``data`` that our own route gives."""
         return _scored(rows[0], opinions[0])
 
 
-def _row_of_sample(model: ServedModel, prompt: Any, response: Any) -> Row:
+def _row_of_sample(reader: Reader, prompt: Any, response: Any) -> Row:
     if isinstance(prompt, list):
-        return _not_empty(model.row_of_text(_messages(prompt), _text(response, "response")))
-    return _not_empty(model.row_of_complete_text(_text(prompt, "prompt"), _text(response, "response")))
+        return _not_empty(reader.row_of_text(_messages(reader, prompt), _text(response, "response")))
+    return _not_empty(reader.row_of_complete_text(_text(prompt, "prompt"), _text(response, "response")))
 
 
 # ---- LLaMA-Factory
@@ -199,24 +197,23 @@ class LlamaFactory:
     (``/score_texts?answer_after=Assistant:``), or after what the chat template writes before an answer.
     """
 
-    def rows(self, model: ServedModel, body: Json, query: Query) -> list[Row]:
+    def rows(self, reader: Reader, body: Json, query: Query) -> Iterator[Row]:
         """One row for each conversation."""
-        header = query.get("answer_after") or _header(model)
-        texts = _field(body, "messages", list)
-        return [
-            _at(f"messages[{number}]", _row_of_conversation, model, text, header) for number, text in enumerate(texts)
-        ]
+        texts = _list(reader, body, "messages")
+        header = query.get("answer_after") or _header(reader)
+        for number, text in enumerate(texts):
+            yield _at(f"messages[{number}]", _row_of_conversation, reader, text, header)
 
     def answer(self, model: ServedModel, body: Json, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
         """The mean token reward of each answer."""
         return {"scores": [_mean(opinion.rewards_T.tolist()) for opinion in opinions]}
 
 
-def _header(model: ServedModel) -> str:
+def _header(reader: Reader) -> str:
     """What the chat template writes between a user's message and the answer to it."""
-    if model.tokenizer.chat_template is not None:
+    if reader.tokenizer.chat_template is not None:
         content = "\N{REPLACEMENT CHARACTER}"
-        header = opening(model.tokenizer, [{"role": "user", "content": content}]).prompt.rpartition(content)[2]
+        header = opening(reader.tokenizer, [{"role": "user", "content": content}]).prompt.rpartition(content)[2]
         # the end of the user's turn stands before it, on a line of its own
         found = header.rstrip().rpartition("\n")[2] + header[len(header.rstrip()) :]
         if found.strip():
@@ -228,14 +225,17 @@ def _header(model: ServedModel) -> str:
     )
 
 
-def _row_of_conversation(model: ServedModel, text: Any, header: str) -> Row:
-    before, found, answer = _text(text, "the conversation").rpartition(header)
-    if not found:
+def _row_of_conversation(reader: Reader, text: Any, header: str) -> Row:
+    text = _text(text, "the conversation")
+    # from the end, as rpartition: that takes the product of both lengths for some texts and headers
+    place = text[::-1].find(header[::-1])
+    if place < 0:
         raise Bad(
             f"does not contain {header!r}, after which its answer would begin; add to the URL what stands before every "
             "answer, as in /score_texts?answer_after=Assistant:"
         )
-    return _not_empty(model.row_of_complete_text(before + found, answer))
+    begins = len(text) - place
+    return _not_empty(reader.row_of_complete_text(text[:begins], text[begins:]))
 
 
 # ---- vLLM
@@ -247,14 +247,14 @@ class Pooling:
     ``"use_activation": false`` gives logits; true, vLLM's default, their softmax, which knows of no temperature.
     """
 
-    def rows(self, model: ServedModel, body: Json, query: Query) -> list[Row]:
+    def rows(self, reader: Reader, body: Json, query: Query) -> Iterator[Row]:
         """One row for each input, which is ids or text."""
         given = body.get("input")
         several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
         inputs = given if isinstance(given, list) and several else [given]
-        return [
-            _at(f"input[{number}]" if several else "input", _input, model, one) for number, one in enumerate(inputs)
-        ]
+        reader.refuse_too_many(inputs)
+        for number, one in enumerate(inputs):
+            yield _at(f"input[{number}]" if several else "input", _input, reader, one)
 
     def answer(self, model: ServedModel, body: Json, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
         """The numbers of every token, in vLLM's form."""
@@ -276,11 +276,14 @@ class Pooling:
         }
 
 
-def _input(model: ServedModel, given: Any) -> Row:
-    ids = model.ids_of_text(_text(given, "it")) if isinstance(given, str) else _ids(given, "it", model)
-    if not ids:
+def _input(reader: Reader, given: Any) -> Row:
+    if isinstance(given, str):
+        row = reader.row_of_all(_text(given, "it"))
+    else:
+        row = reader.row_of_ids((), _ids(given, "it", reader))
+    if not row.tokens:
         raise Bad("is empty; there is no token to score")
-    return Row(EncodedAnswer(tuple(ids), 0, complete=False))
+    return row
 
 
 ROUTES: Mapping[str, Route] = {
@@ -304,21 +307,22 @@ def _at(place: str, read: Callable[..., Row], *arguments: Any) -> Row:
         raise Refused(400, f"{place} {error}" if isinstance(error, Bad) else f"{place}: {error}") from error
 
 
-def _field(body: Json, name: str, kind: type) -> Any:
+def _list(reader: Reader, body: Json, name: str) -> list[Any]:
     value = body.get(name)
-    if not isinstance(value, kind) or not value:
+    if not isinstance(value, list) or not value:
         found = "is missing" if value is None else "is empty" if value == [] else f"is a {type(value).__name__}"
         raise Refused(400, f"{name!r} {found}; wanted a list with one entry for each answer")
+    reader.refuse_too_many(value)
     return value
 
 
-def _ids(value: Any, name: str, model: ServedModel) -> list[int]:
+def _ids(value: Any, name: str, reader: Reader) -> list[int]:
     if not isinstance(value, list) or not set(map(type, value)) <= {int}:  # a bool is no id
         raise Bad(f"has no list of token ids under {name!r}; wanted whole numbers")
-    if value and not (min(value) >= 0 and max(value) < model.vocabulary):
-        wrong = next(token for token in value if not 0 <= token < model.vocabulary)
+    if value and not (min(value) >= 0 and max(value) < reader.vocabulary):
+        wrong = next(token for token in value if not 0 <= token < reader.vocabulary)
         raise Bad(
-            f"has the id {wrong} in {name!r}, and the discriminator's vocabulary ends at {model.vocabulary - 1}; "
+            f"has the id {wrong} in {name!r}, and the discriminator's vocabulary ends at {reader.vocabulary - 1}; "
             "ids of another tokenizer mean other tokens: send text, and project its rewards by their offsets"
         )
     return value
@@ -332,9 +336,13 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _messages(value: Any) -> list[dict[str, Any]]:
+def _messages(reader: Reader, value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
         raise Bad("has no messages; wanted a list of {'role', 'content'}")
+    if len(value) > reader.longest_row:  # rendering so many takes long; a template writes a token for each, or more
+        raise Bad(
+            f"has {len(value)} messages, and the discriminator reads at most {reader.longest_row} tokens; send fewer"
+        )
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise Bad("has a message without a 'role'; wanted {'role', 'content'}")

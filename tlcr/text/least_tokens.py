@@ -26,9 +26,11 @@ Part = Mapping[str, Any]
 class LeastTokens:
     """A lower bound of the tokens of a text, special tokens that a tokenizer adds aside.
 
-    A token stands for as many characters as its own text has, at the most, where the tokenizer drops no character and
-    joins none into another. That holds of byte-pair encoders that know all bytes, those of most decoders. Where it does
-    not hold, or is not known to, the bound is 0: a word of WordPiece may be one unknown token, however long it is.
+    A token stands for as many characters as its own text has, at the most, where the tokenizer drops no character; for
+    four times as many where it joins characters by NFC or NFKC. That holds of byte-pair encoders that know all bytes,
+    those of most decoders. Where it does not hold, or is not known to, the bound is 0: a word of WordPiece may be one
+    unknown token, however long it is.
+
     Source: ours.
     """
 
