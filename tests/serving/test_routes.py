@@ -354,6 +354,18 @@ def test_metrics_count_what_was_done(server: Running) -> None:
             400,
             "items[0] has a text under 'tools' that is not valid Unicode",
         ),
+        *(
+            (
+                {"items": [{"messages": [{"role": "user", "content": "a"}, message], "response": "b"}]},
+                400,
+                "items[0] has a text in 'messages[1]' that is not valid Unicode (half of a surrogate pair at",
+            )
+            for message in (
+                {"role": "user\ud83d", "content": "a"},
+                {"role": "user", "content": "a", "name\ud83d": 1},
+                {"role": "user", "content": "a", "tool_calls": [{"function": {"name": "look\ud83d"}}]},
+            )
+        ),
         ({"items": [{"prompt": "a", "response": "b", "ended": 1}]}, 400, "items[0] has 'ended': 1; wanted true"),
         (
             {

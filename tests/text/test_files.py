@@ -85,6 +85,7 @@ def test_standard_input_is_read_alike_and_stays_open(
         ("ab\ud83d", 3),
         ("whole 🙃", None),
         ({"a": [1, {"b": "x\udc00"}]}, 2),
+        ({"a": [{"xyz\udc00": 1}]}, 4),
         ({"a": [1, None, ("b", 2.5)]}, None),
         (3, None),
     ],

@@ -7,7 +7,6 @@ request, ``answer`` writes the response to what it read. docs/serving.md has an 
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,7 +95,7 @@ def _template(reader: Reader, item: Json) -> dict[str, Any]:
     for name, value in given.items():
         if value and "messages" not in item:
             raise Bad(f"has {name!r} beside 'prompt', and only a chat template reads them; send 'messages'")
-        if problem := unicode_problem(json.dumps(value, ensure_ascii=False)):  # of names too
+        if problem := unicode_problem(value):
             raise Bad(f"has a text under {name!r} that {problem}")
         if name == SWITCHES:
             _require_switches(reader, value)
@@ -343,10 +342,12 @@ def _messages(reader: Reader, value: Any) -> list[dict[str, Any]]:
         raise Bad(
             f"has {len(value)} messages, and the discriminator reads at most {reader.longest_row} tokens; send fewer"
         )
-    for message in value:
+    for number, message in enumerate(value):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise Bad("has a message without a 'role'; wanted {'role', 'content'}")
         _text(message.get("content"), "content")
+        if problem := unicode_problem(message):
+            raise Bad(f"has a text in 'messages[{number}]' that {problem}")
     return value
 
 

@@ -129,7 +129,7 @@ def unicode_problem(value: Any) -> str | None:
     and no tokens.
 
     Args:
-        value: a text, or lists and mappings of values.
+        value: a text, or lists and mappings of values; keys are texts too.
 
     Returns:
         A predicate for the value's name, with the place from 1 in its text; None where all texts are valid Unicode.
@@ -145,7 +145,8 @@ def _broken_character(value: Any) -> int | None:
         except UnicodeEncodeError as error:
             return error.start
         return None
-    return next((place for part in _parts(value) if (place := _broken_character(part)) is not None), None)
+    texts = [*(value if isinstance(value, Mapping) else ()), *_parts(value)]
+    return next((place for part in texts if (place := _broken_character(part)) is not None), None)
 
 
 def _opened(source: str | Path) -> io.BufferedReader:
