@@ -158,9 +158,11 @@ def plot(gaps: Sequence[Mapping[str, Any]]) -> str:
         figure = Figure(figsize=(9.2, 3.6), layout="constrained")
         axes = figure.subplots(1, 2, sharex=True)
         for axis, key, title in zip(axes, ("at_kl", "at_end"), ("at equal KL", "where training ended"), strict=True):
-            for index, lam in enumerate(sorted({gap["lam"] for gap in gaps})):
+            lams = sorted({gap["lam"] for gap in gaps})
+            for index, lam in enumerate(lams):
+                aside = 1.05 ** (index - (len(lams) - 1) / 2)  # so that no interval hides another
                 points = [
-                    (gap["length"], gap[key]["difference"], gap[key]["interval"])
+                    (aside * gap["length"], gap[key]["difference"], gap[key]["interval"])
                     for gap in gaps
                     if gap["lam"] == lam and gap["other"] == "sum-at-end" and gap[key] is not None
                 ]
