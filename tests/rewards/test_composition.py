@@ -69,6 +69,8 @@ def compose(
 
 
 LOGITS = RewardSignal(logits_BTC=logits_of(P))
+CALLABLE = {"kind": "callable", "callable": "m:f"}
+SCORES = torch.tensor([2.0, -3.0, 1.0])
 
 
 @pytest.mark.parametrize(
@@ -599,11 +601,18 @@ def test_masks_are_bool() -> None:
         (RewardSignal(), {}, "gave nothing and no logits"),
         (RewardSignal(dense_BT=D), {"kind": "sign"}, "kind is 'sign', but its source gave dense and no logits"),
         (LOGITS, {"kind": "sequence"}, "gave logits and no terminal"),
+        (RewardSignal(sequence_B=SCORES), CALLABLE, r"\(m:f\) gave sequence_B alone"),
+        (RewardSignal(terminal_B=SCORES), CALLABLE | {"centre": True}, "for token rewards, .* gave terminal alone"),
     ],
 )
 def test_a_kind_whose_signal_is_missing_is_refused(signal: RewardSignal, options: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         compose(signal, **options)
+
+
+def test_a_sequence_score_alone_is_paid_by_its_weight() -> None:
+    rewards = compose(RewardSignal(sequence_B=SCORES), **CALLABLE, sequence_coef=0.5).rewards_BT
+    torch.testing.assert_close(rewards, LAST * 0.5 * SCORES[:, None])
 
 
 def test_centring_needs_a_mean_that_outlives_the_call() -> None:

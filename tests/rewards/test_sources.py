@@ -601,6 +601,12 @@ def test_a_function_that_ends_the_program_is_an_error(three_rows: Rollout, monke
         CallableSource("tests.rewards.test_sources:returned")(three_rows)
 
 
+def test_a_function_does_not_speak_for_the_reward_model(three_rows: Rollout, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores_B = torch.ones(len(three_rows.prompts))
+    with pytest.raises(ConfigError, match=r"set sequence_B, .* give a score of whole answers as terminal_B"):
+        call(RewardSignal(terminal_B=scores_B, sequence_B=scores_B), three_rows, monkeypatch)
+
+
 def test_complex_rewards_are_refused(three_rows: Rollout, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ShapeError, match="returned a complex64 Tensor"):
         call(torch.ones(len(three_rows.prompts), dtype=torch.complex64), three_rows, monkeypatch)

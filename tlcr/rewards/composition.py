@@ -10,7 +10,7 @@ and clipped; it is not scaled or clipped again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from tlcr.errors import ConfigError, DataError, ShapeError, TrainingDiverged
 from tlcr.rewards.centre import Centre
 from tlcr.types import Rewards, RewardSignal
 
-__all__ = ["PARTS", "check_kl", "compose_rewards", "reward_accounting"]
+__all__ = ["PARTS", "check_kl", "check_signal", "compose_rewards", "reward_accounting"]
 
 PARTS = ("dense", "terminal", "kl", "length")
 
@@ -94,12 +94,13 @@ def compose_rewards(
 
     Raises:
         ShapeError: tensors do not fit.
-        ConfigError: the signal of the kind is missing.
+        ConfigError: the signal of the kind is missing, or nothing of it would be paid, or it has no token rewards and
+            ``cfg.centre`` is set.
         DataError: the signal is not finite.
         TrainingDiverged: the KL is not finite.
     """
-    _check_shapes(signal, mask_BT, ended_B, kl_BT)
-    _check_signal(signal, mask_BT, cfg)
+    _check_shapes(mask_BT, ended_B, kl_BT)
+    check_signal(signal, mask_BT, cfg)
     dtype = _dtype(signal, kl_BT)
     last_BT = _last_counted(mask_BT)
     parts: dict[str, Tensor] = {}
@@ -271,7 +272,7 @@ def _overlong(mask_BT: Tensor, cfg: RewardConfig, max_tokens: int | None) -> Ten
 
 def _span_means(token_BT: Tensor, spans_BT: Tensor | None, mask_BT: Tensor) -> Tensor:
     """Each counted token's value replaced by the mean over the counted tokens of its span; 0 where not counted."""
-    assert spans_BT is not None  # checked by _check_signal
+    assert spans_BT is not None  # checked by check_signal
     inside_BT = torch.where(mask_BT, spans_BT, 0)
     sums_BT = torch.zeros_like(token_BT).scatter_add(1, inside_BT, token_BT)
     counts_BT = torch.zeros_like(token_BT).scatter_add(1, inside_BT, mask_BT.to(token_BT.dtype))
@@ -302,48 +303,48 @@ def _dtype(signal: RewardSignal, kl_BT: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def _check_shapes(signal: RewardSignal, mask_BT: Tensor, ended_B: Tensor, kl_BT: Tensor | None) -> None:
+def _check_shapes(mask_BT: Tensor, ended_B: Tensor, kl_BT: Tensor | None) -> None:
     if mask_BT.ndim != 2 or mask_BT.dtype != torch.bool:
         raise ShapeError(
             f"compose_rewards: mask has shape {tuple(mask_BT.shape)} and dtype {mask_BT.dtype}, wanted (B, T) bool "
             "(True counts)"
         )
-    B, T = mask_BT.shape
+    B, _ = mask_BT.shape
     if ended_B.shape != (B,) or ended_B.dtype != torch.bool:
         raise ShapeError(
             f"compose_rewards: ended has shape {tuple(ended_B.shape)} and dtype {ended_B.dtype}, wanted ({B},) bool"
         )
+    _check_fits({"kl": kl_BT}, {}, mask_BT)
+
+
+def _check_fits(
+    of_tokens: Mapping[str, Tensor | None], of_answers: Mapping[str, Tensor | None], mask_BT: Tensor
+) -> None:
+    B, T = mask_BT.shape
+    for tensors, wanted in ((of_tokens, (B, T)), (of_answers, (B,))):
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.shape != wanted:
+                raise ShapeError(
+                    f"compose_rewards: {name} has shape {tuple(tensor.shape)}, wanted {wanted}; a score for each "
+                    f"answer is ({B},), a reward for each token ({B}, {T}) with index t at the action that emitted "
+                    "token t"
+                )
+
+
+def check_signal(signal: RewardSignal, mask_BT: Tensor, cfg: RewardConfig) -> None:
+    """What ``compose_rewards`` asks of a signal, with its errors; mask_BT is bool (B, T)."""
+    B, T = mask_BT.shape
     logits_BTC = signal.logits_BTC
-    if logits_BTC is not None and (logits_BTC.ndim != 3 or logits_BTC.shape[:2] != (B, T)):
+    if logits_BTC is not None and (logits_BTC.ndim != 3 or logits_BTC.shape not in ((B, T, 2), (B, T, 3))):
         raise ShapeError(
             f"compose_rewards: logits has shape {tuple(logits_BTC.shape)}, wanted ({B}, {T}, 2) or ({B}, {T}, 3); "
             "index t is the discriminator's view of response token t, read at that token"
         )
-    for name, tensor, wanted in (
-        ("dense", signal.dense_BT, (B, T)),
-        ("terminal", signal.terminal_B, (B,)),
-        ("sequence", signal.sequence_B, (B,)),
-        ("spans", signal.spans_BT, (B, T)),
-        ("kl", kl_BT, (B, T)),
-    ):
-        if tensor is not None and tensor.shape != wanted:
-            raise ShapeError(
-                f"compose_rewards: {name} has shape {tuple(tensor.shape)}, wanted {wanted}; a score for each answer is "
-                f"({B},), a reward for each token ({B}, {T}) with index t at the action that emitted token t"
-            )
-
-
-def _check_signal(signal: RewardSignal, mask_BT: Tensor, cfg: RewardConfig) -> None:
-    given = {
-        name: tensor
-        for name, tensor in (
-            ("logits", signal.logits_BTC),
-            ("dense", signal.dense_BT),
-            ("terminal", signal.terminal_B),
-            ("sequence", signal.sequence_B),
-        )
-        if tensor is not None
-    }
+    of_tokens = {"dense": signal.dense_BT, "spans": signal.spans_BT}
+    of_answers = {"terminal": signal.terminal_B, "sequence": signal.sequence_B}
+    _check_fits(of_tokens, of_answers, mask_BT)
+    fields = {"logits": logits_BTC, "dense": signal.dense_BT, **of_answers}
+    given = {name: tensor for name, tensor in fields.items() if tensor is not None}
     dense = dict.fromkeys((*SHARED_SCORE_KINDS, "q", "dpo", "random"), "dense")
     needs = {**dict.fromkeys(LOGIT_KINDS, "logits"), **dense, "sequence": "terminal"}.get(cfg.kind)
     if cfg.kind == "spans" and signal.spans_BT is None:
@@ -354,6 +355,16 @@ def _check_signal(signal: RewardSignal, mask_BT: Tensor, cfg: RewardConfig) -> N
             f"{needs or 'reward'}; make the source with build_reward_source, or set reward.kind to what it gives"
         )
     source = f"reward source {cfg.kind!r}" + (f" ({cfg.callable})" if cfg.callable else "")
+    if given.keys() == {"sequence"} and cfg.sequence_coef == 0:
+        raise ConfigError(
+            f"{source} gave sequence_B alone, which reward.sequence_coef = 0 pays nothing for; give a score of whole "
+            "answers as terminal_B"
+        )
+    if cfg.centre and not given.keys() & {"logits", "dense"}:
+        raise ConfigError(
+            f"reward.centre is for token rewards, but {source} gave {' and '.join(given)} alone; drop reward.centre, "
+            "or give a reward for each token"
+        )
     for name, tensor in given.items():
         counts = mask_BT.any(-1) if tensor.ndim == 1 else mask_BT
         finite = torch.isfinite(tensor)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tlcr.config.functions import REWARD_KEYWORDS, failure, import_reward
-from tlcr.errors import DataError, ShapeError
+from tlcr.errors import ConfigError, DataError, ShapeError
 from tlcr.rewards.sources.frozen_model import counted
 from tlcr.rewards.sources.protocol import Stateless
 from tlcr.types import RewardSignal, Rollout
@@ -27,7 +27,8 @@ class CallableSource(Stateless):
         ended           list of B bools: False where the length limit cut the answer off
 
     and returns one of: B numbers (list, array or tensor), a score for each answer; B lists of numbers, as long as that
-    row's `response_ids`, a reward for each token; a (B, T) array or tensor, the same padded; or a `RewardSignal`.
+    row's `response_ids`, a reward for each token; a (B, T) array or tensor, the same padded; or a `RewardSignal`, whose
+    `sequence_B` is the reward model's.
     """
 
     def __init__(self, path: str) -> None:
@@ -55,6 +56,11 @@ class CallableSource(Stateless):
         return RewardSignal(**given)
 
     def _signal(self, result: object, mask_BT: Tensor) -> RewardSignal:
+        if isinstance(result, RewardSignal) and result.sequence_B is not None:
+            raise ConfigError(
+                f"reward.callable {self.path!r} set sequence_B, which is the sequence reward model's score "
+                "(reward.sequence_coef); give a score of whole answers as terminal_B"
+            )
         if isinstance(result, RewardSignal):
             return result
         B, T = mask_BT.shape
