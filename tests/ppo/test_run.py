@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from tests.ppo.helpers import PROMPTS, run_ppo, small_config, without_times
 from tlcr.config.schema import ModelConfig, RewardConfig, RunConfig
-from tlcr.errors import CheckpointError, ConfigError, TrainingDiverged
+from tlcr.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic, build_value_model
 from tlcr.ppo.run import PPORun, check_sizes
 from tlcr.rewards.sources import RandomSource
@@ -529,6 +529,31 @@ def test_the_processes_share_each_round_of_prompts(make: Make) -> None:
 
 
 # ---- what goes wrong
+
+
+@pytest.mark.parametrize("environment", [None, lambda *, prompts, turns: [None] * len(prompts)])
+def test_a_prompt_that_fits_with_no_answer_is_known_before_the_first_update(
+    environment: Any,
+    tiny_causal_lm: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    """The order of the prompts would let it come after hours."""
+    cfg = small_config()
+    read = tiny_causal_lm().config.max_position_embeddings
+    cfg = replace(cfg, data=replace(cfg.data, max_prompt_tokens=read - 1))
+    steps: list[int] = []
+
+    class Heard(Callback):
+        def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
+            steps.append(step)
+
+    prompts = [*PROMPTS * 9, "not bad at all. " * read]
+    options = {"prompts": prompts, "callbacks": [Heard()], "environment": environment}
+    with pytest.raises(DataError, match=rf"reads at most {read} .*; lower data.max_prompt_tokens.* rollout") as caught:
+        run_ppo(cfg, tiny_causal_lm, tiny_tokenizer, tmp_path, **options)
+    assert not steps and not (tmp_path / "metrics.jsonl").exists()
+    assert "max_answer_tokens" not in str(caught.value)
 
 
 def test_a_state_in_which_training_broke_off_is_saved_apart(make: Make, tmp_path: Path) -> None:

@@ -50,10 +50,11 @@ def test_prompts_count_once_and_answers_each(tiny_tokenizer: PreTrainedTokenizer
 
 
 def test_prompts_of_rollouts(tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture) -> None:
-    note_cut_prompts(tiny_tokenizer, ["The food"] * 3, LIMITS, stage="PPO")
+    short = tokens(tiny_tokenizer, "The food")
+    assert note_cut_prompts(tiny_tokenizer, ["The food"] * 3, LIMITS, stage="PPO") == short < 5
     assert not caplog.text
     with caplog.at_level(logging.WARNING, logger="tlcr"):
-        note_cut_prompts(tiny_tokenizer, ["The food", *[LONG] * 2000], LIMITS, stage="PPO")
+        assert note_cut_prompts(tiny_tokenizer, ["The food", *[LONG] * 2000], LIMITS, stage="PPO") == 5
     (said,) = caplog.messages
     assert said.startswith("PPO: 2000 of 2001 prompts are longer than data.max_prompt_tokens (5)")
 

@@ -30,9 +30,16 @@ from tlcr.models.classifiers import new_class
 from tlcr.models.ends import answer_notes, other_ends
 from tlcr.models.faults import AUTO, Role
 from tlcr.models.inspection import attention_for, model_faults, read_config
-from tlcr.models.positions import CONVERSATION_LIMITS, LIMITS, check_fits, check_positions, position_limit
+from tlcr.models.positions import (
+    CONVERSATION_LIMITS,
+    DATA_LIMITS,
+    ROLLOUT_LIMITS,
+    check_fits,
+    check_positions,
+    position_limit,
+)
 from tlcr.models.tokenizers import load_tokenizer
-from tlcr.rewards.sources.frozen_model import ROLLOUT_LIMITS, same_tokenizer
+from tlcr.rewards.sources.frozen_model import same_tokenizer
 from tlcr.rewards.sources.log_ratio import check_same_tokenizer
 from tlcr.text.tokenization import encode_answers
 from tlcr.text.turns import end_notes
@@ -265,8 +272,9 @@ def _positions(
         lengths["rollout.max_new_tokens"] = (longest, f"a prompt with {what} of full length")
         yield from _positions_of_others(cfg, stages, longest, tokenizer, faulty)
     blocked = False
-    limits = LIMITS if cfg.rollout.environment is None else CONVERSATION_LIMITS
+    of_rollouts = ROLLOUT_LIMITS if cfg.rollout.environment is None else CONVERSATION_LIMITS
     for knob, (longest, what) in lengths.items():
+        limits = of_rollouts if knob == "rollout.max_new_tokens" else DATA_LIMITS
         try:
             check_fits(model, longest, what, limits)
         except TlcrError as error:

@@ -11,7 +11,11 @@ from tlcr.errors import DataError
 
 LIMITS = ("data.max_prompt_tokens", "data.max_answer_tokens", "rollout.max_new_tokens")
 """What limits the texts of a run."""
-CONVERSATION_LIMITS = (*LIMITS, "rollout.max_turns", "rollout.max_message_tokens")
+DATA_LIMITS = ("data.max_prompt_tokens", "data.max_answer_tokens")
+"""What limits the texts that a stage is trained on."""
+ROLLOUT_LIMITS = ("data.max_prompt_tokens", "rollout.max_new_tokens")
+"""What limits a prompt with an answer of the policy."""
+CONVERSATION_LIMITS = (*ROLLOUT_LIMITS, "rollout.max_turns", "rollout.max_message_tokens")
 """The same where an environment answers the policy."""
 
 

@@ -13,7 +13,7 @@ from tlcr.config.schema import RolloutConfig
 from tlcr.engines import Answer, Engine, Sampling, build_engine
 from tlcr.errors import BackendUnavailable, DataError
 from tlcr.models.ends import end_of_sequence_ids
-from tlcr.models.positions import CONVERSATION_LIMITS, check_fits
+from tlcr.models.positions import CONVERSATION_LIMITS, ROLLOUT_LIMITS, check_fits
 from tlcr.ppo.conversation import Conversation, Environment, Turn, converse
 from tlcr.text.padding import pad_left, pad_right
 from tlcr.text.tokenization import decode_text, start_of_text
@@ -98,12 +98,7 @@ def generate(
     prompt_ids = _encode_prompts(tokenizer, prompts, max_prompt_tokens)
     if environment is None and cfg.environment is not None:
         environment = import_environment(cfg.environment)
-    longest_prompt = max((len(ids) for ids in prompt_ids), default=0)
-    if environment is None:
-        check_fits(policy, longest_prompt + cfg.max_new_tokens, "a prompt with an answer of full length")
-    else:
-        longest = longest_prompt + cfg.max_conversation_tokens
-        check_fits(policy, longest, "a prompt with a conversation of full length", CONVERSATION_LIMITS)
+    check_answers_fit(policy, max((len(ids) for ids in prompt_ids), default=0), cfg, environment)
     sampling = Sampling(
         max_new_tokens=cfg.max_new_tokens,
         temperature=cfg.temperature,
@@ -142,6 +137,19 @@ def generate(
         engine_logprobs_BT=_logprobs_of(conversations, mask_BT, cfg.engine).to(device) if logprobs else None,
         messages_BT=None if environment is None else (read_BT & ~mask_BT).to(device),
     )
+
+
+def check_answers_fit(
+    policy: PreTrainedModel, prompt_tokens: int, cfg: RolloutConfig, environment: Environment | None
+) -> None:
+    """Raises DataError where a prompt of so many tokens, with an answer or a conversation of full length, is longer
+    than the policy can read."""
+    if environment is None:
+        longest = prompt_tokens + cfg.max_new_tokens
+        check_fits(policy, longest, "a prompt with an answer of full length", ROLLOUT_LIMITS)
+    else:
+        longest = prompt_tokens + cfg.max_conversation_tokens
+        check_fits(policy, longest, "a prompt with a conversation of full length", CONVERSATION_LIMITS)
 
 
 def seeded_generator(purpose: str, *numbers: int) -> torch.Generator:

@@ -30,7 +30,7 @@ from tlcr.ppo.conversation import Environment
 from tlcr.ppo.correction import Correction
 from tlcr.ppo.kl import build_kl_controller
 from tlcr.ppo.packing import packs_rows
-from tlcr.ppo.rollout import PromptStream
+from tlcr.ppo.rollout import PromptStream, check_answers_fit
 from tlcr.rewards.centre import build_centre
 from tlcr.rewards.composition import check_kl
 from tlcr.rewards.sources import RewardSource, models_of
@@ -307,7 +307,9 @@ class PPORun:
         if (self.folder / DONE).is_file():
             self._load_finished(resume)
             return False
-        note_cut_prompts(self.tokenizer, self.prompts.texts, self.cfg.data, stage="PPO")
+        longest = note_cut_prompts(self.tokenizer, self.prompts.texts, self.cfg.data, stage="PPO")
+        # The longest prompt may come last: the run would end there, after hours.
+        check_answers_fit(self.actor_critic.policy, longest, self.cfg.rollout, self.environment)
         state = self.loop.start(resume=resume)
         if self.best is not None:
             self.best.begin(resumed=state is not None, state=(state or {}).get("best"))

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tlcr.config.schema import Adapted, RunConfig, TrainingConfig
 from tlcr.models.lora.adapters import add_adapter
 from tlcr.models.lora.files import save_trained
-from tlcr.models.positions import check_fits
+from tlcr.models.positions import DATA_LIMITS, check_fits
 from tlcr.text.truncation import Limits, note_cuts
 from tlcr.training.accelerator import open_accelerator
 from tlcr.training.callbacks import Callback
@@ -44,7 +44,7 @@ def encode_splits(
 def check_lengths(model: PreTrainedModel, lengths: Sequence[int]) -> None:
     """Raises DataError where an answer with its prompt, of one of these numbers of tokens, is longer than ``model``
     can read."""
-    check_fits(model, max(lengths, default=0), "an answer with its prompt")
+    check_fits(model, max(lengths, default=0), "an answer with its prompt", DATA_LIMITS)
 
 
 def adapt(cfg: RunConfig, model: PreTrainedModel, name: Adapted) -> None:

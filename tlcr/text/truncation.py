@@ -107,7 +107,7 @@ def note_cuts(texts: Iterable[tuple[str, Sequence[Cut]]], limits: Limits, *, sta
     cuts.report(stage)
 
 
-def note_cut_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limits: Limits, *, stage: str) -> None:
+def note_cut_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limits: Limits, *, stage: str) -> int:
     """Logs how many prompts a rollout will cut.
 
     Args:
@@ -115,15 +115,20 @@ def note_cut_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str],
         prompts: complete prompts.
         limits: what they are cut to.
         stage: who answers them, for the note.
+
+    Returns:
+        The tokens of the longest prompt, after the cut.
     """
-    cuts = CutTexts(limits)
+    cuts, longest = CutTexts(limits), 0
     for first in range(0, len(prompts), CHUNK):
         some = list(prompts[first : first + CHUNK])
         for prompt, ids in zip(
             some, tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"], strict=True
         ):
             cuts.add_prompt(prompt, max(0, len(ids) - limits.max_prompt_tokens))
+            longest = max(longest, min(len(ids), limits.max_prompt_tokens))
     cuts.report(stage)
+    return longest
 
 
 def cut_beginning(tokenizer: PreTrainedTokenizerBase, prompt: str, kept: int) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tlcr.models.positions import check_positions, position_limit
+from tlcr.models.positions import ROLLOUT_LIMITS, check_positions, position_limit
 from tlcr.text.tokenization import (
     answer_spans,
     character_spans,
@@ -24,9 +24,6 @@ from tlcr.text.tokenization import (
 )
 from tlcr.text.truncation import CutTexts
 from tlcr.types import EncodedAnswer, Rollout
-
-ROLLOUT_LIMITS = ("data.max_prompt_tokens", "rollout.max_new_tokens")
-"""What limits the rows of a rollout."""
 
 logger = logging.getLogger(__name__)
 
