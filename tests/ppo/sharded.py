@@ -156,9 +156,6 @@ class Alone:
     def no_sync(self, model: nn.Module) -> Any:
         return nullcontext()
 
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
 
 def a_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(folder / "tokenizer")

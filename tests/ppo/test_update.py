@@ -170,6 +170,15 @@ def test_kl_in_the_loss_is_the_definition(tiny_gpt2: LM, estimator: Any) -> None
     assert all(p.grad is None for p in reference.parameters())
 
 
+def test_a_launchers_accumulation_of_gradients_divides_nothing(tiny_gpt2: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for steps in ("1", "4"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+        actor_critic = double_actor_critic(tiny_gpt2)
+        found.append(update(actor_critic, GradientRecorder(actor_critic), *known_update(known_rollout())))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("late", ["logprobs_BT", "values_BT", "advantages_BT", "returns_BT"])
 def test_an_input_one_token_late_would_be_noticed(tiny_gpt2: LM, late: str) -> None:
     actor_critic = double_actor_critic(tiny_gpt2)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -134,6 +135,14 @@ def test_the_gradient_is_that_of_the_mean_over_all_tokens_and_no_mean_of_means(t
     same((losses, gradients), truth, rtol=1e-4)  # Llama's norms are float32 in a float64 model, gradients included
     mean_of_means = sum((p.total / p.weight).item() for p in parts) / len(parts)
     assert abs(mean_of_means - loss.item()) > 1e-4  # the mistake would be seen
+
+
+def test_a_launchers_accumulation_of_gradients_divides_nothing(tmp_path, tiny_causal_lm, monkeypatch):
+    """The sums over micro-batches are divided by their weight already."""
+    truth = losses_and_gradients(tiny_causal_lm(), tmp_path / "plain", config(micro_batch_size=2))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert Accelerator().gradient_accumulation_steps == 4
+    same(losses_and_gradients(tiny_causal_lm(), tmp_path / "launched", config(micro_batch_size=2)), truth)
 
 
 TWO_PROCESSES = """

@@ -220,9 +220,10 @@ def _backward(
                 aggregate=cfg.aggregate,
                 denominator=denominator,
             )
-        # DDP averages over processes, but the denominator is already global.
+        # DDP averages over processes, but the denominator is already global; so is it over micro-batches, by which
+        # accelerator.backward would divide where a launcher names gradient_accumulation_steps.
         with part("update: backward"):
-            accelerator.backward(loss.loss * accelerator.num_processes)
+            (loss.loss * accelerator.num_processes).backward()
     return loss
 
 

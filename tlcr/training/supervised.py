@@ -371,7 +371,8 @@ class _Run:
             last = i == len(micro_batches) - 1
             with nullcontext() if last else without_sync(self.accelerator, self.module, self.model):
                 parts = self.module(batch)
-                self.accelerator.backward(parts.total if counts else parts.total * 0.0)
+                # Not accelerator.backward: it divides by gradient_accumulation_steps, of a launcher say.
+                (parts.total if counts else parts.total * 0.0).backward()
             _add(sums, _flat(parts), counts=counts)
         metrics, weight = _reduce(sums)
         # data parallelism has averaged the gradients of the processes' sums
