@@ -180,6 +180,17 @@ def test_value_terms_alone_send_nothing_into_the_policy(
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in actor_critic.value_parameters())
 
 
+@pytest.mark.parametrize(("chunk_tokens", "shared", "passes"), [(None, False, 0), (4, False, 0), (4, True, 1)])
+def test_value_terms_alone_read_the_policy_only_where_it_has_the_values_head(
+    policy: PreTrainedModel, value_model: PreTrainedModel, chunk_tokens: int | None, shared: bool, passes: int
+) -> None:
+    actor_critic = ActorCritic(policy, None if shared else value_model, chunk_tokens=chunk_tokens)
+    seen: list[object] = []
+    policy.model.register_forward_pre_hook(lambda *_: seen.append(None))
+    output = actor_critic(*batch(), temperature=TEMPERATURE, terms="value")
+    assert output.logprobs_N is None and output.values_N is not None and len(seen) == passes
+
+
 def test_policy_terms_alone_leave_the_value_model_out(policy: PreTrainedModel, value_model: PreTrainedModel) -> None:
     output = ActorCritic(policy, value_model)(*batch(), temperature=1.0, terms="policy")
     assert output.values_N is None and output.logprobs_N is not None

@@ -136,7 +136,7 @@ class ActorCritic(nn.Module):
         """
         batch = _Batch.of(ids_BL, layout, actions_N)
         scores, values_N, hidden_NH = None, None, None
-        if self._from_hidden:
+        if self._from_hidden and (terms != "value" or self.value_model is None):
             with torch.set_grad_enabled(torch.is_grad_enabled() and terms != "value"):
                 hidden_NH = _hidden_states(self.policy, batch)
         if terms != "value":
