@@ -11,7 +11,8 @@ class Callback(Protocol):
     """A base class: override the methods that you need. Every process calls its callbacks at the same points.
 
     If ``on_step`` or ``on_evaluate`` returns True on any process, training ends after this step: the model is saved, as
-    at the regular end. ``step`` counts the optimiser steps (PPO: the updates) done.
+    at the regular end. PPO evaluates before the first step too, after which there is nothing to end: what
+    ``on_evaluate`` returns then decides nothing. ``step`` counts the optimiser steps (PPO: the updates) done.
     """
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> bool | None:
