@@ -30,6 +30,7 @@ from transformers import (
 
 from tests.launched import Checks
 from tests.ppo.helpers import PROMPTS, known_rollout, known_update, run_ppo, small_config, without_times
+from tests.ppo.test_conversation import often_ending
 from tlcr.config.schema import (
     DataConfig,
     KLConfig,
@@ -40,7 +41,7 @@ from tlcr.config.schema import (
     RunConfig,
     ShardingConfig,
 )
-from tlcr.errors import TrainingDiverged
+from tlcr.errors import DataError, TrainingDiverged
 from tlcr.models.actor_critic import ActorCritic, build_value_model, load_value_head
 from tlcr.models.heads import classification_head, use_float32_head
 from tlcr.models.layers import fuse_layers
@@ -605,6 +606,37 @@ def a_divergence_saves_the_shards_of_both_and_the_run_goes_on_from_before(folder
     straight, _ = run_ppo(cfg, run_lm, tokenizer, folder / "undiverged-run")
     barrier()
     assert_equal_ends(ended_as(resumed, out), ended_as(straight, folder / "undiverged-run"))
+
+
+def not_finite_on_the_second(*, response_ids: list[list[int]], **_: Any) -> list[list[float]]:
+    return [[float("nan") if process_index() else 1.0 for _ in ids] for ids in response_ids]
+
+
+def failing_on_the_second(*, prompts: list[str], turns: list[list[str]]) -> list[str | None]:
+    if process_index():
+        raise RuntimeError("no such tool")
+    return [None] * len(prompts)
+
+
+@checks
+def an_error_of_one_process_is_raised_on_both(folder: Path) -> None:
+    """What a reward or an environment does wrong, and no other process knows, before the next sum over them."""
+    tokenizer, cfg = a_tokenizer(folder), small_config(reward={"centre": True})
+    broken = f"{__spec__.name}:{not_finite_on_the_second.__name__}"  # type: ignore[name-defined]
+    with pytest.raises(DataError, match=r"gave \d+ of \d+ dense values that are not finite"):
+        paid = dataclasses.replace(cfg.reward, callable=broken)
+        run_ppo(dataclasses.replace(cfg, reward=paid), run_lm, tokenizer, folder / "not-finite")
+    barrier()
+    with pytest.raises(DataError, match="the environment raised RuntimeError: no such tool"):
+        rollout = dataclasses.replace(cfg.rollout, max_turns=2, max_message_tokens=4)
+        run_ppo(
+            dataclasses.replace(cfg, rollout=rollout),
+            lambda seed: often_ending(run_lm(seed), 2),
+            tokenizer,
+            folder / "environment",
+            environment=failing_on_the_second,
+        )
+    barrier()
 
 
 @checks

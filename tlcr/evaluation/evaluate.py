@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -24,6 +25,7 @@ from tlcr.evaluation.drift import JudgedToken, WordGold, calibration_error, judg
 from tlcr.files import atomic_write, write_json
 from tlcr.text.tokenization import token_pieces
 from tlcr.text.truncation import cut_beginning
+from tlcr.training.distributed import on_all_processes
 from tlcr.types import PolicyScores, Rollout
 
 Scorer = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
@@ -202,9 +204,10 @@ def evaluate_policy(
         rollout = generate(batch or prompts[:1])
         scores = score(rollout)
         details = detail(rollout, scores) if detail is not None else None
-        if batch:
-            kept = min(max(in_detail - start, 0), len(batch))
-            answers.extend(_answers(rollout, scores, _gold(scorer, rollout), tokenizer, kept, details, word_gold))
+        kept = min(max(in_detail - start, 0), len(batch))
+        measure = partial(_answers, rollout, scores, scorer, tokenizer, kept, details, word_gold) if batch else list
+        # A scorer may fail on the answers of one process: the others would wait for it.
+        answers.extend(measure() if gather is None else on_all_processes(measure))
     if gather is not None:
         answers = _in_order_of_prompts(gather(answers), processes)
     return summarise(answers, samples=samples)
@@ -350,13 +353,13 @@ def _number(score: object) -> float:
 def _answers(
     rollout: Rollout,
     scores: PolicyScores,
-    gold_B: Sequence[float | None],
+    scorer: Scorer | None,
     tokenizer: PreTrainedTokenizerBase,
     kept: int,
     detail: TokenDetail | None,
     word_gold: WordGold | None,
 ) -> list[EvaluatedAnswer]:
-    mask_BT = rollout.mask_BT
+    gold_B, mask_BT = _gold(scorer, rollout), rollout.mask_BT
     if detail is not None:
         for name in ("proxy_BT", "rewards_BT", "advantages_BT", "confidence_BT"):
             values_BT = getattr(detail, name)

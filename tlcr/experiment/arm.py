@@ -37,13 +37,13 @@ from tlcr.ppo.rollout import generate, seeded_generator
 from tlcr.ppo.run import SERVER_WEIGHTS
 from tlcr.ppo.scores import score_rollout
 from tlcr.recipes.train_ppo import train_ppo
+from tlcr.rewards.asking import ask_source
 from tlcr.rewards.centre import build_centre
 from tlcr.rewards.composition import compose_rewards
-from tlcr.rewards.sources import models_of
 from tlcr.text.files import parse_json
 from tlcr.text.truncation import note_cut_prompts
 from tlcr.training.checkpoint import reading
-from tlcr.training.distributed import on_main_process, process_count, process_index
+from tlcr.training.distributed import on_all_processes, on_main_process, process_count, process_index
 from tlcr.training.done import AGAIN, amend_done, check_results
 from tlcr.training.sharding import gathered, plan, reshard, shard_all
 from tlcr.types import PolicyScores, Rewards, Rollout
@@ -228,7 +228,7 @@ class _Evaluation:
         generator = seeded_generator("evaluation", run.cfg.seed, process_index())
 
         def sample(prompts: Sequence[str]) -> Rollout:
-            with gathered(actor_critic, only=actor_critic.policy):
+            def answers() -> Rollout:
                 return generate(
                     actor_critic.policy,
                     run.tokenizer,
@@ -238,6 +238,9 @@ class _Evaluation:
                     generator=generator,
                     engine=engine,
                 )
+
+            with gathered(actor_critic, only=actor_critic.policy):
+                return on_all_processes(answers)
 
         def score(rollout: Rollout) -> PolicyScores:
             scores = score_rollout(
@@ -276,8 +279,7 @@ class _Evaluation:
 
     def _detail(self, rollout: Rollout, scores: PolicyScores) -> TokenDetail:
         """The arm's reward, once without KL and centring and once as PPO gets it, and the advantages."""
-        with gathered(*models_of(self._source)):
-            signal = self._source(rollout)
+        signal = ask_source(self._source, rollout, self._cfg.reward)
 
         def composed(reward: RewardConfig) -> Rewards:
             return compose_rewards(

@@ -31,8 +31,8 @@ from tlcr.ppo.correction import Correction
 from tlcr.ppo.kl import build_kl_controller
 from tlcr.ppo.packing import packs_rows
 from tlcr.ppo.rollout import PromptStream, check_answers_fit
+from tlcr.rewards.asking import ask_source
 from tlcr.rewards.centre import build_centre
-from tlcr.rewards.composition import check_kl
 from tlcr.rewards.sources import RewardSource, models_of
 from tlcr.text.truncation import note_cut_prompts
 from tlcr.training.callbacks import Callback
@@ -42,7 +42,7 @@ from tlcr.training.done import AGAIN, done_config, mark_done
 from tlcr.training.loop import TrainingLoop, settings_without
 from tlcr.training.metrics import read_metrics
 from tlcr.training.optim import build_optimizer, build_scheduler, parameter_groups
-from tlcr.training.sharding import gathered, plan, shard_all
+from tlcr.training.sharding import plan, shard_all
 from tlcr.training.trained_part import digest, trained_part
 from tlcr.types import RewardSignal, Rollout
 
@@ -230,12 +230,13 @@ class PPORun:
         Returns:
             The answers of this process.
         """
-        rollout = self.ahead.take()
+        # The answers of one process may fail alone, as by its environment: the others would wait for it in a round.
+        rollout = on_all_processes(self.ahead.take)
         old = rollout is not None
         if rollout is None:
             prompts = self.take_prompts()
             self.engine.refresh()
-            rollout = sample(prompts, self.update)
+            rollout = on_all_processes(lambda: sample(prompts, self.update))
         if self.cfg.rollout.ahead and self.update + 1 < self.cfg.ppo.updates:
             cursor, following, update = self.prompts.cursor, self.take_prompts(), self.update + 1
             if old:
@@ -281,14 +282,8 @@ class PPORun:
 
         Every process calls it. An error that the answers of one process cause is raised on all: they save together.
         """
-
-        def ask() -> RewardSignal:
-            if kl_BT is not None and self.kl_controller.coef != 0:
-                check_kl(kl_BT, rollout.mask_BT)
-            return self.reward_source(rollout)
-
-        with gathered(*models_of(self.reward_source)):
-            return on_all_processes(ask)
+        subtracted_BT = kl_BT if self.kl_controller.coef != 0 else None
+        return ask_source(self.reward_source, rollout, self.cfg.reward, kl_BT=subtracted_BT)
 
     @property
     def warms_up_values(self) -> bool:
