@@ -530,10 +530,11 @@ def test_the_names_of_many_coefficients_stay_whole(tmp_path: Path) -> None:
 
 
 def test_the_table_says_when_there_is_nothing(tmp_path: Path) -> None:
-    file = io.StringIO()
-    (tmp_path / "config.yaml").touch()
-    print_results(tmp_path, Console(file=file, width=80))
-    assert "No policy has been evaluated" in " ".join(file.getvalue().split())
+    folder, file = tmp_path / "x[" / "y]" / "[bold]z", io.StringIO()
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").touch()
+    print_results(folder, Console(file=file, width=1000))
+    assert f"No policy has been evaluated in {folder} yet" in file.getvalue()
 
 
 def test_verdicts_claim_no_more_than_the_seeds_do() -> None:

@@ -40,6 +40,14 @@ def test_a_terminal_gets_a_bar_with_the_time_left_and_the_chosen_metrics():
     assert "loss" not in out.getvalue()
 
 
+def test_what_a_terminal_shows_is_no_markup():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=150, color_system=None)
+    with Progress("x[/y]", total=10, console=console) as progress:
+        progress.on_step(3, {"[bold]loss": 1.25})
+    assert "x[/y]" in out.getvalue() and "[bold]loss 1.25" in out.getvalue()
+
+
 def test_it_can_be_silenced(monkeypatch):
     monkeypatch.setenv("TLCR_PROGRESS", "0")
     out = io.StringIO()

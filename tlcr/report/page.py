@@ -247,7 +247,9 @@ def print_results(run_folder: str | Path, console: Console | None = None) -> Non
         results = collect_results(run_folder)
     console = console or Console()
     if not results["arms"]:
-        console.print(f"No policy has been evaluated in {run_folder} yet; 'tlcr run' trains and evaluates the arms.")
+        console.print(
+            f"No policy has been evaluated in {run_folder} yet; 'tlcr run' trains and evaluates the arms.", markup=False
+        )
         return
     counts = sorted({len(arm["seeds"]) for arm in results["arms"]})
     several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
@@ -279,7 +281,7 @@ def print_results(run_folder: str | Path, console: Console | None = None) -> Non
     if measure == "proxy":
         console.print("No scorer was set (evaluation.scorer): an arm's own reward says nothing of another arm's.")
     for sentence in verdicts(results):
-        console.print(sentence, highlight=False)
+        console.print(sentence, highlight=False, markup=False)
 
 
 def _mean(mean: Mapping[str, Any] | None, digits: int = 3) -> str:
