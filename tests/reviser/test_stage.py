@@ -407,8 +407,15 @@ def test_a_dry_run_says_how_many_answers_will_be_cut_off(limit: int, cut: int, t
 def test_a_dry_run_needs_no_key(tmp_path: Path, monkeypatch, capsys) -> None:
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
-    rehearse_revisions(config(tmp_path, None, reviser__endpoint__base_url=None), show=1)
+    values = settings(tmp_path, None)
+    del values["reviser.endpoint.base_url"]
+    assert cli.main(["revise", "--dry-run", *flags(values)]) == 0
     assert "no cost is known" in capsys.readouterr().out
+    assert cli.main(["revise", *flags(values)]) == 2
+    assert "OPENAI_API_KEY holds no API key" in capsys.readouterr().err
+    absent = {**values, "data.preferences": str(tmp_path / "absent.jsonl")}
+    assert cli.main(["revise", "--dry-run", *flags(absent)]) == 2
+    assert "absent.jsonl" in capsys.readouterr().err
 
 
 # ---- the command

@@ -165,14 +165,16 @@ def _stage(cfg: RunConfig, name: str, *, resume: bool = False) -> int:
 
 
 def _revise(cfg: RunConfig, arguments: Namespace) -> int:
-    _refuse_at_once(cfg, ["revisions"])
+    if (show := _shown(arguments)) is None:
+        return _stage(cfg, "revisions")
+    from tlcr.experiment.preflight import refuse, settings, sources_used
+
+    used = sources_used(cfg, ["revisions"])  # a dry run asks and writes nothing: it needs no key, and no folder
+    refuse(finding for finding in settings(cfg, ["revisions"]) if finding.subject in used)
     from tlcr.experiment import pipeline
 
     _set_up_output()
-    if (show := _shown(arguments)) is not None:
-        pipeline.rehearse_revisions(cfg, show=show)
-    else:
-        pipeline.stage(cfg, "revisions", resume=False)
+    pipeline.rehearse_revisions(cfg, show=show)
     return 0
 
 
