@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,24 @@ def test_alpaca_eval_s_file(folder: Path, caplog) -> None:
         for text in TEXTS[:2]
     ]
     assert "2 answers were cut off at 8 tokens; raise --max_new_tokens" in caplog.text
+
+
+def test_answers_of_another_model_are_not_replaced(folder: Path, monkeypatch, capsys) -> None:
+    """Every policy's folder is called "policy"."""
+    policies = [folder.parent / arm / "policy" for arm in ("a", "b")]
+    for policy in policies:
+        shutil.copytree(folder, policy)
+    asked, more = prompts(folder.parent, 2), ["--output_dir", str(folder.parent / "out"), "--limit", "1"]
+    written = folder.parent / "out" / "data" / "mt_bench" / "model_answer" / "policy.jsonl"
+    assert answer(policies[0], asked, *more) == 0
+    kept = written.read_text()
+    assert answer(policies[1], asked, *more) == 2
+    said = capsys.readouterr().err
+    assert f"holds answers of {policies[0]}, and those of {policies[1]} would replace them; name this" in said
+    assert written.read_text() == kept
+    assert answer(policies[1], asked, *more, "--model_id", "b") == 0
+    monkeypatch.chdir(folder.parent)
+    assert answer(Path("a", "policy"), asked, *more) == 0  # the same one by another path
 
 
 def test_the_loss_of_a_kill_is_a_batch(folder: Path, monkeypatch) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tlcr.chat import Answer, AnswerStore, ChatModel, Message, NoAnswer, Question, ask
 from tlcr.chat.build import chat_model, model_name
 from tlcr.config.judging import AnswerConfig
-from tlcr.errors import ConfigError, EndpointError
+from tlcr.errors import ConfigError, DataError, EndpointError
 from tlcr.files import write_json
 from tlcr.judging.formats import (
     Benchmark,
@@ -21,6 +21,7 @@ from tlcr.judging.formats import (
     write_alpaca_eval,
     write_fastchat,
 )
+from tlcr.text.files import parse_json, read_text
 
 __all__ = ["AnswerStatistics", "answer_benchmark", "answer_command", "temperature_of"]
 
@@ -136,6 +137,8 @@ def answer_command(cfg: AnswerConfig) -> Path:
     model_id = cfg.model_id or Path(model_name(cfg)).name
     if "/" in model_id or model_id.startswith("."):
         raise ConfigError(f"--model_id is {model_id!r}; it names a file: use letters, digits, '.', '_' and '-'")
+    path, statistics_path = _paths(Path(cfg.output_dir), benchmark.name, model_id)
+    _refuse_another_model(path, statistics_path, model_name(cfg))
     with AnswerStore(Path(cfg.output_dir) / "cache" / f"{benchmark.name}-{model_id}.sqlite") as store:
         answers = answer_benchmark(benchmark, cfg, chat_model(cfg, store), store)
     failed = [answer for given in answers for answer in given if isinstance(answer, NoAnswer) and not answer.final]
@@ -145,7 +148,6 @@ def answer_command(cfg: AnswerConfig) -> Path:
             "to ask for these alone"
         )
     outputs = [[_text_of(answer) for answer in given] for given in answers]
-    path, statistics_path = _paths(Path(cfg.output_dir), benchmark.name, model_id)
     if benchmark.name == "alpaca_eval":
         write_alpaca_eval(path, benchmark.questions, outputs, model_id)
     else:
@@ -167,6 +169,21 @@ def _paths(output_dir: Path, benchmark: BenchmarkName, model_id: str) -> tuple[P
         return folder / "model_outputs.json", folder / "statistics.json"
     folder = output_dir / "data" / {"mt_bench": "mt_bench", "vicuna": "vicuna_bench"}[benchmark]
     return folder / "model_answer" / f"{model_id}.jsonl", folder / "statistics" / f"{model_id}.json"
+
+
+def _refuse_another_model(path: Path, statistics_path: Path, model: str) -> None:
+    """Many models have a folder of the same name: that of every policy is called "policy"."""
+    if not statistics_path.exists():
+        return
+    try:
+        before = Path(parse_json(read_text(statistics_path))["settings"]["model"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{statistics_path} is not what tlcr answer writes ({error!r}); delete it") from error
+    if before.resolve() != Path(model).resolve():  # one folder may be written in several ways
+        raise ConfigError(
+            f"{path} holds answers of {before}, and those of {model} would replace them; name this model with "
+            "--model_id, or another --output_dir"
+        )
 
 
 def _settings(cfg: AnswerConfig, benchmark: Benchmark) -> dict[str, object]:
