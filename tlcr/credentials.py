@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from tlcr.errors import ConfigError
 
-__all__ = ["HIDDEN", "VLLM_KEY_VARIABLE", "refuse_credentials", "without_secrets"]
+__all__ = ["HIDDEN", "SHORTEST_IN_ANSWERS", "VLLM_KEY_VARIABLE", "refuse_credentials", "without_secrets"]
 
 HIDDEN = "[hidden]"
 """Stands in a text where a key stood."""
@@ -18,6 +18,8 @@ VLLM_KEY_VARIABLE = "VLLM_API_KEY"
 """The environment variable with the key of a vLLM server, which vLLM reads too."""
 SHORTEST_SECRET = 6
 """A shorter key is a word such as "none" or "x", and hiding it would garble what a server says."""
+SHORTEST_IN_ANSWERS = 12
+"""The same for what a model answers, where "ollama" and "lm-studio" are words too; keys that cost money are longer."""
 
 
 def refuse_credentials(name: str, address: str | None, key_variable: str) -> None:

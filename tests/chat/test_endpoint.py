@@ -164,6 +164,21 @@ def test_a_server_that_repeats_the_key_shows_it_to_nobody(
     assert "[hidden]" in shown or status != 200
 
 
+@pytest.mark.parametrize(("key", "asked"), [("ollama", "How was it?"), (KEY, f"What does {KEY} mean?")])
+def test_a_key_that_is_a_word_stays_in_an_answer(
+    key: str, asked: str, store: AnswerStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not in what is said of a failed one."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    replies = [Reply(completion(f"It is {key}.")), Reply({"error": {"message": f"no {key} here"}}, 400)]
+    with serving(ChatServer(script=replies)) as server:
+        model = Endpoint(config(server, concurrency=1), store)
+        questions = [question(text, schema=None) for text in (asked, f"{asked}?")]
+        answer, failed = ask(model, questions, store, label="test")
+    assert isinstance(answer, Answer) and answer.text == f"It is {key}."
+    assert isinstance(failed, NoAnswer) and key not in failed.reason and "no [hidden] here" in failed.reason
+
+
 def test_a_password_in_the_address_of_the_environment_is_refused(
     store: AnswerStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -369,6 +369,16 @@ def test_labels_of_other_revisions_are_not_taken_for_these(tmp_path: Path, serve
         stage(again, "labels")
 
 
+def test_a_word_that_is_the_server_s_key_is_no_edit(
+    tmp_path: Path, server: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "ollama")
+    server.behave = lambda request: Reply(completion(revision(rejected_of(request))))
+    source = write_jsonl(tmp_path / "words.jsonl", [hh("ollama")])
+    stage(config(tmp_path, server, data__preferences=source, reviser__keep_unchanged=True), "revisions")
+    assert outcomes(tmp_path) == {"unchanged": 1}
+
+
 # ---- dry run
 
 

@@ -21,7 +21,7 @@ from tlcr.chat.budget import Budget
 from tlcr.chat.store import AnswerStore
 from tlcr.chat.types import Answer, Deliver, NoAnswer, Question
 from tlcr.config.schema import EndpointConfig
-from tlcr.credentials import refuse_credentials, without_secrets
+from tlcr.credentials import SHORTEST_IN_ANSWERS, refuse_credentials, without_secrets
 from tlcr.distribution import install_command
 from tlcr.errors import BackendUnavailable, ConfigError, EndpointError
 from tlcr.text.files import unicode_problem
@@ -114,6 +114,17 @@ class Endpoint:
     def without_key(self, text: object) -> str:
         """What the server, or an error about it, says, without the key that it was sent."""
         return without_secrets(str(text), os.environ.get(self._cfg.key_variable))
+
+    def answer_without_key(self, text: str, question: Question) -> str:
+        """The text of an answer, which is data: a key that is a word stays in it.
+
+        Servers without keys are given one such as "ollama". A key is a word where the question has it too, or where it
+        is as short as words are (``SHORTEST_IN_ANSWERS``).
+        """
+        key = os.environ.get(self._cfg.key_variable) or ""
+        if len(key) < SHORTEST_IN_ANSWERS or any(key in message.content for message in question.messages):
+            return text
+        return self.without_key(text)
 
     def fields(self, question: Question, *, schema: bool) -> dict[str, Any]:
         """The request's keyword arguments."""
@@ -282,7 +293,7 @@ class _Session:
                 self._cfg.timeout,
             )
             answer = _read(completion)
-            answer = replace(answer, text=self._endpoint.without_key(answer.text))
+            answer = replace(answer, text=self._endpoint.answer_without_key(answer.text, question))
         except openai.APIStatusError as error:
             await self._budget.settle(reservation, billed=False)
             raise self._sorted(error) from error
