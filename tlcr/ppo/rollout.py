@@ -143,7 +143,14 @@ def check_answers_fit(
     policy: PreTrainedModel, prompt_tokens: int, cfg: RolloutConfig, environment: Environment | None
 ) -> None:
     """Raises DataError where a prompt of so many tokens, with an answer or a conversation of full length, is longer
-    than the policy can read."""
+    than the policy can read.
+
+    Args:
+        policy: the policy.
+        prompt_tokens: tokens of the longest prompt.
+        cfg: how long an answer and a conversation may be.
+        environment: what answers the policy; None: an answer is all that follows a prompt.
+    """
     if environment is None:
         longest = prompt_tokens + cfg.max_new_tokens
         check_fits(policy, longest, "a prompt with an answer of full length", ROLLOUT_LIMITS)
