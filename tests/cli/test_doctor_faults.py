@@ -361,7 +361,7 @@ FAULTS: dict[str, Fault] = {
         lambda desk: desk.set("rollout.max_new_tokens", 2000),
         "rollout.max_new_tokens",
         "and the model reads at most 1024 (max_position_embeddings)",
-        "lower data.max_prompt_tokens, data.max_answer_tokens or rollout.max_new_tokens",
+        "lower data.max_prompt_tokens or rollout.max_new_tokens",
         lambda desk, _: desk.set("rollout.max_new_tokens", 900),
     ),
     "more bidirectional layers than layers": Fault(
