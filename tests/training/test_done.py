@@ -49,11 +49,11 @@ def test_a_knob_that_came_later_is_no_reason_to_train_again(tmp_path):
 
 def test_a_path_that_was_noted_as_it_was_given_is_no_reason_to_train_again(tmp_path, monkeypatch):
     """Earlier versions noted a source of data in the user's home with its ~."""
-    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("HOME", str(tmp_path))
     settings = {"data": replace(RunConfig().data, preferences="~/pairs.jsonl")}
     mark_done(tmp_path, config=settings, metrics={}, seconds=1.0)
     record = json.loads((tmp_path / "done.json").read_text())
-    assert record["config"]["data"]["preferences"] == "/home/somebody/pairs.jsonl"
+    assert record["config"]["data"]["preferences"] == str(tmp_path / "pairs.jsonl")
     record["config"]["data"]["preferences"] = "~/pairs.jsonl"
     (tmp_path / "done.json").write_text(json.dumps(record))
     assert is_done(tmp_path, settings)
