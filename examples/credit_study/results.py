@@ -154,11 +154,12 @@ def _difference(found: Mapping[str, Any] | None) -> str:
 
 def plot(gaps: Sequence[Mapping[str, Any]]) -> str:
     """Gold of the reward at every token less that of its sum at the end, against length, a line for each lambda."""
+    lams = sorted({gap["lam"] for gap in gaps})
+    ticks = sorted({gap["length"] for gap in gaps})
     with figures.style():
         figure = Figure(figsize=(9.2, 3.6), layout="constrained")
         axes = figure.subplots(1, 2, sharex=True)
         for axis, key, title in zip(axes, ("at_kl", "at_end"), ("at equal KL", "where training ended"), strict=True):
-            lams = sorted({gap["lam"] for gap in gaps})
             for index, lam in enumerate(lams):
                 aside = 1.05 ** (index - (len(lams) - 1) / 2)  # so that no interval hides another
                 points = [
@@ -174,7 +175,6 @@ def plot(gaps: Sequence[Mapping[str, Any]]) -> str:
                 axis.errorbar(x, y, error, label=f"lambda {lam}", markersize=4.5, capsize=2, **look)
             axis.axhline(0, color=figures.INK, alpha=0.5, linestyle=(0, (4, 4)))
             axis.set(xscale="log", xlabel="tokens of a mean answer", title=title)
-            ticks = sorted({gap["length"] for gap in gaps})
             axis.set_xticks(ticks, [str(tick) for tick in ticks])
             axis.minorticks_off()
         axes[0].set_ylabel("gold per token,\ncontinuous less sum at the end")
