@@ -190,10 +190,28 @@ def plant_dpo(desk: Desk) -> None:
     desk.set("reward", {"kind": "dpo"})
     other = desk.folder / "other"
     shutil.copytree(desk.good, other)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(other)
-    tokenizer.eos_token = "<bos>"
-    tokenizer.save_pretrained(other)
+    change_tokenizer(other)
     desk.set("dpo.path", str(other))
+
+
+def change_tokenizer(model: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    tokenizer.eos_token = "<bos>"
+    tokenizer.save_pretrained(model)
+
+
+def plant_value_start(desk: Desk) -> None:
+    plant_reward_model(desk, "judge", 1)
+    change_tokenizer(desk.folder / "judge")
+    desk.set("ppo.value_init", "reward_model")
+
+
+def plant_refreshed(desk: Desk) -> None:
+    desk.set("discriminator.path", classifier(desk, "tokens", LlamaForTokenClassification, id2label=LABELS))
+    change_tokenizer(desk.folder / "tokens")
+    desk.set("reward", {"kind": "continuous", "refresh": {"every": 5}})
+    desk.set("reviser", {"backend": "local", "model": {"path": str(desk.good)}})  # which revises in place of edits
+    desk.set("data.edits", None)
 
 
 def plant_chats(desk: Desk, template: str | None = None) -> None:
@@ -391,6 +409,20 @@ FAULTS: dict[str, Fault] = {
         "the model in dpo.path has another tokenizer",
         "name one trained from the policy's model",
         lambda desk, _: desk.set("dpo.path", str(desk.model)),
+    ),
+    "a value model that starts from a reward model with another tokenizer": Fault(
+        plant_value_start,
+        "reward_model.path",
+        "the model in reward_model.path and reads the policy's ids, but that model has another tokenizer",
+        "set ppo.value_init: policy",
+        lambda desk, _: desk.set("ppo.value_init", "policy"),
+    ),
+    "a refreshed discriminator with another tokenizer": Fault(
+        plant_refreshed,
+        "discriminator.path",
+        "the discriminator in discriminator.path has another tokenizer",
+        "or set reward.refresh.every: 0",
+        lambda desk, _: desk.set("reward.refresh.every", 0),
     ),
     "SFT switched off on the embedded model": Fault(
         lambda desk: (desk.values.update(model={}, data={}), desk.set("sft.enabled", False)),

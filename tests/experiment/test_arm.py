@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -227,7 +228,12 @@ def test_the_policy_starts_from_the_runs_and_the_value_model_from_what_value_ini
             assert torch.equal(model.model.layers[0].mlp.up_proj.weight, weight)
         assert classification_head(value_model).weight.any() == (init == "reward_model")
         assert actor_critic._chunk_tokens == 5
-    shared = _start(run, replace(run.cfg, ppo=replace(run.cfg.ppo, value_model="shared")), frozen)
+    other = copy.deepcopy(run.tokenizer)
+    other.add_tokens(["<one more>"])
+    frozen = replace(frozen, reward_model=LoadedModel(reward_model, other))
+    with pytest.raises(ConfigError, match=r"the model in reward_model\.path .* has another tokenizer"):
+        _start(run, cfg, frozen)
+    shared = _start(run, replace(cfg, ppo=replace(cfg.ppo, value_model="shared")), frozen)
     assert shared.value_model is None and shared.value_head is not None
 
 

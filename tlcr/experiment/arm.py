@@ -26,7 +26,13 @@ from tlcr.data import embedded
 from tlcr.engines import build_engine
 from tlcr.errors import DataError
 from tlcr.evaluation.evaluate import EvaluatedAnswer, PolicyEvaluation, TokenDetail, evaluate_policy, write_evaluation
-from tlcr.experiment.frozen_models import FrozenModels, load_frozen_models, load_reference, load_roles
+from tlcr.experiment.frozen_models import (
+    FrozenModels,
+    check_value_start,
+    load_frozen_models,
+    load_reference,
+    load_roles,
+)
 from tlcr.experiment.refresh import refresh_of
 from tlcr.experiment.run_folder import RunFolder, Trained
 from tlcr.models.actor_critic import ActorCritic, build_value_model
@@ -181,6 +187,9 @@ def _start(run: RunFolder, cfg: RunConfig, frozen: FrozenModels, roles: Roles | 
     else:
         # a value model that is trained whole is a copy of weights without adapters
         own = separate and roles is not None
+        starts = {"reward_model": frozen.reward_model, "discriminator": frozen.discriminator}
+        if separate and (start := starts.get(cfg.ppo.value_init)) is not None:
+            check_value_start(cfg, run.tokenizer, start.tokenizer)
         value_model = build_value_model(
             cfg.ppo,
             cfg.model,

@@ -17,14 +17,17 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import DataConfig, EngineConfig, GeneratorConfig, RunConfig
+from tlcr.config.trials import arms_of
 from tlcr.data import embedded
 from tlcr.data.readers import ReadResult, read_edits, read_preferences, read_prompts
 from tlcr.engines import choose
 from tlcr.engines.paged import fault_of
 from tlcr.errors import TlcrError
 from tlcr.experiment.architecture import Architecture, build_on_meta
+from tlcr.experiment.frozen_models import check_value_start
 from tlcr.experiment.memory import checkpoint_of, ppo_roles
 from tlcr.experiment.preflight import Finding, engines_used, existing, makes_prompts, models_used, records, sources_used
+from tlcr.experiment.refresh import check_refreshed
 from tlcr.models.bidirectional import make_top_layers_bidirectional
 from tlcr.models.classifiers import new_class
 from tlcr.models.ends import answer_notes, other_ends
@@ -105,7 +108,7 @@ def _contents(cfg: RunConfig, stages: Collection[str], absent: Collection[str]) 
         unsaid = {*end_notes(tokenizer), *(other_ends(tokenizer, cfg.model) if cfg.sft.enabled else ())}
         for note in answer_notes(tokenizer, cfg.model):
             yield Finding("note", "model.path", note, repeated=note not in unsaid)
-    yield from _dpo(cfg, stages, tokenizer, faulty)
+    yield from _other_tokenizers(cfg, stages, tokenizer, faulty)
     yield from _classifiers(stages, model)
     yield from _bidirectional(cfg, stages, model)
     yield from _embedded_prompts(cfg, stages)
@@ -210,16 +213,25 @@ def _scorer(cfg: RunConfig, stages: Collection[str], examples: Sequence[_Read]) 
 # ---- models
 
 
-def _dpo(
+def _other_tokenizers(
     cfg: RunConfig, stages: Collection[str], tokenizer: PreTrainedTokenizerBase, faulty: Collection[str]
 ) -> Iterator[Finding]:
-    dpo = models_used(cfg, stages).get("dpo.path")
-    if dpo is None or "dpo.path" in faulty:
-        return
-    try:
-        check_same_tokenizer(tokenizer, load_tokenizer(dpo))
-    except TlcrError as error:
-        yield Finding.of("dpo.path", error)
+    """Models that read the policy's ids, and whose own tokenizer is another."""
+    checks: dict[str, Callable[[PreTrainedTokenizerBase, PreTrainedTokenizerBase], None]] = {
+        "dpo.path": check_same_tokenizer
+    }
+    if any(arm.reward.refresh.every for arm in arms_of(cfg)):
+        checks["discriminator.path"] = check_refreshed
+    if cfg.ppo.value_model == "separate":
+        checks[f"{cfg.ppo.value_init}.path"] = partial(check_value_start, cfg)
+    used = models_used(cfg, stages)
+    for knob, check in checks.items():
+        if knob not in used or knob in faulty:
+            continue
+        try:
+            check(tokenizer, load_tokenizer(used[knob]))
+        except TlcrError as error:
+            yield Finding.of(knob, error)
 
 
 def _classifiers(stages: Collection[str], model: PreTrainedModel) -> Iterator[Finding]:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.schema import RunConfig
+from tlcr.errors import ConfigError
 from tlcr.experiment.run_folder import RunFolder
 from tlcr.models.discriminator import load_discriminator, temperature_of
 from tlcr.models.loading import load_causal_lm, load_sequence_classifier
@@ -18,12 +19,19 @@ from tlcr.models.lora.adapters import base_digest
 from tlcr.models.lora.files import FOLDER, read_base
 from tlcr.models.lora.roles import Roles
 from tlcr.models.tokenizers import load_tokenizer
-from tlcr.rewards.sources import LoadedModel, RewardSource, build_reward_source
+from tlcr.rewards.sources import LoadedModel, RewardSource, build_reward_source, same_tokenizer
 from tlcr.training.sharding import Sharding
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["FrozenModels", "load_frozen_models", "load_reference", "load_roles", "may_be_a_role"]
+__all__ = [
+    "FrozenModels",
+    "check_value_start",
+    "load_frozen_models",
+    "load_reference",
+    "load_roles",
+    "may_be_a_role",
+]
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,28 @@ def _scorer(run: RunFolder, cfg: RunConfig, folder: Path, sharding: Sharding | N
     own = cfg.model.saved_in(folder)
     model = load_sequence_classifier(folder, own, device=run.device, sharding=sharding)
     return LoadedModel(model, load_tokenizer(own))
+
+
+def check_value_start(cfg: RunConfig, policy: PreTrainedTokenizerBase, start: PreTrainedTokenizerBase) -> None:
+    """Whether a value model can start from the model that ``ppo.value_init`` names: it reads the policy's ids.
+
+    A reward source may have a tokenizer of its own, as it reads answers as text. A value model has not.
+
+    Args:
+        cfg: the run, with ``ppo.value_init`` other than "policy".
+        policy: the policy's tokenizer.
+        start: the tokenizer of the model that ``ppo.value_init`` names.
+
+    Raises:
+        ConfigError: their ids do not mean the same.
+    """
+    init = cfg.ppo.value_init
+    if not same_tokenizer(policy, start):
+        raise ConfigError(
+            f"ppo.value_init is {init!r}, so that the value model starts from the model in {init}.path and reads the "
+            "policy's ids, but that model has another tokenizer; set ppo.value_init: policy, or name a model trained "
+            "from the policy's"
+        )
 
 
 def may_be_a_role(cfg: RunConfig, about: Mapping[str, Any]) -> bool:

@@ -6,6 +6,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from tlcr.config.schema import RunConfig
 from tlcr.data import embedded
 from tlcr.data.readers import read_raw_preferences
@@ -21,7 +23,7 @@ from tlcr.rewards.sources import same_tokenizer
 from tlcr.training.distributed import process_count
 from tlcr.types import EditPair, LabelledPair
 
-__all__ = ["refresh_of"]
+__all__ = ["check_refreshed", "refresh_of"]
 
 CACHE = Path("refresh") / "answers.sqlite"
 """In the folder of a PPO run: the answers of its reviser, so that a resumed run pays for none twice."""
@@ -51,12 +53,7 @@ def refresh_of(
         raise no_refresh(process_count())
     loaded = frozen.discriminator
     assert loaded is not None  # kinds that read none are refused with the config
-    if not same_tokenizer(run.tokenizer, loaded.tokenizer):
-        raise ConfigError(
-            "reward.refresh trains the discriminator on the policy's answers token by token, but the discriminator in "
-            "discriminator.path has another tokenizer; name one trained from the policy's model, or set "
-            "reward.refresh.every: 0"
-        )
+    check_refreshed(run.tokenizer, loaded.tokenizer)
 
     def first_pairs() -> Sequence[LabelledPair]:
         (labelled, _), count = run.labelled, len(run.edits.train)
@@ -68,6 +65,16 @@ def refresh_of(
     return DiscriminatorRefresh(
         cfg, model=loaded.model, tokenizer=loaded.tokenizer, original=first_pairs, revise=reviser, seed=seed
     )
+
+
+def check_refreshed(policy: PreTrainedTokenizerBase, discriminator: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError where the discriminator that learns on has another tokenizer than the policy."""
+    if not same_tokenizer(policy, discriminator):
+        raise ConfigError(
+            "reward.refresh trains the discriminator on the policy's answers token by token, but the discriminator in "
+            "discriminator.path has another tokenizer; name one trained from the policy's model, or set "
+            "reward.refresh.every: 0"
+        )
 
 
 def _by_the_embedded_task(seed: int) -> Revise:
