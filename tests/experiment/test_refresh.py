@@ -188,6 +188,7 @@ def test_answers_that_got_no_revision_stop_the_run_unless_it_is_told_to_skip_the
         ),
         ({"sharding.kind": "full"}, r"sharding\.kind 'full' does not leave"),
         ({"lora.rank": 4}, r"lora\.roles \('policy', 'value', 'discriminator'\) does not leave"),
+        ({"ppo.keep_best": True, "ppo.evaluate_every": 5}, r"ppo\.keep_best compares the own rewards"),
         ({"rollout.environment": "m:f"}, r"rollout\.environment 'm:f' does not leave"),
     ],
 )

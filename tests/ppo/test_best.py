@@ -136,10 +136,35 @@ def test_a_lower_ceiling_does_not_keep_what_is_above_it(folder: Path, caplog: py
     assert on_disk(folder) == ("30", 30)
 
 
+def test_a_score_of_a_whole_answer_is_not_divided_by_its_tokens(folder: Path) -> None:
+    """Scores of -1 in 10 tokens and of -2 in 40, and then what earlier versions kept: by the token, the second wins."""
+    best, policy = BestPolicy(folder, max_kl=None), Policy()
+    best.begin(resumed=False)
+    for update, score, tokens in [(1, -1.0, 10), (2, -2.0, 40)]:
+        policy.update = update
+        figures = {"proxy_per_token": score / tokens, "proxy_per_answer": score, "kl_per_token": 0.1}
+        best.consider(update, figures, policy.save, per="answer")
+    assert on_disk(folder) == ("1", 1) and "-1 per answer" in str(best)
+    record = json.loads((folder / "best.json").read_text())
+    assert record["own_reward_per_answer"] == -1.0 and "own_reward_per_token" not in record
+    again = BestPolicy(folder, max_kl=None)
+    again.begin(resumed=True)
+    assert again.kept == best.kept
+    record["own_reward_per_token"] = record.pop("own_reward_per_answer")
+    (folder / "best.json").write_text(json.dumps(record))
+    earlier = BestPolicy(folder, max_kl=None)
+    earlier.begin(resumed=True, state={"reached": {"update": 1, "own_reward": -0.1, "kl": 0.1}})
+    policy.update = 3
+    earlier.consider(3, {"proxy_per_answer": -3.0, "kl_per_token": 0.1}, policy.save, per="answer")
+    assert on_disk(folder) == ("3", 3) and earlier.metrics() == {"best_update": 3.0}
+
+
 def test_what_cannot_be_chosen_by_is_refused(folder: Path) -> None:
     best = BestPolicy(folder, max_kl=0.5)
     with pytest.raises(ConfigError, match=r"the evaluation gave gold, wanted proxy_per_token and kl_per_token"):
         best.consider(1, {"gold": 1.0}, Policy().save)
+    with pytest.raises(ConfigError, match=r"wanted proxy_per_answer and kl_per_token"):
+        best.consider(1, {"proxy_per_token": 1.0, "kl_per_token": 0.1}, Policy().save, per="answer")
     with pytest.raises(ConfigError, match=r"set evaluate_every"):
         PPOConfig(keep_best=True)
     folder.mkdir()

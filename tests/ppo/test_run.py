@@ -218,7 +218,7 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(make: Make, tmp_path: Pat
         train(first, rounds=2)
     manifest = tmp_path / "checkpoints" / "step-000002" / "checkpoint.json"
     written = json.loads(manifest.read_text())
-    assert written["state"].keys() == STATE_OF_AN_EARLIER_VERSION.keys()
+    assert written["state"].keys() - {"evaluated"} == STATE_OF_AN_EARLIER_VERSION.keys()
     assert written["state"]["identity"].pop("evaluation") == {"prompts": 256, "scorer": None}
     assert written["state"]["identity"] == STATE_OF_AN_EARLIER_VERSION["identity"]
     del written["checksum"], written["checksums"]  # which it did not write
@@ -468,7 +468,7 @@ def test_the_best_policy_is_kept_and_the_log_says_of_which_update(make: Make, tm
     with pytest.raises(OSError, match="power"):
         train(first, rounds=2)
     state = json.loads((tmp_path / "checkpoints" / "step-000002" / "checkpoint.json").read_text())["state"]
-    assert state["best"] == {"reached": {"update": 2, "own_reward": 3.0, "kl": 0.2}}
+    assert state["best"] == {"reached": {"update": 2, "own_reward": 3.0, "kl": 0.2, "per": "token"}}
     kept = {name: p.clone() for name, p in first.actor_critic.policy.named_parameters()}
     run = make(cfg, evaluate=evaluate)
     assert run.begin(resume=True)
@@ -481,6 +481,32 @@ def test_the_best_policy_is_kept_and_the_log_says_of_which_update(make: Make, tm
         assert torch.equal(parameter, kept[name]), name
     last = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     assert any(not torch.equal(p, kept[name]) for name, p in last.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "share_dense", "per"),
+    [
+        ("continuous", 1.0, "token"),
+        ("sum_at_end", 0.0, "token"),
+        ("sequence", 0.0, "answer"),
+        ("uniform", 1.0, "answer"),
+        ("callable", 0.0, "answer"),
+        ("callable", 1.0, "token"),
+    ],
+)
+def test_the_best_is_chosen_by_what_has_one_reward(
+    make: Make, tmp_path: Path, kind: str, share_dense: float, per: str
+) -> None:
+    cfg = small_config(updates=1, evaluate_every=1, keep_best=True)
+    function = {"callable": "tests.experiment.helpers:count_letters"} if kind == "callable" else {}
+    run = make(
+        replace(cfg, reward=RewardConfig(kind=kind, **function)),
+        evaluate=lambda *_: {"proxy_per_token": 1.0, "proxy_per_answer": 2.0, "kl_per_token": 0.1},
+    )
+    run.begin(resume=False)
+    run.train(lambda: {**a_round(run), "reward/share_dense": share_dense})
+    record = json.loads((tmp_path / "best" / "best.json").read_text())
+    assert {name for name in record if name.startswith("own_reward")} == {f"own_reward_per_{per}"}
 
 
 def test_a_run_that_starts_anew_forgets_the_best_of_the_one_before(make: Make, tmp_path: Path) -> None:

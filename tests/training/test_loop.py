@@ -212,6 +212,27 @@ def test_a_training_resumed_at_its_end_saves_nothing_again(tmp_path: Path) -> No
     assert listener.heard == []
 
 
+def test_what_is_left_behind_is_what_was_evaluated_wherever_the_training_ends(tmp_path: Path) -> None:
+    listener = Listener(on_step=3)
+    stopped = Adder(tmp_path, callbacks=(listener,))
+    stopped.loop.start(resume=False)
+    assert stopped.run() and stopped.loop.evaluation == {"weight": 3.0} and listener.heard[-1] == ("evaluate", 3)
+    ends = [
+        {"step": 1, "sum": 1.0},
+        {"step": 2, "sum": 2.0, "eval/weight": 2.0},
+        {"step": 3, "sum": 3.0, "eval/weight": 3.0},
+    ]
+    assert rows(tmp_path) == ends
+    shorter = Adder(tmp_path, total_steps=2, evaluate_every=0)  # as if 2 had been the end, and no evaluation was due
+    state = tmp_path / "checkpoints" / "step-000002" / "checkpoint.json"
+    record = json.loads(state.read_text())
+    record["state"] |= {"metrics": {"sum": 2.0}, "evaluation": {"weight": 0.0}, "evaluated": 0}
+    state.write_text(json.dumps(record))
+    shorter.loop.start(resume=True)
+    assert shorter.run() is False and shorter.loop.evaluation == {"weight": 2.0}
+    assert shorter.loop.metrics == {"sum": 2.0, "eval/weight": 2.0} and rows(tmp_path) == ends[:2]
+
+
 def test_the_log_is_on_the_disk_before_the_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listener = Listener()
     adder = Adder(tmp_path, callbacks=(listener,), save_every=0)

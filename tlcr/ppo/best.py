@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tlcr.errors import ConfigError
 from tlcr.files import remove, write_json
@@ -20,13 +20,15 @@ from tlcr.training.distributed import on_main_process
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["BEST", "RECORD", "BestPolicy", "Kept"]
+__all__ = ["BEST", "RECORD", "BestPolicy", "Kept", "Per"]
 
 BEST = "best"
 """Folder of a PPO run that has the kept policy, in ``policy/``, and its record."""
 RECORD = "best.json"
-OWN_REWARD = "proxy_per_token"
-"""Per token and not per answer: where the own reward is not centred, its sum pays for length."""
+
+Per = Literal["token", "answer"]
+"""What an own reward is a mean over. Tokens, where tokens are paid: not centred, their sum pays for length. Answers,
+where an answer has one score: divided by tokens it pays for short answers, or for long ones below 0."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,15 @@ class Kept:
 
     update: int
     own_reward: float
-    """Per token of answers to held-out prompts, without KL."""
+    """Of answers to held-out prompts, without KL."""
     kl: float
     """Nats per token; the exact one where the evaluation has it."""
+    per: Per = "token"
+    """What ``own_reward`` is a mean over. Records of earlier versions do not say it: theirs is per token."""
+
+    def loses_to(self, other: Kept) -> bool:
+        """Whether the other takes its place: by more of the same, or because the two are not to be compared."""
+        return self.per != other.per or other.own_reward > self.own_reward
 
 
 class BestPolicy:
@@ -78,9 +86,8 @@ class BestPolicy:
         if (self.folder / RECORD).is_file():
             with reading(self.folder / RECORD, "delete that folder, and the best policy from now on is kept"):
                 found: Mapping[str, Any] = parse_json((self.folder / RECORD).read_text(encoding="utf-8"))
-                self.kept = Kept(
-                    int(found["update"]), float(found["own_reward_per_token"]), float(found["kl_per_token"])
-                )
+                per: Per = "answer" if _name("answer") in found else "token"
+                self.kept = Kept(int(found["update"]), float(found[_name(per)]), float(found["kl_per_token"]), per)
         if self.kept is not None and self._is_far(self.kept.kl):
             logger.warning(
                 "%s: the policy of update %d has a KL of %.3f nats per token, above ppo.best_max_kl = %s; the next one "
@@ -98,29 +105,34 @@ class BestPolicy:
         """For a checkpoint."""
         return {"reached": None if self.reached is None else asdict(self.reached)}
 
-    def consider(self, update: int, evaluation: Mapping[str, float], save: Callable[[Path], None]) -> None:
+    def consider(
+        self, update: int, evaluation: Mapping[str, float], save: Callable[[Path], None], *, per: Per = "token"
+    ) -> None:
         """Keeps the policy as it is now, if it is the best so far. Every process calls it.
 
         Args:
             update: updates done.
             evaluation: the figures of the policy on held-out prompts.
             save: writes the policy to a folder.
+            per: what the own reward is a mean over.
 
         Raises:
             ConfigError: the evaluation lacks the own reward or the KL.
         """
+        measure = f"proxy_per_{per}"
         kl = evaluation.get("exact_kl_per_token", evaluation.get("kl_per_token"))
-        own_reward = evaluation.get(OWN_REWARD)
+        own_reward = evaluation.get(measure)
         if kl is None or own_reward is None:
             raise ConfigError(
-                f"ppo.keep_best: the evaluation gave {', '.join(evaluation) or 'nothing'}, wanted {OWN_REWARD} and "
+                f"ppo.keep_best: the evaluation gave {', '.join(evaluation) or 'nothing'}, wanted {measure} and "
                 "kl_per_token among them; let evaluate return both, or set ppo.keep_best: false"
             )
         if self._is_far(kl):
             return
-        if self.reached is None or own_reward > self.reached.own_reward:
-            self.reached = Kept(update, own_reward, kl)
-        if self.kept is not None and own_reward <= self.kept.own_reward:
+        now = Kept(update, own_reward, kl, per)
+        if self.reached is None or self.reached.loses_to(now):
+            self.reached = now
+        if self.kept is not None and not self.kept.loses_to(now):
             return
         on_main_process(lambda: remove(self._aside))
         save(self._aside / "policy")
@@ -128,7 +140,7 @@ class BestPolicy:
         def name() -> None:
             record = {
                 "update": update,
-                "own_reward_per_token": own_reward,
+                _name(per): own_reward,
                 "kl_per_token": kl,
                 "max_kl": self.max_kl,
                 "evaluation": dict(evaluation),
@@ -138,7 +150,7 @@ class BestPolicy:
             self._aside.rename(self.folder)
 
         on_main_process(name)
-        self.kept = Kept(update, own_reward, kl)
+        self.kept = now
 
     def metrics(self) -> dict[str, float]:
         """The update of the best policy so far, under its logged name; 0 where there is none yet."""
@@ -151,8 +163,14 @@ class BestPolicy:
             return f"no policy is kept in {self.folder}: none was evaluated {limit}"
         return (
             f"{self.folder}/policy is the policy of update {self.kept.update}: its own reward on held-out prompts, "
-            f"{self.kept.own_reward:.4g} per token at a KL of {self.kept.kl:.4g}, was the highest {limit}"
+            f"{self.kept.own_reward:.4g} per {self.kept.per} at a KL of {self.kept.kl:.4g} nats per token, was the "
+            f"highest {limit}"
         )
 
     def _is_far(self, kl: float) -> bool:
         return self.max_kl is not None and kl > self.max_kl
+
+
+def _name(per: Per) -> str:
+    """The own reward's name in the record."""
+    return f"own_reward_per_{per}"

@@ -25,7 +25,7 @@ from tlcr.models.actor_critic import ActorCritic
 from tlcr.models.lora.adapters import adapter_of, base_parameters, own_parameters, own_part, role_of
 from tlcr.models.lora.files import save_trained
 from tlcr.ppo.ahead import Ahead
-from tlcr.ppo.best import BEST, BestPolicy
+from tlcr.ppo.best import BEST, BestPolicy, Per
 from tlcr.ppo.conversation import Environment
 from tlcr.ppo.correction import Correction
 from tlcr.ppo.kl import build_kl_controller
@@ -366,8 +366,17 @@ class PPORun:
         if self.best is None or not self.update:  # the untrained policy is there already
             return figures
         policy = self.actor_critic.policy
-        self.best.consider(self.update, figures, lambda folder: save_trained(policy, self.tokenizer, folder))
+        self.best.consider(
+            self.update, figures, lambda folder: save_trained(policy, self.tokenizer, folder), per=self._paid_per
+        )
         return figures | self.best.metrics()
+
+    @property
+    def _paid_per(self) -> Per:
+        """What has one reward: a token, or an answer that is scored as a whole."""
+        kind = self.cfg.reward.kind
+        by_a_function = kind == "callable" and self.loop.metrics.get("reward/share_dense") == 0
+        return "answer" if kind in ("sequence", *SHARED_SCORE_KINDS) or by_a_function else "token"
 
     # ---- states
 

@@ -71,7 +71,7 @@ class TrainingLoop:
             folder: gets ``metrics.jsonl`` and ``checkpoints/``.
             total_steps: steps of the whole training, those of earlier sittings included.
             evaluate_every: steps from one evaluation to the next; 0: after the last step only, where there is always
-                one.
+                one, also where a callback ends the training early.
             save_every: steps from one checkpoint to the next; 0: none, unless the training is stopped in between.
             keep_checkpoints: how many of the newest checkpoints to keep.
             accelerator: the processes that share the training.
@@ -92,6 +92,7 @@ class TrainingLoop:
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.evaluation: dict[str, float] = {}
+        self._evaluated: int | None = None
         self._evaluate_every, self._save_every, self._keep_checkpoints = evaluate_every, save_every, keep_checkpoints
         self._models, self._optimizer, self._identity, self._config = models, optimizer, identity, config
         self._evaluate, self._callbacks, self._own_state = evaluate, callbacks, own_state
@@ -135,6 +136,7 @@ class TrainingLoop:
         self.take_up(
             loaded.step, metrics=state["metrics"], evaluation=state["evaluation"], seconds=float(state["seconds"])
         )
+        self._evaluated = state.get("evaluated")  # earlier versions did not record it
         self._saved = loaded.step, path
         self.log.rewind(loaded.step)
         logger.info("%s: resuming after step %d from %s", self.folder.name, loaded.step, path)
@@ -174,6 +176,7 @@ class TrainingLoop:
                     if self._save_every and self.step % self._save_every == 0:
                         self._save_regularly()
                 self._take_completed(self._background.wait())
+                self._evaluate_end()
                 if signals.received():
                     raise signals.stopped(self.step, self.save())
             except BaseException as error:
@@ -184,6 +187,7 @@ class TrainingLoop:
     def _finish_step(self, metrics: dict[str, float], progress: Progress) -> Answers:
         """Evaluates where that is due and logs the step; returns what the callbacks returned."""
         answers: Answers = []
+        self.metrics = metrics
         every = self._evaluate_every
         if self._evaluate is not None and (self.step == self.total_steps or (every and self.step % every == 0)):
             answers += self.evaluate()
@@ -192,11 +196,20 @@ class TrainingLoop:
         self.log.write(self.step, metrics)
         return answers + [callback.on_step(self.step, metrics) for callback in (progress, *self._callbacks)]
 
+    def _evaluate_end(self) -> None:
+        """Evaluates what the training leaves behind, where its last step was not one after which that was due: it was
+        stopped early, or resumed where it now ends."""
+        if self._evaluate is not None and self._evaluated != self.step:
+            self.evaluate()
+            self.metrics = self.metrics | self.evaluation_metrics
+            self.log.rewind(self.step - 1)
+            self.log.write(self.step, self.metrics)
+
     def evaluate(self) -> Answers:
         """Evaluates if there is an evaluation; returns what the callbacks returned."""
         if self._evaluate is None:
             return []
-        self.evaluation = self._evaluate()
+        self.evaluation, self._evaluated = self._evaluate(), self.step
         return [callback.on_evaluate(self.step, self.evaluation) for callback in self._callbacks]
 
     @property
@@ -263,6 +276,7 @@ class TrainingLoop:
                     **self._own_state(),
                     "metrics": self.metrics,
                     "evaluation": self.evaluation,
+                    "evaluated": self._evaluated,
                     "seconds": self.seconds,
                 },
                 tensors={},

@@ -190,6 +190,12 @@ class RunConfig(Checked):
                     f"{value!r} does not leave; change that setting, or set reward.refresh.every: 0"
                 )
 
+        if self.ppo.keep_best:
+            raise ConfigError(
+                "RunConfig.ppo.keep_best compares the own rewards of several moments, and reward.refresh changes what "
+                "they are measured by; set ppo.keep_best: false, or reward.refresh.every: 0"
+            )
+
     def _check_overlong(self) -> None:
         for reward in (self.reward, *(arm.reward for arm in self.arms)):
             if reward.overlong_buffer is None:
