@@ -557,17 +557,23 @@ def test_the_processes_share_each_round_of_prompts(make: Make) -> None:
 # ---- what goes wrong
 
 
-@pytest.mark.parametrize("environment", [None, lambda *, prompts, turns: [None] * len(prompts)])
+def ends_at_once(*, prompts: Sequence[str], turns: Sequence[Any]) -> list[None]:
+    return [None] * len(prompts)
+
+
+@pytest.mark.parametrize("by", [None, "argument", "config"])
 def test_a_prompt_that_fits_with_no_answer_is_known_before_the_first_update(
-    environment: Any,
+    by: str | None,
     tiny_causal_lm: Callable[..., PreTrainedModel],
     tiny_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> None:
-    """The order of the prompts would let it come after hours."""
+    """The order of the prompts would let it come after hours. With one answer it would fit, where an environment is."""
     cfg = small_config()
     read = tiny_causal_lm().config.max_position_embeddings
-    cfg = replace(cfg, data=replace(cfg.data, max_prompt_tokens=read - 1))
+    cfg = replace(cfg, data=replace(cfg.data, max_prompt_tokens=read - (cfg.rollout.max_new_tokens if by else 1)))
+    named = f"{__name__}:ends_at_once" if by == "config" else None
+    cfg = replace(cfg, rollout=replace(cfg.rollout, max_turns=2, max_message_tokens=2, environment=named))
     steps: list[int] = []
 
     class Heard(Callback):
@@ -575,7 +581,9 @@ def test_a_prompt_that_fits_with_no_answer_is_known_before_the_first_update(
             steps.append(step)
 
     prompts = [*PROMPTS * 9, "not bad at all. " * read]
-    options = {"prompts": prompts, "callbacks": [Heard()], "environment": environment}
+    options: dict[str, Any] = {"prompts": prompts, "callbacks": [Heard()]}
+    if by == "argument":
+        options["environment"] = ends_at_once
     with pytest.raises(DataError, match=rf"reads at most {read} .*; lower data.max_prompt_tokens.* rollout") as caught:
         run_ppo(cfg, tiny_causal_lm, tiny_tokenizer, tmp_path, **options)
     assert not steps and not (tmp_path / "metrics.jsonl").exists()

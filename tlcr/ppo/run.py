@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tlcr.config.functions import import_environment
 from tlcr.config.schema import SHARED_SCORE_KINDS, WHOLE_ANSWER_KINDS, PPOConfig, RunConfig, undecisive
 from tlcr.config.stages import DONE
 from tlcr.engines import build_engine, resolved
@@ -172,6 +173,8 @@ class PPORun:
         self.engine = build_engine(cfg.rollout, self.actor_critic.policy, self.folder / SERVER_WEIGHTS)
         self.correction = Correction(cfg.rollout)
         self._warned_of_length = False
+        if environment is None and cfg.rollout.environment is not None:
+            environment = import_environment(cfg.rollout.environment)
         self.environment, self.ahead, self.refresh = environment, Ahead(), refresh
         self.best = BestPolicy(self.folder / BEST, max_kl=cfg.ppo.best_max_kl) if cfg.ppo.keep_best else None
         self.prompts = PromptStream(prompts, seed)
