@@ -250,12 +250,33 @@ def test_without_a_scorer_the_arms_own_rewards_are_shown(tmp_path: Path) -> None
     assert "–" not in out.getvalue()  # noqa: RUF001
 
 
+def test_own_rewards_begin_on_a_scale_of_each_arm_s_own(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"a": 0.6, "b": 0.2}, seeds=(0,), scored=False, kl_coefs=(0.1, 0.2))
+    for arm, own_reward in (("a", 5.0), ("b", -3.0)):
+        for path in (folder / "ppo" / arm).rglob("evaluation.json"):
+            evaluation = json.loads(path.read_text())
+            evaluation["before"]["proxy_per_token"] = own_reward
+            path.write_text(json.dumps(evaluation))
+    out = io.StringIO()
+    print_results(folder, Console(file=out, width=80))
+    title, *rows = [line for line in out.getvalue().splitlines() if "before" in line or "@ 0." in line]
+    assert "After PPO; before: 22.0 tokens" in title
+    assert ["5.000 →" in row for row in rows] == ["a @" in row for row in rows] and len(rows) == 4
+    assert ["-3.000 →" in row.replace("\u2212", "-") for row in rows] == ["b @" in row for row in rows]
+
+
 @pytest.mark.parametrize(
     ("reward", "sentence"),
     [
         ("{kind: callable, callable: 'mine.py:score'}", "Here answers are paid by the function mine.py:score."),
         ("{kind: random}", "Here answers are paid by random numbers, a control."),
         ("{kind: dpo}", "Here answers are paid by the log-ratio of a policy trained by DPO."),
+        ("{kind: uniform}", "Here answers are paid by the score that a reward model gives to a whole answer."),
+        (
+            "{kind: dpo, sequence_coef: 1.0}",
+            "Here answers are paid by the log-ratio of a policy trained by DPO together with the score that a reward "
+            "model gives to a whole answer.",
+        ),
     ],
 )
 def test_a_page_tells_of_its_own_run(tmp_path: Path, reward: str, sentence: str) -> None:

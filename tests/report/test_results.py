@@ -118,6 +118,16 @@ def test_the_frontier_compares_where_both_have_been() -> None:
     assert (against_sequence["other"], against_sequence["kl"]) == ("sequence", 0.1)
 
 
+def test_the_sides_of_a_difference_are_of_its_seeds() -> None:
+    """A third seed of the first arm alone, as in a run that is not at its end, would turn the sides round."""
+    found = frontier(runs(a=[curve((0, 0), (1.0, gold)) for gold in (1, 1, 4)], b=[curve((0, 0), (1.0, 1.45))] * 2))
+    assert found is not None
+    (against,) = found["comparisons"]
+    assert (against["seeds"], against["difference"]) == ([0, 1], pytest.approx(-0.45))
+    assert (against["arm_gold"]["mean"], against["arm_gold"]["seeds"]) == (pytest.approx(1.0), 2)
+    assert against["other_gold"]["mean"] == pytest.approx(1.45)
+
+
 @pytest.mark.parametrize(
     ("evaluation", "per"),
     [

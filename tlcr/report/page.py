@@ -225,19 +225,18 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
 
 def _other_rewards(rewards: Sequence[Mapping[str, Any]]) -> list[str]:
     """What rewards that read no discriminator pay for, in words, each once."""
-    words = []
+    score, words = "the score that a reward model gives to a whole answer", []
     for reward in rewards:
         kind = reward["kind"]
-        if kind == "callable":
-            words.append(f"the function {reward['callable']}")
-        elif kind == "sequence" or kind in SHARED_SCORE_KINDS or reward["sequence_coef"]:
-            words.append("the score that a reward model gives to a whole answer")
-        elif kind == "q":
-            words.append("a token-level Q function learned from preferences")
-        elif kind == "dpo":
-            words.append("the log-ratio of a policy trained by DPO")
-        elif kind == "random":
-            words.append("random numbers, a control")
+        own = {
+            "callable": f"the function {reward['callable']}",
+            "q": "a token-level Q function learned from preferences",
+            "dpo": "the log-ratio of a policy trained by DPO",
+            "random": "random numbers, a control",
+        }.get(kind)
+        scored = kind == "sequence" or kind in SHARED_SCORE_KINDS or bool(reward["sequence_coef"])
+        if own or scored:
+            words.append(f"{own} together with {score}" if own and scored else own or score)
     return list(dict.fromkeys(words))
 
 
@@ -258,9 +257,11 @@ def print_results(run_folder: str | Path, console: Console | None = None) -> Non
     judged = "gold" if measure == "gold" else "own reward"
     compares_kl = any(arm["kl_coef"] is not None for arm in results["arms"])
     title = f"Held-out prompts, {seeds}"
+    same_start = compares_kl and measure == "gold"  # an own reward is on its arm's own scale
     if compares_kl:  # names are longer then, and what all arms begin with is said once
         before = results["arms"][0]["before"]
-        start = f"{judged} {_mean(before[f'{measure}_per_{per}'])}, {_mean(before['length'], 1)} tokens"
+        start = f"{judged} {_mean(before[f'{measure}_per_{per}'])}, " if same_start else ""
+        start += f"{_mean(before['length'], 1)} tokens"
         title = f"After PPO; before: {start}. {title}"
     # Few columns, so that it stands in 80 characters without cutting a figure.
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -272,7 +273,7 @@ def print_results(run_folder: str | Path, console: Console | None = None) -> Non
         value, length = _spread(after[f"{measure}_per_{per}"]), _mean(after["length"], 1)
         table.add_row(
             arm["name"] if arm["kl_coef"] is None else f"{arm['name']} @ {arm['kl_coef']}",
-            value if compares_kl else f"{_mean(before[f'{measure}_per_{per}'])} → {value}",
+            value if same_start else f"{_mean(before[f'{measure}_per_{per}'])} → {value}",
             _spread(after[f"kl_per_{per}"]),
             length if compares_kl else f"{_mean(before['length'], 1)} → {length}",
             _mean(after["ended_share"], 2),

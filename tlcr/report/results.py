@@ -241,17 +241,21 @@ def frontier(runs: Iterable[SeedRun], *, per: Per = "token") -> dict[str, Any] |
         kl = min(reached[first], reached[other])
         if kl > 0:
             ours, theirs = at(first, kl), at(other, kl)
+            paired = paired_difference(ours, theirs) or {
+                "difference": None,
+                "sd": None,
+                "interval": None,
+                "seeds": [],
+            }
             comparisons.append(
                 {
                     "arm": first,
                     "other": other,
                     "kl": kl,
-                    "arm_gold": _plain_mean(list(ours.values())),
-                    "other_gold": _plain_mean(list(theirs.values())),
-                    **(
-                        paired_difference(ours, theirs)
-                        or {"difference": None, "sd": None, "interval": None, "seeds": []}
-                    ),
+                    # over the seeds of the difference, that the row adds up; a run in progress has more of one arm
+                    "arm_gold": _plain_mean([ours[seed] for seed in paired["seeds"] or ours]),
+                    "other_gold": _plain_mean([theirs[seed] for seed in paired["seeds"] or theirs]),
+                    **paired,
                 }
             )
     if not levels and not comparisons:
