@@ -58,8 +58,10 @@ def answers(tokenizer: PreTrainedTokenizerFast, number: int = 16) -> Rollout:
 def make(
     tiny_causal_lm: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
 ) -> Callable[..., DiscriminatorRefresh]:
-    def make(cfg: RunConfig, original: Sequence[LabelledPair] = (), seed: int = 0) -> DiscriminatorRefresh:
-        model = load_token_classifier(tiny_causal_lm(), cfg.model, id2label=labels_of("soft"))
+    def make(
+        cfg: RunConfig, original: Sequence[LabelledPair] = (), seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> DiscriminatorRefresh:
+        model = load_token_classifier(tiny_causal_lm().to(dtype), cfg.model, id2label=labels_of("soft"))
         return DiscriminatorRefresh(
             cfg, model=model, tokenizer=tiny_tokenizer, original=lambda: original, revise=replaces_bad, seed=seed
         )
@@ -193,6 +195,22 @@ def test_what_it_saves_it_restores(
     torch.testing.assert_close(
         token_logits(other.model, rollout.ids_BL, rollout.attention_mask_BL, slice(0, L)), logits[0]
     )
+
+
+def test_small_steps_of_a_bfloat16_discriminator_add_up_over_refreshes(
+    make: Callable[..., DiscriminatorRefresh], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Three steps at a rate of 2e-6 are far below half a bfloat16 step of most weights, and sixty are not: what a
+    refresh earns must not be rounded away at its end."""
+    moved = []
+    for dtype in (torch.float32, torch.bfloat16):
+        refresh = make(config(share=0.0, learning_rate=2e-6), dtype=dtype)
+        before = [p.detach().float().clone() for p in refresh.model.parameters()]
+        for updates in range(2, 42, 2):
+            refresh(answers(tiny_tokenizer), updates)
+        after = [p.detach().float() for p in refresh.model.parameters()]
+        moved.append(sum((a - b).abs().sum().item() for a, b in zip(after, before, strict=True)))
+    assert moved[1] > 0.5 * moved[0] > 0
 
 
 def test_a_loss_that_is_not_finite_says_what_to_lower(

@@ -25,7 +25,7 @@ from tlcr.training.callbacks import Callback
 from tlcr.training.checkpoint import latest_checkpoint
 from tlcr.training.loop import TrainingLoop, settings_without
 from tlcr.training.metrics import read_metrics
-from tlcr.training.optim import build_scheduler
+from tlcr.training.optim import begin_again, build_optimizer, build_scheduler
 
 IDENTITY = {"settings": {"rate": 0.1, "inner": {"depth": 3}}, "seed": 5, "data": "ab" * 32}
 
@@ -45,6 +45,7 @@ class Adder:
         keep_checkpoints: int = 2,
         evaluate: bool = True,
         save_in_background: bool = False,
+        masters: Mapping[str, torch.optim.Optimizer] | None = None,
     ) -> None:
         self.model = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(self.model.weight)
@@ -59,6 +60,7 @@ class Adder:
             accelerator=Accelerator(),
             models={"adder": self.model},
             optimizer=self.optimizer,
+            masters=masters,
             scheduler=self.scheduler,
             identity=identity,
             config={"name": "adder"},
@@ -210,6 +212,27 @@ def test_a_training_resumed_at_its_end_saves_nothing_again(tmp_path: Path) -> No
     again.loop.start(resume=True)
     assert again.run() is False and again.loop.save() == tmp_path / "checkpoints" / "step-000004"
     assert listener.heard == []
+
+
+def test_what_rounding_took_from_other_weights_is_in_the_checkpoint(tmp_path: Path) -> None:
+    def other(dtype: torch.dtype) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+        parameter = torch.nn.Parameter(torch.full((3,), 0.7, dtype=dtype))
+        return parameter, build_optimizer([{"params": [parameter], "lr": 1e-5, "weight_decay": 0.0}])
+
+    parameter, optimizer = other(torch.bfloat16)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    begin_again(optimizer)
+    first = Adder(tmp_path, masters={"other": optimizer, "whole": other(torch.float32)[1]})
+    first.loop.start(resume=False)
+    first.run()
+    resumed, found = other(torch.bfloat16)
+    again = Adder(tmp_path, masters={"other": found, "whole": other(torch.float32)[1]})
+    again.loop.start(resume=True)
+    assert found.state[resumed].keys() == {"remainder"} and found.state[resumed]["remainder"].any()
+    assert torch.equal(found.state[resumed]["remainder"], optimizer.state[parameter]["remainder"])
+    names = {path.name for path in (tmp_path / "checkpoints" / "step-000004").iterdir()}
+    assert any("optimizer-other" in name for name in names) and not any("optimizer-whole" in name for name in names)
 
 
 def test_what_is_left_behind_is_what_was_evaluated_wherever_the_training_ends(tmp_path: Path) -> None:

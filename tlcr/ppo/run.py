@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tlcr.config.functions import import_environment
@@ -58,9 +59,11 @@ class Refresh(Protocol):
 
     Attributes:
         model: what is trained; a part of PPO's checkpoints.
+        optimizer: what trains it. Of its states PPO's checkpoints hold those that are there between two refreshes.
     """
 
     model: PreTrainedModel
+    optimizer: Optimizer
 
     def due(self, updates: int) -> bool:
         """Whether it follows after this many updates.
@@ -196,6 +199,7 @@ class PPORun:
                 **({} if refresh is None else {"refreshed": refresh.model}),
             },
             optimizer=self.optimizer,
+            masters={} if refresh is None else {"refreshed": refresh.optimizer},
             scheduler=build_scheduler(
                 self.optimizer,
                 schedule=cfg.ppo.schedule,

@@ -26,6 +26,7 @@ from tlcr.models.discriminator import collate_pairs, label_loss, load_discrimina
 from tlcr.models.lora.files import save_trained
 from tlcr.recipes.fitting import micro_batch_size
 from tlcr.training.optim import (
+    begin_again,
     build_optimizer,
     clip_gradients,
     gradient_norm,
@@ -51,7 +52,8 @@ class DiscriminatorRefresh:
     """Trains a discriminator, in place, on revisions of what the policy says now.
 
     Attributes:
-        model: the discriminator. It is a part of PPO's checkpoints; its optimiser begins anew at each refresh.
+        model: the discriminator. It is a part of PPO's checkpoints.
+        optimizer: begins again at each refresh, with the bits that rounding took from the weights in the one before.
     """
 
     def __init__(
@@ -79,6 +81,10 @@ class DiscriminatorRefresh:
         self.cfg, self.model, self.tokenizer, self.seed = cfg, model, tokenizer, seed
         self._original, self._revise = original, revise
         self._pairs: Sequence[LabelledPair] | None = None
+        self.rate = cfg.reward.refresh.learning_rate or RATE_SHARE * cfg.discriminator.learning_rate
+        self.optimizer = build_optimizer(
+            parameter_groups(model, learning_rate=self.rate, weight_decay=cfg.discriminator.weight_decay)
+        )
 
     def due(self, updates: int) -> bool:
         """Whether a refresh follows after this many updates; none follows the last, which no reward would see.
@@ -186,11 +192,7 @@ class DiscriminatorRefresh:
 
     def _train(self, pairs: Sequence[LabelledPair], updates: int) -> float:
         """One pass over the pairs; returns the mean loss of its steps."""
-        settings, refresh = self.cfg.discriminator, self.cfg.reward.refresh
-        rate = refresh.learning_rate or RATE_SHARE * settings.learning_rate
-        optimizer = build_optimizer(
-            parameter_groups(self.model, learning_rate=rate, weight_decay=settings.weight_decay)
-        )
+        settings, optimizer = self.cfg.discriminator, self.optimizer
         collate = partial(collate_pairs, pad_token_id=self.tokenizer.pad_token_id, targets=settings.targets)
         size, losses = micro_batch_size(settings), []
         self.model.train()
@@ -210,11 +212,12 @@ class DiscriminatorRefresh:
             if not math.isfinite(total) or not math.isfinite(norm):
                 raise TrainingDiverged(
                     f"the refresh of the discriminator after {updates} updates has the loss {total / weight} and "
-                    f"gradient norm {norm}; lower reward.refresh.learning_rate (now {rate:g})"
+                    f"gradient norm {norm}; lower reward.refresh.learning_rate (now {self.rate:g})"
                 )
             clip_gradients(self.model.parameters(), norm, settings.max_grad_norm)
             optimizer.step()
             losses.append(total / weight)
         optimizer.zero_grad()
+        begin_again(optimizer)
         self.model.eval()
         return sum(losses) / max(len(losses), 1)

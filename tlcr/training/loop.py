@@ -24,6 +24,7 @@ from tlcr.training.disk import checkpoint_bytes, checkpoints_at_a_time, require_
 from tlcr.training.distributed import any_process, on_all_processes, on_main_process
 from tlcr.training.interrupt import StopSignals
 from tlcr.training.metrics import MetricsLog
+from tlcr.training.optim import master_bytes
 from tlcr.training.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class TrainingLoop:
         accelerator: Accelerator,
         models: Mapping[str, nn.Module],
         optimizer: Optimizer,
+        masters: Mapping[str, Optimizer] | None = None,
         scheduler: LRScheduler,
         identity: Mapping[str, Any],
         config: Any,
@@ -77,6 +79,8 @@ class TrainingLoop:
             accelerator: the processes that share the training.
             models: unwrapped modules, whole or sharded, by the names that they have in a checkpoint.
             optimizer: kept in the checkpoints.
+            masters: further optimisers by name, which keep no more than masters between two steps: they are in the
+                checkpoints where they have some.
             scheduler: stepped once after each step.
             identity: what must be equal in a checkpoint and in this training to resume: "settings", which may be
                 nested, and other names beside it. JSON must be able to hold it.
@@ -95,6 +99,9 @@ class TrainingLoop:
         self._evaluated: int | None = None
         self._evaluate_every, self._save_every, self._keep_checkpoints = evaluate_every, save_every, keep_checkpoints
         self._models, self._optimizer, self._identity, self._config = models, optimizer, identity, config
+        self._masters = {
+            name: other for name, other in (masters or {}).items() if any(map(master_bytes, _parameters_of(other)))
+        }
         self._evaluate, self._callbacks, self._own_state = evaluate, callbacks, own_state
         self._saved: tuple[int, Path] | None = None
         self._save_in_background, self._background, self._writing_step = save_in_background, BackgroundSave(), 0
@@ -123,7 +130,7 @@ class TrainingLoop:
         loaded = load_checkpoint(
             path,
             models=self._models,
-            optimizers={"optimizer": self._optimizer},
+            optimizers={"optimizer": self._optimizer, **self._masters},
             schedulers={"scheduler": self.scheduler},
             identity=self._identity,
         )
@@ -269,7 +276,7 @@ class TrainingLoop:
             lambda: contents(
                 self.step,
                 models=self._models,
-                optimizers={"optimizer": self._optimizer},
+                optimizers={"optimizer": self._optimizer, **self._masters},
                 schedulers={"scheduler": self.scheduler},
                 state={
                     "identity": self._identity,
@@ -286,8 +293,8 @@ class TrainingLoop:
 
     def _require_room(self) -> None:
         """Says what checkpoints take, before the first step: that hours of work find no room is known in time."""
-        trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        one = checkpoint_bytes(self._models, trained)
+        one = checkpoint_bytes(self._models, _parameters_of(self._optimizer))
+        one += sum(master_bytes(p) for optimizer in self._masters.values() for p in _parameters_of(optimizer))
         number = checkpoints_at_a_time(
             total_steps=self.total_steps, save_every=self._save_every, keep=self._keep_checkpoints
         )
@@ -296,3 +303,7 @@ class TrainingLoop:
             logger.info("%s", require_room(self.folder / "checkpoints", one=one, number=number, where=str(self.folder)))
 
         on_main_process(look)
+
+
+def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -22,6 +22,8 @@ from tlcr.errors import CheckpointError
 from tlcr.training.sharding import local, norm_over_shards
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+MASTERS = {"remainder", "master"}
+"""The states that hold what rounding took from a weight."""
 
 
 def parameter_groups(model: nn.Module, *, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -103,7 +105,9 @@ class MasterWeightAdamW(torch.optim.Optimizer):
             direct: _States = []
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    state = self.state[parameter] or self._begin(parameter)
+                    state = self.state[parameter]
+                    if "step" not in state:
+                        self._begin(parameter, state)
                     form = split if "remainder" in state else stored if "master" in state else direct
                     own = {name: local(value) for name, value in state.items()}
                     form.append((local(parameter), local(parameter.grad), own))
@@ -112,18 +116,18 @@ class MasterWeightAdamW(torch.optim.Optimizer):
                     step(states, group)
         return loss
 
-    def _begin(self, parameter: Tensor) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[parameter]
+    def _begin(self, parameter: Tensor, state: dict[str, Tensor]) -> None:
         low = parameter.dtype in LOW_PRECISION
         dtype = torch.float32 if low else parameter.dtype
         state["step"] = torch.zeros((), device=_home("step", parameter))
         state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
         state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
+        if state.keys() & MASTERS:  # of a training before this one
+            return
         if parameter.dtype == torch.bfloat16:
             state["remainder"] = torch.zeros_like(parameter, dtype=torch.int16)
         elif low:
             state["master"] = parameter.detach().float()
-        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Unlike torch's, leaves every state in the dtype it was saved in: the moments would become bfloat16."""
@@ -140,11 +144,26 @@ class MasterWeightAdamW(torch.optim.Optimizer):
             self.state[parameter] = {name: value.to(_home(name, parameter), copy=True) for name, value in state.items()}
 
 
+def begin_again(optimizer: torch.optim.Optimizer) -> None:
+    """Takes AdamW back to before its first step. What rounding took from a weight of 16 bits is kept: trainings of a
+    few small steps each would else lose nearly all of theirs (ours).
+
+    Args:
+        optimizer: one of ``build_optimizer``.
+    """
+    for state in optimizer.state.values():
+        for name in state.keys() - MASTERS:
+            del state[name]
+
+
 def state_bytes(parameter: Tensor) -> int:
     """The bytes that the optimiser of ``build_optimizer`` keeps for a parameter, on all processes that share it."""
-    moments = 2 * max(parameter.element_size(), 4)
-    master = {torch.bfloat16: 2, torch.float16: 4}.get(parameter.dtype, 0)
-    return parameter.numel() * (moments + master)
+    return parameter.numel() * 2 * max(parameter.element_size(), 4) + master_bytes(parameter)
+
+
+def master_bytes(parameter: Tensor) -> int:
+    """Those of them that ``begin_again`` leaves."""
+    return parameter.numel() * {torch.bfloat16: 2, torch.float16: 4}.get(parameter.dtype, 0)
 
 
 def _home(name: str, parameter: Tensor) -> torch.device:
