@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -192,6 +193,7 @@ def test_messages_go_through_the_chat_template(
         ('{"response": "b", "n": ' + "9" * 5000 + "}", ":1: not JSON ("),
         ('{"prompt": "a", "answer": "b"}', ":1: no text under 'response'"),
         ('["a", "b"]', ":1: no text under 'response'"),
+        ('{"response": "b", "question": "a"}', ":1: no 'prompt'; wanted {'prompt': ..., 'response': ...}, with ''"),
         ('{"prompt": 3, "response": "b"}', ":1: 'prompt' is neither text nor a list"),
         ('{"prompt": [{"role": "user"}], "response": "b"}', ":1: 'prompt' is neither text nor a list"),
     ],
@@ -208,7 +210,8 @@ def test_good_records_are_read_as_they_are(tmp_path: Path) -> None:
     file = tmp_path / "answers.jsonl"
     messages = [{"role": "user", "content": "hi"}]
     file.write_text(
-        '{"response": "b"}\n' + json.dumps({"prompt": messages, "response": "c", "id": 1}) + "\n", encoding="utf-8"
+        '{"prompt": "", "response": "b"}\n' + json.dumps({"prompt": messages, "response": "c", "id": 1}) + "\n",
+        encoding="utf-8",
     )
     assert list(read_answers(str(file))) == [Answer("", "b"), Answer(messages, "c")]
 
@@ -233,6 +236,36 @@ def test_a_wrong_use_is_one_line(
     assert cli.main(["score", *filled]) == 2
     shown = capsys.readouterr().err.splitlines()[-1]
     assert shown.startswith("tlcr: error: ") and message in shown
+
+
+def test_what_stands_before_a_bad_record_is_scored_whatever_the_batch(
+    discriminator: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The third has no response; before the fourth stands a conversation, for which this tokenizer has no template."""
+    good = [{"prompt": "a", "response": " b"}, {"prompt": "", "response": " cold"}]
+    for bad, message in (
+        ({"prompt": "a"}, "no text under 'response'"),
+        ({"prompt": [{"role": "user", "content": "a"}], "response": "b"}, "has no chat template"),
+    ):
+        file = tmp_path / "answers.jsonl"
+        file.write_text("".join(json.dumps(record) + "\n" for record in [*good, bad, *good]))
+        assert cli.main(["score", "--discriminator", str(discriminator), str(file), "--json"]) == 2
+        said = capsys.readouterr()
+        assert [json.loads(line)["response"] for line in said.out.splitlines()] == [" b", " cold"]
+        assert message in said.err
+
+
+def test_a_file_without_a_record_is_an_error(
+    discriminator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "answers.jsonl"
+    file.write_text("\n")
+    assert cli.main(["score", "--discriminator", str(discriminator), str(file), "--json"]) == 2
+    assert f"{file} has no records; wanted one object a line" in capsys.readouterr().err
+    with Path(os.devnull).open() as nothing:
+        monkeypatch.setattr("sys.stdin", nothing)
+        assert cli.main(["score", "--discriminator", str(discriminator)]) == 2
+    assert "standard input has no records" in capsys.readouterr().err
 
 
 def test_nothing_to_score_at_a_terminal_says_so(

@@ -110,6 +110,17 @@ def test_the_discriminator_is_analysed_on_what_it_has_not_seen(finished: RunConf
     assert json.loads((tmp_path / "out" / "analysis.json").read_text())["pairs"] == len(held_out)
 
 
+def test_edits_that_the_discriminator_has_seen_are_counted(
+    finished: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = reopen_run(Path(finished.output_dir)).model_folders[0]
+    pairs = [*run.edits.train[:3], *run.edits.held_out]
+    lines = [json.dumps({k: getattr(e, k) for k in ("id", "prompt", "rejected", "revised")}) for e in pairs]
+    (tmp_path / "edits.jsonl").write_text("\n".join(lines))
+    analyse_edits(run.path, str(tmp_path / "edits.jsonl"), tmp_path / "out")
+    assert f"was trained on 3 of these {len(pairs)} edits" in caplog.text
+
+
 @pytest.mark.slow
 def test_a_run_says_once_what_it_found_and_wrote(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "tlcr")

@@ -244,6 +244,14 @@ def test_a_policy_that_is_never_trained_is_a_warning(tmp_path: Path) -> None:
     assert not [f for f in preflight(load_config(None, {**values, "ppo.value_warmup_updates": 4})) if f.level != "ok"]
 
 
+def test_a_setting_that_nothing_reads_is_a_warning_of_the_stages_that_would(tmp_path: Path) -> None:
+    cfg = load_config(None, {"output_dir": str(tmp_path / "run"), "ppo.best_max_kl": 0.5, "sharding.offload": True})
+    warned = {f.subject: f for f in preflight(cfg) if f.level == "warning"}
+    assert warned.keys() == {"ppo.best_max_kl", "sharding.offload"}
+    assert "nothing reads it without ppo.keep_best" in str(warned["ppo.best_max_kl"])
+    assert [f.subject for f in preflight(cfg, ["sft"]) if f.level == "warning"] == ["sharding.offload"]
+
+
 def test_more_prompts_than_the_embedded_language_has(tmp_path: Path) -> None:
     cfg = load_config(None, {"output_dir": str(tmp_path), "evaluation.prompts": 1_000_000})
     assert "ask for at most" in blocked(preflight(cfg))["evaluation.prompts"]

@@ -256,6 +256,14 @@ def test_a_judge_of_whom_nothing_can_be_read_is_an_error_that_says_where_to_look
     assert results(tmp_path)["win_rate"] is None and verdicts(tmp_path)[0]["said"] == ["Hm."] * 2
 
 
+def test_a_judge_that_declines_everything_says_why_in_the_error(tmp_path, server, capsys) -> None:
+    server.behave = lambda request: Reply({"error": {"message": "maximum context length is 512"}}, 400)
+    assert judge(tmp_path, server, bench(tmp_path, [(GOOD,)], [(BAD,)])) == 2
+    said = capsys.readouterr().err
+    assert "not one answer of the judge could be read" in said and "without an answer because: " in said
+    assert "maximum context length is 512" in said.rpartition("not one answer")[2]
+
+
 def test_failed_requests_stop_the_run_and_are_all_that_the_next_one_asks(tmp_path, server, capsys) -> None:
     """A server that is down for one question, and slow to answer (429) for all."""
     arguments = bench(tmp_path, [(GOOD,)] * 3, [(BAD,)] * 3)

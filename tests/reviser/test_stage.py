@@ -166,7 +166,7 @@ def test_what_is_done_is_skipped_and_a_change_asks_only_what_was_never_asked(
     assert len(server.requests) == 3
     stage(config(tmp_path, server, data__limit=5), "revisions")
     assert len(server.requests) == 5
-    with pytest.raises(DataError, match=r"none of the 5 answers is a usable revision \(5 rewritten\)"):
+    with pytest.raises(DataError, match=r"none of the 5 answers is a usable revision \(5 rewritten, one because: 8%"):
         stage(config(tmp_path, server, data__limit=5, reviser__max_changed=0.01), "revisions")
     stage(config(tmp_path, server, data__limit=5, reviser__endpoint__concurrency=3), "revisions")
     assert len(server.requests) == 5

@@ -20,7 +20,7 @@ from tlcr.config.schema import ModelConfig
 from tlcr.data.records import RawMarkedAnswer
 from tlcr.data.rendering import rendered_marked_answer
 from tlcr.data.turns import TurnNotes
-from tlcr.errors import ConfigError, DataError
+from tlcr.errors import ConfigError, DataError, TlcrError
 from tlcr.models.discriminator import load_discriminator, score_encoded
 from tlcr.models.loading import load_sequence_classifier
 from tlcr.models.positions import check_fits
@@ -40,6 +40,9 @@ logger = logging.getLogger("tlcr")
 
 LIMITS = ("--max-prompt-tokens", "--max-answer-tokens")
 """The flags of prompts' and answers' limits."""
+
+WANTED = "{'prompt': ..., 'response': ...}"
+"""A record, for errors."""
 
 UNREAD = ("system", "history", "tools", "documents", "chat_template_kwargs")
 """Columns that the readers of a run's data give to a model."""
@@ -107,7 +110,9 @@ def score_command(
     else:
         scored = _by_reward_model(str(reward_model), answers, limits)
     console = Console(highlight=False, soft_wrap=True)
+    nothing = True
     for item in scored:
+        nothing = False
         if not math.isfinite(item.score):
             raise DataError(
                 f"{(discriminator or reward_model)!r} gives the answer {item.answer.response[:80]!r} the score "
@@ -118,15 +123,21 @@ def score_command(
             sys.stdout.flush()
         else:
             _show(item, console)
+    if nothing:
+        raise DataError(f"{_named(file or STANDARD_INPUT)} has no records; wanted one object a line, {WANTED}")
 
 
 def read_answers(file: str) -> Iterator[Answer]:
     """The records of a JSONL file, or of standard input for "-". Raises DataError with the line of a bad one."""
-    where = "standard input" if file == STANDARD_INPUT else file
+    where = _named(file)
     with open_text(file) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield _answer(line, f"{where}:{number}")
+
+
+def _named(file: str) -> str:
+    return "standard input" if file == STANDARD_INPUT else file
 
 
 def _answer(line: str, where: str) -> Answer:
@@ -137,8 +148,10 @@ def _answer(line: str, where: str) -> Answer:
     except ValueError as error:
         raise DataError(f"{where}: not JSON ({error}); wanted one object a line") from error
     if not isinstance(record, dict) or not isinstance(record.get("response"), str):
-        raise DataError(f"{where}: no text under 'response'; wanted {{'prompt': ..., 'response': ...}}")
-    prompt, response = record.get("prompt", ""), record["response"]
+        raise DataError(f"{where}: no text under 'response'; wanted {WANTED}")
+    if "prompt" not in record:
+        raise DataError(f"{where}: no 'prompt'; wanted {WANTED}, with '' for a text without a prompt")
+    prompt, response = record["prompt"], record["response"]
     if not isinstance(prompt, str) and not _are_messages(prompt):
         raise DataError(f"{where}: 'prompt' is neither text nor a list of {{'role', 'content'}} messages")
     for name, value in (("prompt", prompt), ("response", response)):
@@ -157,15 +170,29 @@ def _are_messages(prompt: Any) -> bool:
 def _batches(
     answers: Iterable[Answer], size: int, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[Answer], list[MarkedAnswer]]]:
-    """Answers as given and as the model reads them, which is as in its training data; what was put right is logged."""
+    """Answers as given and as the model reads them, which is as in its training data; what was put right is logged.
+
+    An answer that cannot be read ends them, after those before it.
+    """
     turns = TurnNotes(tokenizer)
     read = turns.counting(rendered_marked_answer)
     iterator = iter(answers)
-    count, unread = 0, Counter[str]()
-    while batch := list(islice(iterator, size)):
+    count, unread, ended = 0, Counter[str](), False
+    error: TlcrError | None = None
+    while not ended:
+        batch: list[Answer] = []
+        rendered: list[MarkedAnswer] = []
+        try:
+            for answer in islice(iterator, size):
+                rendered.append(read(RawMarkedAnswer("", answer.prompt, answer.response, ())))
+                batch.append(answer)
+        except TlcrError as caught:
+            error = caught
+        ended = error is not None or len(batch) < size
         count += len(batch)
         unread.update(name for answer in batch for name in answer.unread)
-        yield batch, [read(RawMarkedAnswer("", answer.prompt, answer.response, ())) for answer in batch]
+        if batch:
+            yield batch, rendered
     for note in turns.notes():
         logger.warning("%s", note)
     for name, having in unread.items():
@@ -176,6 +203,8 @@ def _batches(
             count,
             name,
         )
+    if error is not None:
+        raise error
 
 
 def _by_discriminator(folder: str, answers: Iterable[Answer], limits: Limits) -> Iterator[ScoredAnswer]:

@@ -175,15 +175,36 @@ def analyse_edits(folder: Path, edits: str, output: Path, *, preferences: str | 
         limit=None,
         shares=(),
     )
+    pairs = read_edits(data, run.tokenizer, rendered_at=run.started).records
+    _note_trained_on(run, pairs)
     found = _analyse(
         run,
-        read_edits(data, run.tokenizer, rendered_at=run.started).records,
+        pairs,
         read_preferences(data, run.tokenizer, rendered_at=run.started).records if preferences is not None else (),
         calibrated_on_them=False,
     ).to_json()
     write_json(output / "analysis.json", found)
     print_analysis(found)
     return write_analysis_page(output, found, f"{folder.resolve().name} on {Path(edits).name}")
+
+
+def _note_trained_on(run: RunFolder, pairs: Sequence[EditPair]) -> None:
+    """Warns of pairs that the run's discriminator was trained on: what is found on them says nothing of others."""
+    if run.cfg.discriminator.path is not None:  # trained elsewhere, on what is not known here
+        return
+    try:
+        trained = {(edit.prompt, edit.rejected, edit.revised) for edit in run.edits.train}
+    except TlcrError as error:
+        logger.warning("whether the discriminator was trained on these edits is not known: %s", error)
+        return
+    seen = sum((edit.prompt, edit.rejected, edit.revised) in trained for edit in pairs)
+    if seen:
+        logger.warning(
+            "the discriminator was trained on %d of these %d edits, and the figures flatter it; name edits that it has "
+            "not seen, or drop --edits for those that the run held out",
+            seen,
+            len(pairs),
+        )
 
 
 def _shares(run: RunFolder, wanted: Sequence[Stage] = ()) -> None:

@@ -20,6 +20,7 @@ from tlcr.config.loading import is_dumped
 from tlcr.config.schema import EngineConfig, GeneratorConfig, RunConfig
 from tlcr.config.stages import CONFIG, DONE, HOLDER, LOCK, STARTED, TRAINED, replays, stages_of
 from tlcr.config.trials import arms_of, trials_of
+from tlcr.config.unread import unread
 from tlcr.data.places import find_source, looks_like_a_path, nearest_name
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.experiment.architecture import GPUS_OF_A_NODE
@@ -158,7 +159,7 @@ def knobs_alone(cfg: RunConfig, stages: Collection[str], *, processes: int) -> l
 
 def _together(cfg: RunConfig, stages: Collection[str], processes: int | None) -> Iterator[Finding]:
     yield from _processes(cfg, stages, processes)
-    for look in (_untrained, _held_out, _ppo):
+    for look in (_untrained, _held_out, _ppo, _unread):
         yield from look(cfg, stages)
 
 
@@ -486,6 +487,13 @@ def models_used(cfg: RunConfig, stages: Collection[str]) -> dict[str, GeneratorC
     if "revisions" in stages and cfg.reviser.backend == "local":
         used["reviser.model.path"] = cfg.reviser.model
     return used
+
+
+def _unread(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:
+    readers = {"reviser": {"revisions"}, "sharding": set(stages)}
+    for knob, wanted in unread(cfg):
+        if readers.get(knob.partition(".")[0], {"ppo"}) & set(stages):
+            yield Finding("warning", knob, f"{knob} is set, and nothing reads it without {wanted}", "set both or none")
 
 
 def _untrained(cfg: RunConfig, stages: Collection[str]) -> Iterator[Finding]:

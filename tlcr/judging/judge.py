@@ -89,8 +89,11 @@ def judge_command(files: Sequence[str], cfg: JudgeConfig) -> dict[str, Any]:
     sys.stdout.write(report)
     logger.info("wrote %s", folder)
     if not figures["judged"]:
+        unanswered = [answer.reason for answer in said if isinstance(answer, NoAnswer)]
+        first = f", the first without an answer because: {unanswered[0]}" if unanswered else ""
         raise DataError(
-            f"not one answer of the judge could be read as a verdict; {folder / 'verdicts.jsonl'} has what it said"
+            f"not one answer of the judge could be read as a verdict{first}; {folder / 'verdicts.jsonl'} has what it "
+            "said"
         )
     return results
 

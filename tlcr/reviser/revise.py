@@ -145,10 +145,11 @@ def write_revisions(
     counts = Counter(found.outcome for found in checked)
     check_answered(checked, cfg)
     if not any(counts[name] for name in kept):
+        why = next((f", one because: {found.detail}" for found in checked if found.detail), "")
         raise DataError(
             f"none of the {len(checked)} answers is a usable revision "
-            f"({', '.join(f'{count} {name}' for name, count in counts.items())}); {folder / 'set_aside.jsonl'} has "
-            "them with the reasons"
+            f"({', '.join(f'{count} {name}' for name, count in counts.items())}{why}); {folder / 'set_aside.jsonl'} "
+            "has them with the reasons"
         )
     return path
 

@@ -144,7 +144,7 @@ def apply_template(
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"the data hold conversations, but tokenizer {tokenizer.name_or_path!r} has no chat template; "
-            "set model.chat_template to one, or give prompts as plain text"
+            "set model.chat_template to one (for a server, save it with the tokenizer), or give prompts as plain text"
         )
     try:
         source = tokenizer.get_chat_template(tools=template.get("tools"))
