@@ -189,7 +189,6 @@ class RunConfig(Checked):
                     f"RunConfig.reward.refresh trains a whole discriminator, on single answers, which {name} "
                     f"{value!r} does not leave; change that setting, or set reward.refresh.every: 0"
                 )
-
         if self.ppo.keep_best:
             raise ConfigError(
                 "RunConfig.ppo.keep_best compares the own rewards of several moments, and reward.refresh changes what "
