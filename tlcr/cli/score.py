@@ -110,9 +110,7 @@ def score_command(
     else:
         scored = _by_reward_model(str(reward_model), answers, limits)
     console = Console(highlight=False, soft_wrap=True)
-    nothing = True
     for item in scored:
-        nothing = False
         if not math.isfinite(item.score):
             raise DataError(
                 f"{(discriminator or reward_model)!r} gives the answer {item.answer.response[:80]!r} the score "
@@ -123,21 +121,19 @@ def score_command(
             sys.stdout.flush()
         else:
             _show(item, console)
-    if nothing:
-        raise DataError(f"{_named(file or STANDARD_INPUT)} has no records; wanted one object a line, {WANTED}")
 
 
 def read_answers(file: str) -> Iterator[Answer]:
-    """The records of a JSONL file, or of standard input for "-". Raises DataError with the line of a bad one."""
-    where = _named(file)
+    """The records of a JSONL file, or of standard input for "-". Raises DataError with the line of a bad one, or where
+    there is none."""
+    where, empty = "standard input" if file == STANDARD_INPUT else file, True
     with open_text(file) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
+                empty = False
                 yield _answer(line, f"{where}:{number}")
-
-
-def _named(file: str) -> str:
-    return "standard input" if file == STANDARD_INPUT else file
+    if empty:
+        raise DataError(f"{where} has no records; wanted one object a line, {WANTED}")
 
 
 def _answer(line: str, where: str) -> Answer:
@@ -177,9 +173,9 @@ def _batches(
     turns = TurnNotes(tokenizer)
     read = turns.counting(rendered_marked_answer)
     iterator = iter(answers)
-    count, unread, ended = 0, Counter[str](), False
+    count, unread = 0, Counter[str]()
     error: TlcrError | None = None
-    while not ended:
+    while error is None:
         batch: list[Answer] = []
         rendered: list[MarkedAnswer] = []
         try:
@@ -188,11 +184,11 @@ def _batches(
                 batch.append(answer)
         except TlcrError as caught:
             error = caught
-        ended = error is not None or len(batch) < size
+        if not batch:
+            break
         count += len(batch)
         unread.update(name for answer in batch for name in answer.unread)
-        if batch:
-            yield batch, rendered
+        yield batch, rendered
     for note in turns.notes():
         logger.warning("%s", note)
     for name, having in unread.items():

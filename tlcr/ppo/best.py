@@ -27,8 +27,9 @@ BEST = "best"
 RECORD = "best.json"
 
 Per = Literal["token", "answer"]
-"""What an own reward is a mean over. Tokens, where tokens are paid: not centred, their sum pays for length. Answers,
-where an answer has one score: divided by tokens it pays for short answers, or for long ones below 0."""
+"""What a figure is a mean over, so that answers of different length can be compared. An own reward is one over tokens,
+where tokens are paid: not centred, their sum pays for length. It is one over answers where an answer has one score:
+divided by tokens it pays for short answers, or for long ones below 0."""
 
 
 @dataclass(frozen=True)

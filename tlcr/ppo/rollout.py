@@ -149,9 +149,10 @@ def check_answers_fit(
         policy: the policy.
         prompt_tokens: tokens of the longest prompt.
         cfg: how long an answer and a conversation may be.
-        environment: what answers the policy; None: an answer is all that follows a prompt.
+        environment: what answers the policy; None: the one that ``cfg.environment`` names, and without one an answer is
+            all that follows a prompt.
     """
-    if environment is None:
+    if environment is None and cfg.environment is None:
         longest = prompt_tokens + cfg.max_new_tokens
         check_fits(policy, longest, "a prompt with an answer of full length", ROLLOUT_LIMITS)
     else:

@@ -18,8 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tlcr.config.functions import import_environment
-from tlcr.config.schema import SHARED_SCORE_KINDS, WHOLE_ANSWER_KINDS, PPOConfig, RunConfig, undecisive
+from tlcr.config.schema import SCORED_KINDS, SHARED_SCORE_KINDS, WHOLE_ANSWER_KINDS, PPOConfig, RunConfig, undecisive
 from tlcr.config.stages import DONE
 from tlcr.engines import build_engine, resolved
 from tlcr.errors import CheckpointError, ConfigError, TrainingDiverged
@@ -176,8 +175,6 @@ class PPORun:
         self.engine = build_engine(cfg.rollout, self.actor_critic.policy, self.folder / SERVER_WEIGHTS)
         self.correction = Correction(cfg.rollout)
         self._warned_of_length = False
-        if environment is None and cfg.rollout.environment is not None:
-            environment = import_environment(cfg.rollout.environment)
         self.environment, self.ahead, self.refresh = environment, Ahead(), refresh
         self.best = BestPolicy(self.folder / BEST, max_kl=cfg.ppo.best_max_kl) if cfg.ppo.keep_best else None
         self.prompts = PromptStream(prompts, seed)
@@ -383,7 +380,7 @@ class PPORun:
         """What has one reward: a token, or an answer that is scored as a whole."""
         kind = self.cfg.reward.kind
         by_a_function = kind == "callable" and self.loop.metrics.get("reward/share_dense") == 0
-        return "answer" if kind in ("sequence", *SHARED_SCORE_KINDS) or by_a_function else "token"
+        return "answer" if kind in SCORED_KINDS or by_a_function else "token"
 
     # ---- states
 

@@ -81,9 +81,9 @@ class DiscriminatorRefresh:
         self.cfg, self.model, self.tokenizer, self.seed = cfg, model, tokenizer, seed
         self._original, self._revise = original, revise
         self._pairs: Sequence[LabelledPair] | None = None
-        self.rate = cfg.reward.refresh.learning_rate or RATE_SHARE * cfg.discriminator.learning_rate
+        rate = cfg.reward.refresh.learning_rate or RATE_SHARE * cfg.discriminator.learning_rate
         self.optimizer = build_optimizer(
-            parameter_groups(model, learning_rate=self.rate, weight_decay=cfg.discriminator.weight_decay)
+            parameter_groups(model, learning_rate=rate, weight_decay=cfg.discriminator.weight_decay)
         )
 
     def due(self, updates: int) -> bool:
@@ -210,9 +210,10 @@ class DiscriminatorRefresh:
             scale_gradients(self.model.parameters(), 1 / weight)
             norm = gradient_norm(self.model.parameters()).item()
             if not math.isfinite(total) or not math.isfinite(norm):
+                rate = optimizer.param_groups[0]["lr"]
                 raise TrainingDiverged(
                     f"the refresh of the discriminator after {updates} updates has the loss {total / weight} and "
-                    f"gradient norm {norm}; lower reward.refresh.learning_rate (now {self.rate:g})"
+                    f"gradient norm {norm}; lower reward.refresh.learning_rate (now {rate:g})"
                 )
             clip_gradients(self.model.parameters(), norm, settings.max_grad_norm)
             optimizer.step()

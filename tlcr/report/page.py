@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tlcr.config.schema import LOGIT_KINDS, SHARED_SCORE_KINDS, RewardConfig
+from tlcr.config.schema import LOGIT_KINDS, SCORED_KINDS, RewardConfig
 from tlcr.config.stages import CONFIG
 from tlcr.files import atomic_write
 from tlcr.report import analysis as analysis_page
@@ -234,7 +234,7 @@ def _other_rewards(rewards: Sequence[Mapping[str, Any]]) -> list[str]:
             "dpo": "the log-ratio of a policy trained by DPO",
             "random": "random numbers, a control",
         }.get(kind)
-        scored = kind == "sequence" or kind in SHARED_SCORE_KINDS or bool(reward["sequence_coef"])
+        scored = kind in SCORED_KINDS or bool(reward["sequence_coef"])
         if own or scored:
             words.append(f"{own} together with {score}" if own and scored else own or score)
     return list(dict.fromkeys(words))

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -26,7 +26,7 @@ from tlcr.config.trials import folder_of, read_folder
 from tlcr.errors import DataError, TlcrError
 from tlcr.evaluation.evaluate import MEASURES
 from tlcr.files import write_json
-from tlcr.ppo.best import BEST, RECORD
+from tlcr.ppo.best import BEST, RECORD, Per
 from tlcr.text.files import parse_json
 from tlcr.training.metrics import read_metrics
 
@@ -34,9 +34,6 @@ logger = logging.getLogger(__name__)
 
 Curve = Sequence[Mapping[str, Any]]
 """Evaluations, measure to value, in the order of training or of KL coefficients."""
-
-Per = Literal["token", "answer"]
-"""The unit of gold and KL (per token or per answer), so that answers of different length can be compared."""
 
 LEVELS = (0.25, 0.5, 1.0)
 """Matched KL is looked at here, as shares of the KL that half of the arms reached."""

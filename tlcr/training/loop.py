@@ -98,10 +98,9 @@ class TrainingLoop:
         self.evaluation: dict[str, float] = {}
         self._evaluated: int | None = None
         self._evaluate_every, self._save_every, self._keep_checkpoints = evaluate_every, save_every, keep_checkpoints
-        self._models, self._optimizer, self._identity, self._config = models, optimizer, identity, config
-        self._masters = {
-            name: other for name, other in (masters or {}).items() if any(map(master_bytes, _parameters_of(other)))
-        }
+        self._models, self._identity, self._config = models, identity, config
+        kept = {name: other for name, other in (masters or {}).items() if any(map(master_bytes, _parameters_of(other)))}
+        self._optimizers = {"optimizer": optimizer, **kept}
         self._evaluate, self._callbacks, self._own_state = evaluate, callbacks, own_state
         self._saved: tuple[int, Path] | None = None
         self._save_in_background, self._background, self._writing_step = save_in_background, BackgroundSave(), 0
@@ -130,7 +129,7 @@ class TrainingLoop:
         loaded = load_checkpoint(
             path,
             models=self._models,
-            optimizers={"optimizer": self._optimizer, **self._masters},
+            optimizers=self._optimizers,
             schedulers={"scheduler": self.scheduler},
             identity=self._identity,
         )
@@ -194,14 +193,13 @@ class TrainingLoop:
     def _finish_step(self, metrics: dict[str, float], progress: Progress) -> Answers:
         """Evaluates where that is due and logs the step; returns what the callbacks returned."""
         answers: Answers = []
-        self.metrics = metrics
+        self.metrics = metrics  # the evaluation may look at them
         every = self._evaluate_every
         if self._evaluate is not None and (self.step == self.total_steps or (every and self.step % every == 0)):
             answers += self.evaluate()
-            metrics = metrics | self.evaluation_metrics
-        self.metrics = metrics
-        self.log.write(self.step, metrics)
-        return answers + [callback.on_step(self.step, metrics) for callback in (progress, *self._callbacks)]
+            self.metrics = metrics | self.evaluation_metrics
+        self.log.write(self.step, self.metrics)
+        return answers + [callback.on_step(self.step, self.metrics) for callback in (progress, *self._callbacks)]
 
     def _evaluate_end(self) -> None:
         """Evaluates what the training leaves behind, where its last step was not one after which that was due: it was
@@ -276,7 +274,7 @@ class TrainingLoop:
             lambda: contents(
                 self.step,
                 models=self._models,
-                optimizers={"optimizer": self._optimizer, **self._masters},
+                optimizers=self._optimizers,
                 schedulers={"scheduler": self.scheduler},
                 state={
                     "identity": self._identity,
@@ -293,8 +291,9 @@ class TrainingLoop:
 
     def _require_room(self) -> None:
         """Says what checkpoints take, before the first step: that hours of work find no room is known in time."""
-        one = checkpoint_bytes(self._models, _parameters_of(self._optimizer))
-        one += sum(master_bytes(p) for optimizer in self._masters.values() for p in _parameters_of(optimizer))
+        optimizer, *others = self._optimizers.values()
+        one = checkpoint_bytes(self._models, _parameters_of(optimizer))
+        one += sum(master_bytes(parameter) for other in others for parameter in _parameters_of(other))
         number = checkpoints_at_a_time(
             total_steps=self.total_steps, save_every=self._save_every, keep=self._keep_checkpoints
         )

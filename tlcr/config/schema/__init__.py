@@ -18,6 +18,7 @@ from tlcr.config.schema.ppo import KLConfig, PPOConfig
 from tlcr.config.schema.rewards import (
     LOGIT_KINDS,
     OFFICIAL_KINDS,
+    SCORED_KINDS,
     SHARED_SCORE_KINDS,
     WHOLE_ANSWER_KINDS,
     RefreshConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "LARGEST",
     "LOGIT_KINDS",
     "OFFICIAL_KINDS",
+    "SCORED_KINDS",
     "SHARED_SCORE_KINDS",
     "WHOLE_ANSWER_KINDS",
     "Adapted",

@@ -30,6 +30,8 @@ LOGIT_KINDS = ("continuous", "discrete", "sign", "positive_only", "negative_only
 """Kinds that are read off the discriminator's logits."""
 SHARED_SCORE_KINDS = ("uniform", "attention", "prefix_difference")
 """Kinds that share the sequence reward model's score out among the tokens."""
+SCORED_KINDS = ("sequence", *SHARED_SCORE_KINDS)
+"""Kinds that pay the sequence reward model's score, however it is handed out."""
 WHOLE_ANSWER_KINDS = ("sequence", "sum_at_end")
 """Kinds that pay at the last token alone."""
 OFFICIAL_KINDS = ("continuous", "discrete", "sign", "positive_only", "negative_only")

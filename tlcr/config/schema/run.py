@@ -11,7 +11,7 @@ from tlcr.config.schema.data import DataConfig, LabelConfig
 from tlcr.config.schema.generation import ReviserConfig, RolloutConfig
 from tlcr.config.schema.models import LoRAConfig, ModelConfig, ShardingConfig
 from tlcr.config.schema.ppo import KLConfig, PPOConfig
-from tlcr.config.schema.rewards import LOGIT_KINDS, SHARED_SCORE_KINDS, RewardConfig
+from tlcr.config.schema.rewards import LOGIT_KINDS, SCORED_KINDS, RewardConfig
 from tlcr.config.schema.training import (
     DiscriminatorConfig,
     DPOConfig,
@@ -217,7 +217,7 @@ class RunConfig(Checked):
 
     def uses_reward_model(self, reward: RewardConfig) -> bool:
         """Whether PPO on this reward loads the sequence reward model."""
-        scored = reward.kind == "sequence" or reward.kind in SHARED_SCORE_KINDS or reward.sequence_coef > 0
+        scored = reward.kind in SCORED_KINDS or reward.sequence_coef > 0
         return scored or self._value_starts_from("reward_model")
 
     def uses_discriminator(self, reward: RewardConfig) -> bool:
