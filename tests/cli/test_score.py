@@ -239,20 +239,22 @@ def test_a_wrong_use_is_one_line(
 
 
 def test_what_stands_before_a_bad_record_is_scored_whatever_the_batch(
-    discriminator: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    discriminator: Path, reward_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The third has no response; before the fourth stands a conversation, for which this tokenizer has no template."""
+    """The third has no response, is a conversation for which this tokenizer has no template, or is too long."""
     good = [{"prompt": "a", "response": " b"}, {"prompt": "", "response": " cold"}]
     for bad, message in (
         ({"prompt": "a"}, "no text under 'response'"),
         ({"prompt": [{"role": "user", "content": "a"}], "response": "b"}, "has no chat template"),
+        ({"prompt": "a", "response": " good" * 900}, "the answer ' good good"),
     ):
         file = tmp_path / "answers.jsonl"
         file.write_text("".join(json.dumps(record) + "\n" for record in [*good, bad, *good]))
-        assert cli.main(["score", "--discriminator", str(discriminator), str(file), "--json"]) == 2
-        said = capsys.readouterr()
-        assert [json.loads(line)["response"] for line in said.out.splitlines()] == [" b", " cold"]
-        assert message in said.err
+        for model in (["--discriminator", str(discriminator)], ["--reward-model", str(reward_model)]):
+            assert cli.main(["score", *model, str(file), "--json"]) == 2
+            said = capsys.readouterr()
+            assert [json.loads(line)["response"] for line in said.out.splitlines()] == [" b", " cold"]
+            assert message in said.err
 
 
 def test_a_file_without_a_record_is_an_error(

@@ -164,11 +164,11 @@ def _are_messages(prompt: Any) -> bool:
 
 
 def _batches(
-    answers: Iterable[Answer], size: int, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[list[Answer], list[MarkedAnswer]]]:
-    """Answers as given and as the model reads them, which is as in its training data; what was put right is logged.
+    answers: Iterable[Answer], limits: Limits, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[Answer], list[EncodedAnswer]]]:
+    """Answers as given and as the model's tokens, rendered as in its training data; what was put right is logged.
 
-    An answer that cannot be read ends them, after those before it.
+    An answer that cannot be read, or that is too long for the model, ends them, after those before it.
     """
     turns = TurnNotes(tokenizer)
     read = turns.counting(rendered_marked_answer)
@@ -179,16 +179,24 @@ def _batches(
         batch: list[Answer] = []
         rendered: list[MarkedAnswer] = []
         try:
-            for answer in islice(iterator, size):
+            for answer in islice(iterator, limits.batch_size):
                 rendered.append(read(RawMarkedAnswer("", answer.prompt, answer.response, ())))
                 batch.append(answer)
         except TlcrError as caught:
             error = caught
-        if not batch:
+        encoded = _encode(tokenizer, rendered, limits)
+        fitting = 0
+        try:
+            for answer, row in zip(batch, encoded, strict=True):
+                check_fits(model, len(row.ids), f"the answer {answer.response[:80]!r} with its prompt", LIMITS)
+                fitting += 1
+        except TlcrError as caught:
+            error = caught
+        if fitting == 0:
             break
-        count += len(batch)
-        unread.update(name for answer in batch for name in answer.unread)
-        yield batch, rendered
+        count += fitting
+        unread.update(name for answer in batch[:fitting] for name in answer.unread)
+        yield batch[:fitting], encoded[:fitting]
     for note in turns.notes():
         logger.warning("%s", note)
     for name, having in unread.items():
@@ -206,8 +214,7 @@ def _batches(
 def _by_discriminator(folder: str, answers: Iterable[Answer], limits: Limits) -> Iterator[ScoredAnswer]:
     model, tokenizer = load_discriminator(folder, ModelConfig(path=folder), device=process_device())
     cuts = CutTexts(limits, names=LIMITS)
-    for batch, rendered in _batches(answers, limits.batch_size, tokenizer):
-        encoded = _encode(model, tokenizer, rendered, limits)
+    for batch, encoded in _batches(answers, limits, model, tokenizer):
         scores = score_encoded(model, tokenizer, encoded, batch_size=limits.batch_size)
         for answer, score in zip(batch, scores, strict=True):
             cuts.add(_shown_prompt(answer), score)
@@ -219,8 +226,7 @@ def _by_reward_model(folder: str, answers: Iterable[Answer], limits: Limits) -> 
     cfg = ModelConfig(path=folder)
     model, tokenizer = load_sequence_classifier(folder, cfg, device=process_device()), load_tokenizer(cfg)
     cuts = CutTexts(limits, names=LIMITS)
-    for batch, rendered in _batches(answers, limits.batch_size, tokenizer):
-        encoded = _encode(model, tokenizer, rendered, limits)
+    for batch, encoded in _batches(answers, limits, model, tokenizer):
         ids_BL, mask_BL = pad_right([row.ids for row in encoded], tokenizer.pad_token_id)
         scores_B = sequence_scores(model, ids_BL.to(model.device), mask_BL.to(model.device))
         for answer, row, score in zip(batch, encoded, scores_B.tolist(), strict=True):
@@ -229,19 +235,14 @@ def _by_reward_model(folder: str, answers: Iterable[Answer], limits: Limits) -> 
     cuts.report("score")
 
 
-def _encode(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[MarkedAnswer], limits: Limits
-) -> list[EncodedAnswer]:
-    """The batch as the model's tokens. Raises DataError where an answer with its prompt is too long for the model."""
-    encoded = encode_answers(
+def _encode(tokenizer: PreTrainedTokenizerBase, batch: Sequence[MarkedAnswer], limits: Limits) -> list[EncodedAnswer]:
+    return encode_answers(
         tokenizer,
         [answer.prompt for answer in batch],
         [answer.response for answer in batch],
         max_prompt_tokens=limits.max_prompt_tokens,
         max_answer_tokens=limits.max_answer_tokens,
     )
-    check_fits(model, max(len(row.ids) for row in encoded), "an answer with its prompt", LIMITS)
-    return encoded
 
 
 def _shown_prompt(answer: Answer) -> str:
