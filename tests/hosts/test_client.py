@@ -8,6 +8,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from tlcr.hosts.client import RewardClient, rewards_of_logits, vocabulary_finger
 from tlcr.hosts.contract import Item
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
+HOSTS = Path(__file__).parents[2] / "docs" / "hosts"
+PAGES = [HOSTS / f"{name}.md" for name in ("openrlhf", "skyrl", "slime", "swift", "verl")]
 Reply = tuple[int, Any, dict[str, str]]
 
 
@@ -247,6 +250,58 @@ def test_no_server_is_one_sentence() -> None:
         RewardClient(url, tries=2).token_rewards([Item([1], [2])])
 
 
+def test_many_answers_give_a_server_up_in_the_time_of_one(no_pauses: list[float]) -> None:
+    with answering(echo) as url:
+        pass
+    client = RewardClient(url, tries=4)
+
+    def ask(number: int) -> str:
+        with pytest.raises(HostError, match="cannot be reached") as caught:
+            client.token_rewards([Item([1], [2])])
+        return str(caught.value)
+
+    with ThreadPoolExecutor(8) as threads:
+        said = list(threads.map(ask, range(32)))
+    assert len(no_pauses) == 3, "one series of four tries"
+    assert "given up after 4 tries" in said[0] and "given up after one try" in said[-1]
+
+
+def test_a_server_that_was_given_up_is_waited_for_again_after_a_minute(
+    no_pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, works = [1000.0], False
+
+    def reply(path: str, body: Any, heads: dict[str, str]) -> Reply:
+        return echo(path, body, heads) if works or path == "/v1/info" else (503, {"error": "starting"}, {})
+
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    with answering(reply) as url:
+        client = RewardClient(url, tries=3)
+        for seconds, pauses in ((0, 2), (59, 0), (1, 0), (60, 2)):  # each failure begins a minute of its own
+            now[0] += seconds
+            no_pauses.clear()
+            with pytest.raises(HostError, match="503: starting"):
+                client.token_rewards([Item([1], [2])])
+            assert len(no_pauses) == pauses
+        works = True
+        assert client.token_rewards([Item([1], [2])]) == [[0.02]]
+        works = False
+        with pytest.raises(HostError, match="given up after 3 tries"):  # it answered meanwhile
+            client.token_rewards([Item([1], [2])])
+
+
+def test_how_long_a_server_may_be_away(no_pauses: list[float]) -> None:
+    """The pages of the trainers say one to two minutes."""
+    with answering(echo) as url:
+        pass
+    with pytest.raises(HostError, match="given up after 8 tries"):
+        RewardClient(url).token_rewards([Item([1], [2])])
+    assert 60 < sum(no_pauses) < 120
+    shortest = sum(min(2.0**attempt / 2, module.LONGEST_WAIT / 2) for attempt in range(7))
+    assert shortest == 61.5
+    assert all("one to two minutes" in page.read_text(encoding="utf-8").lower() for page in PAGES)
+
+
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
@@ -269,6 +324,25 @@ def test_what_a_server_may_answer_wrongly(answer: Reply, sentence: str) -> None:
     replies = {"/v1/info": (200, INFO, {})}
     with answering(lambda path, *_: replies.get(path, answer)) as url, pytest.raises(HostError) as caught:
         RewardClient(url).token_rewards([Item([1], [2])])
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        (b'{"rewards": [0.5, NaN], "offsets": [[0, 1], [1, 2]]}', "the reward of token 1 of answer 0 is nan"),
+        (b'{"rewards": [7.5], "offsets": [[0, 1]]}', "the reward of token 0 of answer 0 is 7.5"),
+        (b'{"rewards": [0.5], "offsets": [[0, 1], [1, 2]]}', "answer 0 has 2 tokens and 1 rewards"),
+        (b'{"rewards": null, "offsets": []}', "the rewards of answer 0 are a NoneType"),
+        (b'{"rewards": [0.5]}', "answers in a form that neither tlcr serve nor vLLM has"),
+        (b'{"rewards": [0.5], "offsets": [0]}', "answers in a form that neither tlcr serve nor vLLM has"),
+    ],
+)
+def test_what_a_server_may_answer_wrongly_of_a_text(row: bytes, sentence: str) -> None:
+    replies = {"/v1/info": (200, INFO, {})}
+    answer: Reply = (200, b'{"data": [' + row + b"]}", {})
+    with answering(lambda path, *_: replies.get(path, answer)) as url, pytest.raises(HostError) as caught:
+        RewardClient(url).text_rewards([{"prompt": "a", "response": "b"}])
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -18,8 +20,8 @@ import torch
 from tests.serving.conftest import Running, reader_of, running
 from tlcr.errors import ConfigError
 from tlcr.models.discriminator import Opinion
-from tlcr.serving import reading
-from tlcr.serving.limits import MIB
+from tlcr.serving import app, reading
+from tlcr.serving.limits import MIB, parse_json
 from tlcr.serving.model import ServedModel
 from tlcr.serving.settings import TOKEN_VARIABLE, ServerSettings, read_token
 
@@ -57,8 +59,8 @@ def until(condition: Any, seconds: float = 30) -> None:
         time.sleep(0.005)
 
 
-def head(length: int, path: str = ITEMS) -> bytes:
-    return f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n".encode()
+def head(length: int, path: str = ITEMS, more: str = "") -> bytes:
+    return f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n{more}\r\n".encode()
 
 
 def read_answer(connection: socket.socket) -> tuple[int, bytes]:
@@ -127,6 +129,7 @@ def test_a_client_that_leaves_frees_its_place(served: ServedModel) -> None:
         for connection in connections[1:]:
             connection.close()
         until(lambda: server.app.service.batcher.held == 50)
+        assert server.app.service.batcher._waiting == []  # the row that is left is with the model
         counted = server.app.service.metrics.registry.get_sample_value
         until(lambda: counted("tlcr_requests_total", {"route": ITEMS, "status": "499"}) == 3)
         assert counted("tlcr_requests_total", {"route": ITEMS, "status": "500"}) is None
@@ -135,6 +138,31 @@ def test_a_client_that_leaves_frees_its_place(served: ServedModel) -> None:
         assert server.ask(ITEMS, ONE)[0] == 200
         assert gate.batches == 2  # nothing was computed for those that had left
         connections[0].close()
+
+
+def test_a_request_that_waits_holds_its_rows_alone(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fields that nobody reads may fill a body; the queue counts tokens and knows nothing of them."""
+    read: list[weakref.ref[Any]] = []
+
+    class Body(dict[str, Any]):
+        pass
+
+    def parse(raw: bytes) -> Any:
+        body = Body(parse_json(raw))
+        read.append(weakref.ref(body))
+        return body
+
+    monkeypatch.setattr(app, "parse_json", parse)
+    request = {"query": ["abc"], "prompts": ["a"], "labels": [{}] * 1000}
+    with behind_a_gate(served) as (server, gate):
+        answers: list[tuple[int, Any, dict[str, str]]] = []
+        asking = threading.Thread(target=lambda: answers.append(server.ask("/get_reward", request)))
+        asking.start()
+        until(lambda: gate.batches == 1)
+        until(lambda: gc.collect() is not None and read[0]() is None)
+        gate.open.set()
+        asking.join(60)
+        assert answers[0][0] == 200
 
 
 # ---- what is read
@@ -341,7 +369,8 @@ def test_half_a_second_request_ends_too(served: ServedModel) -> None:
         assert is_closed(connection)
 
 
-def test_a_client_that_never_reads_is_let_go(served: ServedModel) -> None:
+@pytest.mark.parametrize("more", ["", "connection: close\r\n"])
+def test_a_client_that_never_reads_is_let_go(more: str, served: ServedModel) -> None:
     """What the system does not take of an answer of some 10 MB is held by the server, and not for long."""
 
     class Wordy(Gate):
@@ -353,9 +382,9 @@ def test_a_client_that_never_reads_is_let_go(served: ServedModel) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         until(lambda: len(server.connections) == 1)
         (left,) = server.connections
-        assert left.timeout_keep_alive == 31  # seconds, after io_seconds
-        left.timeout_keep_alive = 1
-        connection.sendall(head(len(body), "/pooling") + body)
+        assert left.timeout_keep_alive == 31 and left.seconds == 30  # after io_seconds
+        left.timeout_keep_alive = left.seconds = 1
+        connection.sendall(head(len(body), "/pooling", more) + body)
         assert connection.recv(1)  # of the head, which goes out before the body is handed to the transport
         until(lambda: left.transport.get_write_buffer_size() > MIB)
         until(lambda: not server.connections)

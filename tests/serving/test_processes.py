@@ -18,11 +18,14 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from tlcr.cli import main as cli
 from tlcr.errors import HostError
 from tlcr.hosts.client import RewardClient
 from tlcr.hosts.contract import Item
+from tlcr.serving import processes
+from tlcr.serving.settings import ServerSettings
 
 
 @contextmanager
@@ -172,6 +175,26 @@ def test_workers_that_cannot_start_say_why(tmp_path: Path, capfd: pytest.Capture
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("tlcr: error: "), done.stderr
     assert str(tmp_path) in done.stderr.splitlines()[-1]
+
+
+def test_a_worker_that_fails_in_any_way_stops_all(
+    discriminator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one more model that a GPU has no memory for: uvicorn would start workers anew for ever."""
+    stopped: list[tuple[int, int]] = []
+
+    def load(*unused: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(processes, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(processes, "_app", load)
+    monkeypatch.setattr(processes.os, "kill", lambda *given: stopped.append(given))
+    with pytest.raises(SystemExit) as ended:
+        processes._app_of_worker(ServerSettings(discriminator=str(discriminator), workers=2), None, str(tmp_path))
+    assert ended.value.code == 3 and stopped == [(os.getppid(), signal.SIGTERM)]
+    assert (tmp_path / processes.FAILED).read_text(encoding="utf-8") == (
+        f"a worker of {str(discriminator)!r} cannot start: OutOfMemoryError: CUDA out of memory"
+    )
 
 
 def test_what_cannot_be_served_is_one_sentence(

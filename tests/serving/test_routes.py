@@ -199,10 +199,16 @@ def test_slime_gets_a_score_and_rewards(server: Running, served: ServedModel, di
     _, body, _ = server.ask("/remote_rm", {"prompt": PROMPT, "response": RESPONSE + "<eos>", "label": "x"})
     wanted = expected(discriminator, ids(served, PROMPT), [*ids(served, RESPONSE), 2])
     assert body["rewards"] == pytest.approx(wanted, abs=1e-5) and body["tokens"] == len(wanted)
-    messages = {"prompt": [{"role": "user", "content": "Hello"}], "response": "Hi"}
-    _, chat, _ = server.ask("/remote_rm", messages)
-    prompt = ids(served, "<|user|>\nHello<eos>\n<|assistant|>\n")
-    assert chat["rewards"] == pytest.approx(expected(discriminator, prompt, [*ids(served, "Hi"), 2]), abs=1e-5)
+
+
+def test_slimes_answer_ended_where_it_has_its_end(server: Running, served: ServedModel, discriminator: Path) -> None:
+    """slime sends the end that was sampled; an answer without one was cut, after a text as after messages."""
+    rendered = "<|user|>\nHello<eos>\n<|assistant|>\n"
+    for prompt in (rendered, [{"role": "user", "content": "Hello"}]):
+        for end, last in (("", []), ("<eos>", [2])):
+            _, found, _ = server.ask("/remote_rm", {"prompt": prompt, "response": "Hi" + end})
+            wanted = expected(discriminator, ids(served, rendered), [*ids(served, "Hi"), *last])
+            assert found["rewards"] == pytest.approx(wanted, abs=1e-5)
 
 
 def test_llama_factory_gets_scores_of_the_last_answer(
@@ -381,6 +387,11 @@ def test_metrics_count_what_was_done(server: Running) -> None:
             {"items": [{"prompt_ids": [5], "response_ids": [6]}] * 1025},
             413,
             "the request has 1025 answers, and this server takes at most 1024; split it",
+        ),
+        (
+            {"items": [{"prompt_ids": [5], "response_ids": [6]}], "model": "x"},
+            400,
+            "the request has 'model', which is not read; wanted {'items': [...]}",
         ),
     ],
 )

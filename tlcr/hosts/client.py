@@ -21,6 +21,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,9 @@ class RewardClient:
     """Scores answers by a server. Threads may share one; every request has a connection of its own.
 
     A request that finds the server busy, starting or gone is sent again after a pause, which doubles each time and is
-    as long as the server asks for. Scoring changes nothing, so that a request may be sent twice.
+    as long as the server asks for. Once a request was given up, those of the next minute are sent a single time, until
+    one is answered: a thousand answers wait for a server that is gone as long as one does. Scoring changes nothing, so
+    that a request may be sent twice.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class RewardClient:
             url: the server's, such as ``http://localhost:8765``; ``http://any:TOKEN@localhost:8765`` has its token too.
             token: what ``tlcr serve`` or vLLM (``--api-key``) wants to be sent; None: that of the address, if any.
             timeout: seconds that one try may take.
-            tries: how often a request is sent before it is given up; with pauses, 8 tries last some two minutes.
+            tries: how often a request is sent before it is given up; with pauses, 8 tries last one to two minutes.
             temperature: the discriminator's, for vLLM; None: that of the folder which vLLM names, on this machine.
 
         Raises:
@@ -101,7 +104,9 @@ class RewardClient:
             raise HostError(f"temperature is {temperature}; wanted a finite number above 0")
         self.timeout, self.tries, self._temperature = timeout, tries, temperature
         self._server: Tlcr | Vllm | None = None
+        self._asked: Future[Tlcr | Vllm] | None = None
         self._lock = threading.Lock()
+        self._given_up = -math.inf
 
     def __repr__(self) -> str:
         return f"RewardClient({self.url!r})"
@@ -147,13 +152,16 @@ class RewardClient:
             raise HostError(
                 f"{self.url} is a vLLM, which reads ids only with the discriminator's tokenizer; serve it by tlcr serve"
             )
-        found: list[TextRewards] = []
+        rewards: list[Any] = []
+        offsets: list[list[Span]] = []
         lengths = {number: _json_length(number, answer) + len(",") for number, answer in enumerate(answers)}
         for part in _parts(lengths, server.request_items, server.text_bytes):
             with self._understood():
                 for row in server.score([dict(answers[number]) for number in part]):
-                    found.append(TextRewards(row["rewards"], [(begin, end) for begin, end in row["offsets"]]))
-        return found
+                    rewards.append(row["rewards"])
+                    offsets.append([(begin, end) for begin, end in row["offsets"]])
+        sound = checked(rewards, [Item((), range(len(spans))) for spans in offsets])
+        return [TextRewards(row, spans) for row, spans in zip(sound, offsets, strict=True)]
 
     def info(self) -> Mapping[str, Any]:
         """What the server says of itself: labels, temperature, tokenizer, limits, versions."""
@@ -181,13 +189,28 @@ class RewardClient:
     # ---- requests
 
     def _known(self) -> Tlcr | Vllm:
-        """The server, which is asked once what it is."""
+        """The server, which is asked once what it is. Threads that want to know at the same time share the answer."""
         with self._lock:
-            if self._server is None:
-                info = self.ask("/v1/info", none_for=NO_ROUTE)
-                with self._understood():
-                    self._server = Vllm(self, self._temperature) if info is None else Tlcr(self, info)
-            return self._server
+            if self._server is not None:
+                return self._server
+            asked, is_first = self._asked or Future(), self._asked is None
+            self._asked = asked
+        if is_first:
+            try:
+                self._server = self._found_out()
+                asked.set_result(self._server)
+            except BaseException as error:
+                asked.set_exception(error)
+                raise
+            finally:
+                with self._lock:
+                    self._asked = None
+        return asked.result()
+
+    def _found_out(self) -> Tlcr | Vllm:
+        info = self.ask("/v1/info", none_for=NO_ROUTE)
+        with self._understood():
+            return Vllm(self, self._temperature) if info is None else Tlcr(self, info)
 
     def ask(self, path: str, body: Any = None, *, none_for: Collection[int] = ()) -> Any:
         """The JSON that the server answers; a body is posted.
@@ -205,9 +228,10 @@ class RewardClient:
         """
         data = None if body is None else _json(body)
         problem = ""
-        for attempt in range(self.tries):
+        tries = 1 if time.monotonic() - self._given_up < LONGEST_WAIT else self.tries
+        for attempt in range(tries):
             try:
-                return self._once(path, data)
+                answer = self._once(path, data)
             except urllib.error.HTTPError as error:
                 if error.code in none_for:
                     return None
@@ -221,11 +245,16 @@ class RewardClient:
                 problem, wait = f"cannot be reached: {said or type(reason).__name__}", 0.0
             except (ValueError, RecursionError) as error:
                 raise HostError(f"{self.url}{path} answers what is not JSON: {error}") from error
-            if attempt + 1 < self.tries:
+            else:
+                self._given_up = -math.inf
+                return answer
+            if attempt + 1 < tries:
                 # Clients that were refused together do not come again together.
                 pause = max(wait, min(2.0**attempt / 2, LONGEST_WAIT / 2)) * random.uniform(1, 1.5)
                 time.sleep(min(pause, LONGEST_WAIT))
-        raise HostError(f"{self.url}{path} {problem}; given up after {self.tries} tries. Is the reward server running?")
+        self._given_up = time.monotonic()
+        after = f"after {tries} tries" if tries > 1 else "after one try"
+        raise HostError(f"{self.url}{path} {problem}; given up {after}. Is the reward server running?")
 
     @contextmanager
     def _understood(self) -> Iterator[None]:

@@ -47,6 +47,9 @@ NAMES = {
 UNCENTRED = ("rloo", "group_norm", "dr_grpo", "flash_reinforce")
 """Estimators whose baseline is one of whole answers, and that do not normalise afterwards."""
 
+UNHEARD = ("--reward.remote_url", "--reward.model_name_or_path")
+"""Flags that OpenRLHF drops without a word where an agent gives the rewards."""
+
 logger = init_logger(__name__)
 
 
@@ -165,14 +168,24 @@ def launch(arguments: Sequence[str]) -> None:
 
     Args:
         arguments: its flags; ``--train.agent_func_path`` is added where it is not among them.
+
+    Raises:
+        HostError: the version of OpenRLHF does not fit, or a flag names a reward that OpenRLHF would not ask for.
     """
     require("OpenRLHF", "openrlhf", TESTED, NAMES)
+    flags = list(arguments)
+    named = [flag.split("=")[0] for flag in flags]
+    own = "--train.agent_func_path" in named
+    if not own and (unheard := [flag for flag in UNHEARD if flag in named]):
+        raise HostError(
+            f"OpenRLHF does not ask what {unheard[0]} names where an agent gives the rewards, and tlcr's is one; leave "
+            "it out, or give --train.agent_func_path a file whose AgentExecutor asks it beside (docs/hosts/openrlhf.md)"
+        )
     trainer: Any = import_module("openrlhf.trainer.ppo_trainer")
     asynchronous: Any = import_module("openrlhf.trainer.ppo_trainer_async")
     trainer.PPOTrainer = paying(trainer.PPOTrainer)
     asynchronous.PPOTrainerAsync = paying(asynchronous.PPOTrainerAsync)
-    flags = list(arguments)
-    if not any(flag.split("=")[0] == "--train.agent_func_path" for flag in flags):
+    if not own:
         agent = find_spec("tlcr.hosts.openrlhf_agent")
         flags += ["--train.agent_func_path", str(agent.origin if agent is not None else None)]
     sys.argv = ["openrlhf.cli.train_ppo_ray", *flags]

@@ -31,9 +31,18 @@ class TokenRewards(AgentExecutorBase):
             response: what the executor returns, ``prompt``, ``label`` and ``observation_tokens`` among it.
 
         Returns:
-            What is paid at the last token; by default the ``reward`` of the executor, 0 where it has none.
+            What is paid at the last token; by default the ``reward`` of the executor, 0 where nobody was to give one.
+
+        Raises:
+            HostError: the executor was to ask for a reward and got none; OpenRLHF itself logs that and goes on.
         """
-        return float(response["reward"] or 0.0)
+        reward, asked = response["reward"], getattr(self, "reward_endpoints", None)
+        if reward is None and asked:
+            raise HostError(
+                f"OpenRLHF's executor got no reward from {', '.join(map(str, asked))}; its log says why, at the level "
+                "of INFO"
+            )
+        return 0.0 if reward is None else float(reward)
 
     async def execute(
         self,
@@ -61,7 +70,7 @@ class TokenRewards(AgentExecutorBase):
             logs, evaluation and dynamic filtering; training pays what stands in ``extra_logs``.
 
         Raises:
-            HostError: the answer has no token, or its rewards do not fit it. It ends the run.
+            HostError: the answer has no token, its rewards do not fit it, or ``outcome`` raises it. It ends the run.
         """
         response = await super().execute(prompt, label, sampling_params, max_length, hf_tokenizer, llm_engine, images)
         tokens, ranges = list(response["observation_tokens"]), response["action_ranges"]

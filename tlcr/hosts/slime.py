@@ -12,6 +12,7 @@ so that it has no version to ask for; what is relied on is looked at in what sli
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from copy import copy
 from typing import Any
@@ -29,35 +30,37 @@ __all__ = ["COMMIT", "REWARDS", "advantages", "post_process", "reward"]
 COMMIT = "624b824a898ab0ec1fcb4d373004c7f3852bf515"
 """What the functions were written and run against."""
 
-REWARDS = "token_rewards"
-"""Where ``sample.reward`` has the list."""
+SCORE, REWARDS = "score", "token_rewards"
+"""Where ``sample.reward`` has the number, which is also where slime's own rewards have theirs, and the list."""
 
 _SAMPLE = ("tokens", "response_length", "loss_mask", "reward", "group_index")
 _DATA = ("rewards", "kl", "loss_masks", "response_lengths")
 
 
-async def reward(args: Any, sample: Any, **unused: Any) -> dict[str, Any]:
-    """Scores one answer: ``--custom-rm-path``.
+async def reward(args: Any, sample: Any, **unused: Any) -> Any:
+    """Scores an answer, or a list of them as slime gives with ``--group-rm``: ``--custom-rm-path``.
 
     Where ``--rm-type`` is set, slime's own reward is asked as well and added at the last token that counts:
     advantages skip the others, such as what a tool put out.
 
     Args:
         args: slime's.
-        sample: slime's, sampled.
+        sample: slime's, sampled; or several.
         **unused: what slime may add.
 
     Returns:
         What slime keeps as ``sample.reward``: ``score``, the mean reward of a token plus slime's own; the list; figures
-        of it.
+        of it. For several samples a list of these.
 
     Raises:
-        HostError: rewards do not fit the answer, or ``--reward-key score`` is missing.
+        HostError: rewards do not fit the answer, slime's own reward is no number, or ``--reward-key score`` is missing.
     """
+    if isinstance(sample, (list, tuple)):
+        return list(await asyncio.gather(*(reward(args, one) for one in sample)))
     _require(sample, _SAMPLE, "Sample")
-    if args.reward_key != "score":
+    if args.reward_key != SCORE:
         raise HostError(
-            f"--reward-key is {args.reward_key!r}, and slime cannot log a dictionary; set --reward-key score"
+            f"--reward-key is {args.reward_key!r}, and slime cannot log a dictionary; set --reward-key {SCORE}"
         )
     item, mask = _item(sample)
     (rewards,) = await rewards_of(scorer_at(), [item])
@@ -67,7 +70,7 @@ async def reward(args: Any, sample: Any, **unused: Any) -> dict[str, Any]:
     if counted and outcome:
         rewards = [*rewards]
         rewards[counted[-1]] += outcome
-    return {"score": figures["reward/mean_token"] + outcome, "outcome": outcome, REWARDS: rewards, **figures}
+    return {SCORE: figures["reward/mean_token"] + outcome, "outcome": outcome, REWARDS: rewards, **figures}
 
 
 def _item(sample: Any) -> tuple[Item, list[int]]:
@@ -90,7 +93,15 @@ async def _outcome(args: Any, sample: Any) -> float:
 
     theirs, plain = copy(args), copy(sample)
     theirs.custom_rm_path = plain.custom_rm_path = None
-    return float(await async_rm(theirs, plain))
+    found = await async_rm(theirs, plain)
+    value = (
+        found.get(SCORE) if isinstance(found, dict) else found
+    )  # "dapo" gives a dictionary, and servers what they like
+    if not isinstance(value, (int, float)):
+        raise HostError(
+            f"slime's own reward, by --rm-type, is {found!r}; wanted a number, or a dictionary with one under {SCORE!r}"
+        )
+    return float(value)
 
 
 def post_process(args: Any, samples: Sequence[Any]) -> tuple[list[float], list[list[float]]]:
@@ -119,7 +130,7 @@ def post_process(args: Any, samples: Sequence[Any]) -> tuple[list[float], list[l
                 f"sample {sample.index} of slime has {sample.response_length} tokens and {len(sample.reward[REWARDS])} "
                 "rewards; nothing may change an answer after it is scored"
             )
-    scores = [float(sample.reward["score"]) for sample in samples]
+    scores = [float(sample.reward[SCORE]) for sample in samples]
     rewards = [list(sample.reward[REWARDS]) for sample in samples]
     if args.advantage_estimator == "ppo":
         return scores, rewards

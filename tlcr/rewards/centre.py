@@ -87,7 +87,9 @@ class RunningMean(_RunningSums):
 
     def at(self, mask_BT: Tensor) -> Tensor:
         """The mean at every token, float64 (B, T), 0 where the mask is False."""
-        return torch.where(mask_BT, torch.full(mask_BT.shape, self.mean, device=mask_BT.device).double(), 0.0)
+        return torch.where(
+            mask_BT, torch.full(mask_BT.shape, self.mean, dtype=torch.float64, device=mask_BT.device), 0.0
+        )
 
 
 class RunningLine(_RunningSums):

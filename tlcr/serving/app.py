@@ -82,11 +82,13 @@ class Service:
         async with self.bodies.of(request) as raw:
             body = parse_json(raw)
             rows = await _while_connected(request, self._read(route, body, request.query_params))
+            form = route.form(body)
+        del raw, body  # a request that waits is its rows, which the queue counts
         opinions = await _while_connected(request, self.batcher.submit([row.encoded for row in rows]))
         self._require_finite(opinions)
         self.metrics.answers.inc(len(rows))
         self.metrics.tokens_scored.inc(sum(len(opinion.rewards_T) for opinion in opinions))
-        answer = route.answer(self.model, body, rows, opinions)
+        answer = route.answer(self.model, form, rows, opinions)
         return Response(json.dumps(answer, separators=(",", ":")), media_type="application/json")
 
     async def _read(self, route: Route, body: Mapping[str, Any], query: Mapping[str, str]) -> list[Row]:

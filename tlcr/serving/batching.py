@@ -122,6 +122,8 @@ class Batcher:
         try:
             return await job.answer
         finally:
+            if job.left:  # cancelled, or a batch failed: what still waits of it would be held until the next batch
+                self._waiting = [one for one in self._waiting if one.job is not job]
             self._held -= tokens
             self._metrics.queue_tokens.set(self._held)
 
@@ -143,19 +145,17 @@ class Batcher:
                 self._arrived.clear()
 
     async def _wait_for_company(self) -> None:
-        if not self._waiting:
-            return
-        left = self._waiting[0].since + self.window_seconds - time.monotonic()
-        while left > 0 and sum(one.length for one in self._waiting) < self.batch_tokens:
+        while self._waiting and sum(one.length for one in self._waiting) < self.batch_tokens:
+            left = self._waiting[0].since + self.window_seconds - time.monotonic()
+            if left <= 0:
+                break
             self._arrived.clear()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._arrived.wait(), left)
-            left = self._waiting[0].since + self.window_seconds - time.monotonic()
         self._arrived.set()
 
     def _next_batch(self) -> list[Waiting]:
-        """The oldest row and those nearest to it in length, as many as fit; rows whose client is gone are dropped."""
-        self._waiting = [one for one in self._waiting if not one.job.answer.done()]
+        """The oldest row and those nearest to it in length, as many as fit."""
         if not self._waiting:
             return []
         oldest = self._waiting[0]

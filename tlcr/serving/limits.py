@@ -131,6 +131,7 @@ class TimedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._head_timer: asyncio.TimerHandle | None = self.loop.call_later(self.seconds, self._give_up)
+        self._close_timer: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -142,10 +143,18 @@ class TimedProtocol(H11Protocol):
             self._head_timer = self.loop.call_later(self.seconds, self._give_up)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+        for timer in (self._head_timer, self._close_timer):
+            if timer is not None:
+                timer.cancel()
+        self._head_timer = self._close_timer = None
         super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        # A client that said "Connection: close": the connection is closed when it has read the answer, and uvicorn
+        # sets no time for that.
+        if self.transport.is_closing() and self._close_timer is None:
+            self._close_timer = self.loop.call_later(self.seconds, self.transport.abort)
 
     def timeout_keep_alive_handler(self) -> None:
         if self.transport.get_write_buffer_size():  # nobody reads the answer

@@ -136,14 +136,21 @@ def _app(settings: ServerSettings, token: str | None, device: torch.device) -> A
 
 
 def _app_of_worker(settings: ServerSettings, token: str | None, folder: str) -> Any:
-    """The application in a worker's process. One that cannot start says why, and stops all: the next would fail too."""
+    """The application in a worker's process. One that cannot start says why, and stops all: the next would fail too.
+
+    uvicorn would start it anew for ever, also where a GPU has no memory for one more model.
+    """
     logging.basicConfig(format="tlcr: %(message)s", level=logging.WARNING)
     logger.setLevel(logging.INFO)
     _end_with_parent()
     try:
         return _app(settings, token, _device(settings, folder))
-    except TlcrError as error:
-        Path(folder, FAILED).write_text(str(error), encoding="utf-8")
+    except Exception as error:
+        said = str(error)
+        if not isinstance(error, TlcrError):
+            logger.exception("a worker cannot start")
+            said = f"a worker of {settings.discriminator!r} cannot start: {type(error).__name__}: {error}"
+        Path(folder, FAILED).write_text(said, encoding="utf-8")
         os.kill(os.getppid(), signal.SIGTERM)
         sys.exit(3)
 

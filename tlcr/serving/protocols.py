@@ -1,8 +1,8 @@
 """What each route reads and writes: JSON to rows, and opinions to JSON. Errors name the field and what was wanted.
 
 ``token_rewards`` is ours. The others are what trainers and engines speak already: OpenRLHF's ``remote_url``, slime's
-``remote_rm``, LLaMA-Factory's ``api`` and vLLM's ``/pooling``. Each is a class with two methods: ``rows`` reads a
-request, ``answer`` writes the response to what it read. docs/serving.md has an example of each.
+``remote_rm``, LLaMA-Factory's ``api`` and vLLM's ``/pooling``. Each is a class: ``rows`` reads a request,
+``answer`` writes the response to what it read. docs/serving.md has an example of each.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from tlcr.data.formats import TEMPLATE_COLUMNS
 from tlcr.errors import TlcrError
@@ -21,11 +21,13 @@ from tlcr.serving.reading import Bad, Reader, Row
 from tlcr.text.files import unicode_problem
 from tlcr.text.template_variables import template_variables
 from tlcr.text.tokenization import opening
+from tlcr.text.turns import without_end
 
 __all__ = ["ROUTES", "Route"]
 
 Json = Mapping[str, Any]
 Query = Mapping[str, str]
+Form = Literal["rewards", "logits", "probabilities"]
 
 SWITCHES = "chat_template_kwargs"
 OF_ITEMS = ("prompt_ids", "response_ids", "prompt", "messages", "response", "ended", *TEMPLATE_COLUMNS)
@@ -43,23 +45,37 @@ class Route(Protocol):
         """The answers to score, in the request's order; at least one. Each is read when it is asked for."""
         ...
 
-    def answer(self, model: ServedModel, body: Json, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
+    def form(self, body: Json) -> Form:
+        """What ``answer`` needs to know of the request beside its rows; the rest is let go while they wait."""
+        ...
+
+    def answer(self, model: ServedModel, form: Form, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
         """The response's JSON, for the rows and their opinions."""
         ...
+
+
+class OneForm:
+    """Of a route whose answers have one form."""
+
+    def form(self, body: Json) -> Form:
+        """The only one."""
+        return "rewards"
 
 
 # ---- ours
 
 
-class TokenRewards:
+class TokenRewards(OneForm):
     """``{"items": [...]}`` to ``{"data": [{"rewards", "score", "tokens", "offsets"}], "model", "temperature"}``."""
 
     def rows(self, reader: Reader, body: Json, query: Query) -> Iterator[Row]:
         """One row for each item, which has ids, or a text with its prompt, or with messages and what they come with."""
+        if unknown := sorted(body.keys() - {"items"}):
+            raise Refused(400, f"the request has {unknown[0][:40]!r}, which is not read; wanted {{'items': [...]}}")
         for number, item in enumerate(_list(reader, body, "items")):
             yield _at(f"items[{number}]", _row, reader, item)
 
-    def answer(self, model: ServedModel, body: Json, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
+    def answer(self, model: ServedModel, form: Form, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
         """Rewards of every token of each answer."""
         data = [_scored(row, opinion) for row, opinion in zip(rows, opinions, strict=True)]
         return {"data": data, "model": model.name, "temperature": model.temperature}
@@ -130,7 +146,7 @@ def _mean(rewards: Sequence[float]) -> float:
 # ---- OpenRLHF
 
 
-class OpenRLHF:
+class OpenRLHF(OneForm):
     """``{"query": [text], "prompts": [text]}`` to ``{"rewards", "scores", "extra_logs"}``, a number for each answer.
 
     A query is a prompt with its answer, special tokens included. A list of numbers for an answer would be taken without
@@ -145,7 +161,7 @@ class OpenRLHF:
         for number, pair in enumerate(zip(queries, prompts, strict=True)):
             yield _at(f"query[{number}]", _row_of_query, reader, *pair)
 
-    def answer(self, model: ServedModel, body: Json, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
+    def answer(self, model: ServedModel, form: Form, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
         """The mean token reward of each answer, and its share of tokens below 0 for the log."""
         rewards = [opinion.rewards_T.tolist() for opinion in opinions]
         means = list(map(_mean, rewards))
@@ -168,28 +184,30 @@ def _row_of_query(reader: Reader, query: Any, prompt: Any) -> Row:
 # ---- slime
 
 
-class Slime:
+class Slime(OneForm):
     """``{"prompt", "response", "label"}`` to what becomes ``sample.reward``; ``--reward-key score`` picks the mean."""
 
     def rows(self, reader: Reader, body: Json, query: Query) -> Iterator[Row]:
         """The one answer of the request."""
         yield _at("the request", _row_of_sample, reader, body.get("prompt"), body.get("response"))
 
-    def answer(self, model: ServedModel, body: Json, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
+    def answer(self, model: ServedModel, form: Form, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
         """The entry of ``data`` that our own route gives."""
         return _scored(rows[0], opinions[0])
 
 
 def _row_of_sample(reader: Reader, prompt: Any, response: Any) -> Row:
+    response = _text(response, "response")
     if isinstance(prompt, list):
-        return _not_empty(reader.row_of_text(_messages(reader, prompt), _text(response, "response")))
-    return _not_empty(reader.row_of_complete_text(_text(prompt, "prompt"), _text(response, "response")))
+        ended = without_end(reader.tokenizer, response) != response  # slime sends the end that was sampled
+        return _not_empty(reader.row_of_text(_messages(reader, prompt), response, ended=ended))
+    return _not_empty(reader.row_of_complete_text(_text(prompt, "prompt"), response))
 
 
 # ---- LLaMA-Factory
 
 
-class LlamaFactory:
+class LlamaFactory(OneForm):
     """``{"model", "messages": [text]}`` to ``{"scores": [number]}``, the mean token reward of the last answer.
 
     A text is a whole conversation. The answer begins after the last ``answer_after``, a part of the URL's query
@@ -203,7 +221,7 @@ class LlamaFactory:
         for number, text in enumerate(texts):
             yield _at(f"messages[{number}]", _row_of_conversation, reader, text, header)
 
-    def answer(self, model: ServedModel, body: Json, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
+    def answer(self, model: ServedModel, form: Form, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
         """The mean token reward of each answer."""
         return {"scores": [_mean(opinion.rewards_T.tolist()) for opinion in opinions]}
 
@@ -255,10 +273,14 @@ class Pooling:
         for number, one in enumerate(inputs):
             yield _at(f"input[{number}]" if several else "input", _input, reader, one)
 
-    def answer(self, model: ServedModel, body: Json, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
+    def form(self, body: Json) -> Form:
+        """Logits where they are asked for, else their softmax."""
+        return "logits" if body.get("use_activation") is False else "probabilities"
+
+    def answer(self, model: ServedModel, form: Form, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Any:
         """The numbers of every token, in vLLM's form."""
         logits = [opinion.logits_TC for opinion in opinions]
-        numbers = logits if body.get("use_activation") is False else [logits_TC.softmax(-1) for logits_TC in logits]
+        numbers = logits if form == "logits" else [logits_TC.softmax(-1) for logits_TC in logits]
         data = [
             {"index": index, "object": "pooling", "data": numbers_TC.tolist()}
             for index, numbers_TC in enumerate(numbers)

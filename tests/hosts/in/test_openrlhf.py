@@ -52,6 +52,13 @@ class Ids:
         return {str(i): i for i in range(50)}
 
 
+class Decoding(Ids):
+    """``Ids`` with the way back."""
+
+    def decode(self, ids: list[int], **unused: Any) -> str:
+        return " ".join(map(str, ids))
+
+
 class Engine:
     """The place of a vLLM engine: it answers what it is told."""
 
@@ -138,6 +145,30 @@ def maker(estimator: str, answers: int = 1) -> adaptor.TokenRewardExperienceMake
 def expected_rows(items: list[dict[str, Any]]) -> torch.Tensor:
     rows = [[0.0] * (len(item["prompt_ids"]) - 1) + item["rewards"] for item in items]
     return torch.tensor(golden.padded(rows))
+
+
+class Asking(openrlhf_agent.AgentExecutor):
+    """The single-turn executor with a reward server of the user's own, which answers ``says``."""
+
+    def __init__(self, says: Any) -> None:
+        super().__init__("http://mine")
+        self.says = says
+
+    async def _fetch_rewards_via_http(self, *unused: Any) -> Any:
+        if isinstance(self.says, Exception):
+            raise self.says
+        return [self.says]
+
+
+def test_a_reward_that_openrlhf_asks_for_is_the_outcome() -> None:
+    item = GOLDEN["items"][0]
+    prompt = " ".join(map(str, item["prompt_ids"]))
+    given = (prompt, "", SimpleNamespace(max_tokens=32, logprobs=None), 64, Decoding(), Engine(item["response_ids"]))
+    response = asyncio.run(Asking({"rewards": 0.5}).execute(*given))
+    assert response["extra_logs"][openrlhf_agent.OUTCOME] == 0.5
+    for broken in (OSError("gone"), None, {"other": 1.0}):
+        with pytest.raises(HostError, match="executor got no reward from http://mine"):
+            asyncio.run(Asking(broken).execute(*given))
 
 
 def test_every_private_name_is_there() -> None:
@@ -276,6 +307,12 @@ def test_the_launcher_puts_both_halves_in(monkeypatch: pytest.MonkeyPatch) -> No
     assert argv[-2:] == ["--train.agent_func_path", openrlhf_agent.__file__]
     adaptor.launch(["--train.agent_func_path=mine.py"])
     assert ran[1][1][1:] == ["--train.agent_func_path=mine.py"]
+    for flag in adaptor.UNHEARD:
+        for given in ([flag, "x"], [f"{flag}=x"]):
+            with pytest.raises(HostError, match=f"does not ask what {flag} names where an agent gives the rewards"):
+                adaptor.launch(given)
+        adaptor.launch(["--train.agent_func_path", "mine.py", flag, "x"])  # the agent of a user may ask it
+        assert ran[-1][1][1:] == ["--train.agent_func_path", "mine.py", flag, "x"]
     assert issubclass(ppo_trainer.PPOTrainer.__ray_metadata__.modified_class, ppo_trainer.BasePPOTrainer)
 
 

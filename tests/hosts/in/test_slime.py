@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import golden
@@ -172,6 +173,42 @@ def test_slimes_own_reward_is_paid_at_the_last_token_that_counts(monkeypatch: py
         counted = [place for place in range(7) if mask is None or mask[place]]
         assert [round(more[place], 6) for place in counted] == [2.0 * (place == paid_at) for place in counted]
         assert found["outcome"] == 2
+
+
+def slimes_own(monkeypatch: pytest.MonkeyPatch, gives: Any) -> None:
+    """A ``slime.rollout.rm_hub`` whose reward is ``gives``."""
+
+    async def async_rm(args: Any, sample: Any) -> Any:
+        assert args.custom_rm_path is None and sample.custom_rm_path is None
+        return gives
+
+    hub = ModuleType("slime.rollout.rm_hub")
+    hub.async_rm = async_rm  # type: ignore[attr-defined]
+    for name, module in (("slime", ModuleType("slime")), ("slime.rollout", ModuleType("slime.rollout"))):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, hub.__name__, hub)
+
+
+@pytest.mark.parametrize("gives", [2, 2.0, {"score": 2.0, "acc": True, "pred": "4"}])
+def test_slimes_own_reward_is_a_number_or_has_a_score(gives: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--rm-type math`` gives a number, ``dapo`` a dictionary, ``remote_rm`` what a server says, ours among them."""
+    slimes_own(monkeypatch, gives)
+    found = asyncio.run(slime.reward(arguments(rm_type="any", custom_rm_path="ours"), samples()[1]))
+    assert found["outcome"] == 2
+    assert found["score"] == pytest.approx(sum(REWARDS[1]) / len(REWARDS[1]) + 2)
+
+
+@pytest.mark.parametrize("gives", [{"acc": 1.0}, {"score": None}, "2", None])
+def test_a_reward_of_slimes_that_is_no_number_is_named(gives: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    slimes_own(monkeypatch, gives)
+    with pytest.raises(HostError, match=r"slime's own reward, by --rm-type, is .*wanted a number"):
+        asyncio.run(slime.reward(arguments(rm_type="any", custom_rm_path="ours"), samples()[1]))
+
+
+def test_a_group_is_scored_as_its_answers_are() -> None:
+    """slime gives a list with ``--group-rm``, and where one prompt became several samples."""
+    one_by_one = [asyncio.run(slime.reward(arguments(), sample)) for sample in samples()]
+    assert asyncio.run(slime.reward(arguments(), samples())) == one_by_one
 
 
 @pytest.mark.parametrize(
