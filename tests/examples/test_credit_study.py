@@ -78,6 +78,16 @@ def test_length_costs_the_sum_at_the_end_and_not_the_reward_at_every_token() -> 
     assert dense[0] == pytest.approx(dense[1], rel=0.03)
 
 
+def test_the_page_says_what_the_theory_gives() -> None:
+    text = " ".join((Path(__file__).parents[2] / "docs" / "results" / "length.md").read_text("utf-8").split())
+    short, long = ([f"{theory.squared_correlation([length], lam):.2f}" for lam in (0.7, 0.95)] for length in (64, 256))
+    said = f"At lambda 0.7 the share is {short[0]} for 64 tokens and {long[0]} for 256, at 0.95 it is {short[1]} and"
+    assert f"{said} {long[1]}." in text
+    left = theory.squared_correlation([256], 0.95, known=0.0)
+    of = round(theory.squared_correlation([256], 0.95) / left, -1)
+    assert f"a share of {left:.4f} is left, a {of:.0f}th of what the reward at every token has" in text
+
+
 def test_the_share_that_a_value_model_knows_is_found() -> None:
     generator = np.random.default_rng(2)
     before, place = generator.standard_normal(5000), generator.uniform(0, 30, 5000)
