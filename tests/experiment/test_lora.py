@@ -20,6 +20,7 @@ from tlcr.experiment.opening import open_run
 from tlcr.experiment.pipeline import run, stage
 from tlcr.experiment.preflight import settings
 from tlcr.models.lora.adapters import own_parameters, role_of
+from tlcr.recipes.refresh_discriminator import DiscriminatorRefresh
 
 LORA = LoRAConfig(rank=4)
 
@@ -159,6 +160,33 @@ def test_a_discriminator_of_another_base_is_loaded_whole(
     roles, frozen, _ = _frozen(opened, opened.trials[0].config(cfg), seed=0)
     assert roles is not None and frozen.discriminator is not None
     assert role_of(frozen.discriminator.model) is None
+
+
+def test_a_discriminator_that_learns_on_is_loaded_whole(finished: RunConfig) -> None:
+    """As an adapter on the policy's weights it would leave its refresh the policy's adapters to train."""
+    opened = open_run(finished, resume=True)
+    cfg = opened.trials[0].config(finished)
+    learning = replace(
+        cfg,
+        lora=replace(cfg.lora, roles=("policy", "value")),
+        reward=replace(cfg.reward, refresh=replace(cfg.reward.refresh, every=1)),
+    )
+    held = {}
+    for own in (cfg, learning):
+        _, frozen, _ = _frozen(opened, own, seed=0)
+        assert frozen.discriminator is not None
+        held[own is learning] = frozen.discriminator
+    assert role_of(held[False].model) is not None and role_of(held[True].model) is None
+    refresh = DiscriminatorRefresh(
+        learning,
+        model=held[True].model,
+        tokenizer=held[True].tokenizer,
+        original=list,
+        revise=lambda answers, updates: [None] * len(answers),
+        seed=0,
+    )
+    trained = {id(p) for group in refresh.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in held[True].model.parameters()}
 
 
 def test_without_a_rank_no_setting_of_a_run_has_changed(tmp_path: Path) -> None:

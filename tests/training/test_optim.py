@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from tlcr.errors import CheckpointError
 from tlcr.training import optim
 from tlcr.training.optim import (
     MasterWeightAdamW,
@@ -152,6 +153,16 @@ def test_state_continues_where_it_was_saved():
     fresh = nn.Parameter(first.detach().clone())  # without the state the run would go elsewhere
     descend(build_optimizer([group(fresh, 1e-3)]), fresh, 50)
     assert not torch.equal(first, fresh)
+
+
+@pytest.mark.parametrize("now", [torch.bfloat16, torch.float16])
+def test_states_of_a_float32_training_are_refused(now):
+    before = nn.Parameter(torch.randn(20))
+    optimizer = build_optimizer([group(before)])
+    descend(optimizer, before, 1)
+    again = build_optimizer([group(nn.Parameter(before.detach().to(now)))])
+    with pytest.raises(CheckpointError, match=r"holds no master for a parameter .* resume with the model.dtype that"):
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
 def test_it_works_prepared_by_accelerate_and_under_a_scheduler():

@@ -150,8 +150,9 @@ def may_be_a_role(cfg: RunConfig, about: Mapping[str, Any]) -> bool:
     Returns:
         False where it is to be loaded whole.
     """
-    # a value model that starts from the discriminator copies it whole
-    whole = cfg.ppo.value_model == "separate" and cfg.ppo.value_init == "discriminator"
+    # a value model that starts from the discriminator copies it whole, and a refresh trains it whole
+    copied = cfg.ppo.value_model == "separate" and cfg.ppo.value_init == "discriminator"
+    whole = copied or bool(cfg.reward.refresh.every)
     return bool(about) and not whole and not about["config"].get("tlcr_bidirectional_layers", 0)
 
 

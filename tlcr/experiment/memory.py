@@ -154,7 +154,7 @@ def ppo_roles(cfg: RunConfig, architecture: Architecture) -> tuple[Role, ...]:
     refreshed = any(arm.reward.refresh.every for arm in arms_of(cfg))
     judges = [
         Role(name, (own := architecture.adapter(cfg.lora)), own * 4)
-        if name == "discriminator" and _discriminator_is_a_role(cfg)
+        if name == "discriminator" and not refreshed and _discriminator_is_a_role(cfg)
         else (_trained if name == "discriminator" and refreshed else _frozen)(name, parameters_of[name], dtype)
         for name, needed in _asked_models(cfg).items()
         if needed

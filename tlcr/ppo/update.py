@@ -75,8 +75,9 @@ def ppo_update(
     """``cfg.epochs`` passes over this process's share of a rollout; one optimiser step for each minibatch.
 
     Every loss is a sum over tokens (or answers) divided by their number in the minibatch over all processes and
-    micro-batches, so that the result does not depend on how a minibatch is cut or distributed. The passes end early
-    once approx_kl, KL(old || new) over a minibatch before its step, exceeds ``cfg.target_kl``.
+    micro-batches, so that the result does not depend on how a minibatch is cut or distributed, up to rounding: the
+    gradients of bfloat16 weights are summed in bfloat16, where many small micro-batches round more. The passes end
+    early once approx_kl, KL(old || new) over a minibatch before its step, exceeds ``cfg.target_kl``.
 
     Args:
         actor_critic: policy and value model, perhaps wrapped for data parallelism.

@@ -141,6 +141,11 @@ class MasterWeightAdamW(torch.optim.Optimizer):
                     f"was bfloat16 and is {parameter.dtype} now; resume with the tlcr and model.dtype that began this "
                     "run, or begin it again"
                 )
+            if parameter.dtype in LOW_PRECISION and state and not state.keys() & MASTERS:
+                raise CheckpointError(
+                    f"the saved optimiser holds no master for a parameter of shape {tuple(parameter.shape)} that is "
+                    f"{parameter.dtype} now; resume with the model.dtype that began this run, or begin it again"
+                )
             self.state[parameter] = {name: value.to(_home(name, parameter), copy=True) for name, value in state.items()}
 
 

@@ -1,7 +1,8 @@
 """The loop of SFT, the reward model and the discriminator.
 
 One step: draw the batch, sum the loss over micro-batches and processes, divide the gradient by the weight of the whole
-batch, clip, step. So the step does not depend on how the batch is cut: 1 x 8, 8 x 1 and two processes give the same.
+batch, clip, step. So the step does not depend on how the batch is cut: 1 x 8, 8 x 1 and two processes give the same, up
+to rounding. Gradients of bfloat16 weights are summed in bfloat16, where many small micro-batches round more than few.
 """
 
 from __future__ import annotations
