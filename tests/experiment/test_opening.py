@@ -67,6 +67,31 @@ def test_a_link_that_leads_nowhere_does_not_end_a_command(tmp_path: Path) -> Non
         open_run(cfg, resume=True)
 
 
+def test_data_that_changed_in_place_are_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """No setting shows them: stages that are done keep what they learnt, and others would read the new records."""
+    source, folder = tmp_path / "pairs.jsonl", tmp_path / "edits"
+    folder.mkdir()
+    for path in (source, folder / "a.jsonl"):
+        path.write_text('{"prompt": "a"}\n', encoding="utf-8")
+    before = small_config(tmp_path / "run")
+    cfg = replace(before, data=replace(before.data, preferences=str(source)))
+    open_run(cfg, resume=False)
+    with_edits = replace(cfg, data=replace(cfg.data, edits=str(folder)))
+    for again in (cfg, with_edits, with_edits, cfg):
+        open_run(again, resume=True)
+    assert "is not what it was" not in caplog.text
+    (folder / "a.jsonl").write_text('{"prompt": "b"}\n', encoding="utf-8")
+    open_run(cfg, resume=True)
+    assert "is not what it was" not in caplog.text  # it does not read them
+    for _ in range(2):
+        open_run(with_edits, resume=True)
+    assert caplog.text.count(f"{folder} is not what it was when the run in {cfg.output_dir} began with it") == 2
+    caplog.clear()
+    source.write_text('{"prompt": "a"}\n' * 2, encoding="utf-8")
+    open_run(cfg, resume=True)
+    assert f"{source} is not what it was" in caplog.text
+
+
 def test_other_weights_under_the_same_path_are_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, cfg = tmp_path / "model", arm_config(tmp_path, tmp_path / "model")
     model.mkdir(exist_ok=True)

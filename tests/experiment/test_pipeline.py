@@ -85,6 +85,8 @@ def test_the_discriminator_is_analysed_on_what_it_has_not_seen(finished: RunConf
     # the same pairs from a file: the same figures, but calibration at the stored temperature
     lines = [json.dumps({k: getattr(e, k) for k in ("id", "prompt", "rejected", "revised")}) for e in held_out]
     (tmp_path / "edits.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=r"--output '.*edits.jsonl' cannot be a folder: File exists; name another"):
+        analyse_edits(folder, "unread.jsonl", tmp_path / "edits.jsonl")
     page = analyse_edits(folder, str(tmp_path / "edits.jsonl"), tmp_path / "out")
     again = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert again["kinds"] == found["kinds"] and again["spill"] == found["spill"]

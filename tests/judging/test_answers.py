@@ -277,6 +277,21 @@ def test_answers_of_an_endpoint_that_fails_are_asked_for_again(tmp_path: Path, m
     assert found.answers == {81: ("on The",), 82: ("on I w",), 83: ("on bad",), 84: ("on A d",)}
 
 
+def test_a_folder_is_named_however_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, capsys
+) -> None:
+    prompts(tmp_path, 1)
+    options = ["--prompts", str(tmp_path / "question.jsonl"), "--output_dir", str(tmp_path / "out")]
+    monkeypatch.chdir(tiny_folder)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    options += ["--model.chat_template", template, "--max_new_tokens", "4"]
+    assert cli.main(["answer", ".", *options]) == 0
+    assert (tmp_path / "out" / "data" / "vicuna_bench" / "model_answer" / f"{tiny_folder.name}.jsonl").is_file()
+    capsys.readouterr()
+    assert cli.main(["answer", "/", *options]) == 2
+    assert "'/' gives no name; set --model_id; it names a file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -338,6 +338,26 @@ def test_agreement_with_people_and_with_another_judge(tmp_path: Path, server: Ch
     assert "first.jsonl | 3 of 3 | 0.0 %" in (tmp_path / "judged" / "ours--theirs" / "report.md").read_text()
 
 
+def test_what_another_judge_said_is_not_replaced(tmp_path: Path, server: ChatServer, capsys) -> None:
+    server.behave = honest
+    arguments = bench(tmp_path, [(GOOD,)] * 2, [(BAD,)] * 2)
+    assert judge(tmp_path, server, arguments) == 0
+    folder = tmp_path / "judged" / "ours--theirs"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    verdicts = str(folder / "verdicts.jsonl")
+    capsys.readouterr()
+    for more, message in (
+        (["--endpoint.model", "other"], "would replace it; name another --output_dir"),
+        (["--labels", json.dumps([verdicts])], "it would be compared with itself"),
+    ):
+        assert judge(tmp_path, server, arguments, *more) == 2
+        assert message in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    other = ["--endpoint.model", "other", "--output_dir", str(tmp_path / "again"), "--labels", json.dumps([verdicts])]
+    assert judge(tmp_path, server, arguments, *other) == 0
+    assert judge(tmp_path, server, arguments, "--temperature", "0.1") == 0  # the same judge may be asked otherwise
+
+
 def test_one_file_is_graded(tmp_path: Path, server: ChatServer, capsys) -> None:
     def behave(request: dict[str, Any]) -> Reply:
         text = request["messages"][0]["content"]

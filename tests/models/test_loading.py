@@ -175,7 +175,10 @@ def test_a_tokenizer_whose_file_is_damaged_is_one_line(damage, tmp_path, tiny_to
 def test_what_cannot_be_loaded_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot load a language model from .*absent") as caught:
         load_causal_lm(config(tmp_path / "absent"))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "huggingface" not in str(caught.value)
+    (tmp_path / "trained").mkdir()
+    with pytest.raises(ConfigError, match=r"there is no such folder \(nearest name: '.*/trained'\); correct the path"):
+        load_sequence_classifier(tmp_path / "traned", ModelConfig())
     with pytest.raises(ConfigError, match="cannot load a tokenizer"):
         load_tokenizer(config(tmp_path))
     for load in (load_causal_lm, load_tokenizer):

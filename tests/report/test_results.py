@@ -276,6 +276,31 @@ def test_a_run_is_read_from_its_files(tmp_path: Path) -> None:
     assert results["frontier"]["comparisons"][0]["arm"] == "zeta"
 
 
+def test_runs_that_were_evaluated_otherwise_are_not_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two scorers have two scales: their difference says nothing of the arms."""
+    folder = write_run(tmp_path / "run", {"continuous": 0.6, "sequence": 0.4}, seeds=(0, 1))
+    places = sorted(folder.glob("ppo/*/seed-*/evaluation.json"))
+
+    def judge(path: Path, scorer: str) -> None:
+        settings = {"prompts": 8, "scorer": scorer}
+        evaluation = json.loads(path.read_text()) | {"settings": settings, "on_the_way": settings}
+        path.write_text(json.dumps(evaluation))
+
+    for path in places:
+        judge(path, "b:f" if "continuous" in str(path) else "a:f")
+    config = folder / "config.yaml"
+    before = config.read_text(encoding="utf-8")
+    config.write_text(before + "\nevaluation: {prompts: 8, scorer: b:f}\n", encoding="utf-8")
+    assert [arm["name"] for arm in collect_results(folder)["arms"]] == ["continuous"]
+    assert caplog.text.count("is left out of the report: it was evaluated with") == 2
+    config.write_text(before + "\nevaluation: {prompts: 9, scorer: c:f}\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"several settings, none of them those of config.yaml; .* 'tlcr evaluate'"):
+        collect_results(folder)
+    for path in places:
+        judge(path, "a:f")
+    assert len(collect_results(folder)["arms"]) == 2  # alike, whatever the config says now
+
+
 def test_a_run_of_an_older_version_names_no_machine(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", {"continuous": 0.6}, seeds=(0,))
     (folder / "ppo" / "continuous" / "seed-0" / "done.json").write_text(json.dumps({"versions": {"tlcr": "0.1.0"}}))

@@ -160,6 +160,10 @@ def test_a_refusal_is_known_by_how_it_opens(text: str, expected: bool) -> None:
         ("", "", 0.0),
         ("", "a", 1.0),
         ("don't", "do not", 1.0),  # don ' t -> do not
+        ("这家餐厅的菜又冷又慢", "这家餐厅的菜又热又快", 0.2),  # without spaces a character is a word
+        ("とてもおいしい", "とてもまずい", 3 / 7),
+        ("อาหารเย็น", "อาหารร้อน", 1 / 3),
+        ("GPU 加速", "CPU 加速", 1 / 3),
     ],
 )
 def test_the_share_of_changed_words(before: str, after: str, expected: float) -> None:

@@ -200,6 +200,24 @@ def test_a_cap_stops_the_run_or_on_request_cuts_it_short(tmp_path: Path, server:
     stage(config(tmp_path, server, **capped), "revisions")
     assert len(server.requests) == 5
     assert outcomes(tmp_path) == {"revised": 5, "unanswered": 3}
+    stage(config(tmp_path, server, **capped), "revisions")
+    assert len(server.requests) == 5
+    capped["reviser__endpoint__max_requests"] = 7
+    stage(config(tmp_path, server, **capped), "revisions")
+    assert len(server.requests) == 7
+    assert outcomes(tmp_path) == {"revised": 7, "unanswered": 1}
+
+
+def test_pairs_that_changed_in_their_file_are_asked_alone(tmp_path: Path, server: ChatServer) -> None:
+    cfg = config(tmp_path, server)
+    stage(cfg, "revisions")
+    asked = len(server.requests)
+    source = Path(str(cfg.data.preferences))
+    with source.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(hh("book")) + "\n")
+    stage(cfg, "revisions")
+    assert len(server.requests) == asked + 1
+    assert sum(outcomes(tmp_path).values()) == asked + 1
 
 
 def test_what_fails_the_checks_is_asked_for_again_as_often_as_allowed(tmp_path: Path, server: ChatServer) -> None:

@@ -1,6 +1,6 @@
 """Opens the folder of a run: what a start writes there, and which folder may be a run's.
 
-``config.yaml`` is what the run was last asked for, ``started.json`` when it began, and from which weights.
+``config.yaml`` is what the run was last asked for, ``started.json`` when it began, and from which weights and data.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 
 from tlcr.config.loading import dump_config, load_config
 from tlcr.config.schema import RunConfig, ShardingConfig
-from tlcr.config.stages import CONFIG, DONE, STARTED, TRAINED
+from tlcr.config.stages import CONFIG, DONE, STAGES, STARTED, TRAINED
 from tlcr.errors import CheckpointError, ConfigError
-from tlcr.experiment.preflight import foreign_config, holds_a_run, taken
+from tlcr.experiment.preflight import foreign_config, holds_a_run, sources_used, taken
 from tlcr.experiment.run_folder import RunFolder
 from tlcr.files import atomic_write, write_json
 from tlcr.training import checksums
@@ -105,9 +105,10 @@ def _write_config(cfg: RunConfig, folder: Path) -> None:
 
 
 def _write_start(cfg: RunConfig, folder: Path, *, anew: bool) -> None:
-    weights = _weights(cfg)
+    weights, data = _weights(cfg), data_checksums(cfg)
     if (folder / STARTED).exists() and not anew:
         _compare_weights(cfg, folder / STARTED, weights)
+        _compare_data(folder / STARTED, data)
         return
     if holds_a_run(folder):
         logger.warning(
@@ -116,13 +117,46 @@ def _write_start(cfg: RunConfig, folder: Path, *, anew: bool) -> None:
             folder,
         )
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / STARTED, {"started": datetime.now().isoformat(timespec="seconds"), "weights": weights})
+    started = datetime.now().isoformat(timespec="seconds")
+    write_json(folder / STARTED, {"started": started, "weights": weights, "data": data})
 
 
 def _weights(cfg: RunConfig) -> dict[str, str]:
     """A checksum of some of each file of weights under ``model.path``, where that is a folder."""
     files = (path for kind in ("*.safetensors", "*.gguf") for path in Path(cfg.model.path).glob(kind))
     return {path.name: checksums.of_samples(path) for path in sorted(files)}
+
+
+def data_checksums(cfg: RunConfig) -> dict[str, str]:
+    """A checksum of each source of records that the config names and that is a file or a folder of this machine, by its
+    path."""
+    found = {}
+    for source in dict.fromkeys(sources_used(cfg, STAGES).values()):
+        path = Path(source or "")
+        if source is not None and path.is_file():
+            found[source] = checksums.of_file(path)
+        elif source is not None and path.is_dir():
+            files = sorted(each for each in path.rglob("*") if each.is_file())
+            found[source] = checksums.of_record({str(each): checksums.of_file(each) for each in files})
+    return found
+
+
+def _compare_data(record: Path, data: Mapping[str, str]) -> None:
+    """Warns where a source of records has changed in place; keeps those that the record does not know yet."""
+    with reading(record, "delete it, and the run's chat template shows the time of the next start"):
+        began = json.loads(record.read_text(encoding="utf-8"))
+        before = dict(began.get("data") or {})
+    for source in sorted(set(before) & set(data)):
+        if before[source] != data[source]:
+            logger.warning(
+                "%s is not what it was when the run in %s began with it: stages that are done keep what they learnt "
+                "from it, and the others would read what it holds now; put it back, or begin a run in another "
+                "output_dir",
+                source,
+                record.parent,
+            )
+    if set(data) - set(before):
+        write_json(record, {**began, "data": {**data, **before}})
 
 
 def _compare_weights(cfg: RunConfig, record: Path, weights: Mapping[str, str]) -> None:

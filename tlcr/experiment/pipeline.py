@@ -29,7 +29,7 @@ from tlcr.data.splits import Stage
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.experiment.arm import evaluate_arm, train_arm
 from tlcr.experiment.locks import sole_run
-from tlcr.experiment.opening import config_kept_if_refused, open_run, reopen_run
+from tlcr.experiment.opening import config_kept_if_refused, data_checksums, open_run, reopen_run
 from tlcr.experiment.preflight import for_one_process, require, unfinished
 from tlcr.experiment.run_folder import RunFolder, Trained, raw_preferences, revision_cache
 from tlcr.experiment.workers import PLACE, Job, run_side_by_side
@@ -164,8 +164,15 @@ def analyse_edits(folder: Path, edits: str, output: Path, *, preferences: str | 
 
     Returns:
         The path of analysis.html.
+
+    Raises:
+        ConfigError: ``output`` cannot be a folder.
     """
     run = reopen_run(folder).model_folders[0]
+    try:  # now, and not when minutes of work are to be written
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {str(output)!r} cannot be a folder: {error.strerror}; name another") from error
     data = replace(
         run.cfg.data,
         edits=edits,
@@ -232,11 +239,20 @@ def _revisions(run: RunFolder) -> None:
             raise for_one_process(process_count())
         cfg, pairs = run.cfg.reviser, raw_preferences(run.cfg)
         checked, statistics = revise(pairs, cfg, run.cfg.data, revision_cache(run.cfg))
-        write_json(run.revisions_folder / "statistics.json", asdict(statistics))
+        write_json(statistics_path, asdict(statistics) | {"caps": caps, "data": data})
         logger.info("wrote %s", write_revisions(run.revisions_folder, pairs, checked, cfg))
         return asdict(statistics)
 
-    # Made again where the settings changed: earlier answers come from the cache at no cost.
+    statistics_path = run.revisions_folder / "statistics.json"
+    caps = {name: getattr(run.cfg.reviser.endpoint, name) for name in ("max_requests", "max_cost")}
+    sources = [run.cfg.data.preferences, run.cfg.reviser.files]
+    data = {source: digest for source, digest in data_checksums(run.cfg).items() if source in sources}
+    before = read_json(statistics_path) if statistics_path.is_file() else {}
+    was_capped = before.get("outcomes", {}).get("unanswered") and before.get("caps", caps) != caps
+    # Made again where the settings or the pairs changed, or a cap that left pairs unanswered: earlier answers come from
+    # the cache at no cost.
+    if was_capped or before.get("data", data) != data:
+        on_main_process(lambda: (run.revisions_folder / DONE).unlink(missing_ok=True))
     settings = run.settings("data") | {"reviser": run.cfg.reviser.decisive(), "template": VERSION}
     run.once(run.revisions_folder, settings, work, again=True)
 

@@ -134,9 +134,10 @@ def answer_command(cfg: AnswerConfig) -> Path:
         raise ConfigError("there are no prompts to answer; name the benchmark's file with --prompts")
     benchmark = read_benchmark(cfg.prompts, cfg.format)
     benchmark = replace(benchmark, questions=benchmark.questions[: cfg.limit])
-    model_id = cfg.model_id or Path(model_name(cfg)).name
-    if "/" in model_id or model_id.startswith("."):
-        raise ConfigError(f"--model_id is {model_id!r}; it names a file: use letters, digits, '.', '_' and '-'")
+    model_id = cfg.model_id or _name_of_a_model(model_name(cfg))
+    if not model_id or "/" in model_id or model_id.startswith("."):
+        given = f"--model_id is {model_id!r}" if cfg.model_id else f"{model_name(cfg)!r} gives no name; set --model_id"
+        raise ConfigError(f"{given}; it names a file: use letters, digits, '.', '_' and '-'")
     path, statistics_path = _paths(Path(cfg.output_dir), benchmark.name, model_id)
     _refuse_another_model(path, statistics_path, model_name(cfg))
     with AnswerStore(Path(cfg.output_dir) / "cache" / f"{benchmark.name}-{model_id}.sqlite") as store:
@@ -160,6 +161,11 @@ def answer_command(cfg: AnswerConfig) -> Path:
         logger.warning("%d answers were cut off at %d tokens; raise --max_new_tokens", found.cut, limit)
     logger.info("wrote %s", path)
     return path
+
+
+def _name_of_a_model(path: str) -> str:
+    """The last part of a name, or of a folder however it is written."""
+    return (Path(path).resolve() if Path(path).is_dir() else Path(path)).name
 
 
 def _paths(output_dir: Path, benchmark: BenchmarkName, model_id: str) -> tuple[Path, Path]:

@@ -16,10 +16,19 @@ from tlcr.config.judging import JudgeConfig
 from tlcr.errors import ConfigError, DataError, EndpointError
 from tlcr.evaluation.bootstrap import CONFIDENCE
 from tlcr.files import atomic_write, finite, write_json, write_json_lines
-from tlcr.judging.formats import AnswerFile, BenchmarkQuestion, QuestionId, read_answers, read_benchmark, read_lines
+from tlcr.judging.formats import (
+    AnswerFile,
+    Benchmark,
+    BenchmarkQuestion,
+    QuestionId,
+    read_answers,
+    read_benchmark,
+    read_lines,
+)
 from tlcr.judging.prompt import AnswerFormat, comparison_question, grade_question
 from tlcr.judging.results import Label, comparison_results, grade_results, render
 from tlcr.judging.verdicts import Comparison, Grade, read_grade, read_ruling
+from tlcr.text.files import parse_json, read_text
 
 __all__ = ["Reply", "compare", "grade", "judge_command", "rehearse_judge"]
 
@@ -46,10 +55,11 @@ def judge_command(files: Sequence[str], cfg: JudgeConfig) -> dict[str, Any]:
     """Judge one or two files of answers; write verdicts, figures and report, print the report, return the figures.
 
     Raises EndpointError, with everything else kept for the next call, where requests failed through all retries and
-    ``on_unanswered`` is "raise".
+    ``on_unanswered`` is "raise". Raises ConfigError where the results of another judge or benchmark would be replaced.
     """
-    answers, replies = _read(files, cfg)
+    answers, benchmark, replies = _read(files, cfg)
     folder = Path(cfg.output_dir) / "--".join(_file_name(each.model_id) for each in answers)
+    _refuse_others(folder, model_name(cfg), benchmark, cfg)
     if cfg.labels and len(answers) == 1:
         raise ConfigError("labels are verdicts between two models, and one file of answers is graded; drop --labels")
     labels = {source: _read_labels(source, answers) for source in cfg.labels}
@@ -70,6 +80,7 @@ def judge_command(files: Sequence[str], cfg: JudgeConfig) -> dict[str, Any]:
     results = {
         **names,
         "judge": model_name(cfg),
+        "benchmark": benchmark,
         "settings": {
             **{name: getattr(cfg, name) for name in ("temperature", "max_new_tokens")},
             "confidence": CONFIDENCE,
@@ -100,7 +111,7 @@ def judge_command(files: Sequence[str], cfg: JudgeConfig) -> dict[str, Any]:
 
 def rehearse_judge(files: Sequence[str], cfg: JudgeConfig, *, show: int) -> None:
     """Print the first ``show`` requests, and what all of them come to. Sends and writes nothing."""
-    _, replies = _read(files, cfg)
+    _, _, replies = _read(files, cfg)
     questions = _questions(replies, cfg)
     found = estimate(questions, [VERDICT_TOKENS] * len(questions), cfg, _cache(cfg))
     orders = len(questions) // len(replies)
@@ -164,15 +175,39 @@ def _questions(replies: Sequence[Reply], cfg: JudgeConfig) -> list[Question]:
 # ------------------------------------------------------------------------------------------------------------ files
 
 
-def _read(files: Sequence[str], cfg: JudgeConfig) -> tuple[list[AnswerFile], list[Reply]]:
-    """The files of answers, and what of them is judged: every turn of the questions that all files answer."""
+def _refuse_others(folder: Path, judge: str, benchmark: str, cfg: JudgeConfig) -> None:
+    """Two models have one folder, whoever judges them, and by whichever questions."""
+    path, verdicts = folder / "results.json", folder / "verdicts.jsonl"
+    if any(Path(source).resolve() == verdicts.resolve() for source in cfg.labels):
+        raise ConfigError(
+            f"labels name {verdicts}, which this command replaces: it would be compared with itself. Name another "
+            "--output_dir, or a copy of the file"
+        )
+    if not path.exists():
+        return
+    try:
+        before = parse_json(read_text(path))
+        found = (before["judge"], before.get("benchmark", benchmark))  # an earlier version did not record it
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not what tlcr judge writes ({error!r}); delete it") from error
+    if found != (judge, benchmark):
+        raise ConfigError(
+            f"{folder} has what {found[0]} said of {found[1]}, and what {judge} says of {benchmark} would replace it; "
+            "name another --output_dir"
+        )
+
+
+def _read(files: Sequence[str], cfg: JudgeConfig) -> tuple[list[AnswerFile], str, list[Reply]]:
+    """The files of answers, the name of the benchmark, and what is judged: every turn of the questions that all files
+    answer."""
     answers = [read_answers(file) for file in files]
     if len(answers) == 2 and answers[0].model_id == answers[1].model_id:
         raise ConfigError(
             f"both {files[0]} and {files[1]} are answers of {answers[0].model_id!r}; give one another name "
             "(tlcr answer --model_id) to tell them apart"
         )
-    questions = _asked(files, answers, cfg)
+    benchmark = _asked(files, answers, cfg)
+    questions = benchmark.questions
     common = [question for question in questions if all(question.id in each.answers for each in answers)]
     if not common:
         raise DataError(f"{' and '.join(files)} answer none of the same questions; give answers to one benchmark")
@@ -189,20 +224,20 @@ def _read(files: Sequence[str], cfg: JudgeConfig) -> tuple[list[AnswerFile], lis
                 )
         b = texts[1] if len(texts) == 2 else None
         replies += [Reply(question, turn, texts[0], b) for turn in range(len(question.turns))]
-    return answers, replies
+    return answers, benchmark.name, replies
 
 
-def _asked(files: Sequence[str], answers: Sequence[AnswerFile], cfg: JudgeConfig) -> tuple[BenchmarkQuestion, ...]:
+def _asked(files: Sequence[str], answers: Sequence[AnswerFile], cfg: JudgeConfig) -> Benchmark:
     if all(each.questions is None for each in answers):
         if cfg.prompts is None:
             raise ConfigError(f"{files[0]} does not say what was asked; name the benchmark's question.jsonl: --prompts")
-        return read_benchmark(cfg.prompts).questions
+        return read_benchmark(cfg.prompts)
     for file, each in zip(files, answers, strict=True):
         if each.questions is None:
             raise DataError(f"{file} is in FastChat's format and the other file in AlpacaEval's; give two of a kind")
     if cfg.prompts is not None:
         raise ConfigError(f"{files[0]} says itself what was asked; drop --prompts, which FastChat's files need")
-    return answers[0].questions or ()
+    return Benchmark("alpaca_eval", answers[0].questions or ())
 
 
 def _read_labels(source: str, answers: Sequence[AnswerFile]) -> list[Label]:

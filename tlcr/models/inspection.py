@@ -28,6 +28,7 @@ from transformers.utils import (
 )
 
 from tlcr.config.schema import GeneratorConfig
+from tlcr.data.places import looks_like_a_path, nearest_name
 from tlcr.models import attention, classifiers
 from tlcr.models.faults import AUTO, LOADABLE, SUBJECT, WHAT, Fault, Role, one_line, python_command, raise_first, some
 from tlcr.models.weight_files import (
@@ -312,6 +313,9 @@ def _embedding_faults(tokenizer: PreTrainedTokenizerBase, source: str, cfg: Gene
 
 
 def _unreadable(source: str, role: Role, error: BaseException) -> Fault:
+    if not Path(source).exists() and looks_like_a_path(source):  # transformers would speak of the hub
+        fact = f"cannot load a {WHAT[role]} from {source!r}: there is no such folder{nearest_name(Path(source))}"
+        return Fault(SUBJECT[role], fact, "correct the path")
     return Fault(SUBJECT[role], f"cannot load a {WHAT[role]} from {source!r}: {one_line(error)}", LOADABLE)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import yaml
 from scipy import stats
 
+from tlcr.config.schema.run import EvaluationConfig
 from tlcr.config.stages import CONFIG, DONE, TRAINED
 from tlcr.config.trials import folder_of, read_folder
 from tlcr.errors import DataError, TlcrError
@@ -278,9 +279,11 @@ def read_runs(folder: Path) -> list[SeedRun]:
     smallest, seeds in theirs.
 
     Of an arm that was tried at several coefficients, a run in a folder that names none has the coefficient of its
-    record; where that has a folder of its own, it is left out, and said so.
+    record; where that has a folder of its own, it is left out, and said so. So are runs that were evaluated with other
+    settings than the config's, where there are some with those.
     """
     found: list[SeedRun] = []
+    judged: dict[PurePosixPath, Mapping[str, Any]] = {}
     for path in (folder / "ppo").glob("**/seed-*/evaluation.json"):
         evaluation = read_json(path)
         place = PurePosixPath(path.parent.relative_to(folder / "ppo"))
@@ -299,9 +302,37 @@ def read_runs(folder: Path) -> list[SeedRun]:
             )
             rows, best = [{"step": row["step"]} for row in rows], None
         found.append(SeedRun(arm, kl_coef, seed, ends["before"], ends["after"], _curve(rows, ends), best, place))
+        judged[place] = evaluation.get("settings") or {}
+    alike = _judged_alike(folder, judged)
+    found = [run for run in found if run.folder in alike]
     found = _with_coefficients(found, folder / "ppo")
     order = {name: place for place, name in enumerate(_arm_order(folder))}
     return sorted(found, key=lambda run: (order.get(run.arm, len(order)), run.arm, run.kl_coef or 0.0, run.seed))
+
+
+def _judged_alike(folder: Path, judged: Mapping[PurePosixPath, Mapping[str, Any]]) -> set[PurePosixPath]:
+    """The runs whose figures may stand side by side: scorers differ in scale, and prompts in difficulty."""
+    if all(settings == next(iter(judged.values())) for settings in judged.values()):
+        return set(judged)
+    config = read_config(folder).get("evaluation") or {}
+
+    def wanted(settings: Mapping[str, Any]) -> bool:
+        return all(settings.get(name) == config.get(name) for name in EvaluationConfig().judged_by)
+
+    alike = {place for place, settings in judged.items() if wanted(settings)}
+    if not alike:
+        raise DataError(
+            f"the runs in {folder / 'ppo'} were evaluated with several settings, none of them those of {CONFIG}; "
+            "evaluate them alike by 'tlcr evaluate', and then make the report"
+        )
+    for place in sorted(set(judged) - alike):
+        logger.warning(
+            "%s is left out of the report: it was evaluated with %s, and the config has others; 'tlcr evaluate' with a "
+            "config that has this run evaluates it again",
+            folder / "ppo" / place,
+            dict(judged[place]),
+        )
+    return alike
 
 
 def coefficient_of(folder: Path, run: SeedRun) -> float:

@@ -39,7 +39,11 @@ COPIED = 0.1
 NEAR = 0.3
 """... unless the chosen answer is itself that near to the rejected one: then a copy is the minimal edit."""
 
-_WORD = re.compile(r"\w+|[^\w\s]")
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+"""Characters of scripts that are written without spaces: Thai and Lao, Burmese, Khmer, kana and Han."""
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,10 @@ class CheckedRevision:
 
 
 def changed_share(before: str, after: str) -> float:
-    """Share of words changed: Levenshtein distance over words and marks, divided by the longer side's; in [0, 1]."""
+    """Share of words changed: Levenshtein distance over words and marks, divided by the longer side's; in [0, 1].
+
+    Of scripts that are written without spaces each character is a word.
+    """
     return float(Levenshtein.normalized_distance(_WORD.findall(before), _WORD.findall(after)))
 
 
