@@ -33,7 +33,8 @@ from tlcr.hosts.contract import Item, Span, checked
 
 __all__ = ["RewardClient", "TextRewards", "config_for_vllm", "rewards_of_logits", "vocabulary_fingerprint"]
 
-COMES_BACK = (429, 502, 503, 504)
+BUSY = 429
+COMES_BACK = (BUSY, 502, 503, 504)
 """Answers of HTTP after which the same request may succeed: the server has too much to do, or is starting."""
 
 NO_ROUTE = (404, 500)
@@ -65,9 +66,9 @@ class RewardClient:
     """Scores answers by a server. Threads may share one; every request has a connection of its own.
 
     A request that finds the server busy, starting or gone is sent again after a pause, which doubles each time and is
-    as long as the server asks for. Once a request was given up, those of the next minute are sent a single time, until
-    one is answered: a thousand answers wait for a server that is gone as long as one does. Scoring changes nothing, so
-    that a request may be sent twice.
+    as long as the server asks for. Once one was given up because the server is gone, those of the next minute are sent
+    a single time, until one is answered: a thousand answers wait for such a server as long as one does. Scoring changes
+    nothing, so that a request may be sent twice.
     """
 
     def __init__(
@@ -227,7 +228,7 @@ class RewardClient:
             HostError: the server is not reached within all tries, or refuses.
         """
         data = None if body is None else _json(body)
-        problem = ""
+        problem, is_busy = "", False
         tries = 1 if time.monotonic() - self._given_up < LONGEST_WAIT else self.tries
         for attempt in range(tries):
             try:
@@ -238,11 +239,11 @@ class RewardClient:
                 problem, wait = _sentence(error, self._token), _seconds(error.headers.get("retry-after"))
                 if error.code not in COMES_BACK:
                     raise HostError(f"{self.url}{path} answers {error.code}: {problem}") from error
-                problem = f"answers {error.code}: {problem}"
+                problem, is_busy = f"answers {error.code}: {problem}", error.code == BUSY
             except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
                 reason = getattr(error, "reason", error)
                 said = without_secrets(str(reason), self._token)
-                problem, wait = f"cannot be reached: {said or type(reason).__name__}", 0.0
+                problem, wait, is_busy = f"cannot be reached: {said or type(reason).__name__}", 0.0, False
             except (ValueError, RecursionError) as error:
                 raise HostError(f"{self.url}{path} answers what is not JSON: {error}") from error
             else:
@@ -252,7 +253,8 @@ class RewardClient:
                 # Clients that were refused together do not come again together.
                 pause = max(wait, min(2.0**attempt / 2, LONGEST_WAIT / 2)) * random.uniform(1, 1.5)
                 time.sleep(min(pause, LONGEST_WAIT))
-        self._given_up = time.monotonic()
+        if not is_busy:  # one that has too much to do is there, and others may find room
+            self._given_up = time.monotonic()
         after = f"after {tries} tries" if tries > 1 else "after one try"
         raise HostError(f"{self.url}{path} {problem}; given up {after}. Is the reward server running?")
 

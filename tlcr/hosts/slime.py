@@ -94,9 +94,8 @@ async def _outcome(args: Any, sample: Any) -> float:
     theirs, plain = copy(args), copy(sample)
     theirs.custom_rm_path = plain.custom_rm_path = None
     found = await async_rm(theirs, plain)
-    value = (
-        found.get(SCORE) if isinstance(found, dict) else found
-    )  # "dapo" gives a dictionary, and servers what they like
+    # "dapo" gives a dictionary, and a server what it likes
+    value = found.get(SCORE) if isinstance(found, dict) else found
     if not isinstance(value, (int, float)):
         raise HostError(
             f"slime's own reward, by --rm-type, is {found!r}; wanted a number, or a dictionary with one under {SCORE!r}"

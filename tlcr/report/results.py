@@ -302,18 +302,19 @@ def read_runs(folder: Path) -> list[SeedRun]:
             )
             rows, best = [{"step": row["step"]} for row in rows], None
         found.append(SeedRun(arm, kl_coef, seed, ends["before"], ends["after"], _curve(rows, ends), best, place))
-        judged[place] = evaluation.get("settings") or {}
-    alike = _judged_alike(folder, judged)
-    found = [run for run in found if run.folder in alike]
+        if "settings" in evaluation:  # earlier versions recorded none
+            judged[place] = evaluation["settings"]
+    unlike = _judged_otherwise(folder, judged)
+    found = [run for run in found if run.folder not in unlike]
     found = _with_coefficients(found, folder / "ppo")
     order = {name: place for place, name in enumerate(_arm_order(folder))}
     return sorted(found, key=lambda run: (order.get(run.arm, len(order)), run.arm, run.kl_coef or 0.0, run.seed))
 
 
-def _judged_alike(folder: Path, judged: Mapping[PurePosixPath, Mapping[str, Any]]) -> set[PurePosixPath]:
-    """The runs whose figures may stand side by side: scorers differ in scale, and prompts in difficulty."""
+def _judged_otherwise(folder: Path, judged: Mapping[PurePosixPath, Mapping[str, Any]]) -> set[PurePosixPath]:
+    """The runs whose figures may not stand beside the others': scorers differ in scale, and prompts in difficulty."""
     if all(settings == next(iter(judged.values())) for settings in judged.values()):
-        return set(judged)
+        return set()
     config = read_config(folder).get("evaluation") or {}
 
     def wanted(settings: Mapping[str, Any]) -> bool:
@@ -325,14 +326,15 @@ def _judged_alike(folder: Path, judged: Mapping[PurePosixPath, Mapping[str, Any]
             f"the runs in {folder / 'ppo'} were evaluated with several settings, none of them those of {CONFIG}; "
             "evaluate them alike by 'tlcr evaluate', and then make the report"
         )
-    for place in sorted(set(judged) - alike):
+    unlike = set(judged) - alike
+    for place in sorted(unlike):
         logger.warning(
             "%s is left out of the report: it was evaluated with %s, and the config has others; 'tlcr evaluate' with a "
             "config that has this run evaluates it again",
             folder / "ppo" / place,
             dict(judged[place]),
         )
-    return alike
+    return unlike
 
 
 def coefficient_of(folder: Path, run: SeedRun) -> float:

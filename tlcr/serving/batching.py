@@ -155,7 +155,8 @@ class Batcher:
         self._arrived.set()
 
     def _next_batch(self) -> list[Waiting]:
-        """The oldest row and those nearest to it in length, as many as fit."""
+        """The oldest row and those nearest to it in length, as many as fit; rows whose client is gone are dropped."""
+        self._waiting = [one for one in self._waiting if not one.job.answer.done()]
         if not self._waiting:
             return []
         oldest = self._waiting[0]
