@@ -159,12 +159,15 @@ def test_a_killed_worker_loses_nothing_silently(discriminator: Path) -> None:
 
 
 @pytest.mark.slow  # three processes import torch
-def test_workers_end_with_their_parent(discriminator: Path) -> None:
+def test_workers_end_with_their_parent(discriminator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with served(discriminator, workers=2) as (process, _):
+        assert len(list(tmp_path.glob("tlcr-serve-*"))) == 1
         children = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, signal.SIGKILL)
         _, alive = psutil.wait_procs(children, timeout=180)
         assert alive == []
+        assert list(tmp_path.glob("tlcr-serve-*")) == []
 
 
 @pytest.mark.slow  # two processes import torch
@@ -186,7 +189,7 @@ def test_a_worker_that_fails_in_any_way_stops_all(
     def load(*unused: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(processes, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(processes, "_end_with_parent", lambda folder: None)
     monkeypatch.setattr(processes, "_app", load)
     monkeypatch.setattr(processes.os, "kill", lambda *given: stopped.append(given))
     with pytest.raises(SystemExit) as ended:

@@ -10,6 +10,7 @@ import functools
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -142,7 +143,7 @@ def _app_of_worker(settings: ServerSettings, token: str | None, folder: str) -> 
     """
     logging.basicConfig(format="tlcr: %(message)s", level=logging.WARNING)
     logger.setLevel(logging.INFO)
-    _end_with_parent()
+    _end_with_parent(folder)
     try:
         return _app(settings, token, _device(settings, folder))
     except Exception as error:
@@ -178,12 +179,14 @@ _held: list[FileLock] = []
 """The lock of this process's slot, held as long as the process lives."""
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(folder: str) -> None:
+    """Ends this process when its parent is gone, which was killed if its folder is still there."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def wait() -> None:
         parent.join()
+        shutil.rmtree(folder, ignore_errors=True)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, name="tlcr-parent", daemon=True).start()
