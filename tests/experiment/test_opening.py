@@ -76,16 +76,24 @@ def test_data_that_changed_in_place_are_noticed(tmp_path: Path, caplog: pytest.L
     before = small_config(tmp_path / "run")
     cfg = replace(before, data=replace(before.data, preferences=str(source)))
     open_run(cfg, resume=False)
+    source.write_text('{"prompt": "A"}\n', encoding="utf-8")
+    open_run(cfg, resume=True)  # mended before anything learnt from it
+    (tmp_path / "run" / "sft").mkdir()
+    write_json(tmp_path / "run" / "sft" / "done.json", {})
     with_edits = replace(cfg, data=replace(cfg.data, edits=str(folder)))
     for again in (cfg, with_edits, with_edits, cfg):
         open_run(again, resume=True)
     assert "is not what it was" not in caplog.text
+    (folder / "README.md").write_text("no record", encoding="utf-8")
+    open_run(with_edits, resume=True)
     (folder / "a.jsonl").write_text('{"prompt": "b"}\n', encoding="utf-8")
     open_run(cfg, resume=True)
     assert "is not what it was" not in caplog.text  # it does not read them
     for _ in range(2):
         open_run(with_edits, resume=True)
-    assert caplog.text.count(f"{folder} is not what it was when the run in {cfg.output_dir} began with it") == 2
+    assert (
+        caplog.text.count(f"{folder} is not what it was when the run in {cfg.output_dir} began with it") == 1
+    )  # said once
     caplog.clear()
     source.write_text('{"prompt": "a"}\n' * 2, encoding="utf-8")
     open_run(cfg, resume=True)

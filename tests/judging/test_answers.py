@@ -287,6 +287,10 @@ def test_a_folder_is_named_however_it_is_written(
     options += ["--model.chat_template", template, "--max_new_tokens", "4"]
     assert cli.main(["answer", ".", *options]) == 0
     assert (tmp_path / "out" / "data" / "vicuna_bench" / "model_answer" / f"{tiny_folder.name}.jsonl").is_file()
+    link = tmp_path / "policy"
+    link.symlink_to(tiny_folder)
+    assert cli.main(["answer", str(link), *options]) == 0  # by its own name, whatever it leads to
+    assert (tmp_path / "out" / "data" / "vicuna_bench" / "model_answer" / "policy.jsonl").is_file()
     capsys.readouterr()
     assert cli.main(["answer", "/", *options]) == 2
     assert "'/' gives no name; set --model_id; it names a file" in capsys.readouterr().err

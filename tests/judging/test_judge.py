@@ -353,6 +353,11 @@ def test_what_another_judge_said_is_not_replaced(tmp_path: Path, server: ChatSer
         assert judge(tmp_path, server, arguments, *more) == 2
         assert message in capsys.readouterr().err
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    bench(tmp_path, [(GOOD,)] * 3, [(BAD,)] * 3)  # other questions of the same kind
+    for dry in ([], ["--dry-run"]):
+        assert judge(tmp_path, server, arguments, *dry) == 2
+        assert "would replace it; name another --output_dir" in capsys.readouterr().err
+    bench(tmp_path, [(GOOD,)] * 2, [(BAD,)] * 2)
     other = ["--endpoint.model", "other", "--output_dir", str(tmp_path / "again"), "--labels", json.dumps([verdicts])]
     assert judge(tmp_path, server, arguments, *other) == 0
     assert judge(tmp_path, server, arguments, "--temperature", "0.1") == 0  # the same judge may be asked otherwise

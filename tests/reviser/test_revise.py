@@ -164,6 +164,7 @@ def test_a_refusal_is_known_by_how_it_opens(text: str, expected: bool) -> None:
         ("とてもおいしい", "とてもまずい", 3 / 7),
         ("อาหารเย็น", "อาหารร้อน", 1 / 3),
         ("GPU 加速", "CPU 加速", 1 / 3),
+        ("ｱｲｳ", "ｱｲｴ", 1 / 3),
     ],
 )
 def test_the_share_of_changed_words(before: str, after: str, expected: float) -> None:

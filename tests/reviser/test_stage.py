@@ -208,7 +208,9 @@ def test_a_cap_stops_the_run_or_on_request_cuts_it_short(tmp_path: Path, server:
     assert outcomes(tmp_path) == {"revised": 7, "unanswered": 1}
 
 
-def test_pairs_that_changed_in_their_file_are_asked_alone(tmp_path: Path, server: ChatServer) -> None:
+def test_pairs_that_changed_in_their_file_are_asked_alone(
+    tmp_path: Path, server: ChatServer, caplog: pytest.LogCaptureFixture
+) -> None:
     cfg = config(tmp_path, server)
     stage(cfg, "revisions")
     asked = len(server.requests)
@@ -218,6 +220,15 @@ def test_pairs_that_changed_in_their_file_are_asked_alone(tmp_path: Path, server
     stage(cfg, "revisions")
     assert len(server.requests) == asked + 1
     assert sum(outcomes(tmp_path).values()) == asked + 1
+    # what was made of them would no longer fit: then they are kept, and it is said
+    done = tmp_path / "run" / "labels" / "done.json"
+    done.parent.mkdir()
+    done.write_text("{}", encoding="utf-8")
+    with source.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(hh("door")) + "\n")
+    stage(cfg, "revisions")
+    assert len(server.requests) == asked + 1
+    assert "the revisions are kept, since labels were made of them" in caplog.text
 
 
 def test_what_fails_the_checks_is_asked_for_again_as_often_as_allowed(tmp_path: Path, server: ChatServer) -> None:

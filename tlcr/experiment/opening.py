@@ -17,7 +17,8 @@ from pathlib import Path
 from tlcr.config.loading import dump_config, load_config
 from tlcr.config.schema import RunConfig, ShardingConfig
 from tlcr.config.stages import CONFIG, DONE, STAGES, STARTED, TRAINED
-from tlcr.errors import CheckpointError, ConfigError
+from tlcr.data.places import SUFFIXES, inner_suffix
+from tlcr.errors import CheckpointError, ConfigError, DataError
 from tlcr.experiment.preflight import foreign_config, holds_a_run, sources_used, taken
 from tlcr.experiment.run_folder import RunFolder
 from tlcr.files import atomic_write, write_json
@@ -26,6 +27,9 @@ from tlcr.training.checkpoint import reading
 from tlcr.training.distributed import barrier, is_main_process, on_main_process
 
 logger = logging.getLogger(__name__)
+
+READ_WHOLE = 1 << 28
+"""Bytes of the largest file of records whose checksum is one of all of it."""
 
 
 def open_run(cfg: RunConfig, *, resume: bool, whole: bool = True) -> RunFolder:
@@ -108,7 +112,7 @@ def _write_start(cfg: RunConfig, folder: Path, *, anew: bool) -> None:
     weights, data = _weights(cfg), data_checksums(cfg)
     if (folder / STARTED).exists() and not anew:
         _compare_weights(cfg, folder / STARTED, weights)
-        _compare_data(folder / STARTED, data)
+        _compare_data(folder, data)
         return
     if holds_a_run(folder):
         logger.warning(
@@ -129,34 +133,43 @@ def _weights(cfg: RunConfig) -> dict[str, str]:
 
 def data_checksums(cfg: RunConfig) -> dict[str, str]:
     """A checksum of each source of records that the config names and that is a file or a folder of this machine, by its
-    path."""
+    path. Of large files it is one of samples, as for weights."""
+    own = Path(cfg.output_dir).resolve()
     found = {}
     for source in dict.fromkeys(sources_used(cfg, STAGES).values()):
         path = Path(source or "")
-        if source is not None and path.is_file():
-            found[source] = checksums.of_file(path)
-        elif source is not None and path.is_dir():
-            files = sorted(each for each in path.rglob("*") if each.is_file())
-            found[source] = checksums.of_record({str(each): checksums.of_file(each) for each in files})
+        if source is None or not path.exists():  # a name of the hub, or none
+            continue
+        files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if inner_suffix(each) in SUFFIXES)
+        try:
+            parts = {str(each): _checksum(each) for each in files if own not in each.resolve().parents}
+        except OSError as error:
+            raise DataError(f"{source} cannot be read: {error}; check its permissions, or name another") from error
+        found[source] = checksums.of_record(parts)
     return found
 
 
-def _compare_data(record: Path, data: Mapping[str, str]) -> None:
-    """Warns where a source of records has changed in place; keeps those that the record does not know yet."""
+def _checksum(path: Path) -> str:
+    return checksums.of_file(path) if path.stat().st_size <= READ_WHOLE else checksums.of_samples(path)
+
+
+def _compare_data(folder: Path, data: Mapping[str, str]) -> None:
+    """Warns, once, where a source of records has changed in place since something learnt from it."""
+    record = folder / STARTED
     with reading(record, "delete it, and the run's chat template shows the time of the next start"):
         began = json.loads(record.read_text(encoding="utf-8"))
         before = dict(began.get("data") or {})
-    for source in sorted(set(before) & set(data)):
-        if before[source] != data[source]:
-            logger.warning(
-                "%s is not what it was when the run in %s began with it: stages that are done keep what they learnt "
-                "from it, and the others would read what it holds now; put it back, or begin a run in another "
-                "output_dir",
-                source,
-                record.parent,
-            )
-    if set(data) - set(before):
-        write_json(record, {**began, "data": {**data, **before}})
+    changed = [source for source in sorted(set(before) & set(data)) if before[source] != data[source]]
+    ended = any(Path(path).name in (DONE, TRAINED) for path in _progress(folder))
+    for source in changed if ended else ():
+        logger.warning(
+            "%s is not what it was when the run in %s began with it: stages that are done keep what they learnt from "
+            "it, and the others read what it holds now; put it back, or begin a run in another output_dir",
+            source,
+            folder,
+        )
+    if changed or set(data) - set(before):
+        write_json(record, {**began, "data": {**before, **data}})
 
 
 def _compare_weights(cfg: RunConfig, record: Path, weights: Mapping[str, str]) -> None:

@@ -7,6 +7,7 @@ stages are skipped.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -239,22 +240,56 @@ def _revisions(run: RunFolder) -> None:
             raise for_one_process(process_count())
         cfg, pairs = run.cfg.reviser, raw_preferences(run.cfg)
         checked, statistics = revise(pairs, cfg, run.cfg.data, revision_cache(run.cfg))
-        write_json(statistics_path, asdict(statistics) | {"caps": caps, "data": data})
+        path = run.revisions_folder / "statistics.json"
+        write_json(path, asdict(statistics) | {"made_of": _made_of(run.cfg)})
         logger.info("wrote %s", write_revisions(run.revisions_folder, pairs, checked, cfg))
         return asdict(statistics)
 
-    statistics_path = run.revisions_folder / "statistics.json"
-    caps = {name: getattr(run.cfg.reviser.endpoint, name) for name in ("max_requests", "max_cost")}
-    sources = [run.cfg.data.preferences, run.cfg.reviser.files]
-    data = {source: digest for source, digest in data_checksums(run.cfg).items() if source in sources}
-    before = read_json(statistics_path) if statistics_path.is_file() else {}
-    was_capped = before.get("outcomes", {}).get("unanswered") and before.get("caps", caps) != caps
-    # Made again where the settings or the pairs changed, or a cap that left pairs unanswered: earlier answers come from
-    # the cache at no cost.
-    if was_capped or before.get("data", data) != data:
-        on_main_process(lambda: (run.revisions_folder / DONE).unlink(missing_ok=True))
+    # Made again where the settings changed: earlier answers come from the cache at no cost.
     settings = run.settings("data") | {"reviser": run.cfg.reviser.decisive(), "template": VERSION}
-    run.once(run.revisions_folder, settings, work, again=True)
+    run.once(run.revisions_folder, settings, work, again=True, is_stale=lambda: _may_be_revised_again(run))
+
+
+def _made_of(cfg: RunConfig) -> dict[str, Any]:
+    """What revisions depend on and no setting shows: the pairs in their files, and the caps that end the asking."""
+    sources = {cfg.data.preferences, cfg.reviser.files}
+    return {
+        "data": {source: digest for source, digest in data_checksums(cfg).items() if source in sources},
+        "caps": {name: getattr(cfg.reviser.endpoint, name) for name in ("max_requests", "max_cost")},
+    }
+
+
+def _may_be_revised_again(run: RunFolder) -> bool:
+    """Whether finished revisions are of other pairs than the files have now, or some were left out that a higher cap
+    would ask for, and nothing was made of them yet; where there was, a warning."""
+    path = run.revisions_folder / "statistics.json"
+    if process_count() > 1 or not path.is_file():
+        return False
+    before, now = read_json(path), _made_of(run.cfg)
+    if "made_of" not in before:  # of an earlier version
+        return False
+    then = before["made_of"]
+    unanswered = before["outcomes"].get("unanswered", 0)
+    raised = any(
+        then["caps"][name] is not None and then["caps"][name] < (cap or math.inf) for name, cap in now["caps"].items()
+    )
+    if then["data"] != now["data"]:
+        reason = "the pairs in their file are others now"
+    elif unanswered and raised:
+        reason = f"{unanswered} pairs had no answer, and a cap is higher now"
+    else:
+        return False
+    if any((seeded.models / "labels" / DONE).is_file() for seeded in run.model_folders):
+        logger.warning(
+            "%s: %s; the revisions are kept, since labels were made of them. To revise again, begin a run in another "
+            "output_dir, with reviser.cache: %s for the answers that are there",
+            run.revisions_folder,
+            reason,
+            revision_cache(run.cfg),
+        )
+        return False
+    logger.info("%s: %s; they are made again, and what was answered comes from the cache", run.revisions_folder, reason)
+    return True
 
 
 def _sft(run: RunFolder) -> None:

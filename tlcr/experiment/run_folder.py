@@ -390,16 +390,17 @@ class RunFolder:
         record: str = DONE,
         *,
         again: bool = False,
+        is_stale: Callable[[], bool] = lambda: False,
     ) -> None:
         """Runs ``work`` unless ``folder`` records that it finished with these settings; records its metrics at the end.
 
         If it finished with other settings, raises ConfigError, or with ``again`` runs it again (for work that is cheap
-        the second time).
+        the second time). ``is_stale`` says whether it is to be run again although nothing of the settings changed.
         """
-        if self._skips(folder, settings, record):
+        if self._skips(folder, settings, record) and not is_stale():
             return
         with sole_work(folder, str(folder)):
-            if not self._skips(folder, settings, record):  # another may have ended since
+            if not self._skips(folder, settings, record) or is_stale():  # another may have ended since
                 self._do(folder, settings, work, record, again=again)
 
     def _skips(self, folder: Path, settings: Mapping[str, Any], record: str) -> bool:

@@ -33,8 +33,8 @@ from tlcr.hosts.contract import Item, Span, checked
 
 __all__ = ["RewardClient", "TextRewards", "config_for_vllm", "rewards_of_logits", "vocabulary_fingerprint"]
 
-BUSY = 429
-COMES_BACK = (BUSY, 502, 503, 504)
+GONE = (502, 504)
+COMES_BACK = (429, 503, *GONE)
 """Answers of HTTP after which the same request may succeed: the server has too much to do, or is starting."""
 
 NO_ROUTE = (404, 500)
@@ -161,6 +161,11 @@ class RewardClient:
                 for row in server.score([dict(answers[number]) for number in part]):
                     rewards.append(row["rewards"])
                     offsets.append([(begin, end) for begin, end in row["offsets"]])
+                    if len(rewards[-1]) != len(offsets[-1]):
+                        raise HostError(
+                            f"{self.url} gives {len(rewards[-1])} rewards and {len(offsets[-1])} offsets for answer "
+                            f"{len(rewards) - 1}; is this tlcr serve?"
+                        )
         sound = checked(rewards, [Item((), range(len(spans))) for spans in offsets])
         return [TextRewards(row, spans) for row, spans in zip(sound, offsets, strict=True)]
 
@@ -201,7 +206,8 @@ class RewardClient:
                 self._server = self._found_out()
                 asked.set_result(self._server)
             except BaseException as error:
-                asked.set_exception(error)
+                ended = HostError(f"{self.url} was not asked what it is: the thread that did was interrupted")
+                asked.set_exception(error if isinstance(error, Exception) else ended)
                 raise
             finally:
                 with self._lock:
@@ -228,35 +234,40 @@ class RewardClient:
             HostError: the server is not reached within all tries, or refuses.
         """
         data = None if body is None else _json(body)
-        problem, is_busy = "", False
-        tries = 1 if time.monotonic() - self._given_up < LONGEST_WAIT else self.tries
-        for attempt in range(tries):
+        problem = ""
+        impatient = time.monotonic() - self._given_up < LONGEST_WAIT
+        for attempt in range(1, self.tries + 1):
+            is_gone = False
             try:
                 answer = self._once(path, data)
             except urllib.error.HTTPError as error:
+                is_gone = error.code in GONE
                 if error.code in none_for:
                     return None
                 problem, wait = _sentence(error, self._token), _seconds(error.headers.get("retry-after"))
                 if error.code not in COMES_BACK:
                     raise HostError(f"{self.url}{path} answers {error.code}: {problem}") from error
-                problem, is_busy = f"answers {error.code}: {problem}", error.code == BUSY
+                problem = f"answers {error.code}: {problem}"
             except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
                 reason = getattr(error, "reason", error)
                 said = without_secrets(str(reason), self._token)
-                problem, wait, is_busy = f"cannot be reached: {said or type(reason).__name__}", 0.0, False
+                problem, wait, is_gone = f"cannot be reached: {said or type(reason).__name__}", 0.0, True
             except (ValueError, RecursionError) as error:
                 raise HostError(f"{self.url}{path} answers what is not JSON: {error}") from error
             else:
                 self._given_up = -math.inf
                 return answer
-            if attempt + 1 < tries:
-                # Clients that were refused together do not come again together.
-                pause = max(wait, min(2.0**attempt / 2, LONGEST_WAIT / 2)) * random.uniform(1, 1.5)
-                time.sleep(min(pause, LONGEST_WAIT))
-        if not is_busy:  # one that has too much to do is there, and others may find room
+            if not is_gone:  # one that has too much to do is there, and a place may become free
+                self._given_up, impatient = -math.inf, False
+            if impatient or attempt == self.tries:
+                break
+            # Clients that were refused together do not come again together.
+            pause = max(wait, min(2.0**attempt / 4, LONGEST_WAIT / 2)) * random.uniform(1, 1.5)
+            time.sleep(min(pause, LONGEST_WAIT))
+        if is_gone and not impatient:
             self._given_up = time.monotonic()
-        after = f"after {tries} tries" if tries > 1 else "after one try"
-        raise HostError(f"{self.url}{path} {problem}; given up {after}. Is the reward server running?")
+        after = f"{attempt} tries" if attempt > 1 else "one try"
+        raise HostError(f"{self.url}{path} {problem}; given up after {after}. Is the reward server running?")
 
     @contextmanager
     def _understood(self) -> Iterator[None]:

@@ -174,18 +174,17 @@ def launch(arguments: Sequence[str]) -> None:
     """
     require("OpenRLHF", "openrlhf", TESTED, NAMES)
     flags = list(arguments)
-    named = [flag.split("=")[0] for flag in flags]
-    own = "--train.agent_func_path" in named
-    if not own and (unheard := [flag for flag in UNHEARD if flag in named]):
+    named = [flag.split("=")[0] for flag in flags if len(flag) > len("--reward.")]
+    if unheard := [flag for flag in UNHEARD if any(flag.startswith(name) for name in named)]:  # argparse takes a part
         raise HostError(
             f"OpenRLHF does not ask what {unheard[0]} names where an agent gives the rewards, and tlcr's is one; leave "
-            "it out, or give --train.agent_func_path a file whose AgentExecutor asks it beside (docs/hosts/openrlhf.md)"
+            "it out, and write the address into an executor of your own (docs/hosts/openrlhf.md)"
         )
     trainer: Any = import_module("openrlhf.trainer.ppo_trainer")
     asynchronous: Any = import_module("openrlhf.trainer.ppo_trainer_async")
     trainer.PPOTrainer = paying(trainer.PPOTrainer)
     asynchronous.PPOTrainerAsync = paying(asynchronous.PPOTrainerAsync)
-    if not own:
+    if "--train.agent_func_path" not in named:
         agent = find_spec("tlcr.hosts.openrlhf_agent")
         flags += ["--train.agent_func_path", str(agent.origin if agent is not None else None)]
     sys.argv = ["openrlhf.cli.train_ppo_ray", *flags]

@@ -11,6 +11,7 @@ from typing import Any
 
 from openrlhf.utils.agent import AgentExecutorBase, SingleTurnAgentExecutor
 
+from tlcr.credentials import without_secrets
 from tlcr.errors import HostError
 from tlcr.hosts.contract import Account, Item
 from tlcr.hosts.remote import rewards_of, scorer_at
@@ -39,8 +40,8 @@ class TokenRewards(AgentExecutorBase):
         reward, asked = response["reward"], getattr(self, "reward_endpoints", None)
         if reward is None and asked:
             raise HostError(
-                f"OpenRLHF's executor got no reward from {', '.join(map(str, asked))}; its log says why, at the level "
-                "of INFO"
+                f"OpenRLHF's executor got no reward from {', '.join(without_secrets(str(one)) for one in asked)}; its "
+                "log says why, at the level of INFO"
             )
         return 0.0 if reward is None else float(reward)
 

@@ -95,8 +95,8 @@ async def _outcome(args: Any, sample: Any) -> float:
     theirs.custom_rm_path = plain.custom_rm_path = None
     found = await async_rm(theirs, plain)
     # "dapo" gives a dictionary, and a server what it likes
-    value = found.get(SCORE) if isinstance(found, dict) else found
-    if not isinstance(value, (int, float)):
+    value: Any = found.get(SCORE) if isinstance(found, dict) else found
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
         raise HostError(
             f"slime's own reward, by --rm-type, is {found!r}; wanted a number, or a dictionary with one under {SCORE!r}"
         )

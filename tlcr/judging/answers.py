@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -165,7 +166,7 @@ def answer_command(cfg: AnswerConfig) -> Path:
 
 def _name_of_a_model(path: str) -> str:
     """The last part of a name, or of a folder however it is written."""
-    return (Path(path).resolve() if Path(path).is_dir() else Path(path)).name
+    return Path(os.path.abspath(path) if Path(path).is_dir() else path).name
 
 
 def _paths(output_dir: Path, benchmark: BenchmarkName, model_id: str) -> tuple[Path, Path]:

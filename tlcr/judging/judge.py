@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,8 +60,8 @@ def judge_command(files: Sequence[str], cfg: JudgeConfig) -> dict[str, Any]:
     ``on_unanswered`` is "raise". Raises ConfigError where the results of another judge or benchmark would be replaced.
     """
     answers, benchmark, replies = _read(files, cfg)
-    folder = Path(cfg.output_dir) / "--".join(_file_name(each.model_id) for each in answers)
-    _refuse_others(folder, model_name(cfg), benchmark, cfg)
+    folder = _folder(answers, cfg)
+    _refuse_others(folder, cfg, benchmark)
     if cfg.labels and len(answers) == 1:
         raise ConfigError("labels are verdicts between two models, and one file of answers is graded; drop --labels")
     labels = {source: _read_labels(source, answers) for source in cfg.labels}
@@ -80,7 +82,7 @@ def judge_command(files: Sequence[str], cfg: JudgeConfig) -> dict[str, Any]:
     results = {
         **names,
         "judge": model_name(cfg),
-        "benchmark": benchmark,
+        "benchmark": _shown_benchmark(benchmark),
         "settings": {
             **{name: getattr(cfg, name) for name in ("temperature", "max_new_tokens")},
             "confidence": CONFIDENCE,
@@ -111,7 +113,8 @@ def judge_command(files: Sequence[str], cfg: JudgeConfig) -> dict[str, Any]:
 
 def rehearse_judge(files: Sequence[str], cfg: JudgeConfig, *, show: int) -> None:
     """Print the first ``show`` requests, and what all of them come to. Sends and writes nothing."""
-    _, _, replies = _read(files, cfg)
+    answers, benchmark, replies = _read(files, cfg)
+    _refuse_others(_folder(answers, cfg), cfg, benchmark)
     questions = _questions(replies, cfg)
     found = estimate(questions, [VERDICT_TOKENS] * len(questions), cfg, _cache(cfg))
     orders = len(questions) // len(replies)
@@ -175,9 +178,20 @@ def _questions(replies: Sequence[Reply], cfg: JudgeConfig) -> list[Question]:
 # ------------------------------------------------------------------------------------------------------------ files
 
 
-def _refuse_others(folder: Path, judge: str, benchmark: str, cfg: JudgeConfig) -> None:
+def _folder(answers: Sequence[AnswerFile], cfg: JudgeConfig) -> Path:
+    return Path(cfg.output_dir) / "--".join(_file_name(each.model_id) for each in answers)
+
+
+def _shown_benchmark(benchmark: Benchmark) -> str:
+    """Its name, and a checksum of its questions: any file of questions with one turn is of Vicuna's kind."""
+    asked = [[question.id, list(question.turns)] for question in benchmark.questions]
+    return f"{benchmark.name} {zlib.crc32(json.dumps(asked).encode()):08x}"
+
+
+def _refuse_others(folder: Path, cfg: JudgeConfig, benchmark: Benchmark) -> None:
     """Two models have one folder, whoever judges them, and by whichever questions."""
     path, verdicts = folder / "results.json", folder / "verdicts.jsonl"
+    judge, asked = model_name(cfg), _shown_benchmark(benchmark)
     if any(Path(source).resolve() == verdicts.resolve() for source in cfg.labels):
         raise ConfigError(
             f"labels name {verdicts}, which this command replaces: it would be compared with itself. Name another "
@@ -187,19 +201,19 @@ def _refuse_others(folder: Path, judge: str, benchmark: str, cfg: JudgeConfig) -
         return
     try:
         before = parse_json(read_text(path))
-        found = (before["judge"], before.get("benchmark", benchmark))  # an earlier version did not record it
+        found = (before["judge"], before.get("benchmark", asked))  # an earlier version did not record it
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not what tlcr judge writes ({error!r}); delete it") from error
-    if found != (judge, benchmark):
+    is_same = found[0] == judge or (Path(judge).is_dir() and Path(found[0]).resolve() == Path(judge).resolve())
+    if not is_same or found[1] != asked:
         raise ConfigError(
-            f"{folder} has what {found[0]} said of {found[1]}, and what {judge} says of {benchmark} would replace it; "
-            "name another --output_dir"
+            f"{folder} has what {found[0]} said of {found[1]}, and what {judge} says of {asked} would replace it; name "
+            "another --output_dir"
         )
 
 
-def _read(files: Sequence[str], cfg: JudgeConfig) -> tuple[list[AnswerFile], str, list[Reply]]:
-    """The files of answers, the name of the benchmark, and what is judged: every turn of the questions that all files
-    answer."""
+def _read(files: Sequence[str], cfg: JudgeConfig) -> tuple[list[AnswerFile], Benchmark, list[Reply]]:
+    """The files of answers, the benchmark, and what is judged: every turn of the questions that all files answer."""
     answers = [read_answers(file) for file in files]
     if len(answers) == 2 and answers[0].model_id == answers[1].model_id:
         raise ConfigError(
@@ -224,7 +238,7 @@ def _read(files: Sequence[str], cfg: JudgeConfig) -> tuple[list[AnswerFile], str
                 )
         b = texts[1] if len(texts) == 2 else None
         replies += [Reply(question, turn, texts[0], b) for turn in range(len(question.turns))]
-    return answers, benchmark.name, replies
+    return answers, benchmark, replies
 
 
 def _asked(files: Sequence[str], answers: Sequence[AnswerFile], cfg: JudgeConfig) -> Benchmark:

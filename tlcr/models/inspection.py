@@ -315,6 +315,8 @@ def _embedding_faults(tokenizer: PreTrainedTokenizerBase, source: str, cfg: Gene
 def _unreadable(source: str, role: Role, error: BaseException) -> Fault:
     if not Path(source).exists() and looks_like_a_path(source):  # transformers would speak of the hub
         fact = f"cannot load a {WHAT[role]} from {source!r}: there is no such folder{nearest_name(Path(source))}"
+        if source.count("/") == 1 and not source.startswith((".", "/", "~")):  # it may be a name of the hub as well
+            fact += f"; as a name of the hub: {one_line(error)}"
         return Fault(SUBJECT[role], fact, "correct the path")
     return Fault(SUBJECT[role], f"cannot load a {WHAT[role]} from {source!r}: {one_line(error)}", LOADABLE)
 

@@ -40,9 +40,10 @@ NEAR = 0.3
 """... unless the chosen answer is itself that near to the rejected one: then a copy is the minimal edit."""
 
 _UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\ua9e0-\ua9ff\uaa60-\uaa7f"
+    "\u3040-\u30ff\uff66-\uff9f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
-"""Characters of scripts that are written without spaces: Thai and Lao, Burmese, Khmer, kana and Han."""
+"""Characters of scripts that are written without spaces: Thai, Lao, Burmese, Khmer and Tai; kana and Han."""
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
 
 

@@ -308,11 +308,10 @@ def test_the_launcher_puts_both_halves_in(monkeypatch: pytest.MonkeyPatch) -> No
     adaptor.launch(["--train.agent_func_path=mine.py"])
     assert ran[1][1][1:] == ["--train.agent_func_path=mine.py"]
     for flag in adaptor.UNHEARD:
-        for given in ([flag, "x"], [f"{flag}=x"]):
+        for given in ([flag, "x"], [f"{flag}=x"], [flag[:-3], "x"], ["--train.agent_func_path", "mine.py", flag, "x"]):
             with pytest.raises(HostError, match=f"does not ask what {flag} names where an agent gives the rewards"):
                 adaptor.launch(given)
-        adaptor.launch(["--train.agent_func_path", "mine.py", flag, "x"])  # the agent of a user may ask it
-        assert ran[-1][1][1:] == ["--train.agent_func_path", "mine.py", flag, "x"]
+    assert len(ran) == 2
     assert issubclass(ppo_trainer.PPOTrainer.__ray_metadata__.modified_class, ppo_trainer.BasePPOTrainer)
 
 
