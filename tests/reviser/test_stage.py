@@ -217,9 +217,12 @@ def test_pairs_that_changed_in_their_file_are_asked_alone(
     source = Path(str(cfg.data.preferences))
     with source.open("a", encoding="utf-8") as file:
         file.write(json.dumps(hh("book")) + "\n")
+    caplog.set_level("INFO", logger="tlcr")
+    caplog.clear()
     stage(cfg, "revisions")
     assert len(server.requests) == asked + 1
     assert sum(outcomes(tmp_path).values()) == asked + 1
+    assert caplog.text.count("are others now; they are made again") == 1 and "skipped" not in caplog.text
     # what was made of them would no longer fit: then they are kept, and it is said
     done = tmp_path / "run" / "labels" / "done.json"
     done.parent.mkdir()

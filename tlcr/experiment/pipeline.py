@@ -6,6 +6,7 @@ stages are skipped.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -247,7 +248,8 @@ def _revisions(run: RunFolder) -> None:
 
     # Made again where the settings changed: earlier answers come from the cache at no cost.
     settings = run.settings("data") | {"reviser": run.cfg.reviser.decisive(), "template": VERSION}
-    run.once(run.revisions_folder, settings, work, again=True, is_stale=lambda: _may_be_revised_again(run))
+    is_stale = functools.cache(lambda: _may_be_revised_again(run))
+    run.once(run.revisions_folder, settings, work, again=True, is_stale=is_stale)
 
 
 def _made_of(cfg: RunConfig) -> dict[str, Any]:

@@ -397,11 +397,14 @@ class RunFolder:
         If it finished with other settings, raises ConfigError, or with ``again`` runs it again (for work that is cheap
         the second time). ``is_stale`` says whether it is to be run again although nothing of the settings changed.
         """
-        if self._skips(folder, settings, record) and not is_stale():
-            return
-        with sole_work(folder, str(folder)):
-            if not self._skips(folder, settings, record) or is_stale():  # another may have ended since
-                self._do(folder, settings, work, record, again=again)
+
+        def is_to_do() -> bool:
+            return (is_done(folder, settings, record) and is_stale()) or not self._skips(folder, settings, record)
+
+        if is_to_do():
+            with sole_work(folder, str(folder)):
+                if is_to_do():  # another may have ended since
+                    self._do(folder, settings, work, record, again=again)
 
     def _skips(self, folder: Path, settings: Mapping[str, Any], record: str) -> bool:
         if not is_done(folder, settings, record):
