@@ -69,8 +69,8 @@ def test_a_link_that_leads_nowhere_does_not_end_a_command(tmp_path: Path) -> Non
 
 def test_data_that_changed_in_place_are_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """No setting shows them: stages that are done keep what they learnt, and others would read the new records."""
-    source, folder = tmp_path / "pairs.jsonl", tmp_path / "edits"
-    folder.mkdir()
+    source, folder = tmp_path / "pairs.jsonl", tmp_path / ".hidden" / "edits"
+    folder.mkdir(parents=True)
     for path in (source, folder / "a.jsonl"):
         path.write_text('{"prompt": "a"}\n', encoding="utf-8")
     before = small_config(tmp_path / "run")
@@ -85,6 +85,9 @@ def test_data_that_changed_in_place_are_noticed(tmp_path: Path, caplog: pytest.L
         open_run(again, resume=True)
     assert "is not what it was" not in caplog.text
     (folder / "README.md").write_text("no record", encoding="utf-8")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "of_a_tool.json").write_text("{}", encoding="utf-8")
+    (folder / "folder.json").mkdir()
     open_run(with_edits, resume=True)
     (folder / "a.jsonl").write_text('{"prompt": "b"}\n', encoding="utf-8")
     open_run(cfg, resume=True)

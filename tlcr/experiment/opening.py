@@ -140,13 +140,19 @@ def data_checksums(cfg: RunConfig) -> dict[str, str]:
         path = Path(source or "")
         if source is None or not path.exists():  # a name of the hub, or none
             continue
-        files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if inner_suffix(each) in SUFFIXES)
+        files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if _holds_records(each, path))
         try:
             parts = {str(each): _checksum(each) for each in files if own not in each.resolve().parents}
         except OSError as error:
             raise DataError(f"{source} cannot be read: {error}; check its permissions, or name another") from error
         found[source] = checksums.of_record(parts)
     return found
+
+
+def _holds_records(path: Path, folder: Path) -> bool:
+    """Whether what stands in a folder of data may be data; what is hidden there is what tools keep."""
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return inner_suffix(path) in SUFFIXES and not hidden and path.is_file()
 
 
 def _checksum(path: Path) -> str:
