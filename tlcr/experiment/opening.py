@@ -109,10 +109,16 @@ def _write_config(cfg: RunConfig, folder: Path) -> None:
 
 
 def _write_start(cfg: RunConfig, folder: Path, *, anew: bool) -> None:
-    weights, data = _weights(cfg), data_checksums(cfg)
-    if (folder / STARTED).exists() and not anew:
-        _compare_weights(cfg, folder / STARTED, weights)
-        _compare_data(folder, data)
+    weights, data, record = _weights(cfg), _data(cfg), folder / STARTED
+    if record.exists() and not anew:
+        with reading(record, "delete it, and the run's chat template shows the time of the next start"):
+            began = json.loads(record.read_text(encoding="utf-8"))
+            # earlier versions recorded no weights, or no data
+            old_weights, old_data = dict(began.get("weights", weights)), dict(began.get("data", {}))
+        _compare_weights(cfg, folder, old_weights, weights)
+        _compare_data(folder, old_data, data)
+        if old_data | data != old_data:
+            write_json(record, {**began, "data": old_data | data})
         return
     if holds_a_run(folder):
         logger.warning(
@@ -122,7 +128,7 @@ def _write_start(cfg: RunConfig, folder: Path, *, anew: bool) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     started = datetime.now().isoformat(timespec="seconds")
-    write_json(folder / STARTED, {"started": started, "weights": weights, "data": data})
+    write_json(record, {"started": started, "weights": weights, "data": data})
 
 
 def _weights(cfg: RunConfig) -> dict[str, str]:
@@ -131,7 +137,7 @@ def _weights(cfg: RunConfig) -> dict[str, str]:
     return {path.name: checksums.of_samples(path) for path in sorted(files)}
 
 
-def data_checksums(cfg: RunConfig) -> dict[str, str]:
+def _data(cfg: RunConfig) -> dict[str, str]:
     """A checksum of each source of records that the config names and that is a file or a folder of this machine, by its
     path. Of large files it is one of samples, as for weights."""
     own = Path(cfg.output_dir).resolve()
@@ -159,37 +165,30 @@ def _checksum(path: Path) -> str:
     return checksums.of_file(path) if path.stat().st_size <= READ_WHOLE else checksums.of_samples(path)
 
 
-def _compare_data(folder: Path, data: Mapping[str, str]) -> None:
-    """Warns, once, where a source of records has changed in place since something learnt from it."""
-    record = folder / STARTED
-    with reading(record, "delete it, and the run's chat template shows the time of the next start"):
-        began = json.loads(record.read_text(encoding="utf-8"))
-        before = dict(began.get("data") or {})
+def _compare_data(folder: Path, before: Mapping[str, str], data: Mapping[str, str]) -> None:
+    """Warns where a source of records has changed in place since the last start, and something learnt from it."""
     changed = [source for source in sorted(set(before) & set(data)) if before[source] != data[source]]
-    ended = any(Path(path).name in (DONE, TRAINED) for path in _progress(folder))
-    for source in changed if ended else ():
+    if not changed or not any(Path(path).name in (DONE, TRAINED) for path in _progress(folder)):
+        return
+    for source in changed:
         logger.warning(
             "%s is not what it was when the run in %s began with it: stages that are done keep what they learnt from "
             "it, and the others read what it holds now; put it back, or begin a run in another output_dir",
             source,
             folder,
         )
-    if changed or set(data) - set(before):
-        write_json(record, {**began, "data": {**before, **data}})
 
 
-def _compare_weights(cfg: RunConfig, record: Path, weights: Mapping[str, str]) -> None:
+def _compare_weights(cfg: RunConfig, folder: Path, before: Mapping[str, str], weights: Mapping[str, str]) -> None:
     """Warns where a run goes on from other weights than it began with, which no setting shows."""
-    with reading(record, "delete it, and the run's chat template shows the time of the next start"):
-        before = json.loads(record.read_text(encoding="utf-8")).get("weights")
-        if before is None or dict(before) == weights:  # earlier versions recorded none
-            return
-        changed = sorted(name for name in {*before, *weights} if before.get(name) != weights.get(name))
+    changed = sorted(name for name in {*before, *weights} if before.get(name) != weights.get(name))
+    if not changed:
+        return
     logger.warning(
         "%s is not what it was when the run in %s began (%s): stages that are done keep what they learnt from the old "
         "weights, and the others would start from the new ones; put the old ones back, or begin a run in another "
         "output_dir",
         cfg.model.path,
-        record.parent,
+        folder,
         ", ".join(changed),
     )

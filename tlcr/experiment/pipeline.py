@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from tlcr.config.loading import dump_config, load_config
 from tlcr.config.schema import RunConfig
-from tlcr.config.stages import CONFIG, DONE
+from tlcr.config.stages import CONFIG, DONE, STARTED
 from tlcr.config.trials import Trial
 from tlcr.data import embedded
 from tlcr.data.labels import write_labels
@@ -31,7 +31,7 @@ from tlcr.data.splits import Stage
 from tlcr.errors import ConfigError, TlcrError
 from tlcr.experiment.arm import evaluate_arm, train_arm
 from tlcr.experiment.locks import sole_run
-from tlcr.experiment.opening import config_kept_if_refused, data_checksums, open_run, reopen_run
+from tlcr.experiment.opening import config_kept_if_refused, open_run, reopen_run
 from tlcr.experiment.preflight import for_one_process, require, unfinished
 from tlcr.experiment.run_folder import RunFolder, Trained, raw_preferences, revision_cache
 from tlcr.experiment.workers import PLACE, Job, run_side_by_side
@@ -242,7 +242,7 @@ def _revisions(run: RunFolder) -> None:
         cfg, pairs = run.cfg.reviser, raw_preferences(run.cfg)
         checked, statistics = revise(pairs, cfg, run.cfg.data, revision_cache(run.cfg))
         path = run.revisions_folder / "statistics.json"
-        write_json(path, asdict(statistics) | {"made_of": _made_of(run.cfg)})
+        write_json(path, asdict(statistics) | {"made_of": _made_of(run)})
         logger.info("wrote %s", write_revisions(run.revisions_folder, pairs, checked, cfg))
         return asdict(statistics)
 
@@ -252,12 +252,13 @@ def _revisions(run: RunFolder) -> None:
     run.once(run.revisions_folder, settings, work, again=True, is_stale=is_stale)
 
 
-def _made_of(cfg: RunConfig) -> dict[str, Any]:
+def _made_of(run: RunFolder) -> dict[str, Any]:
     """What revisions depend on and no setting shows: the pairs in their files, and the caps that end the asking."""
-    sources = {cfg.data.preferences, cfg.reviser.files}
+    sources = {run.cfg.data.preferences, run.cfg.reviser.files}
+    data = read_json(run.path / STARTED).get("data", {})  # as they were when this command began
     return {
-        "data": {source: digest for source, digest in data_checksums(cfg).items() if source in sources},
-        "caps": {name: getattr(cfg.reviser.endpoint, name) for name in ("max_requests", "max_cost")},
+        "data": {source: checksum for source, checksum in data.items() if source in sources},
+        "caps": {name: getattr(run.cfg.reviser.endpoint, name) for name in ("max_requests", "max_cost")},
     }
 
 
@@ -267,7 +268,7 @@ def _may_be_revised_again(run: RunFolder) -> bool:
     path = run.revisions_folder / "statistics.json"
     if process_count() > 1 or not path.is_file():
         return False
-    before, now = read_json(path), _made_of(run.cfg)
+    before, now = read_json(path), _made_of(run)
     if "made_of" not in before:  # of an earlier version
         return False
     then = before["made_of"]

@@ -201,13 +201,12 @@ def _refuse_others(folder: Path, cfg: JudgeConfig, benchmark: Benchmark) -> None
         return
     try:
         before = parse_json(read_text(path))
-        found = (before["judge"], before.get("benchmark", asked))  # an earlier version did not record it
+        said_by, of = Path(before["judge"]), before.get("benchmark", asked)  # an earlier version did not record it
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not what tlcr judge writes ({error!r}); delete it") from error
-    is_same = found[0] == judge or (Path(judge).is_dir() and Path(found[0]).resolve() == Path(judge).resolve())
-    if not is_same or found[1] != asked:
+    if said_by.resolve() != Path(judge).resolve() or of != asked:  # one folder may be written in several ways
         raise ConfigError(
-            f"{folder} has what {found[0]} said of {found[1]}, and what {judge} says of {asked} would replace it; name "
+            f"{folder} has what {said_by} said of {of}, and what {judge} says of {asked} would replace it; name "
             "another --output_dir"
         )
 
